@@ -1,0 +1,1 @@
+"""Constitutional AI for any LLM application."""

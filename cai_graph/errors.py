@@ -1,0 +1,101 @@
+"""Every error that cai_graph raises on purpose.
+
+    CaiError
+    ├── ConstitutionError    a constitution cannot be read, or contradicts itself
+    ├── ConfigError          an argument, option or model spec that cannot work
+    ├── DataError            a record, row or file whose content cannot be read
+    ├── ModelError           a model could not be fetched, started or used
+    ├── LogError             the log cannot be opened, read or written
+    ├── MissingExtra         an optional part is not installed (also an ImportError)
+    └── RunError             a request that ended without an answer
+        ├── BudgetExceeded   calls, tokens or seconds ran out before an answer was judged
+        ├── Refused          the policy is `closed` and a refusal cannot be typed as the answer
+        ├── Violation        the policy is `raise` and every answer violates the constitution
+        └── Unreadable       the policy is `raise` and a critic's verdict could not be read
+
+A message says what was found, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetExceeded",
+    "CaiError",
+    "ConfigError",
+    "ConstitutionError",
+    "DataError",
+    "LogError",
+    "MissingExtra",
+    "ModelError",
+    "Refused",
+    "RunError",
+    "Unreadable",
+    "Violation",
+]
+
+
+class CaiError(Exception):
+    """Base of every error that cai_graph raises on purpose."""
+
+
+class ConstitutionError(CaiError):
+    """A constitution cannot be read, or contradicts itself; names file, line and field."""
+
+
+class ConfigError(CaiError):
+    """An argument, option or model spec that cannot work."""
+
+
+class DataError(CaiError):
+    """A record, row or file whose content cannot be read; names where."""
+
+
+class ModelError(CaiError):
+    """A model could not be fetched, started or used."""
+
+
+class LogError(CaiError):
+    """The log cannot be opened, read or written."""
+
+
+class MissingExtra(CaiError, ImportError):  # noqa: N818 - reads as what is missing
+    """An optional part is not installed.
+
+    Args:
+        needed_by: what the user asked for, such as "`cai ask --model local`".
+        package: the distribution that is missing.
+        extra: the extra of cai-graph that brings it.
+    """
+
+    def __init__(self, needed_by: str, package: str, extra: str) -> None:
+        super().__init__(f'{needed_by} needs {package}; pip install "cai-graph[{extra}]"')
+        self.package = package
+        self.extra = extra
+
+
+class RunError(CaiError):
+    """A request that ended without an answer; its Trajectory is logged all the same.
+
+    Attributes:
+        trajectory_id: id of the logged Trajectory, or None when there is none.
+    """
+
+    def __init__(self, message: str, *, trajectory_id: str | None = None) -> None:
+        super().__init__(message)
+        self.trajectory_id = trajectory_id
+
+
+class BudgetExceeded(RunError):  # noqa: N818
+    """Calls, tokens or seconds ran out before an answer was judged."""
+
+
+class Refused(RunError):  # noqa: N818
+    """The policy is `closed` and a refusal cannot be typed as the answer."""
+
+
+class Violation(RunError):  # noqa: N818
+    """The policy is `raise` and every answer violates the constitution."""
+
+
+class Unreadable(RunError):  # noqa: N818
+    """The policy is `raise` and a critic's verdict could not be read."""

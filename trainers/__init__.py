@@ -1,0 +1,1 @@
+"""Offline training from the logs that cai_graph writes."""
