@@ -1,0 +1,182 @@
+"""One request's account: makes its model calls, records each, and holds its budget."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import Runnable, RunnableConfig
+
+from cai_graph.errors import BudgetExceeded, ConfigError
+from cai_graph.trajectory import Call
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Budget", "Calls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Upper bounds of one request; None means no bound.
+
+    What is over a bound is not started. A call that is running when `seconds` are over is cancelled.
+    """
+
+    calls: int | None = 100
+    """Generations: calls that write tokens, the app's own included."""
+    forward_passes: int | None = 1000
+    """Passes that write no token, such as a probe's."""
+    tokens: int | None = None
+    """Tokens in and out, as the providers count them; a model that does not count spends none."""
+    seconds: float | None = 600.0
+    """Wall time of the whole request."""
+
+    def __post_init__(self) -> None:
+        for name in ("calls", "forward_passes", "tokens", "seconds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"budget: {name} must be above 0 or None, found {value!r}")
+
+
+@dataclass
+class Calls:
+    """The model calls of one request."""
+
+    budget: Budget
+    config: RunnableConfig = field(default_factory=lambda: RunnableConfig())
+    """The configuration that inner calls inherit, so that tracing sees them."""
+    made: list[Call] = field(default_factory=list)
+    """What was called so far, in order of completion."""
+    started: float = field(default_factory=time.perf_counter)
+    _spent: dict[str, int] = field(default_factory=lambda: {"generation": 0, "forward": 0, "tokens": 0})
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds since the request began."""
+        return time.perf_counter() - self.started
+
+    def admit(self, kind: Literal["generation", "forward"], count: int = 1) -> None:
+        """Count `count` calls that are about to start.
+
+        Raises:
+            BudgetExceeded: a bound is reached; names it.
+        """
+        budget = self.budget
+        bounds = (
+            ("calls", self._spent["generation"] + count * (kind == "generation"), budget.calls),
+            ("forward passes", self._spent["forward"] + count * (kind == "forward"), budget.forward_passes),
+            ("tokens", self._spent["tokens"] + 1, budget.tokens),
+        )
+        for name, needed, bound in bounds:
+            if bound is not None and needed > bound:
+                raise BudgetExceeded(
+                    f"the budget of {bound} {name} is spent; raise Budget.{name.replace(' ', '_')}"
+                )
+        if budget.seconds is not None and self.seconds >= budget.seconds:
+            raise self._late()
+        self._spent[kind] += count
+
+    def record(self, call: Call) -> None:
+        """Keep a call that was made."""
+        self.made.append(call)
+        self._spent["tokens"] += (call.input_tokens or 0) + (call.output_tokens or 0)
+
+    def deadline(self) -> asyncio.Timeout:
+        """Return a context that cancels its body when the request's seconds are over."""
+        left = None if self.budget.seconds is None else self.budget.seconds - self.seconds
+        return asyncio.timeout(left)
+
+    def _late(self) -> BudgetExceeded:
+        return BudgetExceeded(
+            f"the deadline of {self.budget.seconds} s is over; raise Budget.seconds, or use a faster model"
+        )
+
+    async def generate(
+        self,
+        role: str,
+        model: Runnable[Any, Any],
+        name: str,
+        messages: Sequence[BaseMessage],
+    ) -> AIMessage:
+        """Call a chat model and return its reply.
+
+        Raises:
+            BudgetExceeded: no call is left, or the deadline passed.
+            Exception: whatever the model raises.
+        """
+        self.admit("generation")
+        started = time.perf_counter()
+        reply: AIMessage | None = None
+        error: BaseException | None = None
+        try:
+            async with self.deadline():
+                reply = await model.ainvoke(list(messages), self.config)
+                return reply
+        except TimeoutError as timeout:
+            error = timeout
+            if self.budget.seconds is not None and self.seconds >= self.budget.seconds:
+                raise self._late() from timeout
+            raise
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self.record(
+                call_of(
+                    role,
+                    name,
+                    reply,
+                    seconds=time.perf_counter() - started,
+                    error=error,
+                    prompt_digest=prompt_digest(messages),
+                )
+            )
+
+
+def call_of(
+    role: str,
+    model: str,
+    reply: BaseMessage | None,
+    *,
+    seconds: float,
+    error: BaseException | None = None,
+    prompt_digest: str | None = None,
+) -> Call:
+    """Return the record of a generation from its reply's usage metadata."""
+    usage: Any = getattr(reply, "usage_metadata", None) or {}
+    return Call(
+        role=role,
+        model=model,
+        prompt_digest=prompt_digest,
+        input_tokens=usage.get("input_tokens"),
+        cached_input_tokens=usage.get("input_token_details", {}).get("cache_read"),
+        output_tokens=usage.get("output_tokens"),
+        seconds=seconds,
+        error=None if error is None else describe(error),
+    )
+
+
+def describe(error: BaseException) -> str:
+    """Return class and message of an exception, at most 2000 characters."""
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def prompt_digest(messages: Sequence[BaseMessage]) -> str:
+    """Return the first 16 hex digits of the sha256 over the roles and contents of `messages`."""
+    digest = hashlib.sha256()
+    for message in messages:
+        digest.update(f"{message.type}\0{message.content}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def truncated(message: BaseMessage) -> bool:
+    """Return whether the model stopped at its token limit, in the words of any provider."""
+    metadata = message.response_metadata
+    reason = metadata.get("finish_reason") or metadata.get("stop_reason") or metadata.get("done_reason")
+    return isinstance(reason, str) and reason.lower() in ("length", "max_tokens", "model_length")

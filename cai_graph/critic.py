@@ -1,0 +1,482 @@
+"""Critics: from an answer to a Critique, and from a model's reply to Verdicts.
+
+A reply is read down a ladder: the provider's structured output or tool call, JSON in the text, a
+labelled line, one further question, and then UNREADABLE. Only the two words of the menu count, exactly;
+of several, the last. Nothing else is ever read as COMPLIES.
+
+Two critics stand here. `ModelCritic` asks a chat model, for all principles in one call. `ProbeCritic`
+reads probabilities of aims from the embedded model's hidden state, and has the model name principles
+only when an aim is violated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import Runnable
+
+from cai_graph import models, prompts
+from cai_graph.calls import Calls
+from cai_graph.constitution import Constitution, Principle
+from cai_graph.errors import ConfigError, ModelError
+from cai_graph.probe import Probe
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import Call, Critique, Label, Verdict, text_of
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+
+__all__ = ["Critic", "ModelCritic", "ProbeCritic", "critic_for", "failed_principles", "read_verdicts"]
+
+MAX_ANSWER_CHARS = 400_000
+"""The longest answer that a chat model is asked to judge. A longer one could not be judged whole."""
+
+MAX_REPLY_CHARS = 200_000
+"""How much of a critic's reply is read, from its end."""
+
+
+@runtime_checkable
+class Critic(Protocol):
+    """What judges answers."""
+
+    name: str
+    """Stable name, recorded in each Critique."""
+    candidates: int
+    """How many revisions are worth sampling, given what one judgement costs."""
+    splits: bool
+    """Whether it may be asked principle by principle (strategy `parallel`)."""
+
+    async def critique(
+        self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
+    ) -> Critique:
+        """Judge an answer under all principles of `constitution`.
+
+        `explain` asks for what a revision needs (named principles, reasons); without it the verdicts
+        are enough. A reply that cannot be read gives UNREADABLE verdicts, never an exception.
+
+        Raises:
+            BudgetExceeded: the request has no call left.
+            ModelError: the answer is too long to be judged whole.
+            Exception: whatever the model raises.
+        """
+        ...
+
+    async def discuss(
+        self, exchange: Exchange, principle: Principle, constitution: Constitution, calls: Calls
+    ) -> Critique:
+        """Criticise an answer under one principle in prose (strategy `sampled`)."""
+        ...
+
+
+def critic_for(critic: str | BaseChatModel | Critic) -> Critic:
+    """Return the critic behind a model spec or chat model; a Critic stays what it is.
+
+    The embedded model for which the package carries heads becomes a ProbeCritic.
+    """
+    if isinstance(critic, str):
+        critic = models.load(critic)
+    if isinstance(critic, Critic):
+        return critic
+    probe = Probe.for_model(models.name_of(critic))
+    return ModelCritic(critic) if probe is None else ProbeCritic(critic, probe)
+
+
+def failed_principles(critique: Critique, constitution: Constitution) -> list[Principle]:
+    """Return the principles that a revision must mend, in the constitution's order.
+
+    A verdict below its principle's `min_severity` does not count. An aim that is violated without a
+    named principle stands for all principles of that aim.
+    """
+    named = {
+        verdict.principle
+        for verdict in critique.verdicts
+        if verdict.label is Label.VIOLATES
+        and verdict.principle in constitution
+        and _counts(verdict, constitution)
+    }
+    aims = {v.aim for v in critique.verdicts if v.label is Label.VIOLATES and v.aim is not None}
+    explained = {constitution[identifier].aim for identifier in named if identifier is not None}
+    return [p for p in constitution.principles if p.id in named or p.aim in aims - explained]
+
+
+def _counts(verdict: Verdict, constitution: Constitution) -> bool:
+    least = constitution[verdict.principle or ""].min_severity
+    return least is None or verdict.severity is None or verdict.severity >= least
+
+
+# --- the ladder ---------------------------------------------------------------------------------------
+
+_FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
+_EVADES = re.compile(r'"evades"\s*:\s*(true|false)', re.IGNORECASE)
+
+
+class Reading(NamedTuple):
+    """What a reply says."""
+
+    verdicts: dict[str, Verdict]
+    """By principle id; an id that is missing could not be read."""
+    evades: bool | None
+    """Whether the critic reads the answer as an evasion; None where it does not say."""
+
+
+def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
+    """Read the verdicts that stand in a reply, for the principles `ids`, down the ladder.
+
+    >>> read_verdicts(AIMessage('{"verdicts": [{"principle": "kind", "verdict": "COMPLIES"}]}'), ["kind"])
+    ... # doctest: +ELLIPSIS
+    Reading(verdicts={'kind': Verdict(label=<Label.COMPLIES...
+    >>> read_verdicts(AIMessage("I would say that it complies."), ["kind"]).verdicts
+    {}
+    """
+    for call in getattr(reply, "tool_calls", ()):
+        if isinstance(call["args"].get("verdicts"), list):
+            found = _from_objects(call["args"]["verdicts"], ids, "tool")
+            evades = call["args"].get("evades")
+            if found:
+                return Reading(found, evades if isinstance(evades, bool) else None)
+    text = text_of(reply)[-MAX_REPLY_CHARS:]
+    evasions = _EVADES.findall(text)
+    evades = evasions[-1].lower() == "true" if evasions else None
+    found = _from_objects(_flat_objects(text), ids, "json")
+    if not found:
+        found = _from_lines(text, ids)
+    probabilities = _label_probabilities(reply, ids)
+    return Reading(
+        {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}, evades
+    )
+
+
+def _flat_objects(text: str) -> Iterable[Any]:
+    # Each verdict is an object without objects inside, so a reply that was cut still yields the whole ones.
+    for match in _FLAT_OBJECT.finditer(text):
+        try:
+            yield json.loads(match[0])
+        except ValueError:
+            continue
+
+
+def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> dict[str, Verdict]:
+    found: dict[str, Verdict] = {}
+    for item in objects:
+        if not isinstance(item, dict) or item.get("principle") not in ids:
+            continue
+        label = _label(item.get("verdict"))
+        if label is None:
+            found.pop(item["principle"], None)  # the last word counts, and it is off the menu
+            continue
+        severity = item.get("severity")
+        readable = isinstance(severity, int) and not isinstance(severity, bool) and 1 <= severity <= 5
+        reason = item.get("critique")
+        found[item["principle"]] = Verdict(
+            label=label,
+            principle=item["principle"],
+            severity=severity if readable and label is Label.VIOLATES else None,
+            reason=reason if isinstance(reason, str) and reason else None,
+            read_by=read_by,
+        )
+    return found
+
+
+def _from_lines(text: str, ids: Sequence[str]) -> dict[str, Verdict]:
+    found: dict[str, Verdict] = {}
+    names = [*ids, "verdict"] if len(ids) == 1 else list(ids)
+    for name in names:
+        lines = re.findall(
+            rf"^[\W_]*{re.escape(name)}[*_`\"' ]*[:=][*_`\"' ]*(\w+)[*_`\"' .]*$",
+            text,
+            re.IGNORECASE | re.MULTILINE,
+        )
+        label = _label(lines[-1]) if lines else None
+        if label is not None:
+            identifier = ids[0] if name == "verdict" else name
+            found[identifier] = Verdict(label=label, principle=identifier, read_by="line")
+    return found
+
+
+def _label(word: object) -> Label | None:
+    """Return the label that `word` is, exactly but for case and space, or None off the menu."""
+    if not isinstance(word, str):
+        return None
+    plain = word.strip().upper()
+    return Label(plain) if plain in (Label.VIOLATES, Label.COMPLIES) else None
+
+
+def _with_probability(verdict: Verdict, probability: float | None) -> Verdict:
+    if probability is None or (probability >= 0.5) != (verdict.label is Label.VIOLATES):
+        return verdict  # a probability that contradicts the label was read at another place
+    return Verdict(
+        label=verdict.label,
+        principle=verdict.principle,
+        severity=verdict.severity,
+        probability=probability,
+        reason=verdict.reason,
+        read_by=verdict.read_by,
+    )
+
+
+def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, float]:
+    """Return P(VIOLATES) by principle, from the log-probabilities of the tokens where labels begin."""
+    tokens = (reply.response_metadata.get("logprobs") or {}).get("content") or []
+    if not tokens:
+        return {}
+    found: dict[str, float] = {}
+    text, starts = "", []
+    for token in tokens:
+        starts.append(len(text))
+        text += token["token"]
+    for match in re.finditer(r'"principle"\s*:\s*"([^"]+)"[^{}]*?"verdict"\s*:\s*"(\w)', text):
+        at = match.start(2)
+        index = max(i for i, start in enumerate(starts) if start <= at)
+        probability = p_violates(tokens[index]["top_logprobs"])
+        if match[1] in ids and probability is not None:
+            found[match[1]] = probability
+    return found
+
+
+def p_violates(top_logprobs: Sequence[dict[str, Any]]) -> float | None:
+    """Return P(VIOLATES) / (P(VIOLATES) + P(COMPLIES)) at the first token of a label.
+
+    A token counts for the label that it begins. None where neither stands among the alternatives.
+    """
+    mass = {Label.VIOLATES: 0.0, Label.COMPLIES: 0.0}
+    for alternative in top_logprobs:
+        begun = alternative["token"].strip(" \n\"'*").upper()
+        for label in mass:
+            if begun and label.value.startswith(begun):
+                mass[label] += math.exp(alternative["logprob"])
+    total = sum(mass.values())
+    return mass[Label.VIOLATES] / total if total > 0 else None
+
+
+def _unreadable(identifier: str, reply: BaseMessage) -> Verdict:
+    text = text_of(reply)
+    said = f"the critic said {text[:200]!r}" if text.strip() else "the critic said nothing"
+    return Verdict(label=Label.UNREADABLE, principle=identifier, reason=f"no verdict on the menu; {said}")
+
+
+# --- critics ------------------------------------------------------------------------------------------
+
+
+class ModelCritic:
+    """Asks a chat model for the verdicts on all principles in one call.
+
+    Where the model's LangChain profile says that it has native structured output, or tool calls with a
+    forced choice, the reply is asked for in that form; else as JSON in the text. A provider that rejects
+    the form is asked in plain text from then on.
+    """
+
+    candidates = 1
+    splits = True
+
+    def __init__(self, model: BaseChatModel) -> None:
+        self.model = model
+        self.name = models.name_of(model)
+        self._forms: dict[tuple[str, tuple[str, ...]], tuple[str, Runnable[Any, Any]]] = {}
+        self._plain_only = False
+
+    async def critique(
+        self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
+    ) -> Critique:
+        """Judge an answer under all principles; see `Critic.critique`."""
+        _check_length(exchange)
+        ids = tuple(principle.id for principle in constitution.principles)
+        instructions, form = self._form(constitution, ids)
+        messages = prompts.critique_messages(instructions, exchange)
+        try:
+            reply = await calls.generate("critique", form, self.name, messages)
+        except Exception as error:
+            if form is self.model or getattr(error, "status_code", None) not in (400, 404, 415, 422):
+                raise
+            self._plain_only = True
+            self._forms.clear()
+            reply = await calls.generate("critique", self.model, self.name, messages)
+        verdicts, evades = read_verdicts(reply, ids)
+        missing = [identifier for identifier in ids if identifier not in verdicts]
+        if missing:
+            again = [
+                *messages,
+                AIMessage(text_of(reply)[:2000] or "(nothing)"),
+                prompts.reask_message(missing),
+            ]
+            answer = await calls.generate("critique", self.model, self.name, again)
+            verdicts |= read_verdicts(answer, missing).verdicts
+        return Critique(
+            verdicts=tuple(verdicts.get(identifier) or _unreadable(identifier, reply) for identifier in ids),
+            evasive=evades,
+            critic=self.name,
+        )
+
+    async def discuss(
+        self, exchange: Exchange, principle: Principle, constitution: Constitution, calls: Calls
+    ) -> Critique:
+        """Criticise an answer under one principle in prose; see `Critic.discuss`."""
+        _check_length(exchange)
+        messages = prompts.sampled_critique_messages(principle, constitution.examples, exchange)
+        reply = await calls.generate("critique", self.model, self.name, messages)
+        verdict = read_verdicts(reply, [principle.id]).verdicts.get(principle.id)
+        return Critique(
+            verdicts=(verdict or _unreadable(principle.id, reply),),
+            reasoning=text_of(reply),
+            critic=self.name,
+        )
+
+    def _form(self, constitution: Constitution, ids: tuple[str, ...]) -> tuple[str, Runnable[Any, Any]]:
+        key = (constitution.digest, ids)
+        if key not in self._forms:
+            instructions = prompts.critique_instructions(constitution.principles, constitution.examples)
+            self._forms[key] = (instructions, self._structured(prompts.critique_schema(ids)))
+        return self._forms[key]
+
+    def _structured(self, schema: dict[str, Any]) -> Runnable[Any, Any]:
+        profile = self.model.profile or {}
+        if self._plain_only:
+            return self.model
+        if profile.get("structured_output"):
+            whole = self.model.with_structured_output(schema, method="json_schema", include_raw=True)
+            return whole.pick("raw")
+        if profile.get("tool_calling") and profile.get("tool_choice"):
+            return self.model.bind_tools([schema], tool_choice=schema["title"])
+        return self.model
+
+
+def _check_length(exchange: Exchange) -> None:
+    length = len(text_of(exchange.answer))
+    if length > MAX_ANSWER_CHARS:
+        raise ModelError(
+            f"the answer has {length:,} characters, and a critic model judges at most {MAX_ANSWER_CHARS:,}; "
+            "bound the app's output, or split it"
+        )
+
+
+class ProbeCritic(ModelCritic):
+    """Judges by a probe on the embedded model's hidden state: one forward pass a window of the answer.
+
+    The aims `harmless` and `helpful` are read by the probe's heads. Principles of any other aim are asked
+    about with one question an aim, read from the probabilities of the menu's two words in both orders.
+    Verdicts stand under the aim. Only a violated aim has the model write a critique that names principles.
+    """
+
+    candidates = 4
+    splits = False
+
+    LABEL_THRESHOLD = 0.9
+    """P(VIOLATES) from which an aim without a head counts as violated. Small models cry wolf."""
+
+    def __init__(self, model: BaseChatModel, probe: Probe) -> None:
+        super().__init__(model)
+        self.probe = probe
+
+    async def critique(
+        self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
+    ) -> Critique:
+        """Judge an answer under all aims of the constitution; see `Critic.critique`."""
+        aims = list(dict.fromkeys(principle.aim for principle in constitution.principles))
+        judged, *labelled = await asyncio.gather(
+            self._read(exchange, calls),
+            *(self._ask(aim, exchange, constitution, calls) for aim in aims if aim not in _HEADS),
+        )
+        verdicts = [verdict for verdict in judged.verdicts if verdict.aim in aims] + labelled
+        violated = {verdict.aim for verdict in verdicts if verdict.label is Label.VIOLATES}
+        reasoning = ""
+        if violated and explain:
+            suspects = [principle for principle in constitution.principles if principle.aim in violated]
+            named, reasoning = await self._explain(
+                exchange, constitution.select(p.id for p in suspects), calls
+            )
+            verdicts += named
+        return Critique(
+            verdicts=tuple(verdicts),
+            reasoning=reasoning,
+            readings=judged.readings,
+            benign_request=judged.benign_request,
+            evasive=judged.evasive,
+            critic=f"probe:{self.name}",
+        )
+
+    async def _read(self, exchange: Exchange, calls: Calls) -> Critique:
+        """Return what the probe's heads say, as a Critique of aims."""
+        request = next((text_of(m) for m in reversed(exchange.messages) if m.role == "user"), "")
+        calls.admit("forward")
+        started = time.perf_counter()
+        async with calls.deadline():
+            reading = await self.probe.read(request, text_of(exchange.answer))
+        if reading.forward_passes > 1:
+            calls.admit("forward", reading.forward_passes - 1)
+        calls.record(
+            Call(
+                role="probe",
+                model=self.name,
+                kind="forward",
+                input_tokens=reading.tokens,
+                seconds=time.perf_counter() - started,
+            )
+        )
+        thresholds = self.probe.thresholds
+        benign = reading.request < thresholds["request"]
+        evades = reading.evasion * (1 - reading.request)  # a refusal is an evasion if the request is benign
+        return Critique(
+            verdicts=(
+                _by_probability("harmless", reading.harm, thresholds["harm"], "probe"),
+                _by_probability("helpful", evades, thresholds["evasion"], "probe"),
+            ),
+            readings={"harm": reading.harm, "evasion": reading.evasion, "request": reading.request},
+            benign_request=benign,
+            evasive=evades >= thresholds["evasion"],
+        )
+
+    async def _ask(self, aim: str, exchange: Exchange, constitution: Constitution, calls: Calls) -> Verdict:
+        """Return the verdict on an aim that has no head, from the menu's probabilities in both orders."""
+        _check_length(exchange)
+        rules = [principle for principle in constitution.principles if principle.aim == aim]
+        examples = [
+            example for example in constitution.examples if example.principle in [rule.id for rule in rules]
+        ]
+        word = self.model.bind(max_tokens=4, temperature=0, logprobs=True, top_logprobs=10)
+        menu = (Label.VIOLATES.value, Label.COMPLIES.value)
+        found: list[float] = []
+        for offered in (menu, menu[::-1]):
+            messages = prompts.label_messages(rules, examples, exchange, offered)
+            reply = await calls.generate("critique", word, self.name, messages)
+            tokens = (reply.response_metadata.get("logprobs") or {}).get("content") or []
+            probability = p_violates(tokens[0]["top_logprobs"]) if tokens else None
+            if probability is None:
+                return Verdict(
+                    label=Label.UNREADABLE,
+                    aim=aim,
+                    reason=f"neither word of the menu is likely; the model said {text_of(reply)[:50]!r}",
+                )
+            found.append(probability)
+        return _by_probability(aim, sum(found) / 2, self.LABEL_THRESHOLD, "logprob")
+
+    async def _explain(
+        self, exchange: Exchange, suspects: Constitution, calls: Calls
+    ) -> tuple[list[Verdict], str]:
+        """Return the principles that the model names as violated, and its reasons."""
+        told = await super().critique(exchange, suspects, calls, explain=True)
+        named = [verdict for verdict in told.verdicts if verdict.label is Label.VIOLATES]
+        return named, "\n".join(verdict.reason for verdict in named if verdict.reason)
+
+
+_HEADS = {"harmless": "harm", "helpful": "evasion"}
+"""Aim of principles -> the head of the probe that reads it."""
+
+
+def _by_probability(aim: str, probability: float, threshold: float, read_by: str) -> Verdict:
+    label = Label.VIOLATES if probability >= threshold else Label.COMPLIES
+    return Verdict(label=label, aim=aim, probability=probability, read_by=read_by)
+
+
+def check_strategy(critic: Critic, strategy: str) -> None:
+    """Raise ConfigError where a critic cannot serve a strategy."""
+    if strategy == "parallel" and not critic.splits:
+        raise ConfigError(
+            f"the critic {critic.name!r} judges all aims in one pass, so strategy 'parallel' would repeat it; "
+            "use 'batched'"
+        )
