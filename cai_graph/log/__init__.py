@@ -1,0 +1,259 @@
+"""The log: every Trajectory, and what people said of it, kept so that it can be trained on.
+
+    log = open_log("sqlite:///cai.db")
+    log.append(trajectory).result()     # returns once the record is committed
+    for record in log.read(kind="trajectory", newest_first=True, limit=10): ...
+
+An acknowledged record is committed: it survives a crash of the process and a power cut. Nothing is dropped
+silently, records are never changed in place, and a redaction hook runs before the first write.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+
+from cai_graph.errors import ConfigError, LogError
+from cai_graph.log.redaction import WITHHELD, Redactor, redact_texts
+from cai_graph.log.store import Filters, Kind, Stats
+from cai_graph.trajectory import SCHEMA_VERSION, Record, decode, encode
+
+if TYPE_CHECKING:
+    from cai_graph.log.store import Store
+    from cai_graph.log.writer import Writer
+
+__all__ = ["WITHHELD", "Filters", "Kind", "Log", "Redactor", "Stats", "open_log", "path_of", "redact_texts"]
+
+_FORMS = "'sqlite:///cai.db' (beside you), 'sqlite:////data/cai.db' (absolute), or a path that ends in .db"
+_CURRENT = b'"schema":%d}' % SCHEMA_VERSION
+
+
+class _Shared:
+    """The store and the writer that every Log of one file in this process shares."""
+
+    def __init__(self, store: Store, writer: Writer | None) -> None:
+        self.store = store
+        self.writer = writer
+        self.users = 0
+
+
+_lock = threading.Lock()
+_open: dict[tuple[Path, bool], _Shared] = {}
+_live: set[_Shared] = set()
+"""Those of `_open`, and those that are closing but still hold connections, which a fork must not copy."""
+
+
+def open_log(url: str | os.PathLike[str], *, redact: Redactor | None = None, read_only: bool = False) -> Log:
+    """Return the log at `url`; an absent file is made, readable by its owner alone.
+
+    Args:
+        url: `sqlite:///cai.db` (relative), `sqlite:////data/cai.db` (absolute), or a path that ends in
+            .db, .sqlite or .sqlite3.
+        redact: applied to each record appended through this Log, before anything is written. Where it
+            fails, the record is stored without its texts (`WITHHELD`).
+        read_only: reads only; an absent file is an error and `append` raises.
+
+    Raises:
+        ConfigError: the URL is of no form that is known.
+        LogError: the file cannot be opened, is no log, or was written by a newer release.
+    """
+    path = path_of(url)
+    key = (path, read_only)
+    with _lock:
+        shared = _open.get(key)
+        if shared is None:
+            from cai_graph.log.sqlite import SQLiteStore
+            from cai_graph.log.writer import Writer
+
+            store = SQLiteStore(path, read_only=read_only)
+            shared = _open[key] = _Shared(store, None if read_only else Writer(store, str(path)))
+            _live.add(shared)
+        shared.users += 1
+    return Log(key, shared, redact)
+
+
+def path_of(url: str | os.PathLike[str]) -> Path:
+    """Return the absolute path of the file that `url` names.
+
+    Raises:
+        ConfigError: the URL is of no form that is known.
+    """
+    text = os.fspath(url)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        if not text.endswith((".db", ".sqlite", ".sqlite3")):
+            raise ConfigError(f"log {text!r}: no log is named so; use {_FORMS}")
+        return Path(os.path.realpath(text))
+    if scheme.startswith(("postgresql", "postgres")):
+        raise ConfigError(f"log {_hidden(text)!r}: PostgreSQL is not there yet; use {_FORMS}")
+    if scheme != "sqlite":
+        raise ConfigError(f"log {_hidden(text)!r}: unknown scheme {scheme!r}; use {_FORMS}")
+    name = rest.removeprefix("/")
+    if not rest.startswith("/") or not name:
+        raise ConfigError(f"log {text!r}: a file is named after three slashes; use {_FORMS}")
+    if name == ":memory:" or "?" in name or "\0" in name:
+        raise ConfigError(f"log {text!r}: a log is a plain file, without options; use {_FORMS}")
+    return Path(os.path.realpath(name))
+
+
+def _hidden(url: str) -> str:
+    """Return the URL without a password."""
+    head, at, tail = url.rpartition("@")
+    return f"{head.partition('://')[0]}://…@{tail}" if at else url
+
+
+class Log:
+    """One log, as its user holds it; `open_log` returns it. Thread-safe, and usable after a fork.
+
+    Several Logs of one file in a process share one writer. As a context manager it closes at the end.
+    """
+
+    def __init__(self, key: tuple[Path, bool], shared: _Shared, redact: Redactor | None) -> None:
+        self._key = key
+        self._shared = shared
+        self._redact = redact
+        self._closed = False
+
+    @property
+    def path(self) -> Path:
+        """The log's file."""
+        return self._key[0]
+
+    @property
+    def lost(self) -> int:
+        """Records that this process could not write so far; the future of each says why."""
+        return 0 if self._shared.writer is None else self._shared.writer.lost
+
+    def append(self, record: Record) -> Future[None]:
+        """Queue a record, and return a future that resolves once it is committed.
+
+        Callable from any thread or event loop. The caller waits while more than 64 MB are pending. The
+        future fails with DataError where this record cannot be stored (a value that is not JSON; a
+        different record under its id), and with LogError where the log cannot be written (no space, a
+        failing disk); the log goes on by itself as soon as writing works. The future cannot be cancelled,
+        and belongs to the process that appended.
+
+        Raises:
+            LogError: the log is closed or read-only.
+        """
+        return self._writer().append(record, self._redact)
+
+    def read(self, **filters: Unpack[Filters]) -> Iterator[Record]:
+        """Yield the records that pass the filters, as of the first one, in flat memory.
+
+        Raises:
+            DataError: a record was written by a newer release; or there is no record `after`.
+            LogError: the log cannot be read, or a record is damaged.
+        """
+        for _, payload in self._store().select(filters):
+            yield decode(payload)
+
+    def lines(self, **filters: Unpack[Filters]) -> Iterator[bytes]:
+        """Yield the same records as `read`, each as one line of JSON, line end included."""
+        for _, payload in self._store().select(filters):
+            # Records of an earlier version leave in the current one, so that a reader knows one shape.
+            yield (payload if payload.endswith(_CURRENT) else encode(decode(payload))) + b"\n"
+
+    def get(self, id: str) -> Record:
+        """Return one record.
+
+        Raises:
+            DataError: there is none of this id; says so where it was removed, and why.
+            LogError: the log cannot be read, or the record is damaged.
+        """
+        return decode(self._store().get(id).payload)
+
+    def sources(self, prefix: str = "") -> set[str]:
+        """Return the source keys of the Trajectories in the log that start with `prefix`."""
+        return self._store().sources(prefix)
+
+    def stats(self) -> Stats:
+        """Return what the log holds, counted; reads every record once."""
+        return self._store().stats()
+
+    def flush(self) -> None:
+        """Wait until every record appended so far, by any Log of this file, is committed or has failed."""
+        if self._shared.writer is not None:
+            self._shared.writer.flush()
+
+    def close(self) -> None:
+        """Write what is pending and let go of the file. Closing twice is harmless."""
+        with _lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._shared.users -= 1
+            last = self._shared.users == 0
+            if last:
+                _open.pop(self._key, None)
+        if last:
+            _close(self._shared)
+        else:
+            self.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _store(self) -> Store:
+        if self._closed:
+            raise LogError(f"{self.path}: the log is closed; open it again")
+        return self._shared.store
+
+    def _writer(self) -> Writer:
+        if self._closed:
+            raise LogError(f"{self.path}: the log is closed; open it again before you append")
+        if self._shared.writer is None:
+            raise LogError(f"{self.path}: the log was opened to be read only; open it for writing")
+        return self._shared.writer
+
+
+def _close(shared: _Shared) -> None:
+    if shared.writer is not None:
+        shared.writer.close()
+    shared.store.close()
+    with _lock:
+        _live.discard(shared)
+
+
+@atexit.register
+def _drain() -> None:
+    """Write what is pending when the program ends without closing."""
+    with _lock:
+        remaining = list(_open.values())
+        _open.clear()
+    for shared in remaining:
+        _close(shared)
+
+
+def _before_fork() -> None:
+    _lock.acquire()
+    for shared in _live:
+        if shared.writer is not None:
+            shared.writer.before_fork()
+        shared.store.before_fork()
+
+
+def _after_fork(*, child: bool) -> None:
+    for shared in _live:
+        shared.store.after_fork(child=child)
+        if shared.writer is not None:
+            shared.writer.after_fork(child=child)
+    _lock.release()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=lambda: _after_fork(child=False),
+    after_in_child=lambda: _after_fork(child=True),
+)

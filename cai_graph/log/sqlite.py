@@ -1,0 +1,661 @@
+"""The log in one SQLite file, in plain SQL.
+
+    records      one row a record, in order of commit (`position`); see `Row` for the columns
+      writer, sequence   one unbroken run of appends by one process, and the number within it, from 1
+      digest             sha256 over writer, sequence and payload, 16 bytes: finds a changed record
+      chain              sha256 over the writer's previous chain and this digest, 16 bytes: finds a
+                         removed, added or reordered record
+    tombstones   what `gc` removed, and why; keeps writer, sequence, digest and chain
+
+WAL with `synchronous=FULL`: a committed transaction survives a crash and a power cut. The file's
+`application_id` says that it is a log, its `user_version` which schema it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import apsw
+import msgspec
+
+from cai_graph.errors import CaiError, DataError, LogError
+from cai_graph.log.store import Filters, Row, Stats, StoredPayload, column_text, from_micros, micros
+from cai_graph.trajectory import Label, decode
+
+__all__ = ["APPLICATION_ID", "SCHEMA", "SQLiteStore", "chain_of", "connect", "digest_of"]
+
+APPLICATION_ID = 0x63616947
+"""`caiG`, in the header of every log."""
+SCHEMA = 1
+"""The version of the tables that this release writes."""
+BUSY_S = 60.0
+"""How long an operation waits for other processes before it gives up."""
+_BUSY_SLICE_MS = 500
+_PAGE_ROWS = 500
+_PAGE_BYTES = 4 << 20
+
+T = TypeVar("T")
+
+
+# --- schema and migration -----------------------------------------------------------------------------
+
+
+def _create(db: apsw.Connection) -> None:
+    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    db.execute(
+        """
+        CREATE TABLE records (
+            position      INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given twice, so `after` holds
+            id            TEXT    NOT NULL UNIQUE,
+            kind          TEXT    NOT NULL,
+            writer        TEXT    NOT NULL,
+            sequence      INTEGER NOT NULL,
+            at            INTEGER NOT NULL,                   -- microseconds since 1970 UTC
+            trajectory_id TEXT,
+            outcome       TEXT,
+            constitution  TEXT,
+            source        TEXT,
+            tags          TEXT,                               -- JSON array
+            withheld      INTEGER NOT NULL,
+            digest        BLOB    NOT NULL,
+            chain         BLOB    NOT NULL,
+            payload       BLOB    NOT NULL                    -- last: the columns are read without it
+        ) STRICT;
+        CREATE INDEX records_trajectory ON records (trajectory_id) WHERE trajectory_id IS NOT NULL;
+        CREATE INDEX records_source ON records (source) WHERE source IS NOT NULL;
+        CREATE TABLE tombstones (
+            position   INTEGER PRIMARY KEY,
+            id         TEXT    NOT NULL UNIQUE,
+            kind       TEXT    NOT NULL,
+            writer     TEXT    NOT NULL,
+            sequence   INTEGER NOT NULL,
+            digest     BLOB    NOT NULL,
+            chain      BLOB    NOT NULL,
+            removed_at INTEGER NOT NULL,                      -- microseconds since 1970 UTC
+            why        TEXT    NOT NULL
+        ) STRICT;
+        """
+    )
+
+
+MIGRATIONS: dict[int, Callable[[apsw.Connection], None]] = {0: _create}
+"""Version n -> what turns a file of version n into version n + 1, inside one transaction."""
+
+_INSERT = """
+    INSERT INTO records (id, kind, writer, sequence, at, trajectory_id, outcome, constitution, source, tags,
+                         withheld, digest, chain, payload)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+def digest_of(writer: str, sequence: int, payload: bytes) -> bytes:
+    """Return the checksum of one record."""
+    return hashlib.sha256(b"%b:%d:%b" % (writer.encode(), sequence, payload)).digest()[:16]
+
+
+def chain_of(previous: bytes, digest: bytes) -> bytes:
+    """Return the link of one record; `previous` is empty for a writer's first."""
+    return hashlib.sha256(previous + digest).digest()[:16]
+
+
+# --- connections --------------------------------------------------------------------------------------
+
+
+def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
+    """Return a connection to a log; an absent or empty file becomes one, an older one is migrated.
+
+    Raises:
+        LogError: the file cannot be opened, is no log, or was written by a newer release; it is
+            unchanged.
+    """
+    _make_file(path, read_only)
+
+    def attempt() -> apsw.Connection:
+        flags = apsw.SQLITE_OPEN_READONLY if read_only else apsw.SQLITE_OPEN_READWRITE
+        db = apsw.Connection(str(path), flags=flags)
+        try:
+            db.set_busy_timeout(_BUSY_SLICE_MS)
+            # Until the file is known to be ours, closing must not write to it.
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            db.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
+            version = _version(db, path)
+            if not read_only:
+                if version < SCHEMA:
+                    _migrate(db, path)
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute("PRAGMA wal_autocheckpoint = 4000")
+                db.execute("PRAGMA journal_size_limit = 67108864")
+                db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+            elif version < SCHEMA:
+                raise LogError(f"{path}: " + _older(version))
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    return _patiently(attempt, path)
+
+
+def _make_file(path: Path, read_only: bool) -> None:
+    if path.exists():
+        if path.is_dir():
+            raise LogError(f"{path}: is a directory; name a file in it, such as {path / 'cai.db'}")
+        return
+    if read_only:
+        raise LogError(
+            f"{path}: there is no log; `cai run` or `cai ask` makes one, or name another with --log"
+        )
+    if not path.parent.is_dir():
+        raise LogError(f"{path}: the folder {path.parent} does not exist; make it, or name another file")
+    try:
+        # Readable by its owner alone, since it holds what users wrote. O_EXCL: closing a descriptor of a
+        # file that SQLite has open would drop SQLite's locks on it.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    except FileExistsError:
+        return
+    except OSError as error:
+        raise LogError(f"{path}: cannot be made: {error.strerror}") from error
+
+
+def _version(db: apsw.Connection, path: Path) -> int:
+    """Return the schema version, 0 for an empty file."""
+    application = int(_one(db, "PRAGMA application_id"))
+    version = int(_one(db, "PRAGMA user_version"))
+    if application == APPLICATION_ID:
+        if version > SCHEMA:
+            raise LogError(
+                f"{path}: schema version {version}, this release reads 1 to {SCHEMA}; upgrade cai-graph. "
+                "The file is unchanged"
+            )
+        return version
+    if application == 0 and version == 0 and not _one(db, "SELECT count(*) FROM sqlite_schema"):
+        return 0
+    raise LogError(f"{path}: is an SQLite database, but no log of cai-graph; name another file")
+
+
+def _migrate(db: apsw.Connection, path: Path) -> None:
+    if _one(db, "PRAGMA user_version") == 0:
+        db.execute("PRAGMA journal_mode = WAL")
+    while True:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            # Read again: another process may have been first.
+            version = _version(db, path)
+            if version == SCHEMA:
+                db.execute("ROLLBACK")
+                return
+            MIGRATIONS[version](db)
+            db.execute(f"PRAGMA user_version = {version + 1}")
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+
+
+def _older(version: int) -> str:
+    return (
+        "the file is empty and holds no log yet"
+        if version == 0
+        else f"schema version {version} is an older release's; open it for writing once, which updates it"
+    )
+
+
+def _one(db: apsw.Connection, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
+    for row in db.execute(sql, bindings):
+        return row[0]
+    return None
+
+
+def _patiently(attempt: Callable[[], T], path: Path) -> T:
+    """Return what `attempt` returns, tried again while other processes hold the file.
+
+    Raises:
+        LogError: it failed, or the file was held for longer than BUSY_S.
+    """
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            return attempt()
+        except (apsw.BusyError, apsw.LockedError, apsw.SchemaChangeError, apsw.ProtocolError) as error:
+            if time.monotonic() > deadline:
+                raise LogError(
+                    f"{path}: another process has held the log for more than {BUSY_S:.0f} s; "
+                    "find it (`fuser` names it) and let it finish or end it"
+                ) from error
+            time.sleep(0.005)
+        except apsw.Error as error:
+            raise explain(error, path) from error
+
+
+def explain(error: apsw.Error, path: Path) -> LogError:
+    """Return the LogError that says what an error of SQLite means for this file."""
+    match error:
+        case apsw.NotADBError():
+            return LogError(f"{path}: is no SQLite database, so no log of cai-graph; name another file")
+        case apsw.FullError():
+            return LogError(f"{path}: no space left to write; free some, the log goes on by itself")
+        case apsw.CorruptError():
+            return LogError(
+                f"{path}: the file is damaged ({error}); `cai log verify` says where, "
+                "`cai log recover` saves every intact record"
+            )
+        case apsw.ReadOnlyError() | apsw.CantOpenError() | apsw.PermissionsError():
+            return LogError(
+                f"{path}: cannot be opened or written ({error}); check its permissions and folder"
+            )
+        case apsw.IOError():
+            return LogError(
+                f"{path}: the disk failed to read or write ({error}); "
+                "check its space and health, the log goes on by itself once it works"
+            )
+        case _:
+            return LogError(f"{path}: {type(error).__name__}: {error}")
+
+
+# --- the store ----------------------------------------------------------------------------------------
+
+
+class SQLiteStore:
+    """One log file, shared by the threads of a process. See `Store` for the methods.
+
+    SQLite's locks do not survive a fork: a child that inherits an open database believes that it holds
+    its parent's locks. So every connection is closed before a fork, and each side opens its own after.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._reset()
+        self._read(lambda db: None)  # An error of the file shows when the log is opened.
+
+    def _reset(self) -> None:
+        self._writing = threading.Lock()
+        self._reading = threading.Lock()
+        self._db = _Connection(self.path, read_only=False)
+        self._reader = _Connection(self.path, read_only=self.read_only)
+        self._run = 0
+        """Which connection of `_db` the current writer belongs to."""
+        self._writer = ""
+        self._sequence = 0
+        self._chain = b""
+
+    def close(self) -> None:
+        """Close every connection; the next use opens them again."""
+        with self._writing, self._reading:
+            self._db.close()
+            self._reader.close()
+
+    def before_fork(self) -> None:
+        """Wait for the transaction in progress, close every connection, and hold until `after_fork`."""
+        self._writing.acquire()
+        self._reading.acquire()
+        self._db.close()
+        self._reader.close()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Let work go on, in the parent or in the child."""
+        if child:
+            self._reset()
+        else:
+            self._reading.release()
+            self._writing.release()
+
+    # --- writing --------------------------------------------------------------------------------------
+
+    def insert(self, rows: Sequence[Row]) -> list[CaiError | None]:
+        """Commit the rows durably in one transaction; see `Store.insert`."""
+
+        def attempt() -> list[CaiError | None]:
+            with self._writing:
+                try:
+                    return self._insert(self._writable(), rows)
+                except (apsw.BusyError, apsw.LockedError):
+                    raise
+                except BaseException:
+                    # After a failed write SQLite's own state is not to be trusted, nor is whether the
+                    # commit reached the disk: a new connection, and a new writer with its own sequence.
+                    self._db.close()
+                    raise
+
+        return _patiently(attempt, self.path)
+
+    def _insert(self, db: apsw.Connection, rows: Sequence[Row]) -> list[CaiError | None]:
+        bindings, sequence, chain = self._bindings(rows)
+        errors: list[CaiError | None] = [None] * len(rows)
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            try:
+                db.executemany(_INSERT, bindings)
+            except apsw.ConstraintError:
+                db.execute("ROLLBACK")
+                db.execute("BEGIN IMMEDIATE")
+                errors, fresh = self._refuse(db, rows)
+                bindings, sequence, chain = self._bindings(fresh)
+                db.executemany(_INSERT, bindings)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        self._sequence, self._chain = sequence, chain
+        return errors
+
+    def _writable(self) -> apsw.Connection:
+        db = self._db.open()
+        if self._run != self._db.opened:
+            self._run = self._db.opened
+            self._writer, self._sequence, self._chain = uuid4().hex[:16], 0, b""
+        return db
+
+    def _bindings(self, rows: Sequence[Row]) -> tuple[list[tuple[Any, ...]], int, bytes]:
+        writer, sequence, chain = self._writer, self._sequence, self._chain
+        bindings: list[tuple[Any, ...]] = []
+        for id, kind, at, about, outcome, constitution, source, tags, withheld, payload in rows:
+            sequence += 1
+            digest = digest_of(writer, sequence, payload)
+            chain = chain_of(chain, digest)
+            bindings.append(
+                (id, kind, writer, sequence, at, about, outcome, constitution, source, tags, withheld)
+                + (digest, chain, payload)  # noqa: RUF005 - cheaper than unpacking
+            )
+        return bindings, sequence, chain
+
+    def _refuse(self, db: apsw.Connection, rows: Sequence[Row]) -> tuple[list[CaiError | None], list[Row]]:
+        """Return an entry a row, and the rows whose id is new."""
+        errors: list[CaiError | None] = []
+        fresh: dict[str, Row] = {}
+        for row in rows:
+            stored = _one(db, "SELECT payload FROM records WHERE id = ?", (row.id,))
+            if stored is None and row.id in fresh:
+                stored = fresh[row.id].payload
+            if stored is None:
+                fresh[row.id] = row
+            errors.append(
+                None
+                if stored is None or stored == row.payload
+                else DataError(
+                    f"{self.path}: a different record of the id {row.id!r} is in the log; "
+                    "records are never changed, append a new one under a new id"
+                )
+            )
+        return errors, list(fresh.values())
+
+    # --- reading --------------------------------------------------------------------------------------
+
+    def select(self, filters: Filters) -> Iterator[StoredPayload]:
+        """Yield the payloads that pass the filters; see `Store.select`."""
+        newest_first = filters.get("newest_first", False)
+        clauses, bindings = _where(filters)
+        position, until = self._span(filters.get("after"), newest_first)
+        order = "position < ? AND position >= ?" if newest_first else "position > ? AND position <= ?"
+        sql = (
+            "SELECT position, id, writer, sequence, digest, payload FROM records "
+            f"WHERE {' AND '.join([order, *clauses])} "
+            f"ORDER BY position {'DESC' if newest_first else 'ASC'} LIMIT ?"
+        )
+        left = filters.get("limit")
+        while left is None or left > 0:
+            wanted = _PAGE_ROWS if left is None else min(left, _PAGE_ROWS)
+
+            def page(db: apsw.Connection, start: int = position, wanted: int = wanted) -> list[Any]:
+                rows: list[Any] = []
+                size = 0
+                for row in db.execute(sql, (start, until, *bindings, wanted)):
+                    rows.append(row)
+                    size += len(row[-1])
+                    if size > _PAGE_BYTES:
+                        break
+                return rows
+
+            rows = self._read(page)
+            if not rows:
+                return
+            position = rows[-1][0]
+            for _, *stored in rows:
+                yield self._checked(*stored)
+            if left is not None:
+                left -= len(rows)
+
+    def get(self, id: str) -> StoredPayload:
+        """Return one payload; see `Store.get`."""
+        key = column_text(id)
+        found = self._read(
+            lambda db: next(
+                db.execute("SELECT id, writer, sequence, digest, payload FROM records WHERE id = ?", (key,)),
+                None,
+            )
+        )
+        if found is None:
+            raise self._missing(id)
+        return self._checked(*found)
+
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Return those of the ids that are stored, or were and have a tombstone."""
+        keys = json.dumps([column_text(id) for id in ids])
+        sql = """
+            SELECT id FROM records WHERE id IN (SELECT value FROM json_each(?1))
+            UNION ALL SELECT id FROM tombstones WHERE id IN (SELECT value FROM json_each(?1))
+        """
+        stored = {row[0] for row in self._read(lambda db: list(db.execute(sql, (keys,))))}
+        return {id for id in ids if column_text(id) in stored}
+
+    def sources(self, prefix: str) -> set[str]:
+        """Return the source keys of Trajectories that start with `prefix`."""
+        low = column_text(prefix)
+        sql = "SELECT source FROM records WHERE source >= ? AND source < ?"
+        return {row[0] for row in self._read(lambda db: list(db.execute(sql, (low, low + "\U0010ffff"))))}
+
+    def stats(self) -> Stats:
+        """Return the counts; reads every payload once, in flat memory."""
+        kinds = dict(
+            self._read(lambda db: list(db.execute("SELECT kind, count(*) FROM records GROUP BY kind")))
+        )
+        outcomes = (
+            "SELECT outcome, count(*) FROM records WHERE outcome IS NOT NULL GROUP BY outcome ORDER BY 1"
+        )
+        times = "SELECT min(at), max(at), total(withheld), (SELECT count(*) FROM tombstones) FROM records"
+        first, last, withheld, removed = self._read(lambda db: next(db.execute(times)))
+        tally = Tally()
+        for kind in ("trajectory", "comparison"):
+            for _, payload in self.select({"kind": kind}):
+                tally.add(payload)
+        return Stats(
+            trajectories=kinds.get("trajectory", 0),
+            comparisons=kinds.get("comparison", 0),
+            reviews=kinds.get("review", 0),
+            feedback=kinds.get("feedback", 0),
+            outcomes=dict(self._read(lambda db: list(db.execute(outcomes)))),
+            constitutions=dict(sorted(tally.constitutions.items())),
+            violated=dict(sorted(tally.violated.items(), key=lambda item: (-item[1], item[0]))),
+            unreadable=tally.unreadable,
+            calls=tally.calls,
+            input_tokens=tally.input_tokens,
+            output_tokens=tally.output_tokens,
+            withheld=int(withheld),
+            removed=removed,
+            first=None if first is None else from_micros(first),
+            last=None if last is None else from_micros(last),
+            bytes=sum(file.stat().st_size for file in (self.path, Path(f"{self.path}-wal")) if file.exists()),
+        )
+
+    def _read(self, query: Callable[[apsw.Connection], T]) -> T:
+        def attempt() -> T:
+            with self._reading:
+                return query(self._reader.open())
+
+        return _patiently(attempt, self.path)
+
+    def _span(self, after: str | None, newest_first: bool) -> tuple[int, int]:
+        """Return the position to read from, exclusive, and the last one to read."""
+        top = self._read(lambda db: _one(db, "SELECT max(position) FROM records")) or 0
+        if after is None:
+            return (top + 1, 0) if newest_first else (0, top)
+        sql = (
+            "SELECT position FROM records WHERE id = ?1 "
+            "UNION ALL SELECT position FROM tombstones WHERE id = ?1"
+        )
+        start = self._read(lambda db: _one(db, sql, (column_text(after),)))
+        if start is None:
+            raise self._missing(after)
+        return (start, 0) if newest_first else (start, top)
+
+    def _checked(self, id: str, writer: str, sequence: int, digest: bytes, payload: bytes) -> StoredPayload:
+        if digest_of(writer, sequence, payload) != digest:
+            raise LogError(
+                f"{self.path}: record {id!r} is damaged, its bytes do not match its checksum; "
+                "`cai log verify` finds all such records, `cai log recover` saves the intact ones"
+            )
+        return StoredPayload(id, payload)
+
+    def _missing(self, id: str) -> DataError:
+        sql = "SELECT removed_at, why FROM tombstones WHERE id = ?"
+        removed = self._read(lambda db: next(db.execute(sql, (column_text(id),)), None))
+        if removed is not None:
+            return DataError(
+                f"{self.path}: record {id!r} was removed on {from_micros(removed[0]):%Y-%m-%d}: {removed[1]}"
+            )
+        return DataError(f"{self.path}: no record {id!r}; `cai log list` shows the ids")
+
+
+class _Connection:
+    """One connection, opened when it is used, and anew when the file at its path is another one."""
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self.path = path
+        self.read_only = read_only
+        self.opened = 0
+        """How many connections there have been."""
+        self._db: apsw.Connection | None = None
+        self._file = (0, 0)
+
+    def open(self) -> apsw.Connection:
+        """Return the connection to the file that stands at the path now."""
+        if self._db is not None:
+            try:
+                if self._identity() == self._file:
+                    return self._db
+            except FileNotFoundError:
+                pass
+            # Removed or replaced: what SQLite writes to the old file nobody would find again.
+            self.close()
+        self._db = connect(self.path, read_only=self.read_only)
+        self._file = self._identity()
+        self.opened += 1
+        return self._db
+
+    def close(self) -> None:
+        """Close the connection. What it cannot checkpoint stays in the WAL, for the next one."""
+        if self._db is not None:
+            db, self._db = self._db, None
+            with contextlib.suppress(apsw.Error):
+                db.close()
+
+    def _identity(self) -> tuple[int, int]:
+        status = os.stat(self.path)
+        return status.st_dev, status.st_ino
+
+
+def _where(filters: Filters) -> tuple[list[str], list[Any]]:
+    clauses: list[str] = []
+    bindings: list[Any] = []
+    for name in ("kind", "trajectory_id", "outcome", "constitution"):
+        value = filters.get(name)
+        if value is not None:
+            clauses.append(f"{name} = ?")
+            bindings.append(column_text(str(value)))
+    if (tag := filters.get("tag")) is not None:
+        clauses.append("EXISTS (SELECT 1 FROM json_each(tags) WHERE value = json(?) ->> '$')")
+        bindings.append(json.dumps(tag))
+    if (source := filters.get("source")) is not None:
+        # The plus keeps SQLite from the index on sources, which would sort every page anew.
+        clauses.append("+source >= ? AND +source < ?")
+        low = column_text(source)
+        bindings += [low, low + "\U0010ffff"]
+    if (since := filters.get("since")) is not None:
+        clauses.append("at >= ?")
+        bindings.append(micros(since))
+    if (until := filters.get("until")) is not None:
+        clauses.append("at < ?")
+        bindings.append(micros(until))
+    return clauses, bindings
+
+
+# --- counting -----------------------------------------------------------------------------------------
+
+
+class _CallCount(msgspec.Struct):
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class _VerdictCount(msgspec.Struct):
+    label: str
+    principle: str | None = None
+    aim: str | None = None
+
+
+class _CritiqueCount(msgspec.Struct):
+    verdicts: tuple[_VerdictCount, ...] = ()
+
+
+class _RoundCount(msgspec.Struct):
+    critique: _CritiqueCount
+
+
+class _ConstitutionCount(msgspec.Struct):
+    name: str
+    version: str
+    digest: str
+
+
+class _RecordCount(msgspec.Struct):
+    """The parts of a Trajectory or a Comparison that are counted; the others are not even parsed."""
+
+    constitution: _ConstitutionCount | None = None
+    rounds: tuple[_RoundCount, ...] = ()
+    calls: tuple[_CallCount, ...] = ()
+
+
+class Tally:
+    """Counts over payloads; a store adds each payload once."""
+
+    def __init__(self) -> None:
+        self._decoder = msgspec.json.Decoder(_RecordCount)
+        self.constitutions: dict[str, int] = {}
+        self.violated: dict[str, int] = {}
+        self.unreadable = 0
+        self.calls = 0
+        self.input_tokens = 0
+        self.output_tokens = 0
+
+    def add(self, payload: bytes) -> None:
+        """Count one Trajectory or Comparison."""
+        try:
+            record = self._decoder.decode(payload)
+        except msgspec.MsgspecError:  # Lone surrogates, or an earlier version.
+            record = msgspec.convert(msgspec.to_builtins(decode(payload)), _RecordCount)
+        if record.constitution is not None:
+            ref = record.constitution
+            name = f"{ref.name} {ref.version} ({ref.digest[:12]})"
+            self.constitutions[name] = self.constitutions.get(name, 0) + 1
+        for number, round_ in enumerate(record.rounds):
+            for verdict in round_.critique.verdicts:
+                if verdict.label == Label.UNREADABLE:
+                    self.unreadable += 1
+                elif verdict.label == Label.VIOLATES and number == 0:
+                    name = verdict.principle or verdict.aim or ""
+                    self.violated[name] = self.violated.get(name, 0) + 1
+        for call in record.calls:
+            self.calls += 1
+            self.input_tokens += call.input_tokens or 0
+            self.output_tokens += call.output_tokens or 0

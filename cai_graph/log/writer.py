@@ -1,0 +1,254 @@
+"""Group commit: one thread that turns whatever has been appended into one transaction.
+
+While a transaction is being written, the next appends gather; so a batch is as large as the disk is slow,
+and nobody waits for a timer. Encoding, redaction and the database work happen on this thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from cai_graph.errors import CaiError, DataError, LogError
+from cai_graph.log.redaction import Redactor, apply
+from cai_graph.log.store import Row, Store, row_of
+from cai_graph.trajectory import Message, Record, Revision, Trajectory, encode
+
+__all__ = ["Writer"]
+
+MAX_PENDING_BYTES = 64 << 20
+"""Appends wait while more than this, as `_weight` estimates it, is not committed yet."""
+MAX_BATCH = 4096
+"""Records in one transaction."""
+MAX_BATCH_BYTES = 16 << 20
+"""Estimated bytes in one transaction; other processes wait for the file that long."""
+
+_logger = logging.getLogger("cai_graph.log")
+
+
+class _Pending(NamedTuple):
+    record: Record
+    payload: bytes | None
+    redactor: Redactor | None
+    weight: int
+    future: Future[None]
+
+
+class Writer:
+    """The queue and the thread in front of one store. Thread-safe; survives a fork.
+
+    Args:
+        store: where the rows go.
+        name: how messages call the log, such as its path.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store = store
+        self._name = name
+        self.lost = 0
+        """Records that this process could not write; their futures failed."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        self._progressed = threading.Condition(self._lock)
+        self._queue: deque[_Pending] = deque()
+        self._pending_bytes = 0
+        self._appended = 0
+        self._finished = 0
+        self._idle = False
+        self._closing = False
+        self._failing = False
+        self._thread: threading.Thread | None = None
+
+    def append(
+        self, record: Record, redactor: Redactor | None = None, payload: bytes | None = None
+    ) -> Future[None]:
+        """Queue a record, and return a future that resolves once it is committed.
+
+        Waits while too much is pending. The future cannot be cancelled: what was appended is written.
+
+        Args:
+            record: the record.
+            redactor: applied on the writer's thread before anything is written.
+            payload: the record's encoding where it is known; must be None where there is a redactor.
+
+        Raises:
+            LogError: the writer is closed.
+        """
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        weight = _weight(record) if payload is None else len(payload)
+        pending = _Pending(record, payload, redactor, weight, future)
+        with self._lock:
+            if (
+                self._pending_bytes + weight > MAX_PENDING_BYTES
+                # A callback of a future runs on the writer's own thread, which must not wait for itself.
+                and threading.current_thread() is not self._thread
+            ):
+                while self._pending_bytes and self._pending_bytes + weight > MAX_PENDING_BYTES:
+                    self._progressed.wait()
+            if self._closing:
+                raise LogError(f"{self._name}: the log is closed; open it again before you append")
+            self._queue.append(pending)
+            self._pending_bytes += weight
+            self._appended += 1
+            if self._idle:
+                self._idle = False
+                self._arrived.notify()
+            elif self._thread is None:
+                self._start()
+        return future
+
+    def flush(self) -> None:
+        """Wait until everything appended before is committed or has failed."""
+        with self._lock:
+            target = self._appended
+            while self._finished < target:
+                self._progressed.wait()
+
+    def close(self) -> None:
+        """Write what is pending and end the thread. Closing twice is harmless."""
+        with self._lock:
+            self._closing = True
+            self._arrived.notify()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def before_fork(self) -> None:
+        """Hold the queue still until `after_fork`."""
+        self._lock.acquire()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Go on in the parent; in the child, begin with an empty queue and without a thread.
+
+        What was pending belongs to the parent, which writes it.
+        """
+        if child:
+            closing = self._closing
+            self._reset()
+            self._closing = closing
+            self.lost = 0
+        else:
+            self._lock.release()
+
+    # --- the thread -----------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        # A daemon, so that a program that forgets to close still ends; `drain` at exit writes the rest.
+        self._thread = threading.Thread(target=self._run, name=f"cai log {self._name}", daemon=True)
+        self._thread.start()
+        if "multiprocessing.util" in sys.modules:
+            # A child of multiprocessing leaves by os._exit and runs its own finalizers, not atexit's.
+            from multiprocessing.util import Finalize
+
+            Finalize(self, self.flush, exitpriority=10)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not self._queue:
+                    if self._closing:
+                        self._thread = None
+                        return
+                    self._idle = True
+                    self._arrived.wait()
+                    self._idle = False
+                batch, weight = self._take()
+            try:
+                self._write(batch)
+            finally:
+                with self._lock:
+                    self._pending_bytes -= weight
+                    self._finished += len(batch)
+                    self._progressed.notify_all()
+
+    def _take(self) -> tuple[list[_Pending], int]:
+        queue = self._queue
+        if len(queue) <= MAX_BATCH and self._pending_bytes <= MAX_BATCH_BYTES:
+            batch = list(queue)
+            queue.clear()
+            return batch, self._pending_bytes
+        batch, weight = [queue.popleft()], 0
+        weight = batch[0].weight
+        while queue and len(batch) < MAX_BATCH and weight + queue[0].weight <= MAX_BATCH_BYTES:
+            weight += queue[0].weight
+            batch.append(queue.popleft())
+        return batch, weight
+
+    def _write(self, batch: list[_Pending]) -> None:
+        rows: list[Row] = []
+        futures: list[Future[None]] = []
+        for record, payload, redactor, _, future in batch:
+            try:
+                if redactor is not None:
+                    record = apply(redactor, record)
+                rows.append(row_of(record, encode(record) if payload is None else payload))
+                futures.append(future)
+            except CaiError as error:
+                self._fail(future, error)
+            except Exception as error:  # A field of a wrong type, which nothing checked before.
+                self._fail(future, DataError(f"record {record.id!r} cannot be stored: {error!r}"))
+        if not rows:
+            return
+        try:
+            errors = self._store.insert(rows)
+        except Exception as error:
+            if not self._failing:
+                self._failing = True
+                _logger.error("%s", error)
+            for future in futures:
+                failure = LogError(str(error) if isinstance(error, CaiError) else f"{self._name}: {error!r}")
+                failure.__cause__ = error
+                self._fail(future, failure)
+            return
+        if self._failing:
+            self._failing = False
+            _logger.warning("%s: writing works again; %d records were lost", self._name, self.lost)
+        for future, refused in zip(futures, errors, strict=True):
+            if refused is None:
+                future.set_result(None)
+            else:
+                self._fail(future, refused)
+
+    def _fail(self, future: Future[None], error: CaiError) -> None:
+        self.lost += 1
+        future.set_exception(error)
+
+
+def _weight(record: Record) -> int:
+    """Return roughly how many bytes a record takes; the constant stands for its small fields."""
+    weight = 1024
+    if isinstance(record, Trajectory):
+        weight += _size(record.messages) + _size(record.metadata) + _size(record.context)
+        if record.draft is not None:
+            weight += _size(record.draft.answer.content)
+        if record.released is not None:
+            weight += _size(record.released.content)
+        for round_ in record.rounds:
+            weight += len(round_.critique.reasoning) + _size(round_.revisions)
+    else:
+        weight += _size(getattr(record, "answers", ())) + _size(getattr(record, "metadata", ()))
+        weight += _size(getattr(record, "answer", None)) + _size(getattr(record, "note", None))
+    return weight
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Message):
+        return _size(value.content)
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, Revision):
+        reasoning = 0 if value.critique is None else len(value.critique.reasoning)
+        return _size(value.answer.content) + reasoning
+    return 8
