@@ -386,7 +386,7 @@ def load(source: object) -> Constitution:
         path = _find(os.fspath(source), Path(), "")
         return _build(_read(path), (path,))
     if isinstance(source, Mapping | list | tuple):
-        return _build(_own_format(_Source("constitution", source)), ())
+        return _build(_own_format(_Source(type(source).__name__, source)), ())
     raise ConstitutionError(
         f"cannot read a constitution from {type(source).__name__} {source!r}; "
         "give a built-in name, a path, a mapping, a list of principles, or a Constitution"
@@ -413,17 +413,21 @@ def _find(name: str, folder: Path, asked_by: str) -> Path:
     names = builtin()
     if name in names:
         return (_builtin_folder(Path(__file__).parent) / f"{name}.yaml").resolve()
-    path = folder / Path(name).expanduser()
     try:
-        found = path.is_file()
-    except (OSError, ValueError) as error:  # a name too long for the file system, or with a null byte
-        raise ConstitutionError(f"{asked_by}{name[:80]!r} is not a path: {error}") from error
-    if found:
-        return path.resolve()
-    what = "is a folder" if path.is_dir() else "is neither a built-in constitution nor a file"
+        path = folder / Path(name).expanduser()
+        if path.is_file():
+            return path.resolve()
+        if name and path.is_dir():
+            raise ConstitutionError(f"{asked_by}{name!r} is a folder; name a file in it")
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, ~ of an unknown user
+        raise ConstitutionError(
+            f"{asked_by}{_short(name)} is not a path: {getattr(error, 'strerror', error)}"
+        ) from error
+    close = difflib.get_close_matches(name, names, n=1)
     raise ConstitutionError(
-        f"{asked_by}{name!r} {what}; built in are {', '.join(names)}"
-        + (f" ({_nearest(name, names)})" if difflib.get_close_matches(name, names, n=1) else "")
+        f"{asked_by}{_short(name)} is neither a built-in constitution nor a file; "
+        + (f"did you mean {close[0]!r}? " if close else "")
+        + f"built in are {', '.join(names)}"
     )
 
 
@@ -513,7 +517,7 @@ def _checked(source: _Source) -> _File:
     """Validate what was read; raise ConstitutionError with one sentence for each wrong field."""
     if not isinstance(source.data, Mapping):
         raise ConstitutionError(
-            f"{source.label}: found {_kind(source.data)} where a constitution should be; "
+            f"{source.label}: found {_short(source.data)} where a constitution should be; "
             "write 'name:' and 'principles:'"
         )
     try:
@@ -526,26 +530,45 @@ def _checked(source: _Source) -> _File:
         raise ConstitutionError("\n".join(dict.fromkeys(sentences))) from error
 
 
+_IN_WORDS = {
+    "tuple_type": "write a list, each item after '- '",
+    "dict_type": "write 'field: value' lines",
+    "model_type": "write 'field: value' lines",
+    "string_type": "write text",
+    "float_parsing": "write a number",
+    "finite_number": "write a finite number",
+    "int_parsing": "write a whole number",
+    "string_unicode": "take out the broken character",
+}
+_PATTERN_IN_WORDS = {
+    "aim": "write one word, such as harmless",
+    "id": "use small letters, digits and hyphens, at most 64 of them",
+    "principle": "write the id of a principle",
+    "remove": "write the id of a principle",
+}
+
+
 def _sentence(detail: Any, source: _Source) -> str:
     """Say where a field is wrong, what was found, and what to write instead."""
+    kind, found = detail["type"], detail["input"]
     path = tuple(part for part in detail["loc"] if part != "[key]")
-    where, owner = source.at(path), _owner(source.data, path)
-    name = str(path[-1]) if path else "constitution"
-    if detail["type"] == "missing":
+    owner, where = _owner(source.data, path), source.at(path)
+    name = next((part for part in reversed(path) if isinstance(part, str)), "constitution")
+    if kind == "missing" or (found is None and name in _TO_ADD):
         return f"{where}: {owner} has no {name!r}; {_TO_ADD.get(name, 'add it')}"
-    if detail["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         return f"{where}: {owner} has the unknown field {name!r}; {_nearest(name, _fields_at(path))}"
-    if name == "id" and detail["type"].startswith("string"):
-        return (
-            f"{where}: {owner} has the id {detail['input']!r}; "
-            "use small letters, digits and hyphens, at most 64 of them"
-        )
-    if detail["type"] == "string_too_short":
-        return f"{where}: {owner} has an empty {name!r}; {_TO_ADD.get(name, 'write it or take it out')}"
-    if detail["type"] == "value_error":
+    if kind == "value_error":
         return f"{where}: {owner}: {detail['ctx']['error']}"
-    message = detail["msg"][0].lower() + detail["msg"][1:]
-    return f"{where}: {owner}: {name!r} is {_short(detail['input'])}; {message}"
+    if kind == "string_too_short":
+        return f"{where}: {owner} has an empty {name!r}; {_TO_ADD.get(name, 'write it or take it out')}"
+    if len(path) == 2 and kind == "model_type":
+        return f"{where}: {owner} is {_short(found)}; write its fields: {', '.join(_fields_at((*path, '')))}"
+    if kind == "string_pattern_mismatch" and "[key]" in detail["loc"]:
+        return f"{where}: {owner} has the language {found!r}; write a code such as de or pt-BR"
+    advice = _PATTERN_IN_WORDS.get(name) if kind.startswith("string_") and kind != "string_type" else None
+    advice = advice or _IN_WORDS.get(kind) or detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{where}: {owner}: {name!r} is {_short(found)}; {advice}"
 
 
 def _owner(data: Any, path: tuple[str | int, ...]) -> str:
@@ -569,15 +592,12 @@ def _fields_at(path: tuple[str | int, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _kind(value: object) -> str:
-    return {dict: "a mapping", list: "a list", str: "text", type(None): "nothing"}.get(
-        type(value), type(value).__name__
-    )
-
-
 def _short(value: object) -> str:
+    """Return what was found in a few words: "a list", "nothing", or the value itself cut to 60 characters."""
+    if value is None:
+        return "nothing"
     if isinstance(value, Mapping | list | tuple):
-        return _kind(value)
+        return "a mapping" if isinstance(value, Mapping) else "a list"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -631,14 +651,20 @@ def _parse_yaml(text: str, label: str) -> _Parsed:
     import yaml
 
     lines: dict[tuple[str | int, ...], int] = {}
-    seen: set[int] = set()
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()  # type: ignore[no-untyped-call]
+                raise ConstitutionError(
+                    f"{label} line {event.start_mark.line + 1}: the YAML alias '*{event.anchor}' is refused; "
+                    "write out what it stands for"
+                )
+            return super().compose_node(parent, index)
 
     def plain(node: yaml.Node, path: tuple[str | int, ...]) -> object:
         line = node.start_mark.line + 1
         lines.setdefault(path, line)
-        if id(node) in seen:
-            raise ConstitutionError(f"{label} line {line}: YAML aliases (*name) are refused; write it out")
-        seen.add(id(node))
         if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
             raise ConstitutionError(f"{label} line {line}: the YAML tag {node.tag!r} is refused; remove it")
         if isinstance(node, yaml.MappingNode):
@@ -660,18 +686,16 @@ def _parse_yaml(text: str, label: str) -> _Parsed:
             return [plain(item, (*path, i)) for i, item in enumerate(node.value)]
         return None if node.tag.endswith(":null") else str(node.value)
 
-    loader = yaml.SafeLoader(text)
     try:
-        node = loader.get_single_node()
+        node = Loader(text).get_single_node()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{label} line {mark.line + 1}" if mark else label
+        # An unprintable character is reported by its position, everything else by a mark.
+        line = mark.line + 1 if mark else text.count("\n", 0, getattr(error, "position", 0)) + 1
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         raise ConstitutionError(
-            f"{where}: not valid YAML: {problem}; check indentation, quotes and colons there"
+            f"{label} line {line}: not valid YAML: {problem}; check indentation, quotes and colons there"
         ) from error
-    finally:
-        loader.dispose()
     if node is None:
         raise ConstitutionError(f"{label}: the file is empty; write 'name:' and 'principles:'")
     return plain(node, ()), lines
@@ -702,9 +726,9 @@ def _parse_python(text: str, label: str) -> _Parsed:
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, MemoryError) as error:
-        line = getattr(error, "lineno", None)
+        line, problem = getattr(error, "lineno", None), getattr(error, "msg", error)
         where = f"{label} line {line}" if line else label
-        raise ConstitutionError(f"{where}: not valid Python: {error}") from error
+        raise ConstitutionError(f"{where}: not valid Python: {problem}") from error
     items: list[object] = []
     lines: dict[tuple[str | int, ...], int] = {}
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and _called(n) == "ConstitutionalPrinciple"]
@@ -742,7 +766,7 @@ def _own_format(source: _Source, name: str = "custom") -> _Source:
         pairs = data["constitutions"]
         if not isinstance(pairs, list):
             raise ConstitutionError(
-                f"{source.at(('constitutions',))}: 'constitutions' holds {_kind(pairs)}; "
+                f"{source.at(('constitutions',))}: 'constitutions' holds {_short(pairs)}; "
                 "it should be a list of {critic, revision}"
             )
         names = {"critic": "critique_request", "revision": "revision_request"}
