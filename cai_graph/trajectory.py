@@ -58,6 +58,7 @@ __all__ = [
     "encode",
     "from_langchain",
     "new_id",
+    "now",
     "text_of",
     "to_langchain",
 ]
@@ -218,6 +219,8 @@ class Round(Base, frozen=True, kw_only=True):
 
     critique: Critique
     """The judgement of the answer that stood at the round's start."""
+    of: str = "draft"
+    """Which answer that is: `draft`, or `revision:ROUND:INDEX`, counted from 0."""
     revisions: tuple[Revision, ...] = ()
     """The candidates; at most one is accepted. Empty where nothing needed mending."""
 
@@ -320,7 +323,7 @@ class Comparison(Base, frozen=True, kw_only=True, tag_field="record", tag="compa
     answers: tuple[Message, Message]
     """Answer A and answer B."""
     origins: tuple[str, str]
-    """Where each comes from: `draft`, `revision:ROUND:INDEX`, `sample:MODEL`, `human`."""
+    """Where each comes from: `draft`, `revision:ROUND:INDEX`, `sample:MODEL` or `human`."""
     judge: str
     """Name of the judge."""
     p_a: tuple[float | None, float | None]
@@ -383,6 +386,7 @@ Record = Trajectory | Comparison | Review | Feedback
 
 # --- JSON ---------------------------------------------------------------------------------------------
 
+_encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -396,6 +400,13 @@ def encode(record: Record) -> bytes:
     Raises:
         DataError: a number is NaN or infinite, or the user's metadata is not JSON.
     """
+    try:
+        data = _encoder.encode(record)
+        # It writes NaN and infinity as null and text as UTF-8; what shows neither needs no second look.
+        if data.isascii() and b"null" not in data:
+            return data
+    except (TypeError, ValueError, RecursionError):  # Lone surrogates are ValueErrors, too.
+        pass
     try:
         return json.dumps(
             msgspec.to_builtins(record), ensure_ascii=True, allow_nan=False, separators=(",", ":")
