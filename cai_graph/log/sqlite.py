@@ -91,8 +91,8 @@ MIGRATIONS: dict[int, Callable[[apsw.Connection], None]] = {0: _create}
 """Version n -> what turns a file of version n into version n + 1, inside one transaction."""
 
 _INSERT = """
-    INSERT INTO records (id, kind, writer, sequence, at, trajectory_id, outcome, constitution, source, tags,
-                         withheld, digest, chain, payload)
+    INSERT INTO records (id, kind, at, trajectory_id, outcome, constitution, source, tags, withheld, payload,
+                         writer, sequence, digest, chain)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
@@ -360,14 +360,11 @@ class SQLiteStore:
     def _bindings(self, rows: Sequence[Row]) -> tuple[list[tuple[Any, ...]], int, bytes]:
         writer, sequence, chain = self._writer, self._sequence, self._chain
         bindings: list[tuple[Any, ...]] = []
-        for id, kind, at, about, outcome, constitution, source, tags, withheld, payload in rows:
+        for row in rows:
             sequence += 1
-            digest = digest_of(writer, sequence, payload)
+            digest = digest_of(writer, sequence, row.payload)
             chain = chain_of(chain, digest)
-            bindings.append(
-                (id, kind, writer, sequence, at, about, outcome, constitution, source, tags, withheld)
-                + (digest, chain, payload)  # noqa: RUF005 - cheaper than unpacking
-            )
+            bindings.append((*row, writer, sequence, digest, chain))
         return bindings, sequence, chain
 
     def _refuse(self, db: apsw.Connection, rows: Sequence[Row]) -> tuple[list[CaiError | None], list[Row]]:
