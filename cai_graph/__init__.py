@@ -1,1 +1,51 @@
-"""Constitutional AI for any LLM application."""
+"""Constitutional AI for any LLM application: draft, critique, revise under a constitution, and log.
+
+from cai_graph import constitutional
+
+guarded = constitutional(app)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cai_graph.calls import Budget as Budget
+    from cai_graph.chain import Answered as Answered
+    from cai_graph.chain import ConstitutionalRunnable as ConstitutionalRunnable
+    from cai_graph.chain import constitutional as constitutional
+    from cai_graph.constitution import Constitution as Constitution
+    from cai_graph.constitution import Principle as Principle
+    from cai_graph.errors import CaiError as CaiError
+    from cai_graph.log import open_log as open_log
+    from cai_graph.policy import Settings as Settings
+    from cai_graph.testing import ScriptedModel as ScriptedModel
+    from cai_graph.trajectory import Trajectory as Trajectory
+
+_HOME = {
+    "Answered": "chain",
+    "Budget": "calls",
+    "CaiError": "errors",
+    "Constitution": "constitution",
+    "ConstitutionalRunnable": "chain",
+    "Principle": "constitution",
+    "ScriptedModel": "testing",
+    "Settings": "policy",
+    "Trajectory": "trajectory",
+    "constitutional": "chain",
+    "open_log": "log",
+}
+"""Public name -> the module that defines it. Each is imported when it is first used."""
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

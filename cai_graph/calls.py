@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
@@ -54,7 +55,12 @@ class Calls:
     made: list[Call] = field(default_factory=list)
     """What was called so far, in order of completion."""
     started: float = field(default_factory=time.perf_counter)
-    _spent: dict[str, int] = field(default_factory=lambda: {"generation": 0, "forward": 0, "tokens": 0})
+    spent: dict[str, int] = field(default_factory=lambda: {"generation": 0, "forward": 0, "tokens": 0})
+    """Counted against the budget so far."""
+
+    def under(self, config: RunnableConfig) -> Calls:
+        """Return the same account with another configuration for the calls made through it."""
+        return dataclasses.replace(self, config=config)
 
     @property
     def seconds(self) -> float:
@@ -69,9 +75,9 @@ class Calls:
         """
         budget = self.budget
         bounds = (
-            ("calls", self._spent["generation"] + count * (kind == "generation"), budget.calls),
-            ("forward passes", self._spent["forward"] + count * (kind == "forward"), budget.forward_passes),
-            ("tokens", self._spent["tokens"] + 1, budget.tokens),
+            ("calls", self.spent["generation"] + count * (kind == "generation"), budget.calls),
+            ("forward passes", self.spent["forward"] + count * (kind == "forward"), budget.forward_passes),
+            ("tokens", self.spent["tokens"] + 1, budget.tokens),
         )
         for name, needed, bound in bounds:
             if bound is not None and needed > bound:
@@ -80,12 +86,12 @@ class Calls:
                 )
         if budget.seconds is not None and self.seconds >= budget.seconds:
             raise self._late()
-        self._spent[kind] += count
+        self.spent[kind] += count
 
     def record(self, call: Call) -> None:
         """Keep a call that was made."""
         self.made.append(call)
-        self._spent["tokens"] += (call.input_tokens or 0) + (call.output_tokens or 0)
+        self.spent["tokens"] += (call.input_tokens or 0) + (call.output_tokens or 0)
 
     def deadline(self) -> asyncio.Timeout:
         """Return a context that cancels its body when the request's seconds are over."""

@@ -1,0 +1,456 @@
+"""The graph: draft, critique, revise. The only file that knows LangGraph.
+
+        START ─> draft ─> critique ─> revise ─┐      KEPT       nothing violated
+                   │         ^  │             │      REVISED    a revision was accepted
+                   │         └──│─────────────┘      EXHAUSTED  best answer, policy `open`
+                   └─> judge ─> ┘  (strategy         REFUSED    policy `closed`
+                       (Send)       `parallel`)      FAILED     an error left
+
+`run` is the one way in. It drives the compiled graph, asks `policy.decide` what leaves, and writes the
+Trajectory in a `finally`, so that errors and cancellations are logged too. The graph's state is plain
+JSON; what a request brings along (the plan, the app, its account of calls) travels as the run's context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import operator
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+
+import msgspec
+from langchain_core.runnables import Runnable, RunnableConfig
+from langgraph.constants import TAG_NOSTREAM
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.runtime import Runtime
+from langgraph.types import Send
+
+from cai_graph import prompts
+from cai_graph.calls import Calls, describe, truncated
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic, failed_principles
+from cai_graph.errors import LogError, RunError
+from cai_graph.log import Log
+from cai_graph.policy import Decision, Progress, Settings, accept, decide, no_revision
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import (
+    ConstitutionRef,
+    Critique,
+    Draft,
+    Label,
+    Message,
+    Outcome,
+    Revision,
+    Round,
+    Trajectory,
+    from_langchain,
+    new_id,
+    now,
+    text_of,
+)
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+
+__all__ = ["Ending", "Plan", "Request", "run"]
+
+logger = logging.getLogger("cai_graph")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What serves every request of a wrapped app."""
+
+    constitution: Constitution
+    """Its principles."""
+    critic: Critic
+    """Judges answers."""
+    reviser: BaseChatModel
+    """Writes revisions."""
+    reviser_name: str
+    """Its name in the records."""
+    settings: Settings
+    """How."""
+    log: Log | None
+    """Where Trajectories go; None: nowhere."""
+
+    @property
+    def candidates(self) -> int:
+        """How many revisions a round samples."""
+        if self.settings.strategy == "sampled":
+            return 1
+        return self.settings.candidates or self.critic.candidates
+
+    @cached_property
+    def recorded_settings(self) -> dict[str, Any]:
+        """The settings as a Trajectory records them: defaults resolved, critic and reviser named."""
+        return dataclasses.asdict(self.settings) | {
+            "max_rounds": self.settings.rounds,
+            "candidates": self.candidates,
+            "critic": self.critic.name,
+            "reviser": self.reviser_name,
+        }
+
+    @cached_property
+    def constitution_ref(self) -> ConstitutionRef:
+        """The constitution as a Trajectory records it."""
+        constitution = self.constitution
+        return ConstitutionRef(
+            name=constitution.name, version=constitution.version, digest=constitution.digest
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request."""
+
+    messages: tuple[Message, ...]
+    """The conversation."""
+    draft: Callable[[Calls, RunnableConfig], Awaitable[Draft]]
+    """Runs the wrapped app under the node's configuration, records its calls, and returns its answer."""
+    context: Callable[[], Mapping[str, str]] = dict
+    """Other material for the critic; asked for after the draft, since the app may have produced it."""
+    mode: str = "enforce"
+    """See `Trajectory.mode`."""
+    source: str | None = None
+    """See `Trajectory.source`."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """See `Trajectory.metadata`."""
+    tags: Sequence[str] = ()
+    """See `Trajectory.tags`."""
+
+
+class Ending(NamedTuple):
+    """What `run` returns."""
+
+    trajectory: Trajectory
+    """The record, as it was logged."""
+    released: Message
+    """The message that leaves."""
+
+
+class State(TypedDict, total=False):
+    """The graph's state: JSON of the records."""
+
+    draft: dict[str, Any]
+    """Draft."""
+    rounds: list[dict[str, Any]]
+    """Rounds so far; the last one may be open, its revisions not yet judged."""
+    judged: Annotated[list[dict[str, Any]], operator.add]
+    """Of `parallel`: {"of": name of the answer, "critique": Critique}, in the order of the principles."""
+
+
+class _Task(TypedDict):
+    """What `parallel` sends to `judge`."""
+
+    of: str
+    answer: dict[str, Any]
+    principle: str
+
+
+@dataclass(kw_only=True)
+class _Run:
+    """The context of one run: what its nodes need beside the state."""
+
+    plan: Plan
+    request: Request
+    calls: Calls
+    random: random.Random
+    reached: State = field(default_factory=State)
+    """The latest state that a node returned: what is logged when the next one fails."""
+
+    def reach(self, update: State) -> State:
+        self.reached.update(update)
+        return update
+
+    def reach_rounds(self, rounds: Sequence[Round]) -> State:
+        return self.reach({"rounds": msgspec.to_builtins(rounds)})
+
+    def exchange(self, answer: Message) -> Exchange:
+        return Exchange(messages=self.request.messages, answer=answer, context=self.request.context())
+
+
+def _progress(state: State) -> Progress:
+    return Progress(
+        msgspec.convert(state["draft"], Draft), msgspec.convert(state.get("rounds", []), list[Round])
+    )
+
+
+# --- nodes --------------------------------------------------------------------------------------------
+
+
+async def draft(state: State, config: RunnableConfig, runtime: Runtime[_Run]) -> State:
+    """Have the wrapped app answer."""
+    run = runtime.context
+    return run.reach({"draft": msgspec.to_builtins(await run.request.draft(run.calls, config))})
+
+
+async def critique(state: State, config: RunnableConfig, runtime: Runtime[_Run]) -> State:
+    """Judge the draft, or the revisions of the open round; in `sampled`, criticise what stands."""
+    run = runtime.context
+    plan, progress = run.plan, _progress(state)
+    if plan.settings.strategy == "sampled":
+        of = progress.standing()
+        principle = run.random.choice(plan.constitution.principles)
+        exchange = run.exchange(progress.answer(of))
+        calls = _inner(run, config)
+        found = await plan.critic.discuss(exchange, principle, plan.constitution, calls)
+        return run.reach_rounds([*progress.rounds, Round(of=of, critique=found)])
+    waiting = progress.unjudged()
+    if plan.settings.strategy == "parallel":
+        critiques = [_joined(state["judged"], of, plan.critic.name) for of in waiting]
+    else:
+        calls = _inner(run, config)
+        critiques = await asyncio.gather(
+            *(
+                plan.critic.critique(
+                    run.exchange(progress.answer(of)), plan.constitution, calls, explain=of == "draft"
+                )
+                for of in waiting
+            )
+        )
+    if waiting == ["draft"]:
+        return run.reach_rounds([Round(critique=critiques[0])])
+    *closed, opened = progress.rounds
+    by_index = {int(of.rpartition(":")[2]): found for of, found in zip(waiting, critiques, strict=True)}
+    revisions = accept(opened.revisions, by_index, plan.constitution)
+    return run.reach_rounds([*closed, msgspec.structs.replace(opened, revisions=revisions)])
+
+
+async def judge(task: _Task, config: RunnableConfig, runtime: Runtime[_Run]) -> State:
+    """Judge one answer under one principle: what `parallel` sends out at once, and `critique` joins."""
+    run = runtime.context
+    found = await run.plan.critic.critique(
+        run.exchange(msgspec.convert(task["answer"], Message)),
+        run.plan.constitution.select([task["principle"]]),
+        _inner(run, config),
+        explain=True,
+    )
+    return {"judged": [{"of": task["of"], "critique": msgspec.to_builtins(found)}]}
+
+
+async def revise(state: State, config: RunnableConfig, runtime: Runtime[_Run]) -> State:
+    """Write the candidate revisions of a round, and reject at once those that are none."""
+    run = runtime.context
+    plan, progress = run.plan, _progress(state)
+    rounds, sampled = list(progress.rounds), plan.settings.strategy == "sampled"
+    if rounds[-1].revisions:  # nothing was accepted in that round: the next one starts from the best answer
+        of = progress.best(plan.constitution)
+        critique = progress.judged()[of]
+        reasoning = critique.reasoning or rounds[0].critique.reasoning
+        rounds.append(Round(of=of, critique=msgspec.structs.replace(critique, reasoning=reasoning)))
+    *closed, opened = rounds
+    if sampled:
+        principles = [plan.constitution[opened.critique.verdicts[0].principle or ""]]
+    else:
+        principles = failed_principles(opened.critique, plan.constitution)
+    standing = progress.answer(opened.of)
+    exchange, calls = run.exchange(standing), _inner(run, config)
+    said = opened.critique.reasoning or _reasons(opened.critique)
+
+    async def write(index: int) -> Revision:
+        show_draft = index % 2 == 0  # every other writer answers afresh: small models copy what they see
+        messages = prompts.rewrite_messages(principles, said, exchange, show_draft=show_draft)
+        reply = await calls.generate(
+            "revise", _sampling(plan, index, turn=len(closed)), plan.reviser_name, messages
+        )
+        answer = from_langchain(reply)
+        rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated(reply))
+        accepted = sampled and rejection is None
+        return Revision(answer=answer, from_draft=show_draft, rejection=rejection, accepted=accepted)
+
+    revisions = await asyncio.gather(*(write(index) for index in range(plan.candidates)))
+    return run.reach_rounds([*closed, msgspec.structs.replace(opened, revisions=tuple(revisions))])
+
+
+def _inner(run: _Run, config: RunnableConfig) -> Calls:
+    # Inner calls are traced under the node that makes them, and hidden from the app's own streams.
+    return run.calls.under(
+        RunnableConfig(callbacks=config.get("callbacks"), tags=[*config.get("tags", ()), TAG_NOSTREAM])
+    )
+
+
+def _joined(judged: Sequence[Mapping[str, Any]], of: str, critic: str) -> Critique:
+    """Return the critiques of one answer under single principles as one."""
+    parts = [msgspec.convert(item["critique"], Critique) for item in judged if item["of"] == of]
+    said = [part.evasive for part in parts if part.evasive is not None]
+    return Critique(
+        verdicts=tuple(verdict for part in parts for verdict in part.verdicts),
+        evasive=any(said) if said else None,
+        critic=critic,
+    )
+
+
+def _reasons(critique: Critique) -> str:
+    violated = (verdict for verdict in critique.verdicts if verdict.label is Label.VIOLATES)
+    return "\n".join(verdict.reason for verdict in violated if verdict.reason)
+
+
+def _sampling(plan: Plan, index: int, *, turn: int) -> Runnable[Any, Any]:
+    # Only the embedded model is known to take a seed; each candidate needs its own, or all are alike.
+    if plan.settings.seed is None or not plan.reviser_name.startswith("local:"):
+        return plan.reviser
+    return plan.reviser.bind(seed=plan.settings.seed + 1 + turn * plan.candidates + index)
+
+
+# --- edges: the stopping rule -------------------------------------------------------------------------
+
+
+def to_critique(state: State, runtime: Runtime[_Run]) -> str | list[Send]:
+    """Go on to the critique: at once, or through one `judge` for each answer and principle."""
+    plan, progress = runtime.context.plan, _progress(state)
+    if progress.draft.answer.tool_calls and not text_of(progress.draft.answer):
+        return END  # the app asks for a tool: there is no answer to judge yet
+    if plan.settings.strategy != "parallel":
+        return "critique"
+    return [
+        Send(
+            "judge",
+            _Task(of=of, answer=msgspec.to_builtins(progress.answer(of)), principle=principle.id),
+        )
+        for of in progress.unjudged()
+        for principle in plan.constitution.principles
+    ]
+
+
+def after_critique(state: State, runtime: Runtime[_Run]) -> str:
+    """Stop when nothing is violated, a revision was accepted, or the rounds are used up."""
+    plan, progress = runtime.context.plan, _progress(state)
+    if plan.settings.strategy == "sampled":
+        return "revise"
+    if progress.standing() != "draft":
+        return END
+    used = sum(bool(turn.revisions) for turn in progress.rounds)
+    failed = failed_principles(progress.rounds[0].critique, plan.constitution)
+    return "revise" if failed and used < plan.settings.rounds else END
+
+
+def after_revise(state: State, runtime: Runtime[_Run]) -> str | list[Send]:
+    """Judge what was written; write again where nothing was; stop where the rounds are used up."""
+    plan, progress = runtime.context.plan, _progress(state)
+    if plan.settings.strategy != "sampled" and progress.unjudged():
+        return to_critique(state, runtime)
+    if len(progress.rounds) >= plan.settings.rounds:
+        return END
+    return "critique" if plan.settings.strategy == "sampled" else "revise"
+
+
+@cache
+def compiled() -> CompiledStateGraph[State, _Run, State, State]:
+    """Return the graph, the same for every plan. It never writes into a caller's checkpoints."""
+    graph = StateGraph(State, context_schema=_Run)
+    graph.add_node("draft", draft)
+    graph.add_node("judge", judge)
+    graph.add_node("critique", critique)
+    graph.add_node("revise", revise)
+    graph.add_edge(START, "draft")
+    graph.add_conditional_edges("draft", to_critique, ["critique", "judge", END])
+    graph.add_edge("judge", "critique")
+    graph.add_conditional_edges("critique", after_critique, ["revise", END])
+    graph.add_conditional_edges("revise", after_revise, ["critique", "judge", "revise", END])
+    return graph.compile(checkpointer=False, name="cai_graph")
+
+
+# --- the run ------------------------------------------------------------------------------------------
+
+
+async def run(plan: Plan, request: Request, config: RunnableConfig | None = None) -> Ending:
+    """Answer one request under the constitution, log its Trajectory, and return what leaves.
+
+    Raises:
+        Violation, Unreadable, BudgetExceeded: as the policies say.
+        LogError: the Trajectory could not be committed and `on_log_error` is `raise`.
+        Exception: the app's own error; a critic's or reviser's where `on_error` is `raise`.
+    """
+    started_at, trajectory_id = now(), new_id()
+    context = _Run(
+        plan=plan,
+        request=request,
+        calls=Calls(plan.settings.budget),
+        random=random.Random(plan.settings.seed),
+    )
+    decision = Decision(Outcome.FAILED, None, None)
+    error: BaseException | None = None
+    try:
+        decision = await _decision(context, config)
+        if decision.error is not None:
+            raise decision.error
+    except BaseException as raised:
+        error = raised
+        if isinstance(raised, RunError):
+            raised.trajectory_id = trajectory_id
+        raise
+    finally:
+        progress = _progress(context.reached) if "draft" in context.reached else None
+        trajectory = Trajectory(
+            id=trajectory_id,
+            started_at=started_at,
+            seconds=context.calls.seconds,
+            mode=request.mode,
+            constitution=plan.constitution_ref,
+            outcome=decision.outcome,
+            messages=request.messages,
+            context=dict(request.context()),
+            draft=None if progress is None else progress.draft,
+            rounds=() if progress is None else tuple(progress.rounds),
+            released=decision.released,
+            released_from=decision.released_from,
+            error=None if error is None else describe(error),
+            calls=tuple(context.calls.made),
+            settings=plan.recorded_settings,
+            source=request.source,
+            metadata=dict(request.metadata),
+            tags=tuple(request.tags),
+        )
+        await _log(plan, trajectory, failed=error is not None)
+    assert decision.released is not None  # an error left above otherwise
+    return Ending(trajectory, decision.released)
+
+
+async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
+    """Drive the graph and return what leaves; raise what no policy holds."""
+    error: Exception | None = None
+    try:
+        await compiled().ainvoke({}, config, context=run)
+    except Exception as raised:
+        if "draft" not in run.reached or run.plan.settings.on_error == "raise":
+            raise
+        error = raised
+    return decide(_progress(run.reached), run.plan.constitution, run.plan.settings, error)
+
+
+log_failures = 0
+"""How many Trajectories of this process could not be committed while their answers left all the same."""
+
+
+async def _log(plan: Plan, trajectory: Trajectory, *, failed: bool) -> None:
+    """Commit the Trajectory; an error that is under way is never hidden behind the log's."""
+    if plan.log is None:
+        return
+
+    def alarm(error: BaseException) -> None:
+        global log_failures
+        log_failures += 1
+        logger.error(
+            "LOST FROM THE LOG: trajectory %s could not be committed (%d lost in this process): %s",
+            trajectory.id,
+            log_failures,
+            error,
+        )
+
+    try:
+        committed = plan.log.append(trajectory)
+        if failed:  # a request that is being cancelled must not wait; the log drains at exit
+            committed.add_done_callback(lambda done: (error := done.exception()) and alarm(error))
+        else:
+            await asyncio.wrap_future(committed)
+    except Exception as error:
+        if plan.settings.on_log_error == "raise" and not failed:
+            raise LogError(f"trajectory {trajectory.id} could not be logged: {error}") from error
+        alarm(error)

@@ -1,0 +1,272 @@
+"""Which answer leaves: the settings of a run, the acceptance of revisions, and the failure policies.
+
+Pure functions over records. The two rules that everything here serves: a worse answer never ships,
+and what happens when no answer is good is the user's stated choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from cai_graph.calls import Budget
+from cai_graph.constitution import Constitution
+from cai_graph.critic import failed_principles
+from cai_graph.errors import ConfigError, Unreadable, Violation
+from cai_graph.trajectory import (
+    Critique,
+    Draft,
+    Label,
+    Message,
+    Outcome,
+    Rejection,
+    Revision,
+    Round,
+)
+
+__all__ = ["Decision", "Policy", "Progress", "Settings", "Strategy", "accept", "decide", "no_revision"]
+
+Strategy = Literal["batched", "parallel", "sampled"]
+Policy = Literal["open", "closed", "raise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a request is judged, and what leaves when no answer is good. Recorded in every Trajectory."""
+
+    strategy: Strategy = "batched"
+    """`batched`: one critic call for all principles. `parallel`: one a principle, at once. `sampled`: one
+    random principle a round, always revised (Bai et al. 2022, section 3.1), for generating data."""
+    max_rounds: int | None = None
+    """Most rounds of critique and revision; None: 2, and 4 for `sampled`, as in the paper. 0 judges only."""
+    candidates: int | None = None
+    """Revisions sampled in a round; None: what the critic finds worth its cost (1 for a model, 4 for the
+    probe). `sampled` always writes one."""
+    on_violation: Policy = "closed"
+    """What leaves when every revision still fails: `open` the best answer so far, `closed` the
+    constitution's refusal, `raise` Violation. Under `closed`, a request that the probe reads as benign
+    and that the draft answered gets the best answer: it is never turned into a refusal."""
+    on_unreadable: Policy = "closed"
+    """What leaves when the verdict on the draft cannot be read: the draft, the refusal, or Unreadable."""
+    on_error: Policy = "raise"
+    """What leaves when a critic or reviser fails, or the budget ends. The app's own errors always raise."""
+    on_log_error: Literal["answer", "raise"] = "answer"
+    """Whether a log that cannot be written costs the answer. The alarm is loud either way."""
+    budget: Budget = field(default_factory=Budget)
+    """Bounds of one request."""
+    seed: int | None = None
+    """Seed of everything random here: the principle sampled in a round, and the sampling of the embedded
+    model's revisions."""
+    language: str | None = None
+    """Language of the principles' texts, where the constitution has it."""
+
+    def __post_init__(self) -> None:
+        policies = ("open", "closed", "raise")
+        menus = {
+            "strategy": ("batched", "parallel", "sampled"),
+            "on_violation": policies,
+            "on_unreadable": policies,
+            "on_error": policies,
+            "on_log_error": ("answer", "raise"),
+        }
+        for name, menu in menus.items():
+            if getattr(self, name) not in menu:
+                raise ConfigError(f"{name} is one of {', '.join(menu)}, found {getattr(self, name)!r}")
+        least = {"max_rounds": 1 if self.strategy == "sampled" else 0, "candidates": 1}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < lowest):
+                raise ConfigError(f"{name} must be a whole number from {lowest}, found {value!r}")
+
+    @property
+    def rounds(self) -> int:
+        """Most rounds, the default resolved."""
+        if self.max_rounds is not None:
+            return self.max_rounds
+        return 4 if self.strategy == "sampled" else 2
+
+
+class Progress(NamedTuple):
+    """How far a request has come."""
+
+    draft: Draft
+    """The app's answer."""
+    rounds: list[Round]
+    """Rounds so far; the last one may be open, its revisions not yet judged."""
+
+    def answer(self, of: str) -> Message:
+        """Return the answer that `of` names: `draft` or `revision:ROUND:INDEX`."""
+        if of == "draft":
+            return self.draft.answer
+        _, turn, index = of.split(":")
+        return self.rounds[int(turn)].revisions[int(index)].answer
+
+    def unjudged(self) -> list[str]:
+        """Return the names of the answers that wait for a judgement."""
+        if not self.rounds:
+            return ["draft"]
+        turn = len(self.rounds) - 1
+        return [
+            f"revision:{turn}:{index}"
+            for index, revision in enumerate(self.rounds[turn].revisions)
+            if not revision.accepted and revision.rejection is None
+        ]
+
+    def standing(self) -> str:
+        """Return the name of the answer that stands: the last accepted revision, else the draft."""
+        for turn in range(len(self.rounds) - 1, -1, -1):
+            for index, revision in enumerate(self.rounds[turn].revisions):
+                if revision.accepted:
+                    return f"revision:{turn}:{index}"
+        return "draft"
+
+    def judged(self) -> dict[str, Critique]:
+        """Return the critique of each answer that has a readable one; the draft's is always there."""
+        found = {"draft": self.rounds[0].critique} if self.rounds else {}
+        for turn, past in enumerate(self.rounds):
+            for index, revision in enumerate(past.revisions):
+                if revision.critique is not None and revision.rejection is not Rejection.UNREADABLE:
+                    found[f"revision:{turn}:{index}"] = revision.critique
+        return found
+
+    def best(self, constitution: Constitution) -> str:
+        """Return the name of the least bad answer that was judged; the draft where none was."""
+        judged = self.judged()
+        return min(judged, key=lambda of: _badness(judged[of], constitution), default="draft")
+
+
+def _badness(critique: Critique, constitution: Constitution) -> tuple[float, float]:
+    """Return the weight of what an answer fails (an evasion weighs one), then its reading of harm."""
+    weight = sum(principle.weight for principle in failed_principles(critique, constitution))
+    return weight + bool(critique.evasive), critique.readings.get("harm", 0.0)
+
+
+# --- accepting a revision -----------------------------------------------------------------------------
+
+_NO_REWRITE = (
+    "no revision",
+    "no rewrite",
+    "no changes are needed",
+    "no change is needed",
+    "the answer complies",
+    "the answer is already",
+    "the response complies",
+    "the response is already",
+    "the original answer",
+    "the original response",
+)
+
+
+def no_revision(text: str, standing: str, *, truncated: bool) -> Rejection | None:
+    """Return why a text is no revision of `standing` at all, before anybody judges it, or None.
+
+    >>> no_revision("No revisions needed.", "Hello", truncated=False)
+    <Rejection.NO_REWRITE: 'no_rewrite'>
+    """
+    plain = " ".join(text.split()).casefold()
+    if not plain:
+        return Rejection.EMPTY
+    if truncated:
+        return Rejection.TRUNCATED
+    if plain == " ".join(standing.split()).casefold():
+        return Rejection.UNCHANGED
+    if plain.startswith(_NO_REWRITE):
+        return Rejection.NO_REWRITE
+    return None
+
+
+def accept(
+    revisions: Sequence[Revision], critiques: Mapping[int, Critique], constitution: Constitution
+) -> tuple[Revision, ...]:
+    """Return the revisions with the critiques of those that were judged, by index.
+
+    The least evasive one that violates nothing is accepted; every other one has its rejection.
+    """
+    judged = list(revisions)
+    for index, critique in critiques.items():
+        rejection, detail = _fault(critique, constitution)
+        judged[index] = msgspec.structs.replace(
+            judged[index], critique=critique, rejection=rejection, detail=detail
+        )
+    sound = [index for index, revision in enumerate(judged) if revision.rejection is None]
+    best = min(sound, key=lambda index: critiques[index].readings.get("evasion", 0.0), default=None)
+    for index in sound:
+        judged[index] = msgspec.structs.replace(
+            judged[index],
+            accepted=index == best,
+            rejection=None if index == best else Rejection.NOT_BEST,
+        )
+    return tuple(judged)
+
+
+def _fault(critique: Critique, constitution: Constitution) -> tuple[Rejection | None, str | None]:
+    if any(verdict.label is Label.UNREADABLE for verdict in critique.verdicts):
+        return Rejection.UNREADABLE, None
+    if critique.evasive:
+        return Rejection.EVASIVE, None
+    failed = failed_principles(critique, constitution)
+    return (Rejection.VIOLATES, ", ".join(principle.id for principle in failed)) if failed else (None, None)
+
+
+# --- what leaves --------------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """What leaves."""
+
+    outcome: Outcome
+    """How the request ended."""
+    released: Message | None
+    """The message that leaves; None where `error` does."""
+    released_from: Literal["draft", "revision", "refusal"] | None
+    """What that message is."""
+    error: Exception | None = None
+    """The exception that leaves."""
+
+
+def decide(
+    progress: Progress, constitution: Constitution, settings: Settings, error: Exception | None
+) -> Decision:
+    """Return what leaves, by what was found and the policies.
+
+    `error` is what ended the run early, where a policy other than `raise` holds for it.
+    """
+    of = progress.standing()
+    if of != "draft":
+        return Decision(Outcome.REVISED, progress.answer(of), "revision")
+    if error is not None:
+        return _leave(progress, constitution, settings, settings.on_error, error)
+    if not progress.rounds or settings.strategy == "sampled":
+        # Nothing was judged (a tool call), or nothing is gated (the verdicts of `sampled` are notes).
+        return Decision(Outcome.KEPT, progress.draft.answer, "draft")
+    critique = progress.rounds[0].critique
+    if failed := failed_principles(critique, constitution):
+        names = ", ".join(principle.id for principle in failed)
+        violation = Violation(f"every answer violates the constitution {constitution.name!r}: {names}")
+        return _leave(progress, constitution, settings, settings.on_violation, violation)
+    if unread := [verdict for verdict in critique.verdicts if verdict.label is Label.UNREADABLE]:
+        names = ", ".join(verdict.principle or f"aim {verdict.aim}" for verdict in unread)
+        unreadable = Unreadable(f"no verdict could be read for {names}: {unread[0].reason}")
+        return _leave(progress, constitution, settings, settings.on_unreadable, unreadable)
+    return Decision(Outcome.KEPT, progress.draft.answer, "draft")
+
+
+def _leave(
+    progress: Progress, constitution: Constitution, settings: Settings, policy: Policy, error: Exception
+) -> Decision:
+    """Return what leaves under a policy when no answer is known to be good."""
+    if policy == "raise":
+        return Decision(Outcome.FAILED, None, None, error)
+    if policy == "closed" and not (isinstance(error, Violation) and _answers_benign(progress)):
+        refusal = constitution.refusal_in(settings.language)
+        return Decision(Outcome.REFUSED, Message(role="assistant", content=refusal), "refusal")
+    best = progress.best(constitution)
+    return Decision(Outcome.EXHAUSTED, progress.answer(best), "draft" if best == "draft" else "revision")
+
+
+def _answers_benign(progress: Progress) -> bool:
+    critique = progress.rounds[0].critique
+    return critique.benign_request is True and not critique.evasive
