@@ -18,12 +18,12 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID
 
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import merge_configs, patch_config
+from langchain_core.runnables.config import patch_config
 from langchain_core.runnables.utils import ConfigurableFieldSpec
 
 from cai_graph import bridge, graph, models
@@ -38,7 +38,6 @@ from cai_graph.trajectory import Draft, Message, Trajectory, from_langchain, tex
 if TYPE_CHECKING:
     from langchain_core.outputs import LLMResult
     from langchain_core.runnables.graph import Graph
-    from pydantic import BaseModel
 
 __all__ = ["Answered", "ConstitutionalRunnable", "constitutional"]
 
@@ -172,10 +171,11 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
             calls.admit("generation")
             handler = _DraftCalls(calls, self._app_name)
-            under = merge_configs(
-                patch_config(config, callbacks=node.get("callbacks")), {"callbacks": [handler]}
-            )
-            under.setdefault("configurable", {})
+            # The caller's configuration, traced under the node; the graph's own must not leak into the app.
+            callbacks = AsyncCallbackManager.configure(node.get("callbacks"))
+            callbacks.add_handler(handler, inherit=True)
+            under: RunnableConfig = {**config, "callbacks": callbacks}
+            under["configurable"] = config.get("configurable") or {}
             if caller is not None:
                 output = await caller.call(lambda: self.app.invoke(input, under, **kwargs))
             else:
@@ -214,11 +214,11 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         """The wrapped app's output type."""
         return self.app.OutputType
 
-    def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
+    def get_input_schema(self, config: RunnableConfig | None = None) -> Any:
         """Return the wrapped app's input schema."""
         return self.app.get_input_schema(config)
 
-    def get_output_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
+    def get_output_schema(self, config: RunnableConfig | None = None) -> Any:
         """Return the wrapped app's output schema."""
         return self.app.get_output_schema(config)
 

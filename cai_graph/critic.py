@@ -80,12 +80,11 @@ def critic_for(critic: str | BaseChatModel | Critic) -> Critic:
 
     The embedded model for which the package carries heads becomes a ProbeCritic.
     """
-    if isinstance(critic, str):
-        critic = models.load(critic)
     if isinstance(critic, Critic):
         return critic
-    probe = Probe.for_model(models.name_of(critic))
-    return ModelCritic(critic) if probe is None else ProbeCritic(critic, probe)
+    model = models.load(critic) if isinstance(critic, str) else critic
+    probe = Probe.for_model(models.name_of(model))
+    return ModelCritic(model) if probe is None else ProbeCritic(model, probe)
 
 
 def failed_principles(critique: Critique, constitution: Constitution) -> list[Principle]:
@@ -378,9 +377,11 @@ class ProbeCritic(ModelCritic):
     ) -> Critique:
         """Judge an answer under all aims of the constitution; see `Critic.critique`."""
         aims = list(dict.fromkeys(principle.aim for principle in constitution.principles))
-        judged, *labelled = await asyncio.gather(
+        judged, labelled = await asyncio.gather(
             self._read(exchange, calls),
-            *(self._ask(aim, exchange, constitution, calls) for aim in aims if aim not in _HEADS),
+            asyncio.gather(
+                *(self._ask(aim, exchange, constitution, calls) for aim in aims if aim not in _HEADS)
+            ),
         )
         verdicts = [verdict for verdict in judged.verdicts if verdict.aim in aims] + labelled
         violated = {verdict.aim for verdict in verdicts if verdict.label is Label.VIOLATES}

@@ -19,12 +19,14 @@ import logging
 import operator
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
+from langgraph.config import get_config
 from langgraph.constants import TAG_NOSTREAM
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
@@ -185,13 +187,13 @@ def _progress(state: State) -> Progress:
 # --- nodes --------------------------------------------------------------------------------------------
 
 
-async def draft(state: State, config: RunnableConfig, runtime: Runtime[_Run]) -> State:
+async def draft(state: State, runtime: Runtime[_Run]) -> State:
     """Have the wrapped app answer."""
     run = runtime.context
-    return run.reach({"draft": msgspec.to_builtins(await run.request.draft(run.calls, config))})
+    return run.reach({"draft": msgspec.to_builtins(await run.request.draft(run.calls, get_config()))})
 
 
-async def critique(state: State, config: RunnableConfig, runtime: Runtime[_Run]) -> State:
+async def critique(state: State, runtime: Runtime[_Run]) -> State:
     """Judge the draft, or the revisions of the open round; in `sampled`, criticise what stands."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
@@ -199,14 +201,14 @@ async def critique(state: State, config: RunnableConfig, runtime: Runtime[_Run])
         of = progress.standing()
         principle = run.random.choice(plan.constitution.principles)
         exchange = run.exchange(progress.answer(of))
-        calls = _inner(run, config)
+        calls = _inner(run)
         found = await plan.critic.discuss(exchange, principle, plan.constitution, calls)
         return run.reach_rounds([*progress.rounds, Round(of=of, critique=found)])
     waiting = progress.unjudged()
     if plan.settings.strategy == "parallel":
         critiques = [_joined(state["judged"], of, plan.critic.name) for of in waiting]
     else:
-        calls = _inner(run, config)
+        calls = _inner(run)
         critiques = await asyncio.gather(
             *(
                 plan.critic.critique(
@@ -223,19 +225,19 @@ async def critique(state: State, config: RunnableConfig, runtime: Runtime[_Run])
     return run.reach_rounds([*closed, msgspec.structs.replace(opened, revisions=revisions)])
 
 
-async def judge(task: _Task, config: RunnableConfig, runtime: Runtime[_Run]) -> State:
+async def judge(state: _Task, runtime: Runtime[_Run]) -> State:
     """Judge one answer under one principle: what `parallel` sends out at once, and `critique` joins."""
     run = runtime.context
     found = await run.plan.critic.critique(
-        run.exchange(msgspec.convert(task["answer"], Message)),
-        run.plan.constitution.select([task["principle"]]),
-        _inner(run, config),
+        run.exchange(msgspec.convert(state["answer"], Message)),
+        run.plan.constitution.select([state["principle"]]),
+        _inner(run),
         explain=True,
     )
-    return {"judged": [{"of": task["of"], "critique": msgspec.to_builtins(found)}]}
+    return {"judged": [{"of": state["of"], "critique": msgspec.to_builtins(found)}]}
 
 
-async def revise(state: State, config: RunnableConfig, runtime: Runtime[_Run]) -> State:
+async def revise(state: State, runtime: Runtime[_Run]) -> State:
     """Write the candidate revisions of a round, and reject at once those that are none."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
@@ -251,7 +253,7 @@ async def revise(state: State, config: RunnableConfig, runtime: Runtime[_Run]) -
     else:
         principles = failed_principles(opened.critique, plan.constitution)
     standing = progress.answer(opened.of)
-    exchange, calls = run.exchange(standing), _inner(run, config)
+    exchange, calls = run.exchange(standing), _inner(run)
     said = opened.critique.reasoning or _reasons(opened.critique)
 
     async def write(index: int) -> Revision:
@@ -269,8 +271,9 @@ async def revise(state: State, config: RunnableConfig, runtime: Runtime[_Run]) -
     return run.reach_rounds([*closed, msgspec.structs.replace(opened, revisions=tuple(revisions))])
 
 
-def _inner(run: _Run, config: RunnableConfig) -> Calls:
+def _inner(run: _Run) -> Calls:
     # Inner calls are traced under the node that makes them, and hidden from the app's own streams.
+    config = get_config()
     return run.calls.under(
         RunnableConfig(callbacks=config.get("callbacks"), tags=[*config.get("tags", ()), TAG_NOSTREAM])
     )
@@ -444,10 +447,14 @@ async def _log(plan: Plan, trajectory: Trajectory, *, failed: bool) -> None:
             error,
         )
 
+    def alarm_if_failed(committed: Future[None]) -> None:
+        if (error := committed.exception()) is not None:
+            alarm(error)
+
     try:
         committed = plan.log.append(trajectory)
         if failed:  # a request that is being cancelled must not wait; the log drains at exit
-            committed.add_done_callback(lambda done: (error := done.exception()) and alarm(error))
+            committed.add_done_callback(alarm_if_failed)
         else:
             await asyncio.wrap_future(committed)
     except Exception as error:
