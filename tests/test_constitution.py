@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -922,3 +923,18 @@ def test_diff_tells_principles_and_fields() -> None:
 def test_every_public_name_is_there() -> None:
     assert sorted(module.__all__) == module.__all__
     assert all(hasattr(module, name) for name in module.__all__)
+
+
+# --- documentation ---------------------------------------------------------------------------------------
+
+
+def test_page_on_writing_constitutions_runs(folder: Path) -> None:
+    page = (ROOT / "docs" / "constitutions.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["yaml", "python"]
+    write(folder, shop=blocks[0][1])
+    names: dict[str, Any] = {}
+    exec(compile(blocks[1][1], "docs/constitutions.md", "exec"), names)
+    shop = names["shop"]
+    assert shop["no-promises"].texts("de").critique_request.startswith("Suche Zusagen")
+    assert "says-how-sure" not in shop
