@@ -11,13 +11,14 @@ silently, records are never changed in place, and a redaction hook runs before t
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from cai_graph.errors import ConfigError, LogError
 from cai_graph.log.redaction import WITHHELD, Redactor, redact_texts
@@ -26,18 +27,59 @@ from cai_graph.trajectory import SCHEMA_VERSION, Record, decode, encode
 
 if TYPE_CHECKING:
     from cai_graph.log.store import Store
+    from cai_graph.log.transfer import Import, export, import_
+    from cai_graph.log.upkeep import Recovery, Removal, Verification, gc, recover, verify
     from cai_graph.log.writer import Writer
 
-__all__ = ["WITHHELD", "Filters", "Kind", "Log", "Redactor", "Stats", "open_log", "path_of", "redact_texts"]
+__all__ = [
+    "WITHHELD",
+    "Filters",
+    "Import",
+    "Kind",
+    "Log",
+    "Recovery",
+    "Redactor",
+    "Removal",
+    "Stats",
+    "Verification",
+    "export",
+    "gc",
+    "import_",
+    "open_log",
+    "path_of",
+    "recover",
+    "redact_texts",
+    "verify",
+]
+
+_LATER = {
+    "Import": "transfer",
+    "export": "transfer",
+    "import_": "transfer",
+    "Recovery": "upkeep",
+    "Removal": "upkeep",
+    "Verification": "upkeep",
+    "gc": "upkeep",
+    "recover": "upkeep",
+    "verify": "upkeep",
+}
+"""Public names whose modules are loaded when the name is used, so that this import stays cheap."""
 
 _FORMS = "'sqlite:///cai.db' (beside you), 'sqlite:////data/cai.db' (absolute), or a path that ends in .db"
-_CURRENT = b'"schema":%d}' % SCHEMA_VERSION
+CURRENT_END = b'"schema":%d}' % SCHEMA_VERSION
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"cai_graph.log.{_LATER[name]}"), name)
 
 
 class _Shared:
     """The store and the writer that every Log of one file in this process shares."""
 
-    def __init__(self, store: Store, writer: Writer | None) -> None:
+    def __init__(self, path: Path, store: Store, writer: Writer | None) -> None:
+        self.path = path
         self.store = store
         self.writer = writer
         self.users = 0
@@ -72,7 +114,7 @@ def open_log(url: str | os.PathLike[str], *, redact: Redactor | None = None, rea
             from cai_graph.log.writer import Writer
 
             store = SQLiteStore(path, read_only=read_only)
-            shared = _open[key] = _Shared(store, None if read_only else Writer(store, str(path)))
+            shared = _open[key] = _Shared(path, store, None if read_only else Writer(store, str(path)))
             _live.add(shared)
         shared.users += 1
     return Log(key, shared, redact)
@@ -100,6 +142,12 @@ def path_of(url: str | os.PathLike[str]) -> Path:
     if name == ":memory:" or "?" in name or "\0" in name:
         raise ConfigError(f"log {text!r}: a log is a plain file, without options; use {_FORMS}")
     return Path(os.path.realpath(name))
+
+
+def is_open(path: Path) -> bool:
+    """Return whether this process has the log open."""
+    with _lock:
+        return any(shared.path == path for shared in _live)
 
 
 def _hidden(url: str) -> str:
@@ -144,6 +192,22 @@ class Log:
         """
         return self._writer().append(record, self._redact)
 
+    def append_encoded(self, record: Record, payload: bytes | None) -> Future[None]:
+        """Queue a record like `append`, and store `payload`, its encoding, as it stands.
+
+        Args:
+            record: the record.
+            payload: what `encode` or an export made of it; None: as `append`. Refused where this Log
+                redacts, since the bytes would pass by the hook.
+
+        Raises:
+            LogError: as `append`.
+            ConfigError: a payload is given and this Log redacts.
+        """
+        if payload is not None and self._redact is not None:
+            raise ConfigError(f"{self.path}: a log with a redaction hook takes records, not encoded ones")
+        return self._writer().append(record, self._redact, payload)
+
     def read(self, **filters: Unpack[Filters]) -> Iterator[Record]:
         """Yield the records that pass the filters, as of the first one, in flat memory.
 
@@ -158,7 +222,7 @@ class Log:
         """Yield the same records as `read`, each as one line of JSON, line end included."""
         for _, payload in self._store().select(filters):
             # Records of an earlier version leave in the current one, so that a reader knows one shape.
-            yield (payload if payload.endswith(_CURRENT) else encode(decode(payload))) + b"\n"
+            yield (payload if payload.endswith(CURRENT_END) else encode(decode(payload))) + b"\n"
 
     def get(self, id: str) -> Record:
         """Return one record.
@@ -168,6 +232,10 @@ class Log:
             LogError: the log cannot be read, or the record is damaged.
         """
         return decode(self._store().get(id).payload)
+
+    def known(self, ids: Sequence[str]) -> set[str]:
+        """Return those of the ids that are in the log, or were until `gc` removed them."""
+        return self._store().known(ids)
 
     def sources(self, prefix: str = "") -> set[str]:
         """Return the source keys of the Trajectories in the log that start with `prefix`."""

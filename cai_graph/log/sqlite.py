@@ -132,6 +132,7 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
                 if version < SCHEMA:
                     _migrate(db, path)
                 db.execute("PRAGMA synchronous = FULL")
+                db.execute("PRAGMA secure_delete = ON")  # What `gc` removes is overwritten.
                 db.execute("PRAGMA wal_autocheckpoint = 4000")
                 db.execute("PRAGMA journal_size_limit = 67108864")
                 db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
@@ -276,7 +277,7 @@ class SQLiteStore:
         self.path = path
         self.read_only = read_only
         self._reset()
-        self._read(lambda db: None)  # An error of the file shows when the log is opened.
+        self.query(lambda db: None)  # An error of the file shows when the log is opened.
 
     def _reset(self) -> None:
         self._writing = threading.Lock()
@@ -350,6 +351,43 @@ class SQLiteStore:
         self._sequence, self._chain = sequence, chain
         return errors
 
+    def change(self, write: Callable[[apsw.Connection], T]) -> T:
+        """Return what `write` does inside one transaction.
+
+        Raises:
+            LogError: nothing was changed.
+        """
+
+        def attempt() -> T:
+            with self._writing:
+                db = self._writable()
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    result = write(db)
+                    db.execute("COMMIT")
+                except BaseException:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
+                return result
+
+        return _patiently(attempt, self.path)
+
+    def compact(self) -> bool:
+        """Give free space back to the disk; return whether that worked (it needs space, and a quiet file)."""
+
+        def attempt() -> bool:
+            with self._writing:
+                db = self._writable()
+                try:
+                    db.execute("VACUUM")
+                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                except (apsw.FullError, apsw.BusyError, apsw.LockedError):
+                    return False
+                return True
+
+        return _patiently(attempt, self.path)
+
     def _writable(self) -> apsw.Connection:
         db = self._db.open()
         if self._run != self._db.opened:
@@ -414,7 +452,7 @@ class SQLiteStore:
                         break
                 return rows
 
-            rows = self._read(page)
+            rows = self.query(page)
             if not rows:
                 return
             position = rows[-1][0]
@@ -426,7 +464,7 @@ class SQLiteStore:
     def get(self, id: str) -> StoredPayload:
         """Return one payload; see `Store.get`."""
         key = column_text(id)
-        found = self._read(
+        found = self.query(
             lambda db: next(
                 db.execute("SELECT id, writer, sequence, digest, payload FROM records WHERE id = ?", (key,)),
                 None,
@@ -443,25 +481,25 @@ class SQLiteStore:
             SELECT id FROM records WHERE id IN (SELECT value FROM json_each(?1))
             UNION ALL SELECT id FROM tombstones WHERE id IN (SELECT value FROM json_each(?1))
         """
-        stored = {row[0] for row in self._read(lambda db: list(db.execute(sql, (keys,))))}
+        stored = {row[0] for row in self.query(lambda db: list(db.execute(sql, (keys,))))}
         return {id for id in ids if column_text(id) in stored}
 
     def sources(self, prefix: str) -> set[str]:
         """Return the source keys of Trajectories that start with `prefix`."""
         low = column_text(prefix)
         sql = "SELECT source FROM records WHERE source >= ? AND source < ?"
-        return {row[0] for row in self._read(lambda db: list(db.execute(sql, (low, low + "\U0010ffff"))))}
+        return {row[0] for row in self.query(lambda db: list(db.execute(sql, (low, low + "\U0010ffff"))))}
 
     def stats(self) -> Stats:
         """Return the counts; reads every payload once, in flat memory."""
         kinds = dict(
-            self._read(lambda db: list(db.execute("SELECT kind, count(*) FROM records GROUP BY kind")))
+            self.query(lambda db: list(db.execute("SELECT kind, count(*) FROM records GROUP BY kind")))
         )
         outcomes = (
             "SELECT outcome, count(*) FROM records WHERE outcome IS NOT NULL GROUP BY outcome ORDER BY 1"
         )
         times = "SELECT min(at), max(at), total(withheld), (SELECT count(*) FROM tombstones) FROM records"
-        first, last, withheld, removed = self._read(lambda db: next(db.execute(times)))
+        first, last, withheld, removed = self.query(lambda db: next(db.execute(times)))
         tally = Tally()
         for kind in ("trajectory", "comparison"):
             for _, payload in self.select({"kind": kind}):
@@ -471,7 +509,7 @@ class SQLiteStore:
             comparisons=kinds.get("comparison", 0),
             reviews=kinds.get("review", 0),
             feedback=kinds.get("feedback", 0),
-            outcomes=dict(self._read(lambda db: list(db.execute(outcomes)))),
+            outcomes=dict(self.query(lambda db: list(db.execute(outcomes)))),
             constitutions=dict(sorted(tally.constitutions.items())),
             violated=dict(sorted(tally.violated.items(), key=lambda item: (-item[1], item[0]))),
             unreadable=tally.unreadable,
@@ -485,23 +523,32 @@ class SQLiteStore:
             bytes=sum(file.stat().st_size for file in (self.path, Path(f"{self.path}-wal")) if file.exists()),
         )
 
-    def _read(self, query: Callable[[apsw.Connection], T]) -> T:
+    def query(self, read: Callable[[apsw.Connection], T]) -> T:
+        """Return what `read` makes of the reading connection, which it must not keep.
+
+        Raises:
+            LogError: the log cannot be read, or is damaged where `read` looked.
+        """
+
         def attempt() -> T:
             with self._reading:
-                return query(self._reader.open())
+                try:
+                    return read(self._reader.open())
+                except UnicodeDecodeError as error:
+                    raise apsw.CorruptError(str(error)) from error
 
         return _patiently(attempt, self.path)
 
     def _span(self, after: str | None, newest_first: bool) -> tuple[int, int]:
         """Return the position to read from, exclusive, and the last one to read."""
-        top = self._read(lambda db: _one(db, "SELECT max(position) FROM records")) or 0
+        top = self.query(lambda db: _one(db, "SELECT max(position) FROM records")) or 0
         if after is None:
             return (top + 1, 0) if newest_first else (0, top)
         sql = (
             "SELECT position FROM records WHERE id = ?1 "
             "UNION ALL SELECT position FROM tombstones WHERE id = ?1"
         )
-        start = self._read(lambda db: _one(db, sql, (column_text(after),)))
+        start = self.query(lambda db: _one(db, sql, (column_text(after),)))
         if start is None:
             raise self._missing(after)
         return (start, 0) if newest_first else (start, top)
@@ -516,7 +563,7 @@ class SQLiteStore:
 
     def _missing(self, id: str) -> DataError:
         sql = "SELECT removed_at, why FROM tombstones WHERE id = ?"
-        removed = self._read(lambda db: next(db.execute(sql, (column_text(id),)), None))
+        removed = self.query(lambda db: next(db.execute(sql, (column_text(id),)), None))
         if removed is not None:
             return DataError(
                 f"{self.path}: record {id!r} was removed on {from_micros(removed[0]):%Y-%m-%d}: {removed[1]}"

@@ -1,0 +1,268 @@
+"""Records out of the raw pages of a damaged log file, past SQLite.
+
+Every table leaf is looked at, in the file and in its WAL, whether the tree still leads to it or not; where
+a page's own list of cells is damaged, every offset is tried. A row counts only if its checksum holds, so
+nothing is found that was not written. The format: https://www.sqlite.org/fileformat2.html.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cai_graph.errors import CaiError, LogError
+from cai_graph.log.sqlite import digest_of
+from cai_graph.log.store import Row, row_of
+from cai_graph.trajectory import decode
+
+__all__ = ["Found", "FoundRow", "scan"]
+
+_LEAF = 13
+_OTHER_TREE_PAGES = {2, 5, 10}
+_RECORD_COLUMNS = 15
+_TOMBSTONE_COLUMNS = 9
+_MAX_PAYLOAD = 1 << 30
+
+
+class FoundRow(NamedTuple):
+    """One intact record."""
+
+    position: int
+    row: Row
+
+
+@dataclass
+class Found:
+    """What the pages hold."""
+
+    rows: list[FoundRow] = field(default_factory=list)
+    """Intact records, by position, each id once, without those that have a tombstone."""
+    damaged: list[tuple[int, str | None, str]] = field(default_factory=list)
+    """Position, id and fault of records that can be read but do not match their checksum."""
+    tombstones: list[tuple[Any, ...]] = field(default_factory=list)
+    """Rows of the table of tombstones, without their positions."""
+    sequences: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Sequence numbers of the intact records and tombstones, by writer."""
+
+
+class _Pages:
+    """Pages by number, each in all versions that the file and the WAL hold; the newest first."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._data = path.read_bytes()
+            wal = Path(f"{path}-wal")
+            self._wal = wal.read_bytes() if wal.exists() else b""
+        except OSError as error:
+            raise LogError(f"{path}: cannot be read: {error.strerror}") from error
+        size = int.from_bytes(self._data[16:18]) or int.from_bytes(self._wal[8:12])
+        self.size = 65536 if size == 1 else size
+        if self.size not in {512 << n for n in range(8)}:
+            self.size = 4096  # The header is damaged; this is what every log is made with.
+        # No log reserves bytes at the end of a page, so a number there is damage.
+        self.count = -(-len(self._data) // self.size)
+        self._frames: dict[int, list[int]] = {}
+        for start in range(32, len(self._wal) - 24 - self.size + 1, 24 + self.size):
+            number = int.from_bytes(self._wal[start : start + 4])
+            if 0 < number < 1 << 31:
+                self._frames.setdefault(number, []).insert(0, start + 24)
+
+    def numbers(self) -> Iterator[int]:
+        yield from range(1, self.count + 1)
+        yield from sorted(number for number in self._frames if number > self.count)
+
+    def versions(self, number: int) -> Iterator[bytes]:
+        for start in self._frames.get(number, ()):
+            yield self._wal[start : start + self.size]
+        start = (number - 1) * self.size
+        if 0 <= start < len(self._data):
+            yield self._data[start : start + self.size].ljust(self.size, b"\0")
+
+
+def scan(path: Path) -> Found:
+    """Return every intact record in a log file and its WAL.
+
+    Raises:
+        LogError: the file cannot be read.
+    """
+    scanner = _Scanner(_Pages(path))
+    scanner.run()
+    return scanner.found()
+
+
+class _Scanner:
+    def __init__(self, pages: _Pages) -> None:
+        self.pages = pages
+        self.records: dict[str, FoundRow] = {}
+        self.tombstones: dict[str, tuple[Any, ...]] = {}
+        self.suspects: dict[tuple[int, str | None], str] = {}
+        self.sequences: dict[str, set[int]] = defaultdict(set)
+        self.claimed: set[int] = set()
+
+    def run(self) -> None:
+        doubtful: list[int] = []
+        for number in self.pages.numbers():
+            for page in self.pages.versions(number):
+                base = 100 if number == 1 else 0
+                kind = page[base]
+                if kind == _LEAF:
+                    if not self._leaf(page, base):
+                        doubtful.append(number)
+                elif kind not in _OTHER_TREE_PAGES:
+                    doubtful.append(number)
+        for number in doubtful:
+            # What is left after the intact records' overflow pages: damaged leaves, and little else.
+            if number not in self.claimed:
+                for page in self.pages.versions(number):
+                    for offset in range(self.pages.size - 16):
+                        self._cell(page, offset, lenient=False)
+
+    def found(self) -> Found:
+        found = Found(sequences=self.sequences)
+        found.tombstones = [self.tombstones[id] for id in sorted(self.tombstones)]
+        found.rows = sorted(
+            (row for id, row in self.records.items() if id not in self.tombstones),
+            key=lambda row: row.position,
+        )
+        found.damaged = [
+            (position, id, what)
+            for (position, id), what in sorted(self.suspects.items(), key=lambda item: item[0][0])
+            if id not in self.records and id not in self.tombstones
+        ]
+        return found
+
+    def _leaf(self, page: bytes, base: int) -> bool:
+        """Read a table leaf; return whether each of its cells is a sound row."""
+        count = int.from_bytes(page[base + 3 : base + 5])
+        if base + 8 + 2 * count > len(page):
+            return False
+        sound = True
+        for n in range(count):
+            at = base + 8 + 2 * n
+            sound &= self._cell(page, int.from_bytes(page[at : at + 2]), lenient=True)
+        return sound
+
+    def _cell(self, page: bytes, offset: int, *, lenient: bool) -> bool:
+        """Take the row at this offset if there is a sound one; return whether there is.
+
+        Args:
+            lenient: a row of a table that is not ours is sound, and a damaged row of ours is noted.
+        """
+        try:
+            size, offset = _varint(page, offset)
+            position, offset = _varint(page, offset)
+            if not 0 < size < _MAX_PAYLOAD:
+                return False
+            # The first bytes of a row say how many columns it has; only rows of ours are read on.
+            header, start = _varint(page, offset)
+            types: list[int] = []
+            at = start
+            while at < offset + header:
+                serial, at = _varint(page, at)
+                types.append(serial)
+            if at != offset + header or sum(map(_width, types)) + header != size:
+                return False
+            if len(types) not in (_RECORD_COLUMNS, _TOMBSTONE_COLUMNS) or types[0] != 0:
+                return lenient
+            body, overflow = self._body(page, offset, size)
+            values = list(_values(body, header, types))
+        except (IndexError, ValueError):
+            return False
+        if len(types) == _TOMBSTONE_COLUMNS:
+            return self._take_tombstone(values)
+        return self._take_record(position, values, overflow, lenient)
+
+    def _body(self, page: bytes, offset: int, size: int) -> tuple[bytes, list[int]]:
+        usable = self.pages.size
+        most = usable - 35
+        if size <= most:
+            return page[offset : offset + size], []
+        least = (usable - 12) * 32 // 255 - 23
+        local = least + (size - least) % (usable - 4)
+        local = local if local <= most else least
+        parts = [page[offset : offset + local]]
+        number = int.from_bytes(page[offset + local : offset + local + 4])
+        left = size - local
+        chain: list[int] = []
+        while left > 0:
+            versions = self.pages.versions(number)
+            following = next(versions, None)
+            if following is None or number in chain[-1:]:
+                raise ValueError("the chain of overflow pages is broken")
+            chain.append(number)
+            parts.append(following[4 : 4 + min(left, usable - 4)])
+            left -= usable - 4
+            number = int.from_bytes(following[:4])
+        return b"".join(parts), chain
+
+    def _take_record(self, position: int, values: list[Any], overflow: list[int], lenient: bool) -> bool:
+        (_, id, _, writer, sequence, *_, digest, _, payload) = values
+        try:
+            name = writer.decode("ascii")
+            if digest_of(name, sequence, payload) != digest:
+                raise ValueError("its bytes do not match its checksum")
+            row = row_of(decode(payload), payload)
+        except (AttributeError, TypeError, ValueError, CaiError) as error:
+            if lenient:
+                text = id.decode("utf-8", "replace") if isinstance(id, bytes) else None
+                self.suspects.setdefault((position, text), str(error))
+            return False
+        self.claimed.update(overflow)
+        self.sequences[name].add(sequence)
+        self.records.setdefault(row.id, FoundRow(position, row))
+        return True
+
+    def _take_tombstone(self, values: list[Any]) -> bool:
+        (_, id, kind, writer, sequence, digest, chain, removed_at, why) = values
+        try:
+            texts = [text.decode() for text in (id, kind, writer, why)]
+            if len(digest) != 16 or len(chain) != 16 or not isinstance(sequence, int):
+                return False
+        except (AttributeError, TypeError, UnicodeDecodeError):
+            return False
+        self.sequences[texts[2]].add(sequence)
+        self.tombstones[texts[0]] = (*texts[:3], sequence, digest, chain, removed_at, texts[3])
+        return True
+
+
+def _varint(data: bytes, offset: int) -> tuple[int, int]:
+    """Return the number at the offset, and the offset behind it."""
+    value = 0
+    for n in range(9):
+        byte = data[offset + n]
+        if n == 8:
+            return value << 8 | byte, offset + 9
+        value = value << 7 | byte & 0x7F
+        if byte < 0x80:
+            return value, offset + n + 1
+    raise AssertionError("unreachable")
+
+
+_INTEGER_WIDTHS = (0, 1, 2, 3, 4, 6, 8, 8, 0, 0, 0, 0)
+
+
+def _width(serial: int) -> int:
+    return _INTEGER_WIDTHS[serial] if serial < 12 else (serial - 12) // 2
+
+
+def _values(body: bytes, start: int, types: list[int]) -> Iterator[Any]:
+    """Yield the columns: None, int, or bytes for text and blob."""
+    for serial in types:
+        width = _width(serial)
+        data = body[start : start + width]
+        if len(data) != width:
+            raise ValueError("the row is cut")
+        start += width
+        if serial == 0:
+            yield None
+        elif serial < 7:
+            yield int.from_bytes(data, signed=True)
+        elif serial in (8, 9):
+            yield serial - 8
+        elif serial < 12:
+            raise ValueError("a kind of column that no log has")
+        else:
+            yield data

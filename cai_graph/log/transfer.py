@@ -1,0 +1,423 @@
+"""Records out of a log and into it: `export` to JSONL or Parquet, `import_` from JSONL."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Unpack
+from uuid import UUID
+
+from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
+from cai_graph.log import CURRENT_END, Filters, Log, Redactor, open_log
+from cai_graph.trajectory import (
+    ConstitutionRef,
+    Critique,
+    Draft,
+    Label,
+    Message,
+    Outcome,
+    Record,
+    Revision,
+    Round,
+    Trajectory,
+    Verdict,
+    decode,
+    now,
+    text_of,
+)
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["BrokenLine", "Format", "Import", "export", "import_"]
+
+Format = Literal["jsonl", "parquet"]
+_SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_ROW_GROUP = 1000
+_ROW_GROUP_BYTES = 16 << 20
+_WINDOW = 500
+
+
+# --- export -------------------------------------------------------------------------------------------
+
+
+def export(
+    url: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    format: Format | None = None,
+    **filters: Unpack[Filters],
+) -> int:
+    """Write the records that pass the filters to a file, and return how many they are.
+
+    The file appears whole or not at all, readable by its owner alone. JSONL holds each record as one line,
+    which `import_` reads back byte for byte. Parquet holds a row a record: the columns that one filters
+    and plots by, and the whole record as JSON in `json`.
+
+    Args:
+        url: the log.
+        path: the file to write; one that is there is replaced.
+        format: `jsonl` or `parquet`; by default what the file's name ends in.
+
+    Raises:
+        ConfigError: no format is given and the name does not say one.
+        MissingExtra: Parquet is asked for and pyarrow is not installed.
+        LogError: the log cannot be read, or the file cannot be written.
+    """
+    target = Path(path)
+    chosen = format or _SUFFIXES.get(target.suffix.lower())
+    if chosen is None:
+        raise ConfigError(f"{target}: the name does not say which format; end it in .jsonl or .parquet")
+    write = _write_jsonl if chosen == "jsonl" else _parquet_writer()
+    with open_log(url, read_only=True) as log:
+        try:
+            return _atomically(target, lambda file: write(log, filters, file))
+        except OSError as error:
+            raise LogError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _atomically(target: Path, write: Callable[[BinaryIO], int]) -> int:
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            count = write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return count
+
+
+def _write_jsonl(log: Log, filters: Filters, file: BinaryIO) -> int:
+    count = 0
+    for line in log.lines(**filters):
+        file.write(line)
+        count += 1
+    return count
+
+
+def _parquet_writer() -> Callable[[Log, Filters, BinaryIO], int]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtra("a Parquet export", "pyarrow", "train") from error
+
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("record", pa.string()),
+            ("at", pa.timestamp("us", tz="UTC")),
+            ("trajectory_id", pa.string()),
+            ("mode", pa.string()),
+            ("outcome", pa.string()),
+            ("constitution", pa.string()),
+            ("constitution_digest", pa.string()),
+            ("source", pa.string()),
+            ("tags", pa.list_(pa.string())),
+            ("violated", pa.list_(pa.string())),
+            ("prompt", pa.string()),
+            ("draft", pa.string()),
+            ("released", pa.string()),
+            ("calls", pa.int64()),
+            ("seconds", pa.float64()),
+            ("json", pa.string()),
+        ]
+    )
+
+    def write(log: Log, filters: Filters, file: BinaryIO) -> int:
+        count = 0
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for group in _groups(log.lines(**filters)):
+                writer.write_table(_table(pa, schema, group))
+                count += len(group)
+        return count
+
+    return write
+
+
+def _groups(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
+    group: list[bytes] = []
+    size = 0
+    for line in lines:
+        group.append(line)
+        size += len(line)
+        if len(group) == _ROW_GROUP or size > _ROW_GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _table(pa: Any, schema: pyarrow.Schema, lines: list[bytes]) -> pyarrow.Table:
+    return pa.Table.from_pylist([_parquet_row(line) for line in lines], schema=schema)
+
+
+def _parquet_row(line: bytes) -> dict[str, Any]:
+    record = decode(line)
+    row: dict[str, Any] = {
+        "id": _storable(record.id),
+        "record": type(record).__struct_config__.tag,
+        "json": line[:-1].decode("ascii"),
+    }
+    if not isinstance(record, Trajectory):
+        return row | {"at": record.at, "trajectory_id": _storable(record.trajectory_id)}
+    violated = [
+        verdict.principle or verdict.aim or ""
+        for round_ in record.rounds[:1]
+        for verdict in round_.critique.verdicts
+        if verdict.label is Label.VIOLATES
+    ]
+    return row | {
+        "at": record.started_at,
+        "mode": _storable(record.mode),
+        "outcome": record.outcome.value,
+        "constitution": _storable(record.constitution.name),
+        "constitution_digest": _storable(record.constitution.digest),
+        "source": _storable(record.source),
+        "tags": [_storable(tag) for tag in record.tags],
+        "violated": [_storable(name) for name in violated],
+        "prompt": _storable(record.prompt),
+        "draft": None if record.draft is None else _storable(text_of(record.draft.answer)),
+        "released": None if record.released is None else _storable(text_of(record.released)),
+        "calls": len(record.calls),
+        "seconds": record.seconds,
+    }
+
+
+def _storable(text: str | None) -> str | None:
+    # Parquet's strings are UTF-8; the column `json` keeps a lone surrogate as it was.
+    return None if text is None else text.encode("utf-8", "replace").decode()
+
+
+# --- import -------------------------------------------------------------------------------------------
+
+
+class BrokenLine(NamedTuple):
+    """A line that was skipped."""
+
+    line: int
+    """Its number, from 1."""
+    what: str
+    """What is wrong with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """What `import_` did with each line."""
+
+    records: int
+    """Records of a log that were added."""
+    demonstrations: int
+    """Demonstrations that were added, each as a Trajectory of the mode `imported`."""
+    present: int
+    """Lines whose record was in the log already."""
+    removed: int
+    """Lines whose record `gc` removed from this log; they stay away."""
+    broken: tuple[BrokenLine, ...]
+    """Lines that were skipped."""
+    truncated: bool
+    """Whether the last line is cut in the middle, as an interrupted writer leaves it."""
+
+
+_DEMONSTRATION = ("prompt", "draft", "critique", "revision", "principle", "label")
+_IMPORTED = ConstitutionRef(name="imported", version="1", digest=hashlib.sha256(b"imported").hexdigest())
+
+
+def import_(
+    url: str | os.PathLike[str], path: str | os.PathLike[str], *, redact: Redactor | None = None
+) -> Import:
+    """Add the records of a JSONL file to a log; a line that cannot be read is reported and skipped.
+
+    A line is a record as `export` writes it, or a demonstration that a person wrote: an object with
+    `prompt`, `draft` and, where they apply, `critique`, `revision`, `principle` and `label` (`VIOLATES`
+    where there is a revision, otherwise `COMPLIES`); other keys go to `metadata`. What is in the log
+    already, by id, is not added again; a demonstration's id follows from its content.
+
+    Args:
+        url: the log; made where it is absent.
+        path: the JSONL file.
+        redact: see `open_log`.
+
+    Raises:
+        DataError: the file cannot be read.
+        LogError: the log cannot be written; the lines before are in it, and importing again goes on.
+    """
+    source = Path(path)
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
+    with file, open_log(url, redact=redact) as log:
+        importer = _Importer(log, redacted=redact is not None)
+        window: list[tuple[int, bytes]] = []
+        for number, line in enumerate(file, 1):
+            window.append((number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line))
+            if len(window) == _WINDOW:
+                importer.take(window)
+                window = []
+        importer.take(window)
+        return importer.result()
+
+
+class _Importer:
+    def __init__(self, log: Log, *, redacted: bool) -> None:
+        self.log = log
+        self.redacted = redacted
+        self.records = self.demonstrations = self.present = self.removed = 0
+        self.broken: list[BrokenLine] = []
+        self.truncated = False
+
+    def take(self, window: list[tuple[int, bytes]]) -> None:
+        """Add a few hundred lines, and wait until they are committed."""
+        parsed: dict[str, _Line] = {}
+        for number, line in window:
+            text = line.strip()
+            if not text:
+                continue
+            try:
+                read = _parse(number, text)
+            except DataError as error:
+                if line.endswith(b"\n"):
+                    self.broken.append(BrokenLine(number, str(error)))
+                else:
+                    self.truncated = True
+                    what = "the last line is cut in the middle; the file was not written to its end"
+                    self.broken.append(BrokenLine(number, what))
+                continue
+            first = parsed.setdefault(read.record.id, read)
+            if first is not read:
+                self._compare(read, first.record)
+        known = self.log.known(list(parsed))
+        waiting: list[tuple[_Line, Future[None]]] = []
+        for id, read in parsed.items():
+            if id in known:
+                self._meet(read)
+            else:
+                exact = None if self.redacted else read.payload
+                waiting.append((read, self.log.append_encoded(read.record, exact)))
+        for read, future in waiting:
+            try:
+                future.result()
+            except DataError as error:
+                self.broken.append(BrokenLine(read.number, str(error)))
+                continue
+            self.demonstrations += read.demonstration
+            self.records += not read.demonstration
+
+    def _meet(self, read: _Line) -> None:
+        """Count a line whose id the log knows."""
+        try:
+            stored = self.log.get(read.record.id)
+        except DataError:
+            self.removed += 1
+            return
+        self._compare(read, stored)
+
+    def _compare(self, read: _Line, other: Record) -> None:
+        # A demonstration's id is its content; a redacted record differs from its line on purpose.
+        if read.demonstration or self.redacted or read.record == other:
+            self.present += 1
+        else:
+            what = f"a different record of the id {read.record.id!r} is there already; records never change"
+            self.broken.append(BrokenLine(read.number, what))
+
+    def result(self) -> Import:
+        return Import(
+            records=self.records,
+            demonstrations=self.demonstrations,
+            present=self.present,
+            removed=self.removed,
+            broken=tuple(sorted(self.broken)),
+            truncated=self.truncated,
+        )
+
+
+class _Line(NamedTuple):
+    number: int
+    record: Record
+    payload: bytes | None
+    """The line, where it can be stored as it stands, so that another export equals the first."""
+    demonstration: bool
+
+
+def _parse(number: int, line: bytes) -> _Line:
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise DataError(f"a line is a JSON object, found {type(data).__name__}")
+    if "record" in data:
+        exact = line.isascii() and line.endswith(CURRENT_END)
+        return _Line(number, decode(line), line if exact else None, demonstration=False)
+    if "prompt" in data:
+        return _Line(number, _demonstration(data), None, demonstration=True)
+    raise DataError(
+        "neither a record (it would have 'record') nor a demonstration (it would have 'prompt' and 'draft'); "
+        f"found {', '.join(map(repr, data)) or 'no key'}"
+    )
+
+
+def _demonstration(data: dict[str, Any]) -> Trajectory:
+    for name in _DEMONSTRATION:
+        value = data.get(name)
+        if value is None and name in ("prompt", "draft"):
+            raise DataError(f"demonstration: {name!r} is missing")
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"demonstration: {name!r} is text, found {type(value).__name__}")
+    prompt, draft = str(data["prompt"]), str(data["draft"])
+    critique, revision, principle, label = (data.get(name) for name in _DEMONSTRATION[2:])
+    if label is None:
+        label = Label.COMPLIES if revision is None else Label.VIOLATES
+    if label not in set(Label):
+        raise DataError(f"demonstration: 'label' is one of {', '.join(Label)}, found {label!r}")
+    verdict = Verdict(label=Label(label), principle=principle, read_by="imported")
+    answer = Message(role="assistant", content=draft)
+    revised = None if revision is None else Message(role="assistant", content=revision)
+    if revised is not None:
+        outcome = Outcome.REVISED
+    else:
+        outcome = Outcome.EXHAUSTED if verdict.label is Label.VIOLATES else Outcome.KEPT
+    metadata = {name: value for name, value in data.items() if name not in _DEMONSTRATION}
+    return Trajectory(
+        id=_content_id([data.get(name) for name in _DEMONSTRATION]),
+        started_at=now(),
+        seconds=0.0,
+        mode="imported",
+        constitution=_IMPORTED,
+        outcome=outcome,
+        messages=(Message(role="user", content=prompt),),
+        draft=Draft(answer=answer),
+        rounds=(
+            Round(
+                critique=Critique(verdicts=(verdict,), reasoning=critique or "", critic="human"),
+                revisions=() if revised is None else (Revision(answer=revised, accepted=True),),
+            ),
+        ),
+        released=revised or answer,
+        released_from="draft" if revised is None else "revision",
+        metadata=metadata,
+    )
+
+
+def _content_id(content: list[str | None]) -> str:
+    """Return a UUIDv8 (RFC 9562, section 5.8) that follows from the content."""
+    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    value = int.from_bytes(digest[:16])
+    value = value & ~(0xF << 76) | 0x8 << 76  # version
+    value = value & ~(0x3 << 62) | 0x2 << 62  # variant
+    return str(UUID(int=value))
