@@ -2,7 +2,7 @@
 
     CATALOGUE, find          what can be fetched: name, hash, size, licence, sources in order
     cached, fetch, weights   the user's cache: hash-checked, resumed, one download at a time
-    engine, Engine           llama.cpp's server on a loopback port, started on first use, ends with this process
+    engine, Engine           llama.cpp's server on a loopback port: started on first use, gone with us
     chat_model               a plain ChatOpenAI in front of it
 
 The engine is xllamacpp's server in a child of this process, not in a thread of it. Measured on xllamacpp
@@ -70,7 +70,7 @@ CONTEXT_TOKENS = 4096
 CONVERSATIONS = 8
 """Conversations that a chat engine advances in one batch; more wait their turn."""
 MAX_REPLY_TOKENS = 1024
-"""Where a reply ends if the caller sets no `max_tokens`: a small model may otherwise repeat itself for ever."""
+"""Where a reply ends if the caller sets no `max_tokens`; a small model may else repeat itself for ever."""
 
 _BLOCK = 1 << 20
 _SPARE_DISK = 200 << 20
@@ -156,9 +156,9 @@ CATALOGUE: tuple[LocalModel, ...] = (
 
 
 def cache_dir() -> Path:
-    """Return the folder that holds fetched weights: $CAI_CACHE, $XDG_CACHE_HOME/cai_graph or ~/.cache/cai_graph.
+    """Return the folder that holds fetched weights; it need not exist yet.
 
-    It need not exist yet.
+    $CAI_CACHE, else $XDG_CACHE_HOME/cai_graph, else ~/.cache/cai_graph.
     """
     if own := os.environ.get("CAI_CACHE"):
         return Path(own).expanduser()
@@ -541,7 +541,7 @@ class Engine:
         return row
 
     async def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return the messages ({"role", "content"}) in the model's chat template, up to the assistant's tag."""
+        """Return messages ({"role", "content"}) in the model's chat template, up to the assistant's tag."""
         reply = await self._post("/apply-template", {"messages": list(messages)})
         return str(reply["prompt"])
 
@@ -825,22 +825,22 @@ def _transports(start: Callable[[], Engine]) -> tuple[httpx.BaseTransport, httpx
     A connection pool lives for one request: an idle one is of no use here (see `_limits`), and so no state
     is shared between event loops.
     """
-    httpx = _httpx()
+    import httpx
 
-    def aim(request: Any, running: Engine) -> None:
+    def aim(request: httpx.Request, running: Engine) -> None:
         target = httpx.URL(running.url)
         request.url = request.url.copy_with(scheme=target.scheme, host=target.host, port=target.port)
         request.headers["Host"] = target.netloc.decode()
         request.headers["Authorization"] = f"Bearer {running.key}"
 
-    class Synchronous(httpx.BaseTransport):  # type: ignore[misc]
-        def handle_request(self, request: Any) -> Any:
+    class Synchronous(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
             aim(request, start())
             transport = httpx.HTTPTransport(verify=False, trust_env=False, limits=_limits())
             return transport.handle_request(request)
 
-    class Asynchronous(httpx.AsyncBaseTransport):  # type: ignore[misc]
-        async def handle_async_request(self, request: Any) -> Any:
+    class Asynchronous(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
             aim(request, await asyncio.to_thread(start))
             return await _async_transport().handle_async_request(request)
 

@@ -1,0 +1,161 @@
+"""Model specs, the short strings that name a chat model, and the stable names that the log records.
+
+openai:MODEL, anthropic:MODEL    an API (or any other provider of LangChain's `init_chat_model`)
+local, local:NAME                the embedded model (`cai_graph.local`): the default, one of the catalogue
+local:PATH.gguf                  the embedded model with weights of one's own
+http://HOST:PORT/v1              an OpenAI-compatible server; http://HOST:PORT/v1#MODEL when it has several
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.runnables.base import RunnableBindingBase
+
+from cai_graph import local
+from cai_graph.errors import ConfigError, MissingExtra, ModelError
+
+__all__ = ["load", "name_of"]
+
+_FORMS = (
+    "openai:MODEL, anthropic:MODEL, local, local:NAME, local:PATH.gguf, http://HOST:PORT/v1 "
+    "or http://HOST:PORT/v1#MODEL"
+)
+_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
+"""The variable that holds the key of each provider that has an extra of ours."""
+
+
+def load(spec: str, **settings: Any) -> BaseChatModel:
+    """Return the chat model that a spec names. No token is spent; a local model starts at its first request.
+
+    Args:
+        spec: one of the forms in the module's docstring.
+        settings: passed to the model's class, such as `temperature`, `seed`, `max_tokens`, `timeout`.
+
+    Raises:
+        ConfigError: no such form, model or file, or the API key is missing; says which variable to set.
+        MissingExtra: the package for this provider is not installed.
+        ModelError: an OpenAI-compatible server did not answer when asked which model it has.
+    """
+    kind, colon, rest = spec.partition(":")
+    if spec == "local" or (kind == "local" and rest):
+        return local.chat_model(rest, **settings)
+    if kind in {"http", "https"} and rest.startswith("//"):
+        return _from_server(spec, settings)
+    if colon and kind and rest:
+        return _from_provider(spec, kind, rest, settings)
+    raise _unknown(spec)
+
+
+def name_of(model: object) -> str:
+    """Return the name under which calls of this model are recorded, stable between runs and machines.
+
+    A spec again wherever there is one ("openai:gpt-5-mini", "local:qwen2.5-1.5b", "http://host:8000/v1#qwen"),
+    without folders and credentials; else the name of the class. Bindings are looked through. Never raises.
+    """
+    while isinstance(model, RunnableBindingBase):
+        model = model.bound
+    # Anyone's class may stand here, and a name is not worth failing a request for.
+    with contextlib.suppress(Exception):
+        base_url = getattr(model, "openai_api_base", None)
+        if isinstance(model, BaseChatModel):
+            params = model._get_ls_params()
+            provider, name = params.get("ls_provider"), params.get("ls_model_name")
+            if name and local.is_local(base_url):
+                return f"local:{name}"
+            if name and provider == "openai" and base_url and urlsplit(base_url).hostname != "api.openai.com":
+                return f"{_without_credentials(base_url)}#{name}"
+            if name and provider:
+                return f"{provider}:{name}"
+    return type(model).__name__
+
+
+def _unknown(spec: str) -> ConfigError:
+    kind, _, rest = spec.partition(":")
+    known = {model.name: f"local:{model.name}" for model in local.CATALOGUE}
+    known |= {"local": "local", **{provider: f"{provider}:{rest or 'MODEL'}" for provider in _KEYS}}
+    near = [known[match] for match in difflib.get_close_matches(kind, known, n=2, cutoff=0.6)]
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return ConfigError(f"{spec!r} names no model; {hint}The forms are: {_FORMS}")
+
+
+def _from_provider(spec: str, provider: str, name: str, settings: dict[str, Any]) -> BaseChatModel:
+    extra = provider if provider in _KEYS else None
+    try:
+        from langchain.chat_models import init_chat_model
+    except ImportError as error:
+        raise MissingExtra(f"the model {spec!r}", "langchain", extra or "openai") from error
+    try:
+        model: BaseChatModel = init_chat_model(name, model_provider=provider, **settings)
+    except ImportError as error:
+        if extra:
+            raise MissingExtra(f"the model {spec!r}", f"langchain-{provider}", extra) from error
+        raise ConfigError(f"the model {spec!r} cannot be loaded: {error}") from error
+    except ValueError as error:
+        if "provider" in str(error) and "upported" in str(error):
+            raise _unknown(spec) from error
+        raise ConfigError(f"the model {spec!r} cannot be set up: {error}") from error
+    except Exception as error:
+        # The clients raise classes of their own at construction; without a key is the common one.
+        if extra and not os.environ.get(_KEYS[extra]):
+            raise _no_key(spec, extra) from error
+        raise ConfigError(f"the model {spec!r} cannot be set up: {error}") from error
+    # ChatAnthropic is content without a key until the first request.
+    key = getattr(model, "anthropic_api_key", None)
+    if provider == "anthropic" and key is not None and not key.get_secret_value():
+        raise _no_key(spec, provider)
+    return model
+
+
+def _no_key(spec: str, provider: str) -> ConfigError:
+    return ConfigError(
+        f"the model {spec!r} needs an API key; set the environment variable {_KEYS[provider]}, "
+        "or use the model 'local', which needs none"
+    )
+
+
+def _from_server(spec: str, settings: dict[str, Any]) -> BaseChatModel:
+    url, _, name = spec.partition("#")
+    url = url.rstrip("/")
+    try:
+        from langchain_openai import ChatOpenAI
+    except ImportError as error:
+        raise MissingExtra(f"the model {spec!r}", "langchain-openai", "openai") from error
+    # The key of api.openai.com is not shown to another host, unless the user tied the two together.
+    paired = os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_BASE") or ""
+    key = os.environ.get("OPENAI_API_KEY") if paired.rstrip("/") == url else None
+    defaults = {"api_key": key or "none", "stream_usage": True, "use_responses_api": False}
+    merged = {**defaults, **settings, "base_url": url}
+    return ChatOpenAI(model=name or _only_model(url, str(merged["api_key"])), **merged)
+
+
+def _only_model(url: str, key: str) -> str:
+    """Ask the server which model it serves."""
+    try:
+        import httpx
+    except ImportError as error:
+        raise MissingExtra(f"the model {url!r}", "httpx", "local") from error
+    shown = _without_credentials(url)
+    try:
+        reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=10)
+        reply.raise_for_status()
+        names = [str(entry["id"]) for entry in reply.json()["data"]]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"cannot learn which model {shown} serves: {shown}/models: {error or type(error).__name__}; "
+            f"is it running? Or name the model: {shown}#MODEL"
+        ) from error
+    if len(names) != 1:
+        listed = ", ".join(sorted(names)[:10]) or "none"
+        raise ConfigError(f"{shown} serves {len(names)} models ({listed}); choose one: {shown}#MODEL")
+    return names[0]
+
+
+def _without_credentials(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip("/")
