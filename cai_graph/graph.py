@@ -31,7 +31,7 @@ from langgraph.constants import TAG_NOSTREAM
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
-from langgraph.types import Send
+from langgraph.types import Command, Send
 
 from cai_graph import prompts
 from cai_graph.calls import Calls, describe, truncated
@@ -138,7 +138,7 @@ class Ending(NamedTuple):
 
 
 class State(TypedDict, total=False):
-    """The graph's state: JSON of the records."""
+    """The graph's state: JSON of a Progress."""
 
     draft: dict[str, Any]
     """Draft."""
@@ -164,15 +164,14 @@ class _Run:
     request: Request
     calls: Calls
     random: random.Random
-    reached: State = field(default_factory=State)
-    """The latest state that a node returned: what is logged when the next one fails."""
+    reached: Progress | None = None
+    """What the last node reached: what is logged when the next one fails."""
 
-    def reach(self, update: State) -> State:
-        self.reached.update(update)
-        return update
-
-    def reach_rounds(self, rounds: Sequence[Round]) -> State:
-        return self.reach({"rounds": msgspec.to_builtins(rounds)})
+    def go_on(self, progress: Progress, goto: str | list[Send]) -> Command[str]:
+        """Return the step to `goto` (END included), with the state that was reached."""
+        self.reached = progress
+        update = State(draft=msgspec.to_builtins(progress.draft), rounds=msgspec.to_builtins(progress.rounds))
+        return Command(update=update, goto=goto)
 
     def exchange(self, answer: Message) -> Exchange:
         return Exchange(messages=self.request.messages, answer=answer, context=self.request.context())
@@ -184,16 +183,20 @@ def _progress(state: State) -> Progress:
     )
 
 
-# --- nodes --------------------------------------------------------------------------------------------
+# --- nodes: each does its step and says where the run goes on ------------------------------------------
 
 
-async def draft(state: State, runtime: Runtime[_Run]) -> State:
+async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
     """Have the wrapped app answer."""
     run = runtime.context
-    return run.reach({"draft": msgspec.to_builtins(await run.request.draft(run.calls, get_config()))})
+    answered = await run.request.draft(run.calls, get_config())
+    progress = Progress(answered, [])
+    if answered.answer.tool_calls and not text_of(answered.answer):
+        return run.go_on(progress, END)  # the app asks for a tool: there is no answer to judge yet
+    return run.go_on(progress, _to_critique(run.plan, progress))
 
 
-async def critique(state: State, runtime: Runtime[_Run]) -> State:
+async def critique(state: State, runtime: Runtime[_Run]) -> Command[str]:
     """Judge the draft, or the revisions of the open round; in `sampled`, criticise what stands."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
@@ -201,9 +204,8 @@ async def critique(state: State, runtime: Runtime[_Run]) -> State:
         of = progress.standing()
         principle = run.random.choice(plan.constitution.principles)
         exchange = run.exchange(progress.answer(of))
-        calls = _inner(run)
-        found = await plan.critic.discuss(exchange, principle, plan.constitution, calls)
-        return run.reach_rounds([*progress.rounds, Round(of=of, critique=found)])
+        found = await plan.critic.discuss(exchange, principle, plan.constitution, _inner(run))
+        return run.go_on(progress.with_round(Round(of=of, critique=found)), "revise")
     waiting = progress.unjudged()
     if plan.settings.strategy == "parallel":
         critiques = [_joined(state["judged"], of, plan.critic.name) for of in waiting]
@@ -217,15 +219,18 @@ async def critique(state: State, runtime: Runtime[_Run]) -> State:
                 for of in waiting
             )
         )
-    if waiting == ["draft"]:
-        return run.reach_rounds([Round(critique=critiques[0])])
-    *closed, opened = progress.rounds
+    if not progress.rounds:
+        progress = progress.with_round(Round(critique=critiques[0]))
+        failed = failed_principles(critiques[0], plan.constitution)
+        return run.go_on(progress, "revise" if failed and plan.settings.rounds > 0 else END)
     by_index = {int(of.rpartition(":")[2]): found for of, found in zip(waiting, critiques, strict=True)}
-    revisions = accept(opened.revisions, by_index, plan.constitution)
-    return run.reach_rounds([*closed, msgspec.structs.replace(opened, revisions=revisions)])
+    revisions = accept(progress.rounds[-1].revisions, by_index, plan.constitution)
+    progress = progress.with_revisions(revisions)
+    done = progress.standing() != "draft" or len(progress.rounds) >= plan.settings.rounds
+    return run.go_on(progress, END if done else "revise")
 
 
-async def judge(state: _Task, runtime: Runtime[_Run]) -> State:
+async def judge(state: _Task, runtime: Runtime[_Run]) -> dict[str, Any]:
     """Judge one answer under one principle: what `parallel` sends out at once, and `critique` joins."""
     run = runtime.context
     found = await run.plan.critic.critique(
@@ -237,17 +242,19 @@ async def judge(state: _Task, runtime: Runtime[_Run]) -> State:
     return {"judged": [{"of": state["of"], "critique": msgspec.to_builtins(found)}]}
 
 
-async def revise(state: State, runtime: Runtime[_Run]) -> State:
+async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
     """Write the candidate revisions of a round, and reject at once those that are none."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
-    rounds, sampled = list(progress.rounds), plan.settings.strategy == "sampled"
-    if rounds[-1].revisions:  # nothing was accepted in that round: the next one starts from the best answer
+    sampled = plan.settings.strategy == "sampled"
+    if progress.rounds[-1].revisions:  # nothing was accepted: the next round starts from the best answer
         of = progress.best(plan.constitution)
         critique = progress.judged()[of]
-        reasoning = critique.reasoning or rounds[0].critique.reasoning
-        rounds.append(Round(of=of, critique=msgspec.structs.replace(critique, reasoning=reasoning)))
-    *closed, opened = rounds
+        reasoning = critique.reasoning or progress.rounds[0].critique.reasoning
+        progress = progress.with_round(
+            Round(of=of, critique=msgspec.structs.replace(critique, reasoning=reasoning))
+        )
+    turn, opened = len(progress.rounds) - 1, progress.rounds[-1]
     if sampled:
         principles = [plan.constitution[opened.critique.verdicts[0].principle or ""]]
     else:
@@ -259,16 +266,34 @@ async def revise(state: State, runtime: Runtime[_Run]) -> State:
     async def write(index: int) -> Revision:
         show_draft = index % 2 == 0  # every other writer answers afresh: small models copy what they see
         messages = prompts.rewrite_messages(principles, said, exchange, show_draft=show_draft)
-        reply = await calls.generate(
-            "revise", _sampling(plan, index, turn=len(closed)), plan.reviser_name, messages
-        )
+        writer = _sampling(plan, turn * plan.candidates + index)
+        reply = await calls.generate("revise", writer, plan.reviser_name, messages)
         answer = from_langchain(reply)
         rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated(reply))
         accepted = sampled and rejection is None
         return Revision(answer=answer, from_draft=show_draft, rejection=rejection, accepted=accepted)
 
     revisions = await asyncio.gather(*(write(index) for index in range(plan.candidates)))
-    return run.reach_rounds([*closed, msgspec.structs.replace(opened, revisions=tuple(revisions))])
+    progress = progress.with_revisions(revisions)
+    if not sampled and progress.unjudged():
+        return run.go_on(progress, _to_critique(plan, progress))
+    if len(progress.rounds) >= plan.settings.rounds:
+        return run.go_on(progress, END)
+    return run.go_on(progress, "critique" if sampled else "revise")
+
+
+def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
+    """Go on to the critique: at once, or through one `judge` for each answer and principle."""
+    if plan.settings.strategy != "parallel":
+        return "critique"
+    return [
+        Send(
+            "judge",
+            _Task(of=of, answer=msgspec.to_builtins(progress.answer(of)), principle=principle.id),
+        )
+        for of in progress.unjudged()
+        for principle in plan.constitution.principles
+    ]
 
 
 def _inner(run: _Run) -> Calls:
@@ -295,68 +320,23 @@ def _reasons(critique: Critique) -> str:
     return "\n".join(verdict.reason for verdict in violated if verdict.reason)
 
 
-def _sampling(plan: Plan, index: int, *, turn: int) -> Runnable[Any, Any]:
+def _sampling(plan: Plan, number: int) -> Runnable[Any, Any]:
     # Only the embedded model is known to take a seed; each candidate needs its own, or all are alike.
     if plan.settings.seed is None or not plan.reviser_name.startswith("local:"):
         return plan.reviser
-    return plan.reviser.bind(seed=plan.settings.seed + 1 + turn * plan.candidates + index)
-
-
-# --- edges: the stopping rule -------------------------------------------------------------------------
-
-
-def to_critique(state: State, runtime: Runtime[_Run]) -> str | list[Send]:
-    """Go on to the critique: at once, or through one `judge` for each answer and principle."""
-    plan, progress = runtime.context.plan, _progress(state)
-    if progress.draft.answer.tool_calls and not text_of(progress.draft.answer):
-        return END  # the app asks for a tool: there is no answer to judge yet
-    if plan.settings.strategy != "parallel":
-        return "critique"
-    return [
-        Send(
-            "judge",
-            _Task(of=of, answer=msgspec.to_builtins(progress.answer(of)), principle=principle.id),
-        )
-        for of in progress.unjudged()
-        for principle in plan.constitution.principles
-    ]
-
-
-def after_critique(state: State, runtime: Runtime[_Run]) -> str:
-    """Stop when nothing is violated, a revision was accepted, or the rounds are used up."""
-    plan, progress = runtime.context.plan, _progress(state)
-    if plan.settings.strategy == "sampled":
-        return "revise"
-    if progress.standing() != "draft":
-        return END
-    used = sum(bool(turn.revisions) for turn in progress.rounds)
-    failed = failed_principles(progress.rounds[0].critique, plan.constitution)
-    return "revise" if failed and used < plan.settings.rounds else END
-
-
-def after_revise(state: State, runtime: Runtime[_Run]) -> str | list[Send]:
-    """Judge what was written; write again where nothing was; stop where the rounds are used up."""
-    plan, progress = runtime.context.plan, _progress(state)
-    if plan.settings.strategy != "sampled" and progress.unjudged():
-        return to_critique(state, runtime)
-    if len(progress.rounds) >= plan.settings.rounds:
-        return END
-    return "critique" if plan.settings.strategy == "sampled" else "revise"
+    return plan.reviser.bind(seed=plan.settings.seed + 1 + number)
 
 
 @cache
 def compiled() -> CompiledStateGraph[State, _Run, State, State]:
     """Return the graph, the same for every plan. It never writes into a caller's checkpoints."""
     graph = StateGraph(State, context_schema=_Run)
-    graph.add_node("draft", draft)
+    graph.add_node("draft", draft, destinations=("critique", "judge", END))
     graph.add_node("judge", judge)
-    graph.add_node("critique", critique)
-    graph.add_node("revise", revise)
+    graph.add_node("critique", critique, destinations=("revise", END))
+    graph.add_node("revise", revise, destinations=("critique", "judge", "revise", END))
     graph.add_edge(START, "draft")
-    graph.add_conditional_edges("draft", to_critique, ["critique", "judge", END])
     graph.add_edge("judge", "critique")
-    graph.add_conditional_edges("critique", after_critique, ["revise", END])
-    graph.add_conditional_edges("revise", after_revise, ["critique", "judge", "revise", END])
     return graph.compile(checkpointer=False, name="cai_graph")
 
 
@@ -390,7 +370,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             raised.trajectory_id = trajectory_id
         raise
     finally:
-        progress = _progress(context.reached) if "draft" in context.reached else None
+        progress = context.reached
         trajectory = Trajectory(
             id=trajectory_id,
             started_at=started_at,
@@ -422,10 +402,11 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
     try:
         await compiled().ainvoke({}, config, context=run)
     except Exception as raised:
-        if "draft" not in run.reached or run.plan.settings.on_error == "raise":
+        if run.reached is None or run.plan.settings.on_error == "raise":
             raise
         error = raised
-    return decide(_progress(run.reached), run.plan.constitution, run.plan.settings, error)
+    assert run.reached is not None  # the draft node returned, or raised above
+    return decide(run.reached, run.plan.constitution, run.plan.settings, error)
 
 
 log_failures = 0

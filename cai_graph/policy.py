@@ -104,6 +104,15 @@ class Progress(NamedTuple):
         _, turn, index = of.split(":")
         return self.rounds[int(turn)].revisions[int(index)].answer
 
+    def with_round(self, opened: Round) -> Progress:
+        """Return the progress with one more round."""
+        return Progress(self.draft, [*self.rounds, opened])
+
+    def with_revisions(self, revisions: Sequence[Revision]) -> Progress:
+        """Return the progress with these as the revisions of its last round."""
+        *closed, opened = self.rounds
+        return Progress(self.draft, [*closed, msgspec.structs.replace(opened, revisions=tuple(revisions))])
+
     def unjudged(self) -> list[str]:
         """Return the names of the answers that wait for a judgement."""
         if not self.rounds:
