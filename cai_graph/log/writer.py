@@ -1,7 +1,9 @@
 """Group commit: one thread that turns whatever has been appended into one transaction.
 
 While a transaction is being written, the next appends gather; so a batch is as large as the disk is slow,
-and nobody waits for a timer. Encoding, redaction and the database work happen on this thread.
+and nobody waits for a timer. Redaction and the database work happen on this thread. A record is encoded by
+its caller, a few microseconds: what is stored is the record as it was then, whatever becomes of the dicts in
+it; the bytes that wait are counted exactly; and one thread less encodes while others wait for its commit.
 """
 
 from __future__ import annotations
@@ -11,31 +13,34 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cai_graph.errors import CaiError, DataError, LogError
 from cai_graph.log.redaction import Redactor, apply
 from cai_graph.log.store import Row, Store, row_of
-from cai_graph.trajectory import Message, Record, Revision, Trajectory, encode
+from cai_graph.trajectory import Record, encode
 
 __all__ = ["Writer"]
 
 MAX_PENDING_BYTES = 64 << 20
-"""Appends wait while more than this, as `_weight` estimates it, is not committed yet."""
+"""Appends wait while more than this is not committed yet."""
 MAX_BATCH = 4096
 """Records in one transaction."""
 MAX_BATCH_BYTES = 16 << 20
-"""Estimated bytes in one transaction; other processes wait for the file that long."""
+"""Bytes in one transaction; other processes wait for the file that long."""
+
+_ROW_BYTES = 512
+"""What a record takes beside its payload."""
 
 _logger = logging.getLogger("cai_graph.log")
 
 
 class _Pending(NamedTuple):
-    record: Record
-    payload: bytes | None
-    redactor: Redactor | None
-    weight: int
+    row: Row
     future: Future[None]
+    record: Record | None
+    """What the redactor is still to be applied to; the row stands for its size only."""
+    redactor: Redactor | None
 
 
 class Writer:
@@ -76,27 +81,32 @@ class Writer:
         Args:
             record: the record.
             redactor: applied on the writer's thread before anything is written.
-            payload: the record's encoding where it is known; must be None where there is a redactor.
+            payload: the record's encoding where it is known.
 
         Raises:
             LogError: the writer is closed.
         """
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
-        weight = _weight(record) if payload is None else len(payload)
-        pending = _Pending(record, payload, redactor, weight, future)
+        try:
+            row = row_of(record, encode(record) if payload is None else payload)
+        except Exception as error:
+            self._fail(future, _unstorable(record, error))
+            return future
+        pending = _Pending(row, future, record if redactor else None, redactor)
+        size = len(row.payload) + _ROW_BYTES
         with self._lock:
             if (
-                self._pending_bytes + weight > MAX_PENDING_BYTES
+                self._pending_bytes + size > MAX_PENDING_BYTES
                 # A callback of a future runs on the writer's own thread, which must not wait for itself.
                 and threading.current_thread() is not self._thread
             ):
-                while self._pending_bytes and self._pending_bytes + weight > MAX_PENDING_BYTES:
+                while self._pending_bytes and self._pending_bytes + size > MAX_PENDING_BYTES:
                     self._progressed.wait()
             if self._closing:
                 raise LogError(f"{self._name}: the log is closed; open it again before you append")
             self._queue.append(pending)
-            self._pending_bytes += weight
+            self._pending_bytes += size
             self._appended += 1
             if self._idle:
                 self._idle = False
@@ -160,41 +170,44 @@ class Writer:
                     self._idle = True
                     self._arrived.wait()
                     self._idle = False
-                batch, weight = self._take()
+                batch, size = self._take()
             try:
                 self._write(batch)
             finally:
                 with self._lock:
-                    self._pending_bytes -= weight
+                    self._pending_bytes -= size
                     self._finished += len(batch)
                     self._progressed.notify_all()
 
     def _take(self) -> tuple[list[_Pending], int]:
         queue = self._queue
         if len(queue) <= MAX_BATCH and self._pending_bytes <= MAX_BATCH_BYTES:
-            batch = list(queue)
+            everything = list(queue)
             queue.clear()
-            return batch, self._pending_bytes
-        batch, weight = [queue.popleft()], 0
-        weight = batch[0].weight
-        while queue and len(batch) < MAX_BATCH and weight + queue[0].weight <= MAX_BATCH_BYTES:
-            weight += queue[0].weight
+            return everything, self._pending_bytes
+        batch: list[_Pending] = []
+        size = 0
+        while queue and len(batch) < MAX_BATCH:
+            more = len(queue[0].row.payload) + _ROW_BYTES
+            if batch and size + more > MAX_BATCH_BYTES:
+                break
+            size += more
             batch.append(queue.popleft())
-        return batch, weight
+        return batch, size
 
     def _write(self, batch: list[_Pending]) -> None:
         rows: list[Row] = []
         futures: list[Future[None]] = []
-        for record, payload, redactor, _, future in batch:
-            try:
-                if redactor is not None:
+        for row, future, record, redactor in batch:
+            if record is not None and redactor is not None:
+                try:
                     record = apply(redactor, record)
-                rows.append(row_of(record, encode(record) if payload is None else payload))
-                futures.append(future)
-            except CaiError as error:
-                self._fail(future, error)
-            except Exception as error:  # A field of a wrong type, which nothing checked before.
-                self._fail(future, DataError(f"record {record.id!r} cannot be stored: {error!r}"))
+                    row = row_of(record, encode(record))
+                except Exception as error:
+                    self._fail(future, _unstorable(record, error))
+                    continue
+            rows.append(row)
+            futures.append(future)
         if not rows:
             return
         try:
@@ -222,33 +235,10 @@ class Writer:
         future.set_exception(error)
 
 
-def _weight(record: Record) -> int:
-    """Return roughly how many bytes a record takes; the constant stands for its small fields."""
-    weight = 1024
-    if isinstance(record, Trajectory):
-        weight += _size(record.messages) + _size(record.metadata) + _size(record.context)
-        if record.draft is not None:
-            weight += _size(record.draft.answer.content)
-        if record.released is not None:
-            weight += _size(record.released.content)
-        for round_ in record.rounds:
-            weight += len(round_.critique.reasoning) + _size(round_.revisions)
-    else:
-        weight += _size(getattr(record, "answers", ())) + _size(getattr(record, "metadata", ()))
-        weight += _size(getattr(record, "answer", None)) + _size(getattr(record, "note", None))
-    return weight
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Message):
-        return _size(value.content)
-    if isinstance(value, list | tuple):
-        return sum(map(_size, value))
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    if isinstance(value, Revision):
-        reasoning = 0 if value.critique is None else len(value.critique.reasoning)
-        return _size(value.answer.content) + reasoning
-    return 8
+def _unstorable(record: Record, error: Exception) -> CaiError:
+    if isinstance(error, CaiError):
+        return error
+    # A field of a wrong type, which nothing checked before.
+    failure = DataError(f"record {record.id!r} cannot be stored: {error!r}; check the types of its fields")
+    failure.__cause__ = error
+    return failure
