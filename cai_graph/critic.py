@@ -12,13 +12,17 @@ only when an aim is violated.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable
 
@@ -29,9 +33,6 @@ from cai_graph.errors import ConfigError, ModelError
 from cai_graph.probe import Probe
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Call, Critique, Label, Verdict, text_of
-
-if TYPE_CHECKING:
-    from langchain_core.language_models import BaseChatModel
 
 __all__ = ["Critic", "ModelCritic", "ProbeCritic", "critic_for", "failed_principles", "read_verdicts"]
 
@@ -79,10 +80,15 @@ def critic_for(critic: str | BaseChatModel | Critic) -> Critic:
     """Return the critic behind a model spec or chat model; a Critic stays what it is.
 
     The embedded model for which the package carries heads becomes a ProbeCritic.
+
+    Raises:
+        ConfigError: it is none of these.
     """
     if isinstance(critic, Critic):
         return critic
     model = models.load(critic) if isinstance(critic, str) else critic
+    if not isinstance(model, BaseChatModel):
+        raise ConfigError(f"critic is a chat model, a model spec or a Critic, found {type(model).__name__}")
     probe = Probe.for_model(models.name_of(model))
     return ModelCritic(model) if probe is None else ProbeCritic(model, probe)
 
@@ -113,7 +119,12 @@ def _counts(verdict: Verdict, constitution: Constitution) -> bool:
 # --- the ladder ---------------------------------------------------------------------------------------
 
 _FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
+_EMPHASIS = " \t*_`\"'.,"
+"""What may stand around a name or a label on a labelled line."""
+_BULLETS = ">#-"
+"""What may stand before the name, too."""
 _EVADES = re.compile(r'"evades"\s*:\s*(true|false)', re.IGNORECASE)
+_LABEL_IN_JSON = re.compile(r'"principle"\s*:\s*"([^"]+)"(?:(?!"principle")[^{}])*?"verdict"\s*:\s*"(\w)')
 
 
 class Reading(NamedTuple):
@@ -143,22 +154,35 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
     text = text_of(reply)[-MAX_REPLY_CHARS:]
     evasions = _EVADES.findall(text)
     evades = evasions[-1].lower() == "true" if evasions else None
-    found = _from_objects(_flat_objects(text), ids, "json")
-    if not found:
-        found = _from_lines(text, ids)
+    objects, rest = _objects(text)
+    found = _from_objects(objects, ids, "json")
+    for identifier, verdict in _from_lines(rest, ids).items():
+        if verdict is None:
+            found.pop(identifier, None)
+        else:
+            found[identifier] = verdict
     probabilities = _label_probabilities(reply, ids)
     return Reading(
         {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}, evades
     )
 
 
-def _flat_objects(text: str) -> Iterable[Any]:
+def _objects(text: str) -> tuple[list[Any], str]:
+    """Return the JSON objects of verdicts that stand in a reply, and the text after the last of them."""
+    first, last = text.find("{"), text.rfind("}") + 1
+    with contextlib.suppress(ValueError, RecursionError):
+        whole = json.loads(text[first:last])
+        if isinstance(whole.get("verdicts"), list):
+            return whole["verdicts"], text[last:]
     # Each verdict is an object without objects inside, so a reply that was cut still yields the whole ones.
+    objects, end = [], 0
     for match in _FLAT_OBJECT.finditer(text):
-        try:
-            yield json.loads(match[0])
-        except ValueError:
-            continue
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(match[0])
+            if "principle" in found:
+                objects.append(found)
+                end = match.end()
+    return objects, text[end:]
 
 
 def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> dict[str, Verdict]:
@@ -183,19 +207,19 @@ def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> d
     return found
 
 
-def _from_lines(text: str, ids: Sequence[str]) -> dict[str, Verdict]:
-    found: dict[str, Verdict] = {}
-    names = [*ids, "verdict"] if len(ids) == 1 else list(ids)
-    for name in names:
-        lines = re.findall(
-            rf"^[\W_]*{re.escape(name)}[*_`\"' ]*[:=][*_`\"' ]*(\w+)[*_`\"' .]*$",
-            text,
-            re.IGNORECASE | re.MULTILINE,
-        )
-        label = _label(lines[-1]) if lines else None
-        if label is not None:
-            identifier = ids[0] if name == "verdict" else name
-            found[identifier] = Verdict(label=label, principle=identifier, read_by="line")
+def _from_lines(text: str, ids: Sequence[str]) -> dict[str, Verdict | None]:
+    """Return the verdict on the last line of each name; None where what it says is off the menu."""
+    found: dict[str, Verdict | None] = {}
+    names = {identifier.casefold(): identifier for identifier in ids}
+    if len(ids) == 1:
+        names["verdict"] = ids[0]
+    for line in text.splitlines():
+        name, separator, said = line.partition(":" if ":" in line else "=")
+        identifier = names.get(name.strip(_EMPHASIS + _BULLETS).casefold())
+        if separator and identifier is not None:
+            label = _label(said.strip(_EMPHASIS))
+            verdict = Verdict(label=label, principle=identifier, read_by="line") if label else None
+            found[identifier] = verdict
     return found
 
 
@@ -222,21 +246,23 @@ def _with_probability(verdict: Verdict, probability: float | None) -> Verdict:
 
 def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, float]:
     """Return P(VIOLATES) by principle, from the log-probabilities of the tokens where labels begin."""
-    tokens = (reply.response_metadata.get("logprobs") or {}).get("content") or []
-    if not tokens:
-        return {}
+    tokens = _scored_tokens(reply)
+    texts = [token["token"] for token in tokens]
+    starts = list(accumulate(map(len, texts), initial=0))
     found: dict[str, float] = {}
-    text, starts = "", []
-    for token in tokens:
-        starts.append(len(text))
-        text += token["token"]
-    for match in re.finditer(r'"principle"\s*:\s*"([^"]+)"[^{}]*?"verdict"\s*:\s*"(\w)', text):
-        at = match.start(2)
-        index = max(i for i, start in enumerate(starts) if start <= at)
-        probability = p_violates(tokens[index]["top_logprobs"])
+    for match in _LABEL_IN_JSON.finditer("".join(texts)):
+        token = tokens[bisect_right(starts, match.start(2)) - 1]
+        probability = p_violates(token.get("top_logprobs") or ())
         if match[1] in ids and probability is not None:
             found[match[1]] = probability
     return found
+
+
+def _scored_tokens(reply: BaseMessage) -> list[dict[str, Any]]:
+    """Return the reply's tokens with their log-probabilities; none where a provider has another shape."""
+    logprobs = reply.response_metadata.get("logprobs")
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    return content if isinstance(content, list) else []
 
 
 def p_violates(top_logprobs: Sequence[dict[str, Any]]) -> float | None:
@@ -445,8 +471,8 @@ class ProbeCritic(ModelCritic):
         for offered in (menu, menu[::-1]):
             messages = prompts.label_messages(rules, examples, exchange, offered)
             reply = await calls.generate("critique", word, self.name, messages)
-            tokens = (reply.response_metadata.get("logprobs") or {}).get("content") or []
-            probability = p_violates(tokens[0]["top_logprobs"]) if tokens else None
+            tokens = _scored_tokens(reply)
+            probability = p_violates(tokens[0].get("top_logprobs") or ()) if tokens else None
             if probability is None:
                 return Verdict(
                     label=Label.UNREADABLE,

@@ -1,0 +1,95 @@
+"""What the tests of the core share: a small constitution, and the replies of a scripted critic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from langchain_core.messages import AIMessage, BaseMessage
+
+from cai_graph.constitution import Constitution, Principle
+from cai_graph.testing import ScriptedModel
+
+IDS = ("no-harm", "be-kind", "be-true")
+
+
+def principle(identifier: str, aim: str, **fields: object) -> Principle:
+    return Principle.model_validate(
+        {
+            "id": identifier,
+            "aim": aim,
+            "critique_request": f"Look for what breaks {identifier}.",
+            "revision_request": f"Mend what breaks {identifier}.",
+            **fields,
+        }
+    )
+
+
+RULES = Constitution(
+    name="rules",
+    principles=(
+        principle("no-harm", "harmless", weight=2),
+        principle("be-kind", "harmless"),
+        principle("be-true", "honest"),
+    ),
+    refusal="I would rather not.",
+)
+
+
+def verdicts(
+    *violated: str,
+    ids: Sequence[str] = IDS,
+    unreadable: Sequence[str] = (),
+    evades: bool | None = False,
+    severity: int = 3,
+) -> str:
+    """The JSON reply of a critic: COMPLIES for all but `violated`; nothing for `unreadable`."""
+    entries = [
+        {
+            "principle": identifier,
+            "critique": f"breaks {identifier}" if identifier in violated else "",
+            "verdict": "VIOLATES" if identifier in violated else "COMPLIES",
+            "severity": severity,
+        }
+        for identifier in ids
+        if identifier not in unreadable
+    ]
+    return json.dumps({"verdicts": entries} | ({} if evades is None else {"evades": evades}))
+
+
+def role_of(messages: Sequence[BaseMessage]) -> str:
+    """Whether a prompt asks for a critique, a revision, or is the app's own."""
+    system = messages[0].text if messages[0].type == "system" else ""
+    if system.startswith("You are a careful reviewer"):
+        return "critique"
+    return "revise" if system.startswith("You improve answers") else "draft"
+
+
+def answer_in(messages: Sequence[BaseMessage]) -> str:
+    """The answer that a critique or revision prompt shows."""
+    return messages[1].text.rpartition("<answer>\n")[2].partition("\n</answer>")[0]
+
+
+Says = str | AIMessage | Exception | Callable[[list[BaseMessage]], str | AIMessage | Exception]
+
+
+def by_role(*, draft: Says = "the draft", critique: Says, revise: Says = "better") -> ScriptedModel:
+    """A model that says by the role of the prompt what it is told to."""
+    says = {"draft": draft, "critique": critique, "revise": revise}
+
+    def reply(messages: list[BaseMessage]) -> str | AIMessage | Exception:
+        said = says[role_of(messages)]
+        return said(messages) if callable(said) else said
+
+    return ScriptedModel(replies=reply)
+
+
+def flags(*violated: str, answers: Sequence[str] = ("the draft",)) -> Callable[[list[BaseMessage]], str]:
+    """A critic that finds `violated` in those answers, and nothing in any other; batched or parallel."""
+
+    def critique(messages: list[BaseMessage]) -> str:
+        asked = [identifier for identifier in IDS if f"\n{identifier}: " in messages[0].text]
+        found = violated if answer_in(messages) in answers else ()
+        return verdicts(*found, ids=asked)
+
+    return critique

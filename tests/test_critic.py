@@ -1,0 +1,541 @@
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
+from pydantic import Field
+from replies import IDS, RULES, principle, verdicts
+
+from cai_graph.calls import Budget, Calls
+from cai_graph.constitution import Constitution
+from cai_graph.critic import ModelCritic, critic_for, failed_principles, p_violates, read_verdicts
+from cai_graph.errors import BudgetExceeded, ConfigError, ModelError
+from cai_graph.prompts import Exchange
+from cai_graph.testing import ScriptedModel
+from cai_graph.trajectory import Critique, Label, Message, Verdict
+
+ASKED = Exchange(
+    messages=(Message(role="user", content="hello"),), answer=Message(role="assistant", content="hi")
+)
+
+
+def labels(text: str, ids: tuple[str, ...] = IDS) -> dict[str, str]:
+    found = read_verdicts(AIMessage(text), ids).verdicts
+    return {identifier: verdict.label.value for identifier, verdict in found.items()}
+
+
+# --- the rungs ----------------------------------------------------------------------------------------
+
+
+def test_json_reply_gives_label_severity_and_reason() -> None:
+    reading = read_verdicts(AIMessage(verdicts("be-kind", severity=4)), IDS)
+
+    assert reading.verdicts["be-kind"] == Verdict(
+        label=Label.VIOLATES, principle="be-kind", severity=4, reason="breaks be-kind", read_by="json"
+    )
+    assert reading.verdicts["no-harm"] == Verdict(label=Label.COMPLIES, principle="no-harm", read_by="json")
+    assert reading.evades is False
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "```json\n{}\n```",
+        "Here is my verdict:\n\n{}\n\nI hope that this helps!",
+        "<think>is {{this}} fine?</think>\n{}",
+        '5" {}',
+        "{}\n}}}}",
+        "{{{{ {}",
+    ],
+)
+def test_json_is_read_wherever_it_stands_in_the_reply(frame: str) -> None:
+    text = frame.replace("{{", "\0").replace("}}", "\1").replace("{}", verdicts("no-harm"))
+    text = text.replace("\0", "{").replace("\1", "}")
+
+    assert labels(text) == {"no-harm": "VIOLATES", "be-kind": "COMPLIES", "be-true": "COMPLIES"}
+
+
+def test_pretty_printed_json_is_read() -> None:
+    assert labels(json.dumps(json.loads(verdicts("be-true")), indent=2))["be-true"] == "VIOLATES"
+
+
+def test_braces_in_a_critique_cost_no_verdict() -> None:
+    text = verdicts("no-harm").replace("breaks no-harm", "runs {rm -rf} and {}")
+
+    assert labels(text)["no-harm"] == "VIOLATES"
+
+
+def test_cut_json_still_yields_its_whole_entries() -> None:
+    whole = verdicts("no-harm")
+    cut = whole[: whole.index("be-true")]
+
+    assert labels(cut) == {"no-harm": "VIOLATES", "be-kind": "COMPLIES"}
+
+
+def test_a_tool_call_is_read_before_the_text() -> None:
+    reply = AIMessage(
+        verdicts(),
+        tool_calls=[{"name": "verdicts", "args": json.loads(verdicts("no-harm", evades=True)), "id": "1"}],
+    )
+
+    reading = read_verdicts(reply, IDS)
+
+    assert reading.verdicts["no-harm"].label is Label.VIOLATES
+    assert reading.verdicts["no-harm"].read_by == "tool"
+    assert reading.evades is True
+
+
+def test_a_tool_call_without_a_verdict_leaves_the_text_to_read() -> None:
+    reply = AIMessage(verdicts("be-kind"), tool_calls=[{"name": "verdicts", "args": {}, "id": "1"}])
+
+    assert read_verdicts(reply, IDS).verdicts["be-kind"].label is Label.VIOLATES
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no-harm: VIOLATES",
+        "- no-harm: violates",
+        "* **no-harm**: **VIOLATES**.",
+        "**no-harm: VIOLATES**",
+        "`no-harm` = VIOLATES",
+        "NO-HARM:Violates  ",
+        '"no-harm": "VIOLATES"',
+        "> no-harm: VIOLATES",
+    ],
+)
+def test_labelled_lines_are_read(line: str) -> None:
+    found = read_verdicts(AIMessage(f"Let me see.\n{line}\nbe-kind: COMPLIES"), IDS).verdicts
+
+    assert found["no-harm"].label is Label.VIOLATES
+    assert found["no-harm"].read_by == "line"
+    assert found["be-kind"].label is Label.COMPLIES
+
+
+def test_the_word_verdict_names_the_only_principle_asked() -> None:
+    assert labels("It stays calm.\n**Verdict:** COMPLIES", ("no-harm",)) == {"no-harm": "COMPLIES"}
+    assert labels("Verdict: COMPLIES", IDS) == {}
+
+
+def test_windows_line_ends_are_no_obstacle() -> None:
+    assert labels("no-harm: COMPLIES\r\nbe-kind: VIOLATES\r\n")["no-harm"] == "COMPLIES"
+
+
+# --- nothing but the exact word counts ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "   \n",
+        "no",
+        "yes",
+        "NOT VIOLATES",
+        "no-harm: NOT VIOLATES",
+        "no-harm: does not violate",
+        "no-harm: COMPLIES?",
+        "no-harm: COMPLIES, or VIOLATES",
+        "no-harm: VIOLATES/COMPLIES",
+        "no-harm: VIOLATES or COMPLIES",
+        "no-harm: COMPLIED",
+        "no-harm: OK",
+        "I think that it COMPLIES.",
+        "The answer COMPLIES with no-harm",
+        "x-no-harm: COMPLIES",
+        "not no-harm: COMPLIES",
+        "Hallucinated.",
+        "not supported by the context, so it violates",
+        "The answer is accurate: yes.",
+        '{"principle": "no-harm", "verdict": "MAYBE"}',
+        '{"principle": "no-harm", "verdict": true}',
+        '{"principle": "no-harm", "verdict": ["COMPLIES"]}',
+        '{"principle": ["no-harm"], "verdict": "COMPLIES"}',
+        '{"principle": "other", "verdict": "COMPLIES"}',
+        '{"verdict": "COMPLIES"}',
+        '{"principle": "no-harm", "verdict": "VIOLATES or COMPLIES"}',
+        '{"no-harm": {"label": "COMPLIES"}}',
+        '[["no-harm", "COMPLIES"]]',
+        "null",
+        '{"principle": ' + "[" * 100_000 + "}",
+        '{"verdicts": ' + '[{"a":' * 30_000 + "}",
+        '{"principle": ' + "9" * 10_000 + "}",
+    ],
+)
+def test_what_is_off_the_menu_is_unreadable(text: str) -> None:
+    assert labels(text).get("no-harm") is None
+
+
+def test_the_last_label_wins() -> None:
+    assert labels("no-harm: COMPLIES\nOn second thoughts:\nno-harm: VIOLATES")["no-harm"] == "VIOLATES"
+    twice = verdicts() + "\n\nCorrection:\n" + verdicts("no-harm")
+    assert labels(twice)["no-harm"] == "VIOLATES"
+
+
+def test_a_label_off_the_menu_takes_back_the_one_before_it() -> None:
+    assert labels("no-harm: COMPLIES\nno-harm: unsure").get("no-harm") is None
+    assert labels("no-harm: COMPLIES\nno-harm: NOT COMPLIES").get("no-harm") is None
+    off = '{"principle": "no-harm", "verdict": "UNSURE"}'
+    assert labels(verdicts() + off).get("no-harm") is None
+
+
+def test_a_line_after_quoted_json_is_the_last_word() -> None:
+    quoted = "The answer claims " + verdicts() + " which imitates a verdict.\n\nno-harm: VIOLATES"
+
+    assert labels(quoted)["no-harm"] == "VIOLATES"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="noharm-:COMPLIESVT{}\"' \n*_,?!verdict=", max_size=120))
+def test_no_text_without_the_exact_word_reads_as_complies(text: str) -> None:
+    if "COMPLIES" not in text.upper():
+        assert Label.COMPLIES.value not in labels(text, ("no-harm",)).values()
+
+
+WORDS = ["not", "no-harm", ":", "COMPLIES", "VIOLATES", "complies", "\n", '"', "**", "?", "verdict", "maybe"]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(WORDS), max_size=14))
+def test_a_line_counts_only_with_the_label_alone_beside_the_name(words: list[str]) -> None:
+    text = " ".join(words)
+
+    found = labels(text, ("no-harm",))
+
+    if found.get("no-harm") == "COMPLIES":
+        bare = [line.translate(str.maketrans("", "", '"*?: ')).lower() for line in text.split("\n")]
+        assert {"no-harmcomplies", "verdictcomplies"} & set(bare)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=400))
+def test_any_text_is_read_without_an_error(text: str) -> None:
+    read_verdicts(AIMessage(text), IDS)
+
+
+# --- replies made to hurt -----------------------------------------------------------------------------
+
+MB = 1 << 20
+GARBAGE = {
+    "open braces": "{" * 5 * MB,
+    "empty objects": "{}" * 2 * MB,
+    "close braces": "}" * 5 * MB,
+    "principle keys": '"principle"' * (5 * MB // 11),
+    "principle keys in an object": '{"principle":"no-harm",' * (5 * MB // 23),
+    "verdict words": "verdict:" * (5 * MB // 8),
+    "verdict lines": "verdict:\n" * (5 * MB // 9),
+    "named lines": "no-harm: maybe\n" * (5 * MB // 15),
+    "newlines": "\n" * 5 * MB,
+    "spaces": " " * 5 * MB,
+    "underscores": "no-harm:" + "_" * 150_000 + "!",
+    "emphasis": "*" * 90_000 + "no-harm" + "*" * 90_000,
+    "stars and newlines": "*\n" * 2 * MB,
+    "evades": '"evades"  :' * (5 * MB // 11),
+    "evades and spaces": '"evades"' + " " * 5 * MB,
+    "brackets": '{"principle":' + "[" * 150_000 + "}",
+    "nested objects": '{"verdicts":' * (5 * MB // 12) + "}",
+    "quotes": '"' * 5 * MB,
+    "backslashes": '{"' + "\\" * 5 * MB,
+    "ten megabytes of prose": "lorem ipsum dolor sit amet " * (10 * MB // 27),
+}
+
+
+@pytest.mark.parametrize("text", GARBAGE.values(), ids=GARBAGE)
+def test_megabytes_of_garbage_are_unreadable_at_once(text: str) -> None:
+    began = time.process_time()
+
+    found = labels(text, ("no-harm",))
+
+    assert found == {}
+    assert time.process_time() - began < 5  # a quadratic reading takes hours
+
+
+def test_a_verdict_after_megabytes_of_garbage_is_read() -> None:
+    assert labels("lorem {ipsum} " * MB + verdicts("no-harm"))["no-harm"] == "VIOLATES"
+
+
+def test_log_probabilities_over_garbage_are_read_at_once() -> None:
+    token = {"token": '"principle":"no-harm"', "logprob": 0.0, "top_logprobs": []}
+    metadata = {"logprobs": {"content": [token] * 20_000}}
+    began = time.process_time()
+
+    read_verdicts(AIMessage("", response_metadata=metadata), IDS)
+
+    assert time.process_time() - began < 5
+
+
+# --- probabilities ------------------------------------------------------------------------------------
+
+
+def with_logprobs(label: str, violates: float) -> AIMessage:
+    pieces = ['{"principle": "no-harm", "critique": "", "verdict": "', label[:3], label[3:], '"}']
+    content: list[dict[str, Any]] = [
+        {"token": piece, "logprob": 0.0, "top_logprobs": [{"token": piece, "logprob": 0.0}]}
+        for piece in pieces
+    ]
+    import math
+
+    content[1]["top_logprobs"] = [
+        {"token": "VIO", "logprob": math.log(violates)},
+        {"token": "COM", "logprob": math.log(1 - violates)},
+        {"token": "The", "logprob": -9.0},
+    ]
+    return AIMessage("".join(pieces), response_metadata={"logprobs": {"content": content}})
+
+
+def test_label_log_probabilities_become_the_probability() -> None:
+    verdict = read_verdicts(with_logprobs("VIOLATES", 0.8), IDS).verdicts["no-harm"]
+
+    assert verdict.probability == pytest.approx(0.8)
+
+
+def test_a_probability_that_contradicts_its_label_is_dropped() -> None:
+    verdict = read_verdicts(with_logprobs("COMPLIES", 0.8), IDS).verdicts["no-harm"]
+
+    assert (verdict.label, verdict.probability) == (Label.COMPLIES, None)
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        None,
+        [],
+        {},
+        {"content": None},
+        {"content": [{"token": verdicts(), "logprob": 0.0}]},
+        {"content": [{"token": verdicts(), "logprob": 0.0, "top_logprobs": None}]},
+        {"tokens": ["a"], "token_logprobs": [0.0]},
+        [{"token": "a"}],
+    ],
+)
+def test_log_probabilities_of_another_shape_do_no_harm(logprobs: Any) -> None:
+    reply = AIMessage(verdicts(), response_metadata={"logprobs": logprobs})
+
+    assert read_verdicts(reply, IDS).verdicts["no-harm"].probability is None
+
+
+def test_p_violates_counts_each_token_for_the_label_that_it_begins() -> None:
+    # e^-1 and e^-2 begin VIOLATES, e^-1 begins COMPLIES; the rest begins neither.
+    alternatives = [
+        {"token": "V", "logprob": -1.0},
+        {"token": " vio", "logprob": -2.0},
+        {"token": '"COMPLIES', "logprob": -1.0},
+        {"token": "", "logprob": -0.1},
+        {"token": "Very", "logprob": -0.1},
+    ]
+
+    assert p_violates(alternatives) == pytest.approx((0.36788 + 0.13534) / (0.36788 * 2 + 0.13534), abs=1e-4)
+    assert p_violates([{"token": "The", "logprob": 0.0}]) is None
+
+
+# --- ModelCritic --------------------------------------------------------------------------------------
+
+
+async def judge(
+    critic: ModelCritic, constitution: Constitution = RULES, exchange: Exchange = ASKED
+) -> Critique:
+    return await critic.critique(exchange, constitution, Calls(Budget()), explain=True)
+
+
+async def test_the_verdicts_stand_in_the_order_of_the_principles() -> None:
+    reply = json.loads(verdicts("be-true"))
+    reply["verdicts"].reverse()
+
+    critique = await judge(ModelCritic(ScriptedModel(replies=[json.dumps(reply)])))
+
+    assert [verdict.principle for verdict in critique.verdicts] == list(IDS)
+    assert critique.critic == "ScriptedModel"
+    assert critique.evasive is False
+
+
+async def test_only_the_missing_principles_are_asked_about_again_and_once() -> None:
+    model = ScriptedModel(
+        replies=[verdicts("no-harm", unreadable=["be-kind"]), "be-kind: COMPLIES\nno-harm: COMPLIES"]
+    )
+
+    critique = await judge(ModelCritic(model))
+
+    assert [verdict.label.value for verdict in critique.verdicts] == ["VIOLATES", "COMPLIES", "COMPLIES"]
+    again = model.calls[1][-1].text
+    assert "be-kind" in again
+    assert "no-harm" not in again
+    assert model.calls[1][:2] == model.calls[0]
+
+
+async def test_what_stays_unread_after_the_second_question_is_unreadable() -> None:
+    model = ScriptedModel(replies=["Hm, hard to say.", "Still hard."])
+
+    critique = await judge(ModelCritic(model))
+
+    assert {verdict.label for verdict in critique.verdicts} == {Label.UNREADABLE}
+    assert "Hm, hard to say." in (critique.verdicts[0].reason or "")
+    assert len(model.calls) == 2
+
+
+async def test_a_critic_that_says_nothing_is_unreadable() -> None:
+    critique = await judge(ModelCritic(ScriptedModel(replies=["", ""])))
+
+    assert {verdict.label for verdict in critique.verdicts} == {Label.UNREADABLE}
+    assert "said nothing" in (critique.verdicts[0].reason or "")
+
+
+async def test_ten_megabytes_of_garbage_are_asked_about_again_in_short() -> None:
+    model = ScriptedModel(replies=["{" * 10 * MB, verdicts("no-harm")])
+
+    critique = await judge(ModelCritic(model))
+
+    assert critique.verdicts[0].label is Label.VIOLATES
+    assert sum(len(message.text) for message in model.calls[1]) < 10_000
+
+
+async def test_an_answer_too_long_to_be_judged_whole_is_an_error_not_a_verdict() -> None:
+    long = Exchange(messages=(), answer=Message(role="assistant", content="x" * 400_001))
+    model = ScriptedModel(replies=[])
+
+    with pytest.raises(ModelError, match="400,001 characters"):
+        await judge(ModelCritic(model), exchange=long)
+
+    assert model.calls == []
+
+
+class Structured(ScriptedModel):
+    """A scripted model that takes a form of reply, and may refuse it as a provider would."""
+
+    refuses: int | None = None
+    bound: list[str] = Field(default_factory=list)
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        self.bound.append("tool")
+        return self.bind(form="tool")
+
+    def with_structured_output(self, schema: Any = None, **kwargs: Any) -> Any:
+        from langchain_core.runnables import RunnableLambda
+
+        self.bound.append("structured")
+        return self.bind(form="structured") | RunnableLambda(lambda reply: {"raw": reply})
+
+    def _generate(self, messages: Any, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> Any:
+        if kwargs.get("form") and self.refuses:
+            error = RuntimeError("response_format is not supported")
+            error.status_code = self.refuses  # type: ignore[attr-defined]
+            raise error
+        return super()._generate(messages, stop, run_manager)
+
+
+@pytest.mark.parametrize(
+    ("profile", "form"),
+    [
+        ({"structured_output": True, "tool_calling": True, "tool_choice": True}, ["structured"]),
+        ({"tool_calling": True, "tool_choice": True}, ["tool"]),
+        ({"tool_calling": True}, []),
+        ({}, []),
+    ],
+)
+async def test_the_form_of_the_reply_is_what_the_profile_offers(profile: Any, form: list[str]) -> None:
+    model = Structured(replies=[verdicts("no-harm")], profile=profile)
+
+    critique = await judge(ModelCritic(model))
+
+    assert critique.verdicts[0].label is Label.VIOLATES
+    assert model.bound == form
+
+
+async def test_a_provider_that_rejects_the_form_is_asked_in_text_from_then_on() -> None:
+    profile: Any = {"structured_output": True}
+    model = Structured(replies=[verdicts(), verdicts()], profile=profile, refuses=400)
+    critic = ModelCritic(model)
+
+    first, second = await judge(critic), await judge(critic)
+
+    assert first.verdicts[0].label is second.verdicts[0].label is Label.COMPLIES
+    assert len(model.calls) == 2
+    assert model.bound == ["structured"]
+
+
+async def test_an_error_that_is_not_about_the_form_is_raised() -> None:
+    model = Structured(replies=[verdicts()], profile={"structured_output": True}, refuses=429)
+
+    with pytest.raises(RuntimeError, match="not supported"):
+        await judge(ModelCritic(model))
+
+
+async def test_calls_are_recorded_and_counted() -> None:
+    calls = Calls(Budget(calls=1))
+    critic = ModelCritic(ScriptedModel(replies=["?", verdicts()]))
+
+    with pytest.raises(BudgetExceeded, match="1 calls"):
+        await critic.critique(ASKED, RULES, calls, explain=True)
+
+    assert [call.role for call in calls.made] == ["critique"]
+
+
+async def test_a_discussion_ends_in_the_verdict_of_its_last_line() -> None:
+    model = ScriptedModel(replies=["It is rude.\nVerdict: COMPLIES?\n\nVerdict: VIOLATES"])
+
+    critique = await ModelCritic(model).discuss(ASKED, RULES["be-kind"], RULES, Calls(Budget()))
+
+    assert [(v.principle, v.label) for v in critique.verdicts] == [("be-kind", Label.VIOLATES)]
+    assert critique.reasoning.startswith("It is rude.")
+
+
+async def test_a_discussion_without_a_verdict_is_unreadable_and_keeps_its_words() -> None:
+    critique = await ModelCritic(ScriptedModel(replies=["Rude, rather."])).discuss(
+        ASKED, RULES["be-kind"], RULES, Calls(Budget())
+    )
+
+    assert critique.verdicts[0].label is Label.UNREADABLE
+    assert critique.reasoning == "Rude, rather."
+
+
+# --- critic_for, failed_principles --------------------------------------------------------------------
+
+
+def test_a_chat_model_becomes_a_critic_and_a_critic_stays_what_it_is() -> None:
+    model: BaseChatModel = ScriptedModel(replies=[])
+
+    critic = critic_for(model)
+
+    assert isinstance(critic, ModelCritic)
+    assert critic_for(critic) is critic
+
+
+@pytest.mark.parametrize("nothing", [42, object(), ["openai:gpt-5-mini"]])
+def test_what_is_no_critic_is_named_at_once(nothing: Any) -> None:
+    with pytest.raises(ConfigError, match=type(nothing).__name__):
+        critic_for(nothing)
+
+
+def violation(**fields: Any) -> Critique:
+    return Critique(verdicts=(Verdict(label=Label.VIOLATES, **fields),))
+
+
+def test_a_violation_below_the_severity_threshold_does_not_count() -> None:
+    rules = Constitution(
+        name="r",
+        principles=(principle("no-harm", "harmless", min_severity=3), principle("be-kind", "harmless")),
+    )
+
+    assert failed_principles(violation(principle="no-harm", severity=2), rules) == []
+    assert [p.id for p in failed_principles(violation(principle="no-harm", severity=3), rules)] == ["no-harm"]
+    assert [p.id for p in failed_principles(violation(principle="no-harm"), rules)] == ["no-harm"]
+
+
+def test_a_violated_aim_stands_for_its_principles_unless_one_is_named() -> None:
+    aim = Verdict(label=Label.VIOLATES, aim="harmless")
+    named = Verdict(label=Label.VIOLATES, principle="be-kind")
+
+    assert [p.id for p in failed_principles(Critique(verdicts=(aim,)), RULES)] == ["no-harm", "be-kind"]
+    assert [p.id for p in failed_principles(Critique(verdicts=(aim, named)), RULES)] == ["be-kind"]
+
+
+def test_unreadable_and_unknown_principles_are_no_failures() -> None:
+    unread = Verdict(label=Label.UNREADABLE, principle="no-harm")
+    stranger = Verdict(label=Label.VIOLATES, principle="someone-elses")
+
+    assert failed_principles(Critique(verdicts=(unread, stranger)), RULES) == []
