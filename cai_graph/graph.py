@@ -1,10 +1,11 @@
 """The graph: draft, critique, revise. The only file that knows LangGraph.
 
-        START ─> draft ─> critique ─> revise ─┐      KEPT       nothing violated
-                   │         ^  │             │      REVISED    a revision was accepted
-                   │         └──│─────────────┘      EXHAUSTED  best answer, policy `open`
-                   └─> judge ─> ┘  (strategy         REFUSED    policy `closed`
-                       (Send)       `parallel`)      FAILED     an error left
+    START ─> draft ─> critique ─> revise ─┐ again, while rounds are left
+               │         ^          │  ^──┘
+               └─> judge ┘ <────────┘           `judge`: strategy `parallel`, one Send for each principle
+
+    KEPT nothing violated · REVISED a revision was accepted · EXHAUSTED the best answer, policy `open`
+    REFUSED the refusal, policy `closed` · FAILED an error left
 
 `run` is the one way in. It drives the compiled graph, asks `policy.decide` what leaves, and writes the
 Trajectory in a `finally`, so that errors and cancellations are logged too. The graph's state is plain
@@ -18,11 +19,11 @@ import dataclasses
 import logging
 import operator
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
 
 import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 __all__ = ["Ending", "Plan", "Request", "run"]
 
 logger = logging.getLogger("cai_graph")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +199,7 @@ async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
 
 
 async def critique(state: State, runtime: Runtime[_Run]) -> Command[str]:
-    """Judge the draft, or the revisions of the open round; in `sampled`, criticise what stands."""
+    """Judge the draft; in `sampled`, criticise what stands; in `parallel`, join what `judge` found."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
     if plan.settings.strategy == "sampled":
@@ -210,24 +212,12 @@ async def critique(state: State, runtime: Runtime[_Run]) -> Command[str]:
     if plan.settings.strategy == "parallel":
         critiques = [_joined(state["judged"], of, plan.critic.name) for of in waiting]
     else:
-        calls = _inner(run)
-        critiques = await asyncio.gather(
-            *(
-                plan.critic.critique(
-                    run.exchange(progress.answer(of)), plan.constitution, calls, explain=of == "draft"
-                )
-                for of in waiting
-            )
-        )
-    if not progress.rounds:
-        progress = progress.with_round(Round(critique=critiques[0]))
-        failed = failed_principles(critiques[0], plan.constitution)
-        return run.go_on(progress, "revise" if failed and plan.settings.rounds > 0 else END)
-    by_index = {int(of.rpartition(":")[2]): found for of, found in zip(waiting, critiques, strict=True)}
-    revisions = accept(progress.rounds[-1].revisions, by_index, plan.constitution)
-    progress = progress.with_revisions(revisions)
-    done = progress.standing() != "draft" or len(progress.rounds) >= plan.settings.rounds
-    return run.go_on(progress, END if done else "revise")
+        critiques = await _critiques(run, progress, waiting)
+    if progress.rounds:
+        return _close(run, progress, waiting, critiques)
+    progress = progress.with_round(Round(critique=critiques[0]))
+    failed = failed_principles(critiques[0], plan.constitution)
+    return run.go_on(progress, "revise" if failed and plan.settings.rounds > 0 else END)
 
 
 async def judge(state: _Task, runtime: Runtime[_Run]) -> dict[str, Any]:
@@ -243,7 +233,7 @@ async def judge(state: _Task, runtime: Runtime[_Run]) -> dict[str, Any]:
 
 
 async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
-    """Write the candidate revisions of a round, and reject at once those that are none."""
+    """Write the candidate revisions of a round, reject those that are none, and judge the others."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
     sampled = plan.settings.strategy == "sampled"
@@ -273,13 +263,44 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
         accepted = sampled and rejection is None
         return Revision(answer=answer, from_draft=show_draft, rejection=rejection, accepted=accepted)
 
-    revisions = await asyncio.gather(*(write(index) for index in range(plan.candidates)))
-    progress = progress.with_revisions(revisions)
-    if not sampled and progress.unjudged():
+    progress = progress.with_revisions(await _together([write(index) for index in range(plan.candidates)]))
+    waiting = progress.unjudged()
+    if sampled:
+        return run.go_on(progress, "critique" if len(progress.rounds) < plan.settings.rounds else END)
+    if waiting and plan.settings.strategy == "parallel":
         return run.go_on(progress, _to_critique(plan, progress))
-    if len(progress.rounds) >= plan.settings.rounds:
-        return run.go_on(progress, END)
-    return run.go_on(progress, "critique" if sampled else "revise")
+    run.reached = progress
+    return _close(run, progress, waiting, await _critiques(run, progress, waiting))
+
+
+def _close(
+    run: _Run, progress: Progress, judged: Sequence[str], critiques: Sequence[Critique]
+) -> Command[str]:
+    """Close the open round by the critiques of its revisions, and go on by the stopping rule."""
+    plan = run.plan
+    by_index = {int(of.rpartition(":")[2]): found for of, found in zip(judged, critiques, strict=True)}
+    revisions = accept(progress.rounds[-1].revisions, by_index, plan.constitution)
+    progress = progress.with_revisions(revisions)
+    done = progress.standing() != "draft" or len(progress.rounds) >= plan.settings.rounds
+    return run.go_on(progress, END if done else "revise")
+
+
+async def _critiques(run: _Run, progress: Progress, waiting: Sequence[str]) -> list[Critique]:
+    plan, calls = run.plan, _inner(run)
+    return await _together(
+        [
+            plan.critic.critique(
+                run.exchange(progress.answer(of)), plan.constitution, calls, explain=of == "draft"
+            )
+            for of in waiting
+        ]
+    )
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    if len(coroutines) == 1:  # the usual case needs no task of its own
+        return [await coroutines[0]]
+    return await asyncio.gather(*coroutines)
 
 
 def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
@@ -334,7 +355,7 @@ def compiled() -> CompiledStateGraph[State, _Run, State, State]:
     graph.add_node("draft", draft, destinations=("critique", "judge", END))
     graph.add_node("judge", judge)
     graph.add_node("critique", critique, destinations=("revise", END))
-    graph.add_node("revise", revise, destinations=("critique", "judge", "revise", END))
+    graph.add_node("revise", revise, destinations=("revise", "judge", "critique", END))
     graph.add_edge(START, "draft")
     graph.add_edge("judge", "critique")
     return graph.compile(checkpointer=False, name="cai_graph")
