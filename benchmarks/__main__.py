@@ -1,0 +1,53 @@
+"""`make bench`: run the benchmarks and write benchmarks/RESULTS.md.
+
+    python -m benchmarks                 all of them
+    python -m benchmarks overhead log    some of them; the other sections stay as they were
+
+Each benchmark is a module with `run() -> str`, which returns its section in Markdown. Every figure comes
+from one interleaved run of all its competitors on one machine; ratios are what to read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+ALL = ("overhead", "log", "probe", "engines")
+HEAD = """# Benchmark results
+
+Written by `make bench` (`python -m benchmarks NAME` for one section). The machines are noisy: read the
+ratios, which come from one interleaved run, and not the absolute times.
+"""
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in ALL]
+    if unknown:
+        print(f"no benchmark {', '.join(unknown)}; there are {', '.join(ALL)}", file=sys.stderr)
+        return 2
+    sections = _sections(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in names or ALL:
+        print(f"== {name}", flush=True)
+        text = importlib.import_module(f"benchmarks.{name}").run().strip()
+        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+        stamp = f"_{datetime.now(UTC):%Y-%m-%d}, {machine}, `python -m benchmarks {name}`_"
+        sections[name] = f"{text}\n\n{stamp}\n"
+        print(sections[name], flush=True)
+        body = "\n".join(f"<!-- {name} -->\n{sections[name]}" for name in ALL if name in sections)
+        RESULTS.write_text(f"{HEAD}\n{body}")
+    return 0
+
+
+def _sections(text: str) -> dict[str, str]:
+    parts = re.split(r"<!-- (\w+) -->\n", text)[1:]
+    return {name: body.strip() + "\n" for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
