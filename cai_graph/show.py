@@ -1,0 +1,289 @@
+"""How records look in a terminal. Renders, decides nothing.
+
+Everything that a model, a user or a file wrote is hostile: it reaches the terminal only through `clean`,
+and only as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from cai_graph.trajectory import Critique, Label, Outcome, Revision, Trajectory, text_of
+
+if TYPE_CHECKING:
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    from cai_graph.bulk import Summary
+
+__all__ = ["brief", "clean", "one_line", "stages", "summary", "table", "trajectory", "word_diff"]
+
+MAX_CHARS = 20_000
+"""How much of one text is shown; the rest is in the JSON."""
+
+MAX_DIFF_WORDS = 4_000
+"""Texts with more words are shown whole, since comparing them takes time with the product of both."""
+
+_LABELS = {Label.VIOLATES: "bold red", Label.COMPLIES: "green", Label.UNREADABLE: "bold yellow"}
+_OUTCOMES = {
+    Outcome.KEPT: "green",
+    Outcome.REVISED: "bold cyan",
+    Outcome.EXHAUSTED: "bold yellow",
+    Outcome.REFUSED: "magenta",
+    Outcome.FAILED: "bold red",
+}
+
+# --- hostile text -------------------------------------------------------------------------------------
+
+_JOINERS = {"\u200c", "\u200d"}  # Persian and emoji need them, and they move nothing
+_SUSPECT = re.compile(r"[^\n\t\x20-\x7e]")
+
+
+def clean(text: str) -> str:
+    """Return text that cannot act on a terminal: what would is spelt out as an escape.
+
+    Spelt out are control characters (but for line end and tab), the marks that turn or hide text, line
+    separators and lone surrogates.
+
+    >>> clean("a\\x1b[2Jb\\u202ec")
+    'a\\\\x1b[2Jb\\\\u202ec'
+    """
+    return _SUSPECT.sub(lambda match: _spelt(match[0]), text.replace("\r\n", "\n"))
+
+
+def _spelt(char: str) -> str:
+    if unicodedata.category(char) not in {"Cc", "Cf", "Cs", "Zl", "Zp"} or char in _JOINERS:
+        return char
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def one_line(text: str, width: int) -> str:
+    """Return the text on one line of at most `width` characters, cleaned."""
+    line = " ".join(clean(text[: 4 * width]).split())
+    return line if len(line) <= width and len(text) <= 4 * width else line[: width - 1] + "…"
+
+
+def _shown(text: str) -> str:
+    rest = len(text) - MAX_CHARS
+    return clean(text) if rest <= 0 else f"{clean(text[:MAX_CHARS])}\n… {rest:,} more characters; see --json"
+
+
+# --- word diff ----------------------------------------------------------------------------------------
+
+_ISLAND_WORDS = 3
+"""Fewer words in common between two changes are no landmark to a reader; they join the change."""
+
+
+def word_diff(before: str, after: str) -> Text:
+    """Return how `after` differs from `before`, word by word: `[-gone-]` and `{+new+}`, coloured."""
+    old, new = _words(before), _words(after)
+    if len(old) > MAX_DIFF_WORDS or len(new) > MAX_DIFF_WORDS:
+        return Text(_shown(after), "green")
+    shown = Text()
+    for gone, added, same in _changes(old, new):
+        for words, style, marks in ((gone, "red strike", "[--]"), (added, "green", "{++}")):
+            if text := clean("".join(words)):
+                body = text.rstrip()
+                shown.append(f"{marks[:2]}{body}{marks[2:]}{text[len(body) :] or ' '}", style)
+        shown.append(clean("".join(same)))
+    return shown
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\S+\s*|^\s+", text)
+
+
+_Change = tuple[list[str], list[str], list[str]]
+
+
+def _changes(old: Sequence[str], new: Sequence[str]) -> list[_Change]:
+    """Return (gone, added, same) in order; only the first may be without a change."""
+    plain_old, plain_new = [word.strip() for word in old], [word.strip() for word in new]
+    found: list[_Change] = [([], [], [])]
+    matcher = difflib.SequenceMatcher(None, plain_old, plain_new, autojunk=False)
+    for kind, i, i_end, j, j_end in matcher.get_opcodes():
+        if kind == "equal":
+            found[-1][2].extend(new[j:j_end])
+            continue
+        same = found[-1][2]
+        if len(found) > 1 and len(same) < _ISLAND_WORDS:
+            gone, added, _ = found.pop()
+            found.append(([*gone, *same, *old[i:i_end]], [*added, *same, *new[j:j_end]], []))
+        else:
+            found.append((list(old[i:i_end]), list(new[j:j_end]), []))
+    return found
+
+
+# --- one trajectory -----------------------------------------------------------------------------------
+
+
+def trajectory(record: Trajectory) -> RenderableType:
+    """Return one Trajectory as a person reads it: draft, verdicts, critique, revisions, outcome."""
+    parts: list[RenderableType] = []
+    for message in record.messages:
+        parts += _block(message.role, _shown(text_of(message)))
+    draft = "" if record.draft is None else text_of(record.draft.answer)
+    if record.draft is not None:
+        cut = ", cut at its token limit" if record.draft.truncated else ""
+        parts += _block(f"draft{cut}", _shown(draft) or "(no text)")
+    for number, turn in enumerate(record.rounds, 1):
+        if number == 1 or turn.of.startswith("revision"):
+            about = "draft" if turn.of == "draft" else "revision " + _name(turn.of)
+            parts += _block(f"verdicts on the {about}", _verdicts(turn.critique))
+            if turn.critique.reasoning:
+                parts += _block("critique", _shown(turn.critique.reasoning))
+        for index, revision in enumerate(turn.revisions, 1):
+            parts += _revision(f"{number}.{index}", revision, draft)
+    if record.released is not None and record.released_from in ("refusal", "human"):
+        parts += _block(f"released: {record.released_from}", _shown(text_of(record.released)))
+    parts.append(_ending(record))
+    return Group(*parts)
+
+
+def _block(title: str, body: RenderableType | str) -> list[RenderableType]:
+    content = Text(body) if isinstance(body, str) else body
+    return [Text(clean(title), "bold"), Padding(content, (0, 0, 1, 2))]
+
+
+def _name(of: str) -> str:
+    """Return `revision:0:1` as people count: 1.2."""
+    _, turn, index = of.split(":")
+    return f"{int(turn) + 1}.{int(index) + 1}"
+
+
+def _verdicts(critique: Critique) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    for verdict in critique.verdicts:
+        notes = [] if verdict.severity is None else [f"severity {verdict.severity} of 5"]
+        if verdict.probability is not None:
+            notes.append(f"p = {verdict.probability:.2f}")
+        about = verdict.principle or f"aim: {verdict.aim}"
+        reason = one_line(verdict.reason or "", 300)
+        grid.add_row(
+            Text(verdict.label.value, _LABELS[verdict.label]),
+            Text(clean(about)),
+            Text(", ".join(notes), "dim", no_wrap=True),
+            Text(reason, "dim"),
+        )
+    readings = ", ".join(f"{clean(name)} {value:.2f}" for name, value in critique.readings.items())
+    if not readings:
+        return grid
+    return Group(grid, Text(f"the probe reads: {readings}", "dim"))
+
+
+def _revision(name: str, revision: Revision, draft: str) -> list[RenderableType]:
+    afresh = "" if revision.from_draft else ", written without sight of the draft"
+    if not revision.accepted:
+        why = "unknown" if revision.rejection is None else revision.rejection.value.replace("_", " ")
+        detail = f" ({one_line(revision.detail, 200)})" if revision.detail else ""
+        shortened = one_line(text_of(revision.answer), 200) or "(no text)"
+        return _block(f"revision {name}: rejected, {why}{detail}{afresh}", Text(shortened, "dim"))
+    return _block(
+        f"revision {name}: accepted{afresh}; [-draft-] against {{+revision+}}",
+        word_diff(draft, text_of(revision.answer)),
+    )
+
+
+def _ending(record: Trajectory) -> Text:
+    generations = sum(call.kind == "generation" for call in record.calls)
+    forward = len(record.calls) - generations
+    facts = [f"{generations} calls" + (f" and {forward} forward passes" if forward else "")]
+    read = sum(call.input_tokens or 0 for call in record.calls)
+    written = sum(call.output_tokens or 0 for call in record.calls)
+    if read or written:
+        facts.append(f"{read:,} tokens read, {written:,} written")
+    facts.append(f"{record.seconds:.1f} s")
+    facts.append(f"constitution {record.constitution.name} {record.constitution.version}")
+    line = Text(record.outcome.value, _OUTCOMES[record.outcome])
+    if record.error is not None:
+        line.append(f"  {one_line(record.error, 500)}", "red")
+    line.append(f"  {clean(', '.join(facts))}\n", "dim")
+    return line.append(record.id, "dim")
+
+
+def brief(record: Trajectory, *, about: str = "") -> RenderableType:
+    """Return one Trajectory in a few lines: prompt, draft, what was violated, the diff, all shortened."""
+    from cai_graph.bulk import violated
+
+    head = Text(f"{record.outcome.value:<10}", _OUTCOMES[record.outcome])
+    head.append(f"{about}  " if about else "", "dim")
+    head.append(one_line(record.prompt, 110), "bold")
+    lines: list[RenderableType] = [head]
+    draft = "" if record.draft is None else text_of(record.draft.answer)
+    lines.append(_indented("draft     ", Text(one_line(draft, 200))))
+    if names := violated(record):
+        lines.append(_indented("violates  ", Text(clean(", ".join(names)), "red")))
+    released = "" if record.released is None else text_of(record.released)
+    if record.outcome is Outcome.REVISED:
+        lines.append(_indented("revision  ", word_diff(one_line(draft, 260), one_line(released, 260))))
+    elif released != draft:
+        lines.append(_indented("released  ", Text(one_line(released, 200))))
+    return Group(*lines, Text())
+
+
+def _indented(title: str, body: Text) -> RenderableType:
+    grid = Table.grid()
+    grid.add_row(Text(f"  {title}", "dim", no_wrap=True), body)
+    return grid
+
+
+# --- others -------------------------------------------------------------------------------------------
+
+
+def summary(run: Summary) -> RenderableType:
+    """Return what a run came to."""
+    outcomes = ", ".join(f"{count} {name}" for name, count in run.outcomes.most_common()) or "none"
+    most = ", ".join(f"{clean(name)} ({count})" for name, count in run.violated.most_common(5)) or "nothing"
+    calls = f"{run.calls:,} generations"
+    if run.forward_passes:
+        calls += f", {run.forward_passes:,} forward passes"
+    rows = [
+        ("outcomes", f"{outcomes}; {run.revised_share:.0%} revised"),
+        ("violated most", most),
+        ("calls", f"{calls}; {run.input_tokens:,} tokens read, {run.output_tokens:,} written"),
+    ]
+    if run.skipped:
+        rows.append(("not answered", f"{len(run.skipped)} rows"))
+    return table(rows)
+
+
+def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> Table:
+    """Return rows as aligned columns; what is in them is cleaned."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(headers))
+    cells = [[Text(clean(str(cell))) for cell in row] for row in rows]
+    for position in range(len(cells[0]) if cells else len(headers)):
+        made.add_column(Text(headers[position]) if headers else "", no_wrap=position == 0, overflow="fold")
+    for row in cells:
+        made.add_row(*row)
+    return made
+
+
+def stages(tell: Callable[[str], None], rounds: int) -> BaseCallbackHandler:
+    """Return a callback handler that tells which part of the graph is at work."""
+    from langchain_core.callbacks import BaseCallbackHandler
+
+    class Stages(BaseCallbackHandler):
+        revising = 0
+
+        def on_chain_start(self, *args: Any, **kwargs: Any) -> None:
+            node = kwargs.get("name")
+            if node != (kwargs.get("metadata") or {}).get("langgraph_node"):
+                return  # what runs inside a node
+            if node == "draft":
+                tell("drafting")
+            elif node == "critique":
+                tell("critiquing")
+            elif node == "revise":
+                self.revising += 1
+                tell(f"revising {self.revising}/{rounds}")
+
+    return Stages()
