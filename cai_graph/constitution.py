@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -458,7 +458,7 @@ def _build(source: _Source, chain: tuple[Path, ...]) -> Constitution:
     examples: list[Example] = []
     refusal: dict[str, Any] = {}
     for i, name in enumerate(file.extends):
-        where = source.at(("extends", i)) if ("extends", i) in source.lines else source.at(("extends",))
+        where = source.at(("extends", i))
         path = _find(name, source.folder, f"{where}: extends ")
         if path in chain:
             cycle = " -> ".join(p.name for p in (*chain[chain.index(path) :], path))
@@ -758,95 +758,95 @@ def _called(call: ast.Call) -> str:
 
 def _own_format(source: _Source, name: str = "custom") -> _Source:
     """Turn a foreign principle list into the fields of our own format; leave our own as it is."""
-    data = source.data
-    if isinstance(data, list | tuple):
-        items = [_own_principle(item) for item in data]
+    if isinstance(source.data, list | tuple):
         lines = {("principles", *path): line for path, line in source.lines.items()}
-    elif isinstance(data, Mapping) and "constitutions" in data:
-        pairs = data["constitutions"]
-        if not isinstance(pairs, list):
-            raise ConstitutionError(
-                f"{source.at(('constitutions',))}: 'constitutions' holds {_short(pairs)}; "
-                "it should be a list of {critic, revision}"
-            )
-        names = {"critic": "critique_request", "revision": "revision_request"}
-        items = [
-            {names.get(key, key): value for key, value in pair.items()} if isinstance(pair, Mapping) else pair
-            for pair in pairs
-        ]
-        lines = {
-            ("principles", *(names.get(str(part), part) for part in path[1:])): line
-            for path, line in source.lines.items()
-            if path[:1] == ("constitutions",)
-        }
-        examples = _chat_examples(data.get("system_chat"), source, pairs)
-        principles = _with_ids(items)
-        for example in examples:
-            index = example.pop("index")
-            if index is not None:
-                example["principle"] = principles[index]["id"]
-        own = {"name": name, "principles": principles, "examples": examples}
-        return _Source(source.label, own, lines, source.folder)
-    else:
-        return source
-    return _Source(source.label, {"name": name, "principles": _with_ids(items)}, lines, source.folder)
+        return replace(source, data={"name": name, "principles": _own_principles(source.data)}, lines=lines)
+    if isinstance(source.data, Mapping) and "constitutions" in source.data:
+        return _from_pairs(source, source.data, name)
+    return source
 
 
-def _own_principle(item: object) -> Any:
-    if isinstance(item, Principle):
-        return item.model_dump()
-    if isinstance(item, Mapping):
-        fields = dict(item)
-    elif hasattr(item, "critique_request") and hasattr(item, "revision_request"):
-        # LangChain's ConstitutionalPrinciple, known by its attributes so that LangChain need not be there.
-        fields = {"critique_request": item.critique_request, "revision_request": item.revision_request}
-        fields["name"] = getattr(item, "name", None)
-    else:
-        return item
-    if "name" in fields and "id" not in fields:
-        slug = re.sub(r"[^a-z0-9]+", "-", str(fields.pop("name") or "").lower()).strip("-")[:60].strip("-")
-        fields |= {"id": slug} if slug else {}
-    return fields
+def _from_pairs(source: _Source, data: Mapping[str, Any], name: str) -> _Source:
+    """Read {"constitutions": [{critic, revision}], "system_chat": [conversation, ...]}."""
+    pairs = data["constitutions"]
+    if not isinstance(pairs, list):
+        raise ConstitutionError(
+            f"{source.at(('constitutions',))}: 'constitutions' holds {_short(pairs)}; "
+            "it should be a list of {critic, revision}"
+        )
+    own_name = {"critic": "critique_request", "revision": "revision_request"}
+    principles = _own_principles(
+        {own_name.get(key, key): value for key, value in pair.items()} if isinstance(pair, Mapping) else pair
+        for pair in pairs
+    )
+    ids = {str(p.get("critique_request")): p["id"] for p in principles if isinstance(p, Mapping)}
+    examples = _chat_examples(data.get("system_chat") or [], source, ids)
+    lines = {
+        ("principles", *(own_name.get(str(part), part) for part in path[1:])): line
+        for path, line in source.lines.items()
+        if path[:1] == ("constitutions",)
+    }
+    return replace(source, data={"name": name, "principles": principles, "examples": examples}, lines=lines)
 
 
-def _with_ids(items: list[Any]) -> list[Any]:
-    """Number principles without an id, tell apart those of one id, and give the aim "general" to the rest."""
-    named: list[Any] = []
+def _own_principles(items: Iterable[object]) -> list[Any]:
+    """Name the fields of each item as we do; give an id to those without one, and the aim "general".
+
+    What is no principle is left for validation to refuse.
+    """
+    principles: list[Any] = []
     taken: set[str] = set()
     for number, item in enumerate(items, 1):
-        if not isinstance(item, Mapping):
-            named.append(item)
+        if isinstance(item, Principle):
+            fields = item.model_dump()
+        elif isinstance(item, Mapping):
+            fields = dict(item)
+        elif hasattr(item, "critique_request") and hasattr(item, "revision_request"):
+            # LangChain's ConstitutionalPrinciple, known by its attributes: LangChain need not be installed.
+            fields = {
+                "name": getattr(item, "name", None),
+                "critique_request": item.critique_request,
+                "revision_request": item.revision_request,
+            }
+        else:
+            principles.append(item)
             continue
-        base = str(item.get("id", f"principle-{number:02d}"))
-        unique, copy = base, 2
-        while unique in taken:
-            unique, copy = f"{base}-{copy}", copy + 1
-        taken.add(unique)
-        named.append({"aim": "general", **item, "id": unique})
-    return named
+        if "id" not in fields:
+            words = re.findall(r"[a-z0-9]+", str(fields.pop("name", None) or "").lower())
+            base = unique = "-".join(words)[:60].rstrip("-") or f"principle-{number:02d}"
+            copy = 1
+            while unique in taken:
+                copy += 1
+                unique = f"{base}-{copy}"
+            fields["id"] = unique
+        taken.add(str(fields["id"]))
+        principles.append({"aim": "general", **fields})
+    return principles
 
 
-def _chat_examples(chats: object, source: _Source, pairs: list[Any]) -> list[dict[str, Any]]:
+def _chat_examples(chats: Any, source: _Source, ids: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return worked examples from conversations of request, draft, critique request, critique, revision.
 
     The format states no verdict: a revision that hardly touches the draft says that it complied.
+
+    Args:
+        chats: conversations, each a list of six {role, content}.
+        source: where they were read.
+        ids: principle ids by critique request.
     """
-    if chats is None:
-        return []
-    examples = []
-    critics = [pair.get("critic") if isinstance(pair, Mapping) else None for pair in pairs]
+    examples: list[dict[str, Any]] = []
     try:
-        for chat in chats:  # type: ignore[attr-defined]
+        for chat in chats:
             prompt, draft, request, critique, _, revision = (str(turn["content"]) for turn in chat[:6])
-            kept = difflib.SequenceMatcher(None, draft, revision, autojunk=False).ratio() >= 0.9
+            alike = difflib.SequenceMatcher(None, draft.split(), revision.split(), autojunk=False).ratio()
             examples.append(
                 {
                     "prompt": prompt,
                     "draft": draft,
-                    "verdict": "COMPLIES" if kept else "VIOLATES",
+                    "verdict": "COMPLIES" if alike >= 0.9 else "VIOLATES",
                     "critique": critique,
                     "revision": revision,
-                    "index": critics.index(request) if request in critics else None,
+                    "principle": ids.get(request),
                 }
             )
     except (TypeError, KeyError, ValueError) as error:
@@ -890,14 +890,11 @@ def lint(constitution: Constitution) -> list[Finding]:
 
 def _lint_wording(constitution: Constitution) -> Iterator[Finding]:
     for principle in constitution:
-        for name in ("critique_request", "revision_request", "preference_question"):
+        for name in ("critique_request", "revision_request"):
             length = len(getattr(principle, name))
-            if length > MAX_REQUEST_CHARS and name != "preference_question":
-                yield Finding(
-                    f"{length} characters; keep it to {MAX_REQUEST_CHARS}, or split the principle",
-                    principle.id,
-                    name,
-                )
+            if length > MAX_REQUEST_CHARS:
+                advice = f"{length} characters; keep it to {MAX_REQUEST_CHARS}, or split the principle"
+                yield Finding(advice, principle.id, name)
         if principle.preference_question == _plain_question(principle.critique_request):
             yield Finding(
                 "made from the critique request; write which of two answers is better",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
@@ -39,8 +40,8 @@ SHARED = ROOT.parent / "shared" / "data" / "principles"  # not part of the repos
 # What each built-in constitution says to models. A new digest parts new logs from old ones, so a commit that
 # changes one says why.
 GOLDEN = {
-    "balanced": "3ab15fd66ca7500f743a9f350fbcc2d68bb3f23fe40db7acc30ebf99f522fe6b",
-    "company-policy": "42ddd347c1cf9b724a41f003c595be34ecbc373b05e14ad951235f7ae6b81558",
+    "balanced": "0113cc038ecd0d20702fd18cb04a41d9036a1c2f96d2882bcd54b58dd99aed83",
+    "company-policy": "a09cf1a5d53dd55839e460b62b2f7b29566c4217300aa36fb3af8b1b083b78d6",
     "harmlessness": "2155e72da8243b32762f27e73f5097b11576e3a826867a431df1bb9d12109abd",
     "human-rights": "5ad619e962e07b76e42bfa6fe2b688de813c8b2682477f46f8d678cd76dde338",
     "technical-safety": "3a17b12ae553866010da765c6d4f96be2b16e5c40bc6ce7ccc840605a6b6a748",
@@ -674,6 +675,36 @@ def test_what_is_no_constitution_is_refused(value: object) -> None:
         load(value)
 
 
+FILE_FIELDS = "name extends remove principles examples refusal constitutions system_chat critic de x".split()
+NAMES = st.sampled_from([*FILE_FIELDS, *Principle.model_fields, *Example.model_fields])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("balanced"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.integers(), inner, max_size=4)  # type: ignore[arg-type]
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=ANYTHING.filter(lambda value: isinstance(value, dict | list)))
+def test_whatever_is_loaded_gives_a_constitution_or_a_sentence(data: Any) -> None:
+    with contextlib.suppress(ConstitutionError):
+        assert len(load(data)) > 0
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    raw=st.binary(max_size=60) | st.text(alphabet="-:[]{}&*!|>'\"# \n\tabc", max_size=60).map(str.encode),
+    suffix=st.sampled_from([".yaml", ".json", ".py", ".txt"]),
+)
+def test_whatever_a_file_holds_gives_a_sentence(raw: bytes, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"any{suffix}"
+    path.write_bytes(raw)
+    with pytest.raises(ConstitutionError, match="any"):
+        load(path)
+
+
 def test_broken_unicode_is_refused() -> None:
     with pytest.raises(ConstitutionError, match="take out the broken character"):
         load({"name": "t", "principles": [principle(critique_request="\ud800")]})
@@ -808,6 +839,11 @@ def test_list_of_own_principles_keeps_their_aims() -> None:
         balanced["not-evasive"],
         balanced["no-demeaning"],
     )
+
+
+def test_own_id_given_twice_in_a_list_is_an_error() -> None:
+    with pytest.raises(ConstitutionError, match="two principles have the id 'a'; rename"):
+        load([principle("a"), principle("a")])
 
 
 def test_critic_revision_pairs_bring_their_worked_examples(folder: Path) -> None:
