@@ -675,8 +675,17 @@ def test_what_is_no_constitution_is_refused(value: object) -> None:
         load(value)
 
 
-FILE_FIELDS = "name extends remove principles examples refusal constitutions system_chat critic de x".split()
-NAMES = st.sampled_from([*FILE_FIELDS, *Principle.model_fields, *Example.model_fields])
+FILE_FIELDS = [
+    "name",
+    "extends",
+    "remove",
+    "principles",
+    "examples",
+    "refusal",
+    "constitutions",
+    "system_chat",
+]
+NAMES = st.sampled_from([*FILE_FIELDS, "critic", *Principle.model_fields, *Example.model_fields, "de", "x"])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just("balanced"),
     lambda inner: (
