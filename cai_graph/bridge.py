@@ -27,8 +27,16 @@ class _Loop:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="cai_graph", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="cai_graph", daemon=True)
         self.thread.start()
+
+    def _run(self) -> None:
+        self.loop.run_forever()
+        self.loop.close()
+
+    def stop(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
 
 
 _shared: _Loop | None = None
@@ -101,12 +109,14 @@ def run(core: Callable[[Caller], Coroutine[Any, Any, T]]) -> T:
     raised again.
     """
     caller = Caller()
-    loop = _loop()
     context = copy_context()
     started: queue.SimpleQueue[asyncio.Task[T]] = queue.SimpleQueue()
 
+    coroutine = core(caller)
+    loop = _loop()
+
     def start() -> None:
-        task = loop.loop.create_task(core(caller), context=context)
+        task = loop.loop.create_task(coroutine, context=context)
         task.add_done_callback(lambda _: caller._release())
         started.put(task)
 
@@ -120,5 +130,5 @@ def run(core: Callable[[Caller], Coroutine[Any, Any, T]]) -> T:
         raise
     finally:
         if loop is not _shared:
-            loop.loop.call_soon_threadsafe(loop.loop.stop)
+            loop.stop()
     return task.result()

@@ -8,16 +8,13 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 
 from cai_graph.errors import BudgetExceeded, ConfigError
 from cai_graph.trajectory import Call
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Budget", "Calls"]
 
@@ -41,8 +38,9 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("calls", "forward_passes", "tokens", "seconds"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"budget: {name} must be above 0 or None, found {value!r}")
+            number = isinstance(value, int | float if name == "seconds" else int) and value is not True
+            if value is not None and not (number and value > 0):
+                raise ConfigError(f"budget: {name} must be a number above 0 or None, found {value!r}")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatResult
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, SkipValidation
 
 __all__ = ["ScriptedModel"]
 
@@ -28,7 +28,7 @@ class ScriptedModel(BaseChatModel):
     AssertionError: the script has 2 replies, and this is call 3: [human] once more
     """
 
-    replies: Sequence[Reply] | Callable[[list[BaseMessage]], Reply]
+    replies: SkipValidation[Sequence[Reply] | Callable[[list[BaseMessage]], Reply]]
     """Replies in order, or a function from the messages to a reply; an exception is raised."""
 
     _calls: list[list[BaseMessage]] = PrivateAttr(default_factory=list)

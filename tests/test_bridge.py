@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from contextvars import ContextVar
+
+import pytest
+
+from cai_graph import bridge
+
+asked: ContextVar[str] = ContextVar("asked", default="nobody")
+
+
+def test_the_result_of_the_core_is_returned() -> None:
+    async def core(caller: bridge.Caller) -> int:
+        await asyncio.sleep(0)
+        return 7
+
+    assert bridge.run(core) == 7
+
+
+def test_the_error_of_the_core_is_raised_as_it_is() -> None:
+    error = ValueError("mine")
+
+    async def core(caller: bridge.Caller) -> None:
+        raise error
+
+    with pytest.raises(ValueError, match="mine") as raised:
+        bridge.run(core)
+
+    assert raised.value is error
+
+
+def test_a_core_that_cannot_be_started_raises_and_does_not_hang() -> None:
+    def core() -> None: ...
+
+    with pytest.raises(TypeError):
+        bridge.run(core)  # type: ignore[arg-type]
+
+
+def test_work_handed_back_runs_in_the_callers_thread() -> None:
+    async def core(caller: bridge.Caller) -> tuple[threading.Thread, threading.Thread]:
+        return threading.current_thread(), await caller.call(threading.current_thread)
+
+    in_core, in_caller = bridge.run(core)
+
+    assert in_caller is threading.current_thread()
+    assert in_core is not threading.current_thread()
+    assert in_core.daemon
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), TimeoutError("mine"), asyncio.CancelledError("mine")])
+def test_the_error_of_handed_back_work_is_raised_in_the_core(error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    async def core(caller: bridge.Caller) -> None:
+        await caller.call(fail)
+
+    with pytest.raises(type(error)) as raised:
+        bridge.run(core)
+
+    assert raised.value is error
+
+
+def test_a_stop_iteration_of_handed_back_work_is_told() -> None:
+    async def core(caller: bridge.Caller) -> None:
+        await caller.call(lambda: next(iter(())))
+
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        bridge.run(core)
+
+
+def test_the_core_sees_the_callers_context_and_changes_a_copy() -> None:
+    async def core(caller: bridge.Caller) -> str:
+        seen = asked.get()
+        asked.set("core")
+        return seen
+
+    token = asked.set("caller")
+    try:
+        assert bridge.run(core) == "caller"
+        assert asked.get() == "caller"
+    finally:
+        asked.reset(token)
+
+
+def test_an_interrupt_cancels_the_core_waits_for_its_cleanup_and_is_raised() -> None:
+    cleaned: list[str] = []
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    async def core(caller: bridge.Caller) -> None:
+        try:
+            await caller.call(interrupt)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            cleaned.append("cleaned")
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        bridge.run(core)
+
+    assert cleaned == ["cleaned"]
+
+
+async def test_a_running_event_loop_is_no_obstacle() -> None:
+    async def core(caller: bridge.Caller) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    assert bridge.run(core) is not asyncio.get_running_loop()
+
+
+def test_a_synchronous_call_inside_the_core_does_not_wait_for_itself() -> None:
+    async def inner(caller: bridge.Caller) -> str:
+        return await caller.call(lambda: "inner")
+
+    async def outer(caller: bridge.Caller) -> list[str]:
+        return [bridge.run(inner) for _ in range(3)]
+
+    assert bridge.run(outer) == ["inner"] * 3
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("cai_graph") == 1  # the loops of the inner calls are gone
+
+
+def test_many_threads_share_one_loop() -> None:
+    loops: list[object] = []
+
+    async def core(caller: bridge.Caller) -> None:
+        loops.append(asyncio.get_running_loop())
+        assert await caller.call(threading.get_ident) == await caller.call(threading.get_ident)
+
+    threads = [threading.Thread(target=lambda: bridge.run(core)) for _ in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(loops) == 32
+    assert len(set(loops)) == 1
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_gets_a_loop_of_its_own() -> None:
+    done = run_python(
+        """
+        import os
+        from cai_graph import bridge
+
+        async def core(caller):
+            return await caller.call(os.getpid)
+
+        assert bridge.run(core) == os.getpid()
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if bridge.run(core) == bridge.run(core) == os.getpid() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert bridge.run(core) == os.getpid()
+        """
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_process_that_used_the_bridge_ends_in_silence() -> None:
+    done = run_python(
+        """
+        from cai_graph import bridge
+
+        async def inner(caller):
+            return 1
+
+        async def core(caller):
+            return bridge.run(inner)
+
+        assert bridge.run(core) == 1
+        """
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
