@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, BinaryIO, Literal, TextIO, TypeVar
 
 import msgspec
 from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
@@ -206,18 +206,20 @@ _File = io.BufferedReader | io.BufferedRandom
 
 def _readable_twice(path: str) -> _File:
     try:
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 - `Rows.close`
         if path == "-":
-            shutil.copyfileobj(sys.stdin.buffer, copy)
-        else:
-            file = open(path, "rb")  # noqa: SIM115 - `Rows.close`
-            if file.seekable():
-                copy.close()
-                return file
-            with file:
-                shutil.copyfileobj(file, copy)
+            return _copy(sys.stdin.buffer)
+        file = open(path, "rb")  # noqa: SIM115 - `Rows.close`
+        if file.seekable():
+            return file
+        with file:
+            return _copy(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _copy(file: BinaryIO) -> _File:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - `Rows.close`
+    shutil.copyfileobj(file, copy)
     copy.seek(0)
     return copy
 

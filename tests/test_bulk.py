@@ -1,0 +1,377 @@
+"""Reading rows, and the run of many; the model behind is a real server on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from wire import Reply, Server, role, serving, under
+
+from cai_graph import bulk, constitutional, models, open_log
+from cai_graph.bulk import Broken, Failed, Prompt, Rows, Run
+from cai_graph.constitution import load
+from cai_graph.errors import ConfigError, DataError, LogError
+from cai_graph.trajectory import Outcome, Trajectory
+
+BALANCED = load("balanced")
+
+
+def prompts(path: Path, column: str | None = None) -> list[Prompt | Broken]:
+    with closing(Rows(str(path))) as rows:
+        return list(rows.prompts(column))
+
+
+def texts(found: list[Prompt | Broken]) -> list[str | None]:
+    return [row.messages[-1].text if isinstance(row, Prompt) else None for row in found]
+
+
+def file(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    return path
+
+
+# --- reading ------------------------------------------------------------------------------------------
+
+
+def test_text_is_one_prompt_a_line_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    found = prompts(file(tmp_path, "p.txt", "\ufeffone\r\n\n  \ntwo"))
+    assert texts(found) == ["one", "two"]
+    assert [(row.index, row.line) for row in found] == [(0, 1), (1, 4)]
+
+
+def test_csv_keeps_line_ends_inside_quotes_and_drops_the_byte_order_mark(tmp_path: Path) -> None:
+    path = file(tmp_path, "p.csv", '\ufeffprompt,kind\r\n"one\nline, two",a\r\n"say ""hi""",b\r\n')
+    found = prompts(path)
+    assert texts(found) == ["one\nline, two", 'say "hi"']
+    assert [row.line for row in found] == [2, 4]
+    assert isinstance(found[0], Prompt)
+    assert found[0].metadata == {"kind": "a"}
+
+
+def test_csv_with_one_column_needs_no_name_and_with_several_the_error_lists_them(tmp_path: Path) -> None:
+    assert texts(prompts(file(tmp_path, "one.csv", "ask\nhello\n"))) == ["hello"]
+    path = file(tmp_path, "two.csv", "a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="no column 'prompt': the file has the columns 'a', 'b'"):
+        prompts(path)
+    assert texts(prompts(path, "b")) == ["2"]
+
+
+def test_csv_rows_that_do_not_fit_are_broken_and_the_others_are_read(tmp_path: Path) -> None:
+    content = b"a,prompt\n1,one\n2\n3,\xff\xfe\n4,four,more\n5,five\n6,  \n"
+    found = prompts(file(tmp_path, "p.csv", content))
+    assert texts(found) == ["one", None, None, None, "five", None]
+    whys = [row.why for row in found if isinstance(row, Broken)]
+    assert [row.line for row in found if isinstance(row, Broken)] == [3, 4, 5, 7]
+    assert whys[0].startswith("1 fields, and the header has 2")
+    assert whys[1].startswith("not UTF-8")
+    assert whys[3] == "'prompt' is empty"
+
+
+def test_csv_with_a_quote_that_never_closes_is_one_broken_row(tmp_path: Path) -> None:
+    found = prompts(file(tmp_path, "p.csv", 'prompt\nfine\n"open\nand\nso on\n'))
+    assert texts(found) == ["fine", None]
+    assert found[1].line == 3
+
+
+def test_jsonl_rows_are_objects_or_strings_and_what_is_broken_is_said(tmp_path: Path) -> None:
+    lines = [
+        '{"prompt": "one", "id": 7, "tags": ["x"]}',
+        '"two"',
+        "{not json",
+        "[1]",
+        '{"question": "three"}',
+        '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "four"}]}',
+        '{"messages": []}',
+        '{"messages": [{"rolle": "user"}]}',
+        "[" * 100_000,
+    ]
+    found = prompts(file(tmp_path, "p.jsonl", "\n".join(lines)))
+    assert texts(found) == ["one", "two", None, None, None, "four", None, None, None]
+    assert isinstance(found[0], Prompt)
+    assert found[0].metadata == {"id": 7}
+    whys = [row.why for row in found if isinstance(row, Broken)]
+    assert whys[2] == "no 'prompt' among the keys 'question'; say where the prompt is with --column"
+
+
+def test_jsonl_with_a_lone_surrogate_is_read_as_it_stands(tmp_path: Path) -> None:
+    path = file(tmp_path, "p.jsonl", '{"prompt": "cut \\ud83d"}\n{"prompt": "raw \ud83d"}\n')
+    assert texts(prompts(path)) == ["cut \ud83d", "raw \ud83d"]
+
+
+def test_a_name_that_says_no_format_is_an_error_that_names_the_option(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--format"):
+        Rows(str(file(tmp_path, "prompts", "hello")))
+    with pytest.raises(ConfigError, match="--format"):
+        Rows("-")
+    with pytest.raises(DataError, match="No such file"):
+        Rows(str(tmp_path / "absent.txt"))
+
+
+def test_standard_input_can_be_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"one\ntwo\n")))
+    with closing(Rows("-", "text")) as rows:
+        assert texts(list(rows.prompts())) == texts(list(rows.prompts())) == ["one", "two"]
+
+
+def test_answers_come_from_prompt_and_response_or_from_messages(tmp_path: Path) -> None:
+    lines = [
+        '{"id": "a", "prompt": "p", "response": "r"}',
+        '{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]}',
+        '{"messages": [{"role": "user", "content": "p"}]}',
+        '{"prompt": "p"}',
+    ]
+    with closing(Rows(str(file(tmp_path, "a.jsonl", "\n".join(lines))))) as rows:
+        found = list(rows.answers())
+    assert [type(row).__name__ for row in found] == ["Answer", "Answer", "Broken", "Broken"]
+    for row, id in zip(found, ("a", 1), strict=False):
+        assert isinstance(row, bulk.Answer)
+        assert (row.id, row.exchange.answer.content) == (id, "r")
+        assert [message.content for message in row.exchange.messages] == ["p"]
+
+
+# --- running ------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A prompts file, a server and a log."""
+
+    def __init__(self, folder: Path, server: Server) -> None:
+        self.folder = folder
+        self.server = server
+
+    def run(
+        self, path: Path, *, concurrency: int = 4, stopped: Callable[[], bool] = lambda: False, **job: Any
+    ) -> tuple[Run, list[Trajectory | Broken | Failed]]:
+        settings = {key: job.pop(key) for key in ("seed", "on_log_error") if key in job}
+        with open_log(self.folder / "cai.db") as log, closing(Rows(str(path))) as rows:
+            model = models.load(self.server.spec, max_retries=8)
+            guarded = constitutional(model, log=log, **settings)
+            run = Run(guarded, rows, drafting={"model": "m"}, **job)
+
+            async def work() -> list[Trajectory | Broken | Failed]:
+                return [result async for result in run.results(concurrency, stopped=stopped)]
+
+            return run, asyncio.run(work())
+
+    def sources(self) -> list[str]:
+        with open_log(self.folder / "cai.db", read_only=True) as log:
+            return sorted(str(r.source) for r in log.read(kind="trajectory") if isinstance(r, Trajectory))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    servers: list[Any] = []
+
+    def make(script: Callable[[dict[str, Any]], str | Reply]) -> Bench:
+        context = serving(script)
+        servers.append(context)
+        return Bench(tmp_path, context.__enter__())
+
+    yield make
+    for context in servers:
+        context.__exit__(None, None, None)
+
+
+def test_every_row_ends_in_one_trajectory_even_where_prompts_repeat(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    it = bench(under(BALANCED, violates=lambda shown: "answer to bad" in shown))
+    path = file(tmp_path, "p.txt", "good\nbad\ngood\n")
+    run, results = it.run(path)
+    assert len(results) == 3
+    assert run.summary.outcomes == {"KEPT": 2, "REVISED": 1}
+    assert run.summary.violated == {BALANCED.principles[0].id: 1}
+    assert run.summary.revised_share == pytest.approx(1 / 3)
+    assert [source.removeprefix(run.prefix) for source in it.sources()] == ["0", "1", "2"]
+    assert run.summary.input_tokens > 0
+
+
+def test_a_second_run_makes_no_call_and_a_raised_limit_only_the_new_rows(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    it = bench(under(BALANCED))
+    path = file(tmp_path, "p.txt", "a\nb\nc\nd\n")
+    it.run(path, limit=2)
+    calls = len(it.server.requests)
+    again, results = it.run(path, limit=2)
+    assert (again.done, results, len(it.server.requests)) == (2, [], calls)
+    assert again.summary.answered == 2
+    more, results = it.run(path)
+    assert (more.done, len(results), len(it.sources())) == (2, 2, 4)
+
+
+def test_another_setting_or_another_byte_is_another_run(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    it = bench(under(BALANCED))
+    path = file(tmp_path, "p.txt", "a\n")
+    prefixes = {it.run(path)[0].prefix, it.run(path, seed=1)[0].prefix}
+    path.write_text("a \n")
+    prefixes.add(it.run(path)[0].prefix)
+    assert len(prefixes) == 3
+    assert len(it.sources()) == 3
+
+
+def test_a_row_that_failed_is_tried_again_by_the_next_run(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    broken = True
+
+    def draft(prompt: str) -> str | Reply:
+        return Reply("no", status=400) if broken and prompt == "b" else "fine"
+
+    it = bench(under(BALANCED, draft=draft))
+    path = file(tmp_path, "p.txt", "a\nb\nc\n")
+    run, results = it.run(path)
+    assert [type(result).__name__ for result in results].count("Failed") == 1
+    assert [row.index for row in run.summary.skipped] == [1]
+    assert run.summary.answered == 2
+    broken = False
+    run, results = it.run(path)
+    assert [result.prompt for result in results if isinstance(result, Trajectory)] == ["b"]
+    assert (run.summary.answered, run.summary.skipped) == (3, [])
+    assert it.run(path)[1] == []
+
+
+def test_a_busy_server_is_asked_again_after_the_time_it_names(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    refusals = [Reply("slow down", status=429, headers={"Retry-After": "0.01"})] * 6
+    it = bench(under(BALANCED, draft=lambda prompt: refusals.pop() if refusals else "at last"))
+    run, _ = it.run(file(tmp_path, "p.txt", "a\n"))
+    assert (run.summary.outcomes, refusals) == ({"KEPT": 1}, [])
+
+
+def test_a_refused_key_ends_the_run_at_once(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    it = bench(lambda body: Reply("bad key", status=401))
+    with pytest.raises(Exception, match="bad key"):
+        it.run(file(tmp_path, "p.txt", "a\n" * 100), concurrency=2)
+    assert len(it.server.requests) <= 4
+
+
+def test_as_many_rows_as_asked_for_are_under_way_and_no_more(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    three = threading.Barrier(3, timeout=60)
+    lock, drafting, most = threading.Lock(), 0, 0
+
+    def draft(prompt: str) -> str:
+        nonlocal drafting, most
+        with lock:
+            drafting += 1
+            most = max(most, drafting)
+        three.wait()
+        with lock:
+            drafting -= 1
+        return "fine"
+
+    it = bench(under(BALANCED, draft=draft))
+    it.run(file(tmp_path, "p.txt", "".join(f"{n}\n" for n in range(12))), concurrency=3)
+    assert most == 3
+    assert len(it.sources()) == 12
+
+
+def test_when_asked_to_stop_what_is_under_way_is_finished_and_logged(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    it = bench(under(BALANCED))
+    path = file(tmp_path, "p.txt", "".join(f"{n}\n" for n in range(10)))
+    seen = 0
+
+    def stopped() -> bool:
+        nonlocal seen
+        seen += 1
+        return seen > 3
+
+    _, results = it.run(path, concurrency=2, stopped=stopped)
+    assert len(results) == 3
+    with open_log(tmp_path / "cai.db", read_only=True) as log:
+        assert log.stats().outcomes == {"KEPT": 3}
+    rest, results = it.run(path)
+    assert (rest.done, len(results), len(it.sources())) == (3, 7, 10)
+
+
+def test_the_other_fields_of_a_row_are_the_metadata_of_its_trajectory(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    it = bench(under(BALANCED))
+    path = file(tmp_path, "p.jsonl", '{"prompt": "a", "kind": "benign", "user": "u1", "nested": {}}\n')
+    _, (trajectory,) = it.run(path)
+    assert isinstance(trajectory, Trajectory)
+    assert trajectory.metadata == {"kind": "benign", "user": "u1"}
+
+
+# --- judging ------------------------------------------------------------------------------------------
+
+
+def test_judgements_come_in_the_order_of_the_rows(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    it = bench(under(BALANCED, violates=lambda shown: "awful" in shown))
+    lines = [json.dumps({"id": f"r{n}", "prompt": "p", "response": f"text {n}"}) for n in range(12)]
+    lines[3] = "{broken"
+    lines[5] = json.dumps({"id": "bad", "prompt": "p", "response": "awful"})
+    path = file(tmp_path, "a.jsonl", "\n".join(lines))
+
+    async def work() -> list[bulk.Judgement]:
+        critic = bulk_critic(it.server)
+        with closing(Rows(str(path))) as rows:
+            return [judgement async for judgement in bulk.judge(critic, BALANCED, rows, 5)]
+
+    found = asyncio.run(work())
+    ids = [judgement.id for judgement in found]
+    assert ids == ["r0", "r1", "r2", 3, "r4", "bad", *(f"r{n}" for n in range(6, 12))]
+    assert [judgement.violates(BALANCED) for judgement in found].count(True) == 1
+    assert set(json.loads(found[3].line())) == {"id", "error"}
+    line = json.loads(found[5].line())
+    assert set(line) == {"id", "verdicts", "aims"}
+    assert line["verdicts"][0]["label"] == "VIOLATES"
+
+
+def bulk_critic(server: Server) -> Any:
+    from cai_graph.critic import critic_for
+
+    return critic_for(models.load(server.spec))
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = file(tmp_path, "out.jsonl", "before")
+
+    def write() -> None:
+        with bulk.written_whole(str(target)) as out:
+            out.write("half")
+            raise RuntimeError("cut")
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert target.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    with bulk.written_whole(str(target)) as out:
+        out.write("whole")
+    assert target.read_text() == "whole"
+    with pytest.raises(DataError, match="not a plain file"), bulk.written_whole("/dev/null"):
+        pass
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(bench: Callable[..., Bench], tmp_path: Path) -> None:
+    it = bench(under(BALANCED))
+    path = file(tmp_path, "p.txt", "a\nb\n")
+    with open_log(tmp_path / "cai.db"):
+        pass
+    with closing(Rows(str(path))) as rows, open_log(tmp_path / "cai.db", read_only=True) as log:
+        model = models.load(it.server.spec)
+        run = Run(constitutional(model, log=log, on_log_error="raise"), rows, drafting={})
+
+        async def work() -> None:
+            async for _ in run.results(1):
+                pass
+
+        with pytest.raises(LogError):
+            asyncio.run(work())
+    assert role(it.server.requests[0]) == "draft"
+    assert Outcome.KEPT not in run.summary.outcomes

@@ -1,0 +1,168 @@
+"""A server on the loopback that speaks OpenAI's wire format, so that tests run the real client.
+
+with serving(lambda body: "hello") as server:
+    models.load(server.spec).invoke("hi")
+    assert server.requests[0]["messages"][-1]["content"] == "hi"
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from langchain_core.messages import convert_to_messages
+from replies import role_of, verdicts
+
+from cai_graph.constitution import Constitution
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the server answers."""
+
+    text: str = ""
+    """The assistant's text; of an error, its message."""
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Beside Content-Type and Content-Length, such as Retry-After."""
+    finish: str = "stop"
+    """The finish reason."""
+    logprobs: Any = None
+    """The `content` list of the choice's log-probabilities."""
+
+
+Script = Callable[[dict[str, Any]], "str | Reply"]
+"""From a request's body to its reply. Runs in the request's own thread, so it may wait."""
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, script: Script) -> None:
+        self.requests: list[dict[str, Any]] = []
+        """The bodies received so far."""
+        self._script = script
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http.daemon_threads = True
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_port}/v1"
+
+    @property
+    def spec(self) -> str:
+        return f"{self.url}#model"
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def _handler(server) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = 5
+
+            def do_GET(self) -> None:
+                self._send(200, {"object": "list", "data": [{"id": "model", "object": "model"}]}, {})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.requests.append(body)
+                said = server._script(body)
+                reply = Reply(said) if isinstance(said, str) else said
+                if reply.status != 200:
+                    self._send(reply.status, {"error": {"message": reply.text}}, reply.headers)
+                    return
+                self._send(200, _completion(body, reply), reply.headers)
+
+            def _send(self, status: int, content: object, headers: Mapping[str, str]) -> None:
+                data = json.dumps(content).encode()
+                try:
+                    self.send_response(status)
+                    for name, value in {"Content-Type": "application/json", **headers}.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(data)))
+                    # The client keeps its pool for ever, and connections must not outlive their event loop.
+                    self.send_header("Connection", "close")
+                    self.end_headers()
+                    self.wfile.write(data)
+                except OSError:
+                    self.close_connection = True  # the client was killed, which some tests do
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        return Handler
+
+
+def _completion(body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
+    asked = sum(len(str(message["content"]).split()) for message in body["messages"])
+    written = len(reply.text.split())
+    return {
+        "id": "completion",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body["model"],
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": reply.text},
+                "finish_reason": reply.finish,
+                "logprobs": None if reply.logprobs is None else {"content": reply.logprobs},
+            }
+        ],
+        "usage": {
+            "prompt_tokens": asked,
+            "completion_tokens": written,
+            "total_tokens": asked + written,
+        },
+    }
+
+
+@contextmanager
+def serving(script: Script) -> Iterator[Server]:
+    """Run a server for the body's time."""
+    server = Server(script)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def role(body: Mapping[str, Any]) -> str:
+    """Return what a request asks for: draft, critique or revise."""
+    return role_of(convert_to_messages(body["messages"]))
+
+
+def under(
+    constitution: Constitution,
+    *,
+    draft: Callable[[str], str | Reply] = lambda prompt: f"answer to {prompt}",
+    violates: Callable[[str], bool] = lambda shown: False,
+    revise: str = "a better answer",
+) -> Script:
+    """Return the script of a model that drafts, judges and revises under a constitution.
+
+    `violates` says of what a critic is shown whether it violates the first principle.
+    """
+    ids = tuple(principle.id for principle in constitution)
+
+    def script(body: dict[str, Any]) -> str | Reply:
+        last = str(body["messages"][-1]["content"])
+        match role(body):
+            case "critique":
+                return verdicts(*(ids[:1] if violates(last) else ()), ids=ids)
+            case "revise":
+                return revise
+            case _:
+                return draft(last)
+
+    return script
