@@ -41,6 +41,9 @@ SCHEMA = 1
 BUSY_S = 60.0
 """How long an operation waits for other processes before it gives up."""
 _BUSY_SLICE_MS = 500
+_SMALLEST_DATABASE = 512
+"""Bytes; SQLite takes a smaller file for an empty one, and would write over it."""
+_NO_DATABASE = "{}: is no SQLite database, so no log of cai-graph; name another file"
 _PAGE_ROWS = 500
 _PAGE_BYTES = 4 << 20
 
@@ -136,24 +139,26 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
     _make_file(path, read_only)
 
     def attempt() -> apsw.Connection:
-        flags = apsw.SQLITE_OPEN_READONLY if read_only else apsw.SQLITE_OPEN_READWRITE
-        db = apsw.Connection(str(path), flags=flags)
+        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
         try:
             db.set_busy_timeout(_BUSY_SLICE_MS)
             # Until the file is known to be ours, closing must not write to it.
             db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             db.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
             version = _version(db, path)
-            if not read_only:
+            if read_only:
+                if version < SCHEMA:
+                    raise LogError(f"{path}: " + _older(version))
+                # Not opened as a read-only file: such a connection cannot tidy up its WAL when it closes.
+                db.execute("PRAGMA query_only = ON")
+            else:
                 if version < SCHEMA:
                     _migrate(db, path)
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("PRAGMA secure_delete = ON")  # What `gc` removes is overwritten.
                 db.execute("PRAGMA wal_autocheckpoint = 1000")
                 db.execute("PRAGMA journal_size_limit = 67108864")
-                db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-            elif version < SCHEMA:
-                raise LogError(f"{path}: " + _older(version))
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         except BaseException:
             db.close()
             raise
@@ -166,6 +171,8 @@ def _make_file(path: Path, read_only: bool) -> None:
     if path.exists():
         if path.is_dir():
             raise LogError(f"{path}: is a directory; name a file in it, such as {path / 'cai.db'}")
+        if 0 < path.stat().st_size < _SMALLEST_DATABASE:
+            raise LogError(_NO_DATABASE.format(path))
         return
     if read_only:
         raise LogError(
@@ -261,7 +268,7 @@ def explain(error: apsw.Error, path: Path) -> LogError:
     """Return the LogError that says what an error of SQLite means for this file."""
     match error:
         case apsw.NotADBError():
-            return LogError(f"{path}: is no SQLite database, so no log of cai-graph; name another file")
+            return LogError(_NO_DATABASE.format(path))
         case apsw.FullError():
             return LogError(f"{path}: no space left to write; free some, the log goes on by itself")
         case apsw.CorruptError():

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from cai_graph.errors import CaiError, DataError, LogError
-from cai_graph.log.redaction import Redactor, apply
+from cai_graph.log.redaction import Redactor, apply, withhold
 from cai_graph.log.store import Row, Store, row_of
 from cai_graph.trajectory import Record, encode
 
@@ -200,12 +200,7 @@ class Writer:
         futures: list[Future[None]] = []
         for row, future, record, redactor in batch:
             if record is not None and redactor is not None:
-                try:
-                    record = apply(redactor, record)
-                    row = row_of(record, encode(record))
-                except Exception as error:
-                    self._fail(future, _unstorable(record, error))
-                    continue
+                row = _redacted(record, redactor)
             rows.append(row)
             futures.append(future)
         if not rows:
@@ -233,6 +228,15 @@ class Writer:
     def _fail(self, future: Future[None], error: CaiError) -> None:
         self.lost += 1
         future.set_exception(error)
+
+
+def _redacted(record: Record, redactor: Redactor) -> Row:
+    redacted = apply(redactor, record)
+    try:
+        return row_of(redacted, encode(redacted))
+    except Exception:  # The hook made something that cannot be stored; never the raw record instead.
+        bare = withhold(record)
+        return row_of(bare, encode(bare))
 
 
 def _unstorable(record: Record, error: Exception) -> CaiError:
