@@ -1,0 +1,199 @@
+"""The first blocks of a GGUF model, as a smaller model file of their own.
+
+A probe reads the hidden state of a middle layer. llama.cpp hands out the state behind the last block of
+a file, so the blocks above that layer are left off: the pass is cheaper and the state is the wanted one.
+The new file is a function of the old one alone (every kept byte is copied), so its SHA-256 can be pinned.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import struct
+import tempfile
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from cai_graph.errors import DataError
+
+__all__ = ["first_blocks", "sha256_of"]
+
+_CHUNK = 1 << 22
+_ALIGNMENT = 32  # the format's default
+_MAX_STRING = 1 << 26
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+_BLOCK = re.compile(rb"blk\.(\d+)\.")
+
+
+class _Tensor(NamedTuple):
+    name: bytes
+    shape_and_type: bytes
+    offset: int
+    """Bytes from the start of the data section."""
+
+
+class _Header(NamedTuple):
+    version: int
+    kv_count: int
+    kv: bytes
+    """All key-value pairs, as they stand in the file."""
+    block_count_at: int
+    """Where in `kv` the four bytes of the block count stand."""
+    block_count: int
+    alignment: int
+    tensors: list[_Tensor]
+    data_start: int
+
+
+def first_blocks(source: Path, blocks: int, destination: Path) -> str:
+    """Write the first `blocks` blocks of the GGUF model `source` to `destination`; return its SHA-256.
+
+    Token embedding and final norm are kept. The output matrix is left out (llama.cpp then ties it to the
+    token embedding), since no token will be generated. The file appears whole or not at all.
+
+    Args:
+        source: a GGUF file with at least `blocks` blocks.
+        blocks: number of blocks to keep, at least 1.
+        destination: the file to write, replaced if it exists.
+
+    Raises:
+        DataError: `source` is not a GGUF model, or has fewer blocks.
+        OSError: no room, or no permission to write.
+    """
+    with source.open("rb") as file:
+        header = _read_header(file, source)
+        if not 1 <= blocks <= header.block_count:
+            raise DataError(f"{source}: has {header.block_count} blocks, {blocks} were asked for")
+        size = source.stat().st_size
+        # Each tensor's bytes reach to the next tensor, padding included.
+        by_offset = sorted(header.tensors, key=lambda tensor: tensor.offset)
+        ends = [tensor.offset for tensor in by_offset[1:]] + [size - header.data_start]
+        length = {tensor.name: end - tensor.offset for tensor, end in zip(by_offset, ends, strict=True)}
+        kept = [tensor for tensor in by_offset if _kept(tensor.name, blocks)]
+
+        kv = bytearray(header.kv)
+        struct.pack_into("<I", kv, header.block_count_at, blocks)
+        head = bytearray(b"GGUF" + struct.pack("<IQQ", header.version, len(kept), header.kv_count) + kv)
+        offset = 0
+        for tensor in kept:
+            head += struct.pack("<Q", len(tensor.name)) + tensor.name + tensor.shape_and_type
+            head += struct.pack("<Q", offset)
+            offset += _padded(length[tensor.name], header.alignment)
+        head += bytes(_padded(len(head), header.alignment) - len(head))
+
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(
+            dir=destination.parent, prefix=destination.name, suffix=".part"
+        )
+        digest = hashlib.sha256()
+        try:
+            with os.fdopen(descriptor, "wb") as out:
+
+                def write(piece: bytes | bytearray) -> None:
+                    digest.update(piece)
+                    out.write(piece)
+
+                write(head)
+                for tensor in kept:
+                    file.seek(header.data_start + tensor.offset)
+                    left = length[tensor.name]
+                    while left:
+                        piece = file.read(min(left, _CHUNK))
+                        if not piece:
+                            raise DataError(f"{source}: ends inside tensor {tensor.name.decode()!r}")
+                        write(piece)
+                        left -= len(piece)
+                    padding = _padded(length[tensor.name], header.alignment) - length[tensor.name]
+                    write(bytes(padding))
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(partial, destination)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    return digest.hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _kept(name: bytes, blocks: int) -> bool:
+    block = _BLOCK.match(name)
+    if block:
+        return int(block[1]) < blocks
+    return name != b"output.weight"
+
+
+def _padded(count: int, alignment: int) -> int:
+    return -(-count // alignment) * alignment
+
+
+def _read_header(file: BinaryIO, path: Path) -> _Header:
+    def take(count: int) -> bytes:
+        piece = file.read(count)
+        if len(piece) != count:
+            raise DataError(f"{path}: ends inside its header; fetch it again")
+        return piece
+
+    def number(form: str) -> int:
+        value: int = struct.unpack("<" + form, take(struct.calcsize("<" + form)))[0]
+        return value
+
+    def string() -> bytes:
+        count = number("Q")
+        if count > _MAX_STRING:
+            raise DataError(f"{path}: a string of {count} bytes in the header; not a GGUF model")
+        return take(count)
+
+    def skip_value(kind: int) -> None:
+        if kind in _SCALAR_BYTES:
+            take(_SCALAR_BYTES[kind])
+        elif kind == _STRING:
+            string()
+        elif kind == _ARRAY:
+            inner, count = number("I"), number("Q")
+            if inner in _SCALAR_BYTES:
+                take(_SCALAR_BYTES[inner] * count)
+            else:
+                for _ in range(count):
+                    skip_value(inner)
+        else:
+            raise DataError(f"{path}: value type {kind} in the header; not a GGUF model this release reads")
+
+    if file.read(4) != b"GGUF":
+        raise DataError(f"{path}: not a GGUF model file")
+    version, tensor_count, kv_count = number("I"), number("Q"), number("Q")
+    if version not in (2, 3):
+        raise DataError(f"{path}: GGUF version {version}; this release reads 2 and 3")
+    kv_start = file.tell()
+    counted: tuple[int, int] | None = None
+    alignment = _ALIGNMENT
+    for _ in range(kv_count):
+        key, kind = string(), number("I")
+        if kind == _UINT32 and key.endswith(b".block_count"):
+            at = file.tell() - kv_start
+            counted = at, number("I")
+        elif kind == _UINT32 and key == b"general.alignment":
+            alignment = number("I")
+        else:
+            skip_value(kind)
+    kv_end = file.tell()
+    if counted is None or alignment < 1:
+        raise DataError(f"{path}: no block count in its header; not a language model")
+    tensors = []
+    for _ in range(tensor_count):
+        name = string()
+        dimensions = take(4)
+        shape = take(8 * struct.unpack("<I", dimensions)[0])
+        tensors.append(_Tensor(name, dimensions + shape + take(4), number("Q")))
+    data_start = _padded(file.tell(), alignment)
+    file.seek(kv_start)
+    kv = take(kv_end - kv_start)
+    return _Header(version, kv_count, kv, counted[0], counted[1], alignment, tensors, data_start)

@@ -1,0 +1,375 @@
+"""Linear heads on the local model's hidden state: what an answer is, read without a generated word.
+
+One forward pass over a request and a window of its answer, as a conversation in the model's own template,
+gives the hidden state of a middle layer at every token. Two readings of it carry three heads:
+
+    the mean over the pass               harm      P(the answer is harmful)
+                                         evasion   P(the answer refuses or evades the request)
+    the state where the answer begins    request   P(the request itself is unsafe)
+
+No question is put to the model: the mean over a middle layer carried over to unseen sources better than
+the state behind a question did (see the card), and text in an answer cannot argue with it.
+
+A folder of heads holds `heads.safetensors` (for each head a `NAME.weight` and a `NAME.bias`, with the
+standardisation and the calibration folded in) and `card.json` (which model file, how many of its blocks,
+thresholds, data, figures). Heads serve exactly the file whose SHA-256 the card names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from cai_graph import local
+from cai_graph.blocks import first_blocks, sha256_of
+from cai_graph.errors import CaiError, ConfigError, DataError, MissingExtra, ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Vector = NDArray[np.float32]
+
+__all__ = ["HEADS", "Probe", "Reader", "Reading", "States", "cut_request", "windows"]
+
+HEADS: Mapping[str, Literal["mean", "start"]] = MappingProxyType(
+    {"harm": "mean", "evasion": "mean", "request": "start"}
+)
+"""Name of each head, and the field of `States` that it reads."""
+
+REQUEST_CHARACTERS = 500
+"""What is read of a request: its first and its last half of this."""
+WINDOW_CHARACTERS = 1200
+OVERLAP_CHARACTERS = 200
+"""What neighbouring windows share, so that no sentence is seen only in halves."""
+MAX_WINDOWS = 8
+"""Of a longer answer the beginning, the end and evenly spaced windows between them are read."""
+# Text of many tokens a character (rare scripts, noise) is cut here, so that a pass fits the engine.
+_REQUEST_TOKENS = 500
+_WINDOW_TOKENS = 1200
+
+_FORMAT = 1
+_SHIPPED = Path(__file__).with_name("heads")
+
+
+class Reading(NamedTuple):
+    """What the heads say of one request and answer, and what it cost."""
+
+    harm: float
+    """P(the answer is harmful), the largest of its windows; 0 for an empty answer."""
+    evasion: float
+    """P(the answer refuses or evades), of its first window, where refusals stand; 1 for an empty answer."""
+    request: float
+    """P(the request itself is unsafe)."""
+    forward_passes: int
+    """One a window; no token is generated."""
+    tokens: int
+    """Tokens of all passes."""
+    seconds: float
+    """Wall time, the wait for the engine included."""
+
+
+class States(NamedTuple):
+    """The hidden state of one forward pass, as the heads read it."""
+
+    mean: Vector
+    """(dimensions,) mean over all tokens but the first, whose state is an attention sink without meaning."""
+    start: Vector
+    """(dimensions,) state at the token before the answer: all that is known of it is the request."""
+    tokens: int
+    """Length of the pass."""
+
+
+def cut_request(request: str) -> str:
+    """Return the request without outer space, a long one as its first and last part around an ellipsis.
+
+    >>> len(cut_request("x" * 10_000))
+    503
+    """
+    request = request.strip()
+    if len(request) <= REQUEST_CHARACTERS:
+        return request
+    half = REQUEST_CHARACTERS // 2
+    return f"{request[:half]} … {request[-half:]}"
+
+
+def windows(answer: str) -> list[str]:
+    """Return the windows of an answer: none for an empty one, at most `MAX_WINDOWS` for a long one.
+
+    The first holds the beginning and the last the end; up to 8200 characters, nothing is left out.
+
+    >>> [len(window) for window in windows("x" * 2000)]
+    [1200, 1200]
+    """
+    answer = answer.strip()
+    if len(answer) <= WINDOW_CHARACTERS:
+        return [answer] if answer else []
+    step = WINDOW_CHARACTERS - OVERLAP_CHARACTERS
+    count = min(MAX_WINDOWS, math.ceil((len(answer) - OVERLAP_CHARACTERS) / step))
+    last = len(answer) - WINDOW_CHARACTERS
+    starts = [round(index * last / (count - 1)) for index in range(count)]
+    return [answer[start : start + WINDOW_CHARACTERS] for start in starts]
+
+
+class Reader:
+    """Forward passes of the first blocks of a local model; what heads are trained on and what they read.
+
+    Args:
+        weights: the model's GGUF file.
+        sha256: its SHA-256.
+        blocks: how many blocks a pass goes through. The shortened file is kept in the local cache.
+        turns: the text before the request and between request and answer, in the model's chat template.
+    """
+
+    def __init__(self, weights: Path, sha256: str, blocks: int, turns: tuple[str, str]) -> None:
+        self.weights = weights
+        self.sha256 = sha256
+        self.blocks = blocks
+        self.turns = turns
+        self._starting = threading.Lock()
+        self._turn_tokens: tuple[list[int], list[int]] | None = None
+
+    async def read(self, request: str, window: str) -> States:
+        """Return the states of one pass over a request and a window of its answer ("" for none).
+
+        Both texts are tokenised as plain text: a control token spelled out in them is only characters.
+
+        Raises:
+            ModelError: the engine cannot start or answer.
+            MissingExtra: the extra `local` is not installed.
+        """
+        numpy = _numpy()
+        engine = await asyncio.to_thread(self._engine)
+        if self._turn_tokens is None:
+            before, between = [await engine.tokens(turn, markers=True) for turn in self.turns]
+            self._turn_tokens = before, between
+        before, between = self._turn_tokens
+        asked = (await engine.tokens(_valid(cut_request(request)), markers=False))[:_REQUEST_TOKENS]
+        answered = (await engine.tokens(_valid(window), markers=False))[:_WINDOW_TOKENS] if window else []
+        head = [*before, *asked, *between]
+        tokens = [*head, *answered]
+        rows = numpy.asarray(await engine.hidden_states(tokens), dtype=numpy.float32)
+        return States(mean=rows[1:].mean(axis=0), start=rows[len(head) - 1], tokens=len(tokens))
+
+    def _engine(self) -> local.Engine:
+        with self._starting:
+            return local.engine(_shortened(self.weights, self.sha256, self.blocks), "embedding")
+
+
+class Probe:
+    """The heads of one model file. Any number of reads may be in flight.
+
+    Args:
+        folder: a folder of heads; see the module.
+        weights: the model's GGUF file, or the name it has in the catalogue, fetched at the first read.
+
+    Raises:
+        DataError: the folder's content is not what this release writes and reads.
+        MissingExtra: the extra `local` is not installed.
+    """
+
+    def __init__(self, folder: Path, weights: Path | str) -> None:
+        self.folder = folder
+        self.card = read_card(folder)
+        self._weights = weights
+        self._heads = _read_heads(folder)
+        self._thresholds = MappingProxyType({name: _threshold(self.card, name, folder) for name in HEADS})
+        self._reader: Reader | None = None
+
+    @classmethod
+    def for_model(cls, spec: str | Path) -> Probe | None:
+        """Return the shipped heads of a local model, or None if there are none for it.
+
+        Args:
+            spec: "local", "local:NAME", "local:FILE.gguf" or a file. Heads belong to a file by its SHA-256,
+                whatever it is called. Nothing is fetched. Any other model has no hidden state to read.
+
+        Raises:
+            DataError: the heads on disk are damaged.
+            MissingExtra: there are heads, but the extra `local` is not installed.
+        """
+        found = _resolve(spec)
+        if found is None:
+            return None
+        weights, size, sha256 = found
+        for path in sorted(_SHIPPED.glob("*/card.json")):
+            model = read_card(path.parent)["model"]
+            # A gigabyte is hashed only if the size fits already.
+            if model["size"] != size:
+                continue
+            if sha256 is None and isinstance(weights, Path):
+                sha256 = sha256_of(weights)
+            if model["sha256"] == sha256:
+                return cls(path.parent, weights)
+        return None
+
+    @property
+    def thresholds(self) -> Mapping[str, float]:
+        """Probability from which each head says yes, chosen by cross-validation (see the card)."""
+        return self._thresholds
+
+    async def read(self, request: str, answer: str) -> Reading:
+        """Return what the heads say of an answer to a request.
+
+        Args:
+            request: what the user asked; hostile text and any length are fine.
+            answer: what is judged, likewise. At most `MAX_WINDOWS` windows of it are read.
+
+        Raises:
+            ModelError: the model cannot be fetched, started or used.
+        """
+        started = time.perf_counter()
+        if self._reader is None:
+            self._reader = await asyncio.to_thread(self._open)
+        reader = self._reader
+        seen = windows(answer)
+        passes = await asyncio.gather(*(reader.read(request, window) for window in seen or [""]))
+        return Reading(
+            harm=max(self.probability("harm", states) for states in passes) if seen else 0.0,
+            evasion=self.probability("evasion", passes[0]) if seen else 1.0,
+            request=self.probability("request", passes[0]),
+            forward_passes=len(passes),
+            tokens=sum(states.tokens for states in passes),
+            seconds=time.perf_counter() - started,
+        )
+
+    def probability(self, head: str, states: States) -> float:
+        """Return the calibrated probability that a head reads from one pass."""
+        weight, bias = self._heads[head]
+        state: Vector = getattr(states, HEADS[head])
+        if weight.shape != state.shape:
+            raise ModelError(f"{self.folder}: {head} has shape {weight.shape}, the model {state.shape}")
+        logit = float(state @ weight) + bias
+        return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
+
+    def _open(self) -> Reader:
+        weights = local.weights(self._weights) if isinstance(self._weights, str) else self._weights
+        return Reader(
+            weights,
+            self.card["model"]["sha256"],
+            self.card["blocks"],
+            (self.card["turns"][0], self.card["turns"][1]),
+        )
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Return the card of a folder of heads.
+
+    Raises:
+        DataError: it is missing, damaged, or of a format that this release does not read.
+    """
+    path = folder / "card.json"
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; train the heads again") from error
+    if not isinstance(card, dict) or card.get("format") != _FORMAT:
+        found = card.get("format") if isinstance(card, dict) else type(card).__name__
+        raise DataError(f"{path}: format {found!r}, this release reads {_FORMAT}; train the heads again")
+    model, turns = card.get("model"), card.get("turns")
+    sound = (
+        isinstance(model, dict)
+        and isinstance(model.get("sha256"), str)
+        and isinstance(model.get("size"), int)
+        and isinstance(card.get("blocks"), int)
+        and isinstance(turns, list)
+        and [type(turn) for turn in turns] == [str, str]
+        and isinstance(card.get("heads"), dict)
+    )
+    if not sound:
+        raise DataError(f"{path}: model, blocks, turns or heads are missing; train the heads again")
+    return card
+
+
+def _read_heads(folder: Path) -> dict[str, tuple[Vector, float]]:
+    numpy = _numpy()
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+    except ImportError as error:
+        raise MissingExtra("the probe", "safetensors", "local") from error
+    path = folder / "heads.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; train the heads again") from error
+    heads = {}
+    for name in HEADS:
+        weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+        if weight is None or bias is None:
+            raise DataError(f"{path}: has no head {name!r}; train the heads again")
+        if weight.ndim != 1 or bias.size != 1:
+            raise DataError(
+                f"{path}: head {name!r} has shapes {weight.shape} and {bias.shape}, not (n,) and (1,)"
+            )
+        if not (numpy.isfinite(weight).all() and numpy.isfinite(bias).all()):
+            raise DataError(f"{path}: head {name!r} holds a number that is not finite; train the heads again")
+        heads[name] = (weight.astype(numpy.float32), float(bias.reshape(())))
+    return heads
+
+
+def _threshold(card: Mapping[str, Any], name: str, folder: Path) -> float:
+    head = card["heads"].get(name)
+    value = head.get("threshold") if isinstance(head, dict) else None
+    if not isinstance(value, float) or not 0 < value < 1:
+        raise DataError(f"{folder / 'card.json'}: threshold of {name!r} is {value!r}, not between 0 and 1")
+    return value
+
+
+def _resolve(spec: str | Path) -> tuple[Path | str, int, str | None] | None:
+    """Return (file or catalogue name, size, SHA-256 if known) of a local model; None for any other."""
+    if isinstance(spec, str):
+        kind, _, name = spec.partition(":")
+        if kind != "local":
+            return None
+        if not name.lower().endswith(".gguf"):
+            try:
+                model = local.find(name or local.DEFAULT_MODEL)
+            except ConfigError:
+                return None
+            return model.name, model.size, model.sha256
+        spec = Path(name).expanduser()
+    try:
+        return spec, spec.stat().st_size, None
+    except OSError:
+        return None
+
+
+_shortening = threading.Lock()
+
+
+def _shortened(weights: Path, sha256: str, blocks: int) -> Path:
+    """Return the file with the first blocks of `weights`, written into the cache if it is not there.
+
+    The model's hash, the count and the release of the format are in its name, and it is put there whole.
+    """
+    path = local.cache_dir() / f"{sha256[:16]}-first-{blocks}-blocks.gguf"
+    with _shortening:
+        if not path.exists():
+            try:
+                first_blocks(weights, blocks, path)
+            except (OSError, CaiError) as error:
+                raise ModelError(
+                    f"cannot write the first {blocks} blocks of {weights} to {path}: {error}"
+                ) from error
+    return path
+
+
+def _valid(text: str) -> str:
+    """Return the text with a question mark for each lone surrogate, which no tokenizer can read."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _numpy() -> Any:
+    try:
+        import numpy
+    except ImportError as error:
+        raise MissingExtra("the probe", "numpy", "local") from error
+    return numpy
