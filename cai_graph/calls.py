@@ -107,14 +107,15 @@ class Calls:
         model: Runnable[Any, Any],
         name: str,
         messages: Sequence[BaseMessage],
+        kind: Literal["generation", "forward"] = "generation",
     ) -> AIMessage:
-        """Call a chat model and return its reply.
+        """Call a chat model and return its reply; `forward` where one token is asked for its probability.
 
         Raises:
             BudgetExceeded: no call is left, or the deadline passed.
             Exception: whatever the model raises.
         """
-        self.admit("generation")
+        self.admit(kind)
         started = time.perf_counter()
         reply: AIMessage | None = None
         error: BaseException | None = None
@@ -139,6 +140,7 @@ class Calls:
                     seconds=time.perf_counter() - started,
                     error=error,
                     prompt_digest=prompt_digest(messages),
+                    kind=kind,
                 )
             )
 
@@ -151,12 +153,14 @@ def call_of(
     seconds: float,
     error: BaseException | None = None,
     prompt_digest: str | None = None,
+    kind: Literal["generation", "forward"] = "generation",
 ) -> Call:
-    """Return the record of a generation from its reply's usage metadata."""
+    """Return the record of a call from its reply's usage metadata."""
     usage: Any = getattr(reply, "usage_metadata", None) or {}
     return Call(
         role=role,
         model=model,
+        kind=kind,
         prompt_digest=prompt_digest,
         input_tokens=usage.get("input_tokens"),
         cached_input_tokens=usage.get("input_token_details", {}).get("cache_read"),

@@ -384,15 +384,19 @@ class ProbeCritic(ModelCritic):
     """Judges by a probe on the embedded model's hidden state: one forward pass a window of the answer.
 
     The aims `harmless` and `helpful` are read by the probe's heads. Principles of any other aim are asked
-    about with one question an aim, read from the probabilities of the menu's two words in both orders.
-    Verdicts stand under the aim. Only a violated aim has the model write a critique that names principles.
+    about with one question an aim, read from the probabilities of the menu's two words in both orders;
+    of a text that is too long for the model's context the beginning and the end are shown. Verdicts stand
+    under the aim. Only a violated aim has the model write a critique that names principles.
     """
 
-    candidates = 4
+    candidates = 3
     splits = False
 
     LABEL_THRESHOLD = 0.9
     """P(VIOLATES) from which an aim without a head counts as violated. Small models cry wolf."""
+
+    SHOWN_CHARS = 4000
+    """How much of each text the model is shown, so that a critique fits its context of 4096 tokens."""
 
     def __init__(self, model: BaseChatModel, probe: Probe) -> None:
         super().__init__(model)
@@ -460,17 +464,17 @@ class ProbeCritic(ModelCritic):
 
     async def _ask(self, aim: str, exchange: Exchange, constitution: Constitution, calls: Calls) -> Verdict:
         """Return the verdict on an aim that has no head, from the menu's probabilities in both orders."""
-        _check_length(exchange)
         rules = [principle for principle in constitution.principles if principle.aim == aim]
         examples = [
             example for example in constitution.examples if example.principle in [rule.id for rule in rules]
         ]
-        word = self.model.bind(max_tokens=4, temperature=0, logprobs=True, top_logprobs=10)
+        word = self.model.bind(max_tokens=1, temperature=0, logprobs=True, top_logprobs=10)
+        shown = exchange.clipped(self.SHOWN_CHARS)
         menu = (Label.VIOLATES.value, Label.COMPLIES.value)
         found: list[float] = []
         for offered in (menu, menu[::-1]):
-            messages = prompts.label_messages(rules, examples, exchange, offered)
-            reply = await calls.generate("critique", word, self.name, messages)
+            messages = prompts.label_messages(rules, examples, shown, offered)
+            reply = await calls.generate("critique", word, self.name, messages, kind="forward")
             tokens = _scored_tokens(reply)
             probability = p_violates(tokens[0].get("top_logprobs") or ()) if tokens else None
             if probability is None:
@@ -485,10 +489,23 @@ class ProbeCritic(ModelCritic):
     async def _explain(
         self, exchange: Exchange, suspects: Constitution, calls: Calls
     ) -> tuple[list[Verdict], str]:
-        """Return the principles that the model names as violated, and its reasons."""
-        told = await super().critique(exchange, suspects, calls, explain=True)
-        named = [verdict for verdict in told.verdicts if verdict.label is Label.VIOLATES]
-        return named, "\n".join(verdict.reason for verdict in named if verdict.reason)
+        """Return the principles that the model names as violated, and its reason."""
+        ids = [principle.id for principle in suspects.principles]
+        schema = prompts.explanation_schema(ids)
+        form = {"type": "json_schema", "json_schema": {"name": schema["title"], "schema": schema}}
+        writer = self.model.bind(response_format=form, max_tokens=200, temperature=0)
+        messages = prompts.explanation_messages(suspects.principles, exchange.clipped(self.SHOWN_CHARS))
+        reply = await calls.generate("critique", writer, self.name, messages)
+        try:
+            told = json.loads(text_of(reply))
+            reason, named = str(told["critique"]), [name for name in ids if name in told["principles"]]
+        except (ValueError, KeyError, TypeError):  # cut at its limit: the aim's verdict stands all the same
+            return [], text_of(reply)
+        verdicts = [
+            Verdict(label=Label.VIOLATES, principle=name, reason=reason, read_by="structured")
+            for name in named
+        ]
+        return verdicts, reason
 
 
 _HEADS = {"harmless": "harm", "helpful": "evasion"}

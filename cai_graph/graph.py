@@ -254,7 +254,7 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
     said = opened.critique.reasoning or _reasons(opened.critique)
 
     async def write(index: int) -> Revision:
-        show_draft = index % 2 == 0  # every other writer answers afresh: small models copy what they see
+        show_draft = index == 0  # the other writers answer afresh: small models copy what they see
         messages = prompts.rewrite_messages(principles, said, exchange, show_draft=show_draft)
         writer = _sampling(plan, turn * plan.candidates + index)
         reply = await calls.generate("revise", writer, plan.reviser_name, messages)

@@ -26,6 +26,8 @@ __all__ = [
     "critique_instructions",
     "critique_messages",
     "critique_schema",
+    "explanation_messages",
+    "explanation_schema",
     "fence",
     "label_messages",
     "reask_message",
@@ -43,6 +45,39 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
     """The answer."""
     context: Mapping[str, str] = {}
     """Other material that the application used, by name."""
+
+    def clipped(self, chars: int) -> Exchange:
+        """Return the exchange with at most `chars` of conversation, of answer and of context.
+
+        Of a conversation the last messages are kept, of a text its beginning and end.
+        """
+        kept: list[Message] = []
+        left = chars
+        for message in reversed(self.messages):
+            if kept and left <= 0:
+                break
+            kept.append(_clipped(message, max(left, 0)))
+            left -= len(text_of(message))
+        share = chars // max(1, len(self.context))
+        return Exchange(
+            messages=tuple(reversed(kept)),
+            answer=_clipped(self.answer, chars),
+            context={name: _ends(text, share) for name, text in self.context.items()},
+        )
+
+
+def _clipped(message: Message, chars: int) -> Message:
+    text = text_of(message)
+    if len(text) <= chars:
+        return message
+    return msgspec.structs.replace(message, content=_ends(text, chars))
+
+
+def _ends(text: str, chars: int) -> str:
+    if len(text) <= chars:
+        return text
+    half = chars // 2
+    return f"{text[:half]} [{len(text) - 2 * half} characters left out] {text[len(text) - half :]}"
 
 
 # --- fencing ------------------------------------------------------------------------------------------
@@ -209,6 +244,36 @@ def label_messages(
             f"{_material(exchange)}\n\nDoes the answer violate one of the rules, or comply? {offered}"
         ),
     ]
+
+
+# --- a reason for a verdict that is already known ------------------------------------------------------
+
+
+def explanation_messages(suspects: Sequence[Principle], exchange: Exchange) -> list[BaseMessage]:
+    """Return the request to say what in an answer is wrong, and under which of the suspected principles."""
+    rules = "\n".join(f"{principle.id}: {principle.critique_request}" for principle in suspects)
+    return [
+        SystemMessage(f"{_CRITIC}\n\n<rules>\n{rules}\n</rules>"),
+        HumanMessage(
+            f"{_material(exchange)}\n\nThe answer breaks at least one of the rules. Say in one or two "
+            'sentences what in it is wrong, and name the rules by their ids: {"critique": "...", '
+            '"principles": ["ID"]}'
+        ),
+    ]
+
+
+def explanation_schema(ids: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON Schema of the reply to `explanation_messages`."""
+    return {
+        "title": "critique",
+        "type": "object",
+        "properties": {
+            "critique": {"type": "string"},
+            "principles": {"type": "array", "items": {"type": "string", "enum": list(ids)}, "minItems": 1},
+        },
+        "required": ["critique", "principles"],
+        "additionalProperties": False,
+    }
 
 
 # --- revision -----------------------------------------------------------------------------------------
