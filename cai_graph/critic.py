@@ -489,23 +489,20 @@ class ProbeCritic(ModelCritic):
     async def _explain(
         self, exchange: Exchange, suspects: Constitution, calls: Calls
     ) -> tuple[list[Verdict], str]:
-        """Return the principles that the model names as violated, and its reason."""
-        ids = [principle.id for principle in suspects.principles]
-        schema = prompts.explanation_schema(ids)
+        """Return the principle that the model names as violated most clearly, and its reason."""
+        schema = prompts.explanation_schema([principle.id for principle in suspects.principles])
         form = {"type": "json_schema", "json_schema": {"name": schema["title"], "schema": schema}}
         writer = self.model.bind(response_format=form, max_tokens=200, temperature=0)
         messages = prompts.explanation_messages(suspects.principles, exchange.clipped(self.SHOWN_CHARS))
         reply = await calls.generate("critique", writer, self.name, messages)
         try:
             told = json.loads(text_of(reply))
-            reason, named = str(told["critique"]), [name for name in ids if name in told["principles"]]
-        except (ValueError, KeyError, TypeError):  # cut at its limit: the aim's verdict stands all the same
-            return [], text_of(reply)
-        verdicts = [
-            Verdict(label=Label.VIOLATES, principle=name, reason=reason, read_by="structured")
-            for name in named
-        ]
-        return verdicts, reason
+            reason, named = str(told["critique"]), told["principle"]
+        except (ValueError, KeyError, TypeError):
+            return [], text_of(reply)  # cut at its limit: the aim's verdict stands all the same
+        if named not in suspects:
+            return [], reason
+        return [Verdict(label=Label.VIOLATES, principle=named, reason=reason, read_by="structured")], reason
 
 
 _HEADS = {"harmless": "harm", "helpful": "evasion"}

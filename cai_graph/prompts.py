@@ -250,14 +250,14 @@ def label_messages(
 
 
 def explanation_messages(suspects: Sequence[Principle], exchange: Exchange) -> list[BaseMessage]:
-    """Return the request to say what in an answer is wrong, and under which of the suspected principles."""
+    """Return the request to say what in an answer is wrong, and which principle it breaks most."""
     rules = "\n".join(f"{principle.id}: {principle.critique_request}" for principle in suspects)
     return [
         SystemMessage(f"{_CRITIC}\n\n<rules>\n{rules}\n</rules>"),
         HumanMessage(
             f"{_material(exchange)}\n\nThe answer breaks at least one of the rules. Say in one or two "
-            'sentences what in it is wrong, and name the rules by their ids: {"critique": "...", '
-            '"principles": ["ID"]}'
+            "sentences what in it is wrong, and name by its id the one rule that it breaks most clearly: "
+            '{"critique": "...", "principle": "ID"}'
         ),
     ]
 
@@ -269,9 +269,9 @@ def explanation_schema(ids: Sequence[str]) -> dict[str, Any]:
         "type": "object",
         "properties": {
             "critique": {"type": "string"},
-            "principles": {"type": "array", "items": {"type": "string", "enum": list(ids)}, "minItems": 1},
+            "principle": {"type": "string", "enum": list(ids)},
         },
-        "required": ["critique", "principles"],
+        "required": ["critique", "principle"],
         "additionalProperties": False,
     }
 
