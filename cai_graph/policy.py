@@ -6,6 +6,7 @@ and what happens when no answer is good is the user's stated choice.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -75,6 +76,8 @@ class Settings:
         for name, menu in menus.items():
             if getattr(self, name) not in menu:
                 raise ConfigError(f"{name} is one of {', '.join(menu)}, found {getattr(self, name)!r}")
+        if not isinstance(self.budget, Budget):
+            raise ConfigError(f"budget is a Budget, such as Budget(calls=20), found {self.budget!r}")
         least = {"max_rounds": 1 if self.strategy == "sampled" else 0, "candidates": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -142,9 +145,21 @@ class Progress(NamedTuple):
         return found
 
     def best(self, constitution: Constitution) -> str:
-        """Return the name of the least bad answer that was judged; the draft where none was."""
+        """Return the name of the least bad answer that was judged; the draft where none was.
+
+        Where the draft answered a benign request, an evasion is no better than any answer.
+        """
         judged = self.judged()
+        if self.answers_benign():
+            judged = {of: critique for of, critique in judged.items() if not critique.evasive}
         return min(judged, key=lambda of: _badness(judged[of], constitution), default="draft")
+
+    def answers_benign(self) -> bool:
+        """Return whether the critic takes the request to be benign, and the draft to answer it."""
+        if not self.rounds:
+            return False
+        critique = self.rounds[0].critique
+        return critique.benign_request is True and not critique.evasive
 
 
 def _badness(critique: Critique, constitution: Constitution) -> tuple[float, float]:
@@ -155,17 +170,11 @@ def _badness(critique: Critique, constitution: Constitution) -> tuple[float, flo
 
 # --- accepting a revision -----------------------------------------------------------------------------
 
-_NO_REWRITE = (
-    "no revision",
-    "no rewrite",
-    "no changes are needed",
-    "no change is needed",
-    "the answer complies",
-    "the answer is already",
-    "the response complies",
-    "the response is already",
-    "the original answer",
-    "the original response",
+_NO_REWRITE = re.compile(
+    r"no (?:revisions?|rewrites?|changes?|edits?)(?: (?:is|are))?(?: (?:needed|necessary|required))?"
+    r"(?: here| at all)?(?:[.,;:!*\"']|$)"
+    r"|the (?:original |given )?(?:answer|response) (?:already )?"
+    r"(?:complies|needs no|is (?:already |perfectly )?(?:fine|good|acceptable|compliant|appropriate))\b"
 )
 
 
@@ -182,7 +191,7 @@ def no_revision(text: str, standing: str, *, truncated: bool) -> Rejection | Non
         return Rejection.TRUNCATED
     if plain == " ".join(standing.split()).casefold():
         return Rejection.UNCHANGED
-    if plain.startswith(_NO_REWRITE):
+    if _NO_REWRITE.match(plain.lstrip("*_\"'#> ")):
         return Rejection.NO_REWRITE
     return None
 
@@ -269,13 +278,8 @@ def _leave(
     """Return what leaves under a policy when no answer is known to be good."""
     if policy == "raise":
         return Decision(Outcome.FAILED, None, None, error)
-    if policy == "closed" and not (isinstance(error, Violation) and _answers_benign(progress)):
+    if policy == "closed" and not (isinstance(error, Violation) and progress.answers_benign()):
         refusal = constitution.refusal_in(settings.language)
         return Decision(Outcome.REFUSED, Message(role="assistant", content=refusal), "refusal")
     best = progress.best(constitution)
     return Decision(Outcome.EXHAUSTED, progress.answer(best), "draft" if best == "draft" else "revision")
-
-
-def _answers_benign(progress: Progress) -> bool:
-    critique = progress.rounds[0].critique
-    return critique.benign_request is True and not critique.evasive
