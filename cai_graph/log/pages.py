@@ -7,6 +7,7 @@ nothing is found that was not written. The format: https://www.sqlite.org/filefo
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ _OTHER_TREE_PAGES = {2, 5, 10}
 _RECORD_COLUMNS = 15
 _TOMBSTONE_COLUMNS = 9
 _MAX_PAYLOAD = 1 << 30
+_HEADER = re.compile(rb"[\x0a-\x40](?=\0)")
+"""How the header of a row of ours begins: its length, and NULL for the column that is the row's number."""
+_BEFORE_HEADER = 14
+"""Bytes that may stand before it: the row's size (up to 5) and number (up to 9)."""
 
 
 class FoundRow(NamedTuple):
@@ -117,8 +122,10 @@ class _Scanner:
             # What is left after the intact records' overflow pages: damaged leaves, and little else.
             if number not in self.claimed:
                 for page in self.pages.versions(number):
-                    for offset in range(self.pages.size - 16):
-                        self._cell(page, offset, lenient=False)
+                    for header in _HEADER.finditer(page):
+                        for offset in range(header.start() - _BEFORE_HEADER, header.start() - 1):
+                            if offset >= 0:
+                                self._cell(page, offset, lenient=False)
 
     def found(self) -> Found:
         found = Found(sequences=self.sequences)

@@ -309,7 +309,10 @@ def gc(
     Raises:
         LogError: the log cannot be read or written; what was removed until then stays removed.
     """
-    store = SQLiteStore(path_of(url), read_only=dry_run)
+    path = path_of(url)
+    if not path.exists():
+        raise LogError(f"{path}: there is no log")
+    store = SQLiteStore(path, read_only=dry_run)
     limit = micros(before)
     keep = ["0"]
     bindings: list[Any] = []

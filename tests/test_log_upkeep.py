@@ -1,0 +1,330 @@
+"""Damage is found, what is intact is saved, and what is removed leaves a tombstone."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import apsw
+import pytest
+from log_support import START, comparison, feedback, review, trajectory
+
+from cai_graph.errors import CaiError, DataError, LogError
+from cai_graph.log import Import, import_, open_log
+from cai_graph.log.sqlite import digest_of
+from cai_graph.log.upkeep import Gap, gc, recover, verify
+from cai_graph.trajectory import Record, encode
+
+PAGE = 16384
+
+
+def make(path: Path, count: int = 40, size: int = 3000) -> list[Record]:
+    made: list[Record] = [trajectory(n, metadata={"text": f"{n:04}" * (size // 4)}) for n in range(count)]
+    made += [feedback(record.id) for record in made[:3]]
+    with open_log(path) as log:
+        for future in [log.append(record) for record in made]:
+            future.result()
+    return made
+
+
+def clear(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def damage(path: Path, sound: bytes, offset: int, value: int) -> None:
+    clear(path)
+    changed = bytearray(sound)
+    changed[offset] ^= value
+    path.write_bytes(changed)
+
+
+def contents(path: Path) -> list[Record]:
+    with open_log(path, read_only=True) as log:
+        return list(log.read())
+
+
+# --- verify -------------------------------------------------------------------------------------------
+
+
+def test_a_sound_log_verifies(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    made = make(path)
+    found = verify(path)
+    assert found.ok
+    assert found.records == len(made)
+    with pytest.raises(LogError, match="there is no log"):
+        verify(tmp_path / "absent.db")
+
+
+def test_every_flipped_byte_inside_a_record_is_found_and_never_read_as_data(tmp_path: Path) -> None:
+    made = make(tmp_path / "sound.db")
+    sound = (tmp_path / "sound.db").read_bytes()
+    chance = random.Random(1)
+    path = tmp_path / "cai.db"
+    for _ in range(150):
+        record = chance.choice(made)
+        payload = encode(record)
+        start = sound.index(payload)
+        # From the id, which stands first in the row, to the payload's end; ids are also in the payload,
+        # so the last occurrence before it is the column.
+        first = sound.rindex(record.id.encode(), 0, start)
+        offset = chance.randrange(first, start + len(payload))
+        damage(path, sound, offset, chance.randrange(1, 256))
+        try:
+            found = verify(path)
+            assert not found.ok, offset
+        except LogError:
+            continue  # so damaged that it does not open
+        with open_log(path, read_only=True) as log:
+            try:
+                for read, original in zip(log.read(), made, strict=False):
+                    assert read == original, offset
+            except CaiError:
+                pass
+
+
+def tamper(path: Path, sql: str, bindings: Sequence[object] = ()) -> None:
+    db = apsw.Connection(str(path))
+    db.execute(sql, tuple(bindings))
+    db.close()
+
+
+def test_a_removed_record_is_a_gap_in_its_writer_s_sequence(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    make(path)
+    tamper(path, "DELETE FROM records WHERE sequence IN (5, 6, 9)")
+    found = verify(path)
+    assert [(gap.first, gap.last, gap.records) for gap in found.gaps] == [(5, 6, 2), (9, 9, 1)]
+    assert found.damaged == ()
+    assert not found.ok
+
+
+def test_a_forged_record_breaks_the_chain_once(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    made = make(path)
+    db = apsw.Connection(str(path))
+    ((writer,),) = db.execute("SELECT writer FROM records WHERE sequence = 7").fetchall()
+    forged = encode(trajectory(6, id=made[6].id, error="forged"))
+    digest = digest_of(writer, 7, forged)
+    db.execute("UPDATE records SET payload = ?, digest = ? WHERE sequence = 7", (forged, digest))
+    db.close()
+    found = verify(path)
+    assert [(one.id, one.what) for one in found.damaged] == [
+        (made[6].id, "does not follow its writer's record before it")
+    ]
+    assert found.gaps == ()
+
+
+def test_a_changed_column_is_found_although_the_payload_is_intact(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    made = make(path)
+    tamper(path, "UPDATE records SET outcome = 'KEPT', source = 'x' WHERE position = 3")
+    (one,) = verify(path).damaged
+    assert (one.position, one.id) == (3, made[2].id)
+    assert one.what == "its column outcome, source does not match its payload"
+
+
+@pytest.mark.parametrize("column", ["digest", "chain"])
+def test_a_changed_checksum_casts_no_doubt_on_the_neighbours(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "cai.db"
+    make(path)
+    tamper(path, f"UPDATE records SET {column} = zeroblob(16) WHERE position = 3")
+    assert [one.position for one in verify(path).damaged] == [3]
+
+
+def test_swapped_records_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    make(path)
+    tamper(path, "UPDATE records SET position = -1 WHERE position = 3")
+    tamper(path, "UPDATE records SET position = 3 WHERE position = 4")
+    tamper(path, "UPDATE records SET position = 4 WHERE position = -1")
+    assert not verify(path).ok
+
+
+def test_a_damaged_tree_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    make(path)
+    sound = path.read_bytes()
+    clear(path)
+    path.write_bytes(sound[:PAGE] + b"\xff" * PAGE + sound[2 * PAGE :])
+    found = verify(path)
+    assert found.integrity
+    assert not found.ok
+
+
+# --- recover ------------------------------------------------------------------------------------------
+
+
+def test_recovering_a_sound_log_gives_it_all(tmp_path: Path) -> None:
+    made = make(tmp_path / "cai.db")
+    found = recover(tmp_path / "cai.db", tmp_path / "new.db")
+    assert (found.records, found.damaged, found.gaps) == (len(made), (), ())
+    assert contents(tmp_path / "new.db") == made
+    assert verify(tmp_path / "new.db").ok
+
+
+def test_after_any_flipped_byte_every_intact_record_is_recovered_and_none_is_wrong(tmp_path: Path) -> None:
+    made = make(tmp_path / "sound.db", count=25)
+    sound = (tmp_path / "sound.db").read_bytes()
+    cells = [(sound.index(encode(record)) - 200, encode(record)) for record in made]
+    chance = random.Random(2)
+    path, into = tmp_path / "cai.db", tmp_path / "new.db"
+    anywhere = [chance.randrange(len(sound)) for _ in range(25)]
+    heads = [number * PAGE + chance.randrange(16) for number in range(len(sound) // PAGE)]
+    for offset in [*anywhere, *heads]:
+        damage(path, sound, offset, chance.randrange(1, 256))
+        clear(into)
+        recover(path, into)
+        saved = contents(into)
+        hit = [record for record, (start, payload) in zip(made, cells, strict=True)
+               if start <= offset < start + 200 + len(payload)]  # fmt: skip
+        assert {encode(record) for record in made if record not in hit} <= set(map(encode, saved)), offset
+        assert [record for record in made if record in saved] == saved, offset
+        assert verify(into).ok
+
+
+def test_a_lost_page_loses_only_its_own_records_and_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    made = make(path)
+    sound = path.read_bytes()
+    page = sound.index(encode(made[20])) // PAGE
+    gone = [record for record in made if sound.index(encode(record)) // PAGE == page]
+    clear(path)
+    path.write_bytes(sound[: page * PAGE] + bytes(PAGE) + sound[(page + 1) * PAGE :])
+    found = recover(path, tmp_path / "new.db")
+    assert contents(tmp_path / "new.db") == [record for record in made if record not in gone]
+    (gap,) = found.gaps
+    first = made.index(gone[0]) + 1
+    assert gap == Gap(gap.writer, first, first + len(gone) - 1)
+
+
+@pytest.mark.parametrize("keep", [0.55, 0.8])
+def test_a_truncated_file_gives_what_is_left_of_it(tmp_path: Path, keep: float) -> None:
+    path = tmp_path / "cai.db"
+    made = make(path)
+    sound = path.read_bytes()
+    cut = int(len(sound) * keep)
+    clear(path)
+    path.write_bytes(sound[:cut])
+    recover(path, tmp_path / "new.db")
+    left = [record for record in made if encode(record) in sound[:cut]]
+    assert left
+    assert contents(tmp_path / "new.db") == left
+
+
+def test_what_only_the_wal_holds_is_recovered(tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        made = [trajectory(n) for n in range(30)]
+        for record in made:
+            log.append(record).result()
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{log.path}{suffix}", tmp_path / f"crashed.db{suffix}")
+    with (tmp_path / "crashed.db").open("r+b") as file:
+        file.truncate(100)
+    recover(tmp_path / "crashed.db", tmp_path / "new.db")
+    assert contents(tmp_path / "new.db") == made
+
+
+def test_long_records_with_overflow_pages_are_recovered(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    made = make(path, count=6, size=100_000)
+    sound = path.read_bytes()
+    offset = sound.index(b"0003" * 1000)
+    damage(path, sound, offset, 1)
+    found = recover(path, tmp_path / "new.db")
+    assert contents(tmp_path / "new.db") == [record for record in made if record is not made[3]]
+    assert [(one.id, one.what) for one in found.damaged] == [
+        (made[3].id, "its bytes do not match its checksum")
+    ]
+
+
+def test_recover_never_writes_over_a_file_nor_reads_an_open_one(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    make(path)
+    (tmp_path / "new.db").write_text("mine")
+    with pytest.raises(LogError, match=r"new.db: exists; name a new file"):
+        recover(path, tmp_path / "new.db")
+    with open_log(path), pytest.raises(LogError, match="this process has the log open"):
+        recover(path, tmp_path / "other.db")
+    with pytest.raises(LogError, match="cannot be read"):
+        recover(tmp_path / "absent.db", tmp_path / "other.db")
+
+
+# --- gc -----------------------------------------------------------------------------------------------
+
+
+def test_gc_removes_what_is_old_with_all_that_speaks_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    made = [trajectory(n, metadata={"text": f"private{n:04}"}) for n in range(30)]
+    reviewed, tagged = made[4], trajectory(5, tags=("hold",))
+    made[5] = tagged
+    about = [
+        feedback(made[0].id, at=START + timedelta(days=9), note="private"),
+        comparison(made[1].id),
+        review(reviewed.id),
+        feedback("nobody", at=START - timedelta(days=1)),
+        feedback(made[25].id, at=START - timedelta(days=1)),
+    ]
+    with open_log(path) as log:
+        for record in [*made, *about]:
+            log.append(record).result()
+        arguments = {"before": START + timedelta(minutes=20), "why": "retention of a day", "keep_tag": "hold"}
+        planned = gc(path, **arguments, dry_run=True)  # type: ignore[arg-type]
+        assert (planned.trajectories, planned.others, planned.kept) == (18, 3, 2)
+        assert log.stats().trajectories == 30
+        done = gc(path, **arguments)  # type: ignore[arg-type]
+        assert (done.trajectories, done.others, done.kept) == (18, 3, 2)
+        left = [reviewed, tagged, *made[20:], about[2], about[4]]
+        assert list(log.read()) == left
+        assert log.stats().removed == 21
+        with pytest.raises(DataError, match=r"was removed on \d{4}-\d\d-\d\d: retention of a day"):
+            log.get(made[0].id)
+        assert list(log.read(after=made[19].id)) == left[2:]
+        log.append(trajectory(50)).result()
+    found = verify(path)
+    assert found.ok, found
+    raw = path.read_bytes()
+    assert b"private0000" not in raw
+    assert b"private0029" in raw
+    assert gc(path, **arguments).trajectories == 0  # type: ignore[arg-type]
+
+
+def test_a_reviewed_trajectory_goes_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    record = trajectory()
+    with open_log(path) as log:
+        log.append(record).result()
+        log.append(review(record.id)).result()
+    done = gc(path, before=START + timedelta(days=1), why="asked for", keep_reviewed=False)
+    assert (done.trajectories, done.others, done.kept) == (1, 1, 0)
+    assert contents(path) == []
+
+
+def test_what_gc_removed_stays_away_from_import_and_recovery(tmp_path: Path) -> None:
+    path, lines = tmp_path / "cai.db", tmp_path / "all.jsonl"
+    made = make(path, count=10)
+    lines.write_bytes(b"".join(encode(record) + b"\n" for record in made))
+    gc(path, before=START + timedelta(minutes=4), why="age")
+    counts = Import(records=0, demonstrations=0, present=6, removed=7, broken=(), truncated=False)
+    assert import_(path, lines) == counts
+    recovered = tmp_path / "new.db"
+    found = recover(path, recovered)
+    assert (found.records, found.gaps) == (6, ())
+    assert contents(recovered) == contents(path)
+    assert import_(recovered, lines) == counts
+    with open_log(recovered) as log:
+        log.append(trajectory()).result()
+    assert verify(recovered).ok
+    assert gc(recovered, before=START + timedelta(days=1), why="all").trajectories == 7
+
+
+def test_gc_of_an_absent_log_makes_none(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match="there is no log"):
+        gc(tmp_path / "cai.db", before=START, why="x", dry_run=True)
+    with pytest.raises(LogError, match="there is no log"):
+        gc(tmp_path / "cai.db", before=START, why="x")
+    assert list(tmp_path.iterdir()) == []
