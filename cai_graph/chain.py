@@ -246,7 +246,9 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
             return [plain(item) for item in value]
         if isinstance(value, float):
             return value if value == value and abs(value) != float("inf") else repr(value)
-        return value if value is None or isinstance(value, str | bool | int) else repr(value)
+        if isinstance(value, str):
+            return str(value)
+        return value if value is None or isinstance(value, bool | int) else repr(value)
 
     return {str(key): plain(value) for key, value in metadata.items()}
 
@@ -325,7 +327,7 @@ class Shape:
         if isinstance(value, PromptValue):
             value = value.to_messages()
         if isinstance(value, str):
-            return (Message(role="user", content=value),)
+            return (Message(role="user", content=str(value)),)
         if isinstance(value, BaseMessage):
             return (from_langchain(value),)
         if isinstance(value, Sequence):
@@ -340,7 +342,7 @@ class Shape:
         found = self._answer_in(output)
         if isinstance(found, BaseMessage):
             return from_langchain(found)
-        return Message(role="assistant", content=found)
+        return Message(role="assistant", content=str(found))  # parsers return subclasses of str
 
     def context(self, given: object, output: object) -> dict[str, str]:
         """Return the context that the critic sees, by key."""

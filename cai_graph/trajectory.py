@@ -506,7 +506,7 @@ def from_langchain(message: BaseMessage) -> Message:
     role = getattr(message, "role", None) if kind == "chat" else _ROLES.get(kind, kind)
     return Message(
         role=role or kind,
-        content=message.content,
+        content=str(message.content) if isinstance(message.content, str) else message.content,
         name=message.name,
         id=message.id,
         tool_calls=tuple(
