@@ -1,0 +1,65 @@
+"""The README's blocks run as they stand, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from replies import verdicts
+from wire import role, serving
+
+from cai_graph.constitution import load
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_python_blocks_run_in_order_behind_the_real_openai_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fine = verdicts(ids=[principle.id for principle in load("balanced")])
+    script = lambda body: fine if role(body) == "critique" else "Soap, and patience."  # noqa: E731
+    with serving(script) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "unused")
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        names: dict[str, object] = {}
+        for block in _blocks("python"):
+            exec(block, names)
+    said = capsys.readouterr().out
+    assert "'outcome': 'KEPT'" in said
+    assert "Is it safe to mix bleach and vinegar?" in said
+    assert said.count("Soap, and patience.") == 2
+    assert (tmp_path / "cai.db").exists()
+
+
+def test_every_command_of_the_readme_exists() -> None:
+    commands = [
+        shlex.split(line, comments=True)
+        for block in _blocks("sh")
+        for line in block.splitlines()
+        if line.startswith("cai ")
+    ]
+    assert commands
+    for command in commands:
+        words = [word for word in command[1:] if re.fullmatch(r"[a-z]+", word)]
+        done = subprocess.run(
+            [Path(sys.executable).with_name("cai"), *words[:2], "--help"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        options = [word for word in command if word.startswith("-")]
+        assert all(option in done.stdout for option in options), command
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    links = re.findall(r"\]\(([^):]+)\)", README)
+    assert links
+    missing = [link for link in links if not (Path(__file__).parents[1] / link).exists()]
+    assert not missing
