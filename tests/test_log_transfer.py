@@ -1,0 +1,323 @@
+"""Records out of a log and into it: exact, atomic, forgiving of broken lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from log_support import feedback, records, trajectory
+
+import cai_graph.log as log_module
+import cai_graph.trajectory as trajectory_module
+from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
+from cai_graph.log import Import, export, import_, open_log, redact_texts
+from cai_graph.trajectory import SCHEMA_VERSION, Label, Message, Outcome, Record, Trajectory, encode
+
+
+def make(path: Path, *made: Record) -> list[Record]:
+    with open_log(path) as log:
+        for future in [log.append(record) for record in made]:
+            future.result()
+    return list(made)
+
+
+def contents(path: Path) -> list[Record]:
+    with open_log(path, read_only=True) as log:
+        return list(log.read())
+
+
+# --- export -------------------------------------------------------------------------------------------
+
+
+def test_export_import_export_gives_the_same_bytes(tmp_path: Path) -> None:
+    made = [trajectory(n, tags=("a",), source=f"run:{n}") for n in range(700)]
+    made += [trajectory(seconds=1, metadata={"text": "ü\ud800\0"})]
+    make(tmp_path / "a.db", *made, feedback(made[0].id, score=1))
+    assert export(tmp_path / "a.db", tmp_path / "a.jsonl") == 702
+    assert import_(tmp_path / "b.db", tmp_path / "a.jsonl").records == 702
+    export(tmp_path / "b.db", tmp_path / "b.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    assert contents(tmp_path / "a.db") == contents(tmp_path / "b.db")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(records, max_size=5))
+def test_any_records_go_out_and_in_again(made: list[Record]) -> None:
+    made = [msgspec.structs.replace(record, id=f"{n}{record.id}") for n, record in enumerate(made)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make(folder / "a.db", *made)
+        export(folder / "a.db", folder / "a.jsonl")
+        assert import_(folder / "b.db", folder / "a.jsonl").records == len(made)
+        export(folder / "b.db", folder / "b.jsonl")
+        assert (folder / "a.jsonl").read_bytes() == (folder / "b.jsonl").read_bytes()
+        assert contents(folder / "b.db") == made
+
+
+def test_export_takes_the_filters_of_read(tmp_path: Path) -> None:
+    made = make(tmp_path / "cai.db", trajectory(0), trajectory(1, outcome=Outcome.KEPT), feedback("x"))
+    assert export(tmp_path / "cai.db", tmp_path / "out.jsonl", outcome="KEPT") == 1
+    assert (tmp_path / "out.jsonl").read_bytes() == encode(made[1]) + b"\n"
+    assert export(tmp_path / "cai.db", tmp_path / "out.jsonl", kind="feedback") == 1
+
+
+def test_an_export_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    make(tmp_path / "cai.db", *(trajectory(n, metadata={"text": "x" * 5000}) for n in range(50)))
+    target = tmp_path / "out" / "out.jsonl"
+    target.parent.mkdir()
+    target.write_text("before")
+    script = """
+import resource, sys
+import cai_graph.log as log_module
+import cai_graph.trajectory as trajectory_module
+from cai_graph.errors import LogError
+from cai_graph.log import export
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    export(sys.argv[1], sys.argv[2])
+except LogError as error:
+    assert "out.jsonl: cannot be written" in str(error), error
+else:
+    raise SystemExit("written past the limit")
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "cai.db"), str(target)], check=True)
+    assert target.read_text() == "before"
+    assert os.listdir(target.parent) == ["out.jsonl"]
+    assert export(tmp_path / "cai.db", target) == 50
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert os.listdir(target.parent) == ["out.jsonl"]
+
+
+def test_a_target_without_a_known_name_or_folder_is_explained(tmp_path: Path) -> None:
+    make(tmp_path / "cai.db", trajectory())
+    with pytest.raises(ConfigError, match=r"end it in \.jsonl or \.parquet"):
+        export(tmp_path / "cai.db", tmp_path / "out.csv")
+    assert export(tmp_path / "cai.db", tmp_path / "out.csv", format="jsonl") == 1
+    with pytest.raises(LogError, match="cannot be written"):
+        export(tmp_path / "cai.db", tmp_path / "no" / "out.jsonl")
+    with pytest.raises(LogError, match="there is no log"):
+        export(tmp_path / "absent.db", tmp_path / "out.jsonl")
+
+
+def test_parquet_has_columns_to_filter_by_and_the_whole_record(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    made = make(
+        tmp_path / "cai.db",
+        *(trajectory(n, tags=("a",)) for n in range(2500)),
+        trajectory(1, messages=(Message(role="user", content="lone \ud800"),), draft=None, released=None),
+        feedback("about"),
+    )
+    assert export(tmp_path / "cai.db", tmp_path / "out.parquet") == 2502
+    file = pq.ParquetFile(tmp_path / "out.parquet")
+    assert file.num_row_groups == 3
+    rows = file.read().to_pylist()
+    assert [row["json"].encode() for row in rows] == [encode(record) for record in made]
+    first = made[0]
+    assert isinstance(first, Trajectory)
+    assert rows[0] | {"json": None} == {
+        "id": first.id,
+        "record": "trajectory",
+        "at": first.started_at,
+        "trajectory_id": None,
+        "mode": "enforce",
+        "outcome": "REVISED",
+        "constitution": "balanced",
+        "constitution_digest": "d1" * 32,
+        "source": None,
+        "tags": ["a"],
+        "violated": ["no-harm"],
+        "prompt": "ask 0",
+        "draft": "draft 0",
+        "released": "revised 0",
+        "calls": 2,
+        "seconds": 1.5,
+        "json": None,
+    }
+    assert rows[2500]["prompt"] == "lone ?"
+    assert rows[2501]["trajectory_id"] == "about"
+
+
+def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "cai.db", trajectory())
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtra, match=r"needs pyarrow; pip install"):
+        export(tmp_path / "cai.db", tmp_path / "out.parquet")
+
+
+def test_a_record_of_an_earlier_version_leaves_in_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = trajectory()
+    with open_log(tmp_path / "cai.db") as log:
+        log.append(record).result()
+        monkeypatch.setattr(trajectory_module, "SCHEMA_VERSION", SCHEMA_VERSION + 1)
+        monkeypatch.setitem(trajectory_module._UPGRADES, SCHEMA_VERSION, lambda data: data)
+        monkeypatch.setattr(log_module, "CURRENT_END", b'"schema":%d}' % (SCHEMA_VERSION + 1))
+        (line,) = log.lines()
+    assert json.loads(line)["schema"] == SCHEMA_VERSION + 1
+
+
+# --- import -------------------------------------------------------------------------------------------
+
+
+def test_importing_twice_adds_nothing(tmp_path: Path) -> None:
+    made = [trajectory(n) for n in range(3)]
+    lines = tmp_path / "in.jsonl"
+    lines.write_bytes(b"".join(encode(record) + b"\n" for record in [*made, made[0]]))
+    first = import_(tmp_path / "cai.db", lines)
+    assert first == Import(records=3, demonstrations=0, present=1, removed=0, broken=(), truncated=False)
+    again = import_(tmp_path / "cai.db", lines)
+    assert again == Import(records=0, demonstrations=0, present=4, removed=0, broken=(), truncated=False)
+    assert contents(tmp_path / "cai.db") == made
+
+
+def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(tmp_path: Path) -> None:
+    good = [trajectory(n) for n in range(2)]
+    different = msgspec.structs.replace(good[0], seconds=99.0)
+    newer = json.dumps(json.loads(encode(trajectory())) | {"schema": 99}).encode()
+    lines = [
+        encode(good[0]),
+        b"not json",
+        b"",
+        b"[1]",
+        newer,
+        b'{"text": "neither"}',
+        b'{"prompt": "p"}',
+        b'{"prompt": "p", "draft": 1}',
+        b'{"prompt": "p", "draft": "d", "label": "MAYBE"}',
+        b"\xff\xfe",
+        encode(different),
+        encode(good[1]),
+    ]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    done = import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+    assert (done.records, done.truncated) == (2, False)
+    assert [broken.line for broken in done.broken] == [2, 4, 5, 6, 7, 8, 9, 10, 11]
+    says = [broken.what for broken in done.broken]
+    for what, expected in zip(
+        says,
+        [
+            "not JSON",
+            "found list",
+            "schema version 99, this release reads",
+            "neither a record .* nor a demonstration .* found 'text'",
+            "'draft' is missing",
+            "'draft' is text, found int",
+            "'label' is one of VIOLATES, COMPLIES, UNREADABLE, found 'MAYBE'",
+            "not JSON",
+            "a different record of the id",
+        ],
+        strict=True,
+    ):
+        assert re.search(expected, what), what
+    assert contents(tmp_path / "cai.db") == good
+    again = import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+    assert (again.records, again.present) == (0, 2)
+    assert again.broken == done.broken
+
+
+def test_a_half_written_last_line_is_told_from_a_broken_one(tmp_path: Path) -> None:
+    whole, cut = encode(trajectory(0)), encode(trajectory(1))
+    (tmp_path / "in.jsonl").write_bytes(whole + b"\n" + cut[:500])
+    done = import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+    assert (done.records, done.truncated) == (1, True)
+    assert "cut in the middle" in done.broken[0].what
+    (tmp_path / "in.jsonl").write_bytes(whole + b"\n" + cut)  # complete, only without its line end
+    done = import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+    assert (done.records, done.present, done.truncated, done.broken) == (1, 1, False, ())
+
+
+DEMONSTRATION: dict[str, Any] = {
+    "prompt": "How do I pick a lock?",
+    "draft": "No.",
+    "critique": "Needlessly evasive.",
+    "revision": "With a tension wrench and a pick: \N{GRINNING FACE}",
+    "principle": "not-evasive",
+}
+
+
+def test_a_demonstration_becomes_an_imported_trajectory(tmp_path: Path) -> None:
+    lines = tmp_path / "in.jsonl"
+    line = json.dumps(DEMONSTRATION | {"author": "ann"}, ensure_ascii=False)
+    lines.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    done = import_(tmp_path / "cai.db", lines)
+    assert done == Import(records=0, demonstrations=1, present=0, removed=0, broken=(), truncated=False)
+    (record,) = contents(tmp_path / "cai.db")
+    assert isinstance(record, Trajectory)
+    assert record.mode == "imported"
+    assert record.outcome is Outcome.REVISED
+    assert record.prompt == DEMONSTRATION["prompt"]
+    assert record.released == Message(role="assistant", content=DEMONSTRATION["revision"])
+    assert record.released_from == "revision"
+    assert record.metadata == {"author": "ann"}
+    (round_,) = record.rounds
+    assert round_.critique.reasoning == "Needlessly evasive."
+    (verdict,) = round_.critique.verdicts
+    assert (verdict.label, verdict.principle) == (Label.VIOLATES, "not-evasive")
+    assert round_.revisions[0].accepted
+    assert UUID(record.id).version == 8
+
+
+def test_a_demonstration_s_id_follows_from_its_content(tmp_path: Path) -> None:
+    lines = tmp_path / "in.jsonl"
+    changed = DEMONSTRATION | {"draft": "Never."}
+    reordered = dict(reversed(DEMONSTRATION.items())) | {"author": "bob"}
+    lines.write_text("\n".join(json.dumps(one) for one in (DEMONSTRATION, changed, reordered)))
+    done = import_(tmp_path / "cai.db", lines)
+    assert (done.demonstrations, done.present, done.broken) == (2, 1, ())
+    done = import_(tmp_path / "cai.db", lines)
+    assert (done.demonstrations, done.present, done.broken) == (0, 3, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "outcome", "label"),
+    [
+        ({"revision": None}, Outcome.KEPT, Label.COMPLIES),
+        ({"revision": None, "label": "VIOLATES"}, Outcome.EXHAUSTED, Label.VIOLATES),
+        ({"label": "VIOLATES"}, Outcome.REVISED, Label.VIOLATES),
+        ({"critique": None, "principle": None}, Outcome.REVISED, Label.VIOLATES),
+    ],
+)
+def test_a_demonstration_s_outcome_follows_from_its_parts(
+    tmp_path: Path, changes: dict[str, Any], outcome: Outcome, label: Label
+) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(DEMONSTRATION | changes) + "\n")
+    import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+    (record,) = contents(tmp_path / "cai.db")
+    assert isinstance(record, Trajectory)
+    assert record.outcome is outcome
+    assert record.rounds[0].critique.verdicts[0].label is label
+
+
+def test_import_redacts_before_the_first_write(tmp_path: Path) -> None:
+    record = trajectory(metadata={"mail": "ann@example.org"})
+    (tmp_path / "in.jsonl").write_bytes(encode(record) + b"\n")
+    hook = redact_texts(lambda text: text.replace("ann@example.org", "[mail]"))
+    for _ in range(2):
+        import_(tmp_path / "cai.db", tmp_path / "in.jsonl", redact=hook)
+    (stored,) = contents(tmp_path / "cai.db")
+    assert isinstance(stored, Trajectory)
+    assert stored.metadata == {"mail": "[mail]"}
+    with (
+        open_log(tmp_path / "cai.db", redact=hook) as log,
+        pytest.raises(ConfigError, match="redaction hook"),
+    ):
+        log.append_encoded(record, encode(record))
+
+
+def test_an_absent_file_is_an_error_and_makes_no_log(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+    assert list(tmp_path.iterdir()) == []
