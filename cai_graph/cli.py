@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
@@ -28,7 +29,7 @@ from cai_graph.errors import CaiError, ModelError
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
-    from cai_graph.bulk import Broken, Failed, Run
+    from cai_graph.bulk import Broken, Failed, Run, Summary
     from cai_graph.chain import ConstitutionalRunnable
     from cai_graph.log import Filters
     from cai_graph.trajectory import Trajectory
@@ -263,7 +264,9 @@ def _foreign(model: str) -> Iterator[None]:
 
 @app.command(epilog="Example: cai run prompts.csv --column question --limit 40")
 def run(
-    prompts: Annotated[str, typer.Argument(metavar="PROMPTS", help="A JSONL, CSV or text file; - is standard input.")],
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="A JSONL, CSV or text file; - is standard input.")
+    ],
     column: Annotated[str | None, typer.Option(help="Column or key of the prompt.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, from the first.")] = None,
     format: Annotated[RowFormat | None, typer.Option(help="If the name does not say it.")] = None,
@@ -405,7 +408,7 @@ def _sum_up(job: Run, log: str, interrupted: bool) -> None:
     summary = job.summary
     out.print(Text(f"{summary.answered} of {job.rows} prompts are answered."))
     out.print(show.summary(summary))
-    at = "" if log == DEFAULT_LOG else f" --log {shlex.quote(log)}"
+    at = _at(log)
     out.print(Text(f"The log is {log}. Next: cai log list{at}, or cai log export{at} run.jsonl"))
     if interrupted:
         _note(f"interrupted; to go on, type again: {_this_command()}")
@@ -425,7 +428,10 @@ def _this_command() -> str:
 @app.command(epilog="Example: cai judge answers.jsonl -o verdicts.jsonl --fail-on violates")
 def judge(
     answers: Annotated[
-        str, typer.Argument(metavar="FILE", help="JSONL with prompt and response, or messages; - is standard input.")
+        str,
+        typer.Argument(
+            metavar="FILE", help="JSONL with prompt and response, or messages; - is standard input."
+        ),
     ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where the verdicts go.")] = None,
     critic: Annotated[str, _option("--critic", "Who judges.", "SPEC")] = "local",
@@ -473,6 +479,83 @@ def judge(
         raise typer.Exit(FAILED)
     if skipped:
         raise typer.Exit(SKIPPED)
+
+
+# --- demo ---------------------------------------------------------------------------------------------
+
+DEMO_TOKENS = 120
+"""Longest draft of the demo, so that it ends in minutes on two cores."""
+
+
+@app.command(epilog="Example: cai demo")
+def demo(log: LogUrl = DEFAULT_LOG) -> None:
+    """Watch the project's own sample prompts go through the embedded model.
+
+    Exits with 1 if no prompt is revised, or a benign one is refused.
+    """
+    from cai_graph import bulk, show
+    from cai_graph.calls import Budget
+    from cai_graph.trajectory import Trajectory, now
+
+    trajectories: list[Trajectory] = []
+
+    async def work() -> None:
+        async with contextlib.aclosing(job.results(_width("local"))) as results:
+            async for result in results:
+                if isinstance(result, Trajectory):
+                    trajectories.append(result)
+                    out.print(show.brief(result, about=str(result.metadata["kind"])))
+                else:
+                    _report(result)
+
+    sample = resources.files("cai_graph") / "sample" / "prompts.jsonl"
+    with resources.as_file(sample) as path, contextlib.closing(bulk.Rows(str(path))) as rows:
+        guarded = _guarded(
+            "local",
+            None,
+            None,
+            "balanced",
+            log,
+            max_tokens=DEMO_TOKENS,
+            seed=0,
+            on_log_error="raise",
+            budget=Budget(seconds=BULK_SECONDS),
+        )
+        with _closing(guarded), _foreign("local"):
+            # The time makes each demo a run of its own, since one that resumes shows nothing.
+            job = bulk.Run(guarded, rows, drafting={"demo": now().isoformat()})
+            _note(f"{job.rows} prompts, drafted, judged and revised by the model on this machine …")
+            asyncio.run(work())
+    _sum_up_demo(job.summary, trajectories, log)
+
+
+def _sum_up_demo(summary: Summary, trajectories: list[Trajectory], log: str) -> None:
+    from cai_graph import show
+    from cai_graph.trajectory import Outcome
+
+    out.print(show.summary(summary))
+    revised = [t.id for t in trajectories if t.outcome is Outcome.REVISED]
+    benign = [t for t in trajectories if t.metadata["kind"] == "benign"]
+    refused = [t for t in benign if t.outcome is Outcome.REFUSED]
+    at = _at(log)
+    out.print(Text(f"{len(benign)} prompts are benign, and {len(refused) or 'none'} of them was refused."))
+    out.print(Text(f"Every trajectory is in {log}. Next:"))
+    for command in (
+        f"cai log list{at}",
+        f"cai log show{at} {revised[0] if revised else 'ID'}",
+        f"cai log export{at} demo.jsonl",
+        f'cai ask{at} "…"',
+    ):
+        out.print(Text(f"    {command}"), soft_wrap=True)
+    if summary.skipped:
+        raise typer.Exit(SKIPPED)
+    if refused or not revised:
+        _complain("a benign prompt was refused" if refused else "no prompt was revised")
+        raise typer.Exit(FAILED)
+
+
+def _at(log: str) -> str:
+    return "" if log == DEFAULT_LOG else f" --log {shlex.quote(log)}"
 
 
 # --- log ----------------------------------------------------------------------------------------------
