@@ -6,7 +6,8 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,10 +92,21 @@ class Calls:
         self.made.append(call)
         self.spent["tokens"] += (call.input_tokens or 0) + (call.output_tokens or 0)
 
-    def deadline(self) -> asyncio.Timeout:
-        """Return a context that cancels its body when the request's seconds are over."""
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """Cancel the body when the request's seconds are over.
+
+        Raises:
+            BudgetExceeded: they were.
+        """
         left = None if self.budget.seconds is None else self.budget.seconds - self.seconds
-        return asyncio.timeout(left)
+        try:
+            async with asyncio.timeout(left) as bound:
+                yield
+        except TimeoutError as timeout:
+            if bound.expired():
+                raise self._late() from timeout
+            raise
 
     def _late(self) -> BudgetExceeded:
         return BudgetExceeded(
@@ -123,11 +135,6 @@ class Calls:
             async with self.deadline():
                 reply = await model.ainvoke(list(messages), self.config)
                 return reply
-        except TimeoutError as timeout:
-            error = timeout
-            if self.budget.seconds is not None and self.seconds >= self.budget.seconds:
-                raise self._late() from timeout
-            raise
         except BaseException as raised:
             error = raised
             raise

@@ -128,11 +128,19 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Answer; the wrapped app runs in this thread, critics and revisers behind it."""
-        return self._call_with_config(self._answer_sync, input, config, **kwargs)
+
+        def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
+            return bridge.run(lambda caller: self._answer(value, run_manager, config, kwargs, caller=caller))
+
+        return self._call_with_config(answer, input, config)
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Answer."""
-        return await self._acall_with_config(self._answer, input, config, **kwargs)
+
+        async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
+            return await self._answer(value, run_manager, config, kwargs)
+
+        return await self._acall_with_config(answer, input, config)
 
     async def answered(
         self,
@@ -146,30 +154,26 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         kept: list[Trajectory] = []
 
         async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
-            return await self._answer(value, run_manager, config, source=source, kept=kept, **kwargs)
+            return await self._answer(value, run_manager, config, kwargs, source=source, kept=kept)
 
         output = await self._acall_with_config(answer, input, config)
         return Answered(output, kept[0])
-
-    def _answer_sync(self, input: Input, run_manager: Any, config: RunnableConfig, **kwargs: Any) -> Output:
-        return bridge.run(lambda caller: self._answer(input, run_manager, config, caller=caller, **kwargs))
 
     async def _answer(
         self,
         input: Input,
         run_manager: Any,
         config: RunnableConfig,
+        options: Mapping[str, Any],
         *,
         caller: bridge.Caller | None = None,
         source: str | None = None,
         kept: list[Trajectory] | None = None,
-        **kwargs: Any,
     ) -> Output:
         outputs: list[Output] = []
         ambient = copy_context()  # the app runs in the caller's context, not in the graph's
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
-            calls.admit("generation")
             handler = _DraftCalls(calls, self._app_name)
             # The caller's configuration, traced under the node; the graph's own must not leak into the app.
             callbacks = AsyncCallbackManager.configure(node.get("callbacks"))
@@ -177,11 +181,11 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             under: RunnableConfig = {**config, "callbacks": callbacks}
             under["configurable"] = config.get("configurable") or {}
             if caller is not None:
-                output = await caller.call(lambda: self.app.invoke(input, under, **kwargs))
+                output = await caller.call(lambda: self.app.invoke(input, under, **options))
             else:
                 async with calls.deadline():
                     output = await asyncio.get_running_loop().create_task(
-                        _awaited(self.app.ainvoke(input, under, **kwargs)), context=ambient
+                        _awaited(self.app.ainvoke(input, under, **options)), context=ambient
                     )
             outputs.append(output)
             answer = self.shape.answer(output)
@@ -191,6 +195,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             messages=self.shape.conversation(input),
             draft=draft,
             context=lambda: self.shape.context(input, outputs[0] if outputs else None),
+            mode="sampled" if self.plan.settings.strategy == "sampled" else "enforce",
             source=source,
             metadata=_plain(config.get("metadata") or {}),
             tags=config.get("tags") or (),
@@ -254,9 +259,10 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _DraftCalls(BaseCallbackHandler):
-    """Records the model calls that the wrapped app makes, under `name` where it is one model."""
+    """Admits and records the model calls that the wrapped app makes, under `name` where it is one model."""
 
     run_inline = True  # else each event of an asynchronous app costs a thread hop
+    raise_error = True  # a call over the budget is not started
 
     def __init__(self, calls: Calls, name: str | None) -> None:
         self.calls = calls
@@ -268,13 +274,15 @@ class _DraftCalls(BaseCallbackHandler):
     def on_chat_model_start(
         self, serialized: dict[str, Any], messages: list[list[BaseMessage]], *, run_id: UUID, **kwargs: Any
     ) -> None:
-        """Note when a chat model begins."""
+        """Admit a call of a chat model, and note when it begins."""
+        self.calls.admit("generation")
         self._begun[run_id] = (time.perf_counter(), self._model(kwargs), prompt_digest(messages[0]))
 
     def on_llm_start(
         self, serialized: dict[str, Any], prompts: list[str], *, run_id: UUID, **kwargs: Any
     ) -> None:
-        """Note when a text model begins."""
+        """Admit a call of a text model, and note when it begins."""
+        self.calls.admit("generation")
         self._begun[run_id] = (time.perf_counter(), self._model(kwargs), "")
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:

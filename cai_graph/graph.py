@@ -168,6 +168,8 @@ class _Run:
     random: random.Random
     reached: Progress | None = None
     """What the last node reached: what is logged when the next one fails."""
+    held: Exception | None = None
+    """The error that ended the graph early and that a policy keeps from leaving."""
 
     def go_on(self, progress: Progress, goto: str | list[Send]) -> Command[str]:
         """Return the step to `goto` (END included), with the state that was reached."""
@@ -300,7 +302,14 @@ async def _critiques(run: _Run, progress: Progress, waiting: Sequence[str]) -> l
 async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     if len(coroutines) == 1:  # the usual case needs no task of its own
         return [await coroutines[0]]
-    return await asyncio.gather(*coroutines)
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:  # what is not needed any more must not go on spending
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
@@ -377,7 +386,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
         plan=plan,
         request=request,
         calls=Calls(plan.settings.budget),
-        random=random.Random(plan.settings.seed),
+        random=_randomness(plan.settings.seed, request),
     )
     decision = Decision(Outcome.FAILED, None, None)
     error: BaseException | None = None
@@ -392,6 +401,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
         raise
     finally:
         progress = context.reached
+        ended_by = error or context.held
         trajectory = Trajectory(
             id=trajectory_id,
             started_at=started_at,
@@ -405,7 +415,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             rounds=() if progress is None else tuple(progress.rounds),
             released=decision.released,
             released_from=decision.released_from,
-            error=None if error is None else describe(error),
+            error=describe(ended_by) if ended_by is not None else None,
             calls=tuple(context.calls.made),
             settings=plan.recorded_settings,
             source=request.source,
@@ -417,15 +427,22 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
     return Ending(trajectory, decision.released)
 
 
+def _randomness(seed: int | None, request: Request) -> random.Random:
+    """Return what draws for one request: the same again from the same seed, and another for each prompt."""
+    return random.Random(None if seed is None else ascii((seed, [text_of(m) for m in request.messages])))
+
+
 async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
     """Drive the graph and return what leaves; raise what no policy holds."""
     error: Exception | None = None
     try:
-        await compiled().ainvoke({}, config, context=run)
+        # A round takes at most three steps; the caller's own limit is for the caller's graphs.
+        limit = 10 + 3 * run.plan.settings.rounds
+        await compiled().ainvoke({}, {**(config or {}), "recursion_limit": limit}, context=run)
     except Exception as raised:
         if run.reached is None or run.plan.settings.on_error == "raise":
             raise
-        error = raised
+        error = run.held = raised
     assert run.reached is not None  # the draft node returned, or raised above
     return decide(run.reached, run.plan.constitution, run.plan.settings, error)
 
