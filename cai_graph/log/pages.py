@@ -7,19 +7,22 @@ nothing is found that was not written. The format: https://www.sqlite.org/filefo
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from cai_graph.errors import CaiError, LogError
 from cai_graph.log.sqlite import digest_of
-from cai_graph.log.store import Row, row_of
+from cai_graph.log.store import Row, column_text, row_of
 from cai_graph.trajectory import decode
 
-__all__ = ["Found", "FoundRow", "scan"]
+__all__ = ["Found", "scan"]
 
 _LEAF = 13
 _OTHER_TREE_PAGES = {2, 5, 10}
@@ -32,24 +35,37 @@ _BEFORE_HEADER = 14
 """Bytes that may stand before it: the row's size (up to 5) and number (up to 9)."""
 
 
-class FoundRow(NamedTuple):
-    """One intact record."""
+class _Place(NamedTuple):
+    """Where a row begins."""
+
+    number: int
+    version: int
+    offset: int
+
+
+class _Cell(NamedTuple):
+    """One row as its page holds it."""
 
     position: int
-    row: Row
+    values: list[Any]
+    """Its columns; empty where the table is not ours."""
+    overflow: list[int]
+    """Pages that it goes on in."""
 
 
 @dataclass
 class Found:
     """What the pages hold."""
 
-    rows: list[FoundRow] = field(default_factory=list)
-    """Intact records, by position, each id once, without those that have a tombstone."""
-    damaged: list[tuple[int, str | None, str]] = field(default_factory=list)
+    records: int
+    """Number of intact records, each id once, without those that have a tombstone."""
+    rows: Iterator[Row]
+    """Those records, by position, read again as they are asked for."""
+    damaged: list[tuple[int, str | None, str]]
     """Position, id and fault of records that can be read but do not match their checksum."""
-    tombstones: list[tuple[Any, ...]] = field(default_factory=list)
+    tombstones: list[tuple[Any, ...]]
     """Rows of the table of tombstones, without their positions."""
-    sequences: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
+    sequences: dict[str, set[int]]
     """Sequence numbers of the intact records and tombstones, by writer."""
 
 
@@ -57,23 +73,41 @@ class _Pages:
     """Pages by number, each in all versions that the file and the WAL hold; the newest first."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         try:
-            self._data = path.read_bytes()
+            self._file = path.open("rb")
             wal = Path(f"{path}-wal")
-            self._wal = wal.read_bytes() if wal.exists() else b""
+            self._wal = wal.open("rb") if wal.exists() else None
         except OSError as error:
             raise LogError(f"{path}: cannot be read: {error.strerror}") from error
-        size = int.from_bytes(self._data[16:18]) or int.from_bytes(self._wal[8:12])
+        header = self._read(self._file, 0, 32)
+        wal_header = self._read(self._wal, 0, 32)
+        size = int.from_bytes(header[16:18]) or int.from_bytes(wal_header[8:12])
         self.size = 65536 if size == 1 else size
         if self.size not in {512 << n for n in range(8)}:
-            self.size = 4096  # The header is damaged; this is what every log is made with.
+            self.size = 16384  # The header is damaged; this is what every log is made with.
         # No log reserves bytes at the end of a page, so a number there is damage.
-        self.count = -(-len(self._data) // self.size)
+        self._bytes = os.fstat(self._file.fileno()).st_size
+        self.count = -(-self._bytes // self.size)
         self._frames: dict[int, list[int]] = {}
-        for start in range(32, len(self._wal) - 24 - self.size + 1, 24 + self.size):
-            number = int.from_bytes(self._wal[start : start + 4])
+        wal_bytes = 0 if self._wal is None else os.fstat(self._wal.fileno()).st_size
+        for start in range(32, wal_bytes - 24 - self.size + 1, 24 + self.size):
+            number = int.from_bytes(self._read(self._wal, start, 4))
             if 0 < number < 1 << 31:
                 self._frames.setdefault(number, []).insert(0, start + 24)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wal is not None:
+            self._wal.close()
+
+    def _read(self, file: BinaryIO | None, offset: int, size: int) -> bytes:
+        if file is None:
+            return b""
+        try:
+            return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise LogError(f"{self._path}: cannot be read at byte {offset}: {error.strerror}") from error
 
     def numbers(self) -> Iterator[int]:
         yield from range(1, self.count + 1)
@@ -81,27 +115,32 @@ class _Pages:
 
     def versions(self, number: int) -> Iterator[bytes]:
         for start in self._frames.get(number, ()):
-            yield self._wal[start : start + self.size]
+            yield self._read(self._wal, start, self.size)
         start = (number - 1) * self.size
-        if 0 <= start < len(self._data):
-            yield self._data[start : start + self.size].ljust(self.size, b"\0")
+        if 0 <= start < self._bytes:
+            yield self._read(self._file, start, self.size).ljust(self.size, b"\0")
 
 
-def scan(path: Path) -> Found:
-    """Return every intact record in a log file and its WAL.
+@contextlib.contextmanager
+def scan(path: Path) -> Iterator[Found]:
+    """Find every intact record in a log file and its WAL; the rows can be read until the context ends.
 
     Raises:
         LogError: the file cannot be read.
     """
-    scanner = _Scanner(_Pages(path))
-    scanner.run()
-    return scanner.found()
+    pages = _Pages(path)
+    try:
+        scanner = _Scanner(pages)
+        scanner.run()
+        yield scanner.found()
+    finally:
+        pages.close()
 
 
 class _Scanner:
     def __init__(self, pages: _Pages) -> None:
         self.pages = pages
-        self.records: dict[str, FoundRow] = {}
+        self.records: dict[str, tuple[int, _Place]] = {}
         self.tombstones: dict[str, tuple[Any, ...]] = {}
         self.suspects: dict[tuple[int, str | None], str] = {}
         self.sequences: dict[str, set[int]] = defaultdict(set)
@@ -110,77 +149,93 @@ class _Scanner:
     def run(self) -> None:
         doubtful: list[int] = []
         for number in self.pages.numbers():
-            for page in self.pages.versions(number):
+            for version, page in enumerate(self.pages.versions(number)):
                 base = 100 if number == 1 else 0
                 kind = page[base]
                 if kind == _LEAF:
-                    if not self._leaf(page, base):
+                    if not self._leaf(page, base, number, version):
                         doubtful.append(number)
                 elif kind not in _OTHER_TREE_PAGES:
                     doubtful.append(number)
         for number in doubtful:
             # What is left after the intact records' overflow pages: damaged leaves, and little else.
-            if number not in self.claimed:
-                for page in self.pages.versions(number):
-                    for header in _HEADER.finditer(page):
-                        for offset in range(header.start() - _BEFORE_HEADER, header.start() - 1):
-                            if offset >= 0:
-                                self._cell(page, offset, lenient=False)
+            if number in self.claimed:
+                continue
+            for version, page in enumerate(self.pages.versions(number)):
+                for header in _HEADER.finditer(page):
+                    for offset in range(max(0, header.start() - _BEFORE_HEADER), header.start() - 1):
+                        self._take(page, _Place(number, version, offset), lenient=False)
 
     def found(self) -> Found:
-        found = Found(sequences=self.sequences)
-        found.tombstones = [self.tombstones[id] for id in sorted(self.tombstones)]
-        found.rows = sorted(
-            (row for id, row in self.records.items() if id not in self.tombstones),
-            key=lambda row: row.position,
+        intact = sorted(place for id, place in self.records.items() if id not in self.tombstones)
+        return Found(
+            records=len(intact),
+            rows=self._rows(intact),
+            damaged=[
+                (position, id, what)
+                for (position, id), what in sorted(self.suspects.items(), key=lambda item: item[0][0])
+                if id not in self.records and id not in self.tombstones
+            ],
+            tombstones=[self.tombstones[id] for id in sorted(self.tombstones)],
+            sequences=self.sequences,
         )
-        found.damaged = [
-            (position, id, what)
-            for (position, id), what in sorted(self.suspects.items(), key=lambda item: item[0][0])
-            if id not in self.records and id not in self.tombstones
-        ]
-        return found
 
-    def _leaf(self, page: bytes, base: int) -> bool:
-        """Read a table leaf; return whether each of its cells is a sound row."""
+    def _rows(self, intact: list[tuple[int, _Place]]) -> Iterator[Row]:
+        for _, (number, version, offset) in intact:
+            page = next(islice(self.pages.versions(number), version, None))
+            cell = self._cell(page, offset)
+            assert cell is not None
+            payload = cell.values[-1]
+            yield row_of(decode(payload), payload)
+
+    def _leaf(self, page: bytes, base: int, number: int, version: int) -> bool:
+        """Take the rows of a table leaf; return whether each of its cells is a sound one."""
         count = int.from_bytes(page[base + 3 : base + 5])
         if base + 8 + 2 * count > len(page):
             return False
         sound = True
-        for n in range(count):
-            at = base + 8 + 2 * n
-            sound &= self._cell(page, int.from_bytes(page[at : at + 2]), lenient=True)
+        for at in range(base + 8, base + 8 + 2 * count, 2):
+            place = _Place(number, version, int.from_bytes(page[at : at + 2]))
+            sound &= self._take(page, place, lenient=True)
         return sound
 
-    def _cell(self, page: bytes, offset: int, *, lenient: bool) -> bool:
-        """Take the row at this offset if there is a sound one; return whether there is.
+    def _take(self, page: bytes, place: _Place, *, lenient: bool) -> bool:
+        """Take the row that begins here if there is a sound one; return whether there is.
 
         Args:
             lenient: a row of a table that is not ours is sound, and a damaged row of ours is noted.
         """
+        cell = self._cell(page, place.offset)
+        if cell is None:
+            return False
+        match len(cell.values):
+            case 0:
+                return lenient
+            case n if n == _TOMBSTONE_COLUMNS:
+                return self._take_tombstone(cell.values)
+            case _:
+                return self._take_record(cell, place, lenient)
+
+    def _cell(self, page: bytes, offset: int) -> _Cell | None:
         try:
             size, offset = _varint(page, offset)
             position, offset = _varint(page, offset)
             if not 0 < size < _MAX_PAYLOAD:
-                return False
+                return None
             # The first bytes of a row say how many columns it has; only rows of ours are read on.
-            header, start = _varint(page, offset)
+            header, at = _varint(page, offset)
             types: list[int] = []
-            at = start
             while at < offset + header:
                 serial, at = _varint(page, at)
                 types.append(serial)
             if at != offset + header or sum(map(_width, types)) + header != size:
-                return False
+                return None
             if len(types) not in (_RECORD_COLUMNS, _TOMBSTONE_COLUMNS) or types[0] != 0:
-                return lenient
+                return _Cell(position, [], [])
             body, overflow = self._body(page, offset, size)
-            values = list(_values(body, header, types))
+            return _Cell(position, list(_values(body, header, types)), overflow)
         except (IndexError, ValueError):
-            return False
-        if len(types) == _TOMBSTONE_COLUMNS:
-            return self._take_tombstone(values)
-        return self._take_record(position, values, overflow, lenient)
+            return None
 
     def _body(self, page: bytes, offset: int, size: int) -> tuple[bytes, list[int]]:
         usable = self.pages.size
@@ -205,21 +260,21 @@ class _Scanner:
             number = int.from_bytes(following[:4])
         return b"".join(parts), chain
 
-    def _take_record(self, position: int, values: list[Any], overflow: list[int], lenient: bool) -> bool:
-        (_, id, _, writer, sequence, *_, digest, _, payload) = values
+    def _take_record(self, cell: _Cell, place: _Place, lenient: bool) -> bool:
+        (_, id, _, writer, sequence, *_, digest, _, payload) = cell.values
         try:
             name = writer.decode("ascii")
             if digest_of(name, sequence, payload) != digest:
                 raise ValueError("its bytes do not match its checksum")
-            row = row_of(decode(payload), payload)
+            record = decode(payload)
         except (AttributeError, TypeError, ValueError, CaiError) as error:
             if lenient:
                 text = id.decode("utf-8", "replace") if isinstance(id, bytes) else None
-                self.suspects.setdefault((position, text), str(error))
+                self.suspects.setdefault((cell.position, text), str(error))
             return False
-        self.claimed.update(overflow)
+        self.claimed.update(cell.overflow)
         self.sequences[name].add(sequence)
-        self.records.setdefault(row.id, FoundRow(position, row))
+        self.records.setdefault(column_text(record.id), (cell.position, place))
         return True
 
     def _take_tombstone(self, values: list[Any]) -> bool:

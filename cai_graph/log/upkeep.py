@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,20 +254,20 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
         raise LogError(f"{target}: exists; name a new file to recover into")
     if is_open(source):
         raise LogError(f"{source}: this process has the log open; close it before you recover it")
-    found = scan(source)
-    store = SQLiteStore(target)
-    try:
-        for start in range(0, len(found.rows), _CHUNK):
-            store.insert([row for _, row in found.rows[start : start + _CHUNK]])
-        # Below every position that the new log gives, so that none is given twice.
-        stones = [(-n, *stone) for n, stone in enumerate(found.tombstones, 1)]
-        sql = "INSERT INTO tombstones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        store.change(lambda db: db.executemany(sql, stones))
-    finally:
-        store.close()
+    with scan(source) as found:
+        store = SQLiteStore(target)
+        try:
+            while part := list(islice(found.rows, _CHUNK)):
+                store.insert(part)
+            # Below every position that the new log gives, so that none is given twice.
+            stones = [(-n, *stone) for n, stone in enumerate(found.tombstones, 1)]
+            sql = "INSERT INTO tombstones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+            store.change(lambda db: db.executemany(sql, stones))
+        finally:
+            store.close()
     return Recovery(
         into=target,
-        records=len(found.rows),
+        records=found.records,
         damaged=tuple(Damage(*damage) for damage in found.damaged),
         gaps=tuple(_missing(found.sequences)),
     )
