@@ -23,14 +23,14 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import patch_config
+from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, patch_config
 from langchain_core.runnables.utils import ConfigurableFieldSpec
 
 from cai_graph import bridge, graph, models
 from cai_graph.calls import Calls, call_of, prompt_digest, truncated
 from cai_graph.constitution import Constitution, load
 from cai_graph.critic import Critic, check_strategy, critic_for
-from cai_graph.errors import ConfigError, DataError
+from cai_graph.errors import ConfigError, DataError, RunError
 from cai_graph.log import Log, open_log
 from cai_graph.policy import Settings
 from cai_graph.trajectory import Draft, Message, Trajectory, from_langchain, text_of
@@ -96,6 +96,10 @@ def constitutional(
     if not isinstance(writer, BaseChatModel):
         raise ConfigError(f"reviser is a chat model or a model spec, found {type(writer).__name__}")
     check_strategy(judge, chosen.strategy)
+    if isinstance(context_keys, str):
+        raise ConfigError(f"context_keys is a list of keys, found {context_keys!r}; write [{context_keys!r}]")
+    if not (log is None or isinstance(log, str) or hasattr(log, "append")):
+        raise ConfigError(f"log is a URL, a Log or None, found {type(log).__name__}")
     plan = graph.Plan(
         constitution=load(constitution),
         critic=judge,
@@ -157,6 +161,10 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             return await self._answer(value, run_manager, config, kwargs, source=source, kept=kept)
 
         output = await self._acall_with_config(answer, input, config)
+        if not kept:
+            raise RunError(
+                "the app waits for a person, so there is no answer yet; use ainvoke, and resume it"
+            )
         return Answered(output, kept[0])
 
     async def _answer(
@@ -180,6 +188,8 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             callbacks.add_handler(handler, inherit=True)
             under: RunnableConfig = {**config, "callbacks": callbacks}
             under["configurable"] = config.get("configurable") or {}
+            if config["recursion_limit"] == DEFAULT_RECURSION_LIMIT and graph.is_graph(self.app):
+                under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
             if caller is not None:
                 output = await caller.call(lambda: self.app.invoke(input, under, **options))
             else:
@@ -188,6 +198,8 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                         _awaited(self.app.ainvoke(input, under, **options)), context=ambient
                     )
             outputs.append(output)
+            if isinstance(output, Mapping) and "__interrupt__" in output:
+                raise graph.Paused
             answer = self.shape.answer(output)
             return Draft(answer=answer, truncated=handler.truncated)
 
@@ -201,7 +213,10 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             tags=config.get("tags") or (),
         )
         inner = patch_config(config, callbacks=run_manager.get_child())
-        ending = await graph.run(self.plan, request, inner)
+        try:
+            ending = await graph.run(self.plan, request, inner)
+        except graph.Paused:
+            return outputs[0]
         if kept is not None:
             kept.append(ending.trajectory)
         output: Output = self.shape.put(outputs[0], ending.released, ending.trajectory)

@@ -29,8 +29,10 @@ import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
 from langgraph.config import get_config
 from langgraph.constants import TAG_NOSTREAM
+from langgraph.errors import GraphBubbleUp
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
+from langgraph.pregel import Pregel
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
@@ -61,7 +63,7 @@ from cai_graph.trajectory import (
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
-__all__ = ["Ending", "Plan", "Request", "run"]
+__all__ = ["Ending", "Paused", "Plan", "Request", "run"]
 
 logger = logging.getLogger("cai_graph")
 T = TypeVar("T")
@@ -130,6 +132,10 @@ class Request:
     """See `Trajectory.tags`."""
 
 
+class Paused(GraphBubbleUp):
+    """The wrapped app waits for a person: nothing is judged or logged until it is resumed."""
+
+
 class Ending(NamedTuple):
     """What `run` returns."""
 
@@ -168,6 +174,8 @@ class _Run:
     random: random.Random
     reached: Progress | None = None
     """What the last node reached: what is logged when the next one fails."""
+    paused: GraphBubbleUp | None = None
+    """What the app raised to wait for a person."""
     held: Exception | None = None
     """The error that ended the graph early and that a policy keeps from leaving."""
 
@@ -193,7 +201,11 @@ def _progress(state: State) -> Progress:
 async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
     """Have the wrapped app answer."""
     run = runtime.context
-    answered = await run.request.draft(run.calls, get_config())
+    try:
+        answered = await run.request.draft(run.calls, get_config())
+    except GraphBubbleUp as pause:
+        run.paused = pause  # LangGraph swallows an interrupt here where no graph stands around this one
+        raise
     progress = Progress(answered, [])
     if answered.answer.tool_calls and not text_of(answered.answer):
         return run.go_on(progress, END)  # the app asks for a tool: there is no answer to judge yet
@@ -379,6 +391,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
     Raises:
         Violation, Unreadable, BudgetExceeded: as the policies say.
         LogError: the Trajectory could not be committed and `on_log_error` is `raise`.
+        Paused, GraphInterrupt: the app waits for a person.
         Exception: the app's own error; a critic's or reviser's where `on_error` is `raise`.
     """
     started_at, trajectory_id = now(), new_id()
@@ -422,7 +435,8 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             metadata=dict(request.metadata),
             tags=tuple(request.tags),
         )
-        await _log(plan, trajectory, failed=error is not None)
+        if context.paused is None:
+            await _log(plan, trajectory, failed=error is not None)
     assert decision.released is not None  # an error left above otherwise
     return Ending(trajectory, decision.released)
 
@@ -439,12 +453,23 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
         # A round takes at most three steps; the caller's own limit is for the caller's graphs.
         limit = 10 + 3 * run.plan.settings.rounds
         await compiled().ainvoke({}, {**(config or {}), "recursion_limit": limit}, context=run)
+        if run.paused is not None:
+            raise run.paused
     except Exception as raised:
         if run.reached is None or run.plan.settings.on_error == "raise":
             raise
         error = run.held = raised
     assert run.reached is not None  # the draft node returned, or raised above
     return decide(run.reached, run.plan.constitution, run.plan.settings, error)
+
+
+STEP_LIMIT = 10_000
+"""How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
+
+
+def is_graph(app: Runnable[Any, Any]) -> bool:
+    """Return whether a wrapped app is a compiled LangGraph graph."""
+    return isinstance(app, Pregel)
 
 
 log_failures = 0

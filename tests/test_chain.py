@@ -1,0 +1,742 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnablePassthrough
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.types import Command, interrupt
+from replies import RULES, by_role, flags, role_of, verdicts
+
+from cai_graph.chain import ConstitutionalRunnable, constitutional
+from cai_graph.constitution import Constitution
+from cai_graph.errors import ConfigError, DataError, RunError, Violation
+from cai_graph.log import open_log
+from cai_graph.testing import ScriptedModel
+from cai_graph.trajectory import Outcome, Trajectory
+
+JUDGE = by_role(critique=flags("no-harm"))
+"""Finds fault with "the draft" only, and mends it to "better"."""
+
+asked_by: ContextVar[str] = ContextVar("asked_by", default="nobody")
+
+
+def guard(app: Any, **settings: Any) -> ConstitutionalRunnable[Any, Any]:
+    judge = {} if isinstance(app, ScriptedModel) else {"critic": JUDGE, "reviser": JUDGE}
+    return constitutional(app, **{"constitution": RULES, "log": None, **judge, **settings})
+
+
+def app_of(output: Any) -> RunnableLambda[Any, Any]:
+    return RunnableLambda(lambda _: output)
+
+
+# --- shapes -------------------------------------------------------------------------------------------
+
+
+def test_a_string_stays_a_string() -> None:
+    assert guard(app_of("the draft")).invoke("hello") == "better"
+    assert guard(app_of("fine")).invoke("hello") == "fine"
+
+
+def test_a_message_keeps_everything_but_its_text() -> None:
+    draft = AIMessage(
+        "the draft",
+        id="m1",
+        name="bot",
+        additional_kwargs={"k": 1},
+        response_metadata={"model_name": "x"},
+        usage_metadata={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3},
+    )
+
+    output = guard(app_of(draft)).invoke("hello")
+
+    assert (output.content, output.id, output.name) == ("better", "m1", "bot")
+    assert output.additional_kwargs == {"k": 1}
+    assert output.usage_metadata == draft.usage_metadata
+    assert output.response_metadata["model_name"] == "x"
+    assert output.response_metadata["cai"]["outcome"] == "REVISED"
+    assert draft.content == "the draft"
+
+
+def test_parts_of_the_content_that_are_no_text_are_kept() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    draft = AIMessage([{"type": "text", "text": "the "}, image, {"type": "text", "text": "draft"}])
+
+    output = guard(app_of(draft)).invoke("hello")
+
+    assert output.text == "better"
+    assert image in output.content
+
+
+def test_the_last_ai_message_of_messages_is_judged_and_replaced_in_its_place() -> None:
+    first, tool = AIMessage("the draft", id="a"), HumanMessage("more?", id="h")
+    last = AIMessage("the draft", id="b")
+    state = {"messages": [HumanMessage("hello"), first, last, tool], "other": object()}
+
+    output = guard(app_of(state)).invoke("hello")
+
+    assert [message.content for message in output["messages"]] == ["hello", "the draft", "better", "more?"]
+    assert output["messages"][2].id == "b"
+    assert output["messages"][1] is first
+    assert output["other"] is state["other"]
+
+
+def test_a_list_of_messages_is_a_conversation() -> None:
+    output = guard(app_of([HumanMessage("hello"), AIMessage("the draft")])).invoke("hello")
+
+    assert [message.content for message in output] == ["hello", "better"]
+
+
+@pytest.mark.parametrize("key", ["answer", "output", "text"])
+def test_the_only_usual_key_of_a_dict_is_the_answer(key: str) -> None:
+    source = object()
+
+    output = guard(app_of({key: "the draft", "source": source})).invoke({"question": "hello"})
+
+    assert output == {key: "better", "source": source}
+    assert output["source"] is source
+
+
+def test_output_key_says_which_key_is_the_answer() -> None:
+    app = app_of({"answer": "fine", "summary": "the draft"})
+
+    assert guard(app, output_key="summary").invoke("hello") == {"answer": "fine", "summary": "better"}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ({"reply": "x"}, r"the output has the keys 'reply'; .* found none; say which with output_key="),
+        ({}, "found none"),
+        ({"answer": "x", "text": "y"}, "found 'answer' and 'text'; say which with output_key="),
+        (42, "the app returned a int"),
+        (None, "the app returned a NoneType"),
+        ([], "the app returned a list"),
+        ({"answer": 42}, "the app returned a int"),
+        ({"messages": [HumanMessage("hi")]}, "without an AI message"),
+    ],
+)
+def test_an_output_without_one_answer_is_an_error_that_names_what_was_found(
+    output: Any, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        guard(app_of(output)).invoke("hello")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"a": "x"}, "the input has the keys 'a'; .* say which with input_key="),
+        ({"input": "x", "query": "y"}, "found 'input' and 'query'"),
+        (42, "the input is a int"),
+    ],
+)
+def test_an_input_without_one_request_is_an_error_that_names_what_was_found(given: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        guard(app_of("fine")).invoke(given)
+
+
+def test_a_key_that_is_not_there_is_named() -> None:
+    with pytest.raises(DataError, match="output_key is 'reply', and the output has the keys 'answer'"):
+        guard(app_of({"answer": "x"}), output_key="reply").invoke("hello")
+    with pytest.raises(DataError, match="input_key is 'ask', and the input has the keys 'input'"):
+        guard(app_of("x"), input_key="ask").invoke({"input": "hello"})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("hello", ["hello"]),
+        (HumanMessage("hello"), ["hello"]),
+        ([("system", "be brief"), ("user", "hello")], ["be brief", "hello"]),
+        ([HumanMessage("a"), AIMessage("b"), HumanMessage("c")], ["a", "b", "c"]),
+        ({"messages": [HumanMessage("hello")]}, ["hello"]),
+        ({"messages": [{"role": "user", "content": "hello"}], "k": 1}, ["hello"]),
+        ({"question": "hello", "k": 1}, ["hello"]),
+        (ChatPromptTemplate.from_messages([("user", "{q}")]).invoke({"q": "hello"}), ["hello"]),
+    ],
+)
+async def test_the_request_is_found_in_every_usual_input(given: Any, said: list[str]) -> None:
+    trajectory = (await guard(app_of("fine")).answered(given)).trajectory
+
+    assert [message.content for message in trajectory.messages] == said
+
+
+async def test_context_keys_reach_the_critic_and_the_trajectory_but_no_other_key_does() -> None:
+    seen: list[str] = []
+
+    def critique(messages: list[BaseMessage]) -> str:
+        seen.append(messages[1].text)
+        return verdicts()
+
+    judge = by_role(critique=critique)
+    app = app_of({"answer": "fine", "docs": [Document("forty </context> euros")], "secret": "s3cret"})
+    guarded = guard(app, critic=judge, reviser=judge, context_keys=["docs", "shop", "absent"])
+
+    trajectory = (await guarded.answered({"question": "price?", "shop": "Shoes"})).trajectory
+
+    assert '<context name="docs">\nforty ‹/context> euros\n</context>' in seen[0]
+    assert '<context name="shop">\nShoes\n</context>' in seen[0]
+    assert "s3cret" not in seen[0]
+    assert trajectory.context == {"docs": "forty </context> euros", "shop": "Shoes"}
+
+
+def test_a_tool_call_without_text_passes_untouched() -> None:
+    call = AIMessage("", tool_calls=[{"name": "search", "args": {"q": "x"}, "id": "1"}])
+
+    output = guard(app_of({"messages": [HumanMessage("hello"), call]})).invoke("hello")
+
+    assert output["messages"][1].tool_calls == call.tool_calls
+    assert output["messages"][1].content == ""
+
+
+def test_a_tool_call_beside_text_survives_a_revision() -> None:
+    call = AIMessage("the draft", tool_calls=[{"name": "search", "args": {"q": "x"}, "id": "1"}])
+
+    output = guard(app_of(call)).invoke("hello")
+
+    assert (output.content, output.tool_calls) == ("better", call.tool_calls)
+
+
+# --- arguments ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stratgy": "batched"}, "no setting 'stratgy'; did you mean 'strategy'?"),
+        ({"colour": "red"}, "no setting 'colour'; the settings are"),
+        ({"strategy": "cascade"}, "strategy is one of"),
+        ({"on_error": "close"}, "on_error is one of open, closed, raise, found 'close'"),
+        ({"reviser": 42}, "reviser is a chat model or a model spec, found int"),
+        ({"critic": 42}, "critic is a chat model, .* found int"),
+        ({"critic": "opnai:gpt-5-mini"}, "names no model"),
+        ({"log": "cai.txt"}, "no log is named so"),
+        ({"log": 42}, "log is .* found int"),
+        ({"context_keys": "docs"}, "context_keys is a list of keys, found 'docs'"),
+    ],
+)
+def test_an_argument_that_cannot_work_is_named_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        guard(ScriptedModel(replies=[]), **arguments)
+
+
+@pytest.mark.parametrize("missing", ["critic", "reviser"])
+def test_around_another_runnable_the_critic_and_the_reviser_must_be_said(missing: str) -> None:
+    arguments: Any = {"critic": JUDGE, "reviser": JUDGE}
+    del arguments[missing]
+
+    with pytest.raises(ConfigError, match=rf"RunnableLambda is no chat model.*{missing}=\"openai:"):
+        constitutional(app_of("x"), log=None, **arguments)
+
+
+def test_what_is_no_runnable_is_named() -> None:
+    with pytest.raises(ConfigError, match="wraps a LangChain Runnable, found function"):
+        constitutional(lambda x: x)  # type: ignore[arg-type]
+
+
+def test_a_wrong_argument_leaves_no_log_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(ConfigError):
+        constitutional(ScriptedModel(replies=[]), strategy="cascade")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_log_is_a_file_beside_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    constitutional(ScriptedModel(replies=["fine", verdicts()]), constitution=RULES).invoke("hello")
+
+    with open_log("sqlite:///cai.db", read_only=True) as log:
+        (trajectory,) = log.read(kind="trajectory")
+    assert isinstance(trajectory, Trajectory)
+    assert trajectory.outcome is Outcome.KEPT
+
+
+@pytest.mark.xfail(strict=True, reason="Settings.language reaches the refusal, not yet the prompts")
+def test_the_language_of_the_settings_is_that_of_the_principles_sent() -> None:
+    texts = {"critique_request": "Suche Unhöfliches.", "revision_request": "Sei höflich."}
+    principles = (RULES["no-harm"], RULES["be-kind"].model_copy(update={"translations": {}}))
+    german = Constitution.model_validate(
+        {
+            "name": "de",
+            "principles": [
+                *(p.model_dump() for p in principles[:1]),
+                {**principles[1].model_dump(), "translations": {"de": texts}},
+            ],
+        }
+    )
+    ids = ["no-harm", "be-kind"]
+    model = ScriptedModel(replies=["d", verdicts("be-kind", ids=ids), "besser", verdicts(ids=ids)])
+
+    guard(model, constitution=german, language="de").invoke("hallo")
+
+    assert "be-kind: Suche Unhöfliches." in model.calls[1][0].text
+    assert "Sei höflich." in model.calls[2][1].text
+
+
+# --- a drop-in ----------------------------------------------------------------------------------------
+
+
+async def test_every_way_to_call_gives_the_same_answer() -> None:
+    guarded = guard(by_role(critique=flags("no-harm")))
+    several: list[Any] = ["a", "b", "c"]
+
+    outputs = [guarded.invoke("a"), await guarded.ainvoke("a")]
+    outputs += guarded.batch(several)
+    outputs += await guarded.abatch(several)
+    outputs += [output for _, output in guarded.batch_as_completed(several)]
+    outputs += list(guarded.stream("a"))
+    outputs += [chunk async for chunk in guarded.astream("a")]
+
+    assert {output.content for output in outputs} == {"better"}
+
+
+def test_a_batch_can_return_its_exceptions() -> None:
+    model = by_role(critique=lambda m: verdicts("no-harm") if "bad" in m[1].text else verdicts())
+
+    kept, failed = guard(model, on_violation="raise", max_rounds=0).batch(
+        ["good", "bad"], return_exceptions=True
+    )
+
+    assert kept.content == "the draft"
+    assert isinstance(failed, Violation)
+
+
+def test_it_composes_as_any_runnable() -> None:
+    guarded = guard(by_role(critique=flags("no-harm")))
+    prompt = ChatPromptTemplate.from_messages([("user", "{question}")])
+
+    assert (prompt | guarded | StrOutputParser()).invoke({"question": "hello"}) == "better"
+    assert guarded.pipe(StrOutputParser()).invoke("hello") == "better"
+    assigned = RunnablePassthrough.assign(reply=(lambda x: x["q"]) | guarded).invoke({"q": "hello"})
+    assert assigned["reply"].content == "better"
+    assert [output.content for output in guarded.map().invoke(["a", "b"])] == ["better", "better"]
+    kept = guard(app_of({"answer": "the draft"})).pick("answer").invoke("hello")
+    assert kept == "better"
+
+
+def test_retries_and_fallbacks_wrap_it() -> None:
+    flaky = iter([ConnectionError("down"), "the draft"])
+    model = by_role(draft=lambda _: next(flaky), critique=flags("no-harm"))
+    failing = guard(by_role(critique=verdicts("no-harm")), on_violation="raise", max_rounds=0)
+
+    retried = guard(model).with_retry(
+        retry_if_exception_type=(ConnectionError,), wait_exponential_jitter=False, stop_after_attempt=2
+    )
+    fallen = failing.with_fallbacks([app_of("instead")], exceptions_to_handle=(Violation,))
+
+    assert retried.invoke("hello").content == "better"
+    assert fallen.invoke("hello") == "instead"
+
+
+def test_it_shows_the_face_of_what_it_wraps() -> None:
+    model = ScriptedModel(replies=[])
+    guarded = guard(model)
+
+    assert guarded.get_name() == "ConstitutionalScriptedModel"
+    assert guarded.get_input_schema().model_json_schema() == model.get_input_schema().model_json_schema()
+    assert guarded.get_output_schema().model_json_schema() == model.get_output_schema().model_json_schema()
+    assert guarded.InputType == model.InputType
+    assert guarded.OutputType == model.OutputType
+    assert guarded.config_specs == model.config_specs
+
+
+def test_options_of_a_call_reach_the_app_whatever_their_names() -> None:
+    seen: list[dict[str, Any]] = []
+
+    def app(_: str, **options: Any) -> str:
+        seen.append(options)
+        return "fine"
+
+    options = {"stop": ["x"], "source": "web", "caller": 1, "kept": 2, "options": 3}
+
+    guard(RunnableLambda(app)).invoke("hello", **options)
+
+    assert seen == [options]
+
+
+def test_wrapping_twice_judges_twice() -> None:
+    inner = guard(by_role(critique=flags("no-harm")))
+    critic = by_role(critique=flags("be-kind", answers=["better"]), revise="best")
+
+    assert guard(inner, critic=critic, reviser=critic).invoke("hello").content == "best"
+
+
+async def test_wrapping_twice_judges_twice_in_async_code_too() -> None:
+    inner = guard(by_role(critique=flags("no-harm")))
+    critic = by_role(critique=flags("be-kind", answers=["better"]), revise="best")
+
+    output, trajectory = await guard(inner, critic=critic, reviser=critic).answered("hello")
+
+    assert output.content == "best"
+    assert trajectory.draft is not None
+    assert trajectory.draft.answer.content == "better"
+    assert [call.role for call in trajectory.calls] == ["draft"] * 4 + ["critique", "revise", "critique"]
+
+
+# --- threads, loops, processes ------------------------------------------------------------------------
+
+
+def test_under_a_synchronous_call_the_app_runs_in_the_callers_thread_and_context() -> None:
+    seen: list[Any] = []
+
+    def app(_: str) -> str:
+        seen.append((threading.current_thread(), asked_by.get()))
+        return "fine"
+
+    token = asked_by.set("me")
+    try:
+        guard(RunnableLambda(app)).invoke("hello")
+    finally:
+        asked_by.reset(token)
+
+    assert seen == [(threading.current_thread(), "me")]
+
+
+async def test_under_an_asynchronous_call_the_app_runs_in_the_callers_loop_and_context() -> None:
+    seen: list[Any] = []
+
+    async def app(_: str) -> str:
+        seen.append((asyncio.get_running_loop(), asked_by.get()))
+        return "fine"
+
+    token = asked_by.set("me")
+    try:
+        await guard(RunnableLambda(app)).ainvoke("hello")
+    finally:
+        asked_by.reset(token)
+
+    assert seen == [(asyncio.get_running_loop(), "me")]
+
+
+async def test_a_synchronous_call_inside_a_running_loop_answers() -> None:
+    assert guard(by_role(critique=flags("no-harm"))).invoke("hello").content == "better"
+
+
+def test_a_synchronous_call_from_inside_a_critic_answers() -> None:
+    other = guard(by_role(critique=flags("no-harm")))
+
+    def critique(messages: list[BaseMessage]) -> str:
+        assert other.invoke("hello").content == "better"
+        return verdicts()
+
+    assert guard(by_role(critique=critique)).invoke("hello").content == "the draft"
+
+
+def test_many_threads_are_answered_at_once(tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(by_role(critique=flags("no-harm")), log=log)
+        with ThreadPoolExecutor(16) as pool:
+            outputs = list(pool.map(guarded.invoke, [f"q{number}" for number in range(64)]))
+        log.flush()
+        logged = list(log.read(kind="trajectory"))
+
+    assert {output.content for output in outputs} == {"better"}
+    assert len(logged) == 64
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_can_answer_and_log(tmp_path: Path) -> None:
+    code = f"""
+        import os, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from replies import RULES, by_role, flags
+        from cai_graph import constitutional, open_log
+
+        log = open_log({str(tmp_path / "cai.db")!r})
+        guarded = constitutional(by_role(critique=flags("no-harm")), constitution=RULES, log=log)
+        assert guarded.invoke("parent").content == "better"
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if guarded.invoke("child").content == "better" else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert guarded.invoke("parent again").content == "better"
+        log.flush()
+        print(len(list(log.read(kind="trajectory"))))
+    """
+
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
+
+
+# --- tracing ------------------------------------------------------------------------------------------
+
+
+class Traced(BaseCallbackHandler):
+    """Remembers who started under whom."""
+
+    run_inline = True
+
+    def __init__(self) -> None:
+        self.parents: dict[Any, Any] = {}
+        self.models: list[tuple[Any, str]] = []
+        self.ended = 0
+        self.metadata: list[dict[str, Any]] = []
+        self.tags: list[list[str]] = []
+
+    def on_chain_start(self, *args: Any, run_id: Any, parent_run_id: Any = None, **kwargs: Any) -> None:
+        self.parents[run_id] = parent_run_id
+
+    def on_chat_model_start(
+        self, serialized: Any, messages: Any, *, run_id: Any, parent_run_id: Any = None, **kwargs: Any
+    ) -> None:
+        self.parents[run_id] = parent_run_id
+        self.models.append((run_id, role_of(messages[0])))
+        self.metadata.append(kwargs.get("metadata") or {})
+        self.tags.append(kwargs.get("tags") or [])
+
+    def on_llm_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ended += 1
+
+    def root_of(self, run_id: Any) -> Any:
+        while self.parents[run_id] is not None:
+            run_id = self.parents[run_id]
+        return run_id
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+@pytest.mark.parametrize("strategy", ["batched", "parallel"])
+async def test_a_tracer_sees_the_drafts_run_and_the_critics_as_descendants(way: str, strategy: str) -> None:
+    traced = Traced()
+    guarded = guard(by_role(critique=flags("no-harm")), strategy=strategy)
+    config: RunnableConfig = {"callbacks": [traced], "metadata": {"user": "u1"}, "tags": ["t1"]}
+
+    if way == "invoke":
+        await asyncio.to_thread(guarded.invoke, "hello", config)
+    else:
+        await guarded.ainvoke("hello", config)
+
+    judges = 3 if strategy == "parallel" else 1
+    roles = [role for _, role in traced.models]
+    assert roles == ["draft"] + ["critique"] * judges + ["revise"] + ["critique"] * judges
+    assert traced.ended == len(roles)
+    assert len({traced.root_of(run_id) for run_id, _ in traced.models}) == 1
+    assert all(metadata["user"] == "u1" for metadata in traced.metadata)
+    assert all("t1" in tags for tags in traced.tags)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_the_app_gets_the_callers_configuration(way: str, tmp_path: Path) -> None:
+    seen: list[RunnableConfig] = []
+
+    def app(_: str, config: RunnableConfig) -> str:
+        seen.append(config)
+        return "fine"
+
+    config: RunnableConfig = {
+        "tags": ["t1"],
+        "metadata": {"user": "u1"},
+        "configurable": {"thread_id": "7"},
+        "max_concurrency": 3,
+    }
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(RunnableLambda(app), log=log)
+        if way == "invoke":
+            guarded.invoke("hello", config)
+        else:
+            await guarded.ainvoke("hello", config)
+        log.flush()
+        (trajectory,) = log.read(kind="trajectory")
+
+    (given,) = seen
+    assert given["tags"] == ["t1"]
+    assert given["metadata"] == {"user": "u1"}
+    assert given["configurable"] == {"thread_id": "7"}
+    assert given["max_concurrency"] == 3
+    assert isinstance(trajectory, Trajectory)
+    assert (trajectory.tags, trajectory.metadata) == (("t1",), {"user": "u1"})
+
+
+async def test_metadata_that_is_no_json_is_told_by_its_repr() -> None:
+    config: RunnableConfig = {"metadata": {"at": {1, 2}.__class__, "x": float("nan"), "k": {"deep": object}}}
+
+    trajectory = (await guard(app_of("fine")).answered("hello", config)).trajectory
+
+    assert trajectory.metadata == {"at": "<class 'set'>", "x": "nan", "k": {"deep": "<class 'object'>"}}
+
+
+# --- in and around LangGraph --------------------------------------------------------------------------
+
+
+def outer_graph(node: Any, saver: InMemorySaver | None = None) -> Any:
+    graph = StateGraph(MessagesState)
+    graph.add_node("answer", node)
+    graph.add_edge(START, "answer")
+    graph.add_edge("answer", END)
+    return graph.compile(checkpointer=saver)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_as_a_node_it_writes_nothing_of_its_own_into_the_outer_checkpoints(way: str) -> None:
+    guarded = guard(by_role(critique=flags("no-harm")))
+    saver, plain_saver = InMemorySaver(), InMemorySaver()
+
+    def node(state: MessagesState, config: RunnableConfig) -> Any:
+        return {"messages": [guarded.invoke(state["messages"], config)]}
+
+    async def anode(state: MessagesState, config: RunnableConfig) -> Any:
+        return {"messages": [await guarded.ainvoke(state["messages"], config)]}
+
+    def plain(state: MessagesState) -> Any:
+        return {"messages": [AIMessage("better")]}
+
+    config: Any = {"configurable": {"thread_id": "1"}}
+    asked: Any = {"messages": [HumanMessage("hello")]}
+    if way == "invoke":
+        output = outer_graph(node, saver).invoke(asked, config)
+    else:
+        output = await outer_graph(anode, saver).ainvoke(asked, config)
+    outer_graph(plain, plain_saver).invoke(asked, config)
+
+    assert output["messages"][-1].content == "better"
+    spaces = {tuple.config["configurable"]["checkpoint_ns"] for tuple in saver.list(config)}
+    assert spaces == {""}
+    assert len(list(saver.list(config))) == len(list(plain_saver.list(config)))
+    assert set(saver.storage["1"]) == {""}
+
+
+class Count(TypedDict):
+    question: str
+    turns: int
+    answer: str
+
+
+def counting_app(saver: InMemorySaver) -> Any:
+    def step(state: Count) -> Any:
+        return {"turns": state.get("turns", 0) + 1, "answer": "the draft"}
+
+    graph = StateGraph(Count)
+    graph.add_node("step", step)
+    graph.add_edge(START, "step")
+    graph.add_edge("step", END)
+    return graph.compile(checkpointer=saver)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_a_wrapped_graph_keeps_its_state_under_its_thread(way: str) -> None:
+    saver = InMemorySaver()
+    app = counting_app(saver)
+    guarded = guard(app)
+    config: Any = {"configurable": {"thread_id": "1"}}
+
+    for turns in (1, 2):
+        asked: Any = {"question": "hello"}
+        output = guarded.invoke(asked, config) if way == "invoke" else await guarded.ainvoke(asked, config)
+        assert output == {"question": "hello", "turns": turns, "answer": "better"}
+
+    assert app.get_state(config).values["turns"] == 2
+    assert set(saver.storage["1"]) == {""}
+
+
+def test_a_wrapped_graph_may_take_as_many_steps_as_unwrapped() -> None:
+    class State(TypedDict, total=False):
+        input: str
+        steps: int
+        answer: str
+
+    def step(state: State) -> Any:
+        return {"steps": state.get("steps", 0) + 1, "answer": "fine"}
+
+    graph = StateGraph(State)
+    graph.add_node("step", step)
+    graph.add_edge(START, "step")
+    graph.add_conditional_edges("step", lambda state: END if state["steps"] == 60 else "step")
+    app = graph.compile()
+
+    assert app.invoke({"input": "hello"})["steps"] == 60
+    assert guard(app).invoke({"input": "hello"})["steps"] == 60
+
+
+class Asked(TypedDict, total=False):
+    question: str
+    answer: str
+
+
+def asking_app() -> StateGraph[Asked]:
+    def step(state: Asked) -> Any:
+        return {"answer": "the draft" if interrupt("may I?") else "no"}
+
+    graph = StateGraph(Asked)
+    graph.add_node("step", step)
+    graph.add_edge(START, "step")
+    graph.add_edge("step", END)
+    return graph
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_app_that_waits_for_a_person_is_neither_judged_nor_logged(way: str, tmp_path: Path) -> None:
+    app = asking_app().compile(checkpointer=InMemorySaver())
+    config: Any = {"configurable": {"thread_id": "1"}}
+    asked: Any = {"question": "hello"}
+
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(app, log=log)
+        paused = guarded.invoke(asked, config) if way == "invoke" else await guarded.ainvoke(asked, config)
+        with pytest.raises(RunError, match="waits for a person"):
+            await guarded.answered(asked, {"configurable": {"thread_id": "2"}})
+        log.flush()
+
+        assert paused["__interrupt__"][0].value == "may I?"
+        assert list(log.read(kind="trajectory")) == []
+
+
+@pytest.mark.xfail(strict=True, reason="the request of a resumed app is not known from its input")
+def test_an_app_that_waited_for_a_person_is_judged_when_it_is_resumed() -> None:
+    guarded = guard(asking_app().compile(checkpointer=InMemorySaver()))
+    config: Any = {"configurable": {"thread_id": "1"}}
+    guarded.invoke({"question": "hello"}, config)
+
+    assert guarded.invoke(Command(resume=True), config)["answer"] == "better"
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_as_a_node_an_app_that_waits_for_a_person_pauses_the_outer_graph(
+    way: str, tmp_path: Path
+) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(asking_app().compile(), log=log)
+
+        def node(state: Asked, config: RunnableConfig) -> Any:
+            return guarded.invoke(state, config)
+
+        async def anode(state: Asked, config: RunnableConfig) -> Any:
+            return await guarded.ainvoke(state, config)
+
+        graph = StateGraph(Asked)
+        graph.add_node("app", node if way == "invoke" else anode)
+        graph.add_edge(START, "app")
+        outer = graph.compile(checkpointer=InMemorySaver())
+        config: Any = {"configurable": {"thread_id": "1"}}
+
+        async def call(given: Any) -> Any:
+            return outer.invoke(given, config) if way == "invoke" else await outer.ainvoke(given, config)
+
+        paused = await call({"question": "hello"})
+        log.flush()
+        assert paused["__interrupt__"][0].value == "may I?"
+        assert list(log.read(kind="trajectory")) == []
+
+        assert (await call(Command(resume=True)))["answer"] == "better"
+        log.flush()
+        assert len(list(log.read(kind="trajectory"))) == 1
