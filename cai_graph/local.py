@@ -657,11 +657,10 @@ def _httpx() -> Any:
 def _threads(mode: Mode) -> int:
     """Return how many threads to compute with.
 
-    Chat leaves one core free, an embedding engine takes all. Measured on 2 cores with the 1.5B model: while
-    another process keeps a core busy, generating with two threads is 5 to 12 times slower than with one,
-    because each layer waits for the thread that was put aside, and on an idle machine only 1.2 (one
-    conversation) to 1.8 times (eight) faster; reading a prompt, all that an embedding engine does, is
-    1.9 times faster when idle and equal when busy.
+    Chat leaves one core free, an embedding engine takes all. Measured on 2 cores: on an idle machine two
+    threads generate 1.2 (one conversation) to 1.8 times (eight) as fast as one; while another process keeps
+    a core busy they are 2 to 12 times slower, because each layer waits for the thread that was put aside.
+    Reading a prompt, all that an embedding engine does, is 1.9 times as fast when idle and equal when busy.
     """
     if wish := os.environ.get("CAI_LOCAL_THREADS"):
         if not wish.isdigit() or int(wish) < 1:
