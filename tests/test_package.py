@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cai_graph
+
+ROOT = Path(__file__).parents[1]
+NEVER = ["torch", "transformers", "trl", "fastapi"]
+"""What no part of the runtime loads, whatever is used of it."""
+PROVIDERS = [
+    "anthropic",
+    "apsw",
+    "gguf",
+    "langchain",
+    "numpy",
+    "openai",
+    "safetensors",
+    "sklearn",
+    "xllamacpp",
+]
+"""What is loaded where it is used: models, the log's file, the probe."""
+HEAVY = [*NEVER, *PROVIDERS, "httpx", "langchain_core", "langgraph", "pydantic"]
+"""What `import cai_graph` itself must not load."""
+
+
+def python(code: str, *flags: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def loaded_after(code: str) -> set[str]:
+    printed = python(f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")
+    return set(json.loads(printed.splitlines()[-1]))
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_after("import cai_graph").isdisjoint(HEAVY)
+
+
+def test_the_whole_main_job_loads_neither_torch_nor_a_server_nor_a_provider() -> None:
+    loaded = loaded_after(
+        """
+from cai_graph import *
+model = ScriptedModel(replies=["hello", "?", "?"])
+constitutional(model, log=None, on_unreadable="open").invoke("hi")
+"""
+    )
+
+    assert loaded.isdisjoint([*NEVER, *PROVIDERS])
+
+
+def test_all_is_what_can_be_imported() -> None:
+    assert cai_graph.__all__ == sorted(cai_graph.__all__)
+    for name in cai_graph.__all__:
+        assert getattr(cai_graph, name) is not None
+    starred: dict[str, Any] = {}
+    exec("from cai_graph import *", starred)
+    assert set(starred) - {"__builtins__"} == set(cai_graph.__all__)
+    assert set(cai_graph.__all__) <= set(dir(cai_graph))
+
+
+def test_a_type_checker_sees_the_same_names() -> None:
+    source = Path(cai_graph.__file__).read_text(encoding="utf-8")
+
+    declared = {line.rpartition(" as ")[2] for line in source.splitlines() if line.startswith("    from cai")}
+    assert declared == set(cai_graph.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'constitutionel'"):
+        _ = cai_graph.constitutionel
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (Path(cai_graph.__file__).parent / "py.typed").exists()
+
+
+def test_imports_run_against_the_flow_of_data() -> None:
+    """The contracts of pyproject.toml, by import-linter."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_module_stands_in_the_import_contracts() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    layers = config["tool"]["importlinter"]["contracts"][0]["layers"]
+    named = {name.strip().removeprefix("cai_graph.") for layer in layers for name in layer.split("|")}
+
+    modules = {
+        path.stem if path.is_file() else path.name
+        for path in (ROOT / "cai_graph").iterdir()
+        if not path.name.startswith("_") and (path.suffix == ".py" or (path / "__init__.py").exists())
+    }
+    assert modules - named == set()
+
+
+@pytest.mark.parametrize("what", ["import cai_graph", "from cai_graph import constitutional"])
+def test_the_cost_of_the_import_is_measured_beside_langgraphs(
+    what: str, record_property: pytest.FixtureRequest
+) -> None:
+    """CPU seconds, in fresh processes, in turn. Recorded, not asserted: it is a figure of the machine."""
+
+    def cpu(code: str) -> float:
+        return float(python(f"import time\nt = time.process_time()\n{code}\nprint(time.process_time() - t)"))
+
+    pairs = [(cpu(what), cpu("import langgraph.graph")) for _ in range(2)]
+
+    ours, theirs = (min(column) for column in zip(*pairs, strict=True))
+    record_property("cpu_ratio", ours / theirs)  # type: ignore[operator]
+    print(f"{what}: {ours:.3f} s, langgraph: {theirs:.3f} s, ratio {ours / theirs:.2f}")
