@@ -213,6 +213,18 @@ def test_a_callback_may_append(log: Log) -> None:
     assert log.get(second.id) == second
 
 
+def test_a_callback_that_raises_anything_harms_nobody(log: Log, caplog: pytest.LogCaptureFixture) -> None:
+    def leave(_: Future[None]) -> None:
+        raise SystemExit(1)
+
+    with log._shared.store._writing:  # type: ignore[attr-defined]  # so that the callback is there in time
+        log.append(trajectory()).add_done_callback(leave)
+    log.flush()
+    assert "a callback of an append failed" in caplog.text
+    made = fill(log, 3)
+    assert list(log.read())[1:] == made
+
+
 def test_many_threads_lose_nothing_and_keep_each_ones_order(log: Log) -> None:
     def produce(number: int) -> list[str]:
         mine = [trajectory(n, source=f"{number}:{n}") for n in range(150)]

@@ -87,6 +87,17 @@ def test_every_flipped_byte_inside_a_record_is_found_and_never_read_as_data(tmp_
                 pass
 
 
+def test_verify_leaves_a_crashed_log_as_it_is(tmp_path: Path) -> None:
+    crashed = tmp_path / "crashed.db"
+    with open_log(tmp_path / "cai.db") as log:
+        log.append(trajectory()).result()
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{log.path}{suffix}", f"{crashed}{suffix}")
+    before = [Path(f"{crashed}{suffix}").read_bytes() for suffix in ("", "-wal")]
+    assert verify(crashed).records == 1
+    assert [Path(f"{crashed}{suffix}").read_bytes() for suffix in ("", "-wal")] == before
+
+
 def tamper(path: Path, sql: str, bindings: Sequence[object] = ()) -> None:
     db = apsw.Connection(str(path))
     db.execute(sql, tuple(bindings))

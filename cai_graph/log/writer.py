@@ -220,14 +220,20 @@ class Writer:
             self._failing = False
             _logger.warning("%s: writing works again; %d records were lost", self._name, self.lost)
         for future, refused in zip(futures, errors, strict=True):
-            if refused is None:
-                future.set_result(None)
-            else:
+            if refused is not None:
                 self._fail(future, refused)
+                continue
+            try:
+                future.set_result(None)
+            except BaseException:  # Of a callback; a Future lets through what is no Exception.
+                _logger.exception("%s: a callback of an append failed", self._name)
 
     def _fail(self, future: Future[None], error: CaiError) -> None:
         self.lost += 1
-        future.set_exception(error)
+        try:
+            future.set_exception(error)
+        except BaseException:
+            _logger.exception("%s: a callback of an append failed", self._name)
 
 
 def _redacted(record: Record, redactor: Redactor) -> Row:
