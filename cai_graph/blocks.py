@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from cai_graph.errors import DataError
 
-__all__ = ["first_blocks", "sha256_of"]
+__all__ = ["block_count", "first_blocks", "sha256_of"]
 
 _CHUNK = 1 << 22
 _ALIGNMENT = 32  # the format's default
@@ -116,6 +116,16 @@ def first_blocks(source: Path, blocks: int, destination: Path) -> str:
             Path(partial).unlink(missing_ok=True)
             raise
     return digest.hexdigest()
+
+
+def block_count(path: Path) -> int:
+    """Return how many blocks a GGUF model has.
+
+    Raises:
+        DataError: the file is not a GGUF language model.
+    """
+    with path.open("rb") as file:
+        return _read_header(file, path).block_count
 
 
 def sha256_of(path: Path) -> str:

@@ -1,14 +1,15 @@
 """Linear heads on the local model's hidden state: what an answer is, read without a generated word.
 
 One forward pass over a request and a window of its answer, as a conversation in the model's own template,
-gives the hidden state of a middle layer at every token. Two readings of it carry three heads:
+gives the hidden state of a middle layer at every token. Two vectors of it, the mean over the answer and the
+state at the token before the answer (all that is known there is the request), carry three heads:
 
-    the mean over the pass               harm      P(the answer is harmful)
-                                         evasion   P(the answer refuses or evades the request)
-    the state where the answer begins    request   P(the request itself is unsafe)
+    harm      P(the answer is harmful)                         both
+    evasion   P(the answer refuses or evades the request)      the answer
+    request   P(the request itself is unsafe)                  the token before it
 
 No question is put to the model: the mean over a middle layer carried over to unseen sources better than
-the state behind a question did (see the card), and text in an answer cannot argue with it.
+the state behind a question did, and text in an answer has no question to argue with.
 
 A folder of heads holds `heads.safetensors` (for each head a `NAME.weight` and a `NAME.bias`, with the
 standardisation and the calibration folded in) and `card.json` (which model file, how many of its blocks,
@@ -25,7 +26,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph import local
 from cai_graph.blocks import first_blocks, sha256_of
@@ -39,10 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HEADS", "Probe", "Reader", "Reading", "States", "cut_request", "windows"]
 
-HEADS: Mapping[str, Literal["mean", "start"]] = MappingProxyType(
-    {"harm": "mean", "evasion": "mean", "request": "start"}
-)
-"""Name of each head, and the field of `States` that it reads."""
+HEADS = ("harm", "evasion", "request")
 
 REQUEST_CHARACTERS = 500
 """What is read of a request: its first and its last half of this."""
@@ -79,10 +77,9 @@ class Reading(NamedTuple):
 class States(NamedTuple):
     """The hidden state of one forward pass, as the heads read it."""
 
-    mean: Vector
-    """(dimensions,) mean over all tokens but the first, whose state is an attention sink without meaning."""
-    start: Vector
-    """(dimensions,) state at the token before the answer: all that is known of it is the request."""
+    vectors: Vector
+    """(2, dimensions): the mean over the answer's tokens (zeros without an answer), and the state at the
+    token before the answer."""
     tokens: int
     """Length of the pass."""
 
@@ -156,7 +153,9 @@ class Reader:
         head = [*before, *asked, *between]
         tokens = [*head, *answered]
         rows = numpy.asarray(await engine.hidden_states(tokens), dtype=numpy.float32)
-        return States(mean=rows[1:].mean(axis=0), start=rows[len(head) - 1], tokens=len(tokens))
+        start = rows[len(head) - 1]
+        mean = rows[len(head) :].mean(axis=0) if answered else numpy.zeros_like(start)
+        return States(numpy.stack([mean, start]), len(tokens))
 
     def _engine(self) -> local.Engine:
         with self._starting:
@@ -243,10 +242,9 @@ class Probe:
     def probability(self, head: str, states: States) -> float:
         """Return the calibrated probability that a head reads from one pass."""
         weight, bias = self._heads[head]
-        state: Vector = getattr(states, HEADS[head])
-        if weight.shape != state.shape:
-            raise ModelError(f"{self.folder}: {head} has shape {weight.shape}, the model {state.shape}")
-        logit = float(state @ weight) + bias
+        if weight.shape != states.vectors.shape:
+            raise ModelError(f"{self.folder}: {head} has shape {weight.shape}, not {states.vectors.shape}")
+        logit = float((states.vectors * weight).sum()) + bias
         return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
 
     def _open(self) -> Reader:
@@ -305,9 +303,9 @@ def _read_heads(folder: Path) -> dict[str, tuple[Vector, float]]:
         weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
         if weight is None or bias is None:
             raise DataError(f"{path}: has no head {name!r}; train the heads again")
-        if weight.ndim != 1 or bias.size != 1:
+        if weight.ndim != 2 or len(weight) != 2 or bias.size != 1:
             raise DataError(
-                f"{path}: head {name!r} has shapes {weight.shape} and {bias.shape}, not (n,) and (1,)"
+                f"{path}: head {name!r} has shapes {weight.shape} and {bias.shape}, not (2, n) and (1,)"
             )
         if not (numpy.isfinite(weight).all() and numpy.isfinite(bias).all()):
             raise DataError(f"{path}: head {name!r} holds a number that is not finite; train the heads again")
