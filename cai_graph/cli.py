@@ -226,13 +226,17 @@ def _fetched(name: str) -> str:
         progress.DownloadColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(f"fetching {name or local.DEFAULT_MODEL}", total=None, visible=False)
+    bar = progress.Progress(*columns, console=err, transient=True)
+    task = bar.add_task(f"fetching {name or local.DEFAULT_MODEL}", total=None)
 
-        def tell(have: int, total: int) -> None:
-            bar.update(task, completed=have, total=total, visible=True)
+    def tell(have: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=have, total=total)
 
+    try:
         return str(local.weights(name, tell))
+    finally:
+        bar.stop()
 
 
 @contextlib.contextmanager
@@ -891,6 +895,45 @@ def doctor(as_json: AsJson = False) -> None:
     out.print(show.table((check.name, check.status, check.found, check.remedy) for check in found))
 
 
+@train_app.command("probe", epilog="Example: cai train probe labels --output heads --model local")
+def train_probe(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder with the labelled sources.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder for the heads and their card.")],
+    model: Annotated[
+        str, _option("--model -m", "The local model whose hidden state is read.", "SPEC")
+    ] = "local",
+) -> None:
+    """Train the linear heads by which a local model judges, and measure them.
+
+    Type the same command again after an interrupt, and it goes on where it stopped.
+    """
+    from pathlib import Path
+
+    from trainers import probe
+
+    config = probe.Config(data=Path(data), output=Path(output), model=model)
+    if model.partition(":")[0] == "local":
+        _fetched(model.partition(":")[2])
+    with _passes() as tell:
+        folder = probe.train(config, tell)
+    _note(f"the heads are in {folder}; its CARD.md has the figures")
+
+
+@contextlib.contextmanager
+def _passes() -> Iterator[Callable[[int, int], None]]:
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=err) as bar:
+        task = bar.add_task("forward passes", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 # --- printing -----------------------------------------------------------------------------------------
 
 
@@ -946,3 +989,7 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+if __name__ == "__main__":
+    main()
