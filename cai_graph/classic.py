@@ -1,0 +1,302 @@
+"""ConstitutionalChain under its old name and signature, for people who move over.
+
+    from cai_graph.classic import ConstitutionalChain  # was: from langchain_classic.chains import …
+
+The calls, keys and shapes are those of langchain-classic 1.0's class; the work is the graph's, so that
+every principle is judged in one call, a revision leaves only when it is better, and all of it is logged.
+What differs on purpose is listed in docs/moving-from-constitutional-chain.md. langchain-classic need not
+be installed; only its principles' names (`get_principles`) are looked up there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.language_models import BaseChatModel
+from langchain_core.prompts import BasePromptTemplate
+from langchain_core.runnables import Runnable, RunnableConfig
+from pydantic import BaseModel
+
+from cai_graph.chain import ConstitutionalRunnable, Shape, constitutional
+from cai_graph.constitution import Constitution, load
+from cai_graph.critic import failed_principles
+from cai_graph.errors import ConfigError, DataError
+from cai_graph.trajectory import Label, Message, Trajectory, text_of
+
+__all__ = ["ConstitutionalChain", "ConstitutionalPrinciple"]
+
+_MOVED = {
+    "critique_prompt": "say what to look for in each principle's critique_request",
+    "revision_prompt": "say what to mend in each principle's revision_request",
+    "memory": "give the history to the chain as one of its inputs",
+    "verbose": "`cai log show` prints every step",
+    "callbacks": "give them with the call: invoke(inputs, {'callbacks': …})",
+    "tags": "give them with the call: invoke(inputs, {'tags': …})",
+    "metadata": "give it with the call: invoke(inputs, {'metadata': …})",
+}
+"""Arguments of the old class that are not taken -> what to do instead."""
+
+
+class ConstitutionalPrinciple(BaseModel):
+    """A principle as langchain-classic writes it. `cai_graph.Principle` can say more."""
+
+    critique_request: str
+    """What the critic looks for in an answer."""
+    revision_request: str
+    """How an answer that fails is rewritten."""
+    name: str = "Constitutional Principle"
+    """What it is called; its id in the log is made from this."""
+
+
+class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
+    """A chain whose answers are judged by principles and revised where they fail. Made by `from_llm`."""
+
+    def __init__(
+        self, guarded: ConstitutionalRunnable[Any, dict[str, Any]], *, return_intermediate_steps: bool
+    ) -> None:
+        self.guarded = guarded
+        self.return_intermediate_steps = return_intermediate_steps
+        self.input_keys = _input_keys(guarded.app)
+
+    @classmethod
+    def from_llm(
+        cls,
+        llm: str | BaseChatModel,
+        chain: Runnable[Any, Any],
+        *,
+        constitutional_principles: object,
+        return_intermediate_steps: bool = False,
+        **options: Any,
+    ) -> ConstitutionalChain:
+        """Return `chain` under the principles, judged and revised by `llm`.
+
+        What the critic takes for the user's request is what the chain's own prompt says once it is filled
+        in, as in the old class; of a chain that does not begin with a prompt, its input.
+
+        Args:
+            llm: chat model, or a model spec such as "openai:gpt-5-mini".
+            chain: any Runnable whose output has one answer in it, an LLMChain included.
+            constitutional_principles: a list of principles, of ours or of langchain-classic's, or
+                whatever else `load` reads: the name of a built-in constitution, a file, a Constitution.
+            return_intermediate_steps: whether `initial_output` and `critiques_and_revisions` come along.
+            options: arguments and settings of `constitutional`, such as `log=None`, `on_violation="open"`
+                or `input_key="question"` (the critic then sees that input instead of the whole prompt).
+
+        Raises:
+            ConfigError: an argument that cannot work, or one of the old class that has moved; says where.
+            ConstitutionError: the principles cannot be read, or there is none.
+            LogError: the log cannot be opened.
+        """
+        for name, instead in _MOVED.items():
+            if name in options:
+                raise ConfigError(f"ConstitutionalChain.from_llm() takes no {name!r} any more; {instead}")
+        prompt = None if "input_key" in options else _prompt(chain)
+        outputs: Sequence[str] = getattr(chain, "output_keys", ())
+        if len(outputs) == 1:  # an LLMChain, or another Chain of langchain-classic, names its answer's key
+            options = {"output_key": outputs[0], **options}
+        options = {"critic": llm, "reviser": llm, **options}
+        guarded = constitutional(chain, constitution=load(constitutional_principles), **options)
+        guarded.name = cls.__name__
+        guarded.shape = _Steps(**vars(guarded.shape), prompt=prompt, constitution=guarded.plan.constitution)
+        return cls(guarded, return_intermediate_steps=return_intermediate_steps)
+
+    @classmethod
+    def get_principles(cls, names: Sequence[str] | None = None) -> list[ConstitutionalPrinciple]:
+        """Return langchain-classic's principles of these names, in their order; None: all of them.
+
+        Raises:
+            ConfigError: langchain-classic is not installed, or has no principle of that name.
+        """
+        try:
+            from langchain_classic.chains.constitutional_ai.principles import PRINCIPLES
+        except ImportError as error:
+            raise ConfigError(
+                "the principles that get_principles() names are langchain-classic's, which is not "
+                "installed; pip install langchain-classic, or use a constitution of ours: "
+                'from_llm(…, constitutional_principles="harmlessness")'
+            ) from error
+        names = list(PRINCIPLES) if names is None else names
+        for name in names:
+            if name not in PRINCIPLES:
+                close = difflib.get_close_matches(str(name), PRINCIPLES, n=1)
+                meant = f"did you mean {close[0]!r}?" if close else "get_principles() lists them all"
+                raise ConfigError(f"langchain-classic has no principle {name!r}; {meant}")
+        return [ConstitutionalPrinciple(**PRINCIPLES[name].model_dump()) for name in names]
+
+    @property
+    def output_keys(self) -> list[str]:
+        """Keys that are added to the inputs."""
+        steps = ["critiques_and_revisions", "initial_output"] if self.return_intermediate_steps else []
+        return ["output", *steps]
+
+    def invoke(
+        self,
+        input: Any,
+        config: RunnableConfig | None = None,
+        *,
+        return_only_outputs: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Answer.
+
+        Args:
+            input: the chain's inputs by key, or the value of the only one.
+            config: LangChain's.
+            return_only_outputs: whether to leave the inputs out of what is returned.
+            kwargs: passed on to the chain.
+
+        Returns:
+            The inputs, and with them `output` (str): the answer that leaves. With
+            `return_intermediate_steps`, also `initial_output` (str): the chain's own answer, and
+            `critiques_and_revisions`: for each principle a tuple of its critique, which ends in "Critique
+            needed." or "No critique needed." unless the verdict could not be read, and of the answer that
+            replaced the chain's own for it, or "" where that one stayed.
+
+        Raises:
+            DataError: a key that the chain asks for is missing.
+            RunError: the policies say that an error leaves.
+        """
+        inputs = self._inputs(input)
+        return self._outputs(inputs, self.guarded.invoke(inputs, config, **kwargs), return_only_outputs)
+
+    async def ainvoke(
+        self,
+        input: Any,
+        config: RunnableConfig | None = None,
+        *,
+        return_only_outputs: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Answer; see `invoke`."""
+        inputs = self._inputs(input)
+        steps = await self.guarded.ainvoke(inputs, config, **kwargs)
+        return self._outputs(inputs, steps, return_only_outputs)
+
+    def __call__(
+        self, inputs: Any, return_only_outputs: bool = False, **config: Unpack[RunnableConfig]
+    ) -> dict[str, Any]:
+        """Answer; `invoke` is the way to write it now."""
+        return self.invoke(inputs, config, return_only_outputs=return_only_outputs)
+
+    async def acall(
+        self, inputs: Any, return_only_outputs: bool = False, **config: Unpack[RunnableConfig]
+    ) -> dict[str, Any]:
+        """Answer; `ainvoke` is the way to write it now."""
+        return await self.ainvoke(inputs, config, return_only_outputs=return_only_outputs)
+
+    def run(
+        self,
+        *args: Any,
+        callbacks: Callbacks = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> str:
+        """Return the answer's text alone, for one value or for the inputs by name.
+
+        Raises:
+            ConfigError: both or neither are given, or `return_intermediate_steps` asks for more than text.
+        """
+        config = RunnableConfig(callbacks=callbacks, tags=tags or [], metadata=metadata or {})
+        return str(self.invoke(self._one(args, inputs), config)["output"])
+
+    async def arun(
+        self,
+        *args: Any,
+        callbacks: Callbacks = None,
+        tags: list[str] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **inputs: Any,
+    ) -> str:
+        """Return the answer's text alone; see `run`."""
+        config = RunnableConfig(callbacks=callbacks, tags=tags or [], metadata=metadata or {})
+        return str((await self.ainvoke(self._one(args, inputs), config))["output"])
+
+    def _inputs(self, given: Any) -> Any:
+        """Return what the chain is given; the value of its only key under that key."""
+        lone = len(self.input_keys) == 1 and not isinstance(given, Mapping)
+        return {self.input_keys[0]: given} if lone else given
+
+    def _outputs(self, inputs: Any, steps: Mapping[str, Any], only: bool) -> dict[str, Any]:
+        outputs = {key: steps[key] for key in self.output_keys}
+        if only:
+            return outputs
+        return {**(inputs if isinstance(inputs, Mapping) else {"input": inputs}), **outputs}
+
+    def _one(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
+        if self.return_intermediate_steps:
+            raise ConfigError("run() returns one text, and return_intermediate_steps asks for more; invoke()")
+        if len(args) + bool(inputs) != 1:
+            raise ConfigError(f"run() takes one value, or the inputs by name, found {args!r} and {inputs!r}")
+        return args[0] if args else inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Steps(Shape):
+    """Finds the answer as `Shape` does, and returns it in the old class's dict."""
+
+    prompt: BasePromptTemplate[Any] | None
+    """The chain's own prompt; None: the request is in the input."""
+    constitution: Constitution
+    """Whose principles are told of."""
+
+    def conversation(self, value: object) -> tuple[Message, ...]:
+        """Return the request: the prompt, filled in."""
+        if self.prompt is None or not isinstance(value, Mapping):
+            return super().conversation(value)
+        if missing := [name for name in self.prompt.input_variables if name not in value]:
+            raise DataError(
+                f"the chain's prompt asks for {', '.join(map(repr, missing))}, and the input has the keys "
+                f"{', '.join(map(repr, value)) or '(none)'}"
+            )
+        return super().conversation(self.prompt.format_prompt(**value))
+
+    def put(self, output: Any, released: Message, trajectory: Trajectory) -> dict[str, Any]:
+        """Return the old class's outputs, intermediate steps included."""
+        assert trajectory.draft is not None  # an answer left
+        initial = text_of(trajectory.draft.answer)
+        kept = trajectory.released_from == "draft"
+        answer = initial if kept else text_of(released).strip()
+        return {
+            "output": answer,
+            "initial_output": initial,
+            "critiques_and_revisions": self._pairs(trajectory, "" if kept else answer),
+        }
+
+    def _pairs(self, trajectory: Trajectory, revision: str) -> list[tuple[str, str]]:
+        """Return critique and revision for each principle that the draft was judged by, in their order."""
+        pairs: list[tuple[str, str]] = []
+        for judged in trajectory.rounds[:1]:  # a tool call is not judged, and has no round
+            verdicts, failed = judged.critique.verdicts, failed_principles(judged.critique, self.constitution)
+            for principle in self.constitution:
+                own = [v for v in verdicts if v.principle == principle.id]
+                found = (own or [v for v in verdicts if v.aim == principle.aim])[:1]
+                said = [verdict.reason or judged.critique.reasoning for verdict in found]
+                if principle in failed:
+                    pairs.append((" ".join(filter(None, [*said, "Critique needed."])), revision))
+                elif found and found[0].label is Label.UNREADABLE:
+                    # The critic's words are left out: they may hold the phrase that callers read as "fine".
+                    pairs.append(("The verdict could not be read.", revision))
+                elif found:
+                    pairs.append((" ".join(filter(None, [*said, "No critique needed."])), ""))
+        return pairs
+
+
+def _prompt(chain: Runnable[Any, Any]) -> BasePromptTemplate[Any] | None:
+    """Return the prompt that an LLMChain holds, or that a sequence begins with."""
+    found = (getattr(chain, name, None) for name in ("prompt", "first"))
+    return next((prompt for prompt in found if isinstance(prompt, BasePromptTemplate)), None)
+
+
+def _input_keys(chain: Runnable[Any, Any]) -> list[str]:
+    """Return the keys that a chain's input has, as far as the chain says; none where it takes no dict."""
+    named: list[str] | None = getattr(chain, "input_keys", None)
+    if named is not None:
+        return list(named)
+    # A chain that takes any one value has a schema of one field, which LangChain calls "root".
+    fields = getattr(chain.get_input_schema(), "model_fields", {})
+    return [key for key in fields if key != "root"]
