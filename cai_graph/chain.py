@@ -385,7 +385,11 @@ class Shape:
         if isinstance(output, BaseMessage):
             about = {"trajectory_id": trajectory.id, "outcome": trajectory.outcome.value}
             update: dict[str, Any] = {"response_metadata": {**output.response_metadata, "cai": about}}
-            if not kept:
+            if trajectory.released_from == "refusal":
+                # Nothing of a refused answer leaves: no image, and no call that the app would carry out.
+                update |= {"content": text_of(released), "additional_kwargs": {}}
+                update |= {key: [] for key in ("tool_calls", "invalid_tool_calls") if hasattr(output, key)}
+            elif not kept:
                 update["content"] = _in_place(output.content, text_of(released))
             return output.model_copy(update=update)
         if isinstance(output, Mapping):

@@ -104,6 +104,17 @@ class Plan:
         }
 
     @cached_property
+    def spoken(self) -> Constitution:
+        """The constitution with its principles' texts in the language of the settings: what models read."""
+        language, own = self.settings.language, self.constitution
+        if language is None:
+            return own
+        principles = [rule.model_copy(update=dict(rule.texts(language))) for rule in own.principles]
+        return Constitution(
+            name=own.name, version=own.version, principles=tuple(principles), examples=own.examples
+        )
+
+    @cached_property
     def constitution_ref(self) -> ConstitutionRef:
         """The constitution as a Trajectory records it."""
         constitution = self.constitution
@@ -218,9 +229,9 @@ async def critique(state: State, runtime: Runtime[_Run]) -> Command[str]:
     plan, progress = run.plan, _progress(state)
     if plan.settings.strategy == "sampled":
         of = progress.standing()
-        principle = run.random.choice(plan.constitution.principles)
+        principle = run.random.choice(plan.spoken.principles)
         exchange = run.exchange(progress.answer(of))
-        found = await plan.critic.discuss(exchange, principle, plan.constitution, _inner(run))
+        found = await plan.critic.discuss(exchange, principle, plan.spoken, _inner(run))
         return run.go_on(progress.with_round(Round(of=of, critique=found)), "revise")
     waiting = progress.unjudged()
     if plan.settings.strategy == "parallel":
@@ -239,7 +250,7 @@ async def judge(state: _Task, runtime: Runtime[_Run]) -> dict[str, Any]:
     run = runtime.context
     found = await run.plan.critic.critique(
         run.exchange(msgspec.convert(state["answer"], Message)),
-        run.plan.constitution.select([state["principle"]]),
+        run.plan.spoken.select([state["principle"]]),
         _inner(run),
         explain=True,
     )
@@ -260,9 +271,9 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
         )
     turn, opened = len(progress.rounds) - 1, progress.rounds[-1]
     if sampled:
-        principles = [plan.constitution[opened.critique.verdicts[0].principle or ""]]
+        principles = [plan.spoken[opened.critique.verdicts[0].principle or ""]]
     else:
-        principles = failed_principles(opened.critique, plan.constitution)
+        principles = failed_principles(opened.critique, plan.spoken)
     standing = progress.answer(opened.of)
     exchange, calls = run.exchange(standing), _inner(run)
     said = opened.critique.reasoning or _reasons(opened.critique)
@@ -303,9 +314,7 @@ async def _critiques(run: _Run, progress: Progress, waiting: Sequence[str]) -> l
     plan, calls = run.plan, _inner(run)
     return await _together(
         [
-            plan.critic.critique(
-                run.exchange(progress.answer(of)), plan.constitution, calls, explain=of == "draft"
-            )
+            plan.critic.critique(run.exchange(progress.answer(of)), plan.spoken, calls, explain=of == "draft")
             for of in waiting
         ]
     )
@@ -334,7 +343,7 @@ def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
             _Task(of=of, answer=msgspec.to_builtins(progress.answer(of)), principle=principle.id),
         )
         for of in progress.unjudged()
-        for principle in plan.constitution.principles
+        for principle in plan.spoken.principles
     ]
 
 

@@ -213,6 +213,22 @@ def test_a_tool_call_beside_text_survives_a_revision() -> None:
     assert (output.content, output.tool_calls) == ("better", call.tool_calls)
 
 
+def test_nothing_of_a_refused_answer_leaves() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:,"}}
+    calls: Any = [{"name": "wire_money", "args": {"to": "x"}, "id": "1"}]
+    draft = AIMessage(
+        [{"type": "text", "text": "the draft"}, image],
+        id="m1",
+        tool_calls=calls,
+        additional_kwargs={"tool_calls": [{"id": "1"}]},
+    )
+
+    output = guard(app_of(draft), max_rounds=0).invoke("hello")
+
+    assert (output.content, output.id) == (RULES.refusal, "m1")
+    assert (output.tool_calls, output.invalid_tool_calls, output.additional_kwargs) == ([], [], {})
+
+
 # --- arguments ----------------------------------------------------------------------------------------
 
 
@@ -270,7 +286,6 @@ def test_the_default_log_is_a_file_beside_the_caller(tmp_path: Path, monkeypatch
     assert trajectory.outcome is Outcome.KEPT
 
 
-@pytest.mark.xfail(strict=True, reason="Settings.language reaches the refusal, not yet the prompts")
 def test_the_language_of_the_settings_is_that_of_the_principles_sent() -> None:
     texts = {"critique_request": "Suche Unhöfliches.", "revision_request": "Sei höflich."}
     principles = (RULES["no-harm"], RULES["be-kind"].model_copy(update={"translations": {}}))
