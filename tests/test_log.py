@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import doctest
 import os
 import stat
 import subprocess
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from log_support import START, comparison, feedback, records, review, trajectory
 
 from cai_graph.errors import ConfigError, DataError, LogError
-from cai_graph.log import WITHHELD, Log, open_log, redact_texts
+from cai_graph.log import WITHHELD, Log, open_log, redact_texts, redaction
 from cai_graph.log import sqlite as sqlite_store
 from cai_graph.log import writer as log_writer
 from cai_graph.log.redaction import is_withheld, withhold
@@ -559,6 +560,11 @@ def test_redaction_comes_before_the_first_write(tmp_path: Path) -> None:
     assert stored.source == "run:1"
     assert stored.rounds == record.rounds
     assert not is_withheld(stored)
+
+
+def test_the_example_of_a_hook_runs() -> None:
+    assert doctest.testmod(redaction).attempted == 2
+    assert doctest.testmod(redaction).failed == 0
 
 
 def broken_hook(record: Record) -> Record:
