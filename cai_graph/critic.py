@@ -497,8 +497,8 @@ class ProbeCritic(ModelCritic):
         reply = await calls.generate("critique", writer, self.name, messages)
         try:
             told = json.loads(text_of(reply))
-            reason, named = str(told["critique"]), told["principle"]
-        except (ValueError, KeyError, TypeError):
+            reason, named = str(told["critique"]), str(told["principle"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             return [], text_of(reply)  # cut at its limit: the aim's verdict stands all the same
         if named not in suspects:
             return [], reason

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +15,17 @@ from replies import IDS, RULES, principle, verdicts
 
 from cai_graph.calls import Budget, Calls
 from cai_graph.constitution import Constitution
-from cai_graph.critic import ModelCritic, critic_for, failed_principles, p_violates, read_verdicts
+from cai_graph.critic import (
+    ModelCritic,
+    ProbeCritic,
+    check_strategy,
+    critic_for,
+    failed_principles,
+    p_violates,
+    read_verdicts,
+)
 from cai_graph.errors import BudgetExceeded, ConfigError, ModelError
+from cai_graph.probe import Reading
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Critique, Label, Message, Verdict
@@ -279,8 +289,6 @@ def with_logprobs(label: str, violates: float) -> AIMessage:
         {"token": piece, "logprob": 0.0, "top_logprobs": [{"token": piece, "logprob": 0.0}]}
         for piece in pieces
     ]
-    import math
-
     content[1]["top_logprobs"] = [
         {"token": "VIO", "logprob": math.log(violates)},
         {"token": "COM", "logprob": math.log(1 - violates)},
@@ -539,3 +547,145 @@ def test_unreadable_and_unknown_principles_are_no_failures() -> None:
     stranger = Verdict(label=Label.VIOLATES, principle="someone-elses")
 
     assert failed_principles(Critique(verdicts=(unread, stranger)), RULES) == []
+
+
+# --- ProbeCritic --------------------------------------------------------------------------------------
+
+
+class Heads:
+    """Stands for a probe: says what it is told to."""
+
+    thresholds: ClassVar = {"harm": 0.5, "evasion": 0.5, "request": 0.5}
+
+    def __init__(
+        self, harm: float = 0.1, evasion: float = 0.1, request: float = 0.1, passes: int = 1
+    ) -> None:
+        self.said = Reading(
+            harm=harm,
+            evasion=evasion,
+            request=request,
+            forward_passes=passes,
+            tokens=50 * passes,
+            seconds=0.1,
+        )
+        self.read_of: list[tuple[str, str]] = []
+
+    async def read(self, request: str, answer: str) -> Reading:
+        self.read_of.append((request, answer))
+        return self.said
+
+
+HARMLESS = Constitution(name="harmless", principles=(RULES["no-harm"], RULES["be-kind"]))
+
+
+def probe_critic(heads: Heads, *replies: str | AIMessage) -> ProbeCritic:
+    return ProbeCritic(ScriptedModel(replies=list(replies)), heads)  # type: ignore[arg-type]
+
+
+def aims(critique: Critique) -> dict[str | None, str]:
+    return {verdict.aim: verdict.label.value for verdict in critique.verdicts if verdict.aim}
+
+
+async def test_a_harmless_answer_costs_the_probe_one_pass_and_no_token() -> None:
+    heads, calls = Heads(), Calls(Budget(calls=1))
+
+    critique = await probe_critic(heads).critique(ASKED, HARMLESS, calls, explain=True)
+
+    assert aims(critique) == {"harmless": "COMPLIES"}
+    assert critique.verdicts[0].probability == 0.1
+    assert critique.readings == {"harm": 0.1, "evasion": 0.1, "request": 0.1}
+    assert (critique.benign_request, critique.evasive) == (True, False)
+    assert [(call.role, call.kind, call.input_tokens) for call in calls.made] == [("probe", "forward", 50)]
+    assert heads.read_of == [("hello", "hi")]
+
+
+async def test_only_a_violated_aim_has_the_model_name_its_principle() -> None:
+    critic = probe_critic(Heads(harm=0.9), '{"critique": "It is curt.", "principle": "be-kind"}')
+
+    critique = await critic.critique(ASKED, HARMLESS, Calls(Budget()), explain=True)
+
+    assert aims(critique) == {"harmless": "VIOLATES"}
+    assert [p.id for p in failed_principles(critique, HARMLESS)] == ["be-kind"]
+    assert critique.reasoning == "It is curt."
+    named = next(verdict for verdict in critique.verdicts if verdict.principle == "be-kind")
+    assert named.probability is None  # a probability of an aim is never copied to its principles
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "It is rude.",
+        '{"critique": "It is ru',
+        '{"critique": "It is rude.", "principle": "someone-elses"}',
+        '{"critique": "It is rude.", "principle": ["be-kind"]}',
+        "[" * 100_000,
+        "null",
+    ],
+)
+async def test_where_no_principle_is_named_the_violated_aim_stands_for_all_of_its_own(told: str) -> None:
+    critic = probe_critic(Heads(harm=0.9), told)
+
+    critique = await critic.critique(ASKED, HARMLESS, Calls(Budget()), explain=True)
+
+    assert [p.id for p in failed_principles(critique, HARMLESS)] == ["no-harm", "be-kind"]
+
+
+async def test_without_explanation_a_violated_aim_costs_no_generation() -> None:
+    critique = await probe_critic(Heads(harm=0.9)).critique(ASKED, HARMLESS, Calls(Budget()), explain=False)
+
+    assert aims(critique) == {"harmless": "VIOLATES"}
+
+
+async def test_a_refusal_evades_a_benign_request_only() -> None:
+    benign = await probe_critic(Heads(evasion=0.9, request=0.1)).critique(
+        ASKED, HARMLESS, Calls(Budget()), explain=False
+    )
+    harmful = await probe_critic(Heads(evasion=0.9, request=0.95)).critique(
+        ASKED, HARMLESS, Calls(Budget()), explain=False
+    )
+
+    assert (benign.evasive, benign.benign_request) == (True, True)
+    assert (harmful.evasive, harmful.benign_request) == (False, False)
+
+
+async def test_forward_passes_count_against_their_own_budget() -> None:
+    critic = probe_critic(Heads(passes=6))
+
+    with pytest.raises(BudgetExceeded, match="5 forward passes"):
+        await critic.critique(ASKED, HARMLESS, Calls(Budget(forward_passes=5)), explain=False)
+
+
+def word(text: str, violates: float) -> AIMessage:
+    alternatives = [
+        {"token": "VIO", "logprob": math.log(violates)},
+        {"token": "COM", "logprob": math.log(1 - violates)},
+    ]
+    token = {"token": text[:3], "logprob": 0.0, "top_logprobs": alternatives}
+    return AIMessage(text, response_metadata={"logprobs": {"content": [token]}})
+
+
+HONEST = Constitution(name="honest", principles=(RULES["be-true"],))
+
+
+async def test_an_aim_without_a_head_is_asked_about_in_both_orders_of_the_menu() -> None:
+    critic = probe_critic(Heads(), word("VIOLATES", 0.99), word("VIOLATES", 0.87))
+
+    critique = await critic.critique(ASKED, HONEST, Calls(Budget()), explain=False)
+
+    (verdict,) = critique.verdicts
+    assert (verdict.aim, verdict.label, verdict.read_by) == ("honest", Label.VIOLATES, "logprob")
+    assert verdict.probability == pytest.approx(0.93)
+
+
+async def test_an_aim_whose_menu_is_ignored_is_unreadable() -> None:
+    critic = probe_critic(Heads(), AIMessage("Well, it depends"), AIMessage("Well"))
+
+    critique = await critic.critique(ASKED, HONEST, Calls(Budget()), explain=True)
+
+    assert [verdict.label for verdict in critique.verdicts] == [Label.UNREADABLE]
+
+
+def test_a_critic_that_judges_all_aims_in_one_pass_refuses_to_be_split() -> None:
+    with pytest.raises(ConfigError, match="use strategy 'batched'"):
+        check_strategy(probe_critic(Heads()), "parallel")
