@@ -27,5 +27,8 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts, fast tests
 bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
 
+soak: $(VENV)/.installed  ## long kill loops on the log
+	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
+
 clean:
 	rm -rf $(VENV) cai.db cai.db-wal cai.db-shm
