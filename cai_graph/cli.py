@@ -28,6 +28,7 @@ from cai_graph.errors import CaiError, ModelError
 
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
+    from rich.progress import ProgressColumn
 
     from cai_graph.bulk import Broken, Failed, Run, Summary
     from cai_graph.chain import ConstitutionalRunnable
@@ -216,27 +217,37 @@ def _loaded(spec: str, *, seed: int | None = None, max_tokens: int | None = None
 
 def _fetched(name: str) -> str:
     """Return the path of local weights; show how they arrive."""
-    from rich import progress
+    from rich.progress import DownloadColumn
 
     from cai_graph import local
 
-    columns = (
+    with _measured(f"fetching {name or local.DEFAULT_MODEL}", DownloadColumn()) as tell:
+        return str(local.weights(name, tell))
+
+
+@contextlib.contextmanager
+def _measured(what: str, column: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a long piece of work is: gives what is told (done, in all); silent until it is."""
+    from rich import progress
+
+    bar = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
-        progress.DownloadColumn(),
+        column,
         progress.TimeRemainingColumn(),
+        console=err,
     )
-    bar = progress.Progress(*columns, console=err, transient=True)
-    task = bar.add_task(f"fetching {name or local.DEFAULT_MODEL}", total=None)
+    task = bar.add_task(what, total=None)
 
-    def tell(have: int, total: int) -> None:
+    def tell(done: int, total: int) -> None:
         bar.start()
-        bar.update(task, completed=have, total=total)
+        bar.update(task, completed=done, total=total)
 
     try:
-        return str(local.weights(name, tell))
+        yield tell
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
 
 
 @contextlib.contextmanager
@@ -260,7 +271,7 @@ def _foreign(model: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__ == "builtins" and not isinstance(error, OSError):
             raise
-        raise ModelError(f"{model}: {describe(error)}; the log has what was said until then") from error
+        raise ModelError(f"{model}: {describe(error)}") from error
 
 
 # --- run ----------------------------------------------------------------------------------------------
@@ -909,29 +920,16 @@ def train_probe(
     """
     from pathlib import Path
 
+    from rich.progress import MofNCompleteColumn
+
     from trainers import probe
 
     config = probe.Config(data=Path(data), output=Path(output), model=model)
     if model.partition(":")[0] == "local":
         _fetched(model.partition(":")[2])
-    with _passes() as tell:
+    with _measured("forward passes", MofNCompleteColumn()) as tell:
         folder = probe.train(config, tell)
     _note(f"the heads are in {folder}; its CARD.md has the figures")
-
-
-@contextlib.contextmanager
-def _passes() -> Iterator[Callable[[int, int], None]]:
-    from rich import progress
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=err) as bar:
-        task = bar.add_task("forward passes", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 # --- printing -----------------------------------------------------------------------------------------

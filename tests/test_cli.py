@@ -1,7 +1,8 @@
-"""`cai` as its users run it: a process of its own, the real client, a server on the loopback, a real log."""
+"""`cai` as its users run it, over the real client, a server on the loopback and a real log."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,9 +11,9 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import typer.main
@@ -26,34 +27,46 @@ BALANCED = load("balanced")
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
 
 
-def start(folder: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
+class Ended(NamedTuple):
+    """What a finished `cai` said."""
+
+    stdout: str
+    stderr: str
+
+
+def cai(
+    folder: Path, *args: str, input: bytes = b"", status: int = 0, env: Mapping[str, str] | None = None
+) -> Ended:
+    """Run `cai` to its end in this process, and check its exit status. A traceback fails the test."""
+    streams = (io.StringIO(), io.StringIO())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["cai", *args])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input)))
+        patch.setattr(sys, "stdout", streams[0])
+        patch.setattr(sys, "stderr", streams[1])
+        for name in ("out", "err"):
+            patch.setattr(getattr(cli, name), "_width", 200)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    said = Ended(streams[0].getvalue(), streams[1].getvalue())
+    assert ended.value.code == status, said.stderr
+    return said
+
+
+def start(folder: Path, *args: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start `cai` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "cai_graph.cli", *args],
         cwd=folder,
-        stdin=options.pop("stdin", subprocess.DEVNULL),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **options.pop("env", {})},
-        **options,
+        env={**os.environ, **(env or {})},
     )
-
-
-class Ended(subprocess.CompletedProcess[str]):
-    """What a finished `cai` said."""
-
-
-def cai(folder: Path, *args: str, input: bytes | None = None, status: int = 0, **options: Any) -> Ended:
-    """Run `cai` to its end, and check its exit status and that no traceback was shown."""
-    read, write = os.pipe()
-    process = start(folder, *args, stdin=read, **options)
-    os.close(read)
-    with os.fdopen(write, "wb") as stdin:
-        stdin.write(input or b"")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status, err
-    assert "Traceback" not in err, err
-    return Ended(args, process.returncode, out, err)
 
 
 @pytest.fixture
@@ -189,10 +202,13 @@ def test_what_cannot_work_is_one_line_and_status_1(tmp_path: Path, serve: Any) -
 
 def test_a_missing_extra_is_one_sentence_with_the_pip_command(tmp_path: Path) -> None:
     (tmp_path / "langchain_openai.py").write_text("raise ImportError('not installed')")
-    ended = cai(
-        tmp_path, "ask", "hello", "--model", "http://127.0.0.1:9/v1#m", status=1, env={"PYTHONPATH": "."}
+    process = start(
+        tmp_path, "ask", "hello", "--model", "http://127.0.0.1:9/v1#m", env={"PYTHONPATH": str(tmp_path)}
     )
-    assert 'pip install "cai-graph[openai]"' in ended.stderr
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err.splitlines()[0].endswith('pip install "cai-graph[openai]"')
+    assert len(err.splitlines()) == 1
 
 
 # --- run ----------------------------------------------------------------------------------------------
@@ -426,7 +442,7 @@ def test_the_log_is_verified_recovered_and_cleaned(logged: Path) -> None:
     dry = json.loads(cai(logged, "log", "gc", "--days", "0", "--dry-run", "--json").stdout)
     assert dry["trajectories"] == 3
     with sqlite3.connect(logged / "cai.db") as db:
-        db.execute("UPDATE records SET payload = replace(payload, 'answer', 'ANSWER') WHERE position = 1")
+        db.execute("UPDATE records SET payload = CAST(payload || ' ' AS BLOB) WHERE position = 1")
     db.close()
     assert "cai log recover" in cai(logged, "log", "verify", status=1).stderr
     assert json.loads(cai(logged, "log", "recover", "new.db", "--json").stdout)["records"] == 2
@@ -467,11 +483,11 @@ def test_constitutions_are_listed_shown_linted_compared_and_described(tmp_path: 
 
 
 def test_local_models_are_listed_and_a_missing_one_is_said_to_be(tmp_path: Path) -> None:
-    empty = {"env": {"CAI_CACHE": str(tmp_path / "none")}}
-    listed = json.loads(cai(tmp_path, "model", "list", "--json", **empty).stdout)
+    empty = {"CAI_CACHE": str(tmp_path / "none")}
+    listed = json.loads(cai(tmp_path, "model", "list", "--json", env=empty).stdout)
     assert {entry["name"]: entry["path"] for entry in listed}["smollm2"] is None
-    assert "not fetched" in cai(tmp_path, "model", "list", **empty).stdout
-    assert "cai model get smollm2" in cai(tmp_path, "model", "path", "smollm2", status=1, **empty).stderr
+    assert "not fetched" in cai(tmp_path, "model", "list", env=empty).stdout
+    assert "cai model get smollm2" in cai(tmp_path, "model", "path", "smollm2", status=1, env=empty).stderr
 
 
 def test_the_doctor_reports_as_text_and_json(tmp_path: Path) -> None:
@@ -481,8 +497,11 @@ def test_the_doctor_reports_as_text_and_json(tmp_path: Path) -> None:
 
 
 def test_training_needs_its_data(tmp_path: Path) -> None:
-    ended = cai(tmp_path, "train", "probe", "absent", "-o", "heads", "--model", "openai:gpt-5-mini", status=1)
-    assert "local" in ended.stderr
+    args = ("train", "probe", "absent", "-o", "heads", "--model", "local:a.gguf")
+    assert "a.gguf" in cai(tmp_path, *args, status=1).stderr
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    ended = cai(tmp_path, *args, status=1)
+    assert ended.stderr == "absent: no such folder; name the folder with the labelled sources\n"
 
 
 # --- the embedded model -------------------------------------------------------------------------------
