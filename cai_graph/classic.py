@@ -251,7 +251,8 @@ class _Steps(Shape):
         if missing := [name for name in self.prompt.input_variables if name not in value]:
             raise DataError(
                 f"the chain's prompt asks for {', '.join(map(repr, missing))}, and the input has the keys "
-                f"{', '.join(map(repr, value)) or '(none)'}"
+                f"{', '.join(map(repr, value)) or '(none)'}; give them, or say with input_key= which of the "
+                "keys is the request"
             )
         return super().conversation(self.prompt.format_prompt(**value))
 
@@ -270,19 +271,21 @@ class _Steps(Shape):
     def _pairs(self, trajectory: Trajectory, revision: str) -> list[tuple[str, str]]:
         """Return critique and revision for each principle that the draft was judged by, in their order."""
         pairs: list[tuple[str, str]] = []
-        for judged in trajectory.rounds[:1]:  # a tool call is not judged, and has no round
-            verdicts, failed = judged.critique.verdicts, failed_principles(judged.critique, self.constitution)
+        for judged in trajectory.rounds[:1]:  # an answer that was not judged, such as a tool call, has none
+            critique = judged.critique
+            failed = failed_principles(critique, self.constitution)
             for principle in self.constitution:
-                own = [v for v in verdicts if v.principle == principle.id]
-                found = (own or [v for v in verdicts if v.aim == principle.aim])[:1]
-                said = [verdict.reason or judged.critique.reasoning for verdict in found]
+                own = [verdict for verdict in critique.verdicts if verdict.principle == principle.id]
+                found = own or [verdict for verdict in critique.verdicts if verdict.aim == principle.aim]
+                reason = own[0].reason if own else None
                 if principle in failed:
-                    pairs.append((" ".join(filter(None, [*said, "Critique needed."])), revision))
+                    said = reason or critique.reasoning
+                    pairs.append((f"{said} Critique needed.".lstrip(), revision))
                 elif found and found[0].label is Label.UNREADABLE:
                     # The critic's words are left out: they may hold the phrase that callers read as "fine".
                     pairs.append(("The verdict could not be read.", revision))
                 elif found:
-                    pairs.append((" ".join(filter(None, [*said, "No critique needed."])), ""))
+                    pairs.append((f"{reason or ''} No critique needed.".lstrip(), ""))
         return pairs
 
 
