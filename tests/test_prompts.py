@@ -56,6 +56,7 @@ EVERY = {
     "batched": batched,
     "reask": lambda: [*batched(), prompts.reask_message(["be-kind", "be-true"])],
     "sampled": lambda: prompts.sampled_critique_messages(RULES["no-harm"], [EXAMPLE], EXCHANGE),
+    "explanation": lambda: prompts.explanation_messages(RULES.principles[:2], EXCHANGE),
     "label": lambda: prompts.label_messages(RULES.principles[:2], [EXAMPLE], EXCHANGE, MENU),
     "rewrite": lambda: prompts.rewrite_messages(
         RULES.principles[:2], "It is curt.", EXCHANGE, show_draft=True
@@ -219,6 +220,27 @@ def test_fencing_is_linear(text: str) -> None:
     fence("answer", text)
 
     assert time.process_time() - began < 5  # a quadratic search takes minutes
+
+
+def test_a_clipped_exchange_keeps_the_last_messages_and_the_ends_of_long_texts() -> None:
+    long = Exchange(
+        messages=(
+            *(Message(role="user", content=f"turn {number} " + "x" * 500) for number in range(10)),
+            Message(role="user", content="last"),
+        ),
+        answer=Message(role="assistant", content="begin " + "y" * 5000 + " end"),
+        context={"docs": "first " + "z" * 5000},
+    )
+
+    short = long.clipped(1000)
+
+    assert short.messages[-1].content == "last"
+    assert len(short.messages) == 3
+    assert all(len(str(m.content)) <= 1100 for m in [*short.messages, short.answer])
+    assert str(short.answer.content).startswith("begin ")
+    assert str(short.answer.content).endswith(" end")
+    assert len(short.context["docs"]) <= 1100
+    assert EXCHANGE.clipped(10_000) == EXCHANGE
 
 
 def test_a_rewrite_shows_requests_once_each() -> None:
