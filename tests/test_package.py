@@ -121,13 +121,11 @@ def test_every_module_stands_in_the_import_contracts() -> None:
 def test_the_cost_of_the_import_is_measured_beside_langgraphs(
     what: str, record_property: pytest.FixtureRequest
 ) -> None:
-    """CPU seconds, in fresh processes, in turn. Recorded, not asserted: it is a figure of the machine."""
+    """CPU seconds, in fresh processes. Recorded, not asserted: it is a figure of the machine."""
 
     def cpu(code: str) -> float:
         return float(python(f"import time\nt = time.process_time()\n{code}\nprint(time.process_time() - t)"))
 
-    pairs = [(cpu(what), cpu("import langgraph.graph")) for _ in range(2)]
-
-    ours, theirs = (min(column) for column in zip(*pairs, strict=True))
+    ours, theirs = cpu(what), cpu("import langgraph.graph")
     record_property("cpu_ratio", ours / theirs)  # type: ignore[operator]
     print(f"{what}: {ours:.3f} s, langgraph: {theirs:.3f} s, ratio {ours / theirs:.2f}")
