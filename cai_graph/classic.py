@@ -13,9 +13,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
-from langchain_core.callbacks import Callbacks
 from langchain_core.language_models import BaseChatModel
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -150,11 +149,11 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
             kwargs: passed on to the chain.
 
         Returns:
-            The inputs, and with them `output` (str): the answer that leaves. With
-            `return_intermediate_steps`, also `initial_output` (str): the chain's own answer, and
-            `critiques_and_revisions`: for each principle a tuple of its critique, which ends in "Critique
-            needed." or "No critique needed." unless the verdict could not be read, and of the answer that
-            replaced the chain's own for it, or "" where that one stayed.
+            The inputs, and with them `output` (str), the answer that leaves. With
+            `return_intermediate_steps` also `initial_output` (str), the chain's own answer, and
+            `critiques_and_revisions` (list of tuples of two str), for each principle in order: its critique,
+            which ends in "Critique needed." or "No critique needed." unless the verdict could not be read;
+            and the answer that replaced the chain's own on its account, or "" where none did.
 
         Raises:
             DataError: a key that the chain asks for is missing.
@@ -188,33 +187,19 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
         """Answer; `ainvoke` is the way to write it now."""
         return await self.ainvoke(inputs, config, return_only_outputs=return_only_outputs)
 
-    def run(
-        self,
-        *args: Any,
-        callbacks: Callbacks = None,
-        tags: list[str] | None = None,
-        metadata: dict[str, Any] | None = None,
-        **inputs: Any,
-    ) -> str:
+    def run(self, *args: Any, **inputs: Any) -> str:
         """Return the answer's text alone, for one value or for the inputs by name.
+
+        `callbacks`, `tags` and `metadata` by name are LangChain's, and no inputs.
 
         Raises:
             ConfigError: both or neither are given, or `return_intermediate_steps` asks for more than text.
         """
-        config = RunnableConfig(callbacks=callbacks, tags=tags or [], metadata=metadata or {})
-        return str(self.invoke(self._one(args, inputs), config)["output"])
+        return str(self.invoke(*self._only(args, inputs))["output"])
 
-    async def arun(
-        self,
-        *args: Any,
-        callbacks: Callbacks = None,
-        tags: list[str] | None = None,
-        metadata: dict[str, Any] | None = None,
-        **inputs: Any,
-    ) -> str:
+    async def arun(self, *args: Any, **inputs: Any) -> str:
         """Return the answer's text alone; see `run`."""
-        config = RunnableConfig(callbacks=callbacks, tags=tags or [], metadata=metadata or {})
-        return str((await self.ainvoke(self._one(args, inputs), config))["output"])
+        return str((await self.ainvoke(*self._only(args, inputs)))["output"])
 
     def _inputs(self, given: Any) -> Any:
         """Return what the chain is given; the value of its only key under that key."""
@@ -227,12 +212,14 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
             return outputs
         return {**(inputs if isinstance(inputs, Mapping) else {"input": inputs}), **outputs}
 
-    def _one(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
+    def _only(self, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, RunnableConfig]:
+        """Return the one input of `run`, and its configuration."""
         if self.return_intermediate_steps:
-            raise ConfigError("run() returns one text, and return_intermediate_steps asks for more; invoke()")
+            raise ConfigError("run() returns one text; for return_intermediate_steps call invoke()")
+        config = {name: inputs.pop(name) for name in ("callbacks", "tags", "metadata") if name in inputs}
         if len(args) + bool(inputs) != 1:
             raise ConfigError(f"run() takes one value, or the inputs by name, found {args!r} and {inputs!r}")
-        return args[0] if args else inputs
+        return args[0] if args else inputs, cast("RunnableConfig", config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -403,10 +403,10 @@ def test_page_lists_exactly_these_differences() -> None:
 CHAT_PROMPT = ChatPromptTemplate([("system", "You are a locksmith."), ("user", "{question}")])
 
 
-def conversation(chain: ConstitutionalChain, given: Any) -> list[tuple[str, Any]]:
+def conversation(folder: Path) -> list[tuple[str, Any]]:
     """What the critic took for the conversation."""
-    steps = chain.guarded.shape.conversation(chain._inputs(given))
-    return [(message.role, message.content) for message in steps]
+    [kept] = trajectories(folder)
+    return [(message.role, message.content) for message in kept.messages]
 
 
 CHAINS: dict[str, tuple[Callable[[ScriptedModel], Any], list[str], Any, list[tuple[str, Any]]]] = {
@@ -451,16 +451,17 @@ CHAINS: dict[str, tuple[Callable[[ScriptedModel], Any], list[str], Any, list[tup
 
 
 @pytest.mark.parametrize("name", CHAINS)
-def test_any_chain_is_judged_revised_and_returned_as_text(name: str) -> None:
+def test_any_chain_is_judged_revised_and_returned_as_text(name: str, tmp_path: Path) -> None:
     make, keys, given, judged = CHAINS[name]
     model = scripted("Turn the key idiot")
-    chain = new_chain(model, chain=make(model), return_intermediate_steps=True)
+    log = f"sqlite:///{tmp_path / 'cai.db'}"
+    chain = new_chain(model, chain=make(model), return_intermediate_steps=True, log=log)
     assert chain.input_keys == keys
-    assert conversation(chain, given) == judged
     out = chain.invoke(given)
     assert out["output"] == "Turn the key"
     assert out["initial_output"] == "Turn the key idiot"
     assert out.get("question", out.get("input")) == QUESTION
+    assert conversation(tmp_path) == judged
 
 
 def test_another_chain_of_langchain_classic_names_its_own_answer() -> None:
@@ -472,9 +473,10 @@ def test_another_chain_of_langchain_classic_names_its_own_answer() -> None:
     assert out == {"query": "How?", "output": "Turn the key"}
 
 
-def test_input_key_shows_the_critic_one_input_instead_of_the_prompt() -> None:
-    chain = new_chain(scripted("Turn the key"), input_key="question")
-    assert conversation(chain, QUESTION) == [("user", QUESTION)]
+def test_input_key_shows_the_critic_one_input_instead_of_the_prompt(tmp_path: Path) -> None:
+    log = f"sqlite:///{tmp_path / 'cai.db'}"
+    new_chain(scripted("Turn the key"), input_key="question", log=log).run(QUESTION)
+    assert conversation(tmp_path) == [("user", QUESTION)]
 
 
 def test_missing_inputs_are_named() -> None:
