@@ -53,6 +53,7 @@ __all__ = [
     "Run",
     "Summary",
     "judge",
+    "violated",
     "written_whole",
 ]
 

@@ -165,9 +165,11 @@ def ask(
         on_unreadable=on_unreadable,
         on_error=on_error,
     )
-    with _closing(guarded), _foreign(model), err.status("drafting") as status:
-        watch = show.stages(status.update, guarded.plan.settings.rounds)
-        answered = asyncio.run(guarded.answered(prompt, {"callbacks": [watch]}))
+    with _closing(guarded), _foreign(model):
+        _fetch(model, critic, reviser)
+        with err.status("drafting") as status:
+            watch = show.stages(status.update, guarded.plan.settings.rounds)
+            answered = asyncio.run(guarded.answered(prompt, {"callbacks": [watch]}))
     if as_json:
         typer.echo(encode(answered.trajectory).decode("ascii"))
     else:
@@ -185,7 +187,7 @@ def _guarded(
     seed: int | None,
     **settings: Any,
 ) -> ConstitutionalRunnable[Any, Any]:
-    """Return the chat model of a spec under a constitution; what is cheap is checked before a fetch."""
+    """Return the chat model of a spec under a constitution. Nothing is fetched."""
     from cai_graph import chain
     from cai_graph import constitution as constitutions
     from cai_graph.log import open_log
@@ -203,16 +205,26 @@ def _guarded(
 
 
 def _loaded(spec: str, *, seed: int | None = None, max_tokens: int | None = None) -> BaseChatModel:
-    """Return the model of a spec; weights are fetched, with progress, if they are not there."""
+    """Return the model of a spec; weights are not fetched."""
     from cai_graph import models
 
-    kind, _, name = spec.partition(":")
     settings: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
-    if kind != "local":
-        return models.load(spec, max_retries=API_RETRIES, **settings)
-    model = models.load(spec, **settings, **({} if seed is None else {"seed": seed}))
-    _fetched(name)
-    return model
+    if not _is_local(spec):
+        settings["max_retries"] = API_RETRIES
+    elif seed is not None:
+        settings["seed"] = seed
+    return models.load(spec, **settings)
+
+
+def _is_local(spec: str) -> bool:
+    return spec.partition(":")[0] == "local"
+
+
+def _fetch(*specs: str | None) -> None:
+    """Fetch the weights that the local ones of these specs need."""
+    for spec in dict.fromkeys(specs):
+        if spec is not None and _is_local(spec):
+            _fetched(spec.partition(":")[2])
 
 
 def _fetched(name: str) -> str:
@@ -331,13 +343,14 @@ def run(
             job = bulk.Run(guarded, rows, drafting=drafting, column=column, limit=limit)
             if job.done:
                 _note(f"{job.done} of {job.rows} rows were answered before; going on with the others")
+            _fetch(model, critic, reviser)
             with _foreign(model):
                 interrupted = _drive(job, concurrency or _width(model))
     _sum_up(job, log, interrupted)
 
 
 def _width(model: str) -> int:
-    return 4 if model.partition(":")[0] == "local" else 16
+    return 4 if _is_local(model) else 16
 
 
 def _drive(job: Run, concurrency: int) -> bool:
@@ -471,6 +484,7 @@ def judge(
     with contextlib.closing(bulk.Rows(answers, "jsonl")) as rows:
         total = sum(1 for _ in rows.answers())
         who = critic_for(_loaded(critic))
+        _fetch(critic)
 
         async def work() -> None:
             nonlocal violates, unreadable, skipped
@@ -539,6 +553,7 @@ def demo(log: LogUrl = DEFAULT_LOG) -> None:
         with _closing(guarded), _foreign("local"):
             # The time makes each demo a run of its own, since one that resumes shows nothing.
             job = bulk.Run(guarded, rows, drafting={"demo": now().isoformat()})
+            _fetch("local")
             _note(f"{job.rows} prompts, drafted, judged and revised by the model on this machine …")
             asyncio.run(work())
     _sum_up_demo(job.summary, trajectories, log)
@@ -925,8 +940,7 @@ def train_probe(
     from trainers import probe
 
     config = probe.Config(data=Path(data), output=Path(output), model=model)
-    if model.partition(":")[0] == "local":
-        _fetched(model.partition(":")[2])
+    _fetch(model)
     with _measured("forward passes", MofNCompleteColumn()) as tell:
         folder = probe.train(config, tell)
     _note(f"the heads are in {folder}; its CARD.md has the figures")

@@ -203,7 +203,7 @@ def _ending(record: Trajectory) -> Text:
         facts.append(f"{read:,} tokens read, {written:,} written")
     facts.append(f"{record.seconds:.1f} s")
     facts.append(f"constitution {record.constitution.name} {record.constitution.version}")
-    line = Text(record.outcome.value, _OUTCOMES[record.outcome])
+    line = Text().append(record.outcome.value, _OUTCOMES[record.outcome])
     if record.error is not None:
         line.append(f"  {one_line(record.error, 500)}", "red")
     line.append(f"  {clean(', '.join(facts))}\n", "dim")
@@ -214,7 +214,7 @@ def brief(record: Trajectory, *, about: str = "") -> RenderableType:
     """Return one Trajectory in a few lines: prompt, draft, what was violated, the diff, all shortened."""
     from cai_graph.bulk import violated
 
-    head = Text(f"{record.outcome.value:<10}", _OUTCOMES[record.outcome])
+    head = Text().append(f"{record.outcome.value:<10}", _OUTCOMES[record.outcome])
     head.append(f"{about}  " if about else "", "dim")
     head.append(one_line(record.prompt, 110), "bold")
     lines: list[RenderableType] = [head]

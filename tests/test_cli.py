@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -508,20 +508,13 @@ def test_training_needs_its_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.local
-def test_the_embedded_model_answers_and_is_logged(tmp_path: Path, tiny_weights: Path) -> None:
-    args: Sequence[str] = (
-        "--model",
-        "local:smollm2",
-        "--max-tokens",
-        "16",
-        "--max-rounds",
-        "0",
-        "--seed",
-        "1",
-    )
+def test_the_embedded_model_drafts_and_another_judges(tmp_path: Path, tiny_weights: Path, serve: Any) -> None:
+    judge = serve(under(BALANCED)).spec
     (tmp_path / "p.txt").write_text("Say hello.\nName a colour.\n")
-    cai(tmp_path, "run", "p.txt", *args, "--on-unreadable", "open")
+    args = ("run", "p.txt", "--model", "local:smollm2", "--critic", judge, "--reviser", judge)
+    cai(tmp_path, *args, "--max-tokens", "16", "--seed", "1")
     found = trajectories(tmp_path)
     assert len(found) == 2
-    assert all(t.draft is not None and t.calls[0].model == "local:smollm2" for t in found)
+    assert all(t.draft is not None and t.draft.answer.content for t in found)
+    assert {t.calls[0].model for t in found} == {"local:smollm2"}
     assert cai(tmp_path, "model", "path", "smollm2").stdout.strip() == str(tiny_weights)

@@ -125,14 +125,13 @@ def test_hostile_text_never_reaches_the_terminal_as_anything_but_text() -> None:
     for view in (show.trajectory(record), show.brief(record, about="kind")):
         shown = rendered(view)
         assert acts(shown) == []
-        assert "[bold red]markup[/]" in shown.replace("\n", " ") or "markup" in shown
-        shown.encode("utf-8")
+        assert ":warning:" in shown
+    assert "[bold red]markup[/]" in " ".join(rendered(show.trajectory(record)).split())
 
 
 def test_in_colour_only_our_own_styles_are_escapes() -> None:
     shown = rendered(show.trajectory(trajectory(HOSTILE)), color=True)
     assert acts(re.sub(r"\x1b\[[0-9;]*m", "", shown)) == []
-    assert "\x1b[31m " not in shown.replace("\\x9b31m", "")
 
 
 def test_clean_spells_out_what_would_act_and_leaves_the_rest() -> None:
