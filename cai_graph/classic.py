@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from cai_graph.chain import ConstitutionalRunnable, Shape, constitutional
 from cai_graph.constitution import Constitution, load
 from cai_graph.critic import failed_principles
-from cai_graph.errors import ConfigError, DataError
+from cai_graph.errors import ConfigError, DataError, RunError
 from cai_graph.trajectory import Label, Message, Trajectory, text_of
 
 __all__ = ["ConstitutionalChain", "ConstitutionalPrinciple"]
@@ -207,6 +207,10 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
         return {self.input_keys[0]: given} if lone else given
 
     def _outputs(self, inputs: Any, steps: Mapping[str, Any], only: bool) -> dict[str, Any]:
+        if "__interrupt__" in steps:
+            raise RunError(
+                "the chain waits for a person, which needs constitutional(…) instead of this class"
+            )
         outputs = {key: steps[key] for key in self.output_keys}
         if only:
             return outputs

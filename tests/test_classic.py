@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from langchain_classic.chains.base import Chain
@@ -21,17 +21,21 @@ from langchain_classic.chains.constitutional_ai.models import ConstitutionalPrin
 from langchain_classic.chains.llm import LLMChain
 from langchain_classic.chains.transform import TransformChain
 from langchain_core._api import LangChainDeprecationWarning
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+from langgraph.types import interrupt
 from replies import answer_in, role_of, verdicts
 from wire import role, serving
 
 from cai_graph.classic import ConstitutionalChain, ConstitutionalPrinciple
 from cai_graph.constitution import DEFAULT_REFUSAL, load
 from cai_graph.critic import ModelCritic
-from cai_graph.errors import ConfigError, ConstitutionError, DataError, Violation
+from cai_graph.errors import ConfigError, ConstitutionError, DataError, RunError, Violation
 from cai_graph.log import open_log
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Critique, Label, Outcome, Trajectory, Verdict
@@ -210,9 +214,22 @@ def test_output_keys_with_intermediate_steps_are_the_old_ones() -> None:
     assert new_chain(scripted("x"), return_intermediate_steps=True).output_keys == old.output_keys
 
 
-def test_callbacks_tags_and_metadata_of_a_call_are_recorded(tmp_path: Path) -> None:
-    chain = new_chain(scripted("Turn the key"), log=f"sqlite:///{tmp_path / 'cai.db'}")
-    chain.run(QUESTION, tags=["door"], metadata={"user": "ada"})
+def test_callbacks_tags_and_metadata_of_a_call_reach_the_models_and_the_log(tmp_path: Path) -> None:
+    class Seen(BaseCallbackHandler):
+        names: ClassVar[list[str]] = []
+        models = 0
+
+        def on_chain_start(self, *args: Any, **kwargs: Any) -> None:
+            self.names.append(kwargs["name"])
+
+        def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
+            self.models += 1
+
+    seen, model = Seen(), scripted("Turn the key idiot")
+    chain = new_chain(model, log=f"sqlite:///{tmp_path / 'cai.db'}")
+    chain.run(QUESTION, callbacks=[seen], tags=["door"], metadata={"user": "ada"})
+    assert seen.names[0] == "ConstitutionalChain"
+    assert seen.models == len(model.calls) == 4
     [kept] = trajectories(tmp_path)
     assert (kept.tags, kept.metadata) == (("door",), {"user": "ada"})
 
@@ -489,6 +506,16 @@ def test_a_tool_call_is_no_answer_and_has_no_steps() -> None:
     chain = new_chain(scripted("x"), chain=ScriptedModel(replies=[call]), return_intermediate_steps=True)
     out = chain.invoke(QUESTION)
     assert (out["output"], out["critiques_and_revisions"]) == ("", [])
+
+
+def test_a_chain_that_waits_for_a_person_is_no_answer() -> None:
+    def ask(state: MessagesState) -> MessagesState:
+        return {"messages": [AIMessage(interrupt("May I?"))]}
+
+    graph = StateGraph(MessagesState).add_node("ask", ask).add_edge(START, "ask")
+    chain = new_chain(scripted("x"), chain=graph.compile(checkpointer=InMemorySaver()))
+    with pytest.raises(RunError, match="waits for a person"):
+        chain.invoke({"messages": [("user", "Open it")]}, {"configurable": {"thread_id": "1"}})
 
 
 # --- steps and settings ----------------------------------------------------------------------------------
