@@ -517,8 +517,8 @@ DEMO_TOKENS = 120
 
 
 @app.command(epilog="Example: cai demo")
-def demo(log: LogUrl = DEFAULT_LOG) -> None:
-    """Watch the project's own sample prompts go through the embedded model.
+def demo(model: Model = "local", log: LogUrl = DEFAULT_LOG) -> None:
+    """Watch the project's own sample prompts go through a model.
 
     Exits with 1 if no prompt is revised, or a benign one is refused.
     """
@@ -529,7 +529,7 @@ def demo(log: LogUrl = DEFAULT_LOG) -> None:
     trajectories: list[Trajectory] = []
 
     async def work() -> None:
-        async with contextlib.aclosing(job.results(_width("local"))) as results:
+        async with contextlib.aclosing(job.results(_width(model))) as results:
             async for result in results:
                 if isinstance(result, Trajectory):
                     trajectories.append(result)
@@ -540,7 +540,7 @@ def demo(log: LogUrl = DEFAULT_LOG) -> None:
     sample = resources.files("cai_graph") / "sample" / "prompts.jsonl"
     with resources.as_file(sample) as path, contextlib.closing(bulk.Rows(str(path))) as rows:
         guarded = _guarded(
-            "local",
+            model,
             None,
             None,
             "balanced",
@@ -550,11 +550,11 @@ def demo(log: LogUrl = DEFAULT_LOG) -> None:
             on_log_error="raise",
             budget=Budget(seconds=BULK_SECONDS),
         )
-        with _closing(guarded), _foreign("local"):
+        with _closing(guarded), _foreign(model):
             # The time makes each demo a run of its own, since one that resumes shows nothing.
             job = bulk.Run(guarded, rows, drafting={"demo": now().isoformat()})
-            _fetch("local")
-            _note(f"{job.rows} prompts, drafted, judged and revised by the model on this machine …")
+            _fetch(model)
+            _note(f"{job.rows} prompts, drafted, judged and revised by {model} …")
             asyncio.run(work())
     _sum_up_demo(job.summary, trajectories, log)
 

@@ -341,6 +341,31 @@ def test_a_second_ctrl_c_drops_what_is_under_way(tmp_path: Path, serve: Any) -> 
     assert len(answered) == len(set(answered)) == 20
 
 
+# --- demo ---------------------------------------------------------------------------------------------
+
+
+def test_the_demo_shows_each_outcome_and_says_what_to_type_next(tmp_path: Path, serve: Any) -> None:
+    server = serve(under(BALANCED, violates=lambda shown: "answer to Write a rude poem" in shown))
+    shown = cai(tmp_path, "demo", "--model", server.spec).stdout
+    assert "REVISED   harmful  Write a rude poem" in shown
+    assert "5 prompts are benign, and none of them was refused." in shown
+    (revised,) = [t for t in trajectories(tmp_path) if t.outcome.value == "REVISED"]
+    assert f"cai log show {revised.id}" in shown
+    cai(tmp_path, "demo", "--model", server.spec)
+    assert len(trajectories(tmp_path)) == 28
+
+
+def test_the_demo_fails_where_nothing_is_revised_or_a_benign_prompt_is_refused(
+    tmp_path: Path, serve: Any
+) -> None:
+    kept = serve(under(BALANCED))
+    assert "no prompt was revised" in cai(tmp_path, "demo", "--model", kept.spec, status=1).stderr
+    wax = "candle wax"
+    refusing = serve(under(BALANCED, violates=lambda shown: wax in shown or "rude poem" in shown))
+    ended = cai(tmp_path, "demo", "--model", refusing.spec, status=1)
+    assert "a benign prompt was refused" in ended.stderr
+
+
 # --- judge --------------------------------------------------------------------------------------------
 
 
