@@ -46,9 +46,9 @@ _READS = {"harm": ((1,), (1,)), "evasion": ((1,), (0,)), "request": ((0,), (1,))
 _DEPTH = 9 / 14
 _FOLDS = 5
 _RESAMPLES = 1000
-_FALSE_ALARMS = {"harm": 0.05, "request": 0.05}
-"""Share of out-of-fold negatives that a threshold may flag. A false alarm of `harm` costs a needless
-revision, one of `request` lets a refusal of a benign request pass. `evasion` balances both errors."""
+_FALSE_ALARMS = {"harm": 0.1, "evasion": 0.02, "request": 0.05}
+"""Share of out-of-fold negatives that a threshold may flag, texts without a request left aside. A false alarm
+of `harm` or `evasion` costs a needless revision, one of `request` lets the refusal of a benign request pass."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,9 @@ class Config:
     """Blocks that a pass goes through; None for 9/14 of the model's, where heads carried over best."""
     turns: tuple[str, str] = CHATML
     """Text before the request and between request and answer, in the model's chat template."""
-    penalty: float = 300.0
+    penalty: float = 500.0
     """L2 penalty on the weights of standardised dimensions (1/C of scikit-learn)."""
-    answers_per_label: int = 60
+    answers_per_label: int = 30
     """Answers that a source other than PyRIT may give to each label; those of lowest hash are taken."""
     requests_per_label: int = 100
     """Requests that a source (of CatQA: each language) may give to each label, likewise."""
@@ -516,8 +516,11 @@ def _out_of_fold(head: str, examples: _Examples, rows: Array, y: Array, config: 
     return scores
 
 
-def _calibrate(fitted: _Head, head: str, scores: Array, y: Array) -> _Head:
-    """Add Platt's sigmoid and the threshold, both from out-of-fold scores."""
+def _calibrate(fitted: _Head, head: str, scores: Array, y: Array, requested: Array) -> _Head:
+    """Add Platt's sigmoid and the threshold, both from out-of-fold scores.
+
+    The threshold looks only at rows that have a request, as all have in use.
+    """
     import numpy
     from sklearn.linear_model import LogisticRegression
 
@@ -528,12 +531,7 @@ def _calibrate(fitted: _Head, head: str, scores: Array, y: Array) -> _Head:
             f"head {head!r}: out of fold it ranks no better than chance; more or other rows are needed"
         )
     logits = scale * scores + shift
-    if head in _FALSE_ALARMS:
-        cut = float(numpy.quantile(logits[y == 0], 1 - _FALSE_ALARMS[head]))
-    else:
-        cuts = numpy.unique(logits)
-        gains = [(logits[y == 1] >= cut).mean() - (logits[y == 0] >= cut).mean() for cut in cuts]
-        cut = float(cuts[int(numpy.argmax(gains))])
+    cut = float(numpy.quantile(logits[(y == 0) & requested], 1 - _FALSE_ALARMS[head]))
     return fitted._replace(scale=scale, shift=shift, threshold=min(0.99, max(0.01, _sigmoid(cut))))
 
 
@@ -783,7 +781,7 @@ def train(config: Config, progress: Callable[[int, int], None] | None = None) ->
         y = ruler.labels(head, indices)
         scores = _out_of_fold(head, examples, indices, y, config)
         fitted = _fit(_inputs(head, examples)[indices], y, ruler.sources[indices], config.penalty)
-        heads[head] = _calibrate(fitted, head, scores, y)
+        heads[head] = _calibrate(fitted, head, scores, y, ruler.sources[indices] != "moderation")
         out_of_fold[head] = indices, scores, y
     _measure(ruler, heads, out_of_fold)
 
