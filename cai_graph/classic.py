@@ -32,7 +32,7 @@ _MOVED = {
     "critique_prompt": "say what to look for in each principle's critique_request",
     "revision_prompt": "say what to mend in each principle's revision_request",
     "memory": "give the history to the chain as one of its inputs",
-    "verbose": "`cai log show` prints every step",
+    "verbose": "`cai log show ID` prints every step",
     "callbacks": "give them with the call: invoke(inputs, {'callbacks': …})",
     "tags": "give them with the call: invoke(inputs, {'tags': …})",
     "metadata": "give it with the call: invoke(inputs, {'metadata': …})",

@@ -52,7 +52,7 @@ def main() -> None:
     print(f"Draft:    {out['initial_output']}\n")
     for principle, (critique, _) in zip(PRINCIPLES, out["critiques_and_revisions"], strict=True):
         print(f"Critique: [{principle.name}] {critique}")
-    print(f"\nAnswer:   {out['output']}\n\nEvery step is in cai.db: cai log show")
+    print(f"\nAnswer:   {out['output']}\n\nEvery step is in cai.db: cai log list")
 
 
 if __name__ == "__main__":
