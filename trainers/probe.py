@@ -47,8 +47,9 @@ _DEPTH = 9 / 14
 _FOLDS = 5
 _RESAMPLES = 1000
 _FALSE_ALARMS = {"harm": 0.1, "evasion": 0.02, "request": 0.05}
-"""Share of out-of-fold negatives that a threshold may flag, texts without a request left aside. A false alarm
-of `harm` or `evasion` costs a needless revision, one of `request` lets the refusal of a benign request pass."""
+"""Share of out-of-fold negatives that a threshold may flag, texts without a request left aside. A false
+alarm of `harm` or `evasion` costs a needless revision, one of `request` lets the refusal of a benign request
+pass."""
 
 
 @dataclasses.dataclass(frozen=True)
