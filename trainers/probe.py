@@ -46,7 +46,7 @@ _READS = {"harm": ((1,), (1,)), "evasion": ((1,), (0,)), "request": ((0,), (1,))
 _DEPTH = 9 / 14
 _FOLDS = 5
 _RESAMPLES = 1000
-_FALSE_ALARMS = {"harm": 0.1, "evasion": 0.02, "request": 0.05}
+_FALSE_ALARMS = {"harm": 0.08, "evasion": 0.02, "request": 0.05}
 """Share of out-of-fold negatives that a threshold may flag, texts without a request left aside. A false
 alarm of `harm` or `evasion` costs a needless revision, one of `request` lets the refusal of a benign request
 pass."""
@@ -838,13 +838,13 @@ def _check(rows: Sequence[Row], config: Config) -> None:
 
 def _write_heads(folder: Path, heads: dict[str, _Head]) -> None:
     import numpy
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {}
     for name, head in heads.items():
         tensors[f"{name}.weight"] = (head.scale * head.weight).reshape(2, -1).astype(numpy.float32)
         tensors[f"{name}.bias"] = numpy.array([head.scale * head.bias + head.shift], dtype=numpy.float32)
-    save_file(tensors, folder / "heads.safetensors")
+    (folder / "heads.safetensors").write_bytes(save(tensors))
 
 
 _LICENCES = {
@@ -936,6 +936,8 @@ def _card(card: dict[str, Any]) -> str:
             f"| {figure['head']} | {figure['setting']} | {figure['n']} | {figure['positives']} "
             f"| {figure['measure']} | {value} | {figure['low']:.3f} to {figure['high']:.3f} |"
         )
+    for note in card.get("notes", ()):
+        lines += ["", note]
     return "\n".join([*lines, "", "![Reliability](reliability.svg)", ""])
 
 
