@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph import local
 from cai_graph.blocks import first_blocks, sha256_of
-from cai_graph.errors import CaiError, ConfigError, DataError, MissingExtra, ModelError
+from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,14 +123,24 @@ class Reader:
         sha256: its SHA-256.
         blocks: how many blocks a pass goes through. The shortened file is kept in the local cache.
         turns: the text before the request and between request and answer, in the model's chat template.
+        shortened_sha256: what the shortened file must hash to; None if that is not known yet.
     """
 
-    def __init__(self, weights: Path, sha256: str, blocks: int, turns: tuple[str, str]) -> None:
+    def __init__(
+        self,
+        weights: Path,
+        sha256: str,
+        blocks: int,
+        turns: tuple[str, str],
+        shortened_sha256: str | None = None,
+    ) -> None:
         self.weights = weights
         self.sha256 = sha256
         self.blocks = blocks
         self.turns = turns
+        self.shortened_sha256 = shortened_sha256
         self._starting = threading.Lock()
+        self._shortened: Path | None = None
         self._turn_tokens: tuple[list[int], list[int]] | None = None
 
     async def read(self, request: str, window: str) -> States:
@@ -159,7 +169,27 @@ class Reader:
 
     def _engine(self) -> local.Engine:
         with self._starting:
-            return local.engine(_shortened(self.weights, self.sha256, self.blocks), "embedding")
+            if self._shortened is None:
+                self._shortened = self.shorten()
+            return local.engine(self._shortened, "embedding")
+
+    def shorten(self) -> Path:
+        """Return the verified file of the first blocks, written if it is not there or not as it should be.
+
+        Raises:
+            ModelError: it cannot be written, or the weights are not those of `sha256`.
+        """
+        path = local.cache_dir() / f"{self.sha256[:16]}-first-{self.blocks}-blocks.gguf"
+        if path.exists() and self.shortened_sha256 in (None, sha256_of(path)):
+            return path
+        try:
+            written = first_blocks(self.weights, self.blocks, path)
+        except (OSError, DataError) as error:
+            raise ModelError(f"cannot write the first {self.blocks} blocks to {path}: {error}") from error
+        if self.shortened_sha256 not in (None, written):
+            path.unlink()
+            raise ModelError(f"{self.weights}: is not the file of sha256 {self.sha256}; fetch it again")
+        return path
 
 
 class Probe:
@@ -249,11 +279,13 @@ class Probe:
 
     def _open(self) -> Reader:
         weights = local.weights(self._weights) if isinstance(self._weights, str) else self._weights
+        before, between = self.card["turns"]
         return Reader(
             weights,
             self.card["model"]["sha256"],
             self.card["blocks"],
-            (self.card["turns"][0], self.card["turns"][1]),
+            (before, between),
+            self.card["shortened_sha256"],
         )
 
 
@@ -276,13 +308,16 @@ def read_card(folder: Path) -> dict[str, Any]:
         isinstance(model, dict)
         and isinstance(model.get("sha256"), str)
         and isinstance(model.get("size"), int)
+        and isinstance(card.get("shortened_sha256"), str)
         and isinstance(card.get("blocks"), int)
         and isinstance(turns, list)
         and [type(turn) for turn in turns] == [str, str]
         and isinstance(card.get("heads"), dict)
     )
     if not sound:
-        raise DataError(f"{path}: model, blocks, turns or heads are missing; train the heads again")
+        raise DataError(
+            f"{path}: model, blocks, turns, shortened_sha256 or heads are missing; train the heads again"
+        )
     return card
 
 
@@ -338,26 +373,6 @@ def _resolve(spec: str | Path) -> tuple[Path | str, int, str | None] | None:
         return spec, spec.stat().st_size, None
     except OSError:
         return None
-
-
-_shortening = threading.Lock()
-
-
-def _shortened(weights: Path, sha256: str, blocks: int) -> Path:
-    """Return the file with the first blocks of `weights`, written into the cache if it is not there.
-
-    The model's hash, the count and the release of the format are in its name, and it is put there whole.
-    """
-    path = local.cache_dir() / f"{sha256[:16]}-first-{blocks}-blocks.gguf"
-    with _shortening:
-        if not path.exists():
-            try:
-                first_blocks(weights, blocks, path)
-            except (OSError, CaiError) as error:
-                raise ModelError(
-                    f"cannot write the first {blocks} blocks of {weights} to {path}: {error}"
-                ) from error
-    return path
 
 
 def _valid(text: str) -> str:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from cai_graph import probe
+from cai_graph.blocks import first_blocks
 from cai_graph.errors import DataError, ModelError
 from cai_graph.probe import HEADS, MAX_WINDOWS, WINDOW_CHARACTERS, Probe, Reader, States, cut_request, windows
 
@@ -20,7 +21,9 @@ CHATML = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 DIMENSIONS = 576  # of the tiny model
 
 
-def write_heads(folder: Path, weights: Path, *, dimensions: int = DIMENSIONS, **card: Any) -> Path:
+def write_heads(
+    folder: Path, weights: Path, *, dimensions: int = DIMENSIONS, shortened_sha256: str = "", **card: Any
+) -> Path:
     """Write heads with made-up weights for a model file."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = np.random.default_rng(0)
@@ -38,6 +41,7 @@ def write_heads(folder: Path, weights: Path, *, dimensions: int = DIMENSIONS, **
             "size": weights.stat().st_size,
         },
         "blocks": 2,
+        "shortened_sha256": shortened_sha256,
         "turns": list(CHATML),
         "heads": {name: {"threshold": 0.25} for name in HEADS},
     }
@@ -131,8 +135,8 @@ def test_damaged_weights_are_named(heads: Path, weights: Path, name: str, change
     ("card", "says"),
     [
         ({"format": 2}, "format 2, this release reads 1"),
-        ({"model": {"sha256": 5}}, "model, blocks, turns or heads are missing"),
-        ({"turns": ["one"]}, "model, blocks, turns or heads are missing"),
+        ({"model": {"sha256": 5}}, "model, blocks, turns, .* are missing"),
+        ({"turns": ["one"]}, "model, blocks, turns, .* are missing"),
         ({"heads": {}}, "threshold of 'harm' is None"),
         ({"heads": {name: {"threshold": 1.5} for name in HEADS}}, "threshold of 'harm' is 1.5"),
     ],
@@ -217,7 +221,8 @@ def test_shipped_cards_tell_data_licences_and_intervals(card: Path) -> None:
 def tiny(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Probe:
     """Made-up heads on the first two blocks of the tiny model."""
     monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
-    return Probe(write_heads(tmp_path / "tiny", tiny_weights), tiny_weights)
+    digest = first_blocks(tiny_weights, 2, tmp_path / "tiny.gguf")
+    return Probe(write_heads(tmp_path / "tiny", tiny_weights, shortened_sha256=digest), tiny_weights)
 
 
 @pytest.mark.local
@@ -270,17 +275,39 @@ async def test_ten_megabytes_cost_a_bounded_number_of_passes(tiny: Probe) -> Non
 
 @pytest.mark.local
 async def test_heads_of_another_width_are_an_error(tiny: Probe, tiny_weights: Path, tmp_path: Path) -> None:
-    other = Probe(write_heads(tmp_path / "other", tiny_weights, dimensions=64), tiny_weights)
+    digest = tiny.card["shortened_sha256"]
+    folder = write_heads(tmp_path / "other", tiny_weights, dimensions=64, shortened_sha256=digest)
+    other = Probe(folder, tiny_weights)
     with pytest.raises(ModelError, match=r"shape \(2, 64\), not \(2, 576\)"):
         await other.read("Hi", "Hello")
 
 
+def reader_of(probe: Probe, weights: Path) -> Reader:
+    card = probe.card
+    return Reader(weights, card["model"]["sha256"], card["blocks"], CHATML, card["shortened_sha256"])
+
+
 @pytest.mark.local
-async def test_the_shortened_model_is_written_once(tiny: Probe, tmp_path: Path) -> None:
-    await tiny.read("Hi", "Hello")
-    files = list((tmp_path / "cache").glob("*first-2-blocks.gguf"))
-    assert len(files) == 1
-    written = files[0].stat().st_mtime_ns
-    reader = Reader(tiny._weights, tiny.card["model"]["sha256"], 2, CHATML)  # type: ignore[arg-type]
-    await reader.read("Hi", "Hello")
-    assert files[0].stat().st_mtime_ns == written
+def test_the_shortened_model_is_written_once_and_mended(tiny: Probe, tiny_weights: Path) -> None:
+    path = reader_of(tiny, tiny_weights).shorten()
+    written = path.stat().st_mtime_ns
+    assert reader_of(tiny, tiny_weights).shorten() == path
+    assert path.stat().st_mtime_ns == written
+    path.write_bytes(path.read_bytes()[:-100])
+    assert reader_of(tiny, tiny_weights).shorten() == path
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == tiny.card["shortened_sha256"]
+
+
+@pytest.mark.local
+def test_other_weights_under_the_same_name_are_an_error(
+    tiny: Probe, tiny_weights: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.gguf"
+    first_blocks(tiny_weights, 3, other)
+    other.write_bytes(other.read_bytes().replace(b"general.name", b"general.nomo"))
+    with pytest.raises(ModelError, match="is not the file of sha256"):
+        reader_of(tiny, other).shorten()
+    short = tmp_path / "short.gguf"
+    short.write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="cannot write the first 2 blocks"):
+        reader_of(tiny, short).shorten()

@@ -792,6 +792,7 @@ def train(config: Config, progress: Callable[[int, int], None] | None = None) ->
         "format": 1,
         "model": {"file": weights.name, "sha256": sha256, "size": weights.stat().st_size},
         "blocks": blocks,
+        "shortened_sha256": sha256_of(reader.shorten()),
         "turns": list(config.turns),
         "heads": {head: {"threshold": round(fitted.threshold, 4)} for head, fitted in heads.items()},
         "settings": {
