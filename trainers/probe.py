@@ -275,6 +275,19 @@ def _xstest(data: Path) -> Iterator[Row]:
             )
 
 
+def _own() -> Iterator[Row]:
+    """What this project wrote: everyday answers to train on, benign zh and vi requests to measure on."""
+    folder = Path(__file__).parent
+    answers = json.loads((folder / "everyday_answers.json").read_text(encoding="utf-8"))
+    for kind in ("willing", "evasive"):
+        for request, answer in answers[kind]:
+            yield Row("everyday", kind, request, answer, harm=False, evasion=kind == "evasive")
+    requests = json.loads((folder / "benign_requests.json").read_text(encoding="utf-8"))
+    for tag in ("zh", "vi"):
+        for request in requests[tag]:
+            yield Row("own", tag, request, unsafe=False)
+
+
 def _csv(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
     if not path.exists():
         return
@@ -370,9 +383,7 @@ def _chosen(rows: Sequence[Row], config: Config) -> list[Row]:
     answers = [row for row in rows if row.source == "xstest_answers"]
     harmful = [row for row in answers if row.harm]
     others = _lowest([row for row in answers if not row.harm], max(0, config.measured_answers - len(harmful)))
-    own = json.loads(Path(__file__).with_name("benign_requests.json").read_text(encoding="utf-8"))
-    benign = [Row("own", tag, request, unsafe=False) for tag in ("zh", "vi") for request in own[tag]]
-    return [*chosen, *harmful, *others, *benign]
+    return [*chosen, *harmful, *others, *_own()]
 
 
 # ---- states
@@ -859,6 +870,7 @@ _LICENCES = {
     "dangerousqa": ("DangerousQA", "Apache-2.0"),
     "fastchat": ("MT-bench and Vicuna-bench questions", "Apache-2.0"),
     "xstest": ("XSTest prompts", "CC-BY-4.0"),
+    "everyday": ("Everyday answers, written for this project", "Apache-2.0"),
 }
 
 
