@@ -6,10 +6,10 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -17,14 +17,17 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from cai_graph.errors import BudgetExceeded, ConfigError
 from cai_graph.trajectory import Call
 
-__all__ = ["Budget", "Calls"]
+__all__ = ["Budget", "Calls", "call_of", "describe", "prompt_digest", "together", "truncated"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Upper bounds of one request; None means no bound.
 
-    What is over a bound is not started. A call that is running when `seconds` are over is cancelled.
+    What is over a bound is not started. What is running when `seconds` are over is cancelled, but for an app
+    that runs synchronously in its caller's thread: that one is refused its next model call.
     """
 
     calls: int | None = 100
@@ -195,3 +198,17 @@ def truncated(message: BaseMessage) -> bool:
     metadata = message.response_metadata
     reason = metadata.get("finish_reason") or metadata.get("stop_reason") or metadata.get("done_reason")
     return isinstance(reason, str) and reason.lower() in ("length", "max_tokens", "model_length")
+
+
+async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the results of coroutines that run at once; when one fails, the others are cancelled first."""
+    if len(coroutines) == 1:  # the usual case needs no task of its own
+        return [await coroutines[0]]
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:  # what is not needed any more must not go on spending
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

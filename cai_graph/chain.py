@@ -13,18 +13,18 @@ import asyncio
 import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import copy_context
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from uuid import UUID
 
-from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, patch_config
 from langchain_core.runnables.utils import ConfigurableFieldSpec
+from langchain_core.tracers._streaming import _StreamingCallbackHandler, _V2StreamingCallbackHandler
 
 from cai_graph import bridge, graph, models
 from cai_graph.calls import Calls, call_of, prompt_digest, truncated
@@ -179,7 +179,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         kept: list[Trajectory] | None = None,
     ) -> Output:
         outputs: list[Output] = []
-        ambient = copy_context()  # the app runs in the caller's context, not in the graph's
+        ambient = graph.apart()  # the app runs in the caller's context, not in the graph's
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
             handler = _DraftCalls(calls, self._app_name)
@@ -187,11 +187,14 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             callbacks = AsyncCallbackManager.configure(node.get("callbacks"))
             callbacks.add_handler(handler, inherit=True)
             under: RunnableConfig = {**config, "callbacks": callbacks}
-            under["configurable"] = config.get("configurable") or {}
+            configurable = config.get("configurable") or {}
+            under["configurable"] = {key: configurable[key] for key in configurable if key != graph.STREAM}
             if config["recursion_limit"] == DEFAULT_RECURSION_LIMIT and graph.is_graph(self.app):
                 under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
             if caller is not None:
-                output = await caller.call(lambda: self.app.invoke(input, under, **options))
+                output = await caller.call(
+                    lambda: graph.apart().run(lambda: self.app.invoke(input, under, **options))
+                )
             else:
                 async with calls.deadline():
                     output = await asyncio.get_running_loop().create_task(
@@ -212,7 +215,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             metadata=_plain(config.get("metadata") or {}),
             tags=config.get("tags") or (),
         )
-        inner = patch_config(config, callbacks=run_manager.get_child())
+        inner = patch_config(config, callbacks=_unstreamed(run_manager.get_child()))
         try:
             ending = await graph.run(self.plan, request, inner)
         except graph.Paused:
@@ -250,6 +253,18 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
     def get_graph(self, config: RunnableConfig | None = None) -> Graph:
         """Return the wrapped app's graph."""
         return self.app.get_graph(config)
+
+
+def _unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
+    """Return the callbacks without the handlers that feed streams, so that no draft shows in one.
+
+    Tracers stay and see every inner call. What is released reaches streams as this Runnable's own output.
+    https://github.com/langchain-ai/langchain/issues/35011
+    """
+    for handler in [*callbacks.handlers, *callbacks.inheritable_handlers]:
+        if isinstance(handler, _StreamingCallbackHandler | _V2StreamingCallbackHandler):
+            callbacks.remove_handler(handler)
+    return callbacks
 
 
 async def _awaited(awaitable: Any) -> Any:

@@ -11,7 +11,6 @@ only when an aim is violated.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import math
@@ -27,7 +26,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable
 
 from cai_graph import models, prompts
-from cai_graph.calls import Calls
+from cai_graph.calls import Calls, together
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.probe import Probe
@@ -319,9 +318,9 @@ class ModelCritic:
         except Exception as error:
             if form is self.model or getattr(error, "status_code", None) not in (400, 404, 415, 422):
                 raise
-            self._plain_only = True
-            self._forms.clear()
             reply = await calls.generate("critique", self.model, self.name, messages)
+            self._plain_only = True  # the words were fine, so it was the form that the provider refused
+            self._forms.clear()
         verdicts, evades = read_verdicts(reply, ids)
         missing = [identifier for identifier in ids if identifier not in verdicts]
         if missing:
@@ -407,11 +406,9 @@ class ProbeCritic(ModelCritic):
     ) -> Critique:
         """Judge an answer under all aims of the constitution; see `Critic.critique`."""
         aims = list(dict.fromkeys(principle.aim for principle in constitution.principles))
-        judged, labelled = await asyncio.gather(
-            self._read(exchange, calls),
-            asyncio.gather(
-                *(self._ask(aim, exchange, constitution, calls) for aim in aims if aim not in _HEADS)
-            ),
+        judged = await self._read(exchange, calls)
+        labelled = await together(
+            [self._ask(aim, exchange, constitution, calls) for aim in aims if aim not in _HEADS]
         )
         verdicts = [verdict for verdict in judged.verdicts if verdict.aim in aims] + labelled
         violated = {verdict.aim for verdict in verdicts if verdict.label is Label.VIOLATES}

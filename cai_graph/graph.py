@@ -19,14 +19,16 @@ import dataclasses
 import logging
 import operator
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.config import get_config
 from langgraph.constants import TAG_NOSTREAM
 from langgraph.errors import GraphBubbleUp
@@ -37,7 +39,7 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
 from cai_graph import prompts
-from cai_graph.calls import Calls, describe, truncated
+from cai_graph.calls import Calls, describe, together, truncated
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import LogError, RunError
@@ -66,7 +68,6 @@ if TYPE_CHECKING:
 __all__ = ["Ending", "Paused", "Plan", "Request", "run"]
 
 logger = logging.getLogger("cai_graph")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +289,7 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
         accepted = sampled and rejection is None
         return Revision(answer=answer, from_draft=show_draft, rejection=rejection, accepted=accepted)
 
-    progress = progress.with_revisions(await _together([write(index) for index in range(plan.candidates)]))
+    progress = progress.with_revisions(await together([write(index) for index in range(plan.candidates)]))
     waiting = progress.unjudged()
     if sampled:
         return run.go_on(progress, "critique" if len(progress.rounds) < plan.settings.rounds else END)
@@ -312,25 +313,12 @@ def _close(
 
 async def _critiques(run: _Run, progress: Progress, waiting: Sequence[str]) -> list[Critique]:
     plan, calls = run.plan, _inner(run)
-    return await _together(
+    return await together(
         [
             plan.critic.critique(run.exchange(progress.answer(of)), plan.spoken, calls, explain=of == "draft")
             for of in waiting
         ]
     )
-
-
-async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    if len(coroutines) == 1:  # the usual case needs no task of its own
-        return [await coroutines[0]]
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:  # what is not needed any more must not go on spending
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
@@ -459,9 +447,16 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
     """Drive the graph and return what leaves; raise what no policy holds."""
     error: Exception | None = None
     try:
-        # A round takes at most three steps; the caller's own limit is for the caller's graphs.
-        limit = 10 + 3 * run.plan.settings.rounds
-        await compiled().ainvoke({}, {**(config or {}), "recursion_limit": limit}, context=run)
+        given = config or {}
+        own = RunnableConfig(
+            callbacks=given.get("callbacks"),
+            tags=given.get("tags") or [],
+            metadata=given.get("metadata") or {},
+            # A round takes at most three steps; the caller's own limit is for the caller's graphs.
+            recursion_limit=10 + 3 * run.plan.settings.rounds,
+        )
+        graph = compiled().ainvoke({}, own, context=run)
+        await asyncio.get_running_loop().create_task(graph, context=apart())
         if run.paused is not None:
             raise run.paused
     except Exception as raised:
@@ -472,6 +467,18 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
     return decide(run.reached, run.plan.constitution, run.plan.settings, error)
 
 
+def apart() -> Context:
+    """Return a copy of this context without the configuration that LangChain and LangGraph carry in it.
+
+    They merge it into every run below, and with it an outer graph's streams and checkpoints.
+    """
+    context = copy_context()
+    context.run(var_child_runnable_config.set, None)
+    return context
+
+
+STREAM = "__pregel_stream"
+"""Key of a configuration under which LangGraph hands an outer graph's stream to the graphs inside."""
 STEP_LIMIT = 10_000
 """How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
 

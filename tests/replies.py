@@ -66,8 +66,9 @@ def role_of(messages: Sequence[BaseMessage]) -> str:
 
 
 def answer_in(messages: Sequence[BaseMessage]) -> str:
-    """The answer that a critique or revision prompt shows."""
-    return messages[1].text.rpartition("<answer>\n")[2].partition("\n</answer>")[0]
+    """The text of the answer that a critique or revision prompt shows, without its tool calls."""
+    shown = messages[1].text.rpartition("<answer>\n")[2].partition("\n</answer>")[0]
+    return shown.partition("\n[calls the tool ")[0]
 
 
 Says = str | AIMessage | Exception | Callable[[list[BaseMessage]], str | AIMessage | Exception]
