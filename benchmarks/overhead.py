@@ -182,10 +182,10 @@ async def _overhead(folder: Path) -> list[str]:
     lines = [
         "### CPU a request, zero-latency model, every principle flagged",
         "",
-        f"Median of {ROUNDS} interleaved rounds of {IN_FLIGHT} requests at once; µs of CPU of the whole process, "
-        "the log's writer thread included.",
+        f"Median of {ROUNDS} interleaved rounds of {IN_FLIGHT} requests at once; µs of CPU of the whole "
+        "process, the log's writer thread included.",
         "",
-        "| K | cai_graph, durable log | by hand (LangGraph) | ConstitutionalChain | ratio to by hand | goal |",
+        "| K | cai_graph, log on | LangGraph by hand | ConstitutionalChain | ratio to by hand | goal |",
         "|---|---|---|---|---|---|",
     ]
     goals = {1: "", 4: "≤ 1.2", 8: "≤ 1.0", 16: "≤ 0.6 (stretch 0.4)"}
@@ -270,8 +270,8 @@ def _imports() -> list[str]:
         "",
         "### Import",
         "",
-        f"CPU of `import cai_graph` is **{lazy / base:.2f}** × `import langgraph.graph`, and with everything that "
-        f"`constitutional` needs **{whole / base:.2f}** × (goal ≤ 1.1).",
+        f"CPU of `import cai_graph` is **{lazy / base:.2f}** × `import langgraph.graph`, and with everything "
+        f"that `constitutional` needs **{whole / base:.2f}** × (goal ≤ 1.1).",
     ]
 
 

@@ -29,7 +29,7 @@ from cai_graph import models, prompts
 from cai_graph.calls import Calls, together
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
-from cai_graph.probe import Probe
+from cai_graph.probe import MAX_WINDOWS, WHOLE_CHARACTERS, Probe
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Call, Critique, Label, Verdict, text_of
 
@@ -383,9 +383,10 @@ class ProbeCritic(ModelCritic):
     """Judges by a probe on the embedded model's hidden state: one forward pass a window of the answer.
 
     The aims `harmless` and `helpful` are read by the probe's heads. Principles of any other aim are asked
-    about with one question an aim, read from the probabilities of the menu's two words in both orders;
-    of a text that is too long for the model's context the beginning and the end are shown. Verdicts stand
-    under the aim. Only a violated aim has the model write a critique that names principles.
+    about with one question an aim, read from the probabilities of the menu's two words in both orders, piece
+    by piece where the answer is long. Verdicts stand under the aim. Of an answer beyond `WHOLE_CHARACTERS`
+    parts go unread, so nothing is said to comply. Only a violated aim has the model write a critique that
+    names a principle.
     """
 
     candidates = 3
@@ -395,7 +396,7 @@ class ProbeCritic(ModelCritic):
     """P(VIOLATES) from which an aim without a head counts as violated. Small models cry wolf."""
 
     SHOWN_CHARS = 4000
-    """How much of each text the model is shown, so that a critique fits its context of 4096 tokens."""
+    """How much of each text the model is shown at once, so that a prompt fits its context of 4096 tokens."""
 
     def __init__(self, model: BaseChatModel, probe: Probe) -> None:
         super().__init__(model)
@@ -411,6 +412,8 @@ class ProbeCritic(ModelCritic):
             [self._ask(aim, exchange, constitution, calls) for aim in aims if aim not in _HEADS]
         )
         verdicts = [verdict for verdict in judged.verdicts if verdict.aim in aims] + labelled
+        if (length := len(text_of(exchange.answer))) > WHOLE_CHARACTERS:
+            verdicts = [_partly_read(verdict, length) for verdict in verdicts]
         violated = {verdict.aim for verdict in verdicts if verdict.label is Label.VIOLATES}
         reasoning = ""
         if violated and explain:
@@ -466,22 +469,21 @@ class ProbeCritic(ModelCritic):
             example for example in constitution.examples if example.principle in [rule.id for rule in rules]
         ]
         word = self.model.bind(max_tokens=1, temperature=0, logprobs=True, top_logprobs=10)
-        shown = exchange.clipped(self.SHOWN_CHARS)
         menu = (Label.VIOLATES.value, Label.COMPLIES.value)
-        found: list[float] = []
-        for offered in (menu, menu[::-1]):
-            messages = prompts.label_messages(rules, examples, shown, offered)
-            reply = await calls.generate("critique", word, self.name, messages, kind="forward")
-            tokens = _scored_tokens(reply)
-            probability = p_violates(tokens[0].get("top_logprobs") or ()) if tokens else None
-            if probability is None:
-                return Verdict(
-                    label=Label.UNREADABLE,
-                    aim=aim,
-                    reason=f"neither word of the menu is likely; the model said {text_of(reply)[:50]!r}",
-                )
-            found.append(probability)
-        return _by_probability(aim, sum(found) / 2, self.LABEL_THRESHOLD, "logprob")
+        worst = 0.0
+        for shown in exchange.pieces(self.SHOWN_CHARS, at_most=MAX_WINDOWS):
+            found: list[float] = []
+            for offered in (menu, menu[::-1]):
+                messages = prompts.label_messages(rules, examples, shown, offered)
+                reply = await calls.generate("critique", word, self.name, messages, kind="forward")
+                tokens = _scored_tokens(reply)
+                probability = p_violates(tokens[0].get("top_logprobs") or ()) if tokens else None
+                if probability is None:
+                    reason = f"neither word of the menu is likely; the model said {text_of(reply)[:50]!r}"
+                    return Verdict(label=Label.UNREADABLE, aim=aim, reason=reason)
+                found.append(probability)
+            worst = max(worst, sum(found) / 2)
+        return _by_probability(aim, worst, self.LABEL_THRESHOLD, "logprob")
 
     async def _explain(
         self, exchange: Exchange, suspects: Constitution, calls: Calls
@@ -509,6 +511,13 @@ _HEADS = {"harmless": "harm", "helpful": "evasion"}
 def _by_probability(aim: str, probability: float, threshold: float, read_by: str) -> Verdict:
     label = Label.VIOLATES if probability >= threshold else Label.COMPLIES
     return Verdict(label=label, aim=aim, probability=probability, read_by=read_by)
+
+
+def _partly_read(verdict: Verdict, length: int) -> Verdict:
+    if verdict.label is not Label.COMPLIES:
+        return verdict
+    reason = f"the answer has {length:,} characters, of which at most {WHOLE_CHARACTERS:,} are read"
+    return Verdict(label=Label.UNREADABLE, aim=verdict.aim, reason=reason)
 
 
 def check_strategy(critic: Critic, strategy: str) -> None:

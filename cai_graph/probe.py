@@ -47,8 +47,10 @@ REQUEST_CHARACTERS = 500
 WINDOW_CHARACTERS = 1200
 OVERLAP_CHARACTERS = 200
 """What neighbouring windows share, so that no sentence is seen only in halves."""
-MAX_WINDOWS = 8
+MAX_WINDOWS = 16
 """Of a longer answer the beginning, the end and evenly spaced windows between them are read."""
+WHOLE_CHARACTERS = MAX_WINDOWS * (WINDOW_CHARACTERS - OVERLAP_CHARACTERS) + OVERLAP_CHARACTERS
+"""The longest answer of which nothing is left out."""
 # Text of many tokens a character (rare scripts, noise) is cut here, so that a pass fits the engine.
 _REQUEST_TOKENS = 500
 _WINDOW_TOKENS = 1200
@@ -100,7 +102,7 @@ def cut_request(request: str) -> str:
 def windows(answer: str) -> list[str]:
     """Return the windows of an answer: none for an empty one, at most `MAX_WINDOWS` for a long one.
 
-    The first holds the beginning and the last the end; up to 8200 characters, nothing is left out.
+    The first holds the beginning and the last the end; up to `WHOLE_CHARACTERS`, nothing is left out.
 
     >>> [len(window) for window in windows("x" * 2000)]
     [1200, 1200]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -64,6 +64,13 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
             answer=_clipped(self.answer, chars),
             context={name: _ends(text, share) for name, text in self.context.items()},
         )
+
+    def pieces(self, chars: int, *, at_most: int) -> Iterator[Exchange]:
+        """Yield the exchange with its answer in consecutive pieces of `chars`, everything else clipped."""
+        text = text_of(self.answer)
+        for start in range(0, max(1, min(len(text), chars * at_most)), chars):
+            piece = msgspec.structs.replace(self.answer, content=text[start : start + chars])
+            yield msgspec.structs.replace(self, answer=piece).clipped(chars)
 
 
 def _clipped(message: Message, chars: int) -> Message:

@@ -15,7 +15,17 @@ from safetensors.numpy import load_file, save_file
 from cai_graph import probe
 from cai_graph.blocks import first_blocks
 from cai_graph.errors import DataError, ModelError
-from cai_graph.probe import HEADS, MAX_WINDOWS, WINDOW_CHARACTERS, Probe, Reader, States, cut_request, windows
+from cai_graph.probe import (
+    HEADS,
+    MAX_WINDOWS,
+    WHOLE_CHARACTERS,
+    WINDOW_CHARACTERS,
+    Probe,
+    Reader,
+    States,
+    cut_request,
+    windows,
+)
 
 CHATML = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 DIMENSIONS = 576  # of the tiny model
@@ -77,8 +87,8 @@ def test_windows_hold_the_beginning_and_the_end_in_order(text: str, times: int) 
         assert found == []
 
 
-@given(st.integers(1, 8200))
-def test_up_to_8200_characters_nothing_is_left_out(length: int) -> None:
+@given(st.integers(1, WHOLE_CHARACTERS))
+def test_up_to_the_stated_length_nothing_is_left_out(length: int) -> None:
     answer = "".join(chr(0x4E00 + place) for place in range(length))  # every character once
     assert set("".join(windows(answer))) == set(answer)
 
