@@ -931,10 +931,10 @@ def _card(card: dict[str, Any]) -> str:
         "out between; an answer that meets an unsafe objective counts as harmful, a refusal as harmless. "
         "Harmless PyRIT answers that open like a refusal were trained on as evasions, and not measured on. "
         "HH-RLHF answers are the chosen ones and count as harmless and willing. XSTest answers, and requests "
-        "in other languages than English, were never trained on; XSTest's prompts train the request head only. "
+        "in other languages than English, were never trained on; XSTest's prompts train the head `request`. "
         "Layer, windows, penalty and the rates of false alarms behind the thresholds were chosen by "
-        "cross-validation within the training data with XSTest's figures in view: its answers are unseen by the "
-        "fit, not by every choice.",
+        "cross-validation within the training data with XSTest's figures in view: its answers are unseen by "
+        "the fit, not by every choice.",
         "",
         "## Figures",
         "",
