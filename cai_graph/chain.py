@@ -9,7 +9,6 @@ same place, so that callers see the types that they always saw.
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -179,7 +178,6 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         kept: list[Trajectory] | None = None,
     ) -> Output:
         outputs: list[Output] = []
-        ambient = graph.apart()  # the app runs in the caller's context, not in the graph's
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
             handler = _DraftCalls(calls, self._app_name)
@@ -192,14 +190,16 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             if config["recursion_limit"] == DEFAULT_RECURSION_LIMIT and graph.is_graph(self.app):
                 under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
             if caller is not None:
-                output = await caller.call(
-                    lambda: graph.apart().run(lambda: self.app.invoke(input, under, **options))
-                )
+
+                def invoke() -> Output:
+                    with graph.apart():
+                        return self.app.invoke(input, under, **options)
+
+                output = await caller.call(invoke)
             else:
                 async with calls.deadline():
-                    output = await asyncio.get_running_loop().create_task(
-                        _awaited(self.app.ainvoke(input, under, **options)), context=ambient
-                    )
+                    with graph.apart():
+                        output = await self.app.ainvoke(input, under, **options)
             outputs.append(output)
             if isinstance(output, Mapping) and "__interrupt__" in output:
                 raise graph.Paused
@@ -265,10 +265,6 @@ def _unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
         if isinstance(handler, _StreamingCallbackHandler | _V2StreamingCallbackHandler):
             callbacks.remove_handler(handler)
     return callbacks
-
-
-async def _awaited(awaitable: Any) -> Any:
-    return await awaitable
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,9 @@ import dataclasses
 import logging
 import operator
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextvars import Context, copy_context
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
@@ -455,8 +455,8 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
             # A round takes at most three steps; the caller's own limit is for the caller's graphs.
             recursion_limit=10 + 3 * run.plan.settings.rounds,
         )
-        graph = compiled().ainvoke({}, own, context=run)
-        await asyncio.get_running_loop().create_task(graph, context=apart())
+        with apart():
+            await compiled().ainvoke({}, own, context=run)
         if run.paused is not None:
             raise run.paused
     except Exception as raised:
@@ -467,14 +467,17 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
     return decide(run.reached, run.plan.constitution, run.plan.settings, error)
 
 
-def apart() -> Context:
-    """Return a copy of this context without the configuration that LangChain and LangGraph carry in it.
+@contextmanager
+def apart() -> Iterator[None]:
+    """Set aside the configuration that LangChain and LangGraph carry in the context.
 
     They merge it into every run below, and with it an outer graph's streams and checkpoints.
     """
-    context = copy_context()
-    context.run(var_child_runnable_config.set, None)
-    return context
+    token = var_child_runnable_config.set(None)
+    try:
+        yield
+    finally:
+        var_child_runnable_config.reset(token)
 
 
 STREAM = "__pregel_stream"
