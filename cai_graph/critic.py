@@ -491,7 +491,8 @@ class ProbeCritic(ModelCritic):
         """Return the principle that the model names as violated most clearly, and its reason."""
         schema = prompts.explanation_schema([principle.id for principle in suspects.principles])
         form = {"type": "json_schema", "json_schema": {"name": schema["title"], "schema": schema}}
-        writer = self.model.bind(response_format=form, max_tokens=200, temperature=0)
+        # As `response_format` the client would parse the reply itself, and raise where it is cut.
+        writer = self.model.bind(extra_body={"response_format": form}, max_tokens=200, temperature=0)
         messages = prompts.explanation_messages(suspects.principles, exchange.clipped(self.SHOWN_CHARS))
         reply = await calls.generate("critique", writer, self.name, messages)
         try:

@@ -278,7 +278,7 @@ def explanation_schema(ids: Sequence[str]) -> dict[str, Any]:
         "title": "critique",
         "type": "object",
         "properties": {
-            "critique": {"type": "string"},
+            "critique": {"type": "string", "maxLength": 400},
             "principle": {"type": "string", "enum": list(ids)},
         },
         "required": ["critique", "principle"],
@@ -308,15 +308,19 @@ def rewrite_messages(
 
     With `show_draft` the writer sees the answer and its critique and mends them. Without it, the writer
     answers the conversation afresh under the same requests: small models copy a bad draft that they see.
+    Either is asked to be no longer than the answer, so that it is not cut where the answer was not.
     """
     requests = "\n".join(f"- {request}" for request in _unique(p.revision_request for p in principles))
     if show_draft:
         parts = [_material(exchange)]
         if critique:
             parts.append(fence("critique", critique))
-        parts.append(f"<requests>\n{requests}\n</requests>\n\nWrite the new answer.")
+        parts.append(
+            f"<requests>\n{requests}\n</requests>\n\nWrite the new answer, no longer than the old one."
+        )
         return [SystemMessage(_REVISER), HumanMessage("\n".join(parts))]
-    system = _WRITER + requests
+    words = max(40, len(text_of(exchange.answer)) // 6)
+    system = f"{_WRITER}{requests}\n- Answer in at most {words} words."
     spoken = [
         # Without the results of its tools, a provider takes what an assistant said only as text.
         Message(role=m.role, content=m.content if m.role == "user" else text_of(m))
