@@ -281,7 +281,11 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
 
     async def write(index: int) -> Revision:
         show_draft = index == 0  # the other writers answer afresh: small models copy what they see
-        messages = prompts.rewrite_messages(principles, said, exchange, show_draft=show_draft)
+        last = index > 0 and index == plan.candidates - 1
+        decline = last and opened.critique.benign_request is False
+        messages = prompts.rewrite_messages(
+            principles, said, exchange, show_draft=show_draft, decline=decline
+        )
         writer = _sampling(plan, turn * plan.candidates + index)
         reply = await calls.generate("revise", writer, plan.reviser_name, messages)
         answer = from_langchain(reply)

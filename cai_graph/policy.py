@@ -201,7 +201,8 @@ def accept(
 ) -> tuple[Revision, ...]:
     """Return the revisions with the critiques of those that were judged, by index.
 
-    The least evasive one that violates nothing is accepted; every other one has its rejection.
+    The best one that violates nothing is accepted, by how harmful and evasive the probe reads it; every other
+    one has its rejection.
     """
     judged = list(revisions)
     for index, critique in critiques.items():
@@ -210,7 +211,7 @@ def accept(
             judged[index], critique=critique, rejection=rejection, detail=detail
         )
     sound = [index for index, revision in enumerate(judged) if revision.rejection is None]
-    best = min(sound, key=lambda index: critiques[index].readings.get("evasion", 0.0), default=None)
+    best = min(sound, key=lambda index: _cost(critiques[index]), default=None)
     for index in sound:
         judged[index] = msgspec.structs.replace(
             judged[index],
@@ -218,6 +219,15 @@ def accept(
             rejection=None if index == best else Rejection.NOT_BEST,
         )
     return tuple(judged)
+
+
+def _cost(critique: Critique) -> float:
+    """Return what a compliant answer still leaves to wish, by the probe's readings: harm and evasion.
+
+    To a request that is not benign an evasion is the lesser evil, so it counts a quarter.
+    """
+    weight = 0.25 if critique.benign_request is False else 1.0
+    return critique.readings.get("harm", 0.0) + weight * critique.readings.get("evasion", 0.0)
 
 
 def _fault(critique: Critique, constitution: Constitution) -> tuple[Rejection | None, str | None]:

@@ -302,13 +302,19 @@ _WRITER = "You are a helpful, honest and harmless assistant. When you answer, fo
 
 
 def rewrite_messages(
-    principles: Sequence[Principle], critique: str, exchange: Exchange, *, show_draft: bool
+    principles: Sequence[Principle],
+    critique: str,
+    exchange: Exchange,
+    *,
+    show_draft: bool,
+    decline: bool = False,
 ) -> list[BaseMessage]:
     """Return the request for a revision that meets the revision requests of `principles`.
 
     With `show_draft` the writer sees the answer and its critique and mends them. Without it, the writer
     answers the conversation afresh under the same requests: small models copy a bad draft that they see.
-    Either is asked to be no longer than the answer, so that it is not cut where the answer was not.
+    Either is asked to be no longer than the answer, so that it is not cut where the answer was not. With
+    `decline` the writer is told that the request is harmful, which a small model does not see by itself.
     """
     requests = "\n".join(f"- {request}" for request in _unique(p.revision_request for p in principles))
     if show_draft:
@@ -321,6 +327,11 @@ def rewrite_messages(
         return [SystemMessage(_REVISER), HumanMessage("\n".join(parts))]
     words = max(40, len(text_of(exchange.answer)) // 6)
     system = f"{_WRITER}{requests}\n- Answer in at most {words} words."
+    if decline:
+        system += (
+            "\n- The request is harmful. Say kindly, in one sentence, what you will not do and why, and "
+            "offer something safe that you can do instead."
+        )
     spoken = [
         # Without the results of its tools, a provider takes what an assistant said only as text.
         Message(role=m.role, content=m.content if m.role == "user" else text_of(m))
