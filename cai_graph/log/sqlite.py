@@ -192,8 +192,10 @@ def _make_file(path: Path, read_only: bool) -> None:
 
 def _version(db: apsw.Connection, path: Path) -> int:
     """Return the schema version, 0 for an empty file."""
-    application = int(_one(db, "PRAGMA application_id"))
-    version = int(_one(db, "PRAGMA user_version"))
+    with _snapshot(db):  # else another process may make the log between two of these reads
+        application = int(_one(db, "PRAGMA application_id"))
+        version = int(_one(db, "PRAGMA user_version"))
+        tables = int(_one(db, "SELECT count(*) FROM sqlite_schema"))
     if application == APPLICATION_ID:
         if version > SCHEMA:
             raise LogError(
@@ -201,9 +203,22 @@ def _version(db: apsw.Connection, path: Path) -> int:
                 "The file is unchanged"
             )
         return version
-    if application == 0 and version == 0 and not _one(db, "SELECT count(*) FROM sqlite_schema"):
+    if application == 0 and version == 0 and not tables:
         return 0
     raise LogError(f"{path}: is an SQLite database, but no log of cai-graph; name another file")
+
+
+@contextlib.contextmanager
+def _snapshot(db: apsw.Connection) -> Iterator[None]:
+    """Read one state of the file, inside the transaction that is open or in one of its own."""
+    if db.in_transaction:
+        yield
+        return
+    db.execute("BEGIN")
+    try:
+        yield
+    finally:
+        db.execute("ROLLBACK")
 
 
 def _migrate(db: apsw.Connection, path: Path) -> None:
