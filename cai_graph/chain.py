@@ -13,7 +13,7 @@ import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
@@ -182,7 +182,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
             handler = _DraftCalls(calls, self._app_name)
             # The caller's configuration, traced under the node; the graph's own must not leak into the app.
-            callbacks = AsyncCallbackManager.configure(node.get("callbacks"))
+            callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
             callbacks.add_handler(handler, inherit=True)
             under: RunnableConfig = {**config, "callbacks": callbacks}
             configurable = config.get("configurable") or {}
