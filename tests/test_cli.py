@@ -20,6 +20,7 @@ import typer.main
 from wire import Reply, Script, Server, serving, under
 
 from cai_graph import cli, open_log, policy
+from cai_graph.cli import console, options
 from cai_graph.constitution import load
 from cai_graph.trajectory import Trajectory
 
@@ -48,7 +49,7 @@ def cai(
         patch.setattr(sys, "stdout", streams[0])
         patch.setattr(sys, "stderr", streams[1])
         for name in ("out", "err"):
-            patch.setattr(getattr(cli, name), "_width", 200)
+            patch.setattr(getattr(console, name), "_width", 200)
         with pytest.raises(SystemExit) as ended:
             cli.main()
     said = Ended(streams[0].getvalue(), streams[1].getvalue())
@@ -118,8 +119,8 @@ def test_every_command_has_a_sentence_an_example_and_its_place_in_the_docs(
 
 
 def test_the_menus_are_those_of_the_policies() -> None:
-    assert get_args(cli.Strategy) == get_args(policy.Strategy)
-    assert get_args(cli.Policy) == get_args(policy.Policy)
+    assert get_args(options.Strategy) == get_args(policy.Strategy)
+    assert get_args(options.Policy) == get_args(policy.Policy)
 
 
 def test_help_loads_nothing_heavy(tmp_path: Path) -> None:

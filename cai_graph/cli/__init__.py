@@ -1,0 +1,60 @@
+"""`cai`: parses, wires, prints; no logic of its own.
+
+What is heavy is imported inside the command that needs it, so that `cai --help` answers at once. Results
+go to standard output, progress and complaints to standard error. Exit status: 0 fine, 1 an error or a
+failed check, 2 wrong usage, 3 finished but some rows were skipped, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from cai_graph.cli import ask, constitution, doctor, judge, log, model, run, train
+from cai_graph.cli.console import FAILED, INTERRUPTED, complain, group
+from cai_graph.errors import CaiError
+
+__all__ = ["main"]
+
+app = group(
+    "Prompts under a constitution: drafted, critiqued, revised, and every trajectory logged.",
+    epilog='Start with: cai demo, then cai ask "…". Exit status: 0 fine, 1 error, 2 usage, '
+    "3 rows were skipped, 130 interrupted.",
+)
+for command in (ask, run, judge, doctor):
+    app.add_typer(command.commands)
+app.add_typer(log.commands, name="log")
+app.add_typer(constitution.commands, name="constitution")
+app.add_typer(model.commands, name="model")
+app.add_typer(train.commands, name="train")
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its status."""
+    try:
+        app()
+    except CaiError as error:
+        complain(str(error))
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    raise AssertionError("the app exits by itself")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"cai-graph {version('cai-graph')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,5 @@
+"""`python -m cai_graph.cli`."""
+
+from cai_graph.cli import main
+
+main()

@@ -1,0 +1,120 @@
+"""`cai ask`: one question through the graph, shown as a person wants to read it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cai_graph.cli.console import DEFAULT_LOG, err, group, out
+from cai_graph.cli.model import fetch, foreign, loaded
+from cai_graph.cli.options import (
+    AsJson,
+    Candidates,
+    ConstitutionName,
+    Critic,
+    LogUrl,
+    MaxRounds,
+    MaxTokens,
+    Model,
+    OnError,
+    OnUnreadable,
+    OnViolation,
+    Reviser,
+    Seed,
+    StrategyName,
+)
+
+if TYPE_CHECKING:
+    from cai_graph.chain import ConstitutionalRunnable
+
+commands = group()
+
+
+@commands.command(epilog='Example: cai ask "How do I sharpen a kitchen knife?" --model openai:gpt-5-mini')
+def ask(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    model: Model = "local",
+    critic: Critic = None,
+    reviser: Reviser = None,
+    constitution: ConstitutionName = "balanced",
+    log: LogUrl = DEFAULT_LOG,
+    strategy: StrategyName = "batched",
+    max_rounds: MaxRounds = None,
+    candidates: Candidates = None,
+    on_violation: OnViolation = "closed",
+    on_unreadable: OnUnreadable = "closed",
+    on_error: OnError = "raise",
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask one question, and see its draft, verdicts, critique and revision."""
+    from cai_graph import show
+    from cai_graph.trajectory import encode
+
+    guarded = guard(
+        model,
+        critic,
+        reviser,
+        constitution,
+        log,
+        max_tokens=max_tokens,
+        seed=seed,
+        strategy=strategy,
+        max_rounds=max_rounds,
+        candidates=candidates,
+        on_violation=on_violation,
+        on_unreadable=on_unreadable,
+        on_error=on_error,
+    )
+    with closing(guarded), foreign(model):
+        fetch(model, critic, reviser)
+        with err.status("drafting") as status:
+            watch = show.stages(status.update, guarded.plan.settings.rounds)
+            answered = asyncio.run(guarded.answered(prompt, {"callbacks": [watch]}))
+    if as_json:
+        typer.echo(encode(answered.trajectory).decode("ascii"))
+    else:
+        out.print(show.trajectory(answered.trajectory))
+
+
+def guard(
+    model: str,
+    critic: str | None,
+    reviser: str | None,
+    constitution: str,
+    log: str,
+    *,
+    max_tokens: int | None,
+    seed: int | None,
+    **settings: Any,
+) -> ConstitutionalRunnable[Any, Any]:
+    """Return the chat model of a spec under a constitution. Nothing is fetched."""
+    from cai_graph import chain
+    from cai_graph import constitution as constitutions
+    from cai_graph.log import open_log
+
+    rules = constitutions.load(constitution)
+    return chain.constitutional(
+        loaded(model, seed=seed, max_tokens=max_tokens),
+        constitution=rules,
+        critic=loaded(critic or model),
+        reviser=loaded(reviser or model, max_tokens=None if max_tokens is None else 2 * max_tokens),
+        log=open_log(log),
+        seed=seed,
+        **settings,
+    )
+
+
+@contextlib.contextmanager
+def closing(guarded: ConstitutionalRunnable[Any, Any]) -> Iterator[None]:
+    """Close the log when the block ends, which writes what waits."""
+    try:
+        yield
+    finally:
+        if guarded.plan.log is not None:
+            guarded.plan.log.close()

@@ -1,0 +1,128 @@
+"""What the commands print with: consoles, progress, records; and the exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
+FAILED, SKIPPED, INTERRUPTED = 1, 3, 130
+"""Exit statuses: an error or a failed check, some rows skipped, Ctrl-C."""
+
+DEFAULT_LOG = "sqlite:///cai.db"
+
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+
+
+def group(help: str = "", **settings: Any) -> typer.Typer:
+    """Return a group of commands; a group without a name of its own stands at the top."""
+    return typer.Typer(
+        help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, **settings
+    )
+
+
+def print_json(value: object) -> None:
+    """Print a value as indented JSON."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def print_record(record: Any, as_json: bool) -> None:
+    """Print a flat record of counts."""
+    from dataclasses import asdict
+
+    from cai_graph import show
+
+    fields = asdict(record)
+    if as_json:
+        typer.echo(json.dumps(fields, indent=2, default=str))
+        return
+    out.print(show.table((name.replace("_", " "), _plain(value)) for name, value in fields.items()))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {count}" for key, count in value.items()) or "none"
+    if isinstance(value, tuple | list):
+        return "\n".join(map(str, value)) or "none"
+    return str(value)
+
+
+def note(sentence: str) -> None:
+    """Tell the user something, on standard error."""
+    from cai_graph import show
+
+    err.print(Text(show.clean(sentence)), soft_wrap=True)
+
+
+def complain(sentence: str) -> None:
+    """Tell the user what is wrong, on standard error."""
+    from cai_graph import show
+
+    err.print(Text(show.clean(sentence), "red"), soft_wrap=True)
+
+
+def log_option(log: str) -> str:
+    """Return the option that names a log in a command to type next; nothing for the default one."""
+    return "" if log == DEFAULT_LOG else f" --log {shlex.quote(log)}"
+
+
+@contextlib.contextmanager
+def bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
+    """Show progress: a bar in a terminal, a line a row elsewhere. Gives what is called after each row."""
+    from rich import progress
+
+    if not err.is_terminal:
+        count = 0
+
+        def line(said: str) -> None:
+            nonlocal count
+            count += 1
+            err.print(Text(f"{count}/{total} {said}"), soft_wrap=True)
+
+        yield line
+        return
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=err) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda said: bar.advance(task)
+
+
+@contextlib.contextmanager
+def measured(what: str, column: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a long piece of work is: gives what is told (done, in all); silent until it is."""
+    from rich import progress
+
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        column,
+        progress.TimeRemainingColumn(),
+        console=err,
+    )
+    task = bar.add_task(what, total=None)
+
+    def tell(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield tell
+    finally:
+        if bar.live.is_started:
+            bar.stop()

@@ -1,0 +1,98 @@
+"""`cai constitution`: read and check constitutions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from cai_graph.cli.console import FAILED, group, out, print_json
+from cai_graph.cli.options import AsJson
+
+commands = group("Read and check constitutions.")
+
+Named = Annotated[str, typer.Argument(help="A built-in constitution, or a file.", metavar="NAME|FILE")]
+
+
+@commands.command("list", epilog="Example: cai constitution list")
+def constitution_list(as_json: AsJson = False) -> None:
+    """List the built-in constitutions."""
+    from cai_graph import constitution, show
+
+    found = [constitution.load(name) for name in constitution.builtin()]
+    if as_json:
+        print_json(
+            [
+                {"name": c.name, "version": c.version, "principles": len(c), "digest": c.digest}
+                | {"description": c.description}
+                for c in found
+            ]
+        )
+        return
+    rows = [(c.name, c.version, f"{len(c)} principles", c.description or "") for c in found]
+    out.print(show.table(rows))
+
+
+@commands.command("show", epilog="Example: cai constitution show balanced")
+def constitution_show(name: Named, as_json: AsJson = False) -> None:
+    """Show a constitution as it is after `extends`."""
+    from cai_graph import constitution, show
+
+    rules = constitution.load(name)
+    if as_json:
+        print_json(rules.model_dump(mode="json") | {"digest": rules.digest})
+        return
+    out.print(Text(show.clean(f"{rules.name}, version {rules.version}, digest {rules.digest[:12]}"), "bold"))
+    if rules.description:
+        out.print(Text(show.clean(rules.description)))
+    out.print()
+    out.print(show.table(((p.id, p.aim, p.critique_request) for p in rules), ("principle", "aim", "asks")))
+
+
+@commands.command("lint", epilog="Example: cai constitution lint helpful.yaml")
+def constitution_lint(name: Named, as_json: AsJson = False) -> None:
+    """Say what is allowed in a constitution but probably not meant; exit with 1 if there is anything."""
+    from dataclasses import asdict
+
+    from cai_graph import constitution, show
+
+    findings = constitution.lint(constitution.load(name))
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    elif findings:
+        out.print(show.table((f.principle or "(all)", f.field or "", f.message) for f in findings))
+    else:
+        out.print(Text("nothing found"))
+    if findings:
+        raise typer.Exit(FAILED)
+
+
+@commands.command("diff", epilog="Example: cai constitution diff balanced mine.yaml")
+def constitution_diff(a: Named, b: Named, as_json: AsJson = False) -> None:
+    """Show how the second constitution differs from the first."""
+    from dataclasses import asdict
+
+    from pydantic_core import to_jsonable_python
+
+    from cai_graph import constitution, show
+
+    found = constitution.diff(constitution.load(a), constitution.load(b))
+    if as_json:
+        print_json([to_jsonable_python(asdict(difference)) for difference in found])
+        return
+    for difference in found:
+        about = " ".join(filter(None, (difference.principle, difference.field)))
+        out.print(Text(show.clean(f"{difference.change} {about}"), "bold"))
+        if difference.change == "changed":
+            out.print(show.word_diff(str(difference.before), str(difference.after)))
+    if not found:
+        out.print(Text("no difference"))
+
+
+@commands.command("schema", epilog="Example: cai constitution schema > constitution.schema.json")
+def constitution_schema() -> None:
+    """Print the JSON Schema by which an editor completes a constitution file."""
+    from cai_graph import constitution
+
+    print_json(constitution.json_schema())

@@ -1,0 +1,72 @@
+"""`cai judge`: a critic's verdicts on answers that exist already."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Annotated
+
+import typer
+
+from cai_graph.cli.console import FAILED, SKIPPED, bar, complain, group, note
+from cai_graph.cli.model import fetch, foreign, loaded, width
+from cai_graph.cli.options import Concurrency, ConstitutionName, FailOn, option
+
+commands = group()
+
+
+@commands.command(epilog="Example: cai judge answers.jsonl -o verdicts.jsonl --fail-on violates")
+def judge(
+    answers: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="JSONL with prompt and response, or messages; - is standard input."
+        ),
+    ],
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Where the verdicts go.")] = None,
+    critic: Annotated[str, option("--critic", "Who judges.", "SPEC")] = "local",
+    constitution: ConstitutionName = "balanced",
+    concurrency: Concurrency = None,
+    fail_on: Annotated[
+        list[FailOn] | None,
+        typer.Option(help="Exit with 1 if such a verdict stands; may be given twice."),
+    ] = None,
+) -> None:
+    """Judge answers that exist already; nothing is drafted and nothing is logged.
+
+    Writes one line a row, in order: its id (or index), verdicts, and aims (probabilities by aim). A row
+    that cannot be judged has an error in their place.
+    """
+    from cai_graph import bulk
+    from cai_graph import constitution as constitutions
+    from cai_graph.critic import critic_for
+
+    rules = constitutions.load(constitution)
+    violates = unreadable = skipped = 0
+    with contextlib.closing(bulk.Rows(answers, "jsonl")) as rows:
+        total = sum(1 for _ in rows.answers())
+        who = critic_for(loaded(critic))
+        fetch(critic)
+
+        async def work() -> None:
+            nonlocal violates, unreadable, skipped
+            judgements = bulk.judge(who, rules, rows, concurrency or width(critic))
+            with bulk.written_whole(output) as file, bar(total, "answers") as advance:
+                async with contextlib.aclosing(judgements):
+                    async for judgement in judgements:
+                        file.write(judgement.line() + "\n")
+                        violates += judgement.violates(rules)
+                        unreadable += judgement.unreadable
+                        skipped += judgement.error is not None
+                        advance(judgement.word(rules))
+                        if judgement.error is not None:
+                            complain(f"skipped: {judgement.error}")
+
+        with foreign(critic):
+            asyncio.run(work())
+    note(f"{total} answers: {violates} violate, {unreadable} unreadable, {skipped} could not be judged")
+    stands = {FailOn.VIOLATES: violates, FailOn.UNREADABLE: unreadable}
+    if any(stands.get(label) for label in fail_on or ()):
+        raise typer.Exit(FAILED)
+    if skipped:
+        raise typer.Exit(SKIPPED)

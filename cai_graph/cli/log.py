@@ -1,0 +1,194 @@
+"""`cai log`: read and keep the log."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cai_graph.cli.console import DEFAULT_LOG, FAILED, SKIPPED, complain, group, note, out, print_record
+from cai_graph.cli.options import AsJson, ExportFormat, LogUrl, OutcomeName
+
+if TYPE_CHECKING:
+    from cai_graph.log import Filters
+    from cai_graph.trajectory import Trajectory
+
+commands = group("Read and keep the log.")
+
+OutcomeFilter = Annotated[
+    OutcomeName | None, typer.Option("--outcome", help="Only trajectories that ended so.")
+]
+Tag = Annotated[str | None, typer.Option(help="Only trajectories with this tag.")]
+Source = Annotated[str | None, typer.Option(help="Only trajectories whose source key starts so.")]
+Since = Annotated[datetime | None, typer.Option(help="Only from this time on, UTC.")]
+Until = Annotated[datetime | None, typer.Option(help="Only before this time, UTC.")]
+
+
+@commands.command("list", epilog="Example: cai log list --outcome REVISED --limit 5")
+def log_list(
+    log: LogUrl = DEFAULT_LOG,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the latest first.")] = 20,
+    outcome: OutcomeFilter = None,
+    tag: Tag = None,
+    source: Source = None,
+    since: Since = None,
+    until: Until = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the latest trajectories."""
+    from cai_graph import show
+    from cai_graph.log import open_log
+
+    filters: Filters = {
+        "kind": "trajectory",
+        "outcome": outcome,
+        "tag": tag,
+        "source": source,
+        "since": since,
+        "until": until,
+        "limit": limit,
+        "newest_first": True,
+    }
+    with open_log(log, read_only=True) as opened:
+        if as_json:
+            for line in opened.lines(**filters):
+                sys.stdout.write(line.decode("ascii"))
+            return
+        rows = [_row(record) for record in opened.read(**filters)]  # type: ignore[arg-type]
+    out.print(show.table(rows, ("id", "at", "outcome", "prompt")))
+
+
+def _row(record: Trajectory) -> tuple[str, str, str, str]:
+    from cai_graph import show
+
+    at = record.started_at.strftime("%Y-%m-%d %H:%M")
+    return record.id, at, record.outcome.value, show.one_line(record.prompt, 60)
+
+
+@commands.command("show", epilog="Example: cai log show 019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a")
+def log_show(
+    id: Annotated[str, typer.Argument(help="Id of a record, as `cai log list` prints it.")],
+    log: LogUrl = DEFAULT_LOG,
+    as_json: AsJson = False,
+) -> None:
+    """Show one record: draft, verdicts, critique, revisions, outcome."""
+    from cai_graph import show
+    from cai_graph.log import open_log
+    from cai_graph.trajectory import Trajectory, encode
+
+    with open_log(log, read_only=True) as opened:
+        record = opened.get(id)
+    if as_json or not isinstance(record, Trajectory):
+        typer.echo(encode(record).decode("ascii"))
+    else:
+        out.print(show.trajectory(record))
+
+
+@commands.command("stats", epilog="Example: cai log stats --json")
+def log_stats(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
+    """Count what the log holds."""
+    from cai_graph.log import open_log
+
+    with open_log(log, read_only=True) as opened:
+        print_record(opened.stats(), as_json)
+
+
+@commands.command("export", epilog="Example: cai log export --outcome REVISED revised.jsonl")
+def log_export(
+    file: Annotated[str, typer.Argument(help="A .jsonl or .parquet file; - is standard output, as JSONL.")],
+    log: LogUrl = DEFAULT_LOG,
+    format: Annotated[ExportFormat | None, typer.Option(help="If the name does not say it.")] = None,
+    outcome: OutcomeFilter = None,
+    tag: Tag = None,
+    source: Source = None,
+    since: Since = None,
+    until: Until = None,
+) -> None:
+    """Write the log's records to a file, each whole."""
+    from cai_graph.log import open_log, transfer
+
+    filters: Filters = {"outcome": outcome, "tag": tag, "source": source, "since": since, "until": until}
+    if file == "-":
+        with open_log(log, read_only=True) as opened:
+            for line in opened.lines(**filters):
+                sys.stdout.write(line.decode("ascii"))
+        return
+    count = transfer.export(log, file, format=format, **filters)
+    note(f"{count} records written to {file}")
+
+
+@commands.command("import", epilog="Example: cai log import demonstrations.jsonl")
+def log_import(
+    file: Annotated[str, typer.Argument(help="Exported records, or demonstrations, as JSONL.")],
+    log: LogUrl = DEFAULT_LOG,
+) -> None:
+    """Add records or human-written demonstrations to the log.
+
+    A demonstration is an object with prompt and draft, and where they apply critique, revision, principle
+    and label. What is in the log already is not added again.
+    """
+    from cai_graph.log import transfer
+
+    done = transfer.import_(log, file)
+    for broken in done.broken:
+        complain(f"line {broken.line} skipped: {broken.what}")
+    note(
+        f"{done.records} records and {done.demonstrations} demonstrations added; "
+        f"{done.present} were there already, {done.removed} had been removed"
+    )
+    if done.broken:
+        raise typer.Exit(SKIPPED)
+
+
+@commands.command("verify", epilog="Example: cai log verify")
+def log_verify(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
+    """Check every record's checksum, each writer's sequence, and the file's structure."""
+    from cai_graph.log import upkeep
+
+    found = upkeep.verify(log)
+    print_record(found, as_json)
+    if not found.ok:
+        complain("damage was found; `cai log recover` saves every intact record")
+        raise typer.Exit(FAILED)
+
+
+@commands.command("recover", epilog="Example: cai log recover saved.db --log damaged.db")
+def log_recover(
+    into: Annotated[str, typer.Argument(help="The new log; must not exist.")],
+    log: LogUrl = DEFAULT_LOG,
+    as_json: AsJson = False,
+) -> None:
+    """Save every intact record of a damaged log into a new one."""
+    from cai_graph.log import upkeep
+
+    print_record(upkeep.recover(log, into), as_json)
+
+
+@commands.command("gc", epilog="Example: cai log gc --days 90 --dry-run")
+def log_gc(
+    days: Annotated[float, typer.Option(min=0, help="Trajectories older than so many days are removed.")],
+    log: LogUrl = DEFAULT_LOG,
+    why: Annotated[
+        str, typer.Option(help="Kept in the log beside the id of what was removed.")
+    ] = "retention",
+    also_reviewed: Annotated[
+        bool, typer.Option("--also-reviewed", help="Remove reviewed ones as well.")
+    ] = False,
+    keep_tag: Annotated[str | None, typer.Option(help="Keep trajectories with this tag.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove old trajectories, with everything appended about them."""
+    from cai_graph.log import upkeep
+
+    removal = upkeep.gc(
+        log,
+        before=datetime.now(UTC) - timedelta(days=days),
+        why=why,
+        keep_reviewed=not also_reviewed,
+        keep_tag=keep_tag,
+        dry_run=dry_run,
+    )
+    print_record(removal, as_json)

@@ -1,0 +1,124 @@
+"""`cai model`: models that run on this machine; and how every command comes to its models."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cai_graph.cli.console import group, measured, out, print_json
+from cai_graph.cli.options import AsJson
+from cai_graph.errors import CaiError, ModelError
+
+if TYPE_CHECKING:
+    from langchain_core.language_models import BaseChatModel
+
+API_RETRIES = 8
+"""How often a request to an API is tried again, after the wait that its Retry-After asks for."""
+
+commands = group("Models that run on this machine.")
+
+LocalName = Annotated[str, typer.Argument(help="A name that `cai model list` prints.", metavar="[NAME]")]
+
+
+@commands.command("list", epilog="Example: cai model list")
+def model_list(as_json: AsJson = False) -> None:
+    """List the local models that can be fetched, and those that are here."""
+    from cai_graph import local, show
+
+    found = [(model, local.cached(model)) for model in local.CATALOGUE]
+    if as_json:
+        print_json(
+            [
+                {"name": m.name, "size": m.size, "licence": m.licence, "sha256": m.sha256}
+                | {"path": None if path is None else str(path)}
+                for m, path in found
+            ]
+        )
+        return
+    rows = [
+        (f"local:{m.name}", f"{m.size / 1e6:,.0f} MB", m.licence, str(path or "not fetched"))
+        for m, path in found
+    ]
+    out.print(show.table(rows))
+
+
+@commands.command("get", epilog="Example: cai model get smollm2")
+def model_get(name: LocalName = "") -> None:
+    """Fetch a local model, check its hash, and print its path."""
+    typer.echo(fetched(name))
+
+
+@commands.command("path", epilog="Example: cai model path smollm2")
+def model_path(name: LocalName = "", as_json: AsJson = False) -> None:
+    """Print where a local model is; exit with 1 if it is not here."""
+    from cai_graph import local
+
+    model = local.find(name or local.DEFAULT_MODEL)
+    path = local.cached(model)
+    if path is None:
+        raise ModelError(f"local:{model.name} is not here; `cai model get {model.name}` fetches it")
+    if as_json:
+        print_json({"name": model.name, "path": str(path)})
+    else:
+        typer.echo(path)
+
+
+# --- from a spec to a model ---------------------------------------------------------------------------
+
+
+def loaded(spec: str, *, seed: int | None = None, max_tokens: int | None = None) -> BaseChatModel:
+    """Return the model of a spec; weights are not fetched."""
+    from cai_graph import models
+
+    settings: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
+    if not is_local(spec):
+        settings["max_retries"] = API_RETRIES
+    elif seed is not None:
+        settings["seed"] = seed
+    return models.load(spec, **settings)
+
+
+def is_local(spec: str) -> bool:
+    """Return whether a spec names a model on this machine."""
+    return spec.partition(":")[0] == "local"
+
+
+def width(model: str) -> int:
+    """Return how many rows are under way at once, unless the user says."""
+    return 4 if is_local(model) else 16
+
+
+def fetch(*specs: str | None) -> None:
+    """Fetch the weights that the local ones of these specs need."""
+    for spec in dict.fromkeys(specs):
+        if spec is not None and is_local(spec):
+            fetched(spec.partition(":")[2])
+
+
+def fetched(name: str) -> str:
+    """Return the path of local weights; show how they arrive."""
+    from rich.progress import DownloadColumn
+
+    from cai_graph import local
+
+    with measured(f"fetching {name or local.DEFAULT_MODEL}", DownloadColumn()) as tell:
+        return str(local.weights(name, tell))
+
+
+@contextlib.contextmanager
+def foreign(model: str) -> Iterator[None]:
+    """Translate what a provider's client raises; a builtin exception is a bug and keeps its traceback."""
+    from cai_graph.calls import describe
+
+    try:
+        yield
+    except (CaiError, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        if type(error).__module__ == "builtins" and not isinstance(error, OSError):
+            raise
+        raise ModelError(f"{model}: {describe(error)}") from error

@@ -1,0 +1,56 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+import typer
+
+# The closed sets stand in cai_graph/policy.py, which is too heavy to import for --help.
+Strategy = Literal["batched", "parallel", "sampled"]
+Policy = Literal["open", "closed", "raise"]
+RowFormat = Literal["jsonl", "csv", "text"]
+ExportFormat = Literal["jsonl", "parquet"]
+OutcomeName = Literal["KEPT", "REVISED", "EXHAUSTED", "REFUSED", "FAILED"]
+
+
+class FailOn(StrEnum):
+    """Which verdict makes `cai judge` exit with 1."""
+
+    VIOLATES = "violates"
+    UNREADABLE = "unreadable"
+    NEVER = "never"
+
+
+def option(names: str, help: str, metavar: str | None = None) -> Any:
+    """Return an option from its names, separated by spaces."""
+    return typer.Option(*names.split(), help=help, metavar=metavar)
+
+
+Model = Annotated[
+    str,
+    option("--model -m", "Who drafts: local, local:FILE.gguf, openai:…, anthropic:…, http://…/v1#…", "SPEC"),
+]
+Critic = Annotated[str | None, option("--critic", "Who judges; the model by default.", "SPEC")]
+Reviser = Annotated[str | None, option("--reviser", "Who rewrites; the model by default.", "SPEC")]
+ConstitutionName = Annotated[
+    str, option("--constitution -c", "A built-in constitution, or a file.", "NAME|FILE")
+]
+LogUrl = Annotated[str, option("--log", "Where the log is.", "URL")]
+StrategyName = Annotated[Strategy, option("--strategy", "How principles are judged.")]
+MaxRounds = Annotated[
+    int | None, typer.Option(min=0, help="Most rounds of critique and revision; 0 only judges.")
+]
+Candidates = Annotated[int | None, typer.Option(min=1, help="Revisions written in a round.")]
+OnViolation = Annotated[Policy, option("--on-violation", "What leaves when every revision still fails.")]
+OnUnreadable = Annotated[Policy, option("--on-unreadable", "What leaves when the verdict is unreadable.")]
+OnError = Annotated[Policy, option("--on-error", "What leaves when a critic or reviser fails.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of what is random: principles, the local model.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest draft, in tokens; a revision may be twice as long.")
+]
+Concurrency = Annotated[
+    int | None, typer.Option(min=1, help="Rows under way at once; 4 on the local model and 16 on others.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]

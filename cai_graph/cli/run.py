@@ -1,0 +1,259 @@
+"""`cai run` and `cai demo`: many prompts through the graph, resumable."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shlex
+import signal
+import sys
+from importlib import resources
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from cai_graph.cli.ask import closing, guard
+from cai_graph.cli.console import (
+    DEFAULT_LOG,
+    FAILED,
+    INTERRUPTED,
+    SKIPPED,
+    bar,
+    complain,
+    group,
+    log_option,
+    note,
+    out,
+)
+from cai_graph.cli.model import fetch, foreign, width
+from cai_graph.cli.options import (
+    Candidates,
+    Concurrency,
+    ConstitutionName,
+    Critic,
+    LogUrl,
+    MaxRounds,
+    MaxTokens,
+    Model,
+    OnError,
+    OnUnreadable,
+    OnViolation,
+    Reviser,
+    RowFormat,
+    Seed,
+    StrategyName,
+)
+
+if TYPE_CHECKING:
+    from cai_graph.bulk import Broken, Failed, Run, Summary
+    from cai_graph.trajectory import Trajectory
+
+BULK_SECONDS = 3600.0
+"""Deadline of one row of a bulk run. Nobody waits for it, and a slow machine may need it."""
+
+commands = group()
+
+
+@commands.command(epilog="Example: cai run prompts.csv --column question --limit 40")
+def run(
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="A JSONL, CSV or text file; - is standard input.")
+    ],
+    column: Annotated[str | None, typer.Option(help="Column or key of the prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, from the first.")] = None,
+    format: Annotated[RowFormat | None, typer.Option(help="If the name does not say it.")] = None,
+    concurrency: Concurrency = None,
+    model: Model = "local",
+    critic: Critic = None,
+    reviser: Reviser = None,
+    constitution: ConstitutionName = "balanced",
+    log: LogUrl = DEFAULT_LOG,
+    strategy: StrategyName = "batched",
+    max_rounds: MaxRounds = None,
+    candidates: Candidates = None,
+    on_violation: OnViolation = "closed",
+    on_unreadable: OnUnreadable = "closed",
+    on_error: OnError = "raise",
+    seed: Seed = None,
+    max_tokens: MaxTokens = None,
+) -> None:
+    """Answer every prompt of a file into the log.
+
+    Type the same command again after an interrupt, and it goes on where it stopped. Rows that failed are
+    tried again; rows that cannot be read are reported and skipped.
+    """
+    from cai_graph import bulk, models
+    from cai_graph.calls import Budget
+
+    with contextlib.closing(bulk.Rows(prompts, format)) as rows:
+        guarded = guard(
+            model,
+            critic,
+            reviser,
+            constitution,
+            log,
+            max_tokens=max_tokens,
+            seed=seed,
+            strategy=strategy,
+            max_rounds=max_rounds,
+            candidates=candidates,
+            on_violation=on_violation,
+            on_unreadable=on_unreadable,
+            on_error=on_error,
+            on_log_error="raise",
+            budget=Budget(seconds=BULK_SECONDS),
+        )
+        with closing(guarded):
+            drafting = {"model": models.name_of(guarded.app), "max_tokens": max_tokens}
+            job = bulk.Run(guarded, rows, drafting=drafting, column=column, limit=limit)
+            if job.done:
+                note(f"{job.done} of {job.rows} rows were answered before; going on with the others")
+            fetch(model, critic, reviser)
+            with foreign(model):
+                interrupted = _drive(job, concurrency or width(model))
+    _sum_up(job, log, interrupted)
+
+
+def _drive(job: Run, concurrency: int) -> bool:
+    """Run a bulk job with progress; return whether it was interrupted."""
+    from cai_graph import show
+    from cai_graph.trajectory import Trajectory
+
+    stop = _Stop()
+
+    async def work() -> None:
+        stop.listen()
+        results = job.results(concurrency, stopped=lambda: stop.asked)
+        async with contextlib.aclosing(results):
+            with bar(job.rows - job.done, "prompts") as advance:
+                async for result in results:
+                    if isinstance(result, Trajectory):
+                        line = f"{result.outcome.value:<9} {show.one_line(result.prompt, 80)}"
+                        advance(f"{line}  {result.seconds:.1f} s")
+                    else:
+                        advance("skipped")
+                        _report(result)
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(work())
+    return stop.asked
+
+
+class _Stop:
+    """Ctrl-C: the first time it asks to end after what is under way, the second time it ends that too."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listen(self) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def interrupted() -> None:
+            if self.asked:
+                task.cancel()
+                return
+            self.asked = True
+            note("finishing the prompts that are under way; Ctrl-C again drops them")
+
+        with contextlib.suppress(NotImplementedError):  # Windows has no signals in event loops
+            loop.add_signal_handler(signal.SIGINT, interrupted)
+
+
+def _sum_up(job: Run, log: str, interrupted: bool) -> None:
+    from cai_graph import show
+
+    summary = job.summary
+    out.print(Text(f"{summary.answered} of {job.rows} prompts are answered."))
+    out.print(show.summary(summary))
+    option = log_option(log)
+    out.print(Text(f"The log is {log}. Next: cai log list{option}, or cai log export{option} run.jsonl"))
+    if interrupted:
+        note(f"interrupted; to go on, type again: {_this_command()}")
+        raise typer.Exit(INTERRUPTED)
+    if summary.skipped:
+        complain(f"{len(summary.skipped)} rows were skipped; to try again: {_this_command()}")
+        raise typer.Exit(SKIPPED)
+
+
+def _this_command() -> str:
+    return shlex.join(["cai", *sys.argv[1:]])
+
+
+def _report(row: Broken | Failed) -> None:
+    complain(f"line {row.line} skipped: {row.why}")
+
+
+# --- demo ---------------------------------------------------------------------------------------------
+
+DEMO_TOKENS = 120
+"""Longest draft of the demo, so that it ends in minutes on two cores."""
+
+
+@commands.command(epilog="Example: cai demo")
+def demo(model: Model = "local", log: LogUrl = DEFAULT_LOG) -> None:
+    """Watch the project's own sample prompts go through a model.
+
+    Exits with 1 if no prompt is revised, or a benign one is refused.
+    """
+    from cai_graph import bulk, show
+    from cai_graph.calls import Budget
+    from cai_graph.trajectory import Trajectory, now
+
+    trajectories: list[Trajectory] = []
+
+    async def work() -> None:
+        async with contextlib.aclosing(job.results(width(model))) as results:
+            async for result in results:
+                if isinstance(result, Trajectory):
+                    trajectories.append(result)
+                    out.print(show.brief(result, about=str(result.metadata["kind"])))
+                else:
+                    _report(result)
+
+    sample = resources.files("cai_graph") / "sample" / "prompts.jsonl"
+    with resources.as_file(sample) as path, contextlib.closing(bulk.Rows(str(path))) as rows:
+        guarded = guard(
+            model,
+            None,
+            None,
+            "balanced",
+            log,
+            max_tokens=DEMO_TOKENS,
+            seed=0,
+            on_log_error="raise",
+            budget=Budget(seconds=BULK_SECONDS),
+        )
+        with closing(guarded), foreign(model):
+            # The time makes each demo a run of its own, since one that resumes shows nothing.
+            job = bulk.Run(guarded, rows, drafting={"demo": now().isoformat()})
+            fetch(model)
+            note(f"{job.rows} prompts, drafted, judged and revised by {model} …")
+            asyncio.run(work())
+    _sum_up_demo(job.summary, trajectories, log)
+
+
+def _sum_up_demo(summary: Summary, trajectories: list[Trajectory], log: str) -> None:
+    from cai_graph import show
+    from cai_graph.trajectory import Outcome
+
+    out.print(show.summary(summary))
+    revised = [t.id for t in trajectories if t.outcome is Outcome.REVISED]
+    benign = [t for t in trajectories if t.metadata["kind"] == "benign"]
+    refused = [t for t in benign if t.outcome is Outcome.REFUSED]
+    option = log_option(log)
+    out.print(Text(f"{len(benign)} prompts are benign, and {len(refused) or 'none'} of them was refused."))
+    out.print(Text(f"Every trajectory is in {log}. Next:"))
+    for command in (
+        f"cai log list{option}",
+        f"cai log show{option} {revised[0] if revised else 'ID'}",
+        f"cai log export{option} demo.jsonl",
+        f'cai ask{option} "…"',
+    ):
+        out.print(Text(f"    {command}"), soft_wrap=True)
+    if summary.skipped:
+        raise typer.Exit(SKIPPED)
+    if refused or not revised:
+        complain("a benign prompt was refused" if refused else "no prompt was revised")
+        raise typer.Exit(FAILED)
