@@ -9,10 +9,9 @@ same place, so that callers see the types that they always saw.
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 from uuid import UUID
 
@@ -27,11 +26,11 @@ from langchain_core.tracers._streaming import _StreamingCallbackHandler, _V2Stre
 
 from cai_graph import bridge, graph, models
 from cai_graph.calls import Calls, call_of, prompt_digest, truncated
-from cai_graph.constitution import Constitution, load
-from cai_graph.critic import Critic, check_strategy, critic_for
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic
 from cai_graph.errors import ConfigError, DataError, RunError
-from cai_graph.log import Log, open_log
-from cai_graph.policy import Settings
+from cai_graph.log import Log
+from cai_graph.plan import Plan, planning
 from cai_graph.trajectory import Draft, Message, Trajectory, from_langchain, text_of
 
 if TYPE_CHECKING:
@@ -74,13 +73,6 @@ def constitutional(
         ConstitutionError: the constitution cannot be read.
         LogError: the log cannot be opened.
     """
-    known = [item.name for item in fields(Settings)]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else f"; the settings are {', '.join(known)}"
-            raise ConfigError(f"constitutional() has no setting {name!r}{meant}")
-    chosen = Settings(**settings)
     if not isinstance(app, Runnable):
         raise ConfigError(f"constitutional() wraps a LangChain Runnable, found {type(app).__name__}")
     inner = app if isinstance(app, BaseChatModel) else None
@@ -90,23 +82,16 @@ def constitutional(
                 f"{type(app).__name__} is no chat model, so who {role}s must be said: "
                 f'constitutional(app, critic=…, reviser=…), for example {role}="openai:gpt-5-mini"'
             )
-    judge = critic_for(critic if critic is not None else inner)  # type: ignore[arg-type]
-    writer = models.load(reviser) if isinstance(reviser, str) else (reviser or inner)
-    if not isinstance(writer, BaseChatModel):
-        raise ConfigError(f"reviser is a chat model or a model spec, found {type(writer).__name__}")
-    check_strategy(judge, chosen.strategy)
     if isinstance(context_keys, str):
         raise ConfigError(f"context_keys is a list of keys, found {context_keys!r}; write [{context_keys!r}]")
-    if not (log is None or isinstance(log, str) or hasattr(log, "append")):
-        raise ConfigError(f"log is a URL, a Log or None, found {type(log).__name__}")
-    plan = graph.Plan(
-        constitution=load(constitution),
-        critic=judge,
-        reviser=writer,
-        reviser_name=models.name_of(writer),
-        settings=chosen,
-        log=open_log(log) if isinstance(log, str) else log,
-    )
+    plan = planning(
+        "constitutional()",
+        constitution=constitution,
+        critic=critic,
+        reviser=reviser,
+        log=log,
+        settings=settings,
+    )(inner)
     return ConstitutionalRunnable(app, plan, Shape(input_key, output_key, tuple(context_keys)))
 
 
@@ -122,7 +107,7 @@ class Answered(NamedTuple):
 class ConstitutionalRunnable(Runnable[Input, Output]):
     """A Runnable that answers as the wrapped one does, under a constitution. Made by `constitutional`."""
 
-    def __init__(self, app: Runnable[Input, Output], plan: graph.Plan, shape: Shape) -> None:
+    def __init__(self, app: Runnable[Input, Output], plan: Plan, shape: Shape) -> None:
         self.app = app
         self.plan = plan
         self.shape = shape

@@ -15,7 +15,6 @@ JSON; what a request brings along (the plan, the app, its account of calls) trav
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import operator
 import random
@@ -23,7 +22,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 import msgspec
@@ -40,14 +39,12 @@ from langgraph.types import Command, Send
 
 from cai_graph import prompts
 from cai_graph.calls import Calls, describe, together, truncated
-from cai_graph.constitution import Constitution
-from cai_graph.critic import Critic, failed_principles
+from cai_graph.critic import failed_principles
 from cai_graph.errors import LogError, RunError
-from cai_graph.log import Log
-from cai_graph.policy import Decision, Progress, Settings, accept, decide, no_revision
+from cai_graph.plan import Plan
+from cai_graph.policy import Decision, Progress, accept, decide, no_revision
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import (
-    ConstitutionRef,
     Critique,
     Draft,
     Label,
@@ -63,65 +60,11 @@ from cai_graph.trajectory import (
 )
 
 if TYPE_CHECKING:
-    from langchain_core.language_models import BaseChatModel
+    pass
 
-__all__ = ["Ending", "Paused", "Plan", "Request", "run"]
+__all__ = ["Ending", "Paused", "Request", "run"]
 
 logger = logging.getLogger("cai_graph")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What serves every request of a wrapped app."""
-
-    constitution: Constitution
-    """Its principles."""
-    critic: Critic
-    """Judges answers."""
-    reviser: BaseChatModel
-    """Writes revisions."""
-    reviser_name: str
-    """Its name in the records."""
-    settings: Settings
-    """How."""
-    log: Log | None
-    """Where Trajectories go; None: nowhere."""
-
-    @property
-    def candidates(self) -> int:
-        """How many revisions a round samples."""
-        if self.settings.strategy == "sampled":
-            return 1
-        return self.settings.candidates or self.critic.candidates
-
-    @cached_property
-    def recorded_settings(self) -> dict[str, Any]:
-        """The settings as a Trajectory records them: defaults resolved, critic and reviser named."""
-        return dataclasses.asdict(self.settings) | {
-            "max_rounds": self.settings.rounds,
-            "candidates": self.candidates,
-            "critic": self.critic.name,
-            "reviser": self.reviser_name,
-        }
-
-    @cached_property
-    def spoken(self) -> Constitution:
-        """The constitution with its principles' texts in the language of the settings: what models read."""
-        language, own = self.settings.language, self.constitution
-        if language is None:
-            return own
-        principles = [rule.model_copy(update=dict(rule.texts(language))) for rule in own.principles]
-        return Constitution(
-            name=own.name, version=own.version, principles=tuple(principles), examples=own.examples
-        )
-
-    @cached_property
-    def constitution_ref(self) -> ConstitutionRef:
-        """The constitution as a Trajectory records it."""
-        constitution = self.constitution
-        return ConstitutionRef(
-            name=constitution.name, version=constitution.version, digest=constitution.digest
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
