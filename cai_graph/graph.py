@@ -1,8 +1,8 @@
 """The graph: draft, critique, revise. The only file that knows LangGraph.
 
     START ─> draft ─> critique ─> revise ─┐ again, while rounds are left
-               │         ^          │  ^──┘
-               └─> judge ┘ <────────┘           `judge`: strategy `parallel`, one Send for each principle
+              ^│  <──────┘^          │ ^──┘     back to `draft`: stream `blocks`, the next group of sentences
+              │└─> judge ─┘ <────────┘          `judge`: strategy `parallel`, one Send for each principle
 
     KEPT nothing violated · REVISED a revision was accepted · EXHAUSTED the best answer, policy `open`
     REFUSED the refusal, policy `closed` · FAILED an error left
@@ -15,15 +15,17 @@ JSON; what a request brings along (the plan, the app, its account of calls) trav
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import operator
 import random
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, Protocol, TypedDict
 
 import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -45,11 +47,13 @@ from cai_graph.plan import Plan
 from cai_graph.policy import Decision, Progress, accept, decide, no_revision
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import (
+    Block,
     Critique,
     Draft,
     Label,
     Message,
     Outcome,
+    Rejection,
     Revision,
     Round,
     Trajectory,
@@ -59,12 +63,21 @@ from cai_graph.trajectory import (
     text_of,
 )
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Ending", "Paused", "Request", "run"]
+__all__ = ["Blocks", "Ending", "Paused", "Request", "run"]
 
 logger = logging.getLogger("cai_graph")
+
+
+class Blocks(Protocol):
+    """An app's answer that leaves in blocks."""
+
+    async def next(self, calls: Calls, config: RunnableConfig) -> Draft:
+        """Return the draft up to the end of its next block; unfinished where the app still writes."""
+        ...
+
+    async def release(self, draft: Draft) -> None:
+        """Send the text of a draft, which complies, as far as it has not left yet."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +88,12 @@ class Request:
     """The conversation."""
     draft: Callable[[Calls, RunnableConfig], Awaitable[Draft]]
     """Runs the wrapped app under the node's configuration, records its calls, and returns its answer."""
+    blocks: Blocks | None = None
+    """Hands the app's answer over in blocks; then `draft` is asked only to hear the rest of it out."""
+    written: Callable[[], Draft | None] = lambda: None
+    """What has left of the app's answer so far, where it leaves as it is written (mode `audit`)."""
+    tell: Callable[[str], Awaitable[None]] | None = None
+    """Hears which step is under way: `drafting`, `critiquing`, `revising 1/2`."""
     context: Callable[[], Mapping[str, str]] = dict
     """Other material for the critic; asked for after the draft, since the app may have produced it."""
     mode: str = "enforce"
@@ -116,6 +135,7 @@ class _Task(TypedDict):
 
     of: str
     answer: dict[str, Any]
+    unfinished: bool
     principle: str
 
 
@@ -140,8 +160,13 @@ class _Run:
         update = State(draft=msgspec.to_builtins(progress.draft), rounds=msgspec.to_builtins(progress.rounds))
         return Command(update=update, goto=goto)
 
-    def exchange(self, answer: Message) -> Exchange:
-        return Exchange(messages=self.request.messages, answer=answer, context=self.request.context())
+    def exchange(self, answer: Message, *, unfinished: bool = False) -> Exchange:
+        context = self.request.context()
+        return Exchange(messages=self.request.messages, answer=answer, context=context, unfinished=unfinished)
+
+    async def tell(self, step: str) -> None:
+        if self.request.tell is not None:
+            await self.request.tell(step)
 
 
 def _progress(state: State) -> Progress:
@@ -154,23 +179,48 @@ def _progress(state: State) -> Progress:
 
 
 async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
-    """Have the wrapped app answer."""
-    run = runtime.context
+    """Have the wrapped app answer: whole, or its next block, or all the rest once a block has failed."""
+    run, before = runtime.context, _progress(state) if "draft" in state else None
+    request, rounds = run.request, [] if before is None else before.rounds
+    if before is None:
+        await run.tell("drafting")
+    write = request.draft if request.blocks is None or rounds else request.blocks.next
     try:
-        answered = await run.request.draft(run.calls, get_config())
+        answered = await write(run.calls, get_config())
     except GraphBubbleUp as pause:
         run.paused = pause  # LangGraph swallows an interrupt here where no graph stands around this one
         raise
-    progress = Progress(answered, [])
-    if answered.answer.tool_calls and not text_of(answered.answer):
-        return run.go_on(progress, END)  # the app asks for a tool: there is no answer to judge yet
+    if before is not None:
+        answered = msgspec.structs.replace(answered, blocks=before.draft.blocks)
+    progress = Progress(answered, rounds)
+    if rounds:
+        return run.go_on(progress, _after_draft(run.plan, progress))
+    if not answered.unfinished:
+        if answered.answer.tool_calls and not text_of(answered.answer):
+            return run.go_on(progress, END)  # the app asks for a tool: there is no answer to judge yet
+        if before is not None and not _differs(answered.answer, before.draft.answer):
+            judged = answered.blocks[-1].critique  # the last block was the end of the answer
+            return run.go_on(progress.with_round(Round(critique=judged)), END)
     return run.go_on(progress, _to_critique(run.plan, progress))
+
+
+def _differs(answer: Message, judged: Message) -> bool:
+    return bool(answer.tool_calls) or text_of(answer).rstrip() != text_of(judged)
+
+
+def _after_draft(plan: Plan, progress: Progress) -> str:
+    """Return where a run goes on from the critique of its whole draft."""
+    if progress.draft.unfinished:
+        return "draft"  # it is heard out first: what becomes of it is decided on the whole
+    failed = failed_principles(progress.rounds[0].critique, plan.constitution)
+    return "revise" if failed and plan.settings.rounds > 0 else END
 
 
 async def critique(state: State, runtime: Runtime[_Run]) -> Command[str]:
     """Judge the draft; in `sampled`, criticise what stands; in `parallel`, join what `judge` found."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
+    await run.tell("critiquing")
     if plan.settings.strategy == "sampled":
         of = progress.standing()
         principle = run.random.choice(plan.spoken.principles)
@@ -179,21 +229,38 @@ async def critique(state: State, runtime: Runtime[_Run]) -> Command[str]:
         return run.go_on(progress.with_round(Round(of=of, critique=found)), "revise")
     waiting = progress.unjudged()
     if plan.settings.strategy == "parallel":
-        critiques = [_joined(state["judged"], of, plan.critic.name) for of in waiting]
+        critiques = [_joined(state["judged"], of, plan) for of in waiting]
     else:
         critiques = await _critiques(run, progress, waiting)
     if progress.rounds:
         return _close(run, progress, waiting, critiques)
+    if run.request.blocks is not None:
+        progress = await _block(run, progress, critiques[0])
+        if progress.draft.unfinished and progress.draft.blocks[-1].released:
+            return run.go_on(progress, "draft")
     progress = progress.with_round(Round(critique=critiques[0]))
-    failed = failed_principles(critiques[0], plan.constitution)
-    return run.go_on(progress, "revise" if failed and plan.settings.rounds > 0 else END)
+    return run.go_on(progress, END if run.request.mode == "audit" else _after_draft(plan, progress))
+
+
+async def _block(run: _Run, progress: Progress, critique: Critique) -> Progress:
+    """Record the judgement of the draft's last block, and release the block if nothing stands against it."""
+    draft, settings = progress.draft, run.plan.settings
+    failed = failed_principles(critique, run.plan.constitution)
+    unread = any(verdict.label is Label.UNREADABLE for verdict in critique.verdicts)
+    released = draft.unfinished and not failed and (settings.on_unreadable == "open" or not unread)
+    block = Block(end=len(text_of(draft.answer)), critique=critique, released=released)
+    draft = msgspec.structs.replace(draft, blocks=(*draft.blocks, block))
+    if released and run.request.blocks is not None:
+        run.reached = Progress(draft, [])  # it counts as gone before it goes: the caller may leave with it
+        await run.request.blocks.release(draft)
+    return Progress(draft, [])
 
 
 async def judge(state: _Task, runtime: Runtime[_Run]) -> dict[str, Any]:
     """Judge one answer under one principle: what `parallel` sends out at once, and `critique` joins."""
     run = runtime.context
     found = await run.plan.critic.critique(
-        run.exchange(msgspec.convert(state["answer"], Message)),
+        run.exchange(msgspec.convert(state["answer"], Message), unfinished=state["unfinished"]),
         run.plan.spoken.select([state["principle"]]),
         _inner(run),
         explain=True,
@@ -220,6 +287,8 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
         principles = failed_principles(opened.critique, plan.spoken)
     standing = progress.answer(opened.of)
     exchange, calls = run.exchange(standing), _inner(run)
+    frozen = progress.draft.frozen
+    await run.tell(f"revising {turn + 1}/{plan.settings.rounds}")
     said = opened.critique.reasoning or _reasons(opened.critique)
 
     async def write(index: int) -> Revision:
@@ -227,12 +296,16 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
         last = index > 0 and index == plan.candidates - 1
         decline = last and opened.critique.benign_request is False
         messages = prompts.rewrite_messages(
-            principles, said, exchange, show_draft=show_draft, decline=decline
+            principles, said, exchange, show_draft=show_draft, decline=decline, said=frozen
         )
         writer = _sampling(plan, turn * plan.candidates + index)
         reply = await calls.generate("revise", writer, plan.reviser_name, messages)
         answer = from_langchain(reply)
         rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated(reply))
+        if frozen:
+            answer = msgspec.structs.replace(answer, content=_continued(frozen, text_of(answer)))
+            if rejection is None and text_of(answer) == text_of(standing):
+                rejection = Rejection.UNCHANGED
         accepted = sampled and rejection is None
         return Revision(answer=answer, from_draft=show_draft, rejection=rejection, accepted=accepted)
 
@@ -262,10 +335,24 @@ async def _critiques(run: _Run, progress: Progress, waiting: Sequence[str]) -> l
     plan, calls = run.plan, _inner(run)
     return await together(
         [
-            plan.critic.critique(run.exchange(progress.answer(of)), plan.spoken, calls, explain=of == "draft")
+            plan.critic.critique(
+                run.exchange(progress.answer(of), unfinished=of == "draft" and progress.draft.unfinished),
+                plan.spoken,
+                calls,
+                explain=of == "draft",
+            )
             for of in waiting
         ]
     )
+
+
+def _continued(frozen: str, text: str) -> str:
+    """Return what has left with what a writer made to follow it, which often repeats its beginning."""
+    text = text.strip()
+    repeated = r"\s+".join(re.escape(word) for word in frozen.split())
+    if (found := re.match(repeated, text)) is not None:
+        text = text[found.end() :].strip()
+    return f"{frozen} {text}" if text else frozen
 
 
 def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
@@ -275,7 +362,12 @@ def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
     return [
         Send(
             "judge",
-            _Task(of=of, answer=msgspec.to_builtins(progress.answer(of)), principle=principle.id),
+            _Task(
+                of=of,
+                answer=msgspec.to_builtins(progress.answer(of)),
+                unfinished=of == "draft" and progress.draft.unfinished,
+                principle=principle.id,
+            ),
         )
         for of in progress.unjudged()
         for principle in plan.spoken.principles
@@ -290,14 +382,15 @@ def _inner(run: _Run) -> Calls:
     )
 
 
-def _joined(judged: Sequence[Mapping[str, Any]], of: str, critic: str) -> Critique:
+def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan) -> Critique:
     """Return the critiques of one answer under single principles as one."""
-    parts = [msgspec.convert(item["critique"], Critique) for item in judged if item["of"] == of]
+    found = [msgspec.convert(item["critique"], Critique) for item in judged if item["of"] == of]
+    parts = found[-len(plan.spoken.principles) :]  # a draft in blocks was judged before
     said = [part.evasive for part in parts if part.evasive is not None]
     return Critique(
         verdicts=tuple(verdict for part in parts for verdict in part.verdicts),
         evasive=any(said) if said else None,
-        critic=critic,
+        critic=plan.critic.name,
     )
 
 
@@ -317,9 +410,9 @@ def _sampling(plan: Plan, number: int) -> Runnable[Any, Any]:
 def compiled() -> CompiledStateGraph[State, _Run, State, State]:
     """Return the graph, the same for every plan. It never writes into a caller's checkpoints."""
     graph = StateGraph(State, context_schema=_Run)
-    graph.add_node("draft", draft, destinations=("critique", "judge", END))
+    graph.add_node("draft", draft, destinations=("critique", "judge", "revise", END))
     graph.add_node("judge", judge)
-    graph.add_node("critique", critique, destinations=("revise", END))
+    graph.add_node("critique", critique, destinations=("draft", "revise", END))
     graph.add_node("revise", revise, destinations=("revise", "judge", "critique", END))
     graph.add_edge(START, "draft")
     graph.add_edge("judge", "critique")
@@ -359,6 +452,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
     finally:
         progress = context.reached
         ended_by = error or context.held
+        released = decision.released or _left(context)
         trajectory = Trajectory(
             id=trajectory_id,
             started_at=started_at,
@@ -368,10 +462,10 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             outcome=decision.outcome,
             messages=request.messages,
             context=dict(request.context()),
-            draft=None if progress is None else progress.draft,
+            draft=request.written() if progress is None else progress.draft,
             rounds=() if progress is None else tuple(progress.rounds),
-            released=decision.released,
-            released_from=decision.released_from,
+            released=released,
+            released_from=decision.released_from or (None if released is None else "draft"),
             error=describe(ended_by) if ended_by is not None else None,
             calls=tuple(context.calls.made),
             settings=plan.recorded_settings,
@@ -383,6 +477,15 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             await _log(plan, trajectory, failed=error is not None)
     assert decision.released is not None  # an error left above otherwise
     return Ending(trajectory, decision.released)
+
+
+def _left(run: _Run) -> Message | None:
+    """Return what of a stream had left when an error ended it."""
+    if run.request.mode == "audit":
+        draft = run.request.written()
+        return None if draft is None else draft.answer
+    frozen = "" if run.reached is None else run.reached.draft.frozen
+    return Message(role="assistant", content=frozen) if frozen else None
 
 
 def _randomness(seed: int | None, request: Request) -> random.Random:
@@ -399,8 +502,8 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
             callbacks=given.get("callbacks"),
             tags=given.get("tags") or [],
             metadata=given.get("metadata") or {},
-            # A round takes at most three steps; the caller's own limit is for the caller's graphs.
-            recursion_limit=10 + 3 * run.plan.settings.rounds,
+            # Rounds and calls are bounded by the settings; the caller's limit is for the caller's graphs.
+            recursion_limit=STEP_LIMIT,
         )
         with apart():
             await compiled().ainvoke({}, own, context=run)
@@ -411,7 +514,14 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
             raise
         error = run.held = raised
     assert run.reached is not None  # the draft node returned, or raised above
-    return decide(run.reached, run.plan.constitution, run.plan.settings, error)
+    settings = run.plan.settings
+    if run.request.mode == "audit":  # the answer has left
+        settings = dataclasses.replace(settings, on_violation="open", on_unreadable="open", on_error="open")
+    elif run.reached.draft.unfinished and settings.on_error == "open":
+        heard = await run.request.draft(run.calls, own)  # an error held it up, and it leaves all the same
+        blocks = run.reached.draft.blocks
+        run.reached = Progress(msgspec.structs.replace(heard, blocks=blocks), run.reached.rounds)
+    return decide(run.reached, run.plan.constitution, settings, error)
 
 
 @contextmanager

@@ -28,10 +28,21 @@ from cai_graph.trajectory import (
     Round,
 )
 
-__all__ = ["Decision", "Policy", "Progress", "Settings", "Strategy", "accept", "decide", "no_revision"]
+__all__ = [
+    "Decision",
+    "Policy",
+    "Progress",
+    "Release",
+    "Settings",
+    "Strategy",
+    "accept",
+    "decide",
+    "no_revision",
+]
 
 Strategy = Literal["batched", "parallel", "sampled"]
 Policy = Literal["open", "closed", "raise"]
+Release = Literal["buffer", "blocks", "audit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +74,11 @@ class Settings:
     model's revisions."""
     language: str | None = None
     """Language of the principles' texts, where the constitution has it."""
+    stream: Release = "buffer"
+    """When a stream's chunks leave. `buffer`: after the verdict on the whole answer. `blocks`: a group of
+    sentences as soon as it is judged to comply; it is never taken back, and revisions go on after it.
+    `audit`: as the app writes them, judged afterwards; nothing is revised, and no policy but `on_error`
+    holds back what has left."""
 
     def __post_init__(self) -> None:
         policies = ("open", "closed", "raise")
@@ -72,12 +88,17 @@ class Settings:
             "on_unreadable": policies,
             "on_error": policies,
             "on_log_error": ("answer", "raise"),
+            "stream": ("buffer", "blocks", "audit"),
         }
         for name, menu in menus.items():
             if getattr(self, name) not in menu:
                 raise ConfigError(f"{name} is one of {', '.join(menu)}, found {getattr(self, name)!r}")
         if not isinstance(self.budget, Budget):
             raise ConfigError(f"budget is a Budget, such as Budget(calls=20), found {self.budget!r}")
+        if self.strategy == "sampled" and self.stream != "buffer":
+            raise ConfigError(
+                f"strategy 'sampled' holds nothing back, so it has no stream {self.stream!r}; use 'buffer'"
+            )
         least = {"max_rounds": 1 if self.strategy == "sampled" else 0, "candidates": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -290,6 +311,8 @@ def _leave(
         return Decision(Outcome.FAILED, None, None, error)
     if policy == "closed" and not (isinstance(error, Violation) and progress.answers_benign()):
         refusal = constitution.refusal_in(settings.language)
+        if frozen := progress.draft.frozen:
+            refusal = f"{frozen}\n\n{refusal}"  # what has left stays; the refusal says why it ends there
         return Decision(Outcome.REFUSED, Message(role="assistant", content=refusal), "refusal")
     best = progress.best(constitution)
     return Decision(Outcome.EXHAUSTED, progress.answer(best), "draft" if best == "draft" else "revision")

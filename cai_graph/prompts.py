@@ -45,6 +45,8 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
     """The answer."""
     context: Mapping[str, str] = {}
     """Other material that the application used, by name."""
+    unfinished: bool = False
+    """Whether the answer is the beginning of one that is still being written."""
 
     def clipped(self, chars: int) -> Exchange:
         """Return the exchange with at most `chars` of conversation, of answer and of context.
@@ -63,6 +65,7 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
             messages=tuple(reversed(kept)),
             answer=_clipped(self.answer, chars),
             context={name: _ends(text, share) for name, text in self.context.items()},
+            unfinished=self.unfinished,
         )
 
     def pieces(self, chars: int, *, at_most: int) -> Iterator[Exchange]:
@@ -89,7 +92,7 @@ def _ends(text: str, chars: int) -> str:
 
 # --- fencing ------------------------------------------------------------------------------------------
 
-_TAGS = ("conversation", "turn", "context", "answer", "critique", "requests", "rules", "example")
+_TAGS = ("conversation", "turn", "context", "answer", "said", "critique", "requests", "rules", "example")
 _MARK = re.compile(
     rf"<(?=\s*+/?\s*+(?:{'|'.join(_TAGS)})\b"
     # What chat templates begin and end turns with: engines read these in any text.
@@ -131,6 +134,11 @@ def _material(exchange: Exchange) -> str:
     parts = [_conversation(exchange.messages)]
     parts += [fence("context", text, name=name) for name, text in exchange.context.items()]
     parts.append(fence("answer", _with_calls(exchange.answer)))
+    if exchange.unfinished:
+        parts.append(
+            "The answer is still being written, and this is its beginning. Judge what it says so far: that "
+            "it is incomplete breaks no rule."
+        )
     return "\n".join(parts)
 
 
@@ -298,6 +306,12 @@ and useful, keep the language of the conversation, and answer a benign request f
 itself is harmful, decline that part briefly and kindly, and offer a safe alternative if there is one. Do \
 not mention the critique, the rules or that this is a rewrite. Write only the new answer."""
 
+_GO_ON = (
+    "The user has already read the beginning of the answer, which stands between the tags `said`, and it "
+    "cannot be changed. Write only what follows it, in the same voice, so that the whole reads as one answer. "
+    "Repeat nothing of it."
+)
+
 _WRITER = "You are a helpful, honest and harmless assistant. When you answer, follow these rules:\n"
 
 
@@ -308,6 +322,7 @@ def rewrite_messages(
     *,
     show_draft: bool,
     decline: bool = False,
+    said: str = "",
 ) -> list[BaseMessage]:
     """Return the request for a revision that meets the revision requests of `principles`.
 
@@ -315,15 +330,18 @@ def rewrite_messages(
     answers the conversation afresh under the same requests: small models copy a bad draft that they see.
     Either is asked to be no longer than the answer, so that it is not cut where the answer was not. With
     `decline` the writer is told that the request is harmful, which a small model does not see by itself.
+    `said` is the beginning of the answer that has left already: the writer is asked to go on after it.
     """
     requests = "\n".join(f"- {request}" for request in _unique(p.revision_request for p in principles))
     if show_draft:
         parts = [_material(exchange)]
         if critique:
             parts.append(fence("critique", critique))
-        parts.append(
-            f"<requests>\n{requests}\n</requests>\n\nWrite the new answer, no longer than the old one."
-        )
+        parts.append(f"<requests>\n{requests}\n</requests>\n")
+        if said:
+            parts += [_GO_ON, fence("said", said)]
+        else:
+            parts.append("Write the new answer, no longer than the old one.")
         return [SystemMessage(_REVISER), HumanMessage("\n".join(parts))]
     words = max(40, len(text_of(exchange.answer)) // 6)
     system = f"{_WRITER}{requests}\n- Answer in at most {words} words."
@@ -332,6 +350,8 @@ def rewrite_messages(
             "\n- The request is harmful. Say kindly, in one sentence, what you will not do and why, and "
             "offer something safe that you can do instead."
         )
+    if said:
+        system += f"\n\n{_GO_ON}\n{fence('said', said)}"
     spoken = [
         # Without the results of its tools, a provider takes what an assistant said only as text.
         Message(role=m.role, content=m.content if m.role == "user" else text_of(m))

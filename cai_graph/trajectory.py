@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Block",
     "Call",
     "Comparison",
     "ConstitutionRef",
@@ -188,6 +189,17 @@ class Critique(Base, frozen=True, kw_only=True):
     """Name of the critic model, or of the probe."""
 
 
+class Block(Base, frozen=True, kw_only=True):
+    """A group of sentences of a draft that was judged while the app still wrote."""
+
+    end: int
+    """Where it ends in the draft's text, in characters from the text's start."""
+    critique: Critique
+    """The judgement of the draft's text up to there."""
+    released: bool = False
+    """Whether it left at once. What left is never taken back: revisions go on after it."""
+
+
 class Draft(Base, frozen=True, kw_only=True):
     """The app's first answer."""
 
@@ -195,6 +207,15 @@ class Draft(Base, frozen=True, kw_only=True):
     """The answer as a message."""
     truncated: bool = False
     """Whether the model stopped at its token limit."""
+    unfinished: bool = False
+    """Whether the request ended while the app still wrote, so that this is the beginning of its answer."""
+    blocks: tuple[Block, ...] = ()
+    """What was judged while the app wrote, in order; empty where the answer was judged whole."""
+
+    @property
+    def frozen(self) -> str:
+        """The beginning of the answer's text that has left already."""
+        return text_of(self.answer)[: max((block.end for block in self.blocks if block.released), default=0)]
 
 
 class Revision(Base, frozen=True, kw_only=True):
@@ -270,6 +291,7 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
     """Wall time from the request to the record."""
     mode: str
     """`enforce`: judged before release; `shadow`: released untouched, judged behind it;
+    `audit`: released while the app wrote it, before the verdict;
     `sampled`: the paper's data generation; `imported`: written elsewhere."""
     constitution: ConstitutionRef
     """Which constitution judged."""
@@ -284,7 +306,7 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
     rounds: tuple[Round, ...] = ()
     """Critiques and revisions, in order."""
     released: Message | None = None
-    """The message that left; None where an error left instead."""
+    """The message that left; where an error left instead, what of a stream had left before it, or None."""
     released_from: Literal["draft", "revision", "refusal", "human"] | None = None
     """What the released message is."""
     error: str | None = None
