@@ -664,7 +664,7 @@ async def test_the_apps_error_is_not_hidden_behind_the_logs(
 async def test_an_acknowledged_answer_is_committed(log: Log) -> None:
     await guard(ScriptedModel(replies=["the draft", verdicts()]), log=log).ainvoke("hello")
 
-    with open_log(log.path, read_only=True) as other:
+    with open_log(log.name, read_only=True) as other:
         assert len(list(other.read(kind="trajectory"))) == 1
 
 

@@ -14,7 +14,7 @@ from log_support import START, comparison, feedback, review, trajectory
 
 from cai_graph.errors import CaiError, DataError, LogError
 from cai_graph.log import Import, import_, open_log
-from cai_graph.log.sqlite import digest_of
+from cai_graph.log.store import digest_of
 from cai_graph.log.upkeep import Gap, gc, recover, verify
 from cai_graph.trajectory import Record, encode
 
@@ -92,7 +92,7 @@ def test_verify_leaves_a_crashed_log_as_it_is(tmp_path: Path) -> None:
     with open_log(tmp_path / "cai.db") as log:
         log.append(trajectory()).result()
         for suffix in ("", "-wal"):
-            shutil.copyfile(f"{log.path}{suffix}", f"{crashed}{suffix}")
+            shutil.copyfile(f"{log.name}{suffix}", f"{crashed}{suffix}")
     before = [Path(f"{crashed}{suffix}").read_bytes() for suffix in ("", "-wal")]
     assert verify(crashed).records == 1
     assert [Path(f"{crashed}{suffix}").read_bytes() for suffix in ("", "-wal")] == before
@@ -233,7 +233,7 @@ def test_what_only_the_wal_holds_is_recovered(tmp_path: Path) -> None:
         for record in made:
             log.append(record).result()
         for suffix in ("", "-wal"):
-            shutil.copyfile(f"{log.path}{suffix}", tmp_path / f"crashed.db{suffix}")
+            shutil.copyfile(f"{log.name}{suffix}", tmp_path / f"crashed.db{suffix}")
     with (tmp_path / "crashed.db").open("r+b") as file:
         file.truncate(100)
     recover(tmp_path / "crashed.db", tmp_path / "new.db")

@@ -13,16 +13,18 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
 from cai_graph.errors import ConfigError, LogError
 from cai_graph.log.redaction import WITHHELD, Redactor, redact_texts
-from cai_graph.log.store import Filters, Kind, Stats
+from cai_graph.log.stats import Stats
+from cai_graph.log.store import Filters, Kind
 from cai_graph.trajectory import SCHEMA_VERSION, Record, decode, encode
 
 if TYPE_CHECKING:
@@ -46,7 +48,6 @@ __all__ = [
     "gc",
     "import_",
     "open_log",
-    "path_of",
     "recover",
     "redact_texts",
     "verify",
@@ -75,18 +76,29 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"cai_graph.log.{_LATER[name]}"), name)
 
 
-class _Shared:
-    """The store and the writer that every Log of one file in this process shares."""
+class Place(NamedTuple):
+    """Where a log is."""
 
-    def __init__(self, path: Path, store: Store, writer: Writer | None) -> None:
-        self.path = path
+    key: str
+    """The same for every way to write the same place."""
+    name: str
+    """How messages call it; holds no password."""
+    path: Path | None
+    """The absolute path of its file; None where it is in PostgreSQL."""
+
+
+class _Shared:
+    """The store and the writer that every Log of one place in this process shares."""
+
+    def __init__(self, place: Place, store: Store, writer: Writer | None) -> None:
+        self.place = place
         self.store = store
         self.writer = writer
         self.users = 0
 
 
 _lock = threading.Lock()
-_open: dict[tuple[Path, bool], _Shared] = {}
+_open: dict[tuple[str, bool], _Shared] = {}
 _live: set[_Shared] = set()
 """Those of `_open`, and those that are closing but still hold connections, which a fork must not copy."""
 
@@ -105,23 +117,32 @@ def open_log(url: str | os.PathLike[str], *, redact: Redactor | None = None, rea
         ConfigError: the URL is of no form that is known.
         LogError: the file cannot be opened, is no log, or was written by a newer release.
     """
-    path = path_of(url)
-    key = (path, read_only)
+    place = place_of(url)
+    key = (place.key, read_only)
     with _lock:
         shared = _open.get(key)
         if shared is None:
-            from cai_graph.log.sqlite import SQLiteStore
             from cai_graph.log.writer import Writer
 
-            store = SQLiteStore(path, read_only=read_only)
-            shared = _open[key] = _Shared(path, store, None if read_only else Writer(store, str(path)))
+            store = open_store(url, read_only=read_only)
+            shared = _open[key] = _Shared(place, store, None if read_only else Writer(store, place.name))
             _live.add(shared)
         shared.users += 1
     return Log(key, shared, redact)
 
 
-def path_of(url: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of the file that `url` names.
+def open_store(url: str | os.PathLike[str], *, read_only: bool = False) -> Store:
+    """Return the store at `url`, which is the caller's alone. Raises as `open_log`."""
+    place = place_of(url)
+    if place.path is None:
+        raise ConfigError(f"log {place.name!r}: PostgreSQL is not there yet; use {_FORMS}")
+    from cai_graph.log.sqlite import SQLiteStore
+
+    return SQLiteStore(place.path, read_only=read_only)
+
+
+def place_of(url: str | os.PathLike[str]) -> Place:
+    """Return the place that `url` names.
 
     Raises:
         ConfigError: the URL is of no form that is known.
@@ -131,29 +152,39 @@ def path_of(url: str | os.PathLike[str]) -> Path:
     if not separator:
         if not text.endswith((".db", ".sqlite", ".sqlite3")):
             raise ConfigError(f"log {text!r}: no log is named so; use {_FORMS}")
-        return Path(os.path.realpath(text))
-    if scheme.startswith(("postgresql", "postgres")):
-        raise ConfigError(f"log {_hidden(text)!r}: PostgreSQL is not there yet; use {_FORMS}")
+        return _file(text)
+    shown = without_password(text)
+    if scheme in ("postgresql", "postgresql+psycopg", "postgres"):
+        return Place(f"postgresql://{rest}", shown, None)
     if scheme != "sqlite":
-        raise ConfigError(f"log {_hidden(text)!r}: unknown scheme {scheme!r}; use {_FORMS}")
+        raise ConfigError(f"log {shown!r}: unknown scheme {scheme!r}; use {_FORMS}")
     name = rest.removeprefix("/")
     if not rest.startswith("/") or not name:
         raise ConfigError(f"log {text!r}: a file is named after three slashes; use {_FORMS}")
     if name == ":memory:" or "?" in name or "\0" in name:
         raise ConfigError(f"log {text!r}: a log is a plain file, without options; use {_FORMS}")
-    return Path(os.path.realpath(name))
+    return _file(name)
+
+
+def _file(name: str) -> Place:
+    path = os.path.realpath(name)
+    return Place(path, path, Path(path))
+
+
+def without_password(url: str) -> str:
+    """Return the URL as it may be shown."""
+    url = re.sub(r"(?i)([?&](?:ssl)?password=)[^&]*", r"\1…", url)
+    scheme, separator, rest = url.partition("://")
+    # The last @, since a password may hold one, and whatever else.
+    user, at, place = rest.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{separator}{name}{colon}…@{place}" if at and colon else url
 
 
 def is_open(path: Path) -> bool:
     """Return whether this process has the log open."""
     with _lock:
-        return any(shared.path == path for shared in _live)
-
-
-def _hidden(url: str) -> str:
-    """Return the URL without a password."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.partition('://')[0]}://…@{tail}" if at else url
+        return any(shared.place.path == path for shared in _live)
 
 
 class Log:
@@ -162,16 +193,16 @@ class Log:
     Several Logs of one file in a process share one writer. As a context manager it closes at the end.
     """
 
-    def __init__(self, key: tuple[Path, bool], shared: _Shared, redact: Redactor | None) -> None:
+    def __init__(self, key: tuple[str, bool], shared: _Shared, redact: Redactor | None) -> None:
         self._key = key
         self._shared = shared
         self._redact = redact
         self._closed = False
 
     @property
-    def path(self) -> Path:
-        """The log's file."""
-        return self._key[0]
+    def name(self) -> str:
+        """How messages call the log: the path of its file, or its URL without a password."""
+        return self._shared.place.name
 
     @property
     def lost(self) -> int:
@@ -205,7 +236,7 @@ class Log:
             ConfigError: a payload is given and this Log redacts.
         """
         if payload is not None and self._redact is not None:
-            raise ConfigError(f"{self.path}: a log with a redaction hook takes records, not encoded ones")
+            raise ConfigError(f"{self.name}: a log with a redaction hook takes records, not encoded ones")
         return self._writer().append(record, self._redact, payload)
 
     def read(self, **filters: Unpack[Filters]) -> Iterator[Record]:
@@ -275,14 +306,14 @@ class Log:
 
     def _store(self) -> Store:
         if self._closed:
-            raise LogError(f"{self.path}: the log is closed; open it again")
+            raise LogError(f"{self.name}: the log is closed; open it again")
         return self._shared.store
 
     def _writer(self) -> Writer:
         if self._closed:
-            raise LogError(f"{self.path}: the log is closed; open it again before you append")
+            raise LogError(f"{self.name}: the log is closed; open it again before you append")
         if self._shared.writer is None:
-            raise LogError(f"{self.path}: the log was opened to be read only; open it for writing")
+            raise LogError(f"{self.name}: the log was opened to be read only; open it for writing")
         return self._shared.writer
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cai_graph.errors import CaiError, LogError
-from cai_graph.log.sqlite import digest_of
-from cai_graph.log.store import Row, column_text, row_of
+from cai_graph.log.store import Row, column_text, digest_of, row_of
 from cai_graph.trajectory import decode
 
 __all__ = ["Found", "scan"]

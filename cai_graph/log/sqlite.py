@@ -1,11 +1,4 @@
-"""The log in one SQLite file, in plain SQL.
-
-    records      one row a record, in order of commit (`position`); see `Row` for the columns
-      writer, sequence   one unbroken run of appends by one process, and the number within it, from 1
-      digest             sha256 over writer, sequence and payload, 16 bytes: finds a changed record
-      chain              sha256 over the writer's previous chain and this digest, 16 bytes: finds a
-                         removed, added or reordered record
-    tombstones   what `gc` removed, and why; keeps writer, sequence, digest and chain
+"""The log in one SQLite file; `Store` says what the tables hold.
 
 WAL with `synchronous=FULL`: a committed transaction survives a crash and a power cut. The file's
 `application_id` says that it is a log, its `user_version` which schema it has.
@@ -14,25 +7,22 @@ WAL with `synchronous=FULL`: a committed transaction survives a crash and a powe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import apsw
-import msgspec
 
-from cai_graph.errors import CaiError, DataError, LogError
-from cai_graph.log.store import Filters, Row, Stats, StoredPayload, column_text, from_micros, micros
-from cai_graph.trajectory import Label, decode
+from cai_graph.errors import CaiError, LogError
+from cai_graph.log.store import PAGE_BYTES, Database, Row, Store, chain_of, digest_of
 
-__all__ = ["APPLICATION_ID", "SCHEMA", "SQLiteStore", "chain_of", "connect", "digest_of"]
+__all__ = ["APPLICATION_ID", "SCHEMA", "SQLiteStore", "connect"]
 
 APPLICATION_ID = 0x63616947
 """`caiG`, in the header of every log."""
@@ -44,8 +34,6 @@ _BUSY_SLICE_MS = 500
 _SMALLEST_DATABASE = 512
 """Bytes; SQLite takes a smaller file for an empty one, and would write over it."""
 _NO_DATABASE = "{}: is no SQLite database, so no log of cai-graph; name another file"
-_PAGE_ROWS = 500
-_PAGE_BYTES = 4 << 20
 
 T = TypeVar("T")
 
@@ -114,16 +102,6 @@ def _insert_all(db: apsw.Connection, bindings: Sequence[tuple[Any, ...]]) -> Non
     )
     db.executemany(_INSERT_MANY, many)
     db.executemany(_INSERT_ONE, bindings[whole:])
-
-
-def digest_of(writer: str, sequence: int, payload: bytes) -> bytes:
-    """Return the checksum of one record."""
-    return hashlib.sha256(b"%b:%d:%b" % (writer.encode(), sequence, payload)).digest()[:16]
-
-
-def chain_of(previous: bytes, digest: bytes) -> bytes:
-    """Return the link of one record; `previous` is empty for a writer's first."""
-    return hashlib.sha256(previous + digest).digest()[:16]
 
 
 # --- connections --------------------------------------------------------------------------------------
@@ -307,16 +285,20 @@ def explain(error: apsw.Error, path: Path) -> LogError:
 # --- the store ----------------------------------------------------------------------------------------
 
 
-class SQLiteStore:
-    """One log file, shared by the threads of a process. See `Store` for the methods.
+class SQLiteStore(Store):
+    """One log file, shared by the threads of a process.
 
     SQLite's locks do not survive a fork: a child that inherits an open database believes that it holds
     its parent's locks. So every connection is closed before a fork, and each side opens its own after.
     """
 
+    # The plus keeps SQLite from the index on sources, which would sort every page anew.
+    from_source = "+source >= :source AND +source < :source_end"
+    tagged = "EXISTS (SELECT 1 FROM json_each(tags) WHERE value = json(:tag) ->> '$')"
+
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        super().__init__(str(path), read_only=read_only)
         self.path = path
-        self.read_only = read_only
         self._reset()
         self.query(lambda db: None)  # An error of the file shows when the log is opened.
 
@@ -392,12 +374,8 @@ class SQLiteStore:
         self._sequence, self._link = sequence, link
         return errors
 
-    def change(self, write: Callable[[apsw.Connection], T]) -> T:
-        """Return what `write` does inside one transaction.
-
-        Raises:
-            LogError: nothing was changed.
-        """
+    def change(self, write: Callable[[Database], T]) -> T:
+        """Return what `write` does inside one transaction; see `Store.change`."""
 
         def attempt() -> T:
             with self._writing:
@@ -446,123 +424,67 @@ class SQLiteStore:
             bindings.append((*row, writer, sequence, digest, link))
         return bindings, sequence, link
 
-    def _refuse(self, db: apsw.Connection, rows: Sequence[Row]) -> tuple[list[CaiError | None], list[Row]]:
-        """Return an entry a row, and the rows whose id is new."""
-        errors: list[CaiError | None] = []
-        fresh: dict[str, Row] = {}
-        for row in rows:
-            stored = _one(db, "SELECT payload FROM records WHERE id = ?", (row.id,))
-            if stored is None and row.id in fresh:
-                stored = fresh[row.id].payload
-            if stored is None:
-                fresh[row.id] = row
-            errors.append(
-                None
-                if stored is None or stored == row.payload
-                else DataError(
-                    f"{self.path}: a different record of the id {row.id!r} is in the log; "
-                    "records are never changed, append a new one under a new id"
-                )
-            )
-        return errors, list(fresh.values())
-
     # --- reading --------------------------------------------------------------------------------------
 
-    def select(self, filters: Filters) -> Iterator[StoredPayload]:
-        """Yield the payloads that pass the filters; see `Store.select`."""
-        newest_first = filters.get("newest_first", False)
-        clauses, bindings = _where(filters)
-        position, until = self._span(filters.get("after"), newest_first)
-        order = "position < ? AND position >= ?" if newest_first else "position > ? AND position <= ?"
-        sql = (
-            "SELECT position, id, writer, sequence, digest, payload FROM records "
-            f"WHERE {' AND '.join([order, *clauses])} "
-            f"ORDER BY position {'DESC' if newest_first else 'ASC'} LIMIT ?"
-        )
-        left = filters.get("limit")
-        while left is None or left > 0:
-            wanted = _PAGE_ROWS if left is None else min(left, _PAGE_ROWS)
+    def rows(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
+        """Return all rows of a query; see `Store.rows`."""
+        return self.query(lambda db: list(db.execute(sql, bindings)))
 
-            def page(db: apsw.Connection, start: int = position, wanted: int = wanted) -> list[Any]:
-                rows: list[Any] = []
-                size = 0
-                for row in db.execute(sql, (start, until, *bindings, wanted)):
+    def page(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
+        """Return the first rows of a query; those before damage where that comes; see `Store.page`."""
+
+        def read(db: apsw.Connection) -> list[Any]:
+            rows: list[Any] = []
+            size = 0
+            try:
+                for row in db.execute(sql, bindings):
                     rows.append(row)
-                    size += len(row[-1])
-                    if size > _PAGE_BYTES:
+                    size += len(row[-1]) if isinstance(row[-1], bytes) else 0
+                    if size > PAGE_BYTES:
                         break
-                return rows
+            except apsw.CorruptError:
+                if not rows:
+                    raise
+            return rows
 
-            rows = self.query(page)
-            if not rows:
-                return
-            position = rows[-1][0]
-            for _, *stored in rows:
-                yield self._checked(*stored)
-            if left is not None:
-                left -= len(rows)
+        return self.query(read)
 
-    def get(self, id: str) -> StoredPayload:
-        """Return one payload; see `Store.get`."""
-        key = column_text(id)
-        found = self.query(
-            lambda db: next(
-                db.execute("SELECT id, writer, sequence, digest, payload FROM records WHERE id = ?", (key,)),
-                None,
-            )
-        )
-        if found is None:
-            raise self._missing(id)
-        return self._checked(*found)
+    def faults(self) -> list[str]:
+        """Return what SQLite's own check of the file reports; see `Store.faults`."""
+        wal = Path(f"{self.path}-wal")
+        crashed = wal.exists() and wal.stat().st_size > 0
 
-    def known(self, ids: Sequence[str]) -> set[str]:
-        """Return those of the ids that are stored, or were and have a tombstone."""
-        keys = json.dumps([column_text(id) for id in ids])
-        sql = """
-            SELECT id FROM records WHERE id IN (SELECT value FROM json_each(?1))
-            UNION ALL SELECT id FROM tombstones WHERE id IN (SELECT value FROM json_each(?1))
-        """
-        stored = {row[0] for row in self.query(lambda db: list(db.execute(sql, (keys,))))}
-        return {id for id in ids if column_text(id) in stored}
+        def check(db: apsw.Connection) -> list[str]:
+            if crashed:
+                # What a crash left in the WAL stays there; closing would move it into the file.
+                db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            db.execute("PRAGMA cell_size_check = ON")
+            return [str(row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
 
-    def sources(self, prefix: str) -> set[str]:
-        """Return the source keys of Trajectories that start with `prefix`."""
-        low = column_text(prefix)
-        sql = "SELECT source FROM records WHERE source >= ? AND source < ?"
-        return {row[0] for row in self.query(lambda db: list(db.execute(sql, (low, low + "\U0010ffff"))))}
+        try:
+            return self.query(check)
+        except LogError as error:
+            return [str(error.__cause__ or error)]
 
-    def stats(self) -> Stats:
-        """Return the counts; reads every payload once, in flat memory."""
-        kinds = dict(
-            self.query(lambda db: list(db.execute("SELECT kind, count(*) FROM records GROUP BY kind")))
-        )
-        outcomes = (
-            "SELECT outcome, count(*) FROM records WHERE outcome IS NOT NULL GROUP BY outcome ORDER BY 1"
-        )
-        times = "SELECT min(at), max(at), total(withheld), (SELECT count(*) FROM tombstones) FROM records"
-        first, last, withheld, removed = self.query(lambda db: next(db.execute(times)))
-        tally = Tally()
-        for kind in ("trajectory", "comparison"):
-            for _, payload in self.select({"kind": kind}):
-                tally.add(payload)
-        return Stats(
-            trajectories=kinds.get("trajectory", 0),
-            comparisons=kinds.get("comparison", 0),
-            reviews=kinds.get("review", 0),
-            feedback=kinds.get("feedback", 0),
-            outcomes=dict(self.query(lambda db: list(db.execute(outcomes)))),
-            constitutions=dict(sorted(tally.constitutions.items())),
-            violated=dict(sorted(tally.violated.items(), key=lambda item: (-item[1], item[0]))),
-            unreadable=tally.unreadable,
-            calls=tally.calls,
-            input_tokens=tally.input_tokens,
-            output_tokens=tally.output_tokens,
-            withheld=int(withheld),
-            removed=removed,
-            first=None if first is None else from_micros(first),
-            last=None if last is None else from_micros(last),
-            bytes=sum(file.stat().st_size for file in (self.path, Path(f"{self.path}-wal")) if file.exists()),
-        )
+    def size(self) -> int:
+        """Return the bytes of the file and its WAL."""
+        files = (self.path, Path(f"{self.path}-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    @staticmethod
+    def among(column: str, name: str) -> str:
+        """Return the expression; see `Store.among`."""
+        return f"{column} IN (SELECT value FROM json_each(:{name}))"
+
+    @staticmethod
+    def packed(values: Sequence[str] | Sequence[int]) -> str:
+        """Return the values as JSON; see `Store.packed`."""
+        return json.dumps(values)
+
+    @staticmethod
+    def raw(column: str) -> str:
+        """Return the expression; see `Store.raw`."""
+        return f"CAST({column} AS BLOB)"  # A flipped byte may leave a text that is no UTF-8.
 
     def query(self, read: Callable[[apsw.Connection], T]) -> T:
         """Return what `read` makes of the reading connection, which it must not keep.
@@ -579,37 +501,6 @@ class SQLiteStore:
                     raise apsw.CorruptError(str(error)) from error
 
         return _patiently(attempt, self.path)
-
-    def _span(self, after: str | None, newest_first: bool) -> tuple[int, int]:
-        """Return the position to read from, exclusive, and the last one to read."""
-        top = self.query(lambda db: _one(db, "SELECT max(position) FROM records")) or 0
-        if after is None:
-            return (top + 1, 0) if newest_first else (0, top)
-        sql = (
-            "SELECT position FROM records WHERE id = ?1 "
-            "UNION ALL SELECT position FROM tombstones WHERE id = ?1"
-        )
-        start = self.query(lambda db: _one(db, sql, (column_text(after),)))
-        if start is None:
-            raise self._missing(after)
-        return (start, 0) if newest_first else (start, top)
-
-    def _checked(self, id: str, writer: str, sequence: int, digest: bytes, payload: bytes) -> StoredPayload:
-        if digest_of(writer, sequence, payload) != digest:
-            raise LogError(
-                f"{self.path}: record {id!r} is damaged, its bytes do not match its checksum; "
-                "`cai log verify` finds all such records, `cai log recover` saves the intact ones"
-            )
-        return StoredPayload(id, payload)
-
-    def _missing(self, id: str) -> DataError:
-        sql = "SELECT removed_at, why FROM tombstones WHERE id = ?"
-        removed = self.query(lambda db: next(db.execute(sql, (column_text(id),)), None))
-        if removed is not None:
-            return DataError(
-                f"{self.path}: record {id!r} was removed on {from_micros(removed[0]):%Y-%m-%d}: {removed[1]}"
-            )
-        return DataError(f"{self.path}: no record {id!r}; `cai log list` shows the ids")
 
 
 class _Connection:
@@ -648,99 +539,3 @@ class _Connection:
     def _identity(self) -> tuple[int, int]:
         status = os.stat(self.path)
         return status.st_dev, status.st_ino
-
-
-def _where(filters: Filters) -> tuple[list[str], list[Any]]:
-    clauses: list[str] = []
-    bindings: list[Any] = []
-    for name in ("kind", "trajectory_id", "outcome", "constitution"):
-        value = filters.get(name)
-        if value is not None:
-            clauses.append(f"{name} = ?")
-            bindings.append(column_text(str(value)))
-    if (tag := filters.get("tag")) is not None:
-        clauses.append("EXISTS (SELECT 1 FROM json_each(tags) WHERE value = json(?) ->> '$')")
-        bindings.append(json.dumps(tag))
-    if (source := filters.get("source")) is not None:
-        # The plus keeps SQLite from the index on sources, which would sort every page anew.
-        clauses.append("+source >= ? AND +source < ?")
-        low = column_text(source)
-        bindings += [low, low + "\U0010ffff"]
-    if (since := filters.get("since")) is not None:
-        clauses.append("at >= ?")
-        bindings.append(micros(since))
-    if (until := filters.get("until")) is not None:
-        clauses.append("at < ?")
-        bindings.append(micros(until))
-    return clauses, bindings
-
-
-# --- counting -----------------------------------------------------------------------------------------
-
-
-class _CallCount(msgspec.Struct):
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-
-
-class _VerdictCount(msgspec.Struct):
-    label: str
-    principle: str | None = None
-    aim: str | None = None
-
-
-class _CritiqueCount(msgspec.Struct):
-    verdicts: tuple[_VerdictCount, ...] = ()
-
-
-class _RoundCount(msgspec.Struct):
-    critique: _CritiqueCount
-
-
-class _ConstitutionCount(msgspec.Struct):
-    name: str
-    version: str
-    digest: str
-
-
-class _RecordCount(msgspec.Struct):
-    """The parts of a Trajectory or a Comparison that are counted; the others are not even parsed."""
-
-    constitution: _ConstitutionCount | None = None
-    rounds: tuple[_RoundCount, ...] = ()
-    calls: tuple[_CallCount, ...] = ()
-
-
-class Tally:
-    """Counts over payloads; a store adds each payload once."""
-
-    def __init__(self) -> None:
-        self._decoder = msgspec.json.Decoder(_RecordCount)
-        self.constitutions: dict[str, int] = {}
-        self.violated: dict[str, int] = {}
-        self.unreadable = 0
-        self.calls = 0
-        self.input_tokens = 0
-        self.output_tokens = 0
-
-    def add(self, payload: bytes) -> None:
-        """Count one Trajectory or Comparison."""
-        try:
-            record = self._decoder.decode(payload)
-        except msgspec.MsgspecError:  # Lone surrogates, or an earlier version.
-            record = msgspec.convert(msgspec.to_builtins(decode(payload)), _RecordCount)
-        if record.constitution is not None:
-            ref = record.constitution
-            name = f"{ref.name} {ref.version} ({ref.digest[:12]})"
-            self.constitutions[name] = self.constitutions.get(name, 0) + 1
-        for number, round_ in enumerate(record.rounds):
-            for verdict in round_.critique.verdicts:
-                if verdict.label == Label.UNREADABLE:
-                    self.unreadable += 1
-                elif verdict.label == Label.VIOLATES and number == 0:
-                    name = verdict.principle or verdict.aim or ""
-                    self.violated[name] = self.violated.get(name, 0) + 1
-        for call in record.calls:
-            self.calls += 1
-            self.input_tokens += call.input_tokens or 0
-            self.output_tokens += call.output_tokens or 0

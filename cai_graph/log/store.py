@@ -1,22 +1,46 @@
-"""What a store of records keeps beside each payload, and what it must be able to do.
+"""What a log is in a database, whichever database that is.
 
 A store holds rows: the encoded record as it stands, and beside it the few columns that filters read.
 The columns are a function of the record (`row_of`), so `verify` can compute them again and compare.
+
+    records      one row a record, in order of commit (`position`); see `Row` for the columns
+      writer, sequence   one unbroken run of appends by one process, and the number within it, from 1
+      digest             sha256 over writer, sequence and payload, 16 bytes: finds a changed record
+      chain              sha256 over the writer's previous chain and this digest, 16 bytes: finds a
+                         removed, added or reordered record
+    tombstones   what `gc` removed, and why; keeps writer, sequence, digest and chain
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Literal, NamedTuple, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 
-from cai_graph.errors import CaiError
+from cai_graph.errors import CaiError, DataError, LogError
 from cai_graph.log.redaction import is_withheld
+from cai_graph.log.stats import Stats, Tally
 from cai_graph.trajectory import Comparison, Feedback, Record, Review, Trajectory
 
-__all__ = ["Filters", "Kind", "Row", "Stats", "Store", "StoredPayload", "from_micros", "micros", "row_of"]
+__all__ = [
+    "Database",
+    "Filters",
+    "Kind",
+    "Row",
+    "Store",
+    "StoredPayload",
+    "chain_of",
+    "column_text",
+    "digest_of",
+    "from_micros",
+    "micros",
+    "row_of",
+]
+
+T = TypeVar("T")
 
 Kind = Literal["trajectory", "comparison", "review", "feedback"]
 
@@ -26,6 +50,10 @@ KINDS: dict[type[Record], Kind] = {
     Review: "review",
     Feedback: "feedback",
 }
+
+PAGE_ROWS = 500
+PAGE_BYTES = 4 << 20
+"""How much of a log is read at a time."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -80,47 +108,36 @@ class StoredPayload(NamedTuple):
     payload: bytes
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What a log holds, counted."""
+class Database(Protocol):
+    """One connection inside a transaction."""
 
-    trajectories: int = 0
-    """Number of Trajectories."""
-    comparisons: int = 0
-    """Number of Comparisons."""
-    reviews: int = 0
-    """Number of Reviews."""
-    feedback: int = 0
-    """Number of Feedback records."""
-    outcomes: dict[str, int] = field(default_factory=dict)
-    """Trajectories by outcome."""
-    constitutions: dict[str, int] = field(default_factory=dict)
-    """Trajectories by constitution, as `NAME VERSION (first 12 digits of the digest)`."""
-    violated: dict[str, int] = field(default_factory=dict)
-    """Trajectories whose draft was found to violate it, by principle id or aim."""
-    unreadable: int = 0
-    """Verdicts that could not be read."""
-    calls: int = 0
-    """Model calls in Trajectories and Comparisons."""
-    input_tokens: int = 0
-    """Tokens of their prompts, where the provider counted."""
-    output_tokens: int = 0
-    """Tokens that they wrote, where the provider counted."""
-    withheld: int = 0
-    """Records stored without their texts, because the redaction hook failed."""
-    removed: int = 0
-    """Records that `gc` removed; a tombstone says why."""
-    first: datetime | None = None
-    """Time of the earliest record, UTC."""
-    last: datetime | None = None
-    """Time of the latest record, UTC."""
-    bytes: int = 0
-    """Size of the log on disk."""
+    def execute(self, sql: str, bindings: Mapping[str, Any], /) -> Iterable[Any]:
+        """Run one statement with named parameters (`:name`), and return its rows."""
 
 
-class Store(Protocol):
-    """What the group-commit writer and the readers need of a database."""
+class Store(ABC):
+    """One log in a database, shared by the threads of a process.
 
+    Here stands what both databases do in the same words: SQL with named parameters (`:name`). A subclass
+    brings the connections, the schema, the way in, and the few expressions that differ.
+
+    Attributes:
+        name: how messages call the log, such as its path; holds no password.
+        read_only: whether it may only be read.
+    """
+
+    from_source: ClassVar[str]
+    """Whether a record's source is from `:source` on and before `:source_end`."""
+    tagged: ClassVar[str]
+    """Whether the JSON array of the column `tags` holds the text whose JSON is `:tag`."""
+
+    def __init__(self, name: str, *, read_only: bool) -> None:
+        self.name = name
+        self.read_only = read_only
+
+    # --- what a database brings -----------------------------------------------------------------------
+
+    @abstractmethod
     def insert(self, rows: Sequence[Row]) -> list[CaiError | None]:
         """Commit the rows durably in one transaction; one entry a row, None where it is stored.
 
@@ -131,29 +148,235 @@ class Store(Protocol):
             LogError: none of the rows is stored.
         """
 
+    @abstractmethod
+    def rows(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
+        """Return all rows of a query.
+
+        Raises:
+            LogError: the log cannot be read, or is damaged where the query looked.
+        """
+
+    @abstractmethod
+    def page(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
+        """Return the first rows of a query whose last column is the payload, at least one, not much more
+        than PAGE_BYTES of payload. Raises as `rows`.
+        """
+
+    @abstractmethod
+    def change(self, write: Callable[[Database], T]) -> T:
+        """Return what `write` does inside one transaction.
+
+        Raises:
+            LogError: nothing was changed.
+        """
+
+    @abstractmethod
+    def compact(self) -> bool:
+        """Give free space back to the disk; return whether that worked."""
+
+    @abstractmethod
+    def faults(self) -> list[str]:
+        """Return what the database's own check of the log's structure reports."""
+
+    @abstractmethod
+    def size(self) -> int:
+        """Return the bytes that the log takes on the disk."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close every connection; the next use opens them again."""
+
+    @abstractmethod
+    def before_fork(self) -> None:
+        """Wait for the transaction in progress, close every connection, and hold until `after_fork`."""
+
+    @abstractmethod
+    def after_fork(self, *, child: bool) -> None:
+        """Let work go on, in the parent or in the child."""
+
+    @staticmethod
+    @abstractmethod
+    def among(column: str, name: str) -> str:
+        """Return the expression: whether the column is among the values that `:name` holds."""
+
+    @staticmethod
+    @abstractmethod
+    def packed(values: Sequence[str] | Sequence[int]) -> Any:
+        """Return the values as `among` takes them."""
+
+    @staticmethod
+    @abstractmethod
+    def raw(column: str) -> str:
+        """Return the expression: the column as bytes, in whatever state it is; UTF-8 for text."""
+
+    # --- reading --------------------------------------------------------------------------------------
+
     def select(self, filters: Filters) -> Iterator[StoredPayload]:
         """Yield the payloads that pass the filters, as of the first one, in flat memory."""
+        newest_first = filters.get("newest_first", False)
+        position, until = self._span(filters.get("after"), newest_first)
+        clauses, bindings = self._where(filters)
+        clauses.insert(0, "position < :position AND position >= :until" if newest_first
+                       else "position > :position AND position <= :until")  # fmt: skip
+        sql = (
+            "SELECT position, id, writer, sequence, digest, payload FROM records "
+            f"WHERE {' AND '.join(clauses)} "
+            f"ORDER BY position {'DESC' if newest_first else 'ASC'} LIMIT :wanted"
+        )
+        left = filters.get("limit")
+        while left is None or left > 0:
+            wanted = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
+            rows = self.page(sql, bindings | {"position": position, "until": until, "wanted": wanted})
+            if not rows:
+                return
+            position = rows[-1][0]
+            for _, *stored in rows:
+                yield self._checked(*stored)
+            if left is not None:
+                left -= len(rows)
 
     def get(self, id: str) -> StoredPayload:
         """Return one payload. Raises DataError where there is none."""
+        sql = "SELECT id, writer, sequence, digest, payload FROM records WHERE id = :id"
+        for found in self.rows(sql, {"id": column_text(id)}):
+            return self._checked(*found)
+        raise self._missing(id)
 
     def known(self, ids: Sequence[str]) -> set[str]:
         """Return those of the ids that are stored, or were and have a tombstone."""
+        sql = " UNION ALL ".join(
+            f"SELECT id FROM {table} WHERE {self.among('id', 'ids')}" for table in ("records", "tombstones")
+        )
+        stored = {row[0] for row in self.rows(sql, {"ids": self.packed([column_text(id) for id in ids])})}
+        return {id for id in ids if column_text(id) in stored}
 
     def sources(self, prefix: str) -> set[str]:
         """Return the source keys of Trajectories that start with `prefix`."""
+        sql = "SELECT source FROM records WHERE source >= :source AND source < :source_end"
+        return {row[0] for row in self.rows(sql, _prefix(prefix))}
 
     def stats(self) -> Stats:
-        """Return the counts."""
+        """Return the counts; reads every payload once, in flat memory."""
+        kinds = dict(self.rows("SELECT kind, count(*) FROM records GROUP BY kind", {}))
+        outcomes = (
+            "SELECT outcome, count(*) FROM records WHERE outcome IS NOT NULL GROUP BY outcome ORDER BY 1"
+        )
+        ((first, last, withheld, removed),) = self.rows(
+            "SELECT min(at), max(at), coalesce(sum(withheld), 0), (SELECT count(*) FROM tombstones) "
+            "FROM records",
+            {},
+        )
+        tally = Tally()
+        for kind in ("trajectory", "comparison"):
+            for _, payload in self.select({"kind": kind}):
+                tally.add(payload)
+        return Stats(
+            trajectories=kinds.get("trajectory", 0),
+            comparisons=kinds.get("comparison", 0),
+            reviews=kinds.get("review", 0),
+            feedback=kinds.get("feedback", 0),
+            outcomes=dict(self.rows(outcomes, {})),
+            constitutions=dict(sorted(tally.constitutions.items())),
+            violated=dict(sorted(tally.violated.items(), key=lambda item: (-item[1], item[0]))),
+            unreadable=tally.unreadable,
+            calls=tally.calls,
+            input_tokens=tally.input_tokens,
+            output_tokens=tally.output_tokens,
+            withheld=int(withheld),
+            removed=removed,
+            first=None if first is None else from_micros(first),
+            last=None if last is None else from_micros(last),
+            bytes=self.size(),
+        )
 
-    def close(self) -> None:
-        """Close every connection."""
+    def _where(self, filters: Filters) -> tuple[list[str], dict[str, Any]]:
+        clauses: list[str] = []
+        bindings: dict[str, Any] = {}
+        for name in ("kind", "trajectory_id", "outcome", "constitution"):
+            value = filters.get(name)
+            if value is not None:
+                clauses.append(f"{name} = :{name}")
+                bindings[name] = column_text(str(value))
+        if (tag := filters.get("tag")) is not None:
+            clauses.append(self.tagged)
+            bindings["tag"] = json.dumps(tag)
+        if (source := filters.get("source")) is not None:
+            clauses.append(self.from_source)
+            bindings |= _prefix(source)
+        if (since := filters.get("since")) is not None:
+            clauses.append("at >= :since")
+            bindings["since"] = micros(since)
+        if (until := filters.get("until")) is not None:
+            clauses.append("at < :before")
+            bindings["before"] = micros(until)
+        return clauses, bindings
 
-    def before_fork(self) -> None:
-        """Wait for the transaction in progress, close every connection, and hold until after_fork."""
+    def _span(self, after: str | None, newest_first: bool) -> tuple[int, int]:
+        """Return the position to read from, exclusive, and the last one to read."""
+        ((top,),) = self.rows("SELECT coalesce(max(position), 0) FROM records", {})
+        if after is None:
+            return (top + 1, 0) if newest_first else (0, top)
+        sql = (
+            "SELECT position FROM records WHERE id = :id UNION ALL "
+            "SELECT position FROM tombstones WHERE id = :id"
+        )
+        for (start,) in self.rows(sql, {"id": column_text(after)}):
+            return (start, 0) if newest_first else (start, top)
+        raise self._missing(after)
 
-    def after_fork(self, *, child: bool) -> None:
-        """Let work go on, in the parent or in the child."""
+    def _checked(self, id: str, writer: str, sequence: int, digest: bytes, payload: bytes) -> StoredPayload:
+        if digest_of(writer, sequence, payload) != digest:
+            raise LogError(
+                f"{self.name}: record {id!r} is damaged, its bytes do not match its checksum; "
+                "`cai log verify` finds all such records, `cai log recover` saves the intact ones"
+            )
+        return StoredPayload(id, payload)
+
+    def _missing(self, id: str) -> DataError:
+        sql = "SELECT removed_at, why FROM tombstones WHERE id = :id"
+        for removed_at, why in self.rows(sql, {"id": column_text(id)}):
+            return DataError(
+                f"{self.name}: record {id!r} was removed on {from_micros(removed_at):%Y-%m-%d}: {why}"
+            )
+        return DataError(f"{self.name}: no record {id!r}; `cai log list` shows the ids")
+
+    # --- writing --------------------------------------------------------------------------------------
+
+    def _refuse(self, db: Database, rows: Sequence[Row]) -> tuple[list[CaiError | None], list[Row]]:
+        """Return an entry a row, and the rows whose id is new."""
+        sql = f"SELECT id, payload FROM records WHERE {self.among('id', 'ids')}"
+        stored = dict(db.execute(sql, {"ids": self.packed([row.id for row in rows])}))
+        errors: list[CaiError | None] = []
+        fresh: list[Row] = []
+        for row in rows:
+            payload = stored.get(row.id)
+            if payload is None:
+                payload = stored[row.id] = row.payload
+                fresh.append(row)
+            errors.append(
+                None
+                if payload == row.payload
+                else DataError(
+                    f"{self.name}: a different record of the id {row.id!r} is in the log; "
+                    "records are never changed, append a new one under a new id"
+                )
+            )
+        return errors, fresh
+
+
+def _prefix(source: str) -> dict[str, str]:
+    low = column_text(source)
+    return {"source": low, "source_end": low + "\U0010ffff"}
+
+
+def digest_of(writer: str, sequence: int, payload: bytes) -> bytes:
+    """Return the checksum of one record."""
+    return hashlib.sha256(b"%b:%d:%b" % (writer.encode(), sequence, payload)).digest()[:16]
+
+
+def chain_of(previous: bytes, digest: bytes) -> bytes:
+    """Return the link of one record; `previous` is empty for a writer's first."""
+    return hashlib.sha256(previous + digest).digest()[:16]
 
 
 def micros(at: datetime) -> int:

@@ -1,8 +1,9 @@
-"""Upkeep of a log file: find damage (`verify`), save what is intact (`recover`), remove by age (`gc`)."""
+"""Upkeep of a log: find damage (`verify`), save what is intact (`recover`), remove by age (`gc`)."""
 
 from __future__ import annotations
 
 import heapq
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import apsw
-
-from cai_graph.errors import CaiError, LogError
-from cai_graph.log import is_open, path_of
-from cai_graph.log.pages import scan
-from cai_graph.log.sqlite import SQLiteStore, chain_of, digest_of
-from cai_graph.log.store import column_text, micros, row_of
+from cai_graph.errors import CaiError, ConfigError, LogError
+from cai_graph.log import is_open, open_store, place_of
+from cai_graph.log.store import Database, Store, chain_of, column_text, digest_of, micros, row_of
 from cai_graph.trajectory import decode, now
 
 __all__ = ["Damage", "Gap", "Recovery", "Removal", "Verification", "gc", "recover", "verify"]
@@ -29,7 +26,7 @@ class Damage(NamedTuple):
     """One record whose bytes are not those that were written."""
 
     position: int
-    """Its place in the file, counted from 1."""
+    """Its place in the log, counted from 1."""
     id: str | None
     """Its id, as far as it can be read."""
     what: str
@@ -37,7 +34,7 @@ class Damage(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Records that a writer committed and that are not in the file any more."""
+    """Records that a writer committed and that are not in the log any more."""
 
     writer: str
     """The writer's id."""
@@ -56,8 +53,8 @@ class Gap(NamedTuple):
 class Verification:
     """What `verify` found."""
 
-    path: Path
-    """The file."""
+    log: str
+    """The log: its file, or its URL without a password."""
     records: int
     """Records that were checked."""
     damaged: tuple[Damage, ...]
@@ -65,7 +62,7 @@ class Verification:
     gaps: tuple[Gap, ...]
     """Records that are missing."""
     integrity: tuple[str, ...]
-    """What SQLite's own check of the file's structure reports."""
+    """What the database's own check of the log's structure reports."""
 
     @property
     def ok(self) -> bool:
@@ -104,48 +101,44 @@ class Removal:
 # --- verify -------------------------------------------------------------------------------------------
 
 _COLUMNS = ("id", "kind", "at", "trajectory_id", "outcome", "constitution", "source", "tags", "withheld")
-# As bytes: a flipped byte may leave a text that is no UTF-8.
-_RECORDS = f"""
-    SELECT position, {", ".join(f"CAST({name} AS BLOB)" for name in _COLUMNS)}, payload,
-           CAST(writer AS BLOB), sequence, digest, chain
-    FROM records WHERE position > ? ORDER BY position LIMIT 1000
-"""
-_TOMBSTONES = """
-    SELECT position, CAST(writer AS BLOB), sequence, digest, chain
-    FROM tombstones WHERE position > ? ORDER BY position LIMIT 1000
-"""
+_PAGE = " WHERE position > :position ORDER BY position LIMIT 1000"
 
 
 def verify(url: str | os.PathLike[str]) -> Verification:
-    """Check every record of a log, each writer's sequence and chain, and the file's structure.
+    """Check every record of a log, each writer's sequence and chain, and the database's structure.
 
     Reads only. A changed byte in a record is found by its checksum, a removed or reordered record by its
     writer's sequence and chain. What is not found: that the latest records of a writer are missing.
 
     Raises:
-        LogError: the file cannot be opened at all, or was written by a newer release.
+        LogError: the log cannot be opened at all, or was written by a newer release.
     """
-    store = SQLiteStore(path_of(url), read_only=True)
+    store = open_store(url, read_only=True)
     try:
         return _verify(store)
     finally:
         store.close()
 
 
-def _verify(store: SQLiteStore) -> Verification:
-    integrity = _integrity(store)
+def _verify(store: Store) -> Verification:
+    integrity = store.faults()
     damaged: list[Damage] = []
     gaps: list[Gap] = []
     links: dict[str, tuple[int, set[bytes]]] = {}
     records = 0
+    linked = f"{store.raw('writer')}, sequence, digest, chain"
+    stored = f"SELECT position, {linked}, {', '.join(map(store.raw, _COLUMNS))}, payload FROM records"
+    buried = f"SELECT position, {linked}, NULL FROM tombstones"
     merged = heapq.merge(
-        _paged(store, _RECORDS, integrity), _paged(store, _TOMBSTONES, integrity), key=lambda row: row[0]
+        _paged(store, stored + _PAGE, integrity),
+        _paged(store, buried + _PAGE, integrity),
+        key=lambda row: row[0],
     )
-    for row in merged:
-        position, *columns, writer, sequence, digest, chain = row
-        records += bool(columns)
+    for position, writer, sequence, digest, chain, *columns in merged:
+        is_record = len(columns) > 1
+        records += is_record
         try:
-            what, real, name = _fault(columns, writer, sequence, digest)
+            what, real, name = _fault(columns if is_record else [], writer, sequence, digest)
             seen, before = links.get(name, (0, {b""}))
             # A flipped byte in one link must not cast doubt on the next record as well, so both the
             # stored link and the one that should be there may be followed.
@@ -154,7 +147,7 @@ def _verify(store: SQLiteStore) -> Verification:
                 what = "stands out of its writer's order"
             elif not what and sequence == seen + 1 and chain not in expected:
                 what = "does not follow its writer's record before it"
-            elif not what and columns and sequence > seen + 1:
+            elif not what and is_record and sequence > seen + 1:
                 gaps.append(Gap(name, seen + 1, sequence - 1))
             if not what:
                 links[name] = (sequence, {chain})
@@ -163,12 +156,12 @@ def _verify(store: SQLiteStore) -> Verification:
         except Exception as error:  # A damaged row may hold anything, of any type.
             what = f"cannot be read: {error!r}"
         if what:
-            id = columns[0] if columns else None
+            id = columns[0]
             damaged.append(
                 Damage(position, None if id is None else bytes(id).decode("utf-8", "replace"), what)
             )
     return Verification(
-        path=store.path,
+        log=store.name,
         records=records,
         damaged=tuple(damaged),
         gaps=tuple(gaps),
@@ -197,38 +190,11 @@ def _fault(columns: list[Any], writer: bytes, sequence: int, digest: bytes) -> t
     return f"its column {', '.join(wrong)} does not match its payload" if wrong else "", real, name
 
 
-def _integrity(store: SQLiteStore) -> list[str]:
-    wal = Path(f"{store.path}-wal")
-    crashed = wal.exists() and wal.stat().st_size > 0
-
-    def check(db: apsw.Connection) -> list[str]:
-        if crashed:
-            # What a crash left in the WAL stays there; closing would move it into the file.
-            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        db.execute("PRAGMA cell_size_check = ON")
-        return [str(row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
-
-    try:
-        return store.query(check)
-    except LogError as error:
-        return [str(error.__cause__ or error)]
-
-
-def _paged(store: SQLiteStore, sql: str, integrity: list[str]) -> Iterator[tuple[Any, ...]]:
+def _paged(store: Store, sql: str, integrity: list[str]) -> Iterator[tuple[Any, ...]]:
     position = 0
     while True:
-
-        def page(db: apsw.Connection, after: int = position) -> list[Any]:
-            rows: list[Any] = []
-            try:
-                rows.extend(db.execute(sql, (after,)))
-            except apsw.CorruptError:
-                if not rows:
-                    raise
-            return rows
-
         try:
-            rows = store.query(page)
+            rows = store.page(sql, {"position": position})
         except LogError as error:
             integrity.append(f"after position {position} nothing can be read: {error.__cause__ or error}")
             return
@@ -240,9 +206,11 @@ def _paged(store: SQLiteStore, sql: str, integrity: list[str]) -> Iterator[tuple
 
 # --- recover ------------------------------------------------------------------------------------------
 
+_STONE = ("position", "id", "kind", "writer", "sequence", "digest", "chain", "removed_at", "why")
+
 
 def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recovery:
-    """Write every intact record of a damaged log into a new one, in the order of their positions.
+    """Write every intact record of a damaged log file into a new one, in the order of their positions.
 
     Reads the file page by page, past SQLite, so that a damaged index or tree loses no intact record; each
     record is taken only if its checksum holds. The damaged file is left as it is. In the new log the
@@ -253,9 +221,14 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
         into: the new log; must not exist.
 
     Raises:
+        ConfigError: one of them is no file: PostgreSQL recovers itself.
         LogError: the damaged file cannot be read, or `into` exists or cannot be written.
     """
-    source, target = path_of(url), path_of(into)
+    # Here, since both are for SQLite alone, which a log in PostgreSQL does not load.
+    from cai_graph.log.pages import scan
+    from cai_graph.log.sqlite import SQLiteStore
+
+    source, target = (_file_of(log) for log in (url, into))
     if target.exists() and target.stat().st_size:
         raise LogError(f"{target}: exists; name a new file to recover into")
     if is_open(source):
@@ -266,9 +239,11 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
             while part := list(islice(found.rows, _CHUNK)):
                 store.insert(part)
             # Below every position that the new log gives, so that none is given twice.
-            stones = [(-n, *stone) for n, stone in enumerate(found.tombstones, 1)]
-            sql = "INSERT INTO tombstones VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-            store.change(lambda db: db.executemany(sql, stones))
+            stones = [
+                dict(zip(_STONE, (-n, *stone), strict=True)) for n, stone in enumerate(found.tombstones, 1)
+            ]
+            sql = f"INSERT INTO tombstones VALUES ({', '.join(f':{name}' for name in _STONE)})"
+            store.change(lambda db: [db.execute(sql, stone) for stone in stones])
         finally:
             store.close()
     return Recovery(
@@ -277,6 +252,16 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
         damaged=tuple(Damage(*damage) for damage in found.damaged),
         gaps=tuple(_missing(found.sequences)),
     )
+
+
+def _file_of(url: str | os.PathLike[str]) -> Path:
+    place = place_of(url)
+    if place.path is None:
+        raise ConfigError(
+            f"{place.name}: PostgreSQL recovers itself when it starts; after damage to its disk restore a "
+            "backup, and `cai log verify` says whether it is whole"
+        )
+    return place.path
 
 
 def _missing(sequences: dict[str, set[int]]) -> Iterator[Gap]:
@@ -316,63 +301,62 @@ def gc(
     Raises:
         LogError: the log cannot be read or written; what was removed until then stays removed.
     """
-    path = path_of(url)
-    if not path.exists():
-        raise LogError(f"{path}: there is no log")
-    store = SQLiteStore(path, read_only=dry_run)
-    limit = micros(before)
-    keep = ["0"]
-    bindings: list[Any] = []
+    place = place_of(url)
+    if place.path is not None and not place.path.exists():
+        raise LogError(f"{place.name}: there is no log")
+    store = open_store(url, read_only=dry_run)
+    bindings: dict[str, Any] = {"limit": micros(before)}
+    keep = ["1 = 0"]
     if keep_reviewed:
         keep.append("EXISTS (SELECT 1 FROM records r WHERE r.trajectory_id = t.id AND r.kind = 'review')")
     if keep_tag is not None:
-        keep.append("EXISTS (SELECT 1 FROM json_each(t.tags) WHERE value = ?)")
-        bindings.append(keep_tag)
+        keep.append(store.tagged)
+        bindings["tag"] = json.dumps(keep_tag)
     kept = " OR ".join(keep)
-    old = "FROM records t WHERE t.kind = 'trajectory' AND t.at < ?"
+    old = "FROM records t WHERE t.kind = 'trajectory' AND t.at < :limit"
+    doomed = f"{old} AND NOT ({kept})"
+    about = f"FROM records WHERE {store.among('trajectory_id', 'ids')}"
     orphans = (
-        "FROM records o WHERE o.trajectory_id IS NOT NULL AND o.at < ? "
+        "FROM records o WHERE o.trajectory_id IS NOT NULL AND o.at < :limit "
         "AND NOT EXISTS (SELECT 1 FROM records t WHERE t.id = o.trajectory_id)"
     )
-    doomed = f"SELECT t.position, t.id {old} AND NOT ({kept})"
 
-    def about(db: apsw.Connection, ids: list[str]) -> list[int]:
-        sql = "SELECT position FROM records WHERE trajectory_id = ?"
-        return [row[0] for id in ids for row in db.execute(sql, (id,))]
+    def count(source: str, bindings: dict[str, Any]) -> int:
+        ((number,),) = store.rows(f"SELECT count(*) {source}", bindings)
+        return int(number)
+
+    def bury(db: Database, positions: list[int]) -> None:
+        dead = store.among("position", "positions")
+        which = {"positions": store.packed(positions)}
+        db.execute(
+            "INSERT INTO tombstones SELECT position, id, kind, writer, sequence, digest, chain, :at, :why "
+            f"FROM records WHERE {dead}",
+            which | {"at": micros(now()), "why": column_text(why)},
+        )
+        db.execute(f"DELETE FROM records WHERE {dead}", which)
+
+    def remove(db: Database) -> tuple[int, int]:
+        # A part at a time, so that the writers of other processes come through.
+        found = list(db.execute(f"SELECT t.position, t.id {doomed} LIMIT {_CHUNK}", bindings))
+        ids = store.packed([id for _, id in found])
+        with_them = [row[0] for row in db.execute(f"SELECT position {about}", {"ids": ids})]
+        bury(db, [position for position, _ in found] + with_them)
+        return len(found), len(with_them)
+
+    def remove_orphans(db: Database) -> int:
+        limit = {"limit": bindings["limit"]}
+        found = [row[0] for row in db.execute(f"SELECT o.position {orphans} LIMIT {_CHUNK}", limit)]
+        bury(db, found)
+        return len(found)
 
     try:
-        spared = store.query(
-            lambda db: next(db.execute(f"SELECT count(*) {old} AND ({kept})", (limit, *bindings)))[0]
-        )
+        spared = count(f"{old} AND ({kept})", bindings)
         trajectories = others = 0
         if dry_run:
-            found = store.query(lambda db: list(db.execute(doomed, (limit, *bindings))))
-            trajectories = len(found)
-            others = store.query(lambda db: len(about(db, [id for _, id in found])))
-            others += store.query(lambda db: next(db.execute(f"SELECT count(*) {orphans}", (limit,)))[0])
+            trajectories = count(doomed, bindings)
+            others = count(f"FROM records a WHERE a.trajectory_id IN (SELECT t.id {doomed})", bindings)
+            others += count(orphans, {"limit": bindings["limit"]})
             return Removal(trajectories=trajectories, others=others, kept=spared, compacted=False)
-
-        def bury(db: apsw.Connection, positions: list[int]) -> None:
-            stamp = (micros(now()), column_text(why))
-            db.executemany(
-                "INSERT INTO tombstones SELECT position, id, kind, writer, sequence, digest, chain, ?, ? "
-                "FROM records WHERE position = ?",
-                ((*stamp, position) for position in positions),
-            )
-            db.executemany("DELETE FROM records WHERE position = ?", ((position,) for position in positions))
-
-        def remove(db: apsw.Connection) -> tuple[int, int]:
-            # A part at a time, so that the writers of other processes come through.
-            found = list(db.execute(f"{doomed} LIMIT {_CHUNK}", (limit, *bindings)))
-            with_them = about(db, [id for _, id in found])
-            bury(db, [position for position, _ in found] + with_them)
-            return len(found), len(with_them)
-
-        def remove_orphans(db: apsw.Connection) -> int:
-            found = [row[0] for row in db.execute(f"SELECT o.position {orphans} LIMIT {_CHUNK}", (limit,))]
-            bury(db, found)
-            return len(found)
-
         while (part := store.change(remove)) != (0, 0):
             trajectories += part[0]
             others += part[1]
