@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cai_graph.calls import Budget as Budget
+    from cai_graph.cascades import cascade as cascade
     from cai_graph.chain import Answered as Answered
     from cai_graph.chain import ConstitutionalRunnable as ConstitutionalRunnable
     from cai_graph.chain import constitutional as constitutional
@@ -33,6 +34,7 @@ _HOME = {
     "ScriptedModel": "testing",
     "Settings": "policy",
     "Trajectory": "trajectory",
+    "cascade": "cascades",
     "constitutional": "chain",
     "open_log": "log",
 }

@@ -525,6 +525,6 @@ def check_strategy(critic: Critic, strategy: str) -> None:
     """Raise ConfigError where a critic cannot serve a strategy."""
     if strategy == "parallel" and not critic.splits:
         raise ConfigError(
-            f"the critic {critic.name!r} judges all aims in one pass, so 'parallel' would repeat it; "
+            f"the critic {critic.name!r} judges everything at once, so 'parallel' would repeat it; "
             "use strategy 'batched'"
         )

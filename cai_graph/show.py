@@ -174,10 +174,24 @@ def _verdicts(critique: Critique) -> RenderableType:
             Text(", ".join(notes), "dim", no_wrap=True),
             Text(reason, "dim"),
         )
-    readings = ", ".join(f"{clean(name)} {value:.2f}" for name, value in critique.readings.items())
-    if not readings:
-        return grid
-    return Group(grid, Text(f"the probe reads: {readings}", "dim"))
+    below: list[RenderableType] = []
+    if critique.readings:
+        readings = ", ".join(f"{clean(name)} {value:.2f}" for name, value in critique.readings.items())
+        below.append(Text(f"the probe reads: {readings}", "dim"))
+    if critique.cascade is not None:
+        who, why = clean(critique.critic or "unknown"), _WHY[critique.cascade.why]
+        below.append(Text(f"decided by {who}: {why.format(critique.cascade.threshold)}", "dim"))
+    return Group(grid, *below) if below else grid
+
+
+_WHY = {
+    "cleared": "P(VIOLATES) is below {}",
+    "above": "the cheap critic's P(VIOLATES) is not below {}",
+    "unreadable": "the cheap critic gave no probability",
+    "failed": "the cheap critic failed",
+    "sample": "both critics are asked about a sample",
+}
+"""How a cascade came to a verdict, by `Cascaded.why`."""
 
 
 def _revision(name: str, revision: Revision, draft: str) -> list[RenderableType]:

@@ -39,6 +39,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Block",
     "Call",
+    "Cascaded",
     "Comparison",
     "ConstitutionRef",
     "Critique",
@@ -187,6 +188,21 @@ class Critique(Base, frozen=True, kw_only=True):
     """Whether the critic reads the answer as a refusal or an evasion; None where it does not say."""
     critic: str | None = None
     """Name of the critic model, or of the probe."""
+    cascade: Cascaded | None = None
+    """How a cascade came to this critique; None where one critic judges alone."""
+
+
+class Cascaded(Base, frozen=True, kw_only=True):
+    """Which critic of a cascade decided, and why; the critique that holds this is the decider's."""
+
+    why: Literal["cleared", "above", "unreadable", "failed", "sample"]
+    """`cleared`: the cheap critic decided. Else the strong one did, since the cheap one's probability was
+    not below the threshold, or could not be read, or since the cheap one failed, or since both are asked
+    about a sample of the answers, whatever the cheap one says."""
+    threshold: float
+    """P(VIOLATES) from which the strong critic is asked."""
+    cheap: Critique | None = None
+    """What the cheap critic said where the strong one decided; None where it failed."""
 
 
 class Block(Base, frozen=True, kw_only=True):

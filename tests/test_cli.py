@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -17,7 +18,8 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 import typer.main
-from wire import Reply, Script, Server, serving, under
+from replies import verdicts
+from wire import Reply, Script, Server, role, serving, under
 
 from cai_graph import cli, open_log, policy
 from cai_graph.cli import console, options
@@ -528,6 +530,58 @@ def test_training_needs_its_data(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     ended = cai(tmp_path, *args, status=1)
     assert ended.stderr == "absent: no such folder; name the folder with the labelled sources\n"
+
+
+# --- a cascade ----------------------------------------------------------------------------------------
+
+
+def _probable(ids: list[str], *, probability: float) -> Reply:
+    """COMPLIES for every principle, and P(VIOLATES), as an OpenAI-compatible server says it."""
+    text = verdicts(ids=ids)
+    content = []
+    for token in re.split(r'(?<=")(COMPLIES)(?=")', text):
+        top = [("COMPLIES", 1 - probability), ("VIOLATES", probability)] if token == "COMPLIES" else []
+        alternatives = [{"token": name, "logprob": math.log(share)} for name, share in top]
+        content.append({"token": token, "logprob": -0.1, "top_logprobs": alternatives})
+    return Reply(text, logprobs=content)
+
+
+def test_a_cascade_is_calibrated_from_a_log_and_then_asks_the_strong_critic_less(
+    tmp_path: Path, serve: Any
+) -> None:
+    def critic(body: Mapping[str, Any]) -> Reply:
+        bad = "question 1" in str(body["messages"][-1]["content"])
+        return _probable(ids, probability=0.4 if bad else 0.1)
+
+    ids = [principle.id for principle in BALANCED]
+    strong = serve(under(BALANCED, violates=lambda shown: "question 1" in shown))
+    cheap = serve(critic)
+    (tmp_path / "prompts.txt").write_text("\n".join(f"question {n % 2} of {n}" for n in range(40)))
+    judge_only = ("--max-rounds", "0", "--on-violation", "open")
+    cai(tmp_path, "run", "prompts.txt", "--model", strong.spec, *judge_only)
+    calibrate = ("critic", "calibrate", "--cheap", cheap.spec)
+
+    few = cai(tmp_path, *calibrate, status=1)
+    found = cai(tmp_path, *calibrate, "--miss-rate", "0.15")
+    written = json.loads(cai(tmp_path, *calibrate, "--miss-rate", "0.15", "--json").stdout)
+
+    assert "takes 299 answers that the strong critic finds violating; 20 of the 40" in few.stderr
+    assert "threshold   0.4\n" in found.stdout
+    assert "saved       50.0% of the strong critic's calls (95 % interval 35.2% to 64.8%" in found.stdout
+    assert "missed      0 of 20 violating answers" in found.stdout
+    assert (written["threshold"], written["saved"], written["cheap"]) == (0.4, 0.5, cheap.spec)
+
+    before = sum(role(body) == "critique" for body in strong.requests)
+    cascade = ("--critic", cheap.spec, "--strong", strong.spec, "--threshold", "0.4")
+    cai(tmp_path, "run", "prompts.txt", "--model", strong.spec, *cascade, *judge_only)
+    assert sum(role(body) == "critique" for body in strong.requests) - before == 20
+
+
+def test_a_strong_critic_without_a_threshold_is_wrong_usage(tmp_path: Path, serve: Any) -> None:
+    server = serve(under(BALANCED))
+    ended = cai(tmp_path, "ask", "hi", "--model", server.spec, "--strong", server.spec, status=2)
+
+    assert "--strong and --threshold go together" in " ".join(ended.stderr.split())
 
 
 # --- the embedded model -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cai_graph.cli.console import DEFAULT_LOG, err, group, out
-from cai_graph.cli.model import fetch, foreign, loaded
+from cai_graph.cli.model import critic_of, fetch, foreign, loaded
 from cai_graph.cli.options import (
     AsJson,
     Candidates,
@@ -26,6 +26,8 @@ from cai_graph.cli.options import (
     Reviser,
     Seed,
     StrategyName,
+    Strong,
+    Threshold,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ def ask(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
     model: Model = "local",
     critic: Critic = None,
+    strong: Strong = None,
+    threshold: Threshold = None,
     reviser: Reviser = None,
     constitution: ConstitutionName = "balanced",
     log: LogUrl = DEFAULT_LOG,
@@ -62,6 +66,8 @@ def ask(
         reviser,
         constitution,
         log,
+        strong=strong,
+        threshold=threshold,
         max_tokens=max_tokens,
         seed=seed,
         strategy=strategy,
@@ -72,7 +78,7 @@ def ask(
         on_error=on_error,
     )
     with closing(guarded), foreign(model):
-        fetch(model, critic, reviser)
+        fetch(model, critic, strong, reviser)
         with err.status("drafting") as status:
             watch = show.stages(status.update, guarded.plan.settings.rounds)
             answered = asyncio.run(guarded.answered(prompt, {"callbacks": [watch]}))
@@ -89,6 +95,8 @@ def guard(
     constitution: str,
     log: str,
     *,
+    strong: str | None = None,
+    threshold: float | None = None,
     max_tokens: int | None,
     seed: int | None,
     **settings: Any,
@@ -102,7 +110,7 @@ def guard(
     return chain.constitutional(
         loaded(model, seed=seed, max_tokens=max_tokens),
         constitution=rules,
-        critic=loaded(critic or model),
+        critic=critic_of(critic or model, strong, threshold),
         reviser=loaded(reviser or model, max_tokens=None if max_tokens is None else 2 * max_tokens),
         log=open_log(log),
         seed=seed,

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from cai_graph.cli.console import FAILED, SKIPPED, bar, complain, group, note
-from cai_graph.cli.model import fetch, foreign, loaded, width
-from cai_graph.cli.options import Concurrency, ConstitutionName, FailOn, option
+from cai_graph.cli.model import critic_of, fetch, foreign, width
+from cai_graph.cli.options import Concurrency, ConstitutionName, FailOn, Strong, Threshold, option
 
 commands = group()
 
@@ -25,6 +25,8 @@ def judge(
     ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where the verdicts go.")] = None,
     critic: Annotated[str, option("--critic", "Who judges.", "SPEC")] = "local",
+    strong: Strong = None,
+    threshold: Threshold = None,
     constitution: ConstitutionName = "balanced",
     concurrency: Concurrency = None,
     fail_on: Annotated[
@@ -39,14 +41,13 @@ def judge(
     """
     from cai_graph import bulk
     from cai_graph import constitution as constitutions
-    from cai_graph.critic import critic_for
 
     rules = constitutions.load(constitution)
     violates = unreadable = skipped = 0
     with contextlib.closing(bulk.Rows(answers, "jsonl")) as rows:
         total = sum(1 for _ in rows.answers())
-        who = critic_for(loaded(critic))
-        fetch(critic)
+        who = critic_of(critic, strong, threshold)
+        fetch(critic, strong)
 
         async def work() -> None:
             nonlocal violates, unreadable, skipped

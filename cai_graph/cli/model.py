@@ -16,6 +16,8 @@ from cai_graph.errors import CaiError, ModelError
 if TYPE_CHECKING:
     from langchain_core.language_models import BaseChatModel
 
+    from cai_graph.critic import Critic
+
 API_RETRIES = 8
 """How often a request to an API is tried again, after the wait that its Retry-After asks for."""
 
@@ -80,6 +82,18 @@ def loaded(spec: str, *, seed: int | None = None, max_tokens: int | None = None)
     elif seed is not None:
         settings["seed"] = seed
     return models.load(spec, **settings)
+
+
+def critic_of(critic: str, strong: str | None, threshold: float | None) -> Critic:
+    """Return the critic that the options name, a cascade where there is a strong one."""
+    from cai_graph.cascades import cascade
+    from cai_graph.critic import critic_for
+
+    if strong is None and threshold is None:
+        return critic_for(loaded(critic))
+    if strong is None or threshold is None:
+        raise typer.BadParameter("--strong and --threshold go together; `cai critic calibrate` finds one")
+    return cascade(loaded(critic), loaded(strong), threshold=threshold)
 
 
 def is_local(spec: str) -> bool:

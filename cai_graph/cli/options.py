@@ -33,6 +33,13 @@ Model = Annotated[
     option("--model -m", "Who drafts: local, local:FILE.gguf, openai:…, anthropic:…, http://…/v1#…", "SPEC"),
 ]
 Critic = Annotated[str | None, option("--critic", "Who judges; the model by default.", "SPEC")]
+Strong = Annotated[
+    str | None, option("--strong", "Judges only what the critic cannot clear; needs --threshold.", "SPEC")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="P(VIOLATES) from which the strong critic is asked."),
+]
 Reviser = Annotated[str | None, option("--reviser", "Who rewrites; the model by default.", "SPEC")]
 ConstitutionName = Annotated[
     str, option("--constitution -c", "A built-in constitution, or a file.", "NAME|FILE")

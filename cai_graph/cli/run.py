@@ -43,6 +43,8 @@ from cai_graph.cli.options import (
     RowFormat,
     Seed,
     StrategyName,
+    Strong,
+    Threshold,
 )
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def run(
     concurrency: Concurrency = None,
     model: Model = "local",
     critic: Critic = None,
+    strong: Strong = None,
+    threshold: Threshold = None,
     reviser: Reviser = None,
     constitution: ConstitutionName = "balanced",
     log: LogUrl = DEFAULT_LOG,
@@ -93,6 +97,8 @@ def run(
             reviser,
             constitution,
             log,
+            strong=strong,
+            threshold=threshold,
             max_tokens=max_tokens,
             seed=seed,
             strategy=strategy,
@@ -109,7 +115,7 @@ def run(
             job = bulk.Run(guarded, rows, drafting=drafting, column=column, limit=limit)
             if job.done:
                 note(f"{job.done} of {job.rows} rows were answered before; going on with the others")
-            fetch(model, critic, reviser)
+            fetch(model, critic, strong, reviser)
             with foreign(model):
                 interrupted = _drive(job, concurrency or width(model))
     _sum_up(job, log, interrupted)

@@ -14,6 +14,7 @@ import msgspec
 
 from cai_graph.trajectory import (
     Call,
+    Cascaded,
     Comparison,
     ConstitutionRef,
     Critique,
@@ -46,6 +47,7 @@ _NOT_TEXT: dict[type, frozenset[str]] = {
     ToolCall: frozenset({"name", "id"}),
     Verdict: frozenset({"principle", "aim", "read_by"}),
     Critique: frozenset({"critic", "readings"}),
+    Cascaded: frozenset({"why"}),
     Revision: frozenset(),
     Call: frozenset({"role", "model", "kind", "prompt_digest"}),
     ConstitutionRef: frozenset({"name", "version", "digest"}),

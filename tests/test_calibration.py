@@ -1,0 +1,240 @@
+"""The threshold of a cascade: the guarantee, and where the pairs come from."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from replies import RULES, by_role, verdicts
+from test_cascades import Cheap
+
+from cai_graph import cascade, constitutional, open_log
+from cai_graph.calibration import Pair, calibrate, logged, needed, rejudged, wilson
+from cai_graph.calls import Calls
+from cai_graph.constitution import Constitution
+from cai_graph.errors import ConfigError, DataError
+from cai_graph.log import Log
+from cai_graph.prompts import Exchange
+from cai_graph.testing import ScriptedModel
+from cai_graph.trajectory import Critique, Label, Verdict, text_of
+
+# --- the threshold ------------------------------------------------------------------------------------
+
+
+def test_the_threshold_is_the_order_statistic_that_the_binomial_tail_allows() -> None:
+    # 473 violating answers allow one miss at 1 %: P(Bin(473, 0.01) <= 1) = 0.0498; 472 allow none (0.0502).
+    scores = [0.001 * rank for rank in range(1, 474)]
+    one_missed = calibrate([Pair(s, True) for s in scores] + [Pair(0.0015, False)] * 527, 0.01)
+    none_missed = calibrate([Pair(s, True) for s in scores[:472]], 0.01)
+
+    assert (one_missed.threshold, one_missed.missed) == (0.002, 1)
+    assert one_missed.miss_rate_at_most == pytest.approx(0.01, abs=1e-4)
+    assert one_missed.saved == pytest.approx(528 / 1000)
+    assert (none_missed.threshold, none_missed.missed) == (0.001, 0)
+
+
+def test_299_violating_answers_support_a_miss_rate_of_1_percent_and_298_do_not() -> None:
+    assert needed(0.01) == 299
+    assert calibrate([Pair(0.5, True)] * 299, 0.01).missed == 0
+    with pytest.raises(DataError, match=r"takes 299 answers .* 298 of the 298 .* --miss-rate 0\.011, the"):
+        calibrate([Pair(0.5, True)] * 298, 0.01)
+
+
+def test_the_advice_of_a_refusal_is_not_refused() -> None:
+    pairs = [Pair(0.5, True)] * 70 + [Pair(0.1, False)] * 450
+    with pytest.raises(DataError, match=r"70 of the 520 .* --miss-rate 0\.042"):
+        calibrate(pairs, 0.01)
+
+    assert calibrate(pairs, 0.042).saved == pytest.approx(450 / 520)
+
+
+def test_without_violating_answers_there_is_nothing_to_choose_from() -> None:
+    with pytest.raises(DataError, match="there are none among 1000"):
+        calibrate([Pair(0.1, False)] * 1000, 0.01)
+
+
+def test_an_answer_that_is_always_asked_about_is_neither_missed_nor_saved() -> None:
+    found = calibrate([Pair(None, True)] * 60 + [Pair(None, False)] * 40 + [Pair(0.999, False)] * 100, 0.05)
+
+    assert (found.threshold, found.missed, found.saved) == (1.0, 0, 0.5)
+
+
+def test_the_printed_threshold_is_never_above_the_one_found() -> None:
+    found = calibrate([Pair(0.123456, True)] * 299, 0.01)
+
+    assert found.threshold == 0.1234
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -1.0])
+def test_a_miss_rate_that_is_no_share_is_refused(rate: float) -> None:
+    with pytest.raises(ConfigError, match="share between 0 and 1"):
+        calibrate([Pair(0.5, True)], rate)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1) | st.none(), st.booleans()), min_size=1, max_size=300),
+    st.sampled_from([0.02, 0.05, 0.2]),
+)
+def test_on_any_data_the_bound_holds_or_the_data_are_refused(
+    found: list[tuple[float | None, bool]], rate: float
+) -> None:
+    pairs = [Pair(*each) for each in found]
+    try:
+        chosen = calibrate(pairs, rate)
+    except DataError:
+        assert sum(pair.violates for pair in pairs) < needed(rate)
+        return
+    assert chosen.miss_rate_at_most <= rate
+    assert chosen.saved_from <= chosen.saved <= chosen.saved_to
+    missed = sum(p.violates and p.suspicion is not None and p.suspicion < chosen.threshold for p in pairs)
+    assert missed == chosen.missed
+
+
+def test_the_true_miss_rate_is_above_the_one_asked_for_in_at_most_5_percent_of_samples() -> None:
+    draw = random.Random(0)
+    rate, samples, broken = 0.05, 1000, 0
+    for _ in range(samples):
+        # Uniform probabilities: the threshold itself is the true miss rate.
+        broken += calibrate([Pair(draw.random(), True) for _ in range(100)], rate).threshold > rate
+
+    # P(Bin(100, 0.05) <= 1) = 0.037; five standard errors of 1000 draws are 0.030.
+    assert broken / samples < 0.037 + 0.030
+
+
+def test_wilson_at_the_ends() -> None:
+    assert wilson(0, 10)[0] == 0.0
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
+
+
+# --- from a log ---------------------------------------------------------------------------------------
+
+
+def harmful(probability: float) -> bool:
+    return probability >= 0.5
+
+
+def run(log: Log, probabilities: list[float], *, threshold: float = 0.0, sample: float = 0.0) -> None:
+    """Answer one question for each probability of the cheap critic; the strong one condemns from 0.5 on."""
+    for number, probability in enumerate(probabilities):
+        model = by_role(
+            draft=f"answer {number} at {probability}",
+            critique=verdicts(*(["no-harm"] if harmful(probability) else [])),
+        )
+        critic = cascade(Cheap(probability), model, threshold=threshold, sample=sample, seed=number)
+        constitutional(
+            model, constitution=RULES, critic=critic, log=log, max_rounds=0, on_violation="open"
+        ).invoke(f"question {number}")
+    log.flush()
+
+
+def test_a_log_of_a_cascade_that_asked_both_calibrates_it(tmp_path: Path) -> None:
+    with open_log(tmp_path / "log.db") as log:
+        run(log, [0.9] * 59 + [0.1] * 41)
+        found = logged(log, {})
+
+    assert (found.cheap, found.strong, found.left_out) == ("cheap", "ScriptedModel", {})
+    assert sorted(found.pairs) == [Pair(0.1, False)] * 41 + [Pair(0.9, True)] * 59
+    assert calibrate(found.pairs, 0.05).threshold == 0.9
+
+
+def test_what_the_strong_critic_saw_only_since_it_was_suspect_is_left_out(tmp_path: Path) -> None:
+    with open_log(tmp_path / "log.db") as log:
+        run(log, [0.1, 0.6] * 50, threshold=0.5, sample=0.2)
+        found = logged(log, {})
+
+    assert 5 <= len(found.pairs) <= 35
+    assert {pair.suspicion for pair in found.pairs} == {0.1, 0.6}
+    assert found.left_out == {
+        "the strong critic was not asked, or only for what the cheap one said": 100 - len(found.pairs)
+    }
+
+
+def test_an_answer_that_came_twice_counts_once_and_an_unreadable_verdict_not_at_all(tmp_path: Path) -> None:
+    with open_log(tmp_path / "log.db") as log:
+        run(log, [0.9])
+        run(log, [0.9])
+        mute = by_role(critique="I would rather not say")
+        constitutional(
+            mute, constitution=RULES, critic=cascade(Cheap(0.2), mute, threshold=0), log=log, max_rounds=0
+        ).invoke("question")
+        log.flush()
+        found = logged(log, {})
+
+    assert found.pairs == (Pair(0.9, True),)
+    assert found.left_out == {
+        "the same answer again": 1,
+        "the strong critic's verdict is unreadable": 1,
+    }
+
+
+def test_a_log_without_a_cascade_says_what_to_do(tmp_path: Path) -> None:
+    with open_log(tmp_path / "log.db") as log:
+        constitutional(by_role(critique=verdicts()), constitution=RULES, log=log).invoke("hello")
+        log.flush()
+        with pytest.raises(DataError, match=r"1: no cascade judged them.*or say --cheap SPEC"):
+            logged(log, {})
+
+
+def test_verdicts_of_two_strong_critics_are_not_mixed(tmp_path: Path) -> None:
+    class Other(ScriptedModel):
+        pass
+
+    with open_log(tmp_path / "log.db") as log:
+        run(log, [0.9])
+        other = Other(replies=lambda messages: verdicts())
+        constitutional(
+            other, constitution=RULES, critic=cascade(Cheap(0.2), other, threshold=0), log=log
+        ).invoke("another")
+        log.flush()
+        with pytest.raises(DataError, match=r"verdicts of 2 pairs of critics .*choose with"):
+            logged(log, {})
+
+
+class Reader:
+    """A cheap critic that reads its probability in the answer."""
+
+    name = "reader"
+    candidates = 1
+    splits = False
+
+    async def critique(
+        self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
+    ) -> Critique:
+        probability = float(text_of(exchange.answer).rpartition(" ")[2])
+        verdict = Verdict(label=Label.COMPLIES, aim="harmless", probability=probability)
+        return Critique(verdicts=(verdict,), critic=self.name)
+
+    async def discuss(self, *args: object) -> Critique:
+        raise AssertionError
+
+
+async def test_a_plain_log_is_enough_where_the_cheap_critic_judges_it_now(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    with open_log(tmp_path / "log.db") as log:
+        for number, probability in enumerate([0.9, 0.2, 0.7]):
+            model = by_role(
+                draft=f"answer {probability}",
+                critique=verdicts(*(["no-harm"] if harmful(probability) else [])),
+            )
+            await constitutional(
+                model, constitution=RULES, log=log, max_rounds=0, on_violation="open"
+            ).ainvoke(f"question {number}")
+        other = RULES.select(["no-harm"])
+        one = by_role(draft="answer 0.4", critique=verdicts(ids=["no-harm"]))
+        await constitutional(one, constitution=other, log=log).ainvoke("hello")
+        found = await rejudged(
+            log,
+            Reader(),
+            RULES,
+            concurrency=2,
+            filters={},
+            progress=lambda done, total: seen.append((done, total)),
+        )
+
+    assert (found.cheap, found.strong) == ("reader", "ScriptedModel")
+    assert sorted(found.pairs) == [Pair(0.2, False), Pair(0.7, True), Pair(0.9, True)]
+    assert found.left_out == {"judged under another constitution": 1}
+    assert seen == [(1, 3), (2, 3), (3, 3)]
