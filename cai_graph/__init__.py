@@ -13,23 +13,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cai_graph.calls import Budget as Budget
     from cai_graph.cascades import cascade as cascade
-    from cai_graph.chain import Answered as Answered
-    from cai_graph.chain import ConstitutionalRunnable as ConstitutionalRunnable
     from cai_graph.chain import constitutional as constitutional
+    from cai_graph.chat import ConstitutionalChatModel as ConstitutionalChatModel
     from cai_graph.constitution import Constitution as Constitution
     from cai_graph.constitution import Principle as Principle
     from cai_graph.errors import CaiError as CaiError
     from cai_graph.log import open_log as open_log
     from cai_graph.policy import Settings as Settings
+    from cai_graph.runnable import Answered as Answered
+    from cai_graph.runnable import ConstitutionalRunnable as ConstitutionalRunnable
     from cai_graph.testing import ScriptedModel as ScriptedModel
     from cai_graph.trajectory import Trajectory as Trajectory
 
 _HOME = {
-    "Answered": "chain",
+    "Answered": "runnable",
     "Budget": "calls",
     "CaiError": "errors",
     "Constitution": "constitution",
-    "ConstitutionalRunnable": "chain",
+    "ConstitutionalChatModel": "chat",
+    "ConstitutionalRunnable": "runnable",
     "Principle": "constitution",
     "ScriptedModel": "testing",
     "Settings": "policy",

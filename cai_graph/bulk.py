@@ -34,7 +34,7 @@ import msgspec
 from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
 
 from cai_graph.calls import Budget, Calls, describe
-from cai_graph.chain import ConstitutionalRunnable
+from cai_graph.chain import ConstitutionalChatModel
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
@@ -427,7 +427,7 @@ class Run:
 
     def __init__(
         self,
-        guarded: ConstitutionalRunnable[Any, Any],
+        guarded: ConstitutionalChatModel,
         rows: Rows,
         *,
         drafting: Mapping[str, Any],

@@ -10,6 +10,7 @@ be installed; only its principles' names (`get_principles`) are looked up there.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import BaseModel
 
-from cai_graph.chain import ConstitutionalRunnable, Shape, constitutional
 from cai_graph.constitution import Constitution, load
 from cai_graph.critic import failed_principles
 from cai_graph.errors import ConfigError, DataError, RunError
+from cai_graph.guard import Guard
+from cai_graph.runnable import ConstitutionalRunnable
+from cai_graph.shape import Shape
 from cai_graph.trajectory import Label, Message, Trajectory, text_of
 
 __all__ = ["ConstitutionalChain", "ConstitutionalPrinciple"]
@@ -98,9 +101,10 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
         if len(outputs) == 1:  # an LLMChain, or another Chain of langchain-classic, names its answer's key
             options = {"output_key": outputs[0], **options}
         options = {"critic": llm, "reviser": llm, **options}
-        guarded = constitutional(chain, constitution=load(constitutional_principles), **options)
+        guard = Guard.of(chain, constitution=load(constitutional_principles), **options)
+        shape = _Steps(**vars(guard.shape), prompt=prompt, constitution=guard.plan.constitution)
+        guarded = ConstitutionalRunnable[Any, dict[str, Any]](dataclasses.replace(guard, shape=shape))
         guarded.name = cls.__name__
-        guarded.shape = _Steps(**vars(guarded.shape), prompt=prompt, constitution=guarded.plan.constitution)
         return cls(guarded, return_intermediate_steps=return_intermediate_steps)
 
     @classmethod

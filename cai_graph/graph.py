@@ -300,7 +300,8 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
         )
         writer = _sampling(plan, turn * plan.candidates + index)
         reply = await calls.generate("revise", writer, plan.reviser_name, messages)
-        answer = from_langchain(reply)
+        # The text is written anew; the calls of tools beside it leave with it, so they are judged with it.
+        answer = msgspec.structs.replace(from_langchain(reply), tool_calls=standing.tool_calls)
         rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated(reply))
         if frozen:
             answer = msgspec.structs.replace(answer, content=_continued(frozen, text_of(answer)))

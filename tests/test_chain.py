@@ -543,9 +543,9 @@ async def test_a_tracer_sees_the_drafts_run_and_the_critics_as_descendants(way: 
         await guarded.ainvoke("hello", config)
 
     judges = 3 if strategy == "parallel" else 1
-    roles = [role for _, role in traced.models]
+    _own, *roles = [role for _, role in traced.models]  # the first is the wrapped model's own run
     assert roles == ["draft"] + ["critique"] * judges + ["revise"] + ["critique"] * judges
-    assert traced.ended == len(roles)
+    assert traced.ended == len(roles) + 1
     assert len({traced.root_of(run_id) for run_id, _ in traced.models}) == 1
     assert all(metadata["user"] == "u1" for metadata in traced.metadata)
     assert all("t1" in tags for tags in traced.tags)

@@ -31,7 +31,7 @@ from cai_graph.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from cai_graph.chain import ConstitutionalRunnable
+    from cai_graph.chain import ConstitutionalChatModel
 
 commands = group()
 
@@ -100,14 +100,14 @@ def guard(
     max_tokens: int | None,
     seed: int | None,
     **settings: Any,
-) -> ConstitutionalRunnable[Any, Any]:
+) -> ConstitutionalChatModel:
     """Return the chat model of a spec under a constitution. Nothing is fetched."""
     from cai_graph import chain
     from cai_graph import constitution as constitutions
     from cai_graph.log import open_log
 
     rules = constitutions.load(constitution)
-    return chain.constitutional(
+    guarded: ConstitutionalChatModel = chain.constitutional(
         loaded(model, seed=seed, max_tokens=max_tokens),
         constitution=rules,
         critic=critic_of(critic or model, strong, threshold),
@@ -116,10 +116,11 @@ def guard(
         seed=seed,
         **settings,
     )
+    return guarded
 
 
 @contextlib.contextmanager
-def closing(guarded: ConstitutionalRunnable[Any, Any]) -> Iterator[None]:
+def closing(guarded: ConstitutionalChatModel) -> Iterator[None]:
     """Close the log when the block ends, which writes what waits."""
     try:
         yield

@@ -1,0 +1,273 @@
+"""The face for chat models: a BaseChatModel that answers as the wrapped one does.
+
+Its run is a chat model's run in every trace and stream; the calls that a request costs stand below it.
+Callbacks count each call where it is made, so this run reports no usage of its own to them: the message
+that leaves carries the sum of all calls as `usage_metadata`, and each of them under
+`response_metadata["cai"]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from langchain_core.callbacks import (
+    AsyncCallbackManager,
+    AsyncCallbackManagerForLLMRun,
+    CallbackManagerForLLMRun,
+)
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages.ai import UsageMetadata, add_usage
+from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.tools import BaseTool
+from pydantic import PrivateAttr
+
+from cai_graph import bridge
+from cai_graph.guard import Guard
+from cai_graph.plan import Plan
+from cai_graph.runnable import Answered, ConstitutionalRunnable
+from cai_graph.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from langchain_core.runnables.graph import Graph
+
+__all__ = ["ConstitutionalChatModel"]
+
+Tools = Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool]
+
+
+class ConstitutionalChatModel(BaseChatModel):
+    """A chat model that answers as the wrapped one does, under a constitution. Made by `constitutional`.
+
+    What the wrapped model says of itself (settings, profile, counts of tokens) is said here too. Its cache
+    and its rate limiter stay where they are: at each call that it makes.
+    """
+
+    _guard: Guard = PrivateAttr()
+    _model: BaseChatModel = PrivateAttr()
+    """The wrapped model itself, without the tools that are bound to it."""
+
+    def __init__(self, guard: Guard) -> None:
+        model = cast("BaseChatModel", guard.app)
+        super().__init__(
+            name=f"Constitutional{model.get_name()}",
+            cache=False,  # an answer is judged and logged each time; the calls below have caches of their own
+            tags=model.tags,
+            metadata=model.metadata,
+            profile=model.profile,
+            output_version=model.output_version,
+        )
+        self._guard = guard
+        self._model = model
+
+    @property
+    def app(self) -> Runnable[LanguageModelInput, AIMessage]:
+        """What drafts: the wrapped model, with the tools that are bound to it."""
+        return self._guard.app
+
+    @property
+    def plan(self) -> Plan:
+        """What judges and revises its answers, and where they are logged."""
+        return self._guard.plan
+
+    # --- answering ---
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        config, options = self._below(run_manager), _options(stop, kwargs)
+        output, trajectory = bridge.run(
+            lambda caller: self._guard.answer(messages, config, options, caller=caller)
+        )
+        return _result(output, trajectory)
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        config, options = self._below(run_manager), _options(stop, kwargs)
+        return _result(*await self._guard.answer(messages, config, options))
+
+    def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """Answer each conversation; LangChain's own entry to a chat model."""
+        return _counted(super().generate(*args, **kwargs))
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """Answer each conversation; LangChain's own entry to a chat model."""
+        return _counted(await super().agenerate(*args, **kwargs))
+
+    async def answered(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        source: str | None = None,
+        **kwargs: Any,
+    ) -> Answered:
+        """Answer, and return the Trajectory beside the message. `source` is recorded in it."""
+        runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._guard)
+        output, trajectory = await runnable.answered(input, config, source=source, **kwargs)
+        usage = _usage(output, trajectory)
+        return Answered(output.model_copy(update={"usage_metadata": usage}), trajectory)
+
+    def _below(
+        self, run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None
+    ) -> RunnableConfig:
+        """Return the configuration of what runs below a run of this model."""
+        if run_manager is None:
+            return RunnableConfig(callbacks=AsyncCallbackManager(handlers=[]))
+        # What LangChain noted of this model's parameters is not the critic's.
+        own = self._get_ls_params()
+        metadata = {key: value for key, value in run_manager.inheritable_metadata.items() if key not in own}
+        callbacks = AsyncCallbackManager(handlers=[], parent_run_id=run_manager.run_id)
+        callbacks.set_handlers(run_manager.inheritable_handlers)
+        callbacks.add_tags(run_manager.inheritable_tags)
+        callbacks.add_metadata(metadata)
+        return RunnableConfig(callbacks=callbacks, tags=run_manager.inheritable_tags, metadata=metadata)
+
+    # --- tools and configuration ---
+
+    def bind_tools(
+        self, tools: Tools, *, tool_choice: str | None = None, **kwargs: Any
+    ) -> ConstitutionalChatModel:
+        """Return a copy that drafts with these tools. Critic and reviser have none."""
+        if tool_choice is not None:
+            kwargs["tool_choice"] = tool_choice
+        bound = self.model_copy()
+        bound._guard = dataclasses.replace(self._guard, app=self._model.bind_tools(tools, **kwargs))
+        return bound
+
+    def bind(self, **kwargs: Any) -> _Configured:  # type: ignore[override]  # LangChain's is private
+        """Return this model with arguments for each call; they reach the wrapped model."""
+        return _Configured(bound=self, kwargs=kwargs, config={})
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> _Configured:
+        """Return this model with a configuration for each call, which `bind_tools` keeps."""
+        merged = cast("RunnableConfig", {**(config or {}), **kwargs})
+        return _Configured(bound=self, kwargs={}, config=merged)
+
+    # --- what the wrapped model says of itself ---
+
+    if not TYPE_CHECKING:  # else every misspelt attribute would pass the type checker
+
+        def __getattr__(self, name: str) -> Any:
+            """Return a setting of the wrapped model, such as `model_name` or `temperature`."""
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("_"):
+                    raise
+                value = getattr(self._model, name)
+                if callable(value):  # what answers must go through the constitution
+                    raise
+                return value
+
+    def __repr_args__(self) -> Any:
+        """Return what `repr` shows: the wrapped model and the constitution's name."""
+        yield "app", self._guard.app
+        yield "constitution", self._guard.plan.constitution.name
+
+    @property
+    def _llm_type(self) -> str:
+        return self._model._llm_type
+
+    @property
+    def _identifying_params(self) -> Mapping[str, Any]:
+        # Where a cache is shared with the wrapped model, their answers are not the same.
+        return {
+            **self._model._identifying_params,
+            "constitution": self._guard.plan.constitution.digest,
+        }
+
+    def _get_invocation_params(self, stop: list[str] | None = None, **kwargs: Any) -> dict[str, Any]:
+        return self._model._get_invocation_params(stop=stop, **kwargs)
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        return self._model._get_ls_params(stop=stop, **kwargs)
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> Any:
+        """Return the wrapped model's input schema."""
+        return self._model.get_input_schema(config)
+
+    def get_output_schema(self, config: RunnableConfig | None = None) -> Any:
+        """Return the wrapped model's output schema."""
+        return self._model.get_output_schema(config)
+
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        """Return the wrapped model's graph."""
+        return self._model.get_graph(config)
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Return the wrapped model's tokens of a text."""
+        return self._model.get_token_ids(text)
+
+    def get_num_tokens(self, text: str) -> int:
+        """Return how many tokens the wrapped model counts in a text."""
+        return self._model.get_num_tokens(text)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> int:
+        """Return how many tokens the wrapped model counts in messages."""
+        return self._model.get_num_tokens_from_messages(messages, *args, **kwargs)
+
+
+class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
+    """A wrapped model with a configuration or arguments, which binding tools keeps.
+
+    LangChain's own binding drops both, and with them the tags that hide a call from streams.
+    """
+
+    def bind_tools(self, tools: Tools, **kwargs: Any) -> _Configured:
+        """Return the same with tools."""
+        model = cast("ConstitutionalChatModel", self.bound)
+        return self.model_copy(update={"bound": model.bind_tools(tools, **kwargs)})
+
+
+def _options(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    # None would override what is bound to the wrapped model.
+    return kwargs if stop is None else {**kwargs, "stop": stop}
+
+
+# --- usage --------------------------------------------------------------------------------------------
+
+
+def _result(message: AIMessage, trajectory: Trajectory | None) -> ChatResult:
+    """Return the message as a chat model's result, its usage set aside from the callbacks."""
+    assert trajectory is not None  # a chat model waits for nobody
+    usage = _usage(message, trajectory)
+    about = {**message.response_metadata["cai"], "usage": usage}
+    update = {"usage_metadata": None, "response_metadata": {**message.response_metadata, "cai": about}}
+    return ChatResult(generations=[ChatGeneration(message=message.model_copy(update=update))])
+
+
+def _counted(result: LLMResult) -> LLMResult:
+    """Return the result with the usage of each message in its place, after the callbacks have seen it."""
+    for generations in result.generations:
+        for generation in generations:
+            message = getattr(generation, "message", None)
+            if isinstance(message, AIMessage):
+                message.usage_metadata = message.response_metadata.get("cai", {}).get("usage")
+    return result
+
+
+def _usage(message: AIMessage, trajectory: Trajectory) -> UsageMetadata | None:
+    """Return the sum over all calls of a request; None where no provider counts."""
+    total = message.usage_metadata  # the draft's, in the provider's detail
+    for call in trajectory.calls:
+        if call.role == "draft" or call.input_tokens is None:
+            continue
+        asked, written = call.input_tokens, call.output_tokens or 0
+        own = UsageMetadata(input_tokens=asked, output_tokens=written, total_tokens=asked + written)
+        if call.cached_input_tokens is not None:
+            own["input_token_details"] = {"cache_read": call.cached_input_tokens}
+        total = add_usage(total, own)
+    return total

@@ -1,0 +1,253 @@
+"""What every face stands on: one app under one plan, whose answers go through the graph.
+
+A face says what a request looks like to its callers; `Guard.answer` does the rest. It runs the app as the
+draft, keeps drafts and critiques out of the caller's streams, and puts what leaves into the app's output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
+
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, patch_config
+from langchain_core.tracers._streaming import _StreamingCallbackHandler, _V2StreamingCallbackHandler
+
+from cai_graph import bridge, graph, models
+from cai_graph.calls import Calls, call_of, prompt_digest, truncated
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic
+from cai_graph.errors import ConfigError
+from cai_graph.log import Log
+from cai_graph.plan import Plan, planning
+from cai_graph.shape import Shape
+from cai_graph.trajectory import Draft, Trajectory
+
+if TYPE_CHECKING:
+    from langchain_core.outputs import LLMResult
+
+__all__ = ["Guard"]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """An app under a constitution."""
+
+    app: Runnable[Any, Any]
+    """Drafts."""
+    plan: Plan
+    """Judges, revises, logs."""
+    shape: Shape
+    """Where the request and the answer are in the app's input and output."""
+
+    @classmethod
+    def of(
+        cls,
+        app: Runnable[Any, Any],
+        *,
+        constitution: str | Constitution = "balanced",
+        critic: str | BaseChatModel | Critic | None = None,
+        reviser: str | BaseChatModel | None = None,
+        log: str | Log | None = "sqlite:///cai.db",
+        input_key: str | None = None,
+        output_key: str | None = None,
+        context_keys: Sequence[str] = (),
+        **settings: Any,
+    ) -> Guard:
+        """Return the guard that the arguments of `constitutional` describe; raises what that raises."""
+        if not isinstance(app, Runnable):
+            raise ConfigError(f"constitutional() wraps a LangChain Runnable, found {type(app).__name__}")
+        inner = app if isinstance(app, BaseChatModel) else None
+        for role, given in (("critic", critic), ("reviser", reviser)):
+            if given is None and inner is None:
+                raise ConfigError(
+                    f"{type(app).__name__} is no chat model, so who {role}s must be said: "
+                    f'constitutional(app, critic=…, reviser=…), for example {role}="openai:gpt-5-mini"'
+                )
+        if isinstance(context_keys, str):
+            raise ConfigError(
+                f"context_keys is a list of keys, found {context_keys!r}; write [{context_keys!r}]"
+            )
+        plan = planning(
+            "constitutional()",
+            constitution=constitution,
+            critic=critic,
+            reviser=reviser,
+            log=log,
+            settings=settings,
+        )(inner)
+        return cls(app, plan, Shape(input_key, output_key, tuple(context_keys)))
+
+    async def answer(
+        self,
+        input: Any,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        *,
+        caller: bridge.Caller | None = None,
+        source: str | None = None,
+    ) -> tuple[Any, Trajectory | None]:
+        """Return the app's output with what leaves in the answer's place, and the record.
+
+        Args:
+            input: what the app is given.
+            config: the caller's, with the callbacks under which this request is traced.
+            options: passed on to the app.
+            caller: the thread that waits, where the app is to run in it.
+            source: recorded in the Trajectory.
+
+        Returns:
+            The record is None where the app waits for a person: there is no answer yet, and the output says
+            what it waits for.
+
+        Raises:
+            Exception: what `graph.run` raises, but for a pause of the app's.
+        """
+        outputs: list[Any] = []
+
+        async def draft(calls: Calls, node: RunnableConfig) -> Draft:
+            handler = _DraftCalls(calls, self._model_name)
+            # The caller's configuration, traced under the node; the graph's own must not leak into the app.
+            callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
+            callbacks.add_handler(handler, inherit=True)
+            under: RunnableConfig = {**config, "callbacks": callbacks}
+            configurable = config.get("configurable") or {}
+            under["configurable"] = {key: configurable[key] for key in configurable if key != graph.STREAM}
+            if config.get("recursion_limit") == DEFAULT_RECURSION_LIMIT and graph.is_graph(self.app):
+                under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
+            if caller is not None:
+
+                def invoke() -> Any:
+                    with graph.apart():
+                        return self.app.invoke(input, under, **options)
+
+                output = await caller.call(invoke)
+            else:
+                async with calls.deadline():
+                    with graph.apart():
+                        output = await self.app.ainvoke(input, under, **options)
+            outputs.append(output)
+            if isinstance(output, Mapping) and "__interrupt__" in output:
+                raise graph.Paused
+            answer = self.shape.answer(output)
+            return Draft(answer=answer, truncated=handler.truncated)
+
+        request = graph.Request(
+            messages=self.shape.conversation(input),
+            draft=draft,
+            context=lambda: self.shape.context(input, outputs[0] if outputs else None),
+            mode="sampled" if self.plan.settings.strategy == "sampled" else "enforce",
+            source=source,
+            metadata=_plain(config.get("metadata") or {}),
+            tags=config.get("tags") or (),
+        )
+        callbacks = cast("BaseCallbackManager", config["callbacks"])
+        try:
+            ending = await graph.run(
+                self.plan, request, patch_config(config, callbacks=_unstreamed(callbacks))
+            )
+        except graph.Paused:
+            return outputs[0], None
+        return self.shape.put(outputs[0], ending.released, ending.trajectory), ending.trajectory
+
+    @cached_property
+    def _model_name(self) -> str | None:
+        """Name of the app in the records, where it is one chat model."""
+        app = self.app
+        while isinstance(app, RunnableBindingBase):
+            app = app.bound
+        return models.name_of(app) if isinstance(app, BaseChatModel) else None
+
+
+def _unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
+    """Return the callbacks without the handlers that feed streams, so that no draft shows in one.
+
+    Tracers stay and see every inner call. What is released reaches streams as this Runnable's own output.
+    https://github.com/langchain-ai/langchain/issues/35011
+    """
+    for handler in [*callbacks.handlers, *callbacks.inheritable_handlers]:
+        if isinstance(handler, _StreamingCallbackHandler | _V2StreamingCallbackHandler):
+            callbacks.remove_handler(handler)
+    return callbacks
+
+
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the user's metadata as JSON; what JSON cannot say is told by its repr."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [plain(item) for item in value]
+        if isinstance(value, float):
+            return value if value == value and abs(value) != float("inf") else repr(value)
+        if isinstance(value, str):
+            return str(value)
+        return value if value is None or isinstance(value, bool | int) else repr(value)
+
+    return {str(key): plain(value) for key, value in metadata.items()}
+
+
+class _DraftCalls(BaseCallbackHandler):
+    """Admits and records the model calls that the wrapped app makes, under `name` where it is one model."""
+
+    run_inline = True  # else each event of an asynchronous app costs a thread hop
+    raise_error = True  # a call over the budget is not started
+
+    def __init__(self, calls: Calls, name: str | None) -> None:
+        self.calls = calls
+        self.name = name
+        self.truncated = False
+        """Whether the last reply stopped at its token limit."""
+        self._begun: dict[UUID, tuple[float, str, str]] = {}
+
+    def on_chat_model_start(
+        self, serialized: dict[str, Any], messages: list[list[BaseMessage]], *, run_id: UUID, **kwargs: Any
+    ) -> None:
+        """Admit a call of a chat model, and note when it begins."""
+        if serialized.get("id", [])[-1:] == ["ConstitutionalChatModel"]:
+            return  # a wrapped model again: what costs are the calls below it
+        self.calls.admit("generation")
+        self._begun[run_id] = (time.perf_counter(), self._model(kwargs), prompt_digest(messages[0]))
+
+    def on_llm_start(
+        self, serialized: dict[str, Any], prompts: list[str], *, run_id: UUID, **kwargs: Any
+    ) -> None:
+        """Admit a call of a text model, and note when it begins."""
+        self.calls.admit("generation")
+        self._begun[run_id] = (time.perf_counter(), self._model(kwargs), "")
+
+    def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
+        """Record the call."""
+        generation = response.generations[0][0] if response.generations and response.generations[0] else None
+        reply = getattr(generation, "message", None)
+        self.truncated = reply is not None and truncated(reply)
+        self._record(run_id, reply, None)
+
+    def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Record the call that failed."""
+        self._record(run_id, None, error)
+
+    def _model(self, kwargs: Mapping[str, Any]) -> str:
+        metadata = kwargs.get("metadata") or {}
+        provider, name = metadata.get("ls_provider"), metadata.get("ls_model_name")
+        return self.name or (
+            f"{provider}:{name}" if provider and name else str(name or provider or "unknown")
+        )
+
+    def _record(self, run_id: UUID, reply: BaseMessage | None, error: BaseException | None) -> None:
+        if run_id not in self._begun:
+            return
+        started, model, digest = self._begun.pop(run_id)
+        seconds = time.perf_counter() - started
+        self.calls.record(
+            call_of("draft", model, reply, seconds=seconds, error=error, prompt_digest=digest or None)
+        )

@@ -1,0 +1,126 @@
+"""The face for chains and graphs: a Runnable that answers as the wrapped one does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import patch_config
+from langchain_core.runnables.utils import ConfigurableFieldSpec
+
+from cai_graph import bridge
+from cai_graph.errors import RunError
+from cai_graph.guard import Guard
+from cai_graph.plan import Plan
+from cai_graph.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from langchain_core.runnables.graph import Graph
+
+__all__ = ["Answered", "ConstitutionalRunnable"]
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+class Answered(NamedTuple):
+    """An answer with its record."""
+
+    output: Any
+    """What `invoke` would have returned."""
+    trajectory: Trajectory
+    """How it came about."""
+
+
+class ConstitutionalRunnable(Runnable[Input, Output]):
+    """A Runnable that answers as the wrapped one does, under a constitution. Made by `constitutional`."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        self.name = f"Constitutional{guard.app.get_name()}"
+
+    @property
+    def app(self) -> Runnable[Input, Output]:
+        """The wrapped app."""
+        return self.guard.app
+
+    @property
+    def plan(self) -> Plan:
+        """What judges and revises its answers, and where they are logged."""
+        return self.guard.plan
+
+    def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
+        """Answer; the wrapped app runs in this thread, critics and revisers behind it."""
+
+        def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
+            under = patch_config(config, callbacks=run_manager.get_child())
+            output: Output
+            output, _ = bridge.run(lambda caller: self.guard.answer(value, under, kwargs, caller=caller))
+            return output
+
+        return self._call_with_config(answer, input, config)
+
+    async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
+        """Answer."""
+
+        async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
+            under = patch_config(config, callbacks=run_manager.get_child())
+            output: Output
+            output, _ = await self.guard.answer(value, under, kwargs)
+            return output
+
+        return await self._acall_with_config(answer, input, config)
+
+    async def answered(
+        self,
+        input: Input,
+        config: RunnableConfig | None = None,
+        *,
+        source: str | None = None,
+        **kwargs: Any,
+    ) -> Answered:
+        """Answer, and return the Trajectory beside the output. `source` is recorded in it."""
+        kept: list[Trajectory | None] = []
+
+        async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
+            under = patch_config(config, callbacks=run_manager.get_child())
+            output: Output
+            output, trajectory = await self.guard.answer(value, under, kwargs, source=source)
+            kept.append(trajectory)
+            return output
+
+        output = await self._acall_with_config(answer, input, config)
+        if kept[0] is None:
+            raise RunError(
+                "the app waits for a person, so there is no answer yet; use ainvoke, and resume it"
+            )
+        return Answered(output, kept[0])
+
+    # What callers ask of a Runnable besides an answer is the wrapped app's to say.
+
+    @property
+    def InputType(self) -> Any:  # noqa: N802 - LangChain's name
+        """The wrapped app's input type."""
+        return self.app.InputType
+
+    @property
+    def OutputType(self) -> Any:  # noqa: N802 - LangChain's name
+        """The wrapped app's output type."""
+        return self.app.OutputType
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> Any:
+        """Return the wrapped app's input schema."""
+        return self.app.get_input_schema(config)
+
+    def get_output_schema(self, config: RunnableConfig | None = None) -> Any:
+        """Return the wrapped app's output schema."""
+        return self.app.get_output_schema(config)
+
+    @property
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        """The wrapped app's configurable fields."""
+        return self.app.config_specs
+
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        """Return the wrapped app's graph."""
+        return self.app.get_graph(config)

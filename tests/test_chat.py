@@ -1,0 +1,221 @@
+"""The face for chat models: a wrapped chat model has the tools and the counts of the bare one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.callbacks import UsageMetadataCallbackHandler, get_usage_metadata_callback
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
+from langchain_core.runnables import Runnable
+from langchain_core.tools import tool
+from replies import RULES, by_role, flags, role_of, verdicts
+
+from cai_graph import ConstitutionalChatModel, ConstitutionalRunnable, ScriptedModel, constitutional
+
+USAGE = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
+CALL = {"name": "weather", "args": {"city": "Oslo"}, "id": "call-1", "type": "tool_call"}
+
+
+class WithTools(ScriptedModel):
+    """A scripted model that takes tools, and answers with the reply of its script."""
+
+    bound: list[Any] = []  # noqa: RUF012 - a pydantic field
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Runnable[Any, AIMessage]:
+        self.bound.append((tools, kwargs))
+        return self.bind(tools=[each.name for each in tools], **kwargs)
+
+    def _generate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> Any:
+        self.bound.append({name: value for name, value in kwargs.items() if value is not None})
+        return super()._generate(messages, *args, **kwargs)
+
+
+@tool
+def weather(city: str) -> str:
+    """Tell the weather."""
+    return f"rain in {city}"
+
+
+def guard(model: BaseChatModel, **settings: Any) -> ConstitutionalChatModel:
+    return constitutional(model, **{"constitution": RULES, "log": None, **settings})
+
+
+def scripted(draft: Any, critique: Any = None, revise: Any = "better") -> WithTools:
+    return WithTools(
+        replies=by_role(draft=draft, critique=critique or flags("no-harm"), revise=revise).replies
+    )
+
+
+# --- answering ----------------------------------------------------------------------------------------
+
+
+async def test_a_wrapped_chat_model_is_a_chat_model_in_every_way_of_calling() -> None:
+    model = guard(by_role(critique=flags("no-harm")))
+
+    answers = [
+        model.invoke("hello"),
+        await model.ainvoke([HumanMessage("hello")]),
+        *await asyncio.to_thread(model.batch, ["hello", [("user", "hi")]]),
+        *await model.abatch(["hello"]),
+        model.generate([[HumanMessage("hello")]]).generations[0][0].message,  # type: ignore[union-attr]
+    ]
+
+    assert isinstance(model, BaseChatModel)
+    assert [type(answer) for answer in answers] == [AIMessage] * 6
+    assert [answer.content for answer in answers] == ["better"] * 6
+
+
+def test_what_is_no_chat_model_is_wrapped_as_a_runnable() -> None:
+    model = by_role(critique=flags("no-harm"))
+
+    assert isinstance(
+        constitutional(model.bind(stop=["x"]), critic=model, reviser=model, log=None), ConstitutionalRunnable
+    )
+
+
+# --- tools --------------------------------------------------------------------------------------------
+
+
+def test_tools_are_bound_to_the_drafts_and_to_no_critic_or_reviser() -> None:
+    inner = scripted("the draft")
+    model = guard(inner)
+
+    bound = model.bind_tools([weather], tool_choice="any")
+    answer = bound.invoke("hello")
+
+    assert isinstance(bound, ConstitutionalChatModel)
+    assert answer.content == "better"
+    assert inner.bound[0] == ([weather], {"tool_choice": "any"})
+    assert inner.bound[1:] == [{"tools": ["weather"], "tool_choice": "any"}, {}, {}, {}]
+    inner.bound.clear()
+    model.invoke("hello")  # the copy has tools, the model has none
+    assert inner.bound == [{}, {}, {}, {}]
+
+
+def test_configuration_and_arguments_survive_the_binding_of_tools() -> None:
+    inner = scripted("fine")
+    seen: list[list[str]] = []
+
+    class Tags(UsageMetadataCallbackHandler):
+        def on_chat_model_start(self, *args: Any, tags: Any = None, **kwargs: Any) -> None:
+            seen.append(list(tags))
+
+    handler = Tags()
+    model = guard(inner).with_config(tags=["nostream"], callbacks=[handler]).bind(stop=["x"])
+    model.bind_tools([weather]).invoke("hello")
+
+    assert inner.bound[1] == {"tools": ["weather"], "stop": ["x"]}
+    assert role_of(inner.calls[0]) == "draft"
+    assert len(seen) == 3
+    assert all("nostream" in tags for tags in seen)
+
+
+def test_a_call_of_a_tool_passes_through_unjudged() -> None:
+    asks = AIMessage("", tool_calls=[CALL], id="a1")
+    model = guard(scripted(asks))
+
+    answer = model.bind_tools([weather]).invoke("hello")
+
+    assert answer.tool_calls == [CALL]
+    assert answer.id == "a1"
+    assert answer.response_metadata["cai"]["outcome"] == "KEPT"
+
+
+async def test_an_answer_with_text_and_tool_calls_keeps_its_calls_through_a_revision() -> None:
+    asks = AIMessage("the draft", tool_calls=[CALL], id="a1")
+    inner = scripted(asks)
+
+    answer = await guard(inner).bind_tools([weather]).ainvoke("hello")
+
+    assert (answer.content, answer.id) == ("better", "a1")
+    assert answer.tool_calls == [CALL]
+    judged = inner.calls[-1][1].text
+    assert '[calls the tool weather with {"city": "Oslo"}]' in judged.rpartition("<answer>")[2]
+
+
+def test_a_refused_answer_calls_no_tool() -> None:
+    asks = AIMessage("the draft", tool_calls=[CALL])
+    model = guard(scripted(asks, critique=verdicts("no-harm")))
+
+    answer = model.bind_tools([weather]).invoke("hello")
+
+    assert answer.content == RULES.refusal
+    assert answer.tool_calls == []
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_agent_runs_on_a_wrapped_model(way: str) -> None:
+    def draft(messages: list[BaseMessage]) -> AIMessage:
+        if isinstance(messages[-1], ToolMessage):
+            return AIMessage("the draft")
+        return AIMessage("", tool_calls=[CALL])
+
+    agent = create_agent(guard(scripted(draft)), [weather])
+    asked: Any = {"messages": [("user", "hello")]}
+
+    if way == "invoke":
+        state = await asyncio.to_thread(agent.invoke, asked)
+    else:
+        state = await agent.ainvoke(asked)
+
+    assert [message.type for message in state["messages"]] == ["human", "ai", "tool", "ai"]
+    assert [message.text for message in state["messages"][2:]] == ["rain in Oslo", "better"]
+
+
+# --- usage --------------------------------------------------------------------------------------------
+
+
+def counted(model_name: str = "m") -> ScriptedModel:
+    """A model that counts 12 tokens a call, and whose draft is revised."""
+    says = by_role(critique=flags("no-harm")).replies
+    assert callable(says)
+
+    def reply(messages: list[BaseMessage]) -> AIMessage:
+        text = says(messages)
+        assert isinstance(text, str)
+        usage = {**USAGE, "output_token_details": {"reasoning": 1}}
+        return AIMessage(text, usage_metadata=usage, response_metadata={"model_name": model_name})  # type: ignore[arg-type]
+
+    return ScriptedModel(replies=reply)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "answered"])
+async def test_usage_is_the_sum_over_all_calls_and_itemised(way: str) -> None:
+    model = guard(counted())
+
+    if way == "answered":
+        answer = (await model.answered("hello")).output
+    elif way == "ainvoke":
+        answer = await model.ainvoke("hello")
+    else:
+        answer = await asyncio.to_thread(model.invoke, "hello")
+
+    assert answer.usage_metadata == {
+        "input_tokens": 40,
+        "output_tokens": 8,
+        "total_tokens": 48,
+        "output_token_details": {"reasoning": 1},
+    }
+    items = answer.response_metadata["cai"]["calls"]
+    assert [item["role"] for item in items] == ["draft", "critique", "revise", "critique"]
+    assert sum(item["input_tokens"] + item["output_tokens"] for item in items) == 48
+
+
+def test_callbacks_count_each_token_once() -> None:
+    model = guard(counted())
+    handler = UsageMetadataCallbackHandler()
+
+    with get_usage_metadata_callback() as ambient:
+        answer = model.invoke("hello", {"callbacks": [handler]})
+
+    assert answer.usage_metadata is not None
+    for counter in (handler, ambient):
+        assert counter.usage_metadata["m"]["total_tokens"] == answer.usage_metadata["total_tokens"] == 48
+
+
+def test_a_model_that_does_not_count_has_no_usage() -> None:
+    assert guard(by_role(critique=flags())).invoke("hello").usage_metadata is None
