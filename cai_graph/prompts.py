@@ -308,8 +308,8 @@ not mention the critique, the rules or that this is a rewrite. Write only the ne
 
 _GO_ON = (
     "The user has already read the beginning of the answer, which stands between the tags `said`, and it "
-    "cannot be changed. Write only what follows it, in the same voice, so that the whole reads as one answer. "
-    "Repeat nothing of it."
+    "cannot be changed. Write only what follows it, in the same voice, so that the whole reads as one "
+    "answer. Repeat nothing of it."
 )
 
 _WRITER = "You are a helpful, honest and harmless assistant. When you answer, follow these rules:\n"
