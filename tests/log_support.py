@@ -81,7 +81,7 @@ def feedback(about: str, **changes: Any) -> Feedback:
 def review(about: str, **changes: Any) -> Review:
     """Return an approval of a Trajectory."""
     fields: dict[str, Any] = {"id": new_id(), "at": START, "trajectory_id": about, "reviewer": "ann"}
-    return Review(decision="approve", **fields | changes)
+    return Review(**fields | {"decision": "approve"} | changes)
 
 
 def comparison(about: str, **changes: Any) -> Comparison:

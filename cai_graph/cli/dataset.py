@@ -1,0 +1,92 @@
+"""`cai dataset`: from logs to training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from cai_graph.cli.console import DEFAULT_LOG, group, note, out, print_json
+from cai_graph.cli.options import AsJson, option
+
+if TYPE_CHECKING:
+    from trainers.ledger import Ledger
+
+commands = group("From logs to training data.")
+
+# The closed set stands in trainers/rows.py, which is too heavy to import for --help.
+KindName = Literal[
+    "sft", "critique-sft", "preference", "unpaired", "prompts", "critic", "privileged", "ranked"
+]
+
+
+@commands.command(
+    "build", epilog="Example: cai dataset build --log sqlite:///cai.db --kind preference -o preferences"
+)
+def dataset_build(
+    kind: Annotated[KindName, option("--kind -k", "Which kind of rows.")],
+    output: Annotated[Path, option("--output -o", "Folder to make.", "DIR")],
+    log: Annotated[
+        list[str] | None, option("--log", "A log by URL, or a JSONL file of records; may be repeated.", "URL")
+    ] = None,
+    test_share: Annotated[float, option("--test-share", "Share of the prompts that go to test.")] = 0.05,
+    per_user: Annotated[int | None, option("--per-user", "Most rows of one user.")] = None,
+    per_tenant: Annotated[int | None, option("--per-tenant", "Most rows of one tenant.")] = None,
+    kept_per_revised: Annotated[
+        float | None, option("--kept-per-revised", "Kept drafts for each other row, at most (sft).")
+    ] = None,
+    without_user: Annotated[
+        list[str] | None, option("--without-user", "Remove this user's rows; may be repeated.", "ID")
+    ] = None,
+    without_tenant: Annotated[
+        list[str] | None, option("--without-tenant", "Remove this tenant's rows; may be repeated.", "ID")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn logs into rows for training, with a ledger of what became of every trajectory."""
+    from trainers import dataset
+
+    recipe = dataset.Recipe(
+        kind=kind,
+        test_share=test_share,
+        per_user=per_user,
+        per_tenant=per_tenant,
+        kept_per_revised=kept_per_revised,
+        without_users=tuple(without_user or ()),
+        without_tenants=tuple(without_tenant or ()),
+    )
+    built = dataset.build(log or [DEFAULT_LOG], output, recipe)
+    if as_json:
+        print_json(built.ledger.to_json())
+    else:
+        _print(built.ledger)
+    note(f"{built.ledger.rows:,} rows are in {output}")
+
+
+def _print(ledger: Ledger) -> None:
+    from cai_graph import show
+
+    out.print(show.table((label, f"{count:,}") for label, count in ledger.lines()))
+
+
+@commands.command("explain", epilog="Example: cai dataset explain 5f0c… --data preferences")
+def dataset_explain(
+    row_id: Annotated[str, typer.Argument(help="Id of a row.")],
+    data: Annotated[Path, option("--data", "Folder of the dataset.", "DIR")],
+    log: Annotated[
+        list[str] | None, option("--log", "Where the log is now; where it was by default.", "URL")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Walk back from a row to its trajectory, constitution, critic and judge."""
+    from cai_graph import show
+    from trainers import dataset
+
+    origin = dataset.explain(row_id, data, logs=log)
+    if as_json:
+        print_json(origin.to_json())
+        return
+    out.print(show.table(origin.lines()))
+    if origin.trajectory is not None:
+        out.print(show.trajectory(origin.trajectory))

@@ -1,0 +1,334 @@
+"""Logs to datasets: accounts that reconcile, splits without leaks, the same bytes each time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from log_support import comparison, feedback, review, trajectories, trajectory
+
+from cai_graph import open_log
+from cai_graph.errors import ConfigError, DataError
+from cai_graph.trajectory import (
+    Critique,
+    Draft,
+    Label,
+    Message,
+    Outcome,
+    Record,
+    Revision,
+    Round,
+    Trajectory,
+    Verdict,
+    encode,
+)
+from trainers.dataset import Recipe, build, explain
+from trainers.ledger import Reason
+from trainers.rows import KINDS, Kind, PreferenceRow, Row, read_row
+from trainers.split import normalise
+
+DOCS = Path(__file__).parents[1] / "docs" / "datasets.md"
+
+COMPLIES = Critique(verdicts=(Verdict(label=Label.COMPLIES, principle="no-harm"),), critic="fake:critic")
+VIOLATES = Critique(
+    verdicts=(Verdict(label=Label.VIOLATES, principle="no-harm", reason="it harms"),), critic="fake:critic"
+)
+
+
+def says(text: str, role: str = "assistant") -> Message:
+    return Message(role=role, content=text)
+
+
+def revised(number: int = 0, **changes: Any) -> Trajectory:
+    """A request whose draft violates and whose revision complies, both readable."""
+    answer = says(f"revised {number}")
+    fields: dict[str, Any] = {
+        "rounds": (
+            Round(critique=VIOLATES, revisions=(Revision(answer=answer, critique=COMPLIES, accepted=True),)),
+        )
+    }
+    return trajectory(number, **fields | changes)
+
+
+def unjudged() -> Trajectory:
+    revision = Revision(answer=says("revised"), accepted=True)
+    return trajectory(rounds=(Round(critique=VIOLATES, revisions=(revision,)),))
+
+
+def kept(number: int = 0, **changes: Any) -> Trajectory:
+    fields: dict[str, Any] = {
+        "outcome": Outcome.KEPT,
+        "rounds": (Round(critique=COMPLIES),),
+        "released": says(f"draft {number}"),
+        "released_from": "draft",
+    }
+    return trajectory(number, **fields | changes)
+
+
+def write(path: Path, records: list[Record]) -> str:
+    path.write_bytes(b"".join(encode(record) + b"\n" for record in records))
+    return str(path)
+
+
+def rows_of(folder: Path, kind: Kind) -> list[Row]:
+    return [
+        read_row(kind, line)
+        for split in ("train", "test")
+        if (path := folder / f"{split}.jsonl").exists()
+        for line in path.read_bytes().splitlines()
+    ]
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("t*.jsonl"))}
+
+
+# --- the ledger ---------------------------------------------------------------------------------------
+
+
+def test_every_reason_is_documented_and_every_documented_reason_exists() -> None:
+    section = DOCS.read_text().partition("\n## Reasons\n")[2]
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+
+    assert documented == [str(reason) for reason in Reason]
+
+
+@given(st.lists(trajectories, min_size=1, max_size=8), st.sampled_from(list(KINDS)))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+def test_any_log_reconciles_for_every_kind(tmp_path_factory: Any, records: list[Any], kind: Kind) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    log = write(folder / "log.jsonl", [*records, revised()])
+
+    ledger = build([log], folder / "out", Recipe(kind="prompts")).ledger
+    assert ledger.read == len(records) + 1
+    assert ledger.read == ledger.gave_rows + sum(ledger.dropped.values())
+    assert ledger.made == ledger.rows + sum(ledger.dropped_rows.values())
+    assert ledger.rows == len(rows_of(folder / "out", "prompts"))
+    with contextlib.suppress(DataError):  # No row of this kind.
+        ledger = build([log], folder / kind, Recipe(kind=kind)).ledger
+        assert ledger.rows == len(rows_of(folder / kind, kind))
+
+
+def test_a_log_without_a_row_is_an_error_that_shows_the_ledger(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", [kept(1), kept(2)])
+
+    with pytest.raises(DataError, match=r"every trajectory was dropped(?s:.*)2  dropped: no_pair"):
+        build([log], tmp_path / "out", Recipe(kind="preference"))
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_an_empty_log_is_an_error(tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db"):
+        pass
+
+    with pytest.raises(DataError, match="holds no trajectory"):
+        build([str(tmp_path / "cai.db")], tmp_path / "out", Recipe(kind="sft"))
+
+
+def test_an_output_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+
+    with pytest.raises(ConfigError, match="is there already"):
+        build([write(tmp_path / "log.jsonl", [revised()])], tmp_path / "out", Recipe(kind="sft"))
+
+
+# --- preferences --------------------------------------------------------------------------------------
+
+
+def test_an_accepted_revision_is_preferred_to_the_draft_that_violates(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", [record := revised()])
+
+    build([log], tmp_path / "out", Recipe(kind="preference"))
+
+    (row,) = rows_of(tmp_path / "out", "preference")
+    assert isinstance(row, PreferenceRow)
+    assert [turn.role for turn in row.prompt] == ["system", "user"]
+    assert (row.chosen[0].content, row.rejected[0].content) == ("revised 0", "draft 0")
+    assert (row.p_chosen, row.margin, row.source, row.judge) == (1.0, 1.0, "revision", "fake:critic")
+    assert (row.trajectory_id, row.principles) == (record.id, ("no-harm",))
+
+
+@pytest.mark.parametrize(
+    ("records", "reason"),
+    [
+        ([kept()], Reason.NO_PAIR),
+        ([unjudged()], Reason.UNJUDGED),
+        ([revised(outcome=Outcome.EXHAUSTED)], Reason.NOT_ACCEPTED),
+        ([revised(draft=Draft(answer=says("revised  0 ")))], Reason.IDENTICAL),
+        ([revised(draft=Draft(answer=says(" ")))], Reason.EMPTY),
+        ([revised(draft=None)], Reason.NO_ANSWER),
+        ([revised(messages=())], Reason.NO_PROMPT),
+        ([revised(messages=(says("\ud800", "user"),))], Reason.BROKEN_TEXT),
+        ([revised(metadata={"redaction": "failed"})], Reason.WITHHELD),
+        ([revised(messages=(Message(role="user", content=[{"type": "image_url"}]),))], Reason.NOT_TEXT),
+    ],
+)  # fmt: skip
+def test_what_is_no_pair_is_dropped_for_a_reason(
+    tmp_path: Path, records: list[Record], reason: Reason
+) -> None:
+    log = write(tmp_path / "log.jsonl", [*records, revised(99)])
+
+    assert build([log], tmp_path / "out", Recipe(kind="preference")).ledger.dropped == {reason: 1}
+
+
+def test_a_review_outranks_the_critic_and_the_judge(tmp_path: Path) -> None:
+    record = revised()
+    records = [record, comparison(record.id), review(record.id, decision="flip")]
+    log = write(tmp_path / "log.jsonl", records)
+
+    build([log], tmp_path / "out", Recipe(kind="preference"))
+
+    (row,) = rows_of(tmp_path / "out", "preference")
+    assert isinstance(row, PreferenceRow)
+    assert (row.chosen[0].content, row.source, row.judge) == ("draft 0", "human", "ann")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ([{"decision": "tie"}], Reason.TIE),
+        ([{"decision": "approve"}, {"decision": "flip", "reviewer": "bob"}], Reason.DISAGREEMENT),
+        ([{"decision": "reject"}], Reason.REVIEWED_OUT),
+        ([{"decision": "approve"}, {"decision": "flag"}], Reason.REVIEWED_OUT),
+        ([{"decision": "flag"}, {"decision": "undo"}], None),
+        ([{"decision": "skip"}], None),
+    ],
+)
+def test_reviews_are_weighed(tmp_path: Path, said: list[Any], reason: Reason | None) -> None:
+    record = revised()
+    log = write(tmp_path / "log.jsonl", [record, *(review(record.id, **r) for r in said), revised(99)])
+
+    ledger = build([log], tmp_path / "out", Recipe(kind="preference")).ledger
+    assert ledger.dropped == ({} if reason is None else {reason: 1})
+
+
+@pytest.mark.parametrize(
+    ("p_a", "reason"),
+    [
+        ((0.9, 0.1), Reason.DISAGREEMENT),
+        ((0.5, 0.5), Reason.TIE),
+        ((None, 0.2), Reason.UNREADABLE_VERDICT),
+        ((0.25, 0.375), None),
+    ],
+)
+def test_comparisons_count_in_both_orders(tmp_path: Path, p_a: Any, reason: Reason | None) -> None:
+    record = revised()
+    log = write(tmp_path / "log.jsonl", [record, comparison(record.id, p_a=p_a), revised(99)])
+
+    ledger = build([log], tmp_path / "out", Recipe(kind="preference")).ledger
+
+    assert ledger.dropped == ({} if reason is None else {reason: 1})
+    if reason is None:
+        (row,) = [row for row in rows_of(tmp_path / "out", "preference") if row.source == "comparison"]
+        assert isinstance(row, PreferenceRow)
+        assert (row.chosen[0].content, row.p_chosen, row.judge) == ("b", 0.6875, "fake:judge")
+
+
+def test_users_who_dislike_what_the_critic_prefers_disagree(tmp_path: Path) -> None:
+    record = revised()
+    log = write(tmp_path / "log.jsonl", [record, feedback(record.id, score=-1.0), revised(99)])
+
+    ledger = build([log], tmp_path / "out", Recipe(kind="preference")).ledger
+    assert ledger.dropped == {Reason.DISAGREEMENT: 1}
+
+
+# --- the same bytes each time -------------------------------------------------------------------------
+
+
+@given(st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=20)
+def test_the_order_of_the_log_does_not_matter(tmp_path_factory: Any, rng: random.Random) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    records: list[Record] = [
+        trajectory_of(n % 7, metadata={"user": f"user {n % 3}", "tenant": "t"})
+        for n in range(30)
+        for trajectory_of in (revised, kept)
+    ]
+    shuffled = rng.sample(records, len(records))
+    recipe = Recipe(kind="sft", per_user=4, kept_per_revised=0.5, test_share=0.3)
+
+    first = build([write(folder / "a.jsonl", records)], folder / "a", recipe)
+    second = build([write(folder / "b.jsonl", shuffled)], folder / "b", recipe)
+
+    assert bytes_of(first.path) == bytes_of(second.path)
+    assert first.ledger == second.ledger
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (first.path, second.path)]
+    assert manifests[0]["log_digest"] == manifests[1]["log_digest"]
+
+
+def test_a_person_is_removed_and_the_rest_is_the_same(tmp_path: Path) -> None:
+    records: list[Record] = [revised(n, metadata={"user": f"user {n % 3}"}) for n in range(20)]
+    log = write(tmp_path / "log.jsonl", records)
+
+    build([log], tmp_path / "all", Recipe(kind="preference"))
+    without = build([log], tmp_path / "rest", Recipe(kind="preference", without_users=("user 1",)))
+
+    gone = {
+        record.id
+        for record in records
+        if isinstance(record, Trajectory) and record.metadata["user"] == "user 1"
+    }
+    every = rows_of(tmp_path / "all", "preference")
+    assert rows_of(tmp_path / "rest", "preference") == [row for row in every if row.trajectory_id not in gone]
+    assert without.ledger.dropped == {Reason.REMOVED: len(gone)}
+
+
+# --- splits -------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.sampled_from(["Ask", "ask ", "ＡＳＫ", "other", "  OTHER\n", "third"]), min_size=4, max_size=30
+    )
+)
+@settings(deadline=None, max_examples=40)
+def test_no_prompt_stands_on_both_sides(tmp_path_factory: Any, asked: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("log")
+    records: list[Record] = [revised(n, messages=(says(text, "user"),)) for n, text in enumerate(asked)]
+
+    build([write(folder / "log.jsonl", records)], folder / "out", Recipe(kind="preference", test_share=0.5))
+
+    sides: dict[str, set[str]] = {}
+    for row in rows_of(folder / "out", "preference"):
+        sides.setdefault(normalise(row.prompt[-1].content), set()).add(row.split)
+    assert all(len(found) == 1 for found in sides.values())
+
+
+def test_a_duplicate_is_counted_and_one_of_it_stays(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", [revised(), revised(), revised(1)])
+
+    ledger = build([log], tmp_path / "out", Recipe(kind="preference")).ledger
+
+    assert ledger.dropped == {Reason.DUPLICATE: 1}
+    assert len(rows_of(tmp_path / "out", "preference")) == 2
+
+
+# --- explain ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "cai.db"])
+def test_a_row_leads_back_to_its_trajectory_and_who_judged_it(tmp_path: Path, name: str) -> None:
+    record = revised()
+    about = review(record.id)
+    if name.endswith(".db"):
+        with open_log(tmp_path / name) as log:
+            log.append(record).result()
+            log.append(about).result()
+    else:
+        write(tmp_path / name, [record, about])
+    build([str(tmp_path / name)], tmp_path / "out", Recipe(kind="preference"))
+    (row,) = rows_of(tmp_path / "out", "preference")
+
+    origin = explain(row.id, tmp_path / "out")
+
+    assert origin.trajectory == record
+    assert (origin.critics, origin.judges) == (("fake:critic",), ("ann",))
+    with pytest.raises(DataError, match="no row 'nothing'"):
+        explain("nothing", tmp_path / "out")

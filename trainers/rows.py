@@ -1,0 +1,270 @@
+"""The rows: one frozen record for each kind of training data, in the trainers' conversational form.
+
+    Provenance ── SFTRow          prompt → completion
+               ├─ CritiqueRow     prompt, draft, principle → critique; then critique → revision
+               ├─ PreferenceRow   prompt, chosen over rejected, with p_chosen and margin
+               ├─ UnpairedRow     prompt, completion, desirable or not
+               ├─ PromptRow       prompt alone
+               ├─ CriticRow       answer under a principle → label
+               ├─ PrivilegedRow   prompt, and a critique that only the teacher sees
+               └─ RankedRow       prompt, with three answers in order
+
+In its JSON a row says first where it came from, then, from `prompt` on, what it holds. Its id is a digest of
+kind and content alone: rows of the same content have the same id, whatever log, order or engine made them.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from trainers.ledger import Reason
+
+__all__ = [
+    "KINDS",
+    "CriticRow",
+    "CritiqueRow",
+    "Dropped",
+    "Encoded",
+    "FunctionCall",
+    "Kind",
+    "PreferenceRow",
+    "PrivilegedRow",
+    "PromptRow",
+    "Provenance",
+    "RankedRow",
+    "Row",
+    "SFTRow",
+    "Source",
+    "Split",
+    "ToolUse",
+    "Turn",
+    "UnpairedRow",
+    "encode_row",
+    "margin_of",
+    "read_row",
+]
+
+Kind = Literal["sft", "critique-sft", "preference", "unpaired", "prompts", "critic", "privileged", "ranked"]
+Split = Literal["train", "test"]
+Source = Literal["human", "feedback", "comparison", "revision", "best-of-n", "draft", "critique", "imported"]
+"""Which evidence a row rests on. Of two rows of the same content the one of the earlier source stays."""
+
+
+class Dropped(NamedTuple):
+    """A trajectory, or a part of one, that gives no row."""
+
+    reason: Reason
+    """Out of the closed list."""
+
+
+class _Base(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """Settings shared by every row record."""
+
+
+class FunctionCall(_Base, frozen=True, kw_only=True):
+    """What a tool call asks for."""
+
+    name: str
+    """Name of the tool."""
+    arguments: dict[str, Any]
+    """Arguments, as the model gave them."""
+
+
+class ToolUse(_Base, frozen=True, kw_only=True):
+    """One call that an assistant turn makes, as chat templates read it."""
+
+    id: str | None = None
+    """The provider's id, which the tool's answer repeats."""
+    type: Literal["function"] = msgspec.field(default_factory=lambda: "function")
+    """Always `function`."""
+    function: FunctionCall
+    """The call."""
+
+
+class Turn(_Base, frozen=True, kw_only=True):
+    """One message of a conversation, as chat templates read it."""
+
+    role: str
+    """`system`, `user`, `assistant` or `tool`."""
+    content: str
+    """Text; empty where an assistant turn only calls tools."""
+    name: str | None = None
+    """Who spoke, where the application says so."""
+    tool_calls: tuple[ToolUse, ...] = ()
+    """Calls that an assistant turn makes."""
+    tool_call_id: str | None = None
+    """On a `tool` turn, the call that it answers."""
+
+
+class Provenance(_Base, frozen=True, kw_only=True):
+    """Where a row came from; each kind adds its content."""
+
+    trajectory_id: str
+    """The Trajectory that it was made of."""
+    source: Source
+    """Which evidence it rests on."""
+    constitution: str
+    """Digest of the constitution that judged."""
+    judge: str
+    """Who judged: the critic, the judge of a Comparison, the reviewer; empty where nobody is named."""
+    principles: tuple[str, ...]
+    """Ids of the principles (or aims) that the row speaks of; empty where it speaks of all."""
+    id: str = ""
+    """Digest of kind and content, 32 hex digits; set when the row is written."""
+    split: Split | Literal[""] = ""
+    """`train` or `test`; set when the row is written."""
+
+
+class SFTRow(Provenance, frozen=True, kw_only=True):
+    """An answer to imitate: an accepted revision, a kept draft, or a reviewer's own words."""
+
+    prompt: tuple[Turn, ...]
+    """The conversation that asked."""
+    completion: tuple[Turn, ...]
+    """The answer, one assistant turn."""
+
+
+class CritiqueRow(Provenance, frozen=True, kw_only=True):
+    """One step of self-critique to imitate: the critique of a draft, or the revision that follows it."""
+
+    prompt: tuple[Turn, ...]
+    """The conversation, the draft, and the request for a critique; for a revision also the critique and the
+    request to revise."""
+    completion: tuple[Turn, ...]
+    """The critique or the revision, one assistant turn."""
+    step: Literal["critique", "revision"]
+    """Which of the two."""
+
+
+class PreferenceRow(Provenance, frozen=True, kw_only=True):
+    """Two answers of which one is better."""
+
+    p_chosen: float
+    """P(chosen is better), above 0.5 and at most 1; a soft label for reward models and DPO."""
+    margin: float
+    """2 · p_chosen − 1, above 0 and at most 1: what reward training takes as the margin."""
+    prompt: tuple[Turn, ...]
+    """The conversation that asked."""
+    chosen: tuple[Turn, ...]
+    """The better answer, one assistant turn."""
+    rejected: tuple[Turn, ...]
+    """The other one."""
+
+
+class UnpairedRow(Provenance, frozen=True, kw_only=True):
+    """One answer, desirable or not."""
+
+    prompt: tuple[Turn, ...]
+    """The conversation that asked."""
+    completion: tuple[Turn, ...]
+    """The answer, one assistant turn."""
+    label: bool
+    """Whether it is desirable."""
+
+
+class PromptRow(Provenance, frozen=True, kw_only=True):
+    """A prompt for online training."""
+
+    prompt: tuple[Turn, ...]
+    """The conversation that asks."""
+
+
+class CriticRow(Provenance, frozen=True, kw_only=True):
+    """A verdict to imitate."""
+
+    p_violates: float
+    """P(VIOLATES) in [0, 1]; 0 or 1 where the critic gives no probability."""
+    prompt: tuple[Turn, ...]
+    """The conversation that asked."""
+    completion: tuple[Turn, ...]
+    """The answer that is judged, one assistant turn."""
+    principle: str
+    """Id of the principle, or the aim."""
+    violates: bool
+    """Whether the answer violates it."""
+
+
+class PrivilegedRow(Provenance, frozen=True, kw_only=True):
+    """A prompt, and a critique that a teacher sees and the student does not."""
+
+    prompt: tuple[Turn, ...]
+    """The conversation that asked."""
+    privileged_context: str
+    """The critique of the draft, in words."""
+
+
+class RankedRow(Provenance, frozen=True, kw_only=True):
+    """Three answers in order: the final revision over a middle one over the draft."""
+
+    prompt: tuple[Turn, ...]
+    """The conversation that asked."""
+    reference: tuple[Turn, ...]
+    """The best: the final revision."""
+    chosen: tuple[Turn, ...]
+    """The middle one: the revision before."""
+    rejected: tuple[Turn, ...]
+    """The draft."""
+
+
+Row = SFTRow | CritiqueRow | PreferenceRow | UnpairedRow | PromptRow | CriticRow | PrivilegedRow | RankedRow
+"""A row of any kind."""
+
+KINDS: dict[Kind, type[Row]] = {
+    "sft": SFTRow,
+    "critique-sft": CritiqueRow,
+    "preference": PreferenceRow,
+    "unpaired": UnpairedRow,
+    "prompts": PromptRow,
+    "critic": CriticRow,
+    "privileged": PrivilegedRow,
+    "ranked": RankedRow,
+}
+"""The row type of each kind."""
+
+_encoder = msgspec.json.Encoder()
+_decoders: dict[Kind, msgspec.json.Decoder[Row]] = {
+    kind: msgspec.json.Decoder(type_) for kind, type_ in KINDS.items()
+}
+_CONTENT = b',"prompt":['
+
+
+class Encoded(NamedTuple):
+    """A row as JSON, and the digest that is its id."""
+
+    digest: bytes
+    """First 16 bytes of the sha256 of kind and content."""
+    body: bytes
+    """The row's JSON object without its braces, its id and its split."""
+
+    def line(self, split: Split) -> bytes:
+        """Return the row as one line of JSON, line end included."""
+        return b'{"id":"%b",%b,"split":"%b"}\n' % (self.digest.hex().encode(), self.body, split.encode())
+
+
+def encode_row(kind: Kind, row: Row) -> Encoded:
+    """Return the row as JSON.
+
+    Raises:
+        UnicodeEncodeError: a text holds a lone surrogate.
+    """
+    body = _encoder.encode(row)[1:-1]
+    # Within a JSON string every quote is escaped, so what is found is the key itself.
+    content = body[body.index(_CONTENT) :]
+    return Encoded(sha256(kind.encode() + content).digest()[:16], body)
+
+
+def read_row(kind: Kind, line: bytes) -> Row:
+    """Return the row in one line of a dataset in the rows' own form.
+
+    Raises:
+        msgspec.MsgspecError: the line is no row of this kind.
+    """
+    return _decoders[kind].decode(line)
+
+
+def margin_of(p_chosen: float) -> float:
+    """Return the margin that belongs to P(chosen is better): 2p − 1."""
+    return 2 * p_chosen - 1
