@@ -87,21 +87,19 @@ _INSERT = """
                          writer, sequence, digest, chain)
     VALUES """
 _VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_ROWS_A_STATEMENT = 64
-_INSERT_ONE = _INSERT + _VALUES
-_INSERT_MANY = _INSERT + ", ".join([_VALUES] * _ROWS_A_STATEMENT)
+_KEPT_ROWS = 8
+"""Statements for more rows are not kept prepared: they are large, and their rows bear the cost."""
 
 
 def _insert_all(db: apsw.Connection, bindings: Sequence[tuple[Any, ...]]) -> None:
-    # Python's lock changes hands with every statement, and under many producers each change may cost
-    # milliseconds; so a statement takes many rows.
-    whole = len(bindings) - len(bindings) % _ROWS_A_STATEMENT
-    many = (
-        tuple(chain.from_iterable(bindings[start : start + _ROWS_A_STATEMENT]))
-        for start in range(0, whole, _ROWS_A_STATEMENT)
-    )
-    db.executemany(_INSERT_MANY, many)
-    db.executemany(_INSERT_ONE, bindings[whole:])
+    """Insert all rows in one statement, which is a transaction of its own where none is open.
+
+    With every statement Python's lock changes hands, and under many producers each change may cost
+    milliseconds. In one statement rows are written while producers go on.
+    """
+    if bindings:
+        sql = _INSERT + ", ".join([_VALUES] * len(bindings))
+        db.execute(sql, tuple(chain.from_iterable(bindings)), can_cache=len(bindings) <= _KEPT_ROWS)
 
 
 # --- connections --------------------------------------------------------------------------------------
@@ -356,21 +354,19 @@ class SQLiteStore(Store):
     def _insert(self, db: apsw.Connection, rows: Sequence[Row]) -> list[CaiError | None]:
         bindings, sequence, link = self._bindings(rows)
         errors: list[CaiError | None] = [None] * len(rows)
-        db.execute("BEGIN IMMEDIATE")
         try:
+            _insert_all(db, bindings)
+        except apsw.ConstraintError:
+            db.execute("BEGIN IMMEDIATE")
             try:
-                _insert_all(db, bindings)
-            except apsw.ConstraintError:
-                db.execute("ROLLBACK")
-                db.execute("BEGIN IMMEDIATE")
                 errors, fresh = self._refuse(db, rows)
                 bindings, sequence, link = self._bindings(fresh)
                 _insert_all(db, bindings)
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
         self._sequence, self._link = sequence, link
         return errors
 

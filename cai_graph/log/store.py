@@ -26,6 +26,7 @@ from cai_graph.log.stats import Stats, Tally
 from cai_graph.trajectory import Comparison, Feedback, Record, Review, Trajectory
 
 __all__ = [
+    "MAX_ROWS",
     "Database",
     "Filters",
     "Kind",
@@ -41,6 +42,10 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+MAX_ROWS = 512
+"""Rows in one transaction: enough that each bears little of its sync, and few enough that callers prepare the
+next ones while these are written."""
 
 Kind = Literal["trajectory", "comparison", "review", "feedback"]
 
@@ -139,7 +144,7 @@ class Store(ABC):
 
     @abstractmethod
     def insert(self, rows: Sequence[Row]) -> list[CaiError | None]:
-        """Commit the rows durably in one transaction; one entry a row, None where it is stored.
+        """Commit at most MAX_ROWS rows durably, in one transaction; one entry a row, None where it is stored.
 
         A row whose id is stored already with the same payload counts as stored; with another payload
         its entry is a DataError.
@@ -371,7 +376,11 @@ def _prefix(source: str) -> dict[str, str]:
 
 def digest_of(writer: str, sequence: int, payload: bytes) -> bytes:
     """Return the checksum of one record."""
-    return hashlib.sha256(b"%b:%d:%b" % (writer.encode(), sequence, payload)).digest()[:16]
+    digest = hashlib.sha256(b"%b:%d:" % (writer.encode(), sequence))
+    # Above 2047 bytes hashlib lets go of Python's lock, which takes longer to get back than these do to hash.
+    for start in range(0, len(payload), 2047):
+        digest.update(payload[start : start + 2047])
+    return digest.digest()[:16]
 
 
 def chain_of(previous: bytes, digest: bytes) -> bytes:

@@ -12,20 +12,19 @@ import logging
 import sys
 import threading
 from collections import deque
-from concurrent.futures import Future
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from cai_graph.errors import CaiError, DataError, LogError
+from cai_graph.log.commit import Commit, resolve
 from cai_graph.log.redaction import Redactor, apply, withhold
-from cai_graph.log.store import Row, Store, row_of
+from cai_graph.log.store import MAX_ROWS, Row, Store, row_of
 from cai_graph.trajectory import Record, encode
 
 __all__ = ["Writer"]
 
 MAX_PENDING_BYTES = 64 << 20
 """Appends wait while more than this is not committed yet."""
-MAX_BATCH = 4096
-"""Records in one transaction."""
 MAX_BATCH_BYTES = 16 << 20
 """Bytes in one transaction; other processes wait for the file that long."""
 
@@ -35,12 +34,9 @@ _ROW_BYTES = 512
 _logger = logging.getLogger("cai_graph.log")
 
 
-class _Pending(NamedTuple):
-    row: Row
-    future: Future[None]
-    record: Record | None
-    """What the redactor is still to be applied to; the row stands for its size only."""
-    redactor: Redactor | None
+_Pending = tuple[Row, Commit, Callable[[], Row] | None]
+"""A row and the Commit of its append. Where a redactor is still to be applied, the row stands for its size
+only, and the function makes the one that is stored."""
 
 
 class Writer:
@@ -59,7 +55,7 @@ class Writer:
         self._reset()
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # concurrent.futures.wait takes that of each Commit at once
         self._arrived = threading.Condition(self._lock)
         self._progressed = threading.Condition(self._lock)
         self._queue: deque[_Pending] = deque()
@@ -73,7 +69,7 @@ class Writer:
 
     def append(
         self, record: Record, redactor: Redactor | None = None, payload: bytes | None = None
-    ) -> Future[None]:
+    ) -> Commit:
         """Queue a record, and return a future that resolves once it is committed.
 
         Waits while too much is pending. The future cannot be cancelled: what was appended is written.
@@ -86,14 +82,13 @@ class Writer:
         Raises:
             LogError: the writer is closed.
         """
-        future: Future[None] = Future()
-        future.set_running_or_notify_cancel()
+        commit = Commit(self._progressed)
         try:
             row = row_of(record, encode(record) if payload is None else payload)
         except Exception as error:
-            self._fail(future, _unstorable(record, error))
-            return future
-        pending = _Pending(row, future, record if redactor else None, redactor)
+            self._resolve([commit], [_unstorable(record, error)])
+            return commit
+        redaction = None if redactor is None else partial(_redacted, record, redactor)
         size = len(row.payload) + _ROW_BYTES
         with self._lock:
             if (
@@ -105,7 +100,7 @@ class Writer:
                     self._progressed.wait()
             if self._closing:
                 raise LogError(f"{self._name}: the log is closed; open it again before you append")
-            self._queue.append(pending)
+            self._queue.append((row, commit, redaction))
             self._pending_bytes += size
             self._appended += 1
             if self._idle:
@@ -113,7 +108,7 @@ class Writer:
                 self._arrived.notify()
             elif self._thread is None:
                 self._start()
-        return future
+        return commit
 
     def flush(self) -> None:
         """Wait until everything appended before is committed or has failed."""
@@ -180,60 +175,41 @@ class Writer:
                     self._progressed.notify_all()
 
     def _take(self) -> tuple[list[_Pending], int]:
-        queue = self._queue
-        if len(queue) <= MAX_BATCH and self._pending_bytes <= MAX_BATCH_BYTES:
-            everything = list(queue)
-            queue.clear()
-            return everything, self._pending_bytes
         batch: list[_Pending] = []
         size = 0
-        while queue and len(batch) < MAX_BATCH:
-            more = len(queue[0].row.payload) + _ROW_BYTES
+        while self._queue and len(batch) < MAX_ROWS:
+            more = len(self._queue[0][0].payload) + _ROW_BYTES
             if batch and size + more > MAX_BATCH_BYTES:
                 break
             size += more
-            batch.append(queue.popleft())
+            batch.append(self._queue.popleft())
         return batch, size
 
     def _write(self, batch: list[_Pending]) -> None:
-        rows: list[Row] = []
-        futures: list[Future[None]] = []
-        for row, future, record, redactor in batch:
-            if record is not None and redactor is not None:
-                row = _redacted(record, redactor)
-            rows.append(row)
-            futures.append(future)
-        if not rows:
-            return
+        rows = [row if redaction is None else redaction() for row, _, redaction in batch]
+        commits = [commit for _, commit, _ in batch]
         try:
             errors = self._store.insert(rows)
         except Exception as error:
             if not self._failing:
                 self._failing = True
                 _logger.error("%s", error)
-            for future in futures:
-                failure = LogError(str(error) if isinstance(error, CaiError) else f"{self._name}: {error!r}")
-                failure.__cause__ = error
-                self._fail(future, failure)
+            self._resolve(commits, [self._unwritten(error) for _ in commits])
             return
         if self._failing:
             self._failing = False
             _logger.warning("%s: writing works again; %d records were lost", self._name, self.lost)
-        for future, refused in zip(futures, errors, strict=True):
-            if refused is not None:
-                self._fail(future, refused)
-                continue
-            try:
-                future.set_result(None)
-            except BaseException:  # Of a callback; a Future lets through what is no Exception.
-                _logger.exception("%s: a callback of an append failed", self._name)
+        self._resolve(commits, errors)
 
-    def _fail(self, future: Future[None], error: CaiError) -> None:
-        self.lost += 1
-        try:
-            future.set_exception(error)
-        except BaseException:
-            _logger.exception("%s: a callback of an append failed", self._name)
+    def _resolve(self, commits: list[Commit], errors: Sequence[CaiError | None]) -> None:
+        with self._lock:
+            self.lost += len(errors) - errors.count(None)
+        resolve(self._progressed, zip(commits, errors, strict=True))
+
+    def _unwritten(self, error: Exception) -> LogError:
+        failure = LogError(str(error) if isinstance(error, CaiError) else f"{self._name}: {error!r}")
+        failure.__cause__ = error
+        return failure
 
 
 def _redacted(record: Record, redactor: Redactor) -> Row:
