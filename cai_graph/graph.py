@@ -14,7 +14,6 @@ JSON; what a request brings along (the plan, the app, its account of calls) trav
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import operator
@@ -577,7 +576,7 @@ async def _log(plan: Plan, trajectory: Trajectory, *, failed: bool) -> None:
         if failed:  # a request that is being cancelled must not wait; the log drains at exit
             committed.add_done_callback(alarm_if_failed)
         else:
-            await asyncio.wrap_future(committed)
+            await committed
     except Exception as error:
         if plan.settings.on_log_error == "raise" and not failed:
             raise LogError(f"trajectory {trajectory.id} could not be logged: {error}") from error

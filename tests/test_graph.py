@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cai_graph.calls import Budget
 from cai_graph.chain import Answered, ConstitutionalRunnable, constitutional
 from cai_graph.errors import BudgetExceeded, CaiError, LogError, Unreadable, Violation
 from cai_graph.log import Log, open_log
+from cai_graph.log.commit import Commit, resolve
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Label, Outcome, Rejection, Trajectory, decode, encode
@@ -619,11 +620,12 @@ class FullDisk:
     def __init__(self, *, at_once: bool) -> None:
         self.at_once = at_once
 
-    def append(self, record: Any) -> Future[None]:
+    def append(self, record: Any) -> Commit:
         if self.at_once:
             raise LogError("cai.db: no space left on device")
-        failed: Future[None] = Future()
-        failed.set_exception(LogError("cai.db: no space left on device"))
+        condition = threading.Condition()
+        failed = Commit(condition)
+        resolve(condition, [(failed, LogError("cai.db: no space left on device"))])
         return failed
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 from datetime import timedelta
 from pathlib import Path
 
@@ -191,15 +191,60 @@ def test_what_was_appended_is_the_record_as_it_was_then(log: Log) -> None:
 
 async def test_an_event_loop_awaits_the_commit_and_a_cancelled_wait_loses_nothing(log: Log) -> None:
     record, second = trajectory(), trajectory(1)
-    await asyncio.wrap_future(log.append(record))
+    await log.append(record)
     assert log.get(record.id) == record
     future = log.append(second)
     assert not future.cancel()
-    waiting = asyncio.ensure_future(asyncio.wrap_future(future))
-    await asyncio.sleep(0)
-    waiting.cancel()
+    for waiting in (asyncio.ensure_future(future), asyncio.ensure_future(asyncio.wrap_future(future))):
+        await asyncio.sleep(0)
+        waiting.cancel()
     log.flush()
     assert log.get(second.id) == second
+    await future
+    with pytest.raises(DataError, match="records are never changed"):
+        await log.append(trajectory(2, id=second.id))
+
+
+async def test_a_transaction_wakes_an_event_loop_once(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    wake, woken = loop.call_soon_threadsafe, []
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: woken.append(args) or wake(*args))
+    with log._shared.store._writing:  # type: ignore[attr-defined]  # so that all but the first gather
+        first = log.append(trajectory())
+        while log._shared.writer._queue:  # type: ignore[union-attr]
+            await asyncio.sleep(0.001)
+        rest = [asyncio.ensure_future(log.append(trajectory(n))) for n in range(100)]
+        await asyncio.sleep(0)
+    await first
+    await asyncio.gather(*rest)
+    assert len(woken) == 2
+
+
+def test_a_loop_that_is_gone_harms_nobody(log: Log) -> None:
+    async def leave() -> None:
+        waiting = asyncio.ensure_future(log.append(trajectory()))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+
+    with log._shared.store._writing:  # type: ignore[attr-defined]  # so that the loop is closed first
+        asyncio.run(leave())
+    assert len(fill(log, 3)) == len(list(log.read())) - 1
+
+
+def test_an_append_is_waited_for_by_whatever_waits_for_futures(log: Log) -> None:
+    with log._shared.store._writing:  # type: ignore[attr-defined]
+        futures = [log.append(trajectory(n)) for n in range(20)]
+        for undecided in (futures[0].result, futures[0].exception):
+            with pytest.raises(TimeoutError):
+                undecided(timeout=0.01)
+        assert futures[0].running()
+        assert not wait(futures, timeout=0.01).done
+    assert wait(futures, timeout=60).done == set(futures)
+    assert set(as_completed(futures)) == set(futures)
+    refused = log.append(trajectory(metadata={"not": float("nan")}))
+    assert wait([refused], return_when=FIRST_EXCEPTION).done == {refused}
+    with pytest.raises(DataError):
+        refused.result()
 
 
 def test_a_callback_may_append(log: Log) -> None:

@@ -16,7 +16,6 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
@@ -28,6 +27,7 @@ from cai_graph.log.store import Filters, Kind
 from cai_graph.trajectory import SCHEMA_VERSION, Record, decode, encode
 
 if TYPE_CHECKING:
+    from cai_graph.log.commit import Commit
     from cai_graph.log.store import Store
     from cai_graph.log.transfer import Import, export, import_
     from cai_graph.log.upkeep import Recovery, Removal, Verification, gc, recover, verify
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "WITHHELD",
+    "Commit",
     "Filters",
     "Import",
     "Kind",
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "Commit": "commit",
     "Import": "transfer",
     "export": "transfer",
     "import_": "transfer",
@@ -209,8 +211,8 @@ class Log:
         """Records that this process could not write so far; the future of each says why."""
         return 0 if self._shared.writer is None else self._shared.writer.lost
 
-    def append(self, record: Record) -> Future[None]:
-        """Queue a record, and return a future that resolves once it is committed.
+    def append(self, record: Record) -> Commit:
+        """Queue a record, and return a future that resolves once it is committed; an event loop can await it.
 
         Callable from any thread or event loop. The caller waits while more than 64 MB are pending. The
         future fails with DataError where this record cannot be stored (a value that is not JSON; a
@@ -223,7 +225,7 @@ class Log:
         """
         return self._writer().append(record, self._redact)
 
-    def append_encoded(self, record: Record, payload: bytes | None) -> Future[None]:
+    def append_encoded(self, record: Record, payload: bytes | None) -> Commit:
         """Queue a record like `append`, and store `payload`, its encoding, as it stands.
 
         Args:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -34,7 +34,7 @@ class Commit(Future[None]):
         # Instead of Future's own, which makes a condition; all else that it sets stands above.
         self._condition = condition
         self._waiters: list[Any] = []
-        self._done_callbacks = []
+        self._done_callbacks: list[Callable[[Future[None]], object]] = []
 
     def done(self) -> bool:
         """Return whether the record is committed or has failed."""
@@ -88,10 +88,11 @@ def resolve(condition: threading.Condition, decided: Iterable[tuple[Commit, CaiE
     for commit in commits:
         for awaited in commit._awaited:
             loops.setdefault(awaited.get_loop(), []).append(awaited)
-        try:
-            commit._invoke_callbacks()
-        except BaseException:  # A Future lets through what is no Exception.
-            _logger.exception("a callback of an append failed")
+        for callback in commit._done_callbacks:
+            try:
+                callback(commit)
+            except BaseException:
+                _logger.exception("a callback of an append failed")
     for loop, waiting in loops.items():
         with contextlib.suppress(RuntimeError):  # The loop is closed, so nobody waits there.
             loop.call_soon_threadsafe(_wake, waiting)

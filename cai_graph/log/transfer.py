@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Unpack
@@ -34,6 +33,8 @@ from cai_graph.trajectory import (
 
 if TYPE_CHECKING:
     import pyarrow
+
+    from cai_graph.log.commit import Commit
 
 __all__ = ["BrokenLine", "Format", "Import", "export", "import_"]
 
@@ -302,7 +303,7 @@ class _Importer:
             if first is not read:
                 self._compare(read, first.record)
         known = self.log.known(list(parsed))
-        waiting: list[tuple[_Line, Future[None]]] = []
+        waiting: list[tuple[_Line, Commit]] = []
         for id, read in parsed.items():
             if id in known:
                 self._meet(read)
