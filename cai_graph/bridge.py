@@ -1,9 +1,9 @@
 """The one bridge from synchronous callers to the async core.
 
 A daemon event loop, one a process, runs the core. `run` blocks the calling thread until the core is
-done; meanwhile the core may hand work back to that thread (`Caller.call`), so that under a
-synchronous `invoke` the wrapped app's own `invoke` runs where its author expects it: in the caller's
-thread, with the caller's context variables, connections and thread-locals.
+done, and `stream` until it has the next item; meanwhile the core may hand work back to that thread
+(`Caller.call`), so that under a synchronous `invoke` the wrapped app's own `invoke` runs where its author
+expects it: in the caller's thread, with the caller's context variables, connections and thread-locals.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-__all__ = ["Caller", "run"]
+__all__ = ["Caller", "run", "stream"]
 
 T = TypeVar("T")
 
@@ -62,9 +63,11 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Caller:
-    """The thread that waits in `run`, as the core sees it."""
+    """The thread that waits in `run` or `stream`, as the core sees it."""
 
     def __init__(self) -> None:
+        self._loop = _loop()
+        self._context = copy_context()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -94,41 +97,72 @@ class Caller:
         self._work.put(work)
         return await future
 
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop, serve what it hands over, and return its result.
+
+        An interrupt of this thread (Ctrl-C) cancels it, waits until it has cleaned up, and is raised again.
+        """
+        started: queue.SimpleQueue[asyncio.Task[T]] = queue.SimpleQueue()
+        loop = self._loop.loop
+
+        def start() -> None:
+            task = loop.create_task(coroutine, context=self._context)
+            task.add_done_callback(lambda _: self._work.put(None))
+            started.put(task)
+
+        loop.call_soon_threadsafe(start)
+        task = started.get()
+        try:
+            self._serve()
+        except BaseException:
+            loop.call_soon_threadsafe(task.cancel)
+            self._serve()
+            raise
+        return task.result()
+
     def _serve(self) -> None:
         while (work := self._work.get()) is not None:
             work()
 
-    def _release(self) -> None:
-        self._work.put(None)
+    def _leave(self) -> None:
+        if self._loop is not _shared:
+            self._loop.stop()
 
 
 def run(core: Callable[[Caller], Coroutine[Any, Any, T]]) -> T:
-    """Run `core(caller)` on the bridge's loop, in a copy of the caller's context, and return its result.
+    """Run `core(caller)` on the bridge's loop, in a copy of the caller's context, and return its result."""
+    caller = Caller()
+    try:
+        return caller._wait(core(caller))
+    finally:
+        caller._leave()
 
-    An interrupt of the waiting thread (Ctrl-C) cancels the core, waits until it has cleaned up, and is
-    raised again.
+
+def stream(core: Callable[[Caller], AsyncGenerator[T, None]]) -> Iterator[T]:
+    """Yield what `core(caller)` yields, as `run` runs it.
+
+    Between two items the caller is elsewhere: what is handed to it then waits until it asks for the next.
+    Closing closes the core and waits until it has cleaned up.
     """
     caller = Caller()
-    context = copy_context()
-    started: queue.SimpleQueue[asyncio.Task[T]] = queue.SimpleQueue()
-
-    coroutine = core(caller)
-    loop = _loop()
-
-    def start() -> None:
-        task = loop.loop.create_task(coroutine, context=context)
-        task.add_done_callback(lambda _: caller._release())
-        started.put(task)
-
-    loop.loop.call_soon_threadsafe(start)
-    task = started.get()
+    items = core(caller)
     try:
-        caller._serve()
-    except BaseException:
-        loop.loop.call_soon_threadsafe(task.cancel)
-        caller._serve()
-        raise
+        while (item := caller._wait(_next(items))) is not _END:
+            yield cast("T", item)
     finally:
-        if loop is not _shared:
-            loop.stop()
-    return task.result()
+        if not sys.is_finalizing():  # the loop's thread is gone then, and nobody would answer
+            try:
+                caller._wait(_close(items))
+            finally:
+                caller._leave()
+
+
+_END = object()
+
+
+async def _next(items: AsyncGenerator[T, None]) -> T | object:
+    return await anext(items, _END)
+
+
+async def _close(items: AsyncGenerator[Any, None]) -> None:
+    await items.aclose()

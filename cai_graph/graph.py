@@ -21,7 +21,7 @@ import random
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any, NamedTuple, Protocol, TypedDict
@@ -29,7 +29,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypedDict
 import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
-from langgraph.config import get_config
+from langgraph.config import get_config, get_stream_writer
 from langgraph.constants import TAG_NOSTREAM
 from langgraph.errors import GraphBubbleUp
 from langgraph.graph import END, START, StateGraph
@@ -41,7 +41,7 @@ from langgraph.types import Command, Send
 from cai_graph import prompts
 from cai_graph.calls import Calls, describe, together, truncated
 from cai_graph.critic import failed_principles
-from cai_graph.errors import LogError, RunError
+from cai_graph.errors import BudgetExceeded, LogError, RunError
 from cai_graph.plan import Plan
 from cai_graph.policy import Decision, Progress, accept, decide, no_revision
 from cai_graph.prompts import Exchange
@@ -150,6 +150,8 @@ class _Run:
     """What the last node reached: what is logged when the next one fails."""
     paused: GraphBubbleUp | None = None
     """What the app raised to wait for a person."""
+    failed: Exception | None = None
+    """What the app raised."""
     held: Exception | None = None
     """The error that ended the graph early and that a policy keeps from leaving."""
 
@@ -181,13 +183,15 @@ async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
     """Have the wrapped app answer: whole, or its next block, or all the rest once a block has failed."""
     run, before = runtime.context, _progress(state) if "draft" in state else None
     request, rounds = run.request, [] if before is None else before.rounds
-    if before is None:
-        await run.tell("drafting")
+    await run.tell("drafting")
     write = request.draft if request.blocks is None or rounds else request.blocks.next
     try:
         answered = await write(run.calls, get_config())
     except GraphBubbleUp as pause:
         run.paused = pause  # LangGraph swallows an interrupt here where no graph stands around this one
+        raise
+    except Exception as error:
+        run.failed = error
         raise
     if before is not None:
         answered = msgspec.structs.replace(answered, blocks=before.draft.blocks)
@@ -510,7 +514,8 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
         if run.paused is not None:
             raise run.paused
     except Exception as raised:
-        if run.reached is None or run.plan.settings.on_error == "raise":
+        spent = isinstance(raised, BudgetExceeded)
+        if run.reached is None or run.plan.settings.on_error == "raise" or (run.failed and not spent):
             raise
         error = run.held = raised
     assert run.reached is not None  # the draft node returned, or raised above
@@ -518,9 +523,10 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
     if run.request.mode == "audit":  # the answer has left
         settings = dataclasses.replace(settings, on_violation="open", on_unreadable="open", on_error="open")
     elif run.reached.draft.unfinished and settings.on_error == "open":
-        heard = await run.request.draft(run.calls, own)  # an error held it up, and it leaves all the same
-        blocks = run.reached.draft.blocks
-        run.reached = Progress(msgspec.structs.replace(heard, blocks=blocks), run.reached.rounds)
+        with suppress(BudgetExceeded):  # an error held it up, and it leaves all the same
+            heard = await run.request.draft(run.calls, own)
+            blocks = run.reached.draft.blocks
+            run.reached = Progress(msgspec.structs.replace(heard, blocks=blocks), run.reached.rounds)
     return decide(run.reached, run.plan.constitution, settings, error)
 
 
@@ -535,6 +541,14 @@ def apart() -> Iterator[None]:
         yield
     finally:
         var_child_runnable_config.reset(token)
+
+
+def outer_writer() -> Callable[[Any], None] | None:
+    """Return what writes to the `custom` stream of the graph in whose node this is called; None outside."""
+    try:
+        return get_stream_writer()
+    except (KeyError, RuntimeError):
+        return None
 
 
 STREAM = "__pregel_stream"

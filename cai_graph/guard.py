@@ -7,7 +7,8 @@ draft, keeps drafts and critiques out of the caller's streams, and puts what lea
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +20,6 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, patch_config
-from langchain_core.tracers._streaming import _StreamingCallbackHandler, _V2StreamingCallbackHandler
 
 from cai_graph import bridge, graph, models
 from cai_graph.calls import Calls, call_of, prompt_digest, truncated
@@ -29,7 +29,8 @@ from cai_graph.errors import ConfigError
 from cai_graph.log import Log
 from cai_graph.plan import Plan, planning
 from cai_graph.shape import Shape
-from cai_graph.trajectory import Draft, Trajectory
+from cai_graph.streams import AHEAD, Piece, Send, Writing, progress, relay, unstreamed, whole
+from cai_graph.trajectory import Draft, Trajectory, text_of
 
 if TYPE_CHECKING:
     from langchain_core.outputs import LLMResult
@@ -114,15 +115,7 @@ class Guard:
         outputs: list[Any] = []
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
-            handler = _DraftCalls(calls, self._model_name)
-            # The caller's configuration, traced under the node; the graph's own must not leak into the app.
-            callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
-            callbacks.add_handler(handler, inherit=True)
-            under: RunnableConfig = {**config, "callbacks": callbacks}
-            configurable = config.get("configurable") or {}
-            under["configurable"] = {key: configurable[key] for key in configurable if key != graph.STREAM}
-            if config.get("recursion_limit") == DEFAULT_RECURSION_LIMIT and graph.is_graph(self.app):
-                under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
+            under, handler = self._under(config, calls, node)
             if caller is not None:
 
                 def invoke() -> Any:
@@ -140,23 +133,93 @@ class Guard:
             answer = self.shape.answer(output)
             return Draft(answer=answer, truncated=handler.truncated)
 
-        request = graph.Request(
-            messages=self.shape.conversation(input),
-            draft=draft,
-            context=lambda: self.shape.context(input, outputs[0] if outputs else None),
-            mode="sampled" if self.plan.settings.strategy == "sampled" else "enforce",
-            source=source,
-            metadata=_plain(config.get("metadata") or {}),
-            tags=config.get("tags") or (),
-        )
-        callbacks = cast("BaseCallbackManager", config["callbacks"])
         try:
-            ending = await graph.run(
-                self.plan, request, patch_config(config, callbacks=_unstreamed(callbacks))
+            ending = await self._run(
+                config,
+                messages=self.shape.conversation(input),
+                draft=draft,
+                context=lambda: self.shape.context(input, outputs[0] if outputs else None),
+                mode="sampled" if self.plan.settings.strategy == "sampled" else "enforce",
+                source=source,
             )
         except graph.Paused:
             return outputs[0], None
         return self.shape.put(outputs[0], ending.released, ending.trajectory), ending.trajectory
+
+    async def stream(
+        self,
+        input: Any,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        *,
+        caller: bridge.Caller | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the app's output in pieces, as they may leave; arguments and errors are those of `answer`.
+
+        The last piece has the record; there is none where the app waits for a person. A graph's chunks are
+        the states of its channels, not pieces of an answer, so that what a graph answers leaves in one piece.
+        """
+        mode = self.plan.settings.stream
+        if mode == "buffer" or graph.is_graph(self.app):
+            output, trajectory = await self.answer(input, config, options, caller=caller)
+            yield whole(output, "" if trajectory is None else text_of(self.shape.answer(output)), trajectory)
+            return
+
+        async def work(send: Send[Piece]) -> None:
+            async def chunks(calls: Calls, node: RunnableConfig) -> AsyncGenerator[Any, None]:
+                under, handler = self._under(config, calls, node)
+                writing.truncated = lambda: handler.truncated
+                async with aclosing(_written(self.app, input, under, options, caller)) as written:
+                    async for chunk in written:
+                        if isinstance(chunk, Mapping) and "__interrupt__" in chunk:
+                            raise graph.Paused
+                        yield chunk
+
+            writing = Writing(chunks, self.shape, send, at_once=mode == "audit")
+            try:
+                ending = await self._run(
+                    config,
+                    messages=self.shape.conversation(input),
+                    draft=writing.whole,
+                    blocks=writing if mode == "blocks" else None,
+                    written=writing.so_far if mode == "audit" else lambda: None,
+                    context=lambda: self.shape.context(input, writing.output),
+                    mode="audit" if mode == "audit" else "enforce",
+                )
+            finally:
+                await writing.close()
+            output = self.shape.put(writing.output, ending.released, ending.trajectory)
+            await writing.rest(output, ending.trajectory)
+
+        async with aclosing(relay(work)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _run(self, config: RunnableConfig, **request: Any) -> graph.Ending:
+        """Send a request through the graph, under the callbacks that feed no stream."""
+        callbacks = cast("BaseCallbackManager", config["callbacks"])
+        made = graph.Request(
+            metadata=_plain(config.get("metadata") or {}),
+            tags=config.get("tags") or (),
+            tell=progress(callbacks, graph.outer_writer()),
+            **request,
+        )
+        return await graph.run(self.plan, made, patch_config(config, callbacks=unstreamed(callbacks)))
+
+    def _under(
+        self, config: RunnableConfig, calls: Calls, node: RunnableConfig
+    ) -> tuple[RunnableConfig, _DraftCalls]:
+        """Return the configuration under which the app runs, and what records the calls that it makes."""
+        handler = _DraftCalls(calls, self._model_name)
+        # The caller's configuration, traced under the node; the graph's own must not leak into the app.
+        callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
+        callbacks.add_handler(handler, inherit=True)
+        under: RunnableConfig = {**config, "callbacks": callbacks}
+        configurable = config.get("configurable") or {}
+        under["configurable"] = {key: configurable[key] for key in configurable if key != graph.STREAM}
+        if config.get("recursion_limit") == DEFAULT_RECURSION_LIMIT and graph.is_graph(self.app):
+            under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
+        return under, handler
 
     @cached_property
     def _model_name(self) -> str | None:
@@ -167,16 +230,41 @@ class Guard:
         return models.name_of(app) if isinstance(app, BaseChatModel) else None
 
 
-def _unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
-    """Return the callbacks without the handlers that feed streams, so that no draft shows in one.
+async def _written(
+    app: Runnable[Any, Any],
+    input: Any,
+    config: RunnableConfig,
+    options: Mapping[str, Any],
+    caller: bridge.Caller | None,
+) -> AsyncGenerator[Any, None]:
+    """Yield the app's chunks; it writes in a task of its own, or else in its caller's thread."""
 
-    Tracers stay and see every inner call. What is released reaches streams as this Runnable's own output.
-    https://github.com/langchain-ai/langchain/issues/35011
-    """
-    for handler in [*callbacks.handlers, *callbacks.inheritable_handlers]:
-        if isinstance(handler, _StreamingCallbackHandler | _V2StreamingCallbackHandler):
-            callbacks.remove_handler(handler)
-    return callbacks
+    async def work(send: Send[Any]) -> None:
+        if caller is None:
+            with graph.apart():
+                async with aclosing(app.astream(input, config, **options)) as chunks:  # type: ignore[type-var]
+                    async for chunk in chunks:
+                        await send(chunk)
+            return
+        iterator, end = app.stream(input, config, **options), object()
+
+        def pull() -> Any:
+            with graph.apart():
+                return next(iterator, end)
+
+        def close() -> None:
+            with graph.apart():
+                getattr(iterator, "close", lambda: None)()
+
+        try:
+            while (chunk := await caller.call(pull)) is not end:
+                await send(chunk)
+        finally:
+            await caller.call(close)
+
+    async with aclosing(relay(work, AHEAD)) as written:
+        async for chunk in written:
+            yield chunk
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -12,7 +14,8 @@ from cai_graph import bridge
 from cai_graph.errors import RunError
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
-from cai_graph.trajectory import Trajectory
+from cai_graph.streams import Shown
+from cai_graph.trajectory import Trajectory, to_langchain
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
@@ -71,6 +74,74 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
         return await self._acall_with_config(answer, input, config)
 
+    def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
+        """Answer in chunks, which leave as `Settings.stream` says; the wrapped app runs in this thread."""
+        return self.transform(iter([input]), config, **kwargs)
+
+    def transform(
+        self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Output]:
+        """Answer as `stream` does, to an input that comes in chunks."""
+
+        def chunks(inputs: Iterator[Input], run_manager: Any, config: RunnableConfig) -> Iterator[Output]:
+            value = _sum(inputs)
+            under = patch_config(config, callbacks=run_manager.get_child())
+            yield from bridge.stream(lambda caller: self._chunks(value, under, kwargs, caller))
+
+        with closing(self._transform_stream_with_config(input, chunks, config)) as answered:  # type: ignore[type-var]
+            yield from answered
+
+    async def astream(
+        self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Output]:
+        """Answer in chunks, which leave as `Settings.stream` says."""
+
+        async def inputs() -> AsyncIterator[Input]:
+            yield input
+
+        async with aclosing(self.atransform(inputs(), config, **kwargs)) as answered:  # type: ignore[type-var]
+            async for chunk in answered:
+                yield chunk
+
+    async def atransform(
+        self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Output]:
+        """Answer as `astream` does, to an input that comes in chunks."""
+
+        async def chunks(
+            inputs: AsyncIterator[Input], run_manager: Any, config: RunnableConfig
+        ) -> AsyncIterator[Output]:
+            value = _sum([part async for part in inputs])
+            under = patch_config(config, callbacks=run_manager.get_child())
+            async with aclosing(self._chunks(value, under, kwargs)) as answered:
+                async for chunk in answered:
+                    yield chunk
+
+        made = self._atransform_stream_with_config(input, chunks, config)
+        async with aclosing(made) as answered:  # type: ignore[type-var]
+            async for chunk in answered:
+                yield chunk
+
+    async def _chunks(
+        self,
+        input: Input,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        caller: bridge.Caller | None = None,
+    ) -> AsyncGenerator[Output, None]:
+        """Yield what leaves, and show it to the streams that stand around."""
+        shown = Shown(config, to_langchain(self.guard.shape.conversation(input)), self.get_name())
+        try:
+            async with aclosing(self.guard.stream(input, config, options, caller=caller)) as pieces:
+                async for piece in pieces:
+                    await shown.piece(piece)
+                    if piece.output is not None:
+                        yield piece.output
+        except BaseException as error:
+            await shown.error(error)
+            raise
+        await shown.end()
+
     async def answered(
         self,
         input: Input,
@@ -124,3 +195,14 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
     def get_graph(self, config: RunnableConfig | None = None) -> Graph:
         """Return the wrapped app's graph."""
         return self.app.get_graph(config)
+
+
+def _sum(parts: Iterable[Any]) -> Any:
+    """Return what the chunks of an input add up to; where they do not add up, the last one."""
+    total, *others = parts
+    for part in others:
+        try:
+            total = total + part
+        except TypeError:
+            total = part
+    return total

@@ -87,14 +87,18 @@ class Shape:
                 update["content"] = _in_place(output.content, text_of(released))
             return output.model_copy(update=update)
         if isinstance(output, Mapping):
-            key = self._key(output, self.output_key, _OUTPUT_KEYS, "output")
+            key = self.output_in(output)
             return {**output, key: self.put(output[key], released, trajectory)}
         at = _last_answer(output)
         return [*output[:at], self.put(output[at], released, trajectory), *output[at + 1 :]]
 
+    def output_in(self, output: Mapping[str, Any]) -> str:
+        """Return the key of the answer in an output."""
+        return self._key(output, self.output_key, _OUTPUT_KEYS, "output")
+
     def _answer_in(self, output: object) -> str | BaseMessage:
         if isinstance(output, Mapping):
-            return self._answer_in(output[self._key(output, self.output_key, _OUTPUT_KEYS, "output")])
+            return self._answer_in(output[self.output_in(output)])
         if isinstance(output, str | BaseMessage):
             return output
         if isinstance(output, list) and output and all(isinstance(item, BaseMessage) for item in output):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage
-from langchain_core.outputs import ChatGeneration, ChatResult
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import PrivateAttr, SkipValidation
 
 __all__ = ["ScriptedModel"]
@@ -18,7 +19,7 @@ Reply = str | AIMessage | Exception
 
 
 class ScriptedModel(BaseChatModel):
-    """A chat model whose replies are written beforehand.
+    """A chat model whose replies are written beforehand; streamed, they come word by word.
 
     >>> model = ScriptedModel(replies=["one", "two"])
     >>> model.invoke("hello").content, model.invoke("again").content
@@ -50,6 +51,30 @@ class ScriptedModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=self._reply(messages))])
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        reply = self._reply(messages)
+        words = re.findall(r"\S+\s*|^\s+", reply.content) if isinstance(reply.content, str) else []
+        fields = reply.model_dump(exclude={"type", "content"})
+        for word in words[:-1]:
+            yield ChatGenerationChunk(message=AIMessageChunk(content=word))
+        last = AIMessageChunk(content=words[-1] if words else reply.content, **fields, chunk_position="last")
+        yield ChatGenerationChunk(message=last)
+
+    async def _astream(
+        self, messages: list[BaseMessage], *args: Any, **kwargs: Any
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        for chunk in self._stream(messages, *args, **kwargs):
+            yield chunk
+
+    def _reply(self, messages: list[BaseMessage]) -> AIMessage:
         with self._lock:
             self._calls.append(messages)
             number = len(self._calls)
@@ -65,8 +90,7 @@ class ScriptedModel(BaseChatModel):
             )
         if isinstance(reply, Exception):
             raise reply
-        message = AIMessage(reply) if isinstance(reply, str) else reply
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        return AIMessage(reply) if isinstance(reply, str) else reply
 
     async def _agenerate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> ChatResult:
         return self._generate(messages, *args, **kwargs)  # nothing here waits, so no thread is needed

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 
 import pytest
@@ -189,6 +190,74 @@ def test_a_process_that_used_the_bridge_ends_in_silence() -> None:
             return bridge.run(inner)
 
         assert bridge.run(core) == 1
+        """
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_stream_yields_what_its_core_yields_and_work_runs_in_the_callers_thread() -> None:
+    async def core(caller: bridge.Caller) -> AsyncGenerator[object, None]:
+        yield await caller.call(threading.current_thread)
+        yield threading.current_thread()
+
+    in_caller, in_core = bridge.stream(core)
+
+    assert in_caller is threading.current_thread()
+    assert in_core is not threading.current_thread()
+
+
+def test_the_error_of_a_stream_comes_after_what_it_yielded() -> None:
+    async def core(caller: bridge.Caller) -> AsyncGenerator[int, None]:
+        yield 1
+        raise ValueError("mine")
+
+    items = bridge.stream(core)
+
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="mine"):
+        next(items)
+
+
+def test_a_stream_that_is_closed_early_cleans_up_in_both_threads_before_close_returns() -> None:
+    cleaned: list[object] = []
+
+    async def core(caller: bridge.Caller) -> AsyncGenerator[int, None]:
+        try:
+            while True:
+                yield 1
+        finally:
+            cleaned.append(await caller.call(threading.current_thread))
+
+    for _ in bridge.stream(core):
+        break
+
+    assert cleaned == [threading.current_thread()]
+
+
+def test_a_stream_inside_the_core_of_another_does_not_wait_on_its_own_loop() -> None:
+    async def inner(caller: bridge.Caller) -> AsyncGenerator[int, None]:
+        yield 1
+        yield 2
+
+    async def core(caller: bridge.Caller) -> AsyncGenerator[int, None]:
+        for item in bridge.stream(inner):
+            yield item
+
+    assert list(bridge.stream(core)) == [1, 2]
+
+
+def test_a_process_that_ends_in_the_middle_of_a_stream_ends_in_silence() -> None:
+    done = run_python(
+        """
+        from cai_graph import bridge
+
+        async def core(caller):
+            while True:
+                yield 1
+
+        items = bridge.stream(core)
+        next(items)
         """
     )
 

@@ -1,0 +1,374 @@
+"""Streams: what of an app's answer leaves when, while the app still writes it.
+
+    buffer   the answer, once the graph has decided
+    blocks   groups of sentences, each once it is judged (`graph.Blocks`); what follows goes on after them
+    audit    the app's own chunks as they come; the verdict afterwards
+
+The app writes in a task of its own, a bounded number of chunks ahead of its reader, since what iterates an
+app's stream must be one task from its beginning to its end. Closing a stream ends that task and the graph's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
+
+from langchain_core.callbacks import (
+    AsyncCallbackHandler,
+    AsyncCallbackManager,
+    BaseCallbackHandler,
+    BaseCallbackManager,
+)
+from langchain_core.callbacks.manager import AsyncCallbackManagerForLLMRun
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, message_chunk_to_message
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.utils import AddableDict
+from langchain_core.tracers._streaming import _StreamingCallbackHandler, _V2StreamingCallbackHandler
+
+from cai_graph.calls import Calls
+from cai_graph.errors import DataError
+from cai_graph.shape import Shape
+from cai_graph.trajectory import Draft, Message, Trajectory, text_of
+
+__all__ = ["Piece", "Send", "Shown", "Writing", "block_end", "progress", "relay", "unstreamed", "whole"]
+
+T = TypeVar("T")
+
+FIRST_BLOCK = 80
+"""Least characters of the first block: about a sentence, so that a reader waits as little as can be."""
+LARGEST_BLOCK = 1280
+"""Least characters of the largest block. Each is twice the one before: long answers cost few calls."""
+AHEAD = 64
+"""How many chunks the app may be ahead of what is judged."""
+
+
+class Piece(NamedTuple):
+    """A part of an output that leaves."""
+
+    output: Any
+    """The chunk: of the same kind as the app's own, so that the chunks of a stream add up to its output. None
+    where the last piece has nothing to add."""
+    text: str
+    """What it holds of the answer's text."""
+    trajectory: Trajectory | None = None
+    """The record, with the last piece."""
+
+
+Send = Callable[[T], Awaitable[None]]
+
+
+async def relay(
+    work: Callable[[Send[T]], Coroutine[Any, Any, None]], room: int = 1
+) -> AsyncGenerator[T, None]:
+    """Yield what `work` sends while it runs in a task of its own, at most `room` items ahead of the reader.
+
+    Raises what `work` raises. Closing cancels it, and waits until it has cleaned up.
+    """
+    sent: asyncio.Queue[Any] = asyncio.Queue()
+    free = asyncio.Semaphore(room)
+
+    async def send(item: T) -> None:
+        await free.acquire()
+        sent.put_nowait(item)
+
+    task = asyncio.ensure_future(work(send))
+    task.add_done_callback(lambda _: sent.put_nowait(_END))
+    try:
+        while (item := await sent.get()) is not _END:
+            yield item
+            free.release()
+        await task
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+
+
+_END = object()
+
+# --- where a block ends -------------------------------------------------------------------------------
+
+_SENTENCE_END = re.compile(r"(?<!\d)[.!?…]+[\"'”’)\]*_]*(?=\s)|[。！？]+[”’」』）]*|(?=\n)")
+
+
+def block_end(text: str, start: int, least: int) -> int | None:
+    """Return where the block of `text` that begins at `start` ends; None while more text is needed to say.
+
+    It ends with a sentence or a line, after at least `least` characters; where none ends within as many
+    again, between two words.
+
+    >>> block_end("One. Two. Three. Fo", 0, 6)
+    9
+    """
+    for found in _SENTENCE_END.finditer(text, start + least):
+        if text[start : found.end()].strip():
+            return found.end()
+    if len(text) - start > 2 * least:
+        gap = max(text.rfind(" ", start + least, start + 2 * least), 0)
+        return gap if text[start:gap].strip() else None
+    return None
+
+
+# --- the app's answer as it is written ----------------------------------------------------------------
+
+
+class Writing:
+    """An app's answer while it is written, and how much of it has left. The graph's `Blocks`."""
+
+    def __init__(
+        self,
+        open: Callable[[Calls, RunnableConfig], AsyncGenerator[Any, None]],
+        shape: Shape,
+        send: Send[Piece],
+        *,
+        at_once: bool,
+    ) -> None:
+        self._open = open
+        self._shape = shape
+        self._send = send
+        self._at_once = at_once
+        """Whether chunks leave as they come."""
+        self._chunks: AsyncGenerator[Any, None] | None = None
+        self.output: Any = None
+        """The sum of the app's chunks so far."""
+        self.text = ""
+        """The text of the answer in it."""
+        self._finished = False
+        self._ends: list[int] = []
+        """Where in the text the blocks so far end."""
+        self._sent = 0
+        """How many characters of the text have left."""
+        self._sent_keys: set[str] = set()
+        self.truncated: Callable[[], bool] = lambda: False
+
+    async def next(self, calls: Calls, config: RunnableConfig) -> Draft:
+        """Return the draft up to the end of its next block; unfinished where the app still writes."""
+        start = self._ends[-1] if self._ends else 0
+        least = min(FIRST_BLOCK << len(self._ends), LARGEST_BLOCK)
+        while (end := block_end(self.text, start, least)) is None:
+            if not await self._read(calls, config):
+                return self._draft()
+        self._ends.append(end)
+        return Draft(answer=Message(role="assistant", content=self.text[:end]), unfinished=True)
+
+    async def whole(self, calls: Calls, config: RunnableConfig) -> Draft:
+        """Return the draft once the app has written all of it."""
+        while await self._read(calls, config):
+            pass
+        return self._draft()
+
+    def so_far(self) -> Draft | None:
+        """Return what the app has written; None where that is nothing yet."""
+        if self._finished:
+            return self._draft()
+        if not self.text:
+            return None
+        return Draft(answer=Message(role="assistant", content=self.text), unfinished=True)
+
+    def _draft(self) -> Draft:
+        return Draft(answer=self._shape.answer(self.output), truncated=self.truncated())
+
+    async def _read(self, calls: Calls, config: RunnableConfig) -> bool:
+        """Take the app's next chunk; return whether there was one."""
+        if self._finished:
+            return False
+        if self._chunks is None:
+            self._chunks = self._open(calls, config)
+        async with calls.deadline():
+            chunk = await anext(self._chunks, _END)
+        if chunk is _END:
+            self._finished = True
+            self._shape.answer(self.output)  # raises where there is none
+            return False
+        try:
+            self.output = chunk if self.output is None else self.output + chunk
+        except TypeError:  # what does not add up replaces what came before, as LangChain has it
+            self.output = chunk
+        before, self.text = self.text, self._written()
+        if self.text[: self._sent] != before[: self._sent]:
+            raise DataError(
+                "the app's stream took back text that has left already; use stream='buffer' for this app"
+            )
+        if self._at_once:
+            self._sent = len(self.text)
+            await self._send(Piece(chunk, self.text[len(before) :]))
+        return True
+
+    def _written(self) -> str:
+        try:
+            return text_of(self._shape.answer(self.output))
+        except DataError:  # the part with the answer has not come yet
+            return self.text
+
+    async def close(self) -> None:
+        """Stop the app where it still writes."""
+        if self._chunks is not None:
+            await self._chunks.aclose()
+
+    # --- what leaves ---
+
+    async def release(self, draft: Draft) -> None:
+        """Send the text of a draft as far as it has not left yet."""
+        text = text_of(draft.answer)[self._sent :]
+        self._sent += len(text)
+        await self._send(Piece(self._part(self.output, text), text))
+
+    async def rest(self, output: Any, trajectory: Trajectory) -> None:
+        """Send of the output that leaves what has not left yet."""
+        text = text_of(self._shape.answer(output))[self._sent :]
+        chunk = self._verdict(output) if self._at_once else self._part(output, text, last=True)
+        await self._send(Piece(chunk, text, trajectory))
+
+    def _part(self, output: Any, text: str, *, last: bool = False) -> Any:
+        """Return a chunk with this much of the answer's text; the last one has all that is not text."""
+        if isinstance(output, str):
+            return None if last and not text and self._sent else text
+        if isinstance(output, BaseMessage):
+            return part_of_message(output, text, last=last)
+        if isinstance(output, Mapping):
+            key = self._shape.output_in(output)
+            others = {k: value for k, value in output.items() if k != key and k not in self._sent_keys}
+            self._sent_keys |= others.keys()
+            return AddableDict({**others, key: self._part(output[key], text, last=last)})
+        return output if last else []
+
+    def _verdict(self, output: Any) -> Any:
+        """Return the chunk that says what became of an answer that has left; None where it cannot be said."""
+        if isinstance(output, AIMessage):
+            return AIMessageChunk(
+                content="", id=output.id, response_metadata={"cai": output.response_metadata["cai"]}
+            )
+        if isinstance(output, Mapping):
+            key = self._shape.output_in(output)
+            verdict = self._verdict(output[key])
+            return None if verdict is None else AddableDict({key: verdict})
+        return None
+
+
+def part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessage:
+    """Return a chunk of `message` with this much of its text; the last one has all that is not text."""
+    content: str | list[Any] = text
+    if isinstance(message.content, list):
+        texts = [part for part in message.content if isinstance(part, dict) and part.get("type") == "text"]
+        content = [{**(texts[0] if texts else {"type": "text"}), "text": text}]
+        if last:
+            content += [part for part in message.content if part not in texts and not isinstance(part, str)]
+    if not isinstance(message, AIMessage):
+        return message.model_copy(update={"content": content})
+    if not last:
+        return AIMessageChunk(content=content, id=message.id, name=message.name)
+    fields = message.model_dump(exclude={"type", "content", "chunk_position"})
+    return AIMessageChunk(content=content, **fields, chunk_position="last")
+
+
+def whole(output: Any, text: str, trajectory: Trajectory | None) -> Piece:
+    """Return an output that leaves in one piece."""
+    chunk = output
+    if isinstance(output, Mapping):
+        chunk = AddableDict({key: _as_chunk(value) for key, value in output.items()})
+    return Piece(_as_chunk(chunk), text, trajectory)
+
+
+def _as_chunk(value: Any) -> Any:
+    return part_of_message(value, text_of(value), last=True) if isinstance(value, AIMessage) else value
+
+
+# --- the streams that stand around --------------------------------------------------------------------
+
+PROGRESS = "cai_progress"
+"""Name of the custom event that says which step is under way, and its key in LangGraph's `custom` mode."""
+
+
+def progress(
+    callbacks: BaseCallbackManager, writer: Callable[[Any], None] | None
+) -> Callable[[str], Awaitable[None]] | None:
+    """Return what tells callbacks and an outer graph's `custom` stream of a step; None where nobody hears.
+
+    The event's data is `{"step": "revising 1/2"}`: never a word of a draft.
+    """
+    hearing = [
+        handler
+        for handler in callbacks.handlers
+        if type(handler).on_custom_event
+        not in (BaseCallbackHandler.on_custom_event, AsyncCallbackHandler.on_custom_event)
+    ]
+    if not hearing and writer is None:
+        return None
+    manager = AsyncCallbackManager(
+        handlers=hearing,
+        parent_run_id=callbacks.parent_run_id,
+        tags=callbacks.tags,
+        metadata=callbacks.metadata,
+    )
+
+    async def tell(step: str) -> None:
+        if writer is not None:
+            writer({PROGRESS: {"step": step}})
+        await manager.on_custom_event(PROGRESS, {"step": step}, run_id=manager.parent_run_id)
+
+    return tell
+
+
+def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
+    """Return a copy of the callbacks without the handlers that feed streams, so that no draft shows in one.
+
+    Tracers stay and see every inner call. https://github.com/langchain-ai/langchain/issues/35011
+    """
+    kept = callbacks.copy()
+    for handler in [*kept.handlers, *kept.inheritable_handlers]:
+        if feeds_streams(handler):
+            kept.remove_handler(handler)
+    return kept
+
+
+class Shown:
+    """Shows what leaves to the handlers that feed streams, as the chat model's answer that it is.
+
+    `astream_events` and the `messages` mode of a LangGraph graph live on a chat model's tokens, and of the
+    models inside no token may reach them. Tracers are told nothing: they saw the calls that were made.
+    """
+
+    def __init__(self, config: RunnableConfig, messages: list[BaseMessage], name: str) -> None:
+        callbacks = cast("BaseCallbackManager", config["callbacks"])
+        self._manager = AsyncCallbackManager(
+            handlers=[handler for handler in callbacks.handlers if feeds_streams(handler)],
+            parent_run_id=callbacks.parent_run_id,
+            tags=callbacks.tags,
+            metadata=callbacks.metadata,
+        )
+        self._messages = messages
+        self._name = name
+        self._run: AsyncCallbackManagerForLLMRun | None = None
+        self._all: AIMessageChunk | None = None
+
+    async def piece(self, piece: Piece) -> None:
+        """Show a piece."""
+        if not self._manager.handlers:
+            return
+        if self._run is None:
+            runs = await self._manager.on_chat_model_start({}, [self._messages], name=self._name)
+            self._run = runs[0]
+        chunk = piece.output
+        if not isinstance(chunk, AIMessageChunk):
+            chunk = AIMessageChunk(content=piece.text, id=f"lc_run--{self._run.run_id}")
+        self._all = chunk if self._all is None else self._all + chunk
+        await self._run.on_llm_new_token(piece.text, chunk=ChatGenerationChunk(message=chunk))
+
+    async def end(self) -> None:
+        """Say that the answer is whole."""
+        if self._run is not None and self._all is not None:
+            message = message_chunk_to_message(self._all)
+            await self._run.on_llm_end(LLMResult(generations=[[ChatGeneration(message=message)]]))
+
+    async def error(self, error: BaseException) -> None:
+        """Say that nothing more comes."""
+        if self._run is not None:
+            await self._run.on_llm_error(error)
+
+
+def feeds_streams(handler: BaseCallbackHandler) -> bool:
+    """Return whether a handler shows to a stream what it hears, as those of LangChain and LangGraph do."""
+    return isinstance(handler, _StreamingCallbackHandler | _V2StreamingCallbackHandler)
