@@ -27,6 +27,7 @@ from langchain_core.runnables import Runnable
 
 from cai_graph import models, prompts
 from cai_graph.calls import Calls, together
+from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.probe import MAX_WINDOWS, WHOLE_CHARACTERS, Probe
@@ -300,7 +301,7 @@ class ModelCritic:
     splits = True
 
     def __init__(self, model: BaseChatModel) -> None:
-        self.model = model
+        self.model = on_any_loop(model)
         self.name = models.name_of(model)
         self._forms: dict[tuple[str, tuple[str, ...]], tuple[str, Runnable[Any, Any]]] = {}
         self._plain_only = False

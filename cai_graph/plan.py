@@ -12,6 +12,7 @@ from typing import Any
 from langchain_core.language_models import BaseChatModel
 
 from cai_graph import models
+from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, load
 from cai_graph.critic import Critic, check_strategy, critic_for
 from cai_graph.errors import ConfigError
@@ -121,7 +122,7 @@ def planning(
         return Plan(
             constitution=rules,
             critic=own,
-            reviser=reviser,
+            reviser=on_any_loop(reviser),
             reviser_name=models.name_of(reviser),
             settings=chosen,
             log=opened,

@@ -43,7 +43,8 @@ Script = Callable[[dict[str, Any]], "str | Reply"]
 class Server:
     """A running server."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, *, keep_alive: bool = False) -> None:
+        self.keep_alive = keep_alive
         self.requests: list[dict[str, Any]] = []
         """The bodies received so far."""
         self._script = script
@@ -90,8 +91,9 @@ class Server:
                     for name, value in {"Content-Type": "application/json", **headers}.items():
                         self.send_header(name, value)
                     self.send_header("Content-Length", str(len(data)))
-                    # The client keeps its pool for ever, and connections must not outlive their event loop.
-                    self.send_header("Connection", "close")
+                    if not server.keep_alive:
+                        # The client keeps its pool for ever, and would warn of what outlives its event loop.
+                        self.send_header("Connection", "close")
                     self.end_headers()
                     self.wfile.write(data)
                 except OSError:
@@ -128,9 +130,9 @@ def _completion(body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(script: Script) -> Iterator[Server]:
-    """Run a server for the body's time."""
-    server = Server(script)
+def serving(script: Script, *, keep_alive: bool = False) -> Iterator[Server]:
+    """Run a server for the body's time; `keep_alive`: connections stay open, as a provider's do."""
+    server = Server(script, keep_alive=keep_alive)
     try:
         yield server
     finally:
