@@ -48,7 +48,7 @@ class ConstitutionalChatModel(BaseChatModel):
 
     _guard: Guard = PrivateAttr()
     _model: BaseChatModel = PrivateAttr()
-    """The wrapped model itself, without the tools that are bound to it."""
+    """The wrapped model itself, before tools were bound."""
 
     def __init__(self, guard: Guard) -> None:
         model = cast("BaseChatModel", guard.app)
@@ -65,7 +65,7 @@ class ConstitutionalChatModel(BaseChatModel):
 
     @property
     def app(self) -> Runnable[LanguageModelInput, AIMessage]:
-        """What drafts: the wrapped model, with the tools that are bound to it."""
+        """What drafts: the wrapped model, or what it made of itself when tools were bound."""
         return self._guard.app
 
     @property
@@ -137,15 +137,22 @@ class ConstitutionalChatModel(BaseChatModel):
 
     # --- tools and configuration ---
 
-    def bind_tools(
-        self, tools: Tools, *, tool_choice: str | None = None, **kwargs: Any
-    ) -> ConstitutionalChatModel:
-        """Return a copy that drafts with these tools. Critic and reviser have none."""
+    def bind_tools(self, tools: Tools, *, tool_choice: str | None = None, **kwargs: Any) -> _Configured:
+        """Return this model with tools to draft with. Critic and reviser have none."""
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
-        bound = self.model_copy()
-        bound._guard = dataclasses.replace(self._guard, app=self._model.bind_tools(tools, **kwargs))
-        return bound
+        return self._around(self._model.bind_tools(tools, **kwargs))
+
+    def _around(self, drafting: Runnable[LanguageModelInput, AIMessage]) -> _Configured:
+        """Return this model around what the wrapped one made of itself, with the arguments that it bound."""
+        options: Mapping[str, Any] = {}
+        config = RunnableConfig()
+        while isinstance(drafting, RunnableBinding):
+            options, config = {**drafting.kwargs, **options}, {**drafting.config, **config}
+            drafting = drafting.bound
+        model = self.model_copy()
+        model._guard = dataclasses.replace(self._guard, app=drafting)
+        return _Configured(bound=model, kwargs=options, config=config)
 
     def bind(self, **kwargs: Any) -> _Configured:  # type: ignore[override]  # LangChain's is private
         """Return this model with arguments for each call; they reach the wrapped model."""

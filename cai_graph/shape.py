@@ -78,13 +78,22 @@ class Shape:
                 "outcome": trajectory.outcome.value,
                 "calls": [_itemised(call) for call in trajectory.calls],
             }
-            update: dict[str, Any] = {"response_metadata": {**output.response_metadata, "cai": about}}
+            metadata = output.response_metadata
+            if not kept:
+                cut = trajectory.draft is not None and trajectory.draft.truncated
+                told = _OF_THE_WORDS | (_OF_THE_END if cut else set())
+                metadata = {name: value for name, value in metadata.items() if name not in told}
+            update: dict[str, Any] = {"response_metadata": {**metadata, "cai": about}}
             if trajectory.released_from == "refusal":
                 # Nothing of a refused answer leaves: no image, and no call that the app would carry out.
                 update |= {"content": text_of(released), "additional_kwargs": {}}
                 update |= {key: [] for key in ("tool_calls", "invalid_tool_calls") if hasattr(output, key)}
             elif not kept:
-                update["content"] = _in_place(output.content, text_of(released))
+                # A provider that thinks before it calls a tool wants its thoughts back with the calls.
+                thoughts = bool(getattr(output, "tool_calls", None))
+                update["content"] = _in_place(output.content, text_of(released), thoughts=thoughts)
+                more = output.additional_kwargs
+                update["additional_kwargs"] = {k: more[k] for k in more if k not in _OF_THE_WORDS}
             return output.model_copy(update=update)
         if isinstance(output, Mapping):
             key = self.output_in(output)
@@ -144,11 +153,28 @@ def _last_answer(messages: Sequence[BaseMessage]) -> int:
     raise DataError("the app returned messages without an AI message among them; there is no answer to judge")
 
 
-def _in_place(content: str | list[Any], text: str) -> str | list[Any]:
-    """Return message content with its text replaced and every other part kept."""
+_OF_THE_WORDS = {
+    "logprobs",
+    "parsed",
+    "refusal",
+    "reasoning",
+    "reasoning_content",
+    "reasoning_details",
+    "audio",
+}
+"""Under which names providers tell of an answer's words, or repeat them: they leave with those words only."""
+_OF_THE_END = {"finish_reason", "stop_reason", "done_reason"}
+"""Under which names they say why an answer ends."""
+_THOUGHTS = {"reasoning", "thinking", "redacted_thinking"}
+"""Types of content parts in which a model thinks about its answer."""
+
+
+def _in_place(content: str | list[Any], text: str, *, thoughts: bool) -> str | list[Any]:
+    """Return message content with its text replaced and every other part kept, thoughts if `thoughts`."""
     if isinstance(content, str):
         return text
-    others = [part for part in content if not isinstance(part, str) and part.get("type") != "text"]
+    gone = {"text"} if thoughts else {"text", *_THOUGHTS}
+    others = [part for part in content if not isinstance(part, str) and part.get("type") not in gone]
     return [{"type": "text", "text": text}, *others] if others else text
 
 

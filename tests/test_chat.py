@@ -10,7 +10,7 @@ from langchain.agents import create_agent
 from langchain_core.callbacks import UsageMetadataCallbackHandler, get_usage_metadata_callback
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableBinding
 from langchain_core.tools import tool
 from replies import RULES, by_role, flags, role_of, verdicts
 
@@ -87,12 +87,13 @@ def test_tools_are_bound_to_the_drafts_and_to_no_critic_or_reviser() -> None:
     bound = model.bind_tools([weather], tool_choice="any")
     answer = bound.invoke("hello")
 
-    assert isinstance(bound, ConstitutionalChatModel)
+    assert isinstance(bound, RunnableBinding)  # as LangChain's own models have it
+    assert bound.kwargs == {"tools": ["weather"], "tool_choice": "any"}
     assert answer.content == "better"
     assert inner.bound[0] == ([weather], {"tool_choice": "any"})
     assert inner.bound[1:] == [{"tools": ["weather"], "tool_choice": "any"}, {}, {}, {}]
     inner.bound.clear()
-    model.invoke("hello")  # the copy has tools, the model has none
+    model.invoke("hello")  # the model itself has none
     assert inner.bound == [{}, {}, {}, {}]
 
 
@@ -219,3 +220,58 @@ def test_callbacks_count_each_token_once() -> None:
 
 def test_a_model_that_does_not_count_has_no_usage() -> None:
     assert guard(by_role(critique=flags())).invoke("hello").usage_metadata is None
+
+
+# --- what of a draft must not leave beside its words --------------------------------------------------
+
+CANARY = "CANARY-51c0"
+
+
+def test_nothing_that_tells_of_a_rejected_drafts_words_leaves_with_the_revision() -> None:
+    draft = AIMessage(
+        [
+            {"type": "reasoning", "reasoning": CANARY},
+            {"type": "text", "text": f"the draft {CANARY}", "annotations": [CANARY]},
+            {"type": "image", "url": "https://example.org/kept.png"},
+        ],
+        additional_kwargs={"parsed": CANARY, "reasoning_content": CANARY, "own": 1},
+        response_metadata={"logprobs": {"content": [{"token": CANARY}]}, "model_name": "m"},
+    )
+    critic = lambda messages: verdicts(*(["no-harm"] if CANARY in messages[1].text else []))  # noqa: E731
+
+    answer = guard(by_role(draft=draft, critique=critic)).invoke("hello")
+
+    assert CANARY not in str(answer)
+    assert answer.content == [{"type": "text", "text": "better"}, draft.content[2]]
+    assert answer.additional_kwargs == {"own": 1}
+    assert answer.response_metadata["model_name"] == "m"
+
+
+def test_thoughts_stay_beside_the_calls_that_came_of_them() -> None:
+    thought = {"type": "thinking", "thinking": "it rains", "signature": "s"}
+    draft = AIMessage([thought, {"type": "text", "text": "the draft"}], tool_calls=[CALL])
+
+    answer = guard(scripted(draft)).bind_tools([weather]).invoke("hello")
+
+    assert answer.content == [{"type": "text", "text": "better"}, thought]
+
+
+def test_a_revision_of_a_cut_draft_is_not_said_to_be_cut() -> None:
+    cut = AIMessage("the draft", response_metadata={"finish_reason": "length", "model_name": "m"})
+
+    answer = guard(by_role(draft=cut, critique=flags("no-harm"))).invoke("hello")
+
+    assert answer.content == "better"
+    assert "finish_reason" not in answer.response_metadata
+
+
+def test_what_a_kept_draft_says_of_itself_stays() -> None:
+    logprobs = {"content": [{"token": "fine", "logprob": -0.1}]}
+    about = {"finish_reason": "stop", "model_name": "m", "logprobs": logprobs}
+    draft = AIMessage("fine", id="a1", response_metadata=about, additional_kwargs={"parsed": {"a": 1}})
+
+    answer = guard(by_role(draft=draft, critique=verdicts())).invoke("hello")
+
+    assert answer.id == "a1"
+    assert {name: answer.response_metadata[name] for name in about} == about
+    assert answer.additional_kwargs == draft.additional_kwargs
