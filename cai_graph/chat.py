@@ -9,7 +9,8 @@ that leaves carries the sum of all calls as `usage_metadata`, and each of them u
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.callbacks import (
@@ -18,10 +19,11 @@ from langchain_core.callbacks import (
     CallbackManagerForLLMRun,
 )
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata, add_usage
-from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.runnables.config import ensure_config
 from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
@@ -29,6 +31,7 @@ from cai_graph import bridge
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
+from cai_graph.streams import Piece, feeds_streams
 from cai_graph.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -82,11 +85,8 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        config, options = self._below(run_manager), _options(stop, kwargs)
-        output, trajectory = bridge.run(
-            lambda caller: self._guard.answer(messages, config, options, caller=caller)
-        )
-        return _result(output, trajectory)
+        options = _options(stop, kwargs)
+        return bridge.run(lambda caller: self._result(messages, options, run_manager, caller))
 
     async def _agenerate(
         self,
@@ -95,8 +95,97 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        config, options = self._below(run_manager), _options(stop, kwargs)
-        return _result(*await self._guard.answer(messages, config, options))
+        return await self._result(messages, _options(stop, kwargs), run_manager)
+
+    async def _result(
+        self,
+        messages: list[BaseMessage],
+        options: Mapping[str, Any],
+        run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None,
+        caller: bridge.Caller | None = None,
+    ) -> ChatResult:
+        """Return the answer; the streams that stand around the run are shown it on its way."""
+        config = self._below(run_manager)
+        around = [] if run_manager is None else [h for h in run_manager.handlers if feeds_streams(h)]
+        if run_manager is None or not around:
+            return _result(*await self._guard.answer(messages, config, options, caller=caller))
+        run = AsyncCallbackManagerForLLMRun(
+            run_id=run_manager.run_id,
+            handlers=around,
+            inheritable_handlers=[],
+            parent_run_id=run_manager.parent_run_id,
+        )
+        async with aclosing(self._guard.stream(messages, config, options, caller=caller)) as pieces:
+            async for piece in pieces:
+                await run.on_llm_new_token(piece.text, chunk=_chunk(piece))
+        return _result(piece.whole, piece.trajectory)
+
+    # LangChain's own `stream` tells `_stream` nothing of its run, and the calls below are traced under it.
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Iterator[AIMessageChunk]:
+        """Answer in chunks, which leave as `Settings.stream` says; the model is called in this thread."""
+        return bridge.stream(lambda caller: self._chunks(input, config, stop, kwargs, caller))
+
+    async def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[AIMessageChunk]:
+        """Answer in chunks, which leave as `Settings.stream` says."""
+        async with aclosing(self._chunks(input, config, stop, kwargs)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _chunks(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None,
+        stop: list[str] | None,
+        options: Mapping[str, Any],
+        caller: bridge.Caller | None = None,
+    ) -> AsyncGenerator[AIMessageChunk, None]:
+        config, messages = ensure_config(config), self._convert_input(input).to_messages()
+        callbacks = AsyncCallbackManager.configure(
+            config.get("callbacks"),
+            self.callbacks,
+            self.verbose,
+            config.get("tags"),
+            self.tags,
+            {**config.get("metadata", {}), **self._get_ls_params(stop=stop, **options)},
+            self.metadata,
+        )
+        (run,) = await callbacks.on_chat_model_start(
+            self._serialized,
+            [messages],
+            invocation_params=self._get_invocation_params(stop=stop, **options),
+            options={"stop": stop},
+            name=config.get("run_name"),
+            run_id=config.get("run_id"),
+            batch_size=1,
+        )
+        told: ChatGenerationChunk | None = None
+        below, under = self._below(run), _options(stop, options)
+        try:
+            async with aclosing(self._guard.stream(messages, below, under, caller=caller)) as pieces:
+                async for piece in pieces:
+                    chunk = _chunk(piece)
+                    await run.on_llm_new_token(piece.text, chunk=chunk)
+                    told = chunk if told is None else told + chunk
+                    yield _with_usage(cast("AIMessageChunk", chunk.message))
+        except BaseException as error:
+            await run.on_llm_error(error, response=LLMResult(generations=[[told]] if told else []))
+            raise
+        await run.on_llm_end(LLMResult(generations=[[told]] if told else []))
 
     def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
         """Answer each conversation; LangChain's own entry to a chat model."""
@@ -254,6 +343,21 @@ def _result(message: AIMessage, trajectory: Trajectory | None) -> ChatResult:
     about = {**message.response_metadata["cai"], "usage": usage}
     update = {"usage_metadata": None, "response_metadata": {**message.response_metadata, "cai": about}}
     return ChatResult(generations=[ChatGeneration(message=message.model_copy(update=update))])
+
+
+def _chunk(piece: Piece) -> ChatGenerationChunk:
+    """Return a piece as a chat model's chunk, its usage set aside from the callbacks."""
+    message, about = cast("AIMessageChunk", piece.output), {}
+    if piece.trajectory is not None:
+        cai = {**message.response_metadata["cai"], "usage": _usage(piece.whole, piece.trajectory)}
+        about = {"response_metadata": {**message.response_metadata, "cai": cai}}
+    return ChatGenerationChunk(message=message.model_copy(update={"usage_metadata": None, **about}))
+
+
+def _with_usage(message: AIMessageChunk) -> AIMessageChunk:
+    """Return what the caller sees of a chunk: the last one has the usage."""
+    about = message.response_metadata.get("cai")
+    return message if about is None else message.model_copy(update={"usage_metadata": about["usage"]})
 
 
 def _counted(result: LLMResult) -> LLMResult:

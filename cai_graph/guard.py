@@ -172,6 +172,7 @@ class Guard:
                 async with aclosing(_written(self.app, input, under, options, caller)) as written:
                     async for chunk in written:
                         if isinstance(chunk, Mapping) and "__interrupt__" in chunk:
+                            await send(whole(chunk, "", None))
                             raise graph.Paused
                         yield chunk
 
@@ -186,6 +187,8 @@ class Guard:
                     context=lambda: self.shape.context(input, writing.output),
                     mode="audit" if mode == "audit" else "enforce",
                 )
+            except graph.Paused:
+                return
             finally:
                 await writing.close()
             output = self.shape.put(writing.output, ending.released, ending.trajectory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import aclosing, closing
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import patch_config
@@ -14,10 +14,11 @@ from cai_graph import bridge
 from cai_graph.errors import RunError
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
-from cai_graph.streams import Shown
+from cai_graph.streams import Piece, Shown, feeds_streams
 from cai_graph.trajectory import Trajectory, to_langchain
 
 if TYPE_CHECKING:
+    from langchain_core.callbacks import BaseCallbackManager
     from langchain_core.runnables.graph import Graph
 
 __all__ = ["Answered", "ConstitutionalRunnable"]
@@ -57,9 +58,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
         def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
             under = patch_config(config, callbacks=run_manager.get_child())
-            output: Output
-            output, _ = bridge.run(lambda caller: self.guard.answer(value, under, kwargs, caller=caller))
-            return output
+            return bridge.run(lambda caller: self._whole(value, under, kwargs, caller))
 
         return self._call_with_config(answer, input, config)
 
@@ -67,10 +66,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         """Answer."""
 
         async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
-            under = patch_config(config, callbacks=run_manager.get_child())
-            output: Output
-            output, _ = await self.guard.answer(value, under, kwargs)
-            return output
+            return await self._whole(value, patch_config(config, callbacks=run_manager.get_child()), kwargs)
 
         return await self._acall_with_config(answer, input, config)
 
@@ -122,6 +118,23 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             async for chunk in answered:
                 yield chunk
 
+    async def _whole(
+        self,
+        input: Input,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        caller: bridge.Caller | None = None,
+    ) -> Output:
+        """Return the output; the streams that stand around are shown it on its way, as a model's."""
+        output: Any = None
+        if not any(map(feeds_streams, cast("BaseCallbackManager", config["callbacks"]).handlers)):
+            output, _ = await self.guard.answer(input, config, options, caller=caller)
+            return cast("Output", output)
+        async with aclosing(self._pieces(input, config, options, caller)) as pieces:
+            async for piece in pieces:
+                output = piece.whole
+        return cast("Output", output)
+
     async def _chunks(
         self,
         input: Input,
@@ -129,14 +142,25 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         options: Mapping[str, Any],
         caller: bridge.Caller | None = None,
     ) -> AsyncGenerator[Output, None]:
+        async with aclosing(self._pieces(input, config, options, caller)) as pieces:
+            async for piece in pieces:
+                if piece.output is not None:
+                    yield piece.output
+
+    async def _pieces(
+        self,
+        input: Input,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        caller: bridge.Caller | None,
+    ) -> AsyncGenerator[Piece, None]:
         """Yield what leaves, and show it to the streams that stand around."""
         shown = Shown(config, to_langchain(self.guard.shape.conversation(input)), self.get_name())
         try:
             async with aclosing(self.guard.stream(input, config, options, caller=caller)) as pieces:
                 async for piece in pieces:
                     await shown.piece(piece)
-                    if piece.output is not None:
-                        yield piece.output
+                    yield piece
         except BaseException as error:
             await shown.error(error)
             raise

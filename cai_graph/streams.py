@@ -33,7 +33,18 @@ from cai_graph.errors import DataError
 from cai_graph.shape import Shape
 from cai_graph.trajectory import Draft, Message, Trajectory, text_of
 
-__all__ = ["Piece", "Send", "Shown", "Writing", "block_end", "progress", "relay", "unstreamed", "whole"]
+__all__ = [
+    "Piece",
+    "Send",
+    "Shown",
+    "Writing",
+    "block_end",
+    "feeds_streams",
+    "progress",
+    "relay",
+    "unstreamed",
+    "whole",
+]
 
 T = TypeVar("T")
 
@@ -55,6 +66,8 @@ class Piece(NamedTuple):
     """What it holds of the answer's text."""
     trajectory: Trajectory | None = None
     """The record, with the last piece."""
+    whole: Any = None
+    """The app's output with what leaves in the answer's place, with the last piece."""
 
 
 Send = Callable[[T], Awaitable[None]]
@@ -220,7 +233,7 @@ class Writing:
         """Send of the output that leaves what has not left yet."""
         text = text_of(self._shape.answer(output))[self._sent :]
         chunk = self._verdict(output) if self._at_once else self._part(output, text, last=True)
-        await self._send(Piece(chunk, text, trajectory))
+        await self._send(Piece(chunk, text, trajectory, _as_message(output)))
 
     def _part(self, output: Any, text: str, *, last: bool = False) -> Any:
         """Return a chunk with this much of the answer's text; the last one has all that is not text."""
@@ -269,7 +282,14 @@ def whole(output: Any, text: str, trajectory: Trajectory | None) -> Piece:
     chunk = output
     if isinstance(output, Mapping):
         chunk = AddableDict({key: _as_chunk(value) for key, value in output.items()})
-    return Piece(_as_chunk(chunk), text, trajectory)
+    return Piece(_as_chunk(chunk), text, trajectory, output)
+
+
+def _as_message(output: Any) -> Any:
+    """Return a sum of chunks as the app returns it whole."""
+    if isinstance(output, Mapping):
+        return {key: _as_message(value) for key, value in output.items()}
+    return message_chunk_to_message(output) if isinstance(output, AIMessageChunk) else output
 
 
 def _as_chunk(value: Any) -> Any:
