@@ -350,7 +350,7 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
 
 
 class Comparison(Base, frozen=True, kw_only=True, tag_field="record", tag="comparison"):
-    """Two answers to one prompt, compared by a judge."""
+    """Two answers to one prompt, compared by a judge under one principle."""
 
     id: str
     """UUIDv7."""
@@ -361,19 +361,54 @@ class Comparison(Base, frozen=True, kw_only=True, tag_field="record", tag="compa
     answers: tuple[Message, Message]
     """Answer A and answer B."""
     origins: tuple[str, str]
-    """Where each comes from: `draft`, `revision:ROUND:INDEX`, `sample:MODEL` or `human`."""
+    """Where each comes from: `draft`, `revision:ROUND:INDEX`, `sample:INDEX:MODEL` or `human`."""
     judge: str
     """Name of the judge."""
     p_a: tuple[float | None, float | None]
-    """P(A is better) in [0, 1] with A shown first and with B shown first; None where unreadable."""
+    """P(A is better) in [0, 1] as the judge gave it, with A shown first and with B shown first; None
+    where unreadable."""
+    band: tuple[float, float] | None = None
+    """Where the judge reasoned first, the band into which its probabilities are clamped when they become
+    a preference (Bai et al. 2022, section 4.1); None: as they are."""
+    method: Literal["logprob", "votes", "critic"] | None = None
+    """How the probabilities came about: of the two labels, as shares of sampled replies, or from a
+    critic's verdicts on each answer alone."""
+    votes: int | None = None
+    """Replies sampled in each order, where the method is `votes`."""
     principle: str | None = None
     """Id of the principle that was asked about."""
+    constitution: ConstitutionRef | None = None
+    """Which constitution the principle belongs to."""
+    reasoning: tuple[str, str] | None = None
+    """What the judge wrote before it chose, in each order; None where it was not asked to reason."""
+    critiques: tuple[Critique, ...] = ()
+    """Judgement of A and of B alone, where the method is `critic`."""
     calls: tuple[Call, ...] = ()
-    """The judge's calls."""
+    """The judge's calls, and those that wrote an answer."""
+    settings: dict[str, Any] = {}
+    """The settings of the labelling, as JSON."""
+    source: str | None = None
+    """Key of what was to be compared, by which labelling resumes."""
     metadata: dict[str, Any] = {}
     """The user's own, as JSON."""
     schema: int = msgspec.field(default_factory=_current_version)
     """Version of this shape."""
+
+    @property
+    def preference(self) -> float | None:
+        """P(A is better) in [0, 1]: clamped into the band, averaged over both orders; None: unreadable."""
+        readable = [_clamped(p, self.band) for p in self.p_a if p is not None]
+        return sum(readable) / 2 if len(readable) == 2 else None
+
+    @property
+    def orders_disagree(self) -> bool:
+        """Whether the judge chose another answer when the order was turned round."""
+        first, second = self.p_a
+        return first is not None and second is not None and (first - 0.5) * (second - 0.5) < 0
+
+
+def _clamped(p: float, band: tuple[float, float] | None) -> float:
+    return p if band is None else min(max(p, band[0]), band[1])
 
 
 class Review(Base, frozen=True, kw_only=True, tag_field="record", tag="review"):
