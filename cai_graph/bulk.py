@@ -52,7 +52,10 @@ __all__ = [
     "Rows",
     "Run",
     "Summary",
+    "is_about_all_rows",
     "judge",
+    "side_by_side",
+    "until",
     "violated",
     "written_whole",
 ]
@@ -332,7 +335,7 @@ def _exchange(row: Mapping[str, Any]) -> Exchange:
 # --- side by side -------------------------------------------------------------------------------------
 
 
-async def _side_by_side(
+async def side_by_side(
     items: Iterable[T], work: Callable[[T], Awaitable[R]], concurrency: int
 ) -> AsyncGenerator[R, None]:
     """Yield what `work` returns for each item, as each ends; at most `concurrency` are under way.
@@ -357,7 +360,15 @@ async def _side_by_side(
         await asyncio.gather(*pending, return_exceptions=True)
 
 
-def _is_about_all_rows(error: Exception) -> bool:
+def until(items: Iterable[T], stopped: Callable[[], bool]) -> Iterator[T]:
+    """Yield the items until `stopped` returns True."""
+    for item in items:
+        if stopped():
+            return
+        yield item
+
+
+def is_about_all_rows(error: Exception) -> bool:
     """Return whether every further row would fail alike: a wrong set-up, a refused key, a broken log."""
     refused = getattr(error, "status_code", None) in (401, 403)
     return refused or isinstance(error, ConfigError | MissingExtra | LogError)
@@ -494,8 +505,8 @@ class Run:
             Exception: the same of a provider, such as a refused key.
         """
         waiting = (row for row in self._prompts() if isinstance(row, Broken) or row.index not in self._done)
-        begun = _until(waiting, stopped)
-        async with contextlib.aclosing(_side_by_side(begun, self._answer, concurrency)) as ended:
+        begun = until(waiting, stopped)
+        async with contextlib.aclosing(side_by_side(begun, self._answer, concurrency)) as ended:
             async for result in ended:
                 if isinstance(result, Trajectory):
                     self.summary.add(result)
@@ -511,17 +522,10 @@ class Run:
                 row.messages, {"metadata": row.metadata}, source=f"{self.prefix}{row.index}"
             )
         except Exception as error:
-            if _is_about_all_rows(error):
+            if is_about_all_rows(error):
                 raise
             return Failed(row.index, row.line, describe(error))
         return answered.trajectory
-
-
-def _until(items: Iterable[T], stopped: Callable[[], bool]) -> Iterator[T]:
-    for item in items:
-        if stopped():
-            return
-        yield item
 
 
 # --- answers ------------------------------------------------------------------------------------------
@@ -583,14 +587,14 @@ async def judge(
         try:
             critique = await critic.critique(row.exchange, constitution, Calls(Budget()), explain=False)
         except Exception as error:
-            if _is_about_all_rows(error):
+            if is_about_all_rows(error):
                 raise
             return Judgement(row.index, row.id, None, f"line {row.line}: {describe(error)}")
         return Judgement(row.index, row.id, critique)
 
     early: dict[int, Judgement] = {}
     following = 0
-    async with contextlib.aclosing(_side_by_side(rows.answers(), work, concurrency)) as ended:
+    async with contextlib.aclosing(side_by_side(rows.answers(), work, concurrency)) as ended:
         async for judgement in ended:
             early[judgement.index] = judgement
             while following in early:

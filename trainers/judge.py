@@ -170,10 +170,7 @@ class Judge:
         form: Literal["letter", "reasons and letter"] = "reasons and letter" if self.reasoning else "letter"
         messages = prompts.comparison_messages(question, exchange, other, reply=form)
         replies: Sequence[BaseMessage] = await together(
-            [
-                calls.generate("compare", self.model, self.name, messages)
-                for _ in range(self.votes or VOTES)
-            ]
+            [calls.generate("compare", self.model, self.name, messages) for _ in range(self.votes or VOTES)]
         )
         texts = [text_of(reply) for reply in replies]
         choices = [choice for text in texts if (choice := read_choice(text)) is not None]
@@ -187,7 +184,7 @@ def p_first(tokens: Sequence[dict[str, Any]]) -> float | None:
 
     None where the labels are unlikely there (`LEAST_MASS`): the model was about to say something else.
 
-    >>> top = [{"token": "A", "logprob": -0.1}, {"token": " B", "logprob": -2.3}, {"token": "I", "logprob": -9}]
+    >>> top = [{"token": "A", "logprob": -0.1}, {"token": " B", "logprob": -2.3}]
     >>> round(p_first([{"token": "A", "top_logprobs": top}]), 2)
     0.9
     """

@@ -40,7 +40,9 @@ _NOT_TEXT: dict[type, frozenset[str]] = {
     # Ids, names of models and principles, and closed sets. A field that is not named here is text, so
     # that a field added later is redacted until somebody decides otherwise.
     Trajectory: frozenset({"id", "mode", "settings", "source", "released_from"}),
-    Comparison: frozenset({"id", "trajectory_id", "origins", "judge", "principle"}),
+    Comparison: frozenset(
+        {"id", "trajectory_id", "origins", "judge", "method", "principle", "settings", "source"}
+    ),
     Review: frozenset({"id", "trajectory_id", "reviewer", "decision"}),
     Feedback: frozenset({"id", "trajectory_id", "user"}),
     Message: frozenset({"role", "tool_call_id", "id"}),

@@ -1,0 +1,552 @@
+"""AI feedback over a log: for each prompt two answers, compared by a judge, appended as Comparisons.
+
+    pairs_of     which answers of a Trajectory are compared
+    Labelling    the comparisons of a log that are wanted, made and appended; takes up where it ended
+    Positions    what a judge's comparisons came to: position bias, ties, disagreements
+    p_a_of       a critic's judgements of two answers, as a preference
+
+A labelling is the same again when the judge and everything that shapes its answers are the same. A
+comparison's key in the log is `label:SETTINGS/TRAJECTORY/PAIR/PRINCIPLE`, so that a killed labelling repeats
+nothing, and one with more samples or principles adds to the one before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import math
+import random
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, islice
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+from langchain_core.language_models import BaseChatModel
+
+from cai_graph import models
+from cai_graph.bulk import is_about_all_rows, side_by_side, until
+from cai_graph.calls import Budget, Calls, describe, truncated
+from cai_graph.constitution import Constitution, Principle
+from cai_graph.critic import Critic, failed_principles
+from cai_graph.errors import ConfigError, ModelError
+from cai_graph.log import Log
+from cai_graph.log.redaction import is_withheld
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import (
+    Call,
+    Comparison,
+    ConstitutionRef,
+    Critique,
+    Label,
+    Message,
+    Outcome,
+    Rejection,
+    Trajectory,
+    from_langchain,
+    new_id,
+    now,
+    text_of,
+    to_langchain,
+)
+from trainers.judge import Judge, Opinion
+
+__all__ = [
+    "BAND",
+    "Config",
+    "Labelled",
+    "Labelling",
+    "Pair",
+    "PairKind",
+    "Positions",
+    "Share",
+    "draw",
+    "p_a_of",
+    "pairs_of",
+    "same_answer",
+]
+
+PairKind = Literal["revision", "rejected", "samples"]
+"""`revision`: the last accepted revision against the draft. `rejected`: each candidate that was rejected
+against the answer that stood in its place. `samples`: answers drawn anew from a model, all against all."""
+
+BAND = (0.4, 0.6)
+"""Band of a judge that reasoned, since its probabilities are nearly always 0 or 1 (Bai et al. 2022, 4.1)."""
+
+_NO_ANSWERS = (
+    Rejection.EMPTY,
+    Rejection.TRUNCATED,
+    Rejection.UNCHANGED,
+    Rejection.NO_REWRITE,
+    Rejection.BAD_SCHEMA,
+)
+"""Rejections of what is no whole answer; nothing is learned from comparing it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a labelling does."""
+
+    pairs: tuple[PairKind, ...] = ("revision",)
+    """Which answers are compared."""
+    principles: int = 1
+    """Principles that each pair is asked about, drawn by weight without repeats; the paper draws one."""
+    samples: int = 2
+    """Answers drawn for each prompt, where `samples` are compared: N give N(N − 1)/2 pairs."""
+    seed: int = 0
+    """Of the draw of principles."""
+    band: tuple[float, float] | None = BAND
+    """Into which the probabilities of a judge that reasons are clamped; None: not at all."""
+    limit: int | None = None
+    """Only so many trajectories, from the first."""
+    seconds: float = 3600.0
+    """Deadline of all comparisons of one trajectory."""
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ConfigError("pairs: name at least one of revision, rejected, samples")
+        for name, least in (("principles", 1), ("samples", 2), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is a number from {least}, found {value!r}")
+        if self.band is not None and not 0 <= self.band[0] <= 0.5 <= self.band[1] <= 1:
+            raise ConfigError(f"band is two probabilities around 0.5, such as 0.4 and 0.6, found {self.band}")
+
+
+# --- pairs --------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Two answers to compare."""
+
+    answers: tuple[Message, Message]
+    """A and B."""
+    origins: tuple[str, str]
+    """Where they come from, as in `Comparison.origins`."""
+
+
+def pairs_of(trajectory: Trajectory, kinds: Sequence[PairKind]) -> list[Pair]:
+    """Return the pairs of answers that a Trajectory holds, of the given kinds.
+
+    What is no answer (empty, cut off, a remark about the revision) and what is the same text is left out.
+    """
+    draft = trajectory.draft
+    if draft is None or draft.truncated or trajectory.outcome is Outcome.FAILED or is_withheld(trajectory):
+        return []
+    pairs = []
+    standing = final = ("draft", draft.answer)
+    for number, round_ in enumerate(trajectory.rounds):
+        candidates = [(f"revision:{number}:{i}", revision) for i, revision in enumerate(round_.revisions)]
+        accepted = [(origin, revision.answer) for origin, revision in candidates if revision.accepted]
+        better = accepted[0] if accepted else standing
+        if "rejected" in kinds:
+            pairs += [
+                _pair((origin, revision.answer), better)
+                for origin, revision in candidates
+                if not revision.accepted and revision.rejection not in _NO_ANSWERS
+            ]
+        standing = final = better
+    if "revision" in kinds and final[0] != "draft":
+        pairs.insert(0, _pair(("draft", draft.answer), final))
+    return [pair for pair in pairs if not _empty(pair) and not same_answer(*pair.answers)]
+
+
+def _pair(a: tuple[str, Message], b: tuple[str, Message]) -> Pair:
+    return Pair((a[1], b[1]), (a[0], b[0]))
+
+
+def _empty(pair: Pair) -> bool:
+    return any(not text_of(answer).strip() and not answer.tool_calls for answer in pair.answers)
+
+
+def same_answer(a: Message, b: Message) -> bool:
+    """Return whether two answers say the same: the same words, whatever the white space, and calls."""
+    return text_of(a).split() == text_of(b).split() and a.tool_calls == b.tool_calls
+
+
+def draw(constitution: Constitution, count: int, seed: int, pair: str) -> list[Principle]:
+    """Return `count` principles for a pair, drawn by weight without repeats.
+
+    The draw depends on seed and pair alone; a greater count goes on where a smaller one ended.
+
+    Source: Efraimidis and Spirakis 2006: the greatest keys u^(1/w) are a weighted sample.
+    """
+    chance = random.Random(f"{seed}/{pair}")
+    keys = {p.id: math.log(1 - chance.random()) / p.weight for p in constitution.principles}
+    return sorted(constitution.principles, key=lambda p: -keys[p.id])[:count]
+
+
+# --- labelling ----------------------------------------------------------------------------------------
+
+
+class Labelled(NamedTuple):
+    """What became of one Trajectory."""
+
+    trajectory: Trajectory
+    """The Trajectory."""
+    comparisons: tuple[Comparison, ...]
+    """Made now, and committed to the log."""
+    failed: str | None = None
+    """Class and message of the error that ended it; the next run tries the rest again."""
+
+
+class Labelling:
+    """The comparisons of a log that are wanted, and the judge that makes them.
+
+    Attributes:
+        total: trajectories with answers to compare, up to the limit.
+        done: how many of them need nothing more.
+        positions: what the judge's comparisons came to, those of earlier runs included.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        judge: Judge | Critic,
+        constitution: Constitution,
+        config: Config,
+        *,
+        sampler: BaseChatModel | None = None,
+        sampling: str = "",
+    ) -> None:
+        """Read the log once, so that what cannot work is said before the first call.
+
+        Args:
+            log: read, and appended to.
+            judge: who compares: a Judge, or a Critic that judges each answer alone under the whole
+                constitution.
+            constitution: whose preference questions are asked.
+            config: what is compared.
+            sampler: who answers anew, where `samples` are compared.
+            sampling: the sampler's settings in words; other settings are another labelling.
+
+        Raises:
+            ConfigError: samples are wanted without a sampler, or the constitution has fewer principles
+                than are to be drawn.
+            LogError: the log cannot be read.
+        """
+        if ("samples" in config.pairs) != (sampler is not None):
+            raise ConfigError("pairs of the kind 'samples' and the model that answers go together; name both")
+        if config.principles > len(constitution):
+            raise ConfigError(
+                f"{config.principles} principles a pair, and {constitution.name!r} has {len(constitution)}"
+            )
+        self._log, self._judge, self._constitution, self._config = log, judge, constitution, config
+        self._sampler = sampler
+        self._sampler_name = "" if sampler is None else models.name_of(sampler)
+        self._settings = {
+            "seed": config.seed,
+            "sampler": self._sampler_name,
+            "sampling": sampling,
+            **({"reasoning": judge.reasoning, "votes": judge.votes} if isinstance(judge, Judge) else {}),
+        }
+        shaping = [constitution.digest, judge.name, type(judge).__name__, self._settings]
+        digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode("ascii")).hexdigest()
+        self.prefix = f"label:{digest[:16]}/"
+        self.positions = Positions(judge.name)
+        self._known: set[str] = set()
+        for record in log.read(kind="comparison"):
+            if isinstance(record, Comparison) and (record.source or "").startswith(self.prefix):
+                self._known.add(record.source or "")
+                self.positions.add(record)
+        self.total = self.done = 0
+        for trajectory in self._trajectories():
+            wanted = self._wanted(trajectory)
+            self.total += bool(wanted)
+            self.done += bool(wanted) and self._known.issuperset(wanted)
+
+    async def results(
+        self, concurrency: int, *, stopped: Callable[[], bool] = lambda: False
+    ) -> AsyncGenerator[Labelled, None]:
+        """Yield what becomes of each Trajectory that is not done, as each ends.
+
+        Args:
+            concurrency: how many are under way at once.
+            stopped: once it returns True, no further one is begun, and those under way are finished.
+
+        Raises:
+            ConfigError, MissingExtra, LogError: what would fail every further one.
+            Exception: the same of a provider, such as a refused key.
+        """
+        begun = until((t for t in self._trajectories() if not self._done(t)), stopped)
+        async with contextlib.aclosing(side_by_side(begun, self._label, concurrency)) as ended:
+            async for result in ended:
+                yield result
+
+    def _trajectories(self) -> Iterator[Trajectory]:
+        found = self._log.read(kind="trajectory")
+        return islice((t for t in found if isinstance(t, Trajectory)), self._config.limit)
+
+    def _done(self, trajectory: Trajectory) -> bool:
+        return self._known.issuperset(self._wanted(trajectory))
+
+    def _wanted(self, trajectory: Trajectory) -> list[str]:
+        origins = [pair.origins for pair in pairs_of(trajectory, self._config.pairs)]
+        if self._samples(trajectory):
+            origins += combinations(self._sample_origins, 2)
+        return [key for pair in origins for key, _ in self._asked(trajectory, pair)]
+
+    def _samples(self, trajectory: Trajectory) -> bool:
+        asked = any(message.role == "user" for message in trajectory.messages)
+        return "samples" in self._config.pairs and asked and not is_withheld(trajectory)
+
+    @property
+    def _sample_origins(self) -> list[str]:
+        return [f"sample:{index}:{self._sampler_name}" for index in range(self._config.samples)]
+
+    def _asked(self, trajectory: Trajectory, origins: tuple[str, str]) -> list[tuple[str, Principle | None]]:
+        """Return the keys of a pair's comparisons, each with the principle that is asked about."""
+        pair = f"{trajectory.id}/{origins[0]}~{origins[1]}"
+        if not isinstance(self._judge, Judge):  # a critic judges by all principles at once
+            return [(f"{self.prefix}{pair}/", None)]
+        drawn = draw(self._constitution, self._config.principles, self._config.seed, pair)
+        return [(f"{self.prefix}{pair}/{principle.id}", principle) for principle in drawn]
+
+    async def _label(self, trajectory: Trajectory) -> Labelled:
+        made: list[Comparison] = []
+        work = _Work(trajectory, Calls(Budget(calls=None, forward_passes=None, seconds=self._config.seconds)))
+        try:
+            pairs = pairs_of(trajectory, self._config.pairs)
+            if self._samples(trajectory):
+                pairs += await self._sample_pairs(work)
+            for pair in pairs:
+                for key, principle in self._asked(trajectory, pair.origins):
+                    if key in self._known:
+                        continue
+                    comparison = await self._compared(work, pair, principle, key)
+                    await asyncio.wrap_future(self._log.append(comparison))
+                    self.positions.add(comparison)
+                    made.append(comparison)
+        except Exception as error:
+            if is_about_all_rows(error):
+                raise
+            return Labelled(trajectory, tuple(made), describe(error))
+        return Labelled(trajectory, tuple(made))
+
+    async def _sample_pairs(self, work: _Work) -> list[Pair]:
+        """Draw the answers that are not there from an earlier run, and return all pairs of them."""
+        assert self._sampler is not None
+        origins = self._sample_origins
+        wanted = self._wanted(work.trajectory)
+        answers: dict[str, Message] = {}
+        if not self._known.isdisjoint(wanted):
+            for record in self._log.read(kind="comparison", trajectory_id=work.trajectory.id):
+                if isinstance(record, Comparison) and (record.source or "").startswith(self.prefix):
+                    answers |= zip(record.origins, record.answers, strict=True)
+        asked = to_langchain(work.trajectory.messages)
+        for origin in origins:
+            if origin not in answers:
+                reply = await work.calls.generate("draft", self._sampler, self._sampler_name, asked)
+                answers[origin] = from_langchain(reply)
+                if truncated(reply):
+                    work.truncated.add(origin)
+                if not text_of(reply).strip() and not reply.tool_calls:
+                    raise ModelError(f"{self._sampler_name} answered nothing")
+        return [_pair((a, answers[a]), (b, answers[b])) for a, b in combinations(origins, 2)]
+
+    async def _compared(self, work: _Work, pair: Pair, principle: Principle | None, key: str) -> Comparison:
+        exchange = Exchange(
+            messages=work.trajectory.messages, answer=pair.answers[0], context=work.trajectory.context
+        )
+        opinion: Opinion | None = None
+        critiques: tuple[Critique, ...] = ()
+        if same_answer(*pair.answers):  # which only sampled ones can be: no judge is needed to see a tie
+            p_a: tuple[float | None, float | None] = (0.5, 0.5)
+        elif principle is not None and isinstance(self._judge, Judge):
+            question = principle.preference_question
+            opinion = await self._judge.compare(exchange, pair.answers[1], question, work.calls)
+            p_a = opinion.p_a
+        else:
+            critiques = (
+                await self._critique(work, pair.origins[0], exchange),
+                await self._critique(
+                    work, pair.origins[1], msgspec.structs.replace(exchange, answer=pair.answers[1])
+                ),
+            )
+            p = p_a_of(*critiques, self._constitution)
+            p_a = (p, p)
+        settings: dict[str, Any] = dict(self._settings)
+        if cut := sorted(work.truncated.intersection(pair.origins)):
+            settings["truncated"] = cut
+        if opinion is not None and opinion.clipped:
+            settings["clipped"] = True
+        reference = self._constitution
+        return Comparison(
+            id=new_id(),
+            at=now(),
+            trajectory_id=work.trajectory.id,
+            answers=pair.answers,
+            origins=pair.origins,
+            judge=self._judge.name,
+            p_a=p_a,
+            band=self._config.band if opinion is not None and opinion.reasoning is not None else None,
+            method=opinion.method if opinion is not None else "critic" if critiques else None,
+            votes=None if opinion is None else opinion.votes,
+            principle=None if principle is None else principle.id,
+            constitution=ConstitutionRef(
+                name=reference.name, version=reference.version, digest=reference.digest
+            ),
+            reasoning=None if opinion is None else opinion.reasoning,
+            critiques=critiques,
+            calls=work.new_calls(),
+            settings=settings,
+            source=key,
+        )
+
+    async def _critique(self, work: _Work, origin: str, exchange: Exchange) -> Critique:
+        assert not isinstance(self._judge, Judge)
+        if origin not in work.critiques:
+            work.critiques[origin] = await self._judge.critique(
+                exchange, self._constitution, work.calls, explain=False
+            )
+        return work.critiques[origin]
+
+
+@dataclass
+class _Work:
+    """One Trajectory while it is labelled."""
+
+    trajectory: Trajectory
+    calls: Calls
+    critiques: dict[str, Critique] = field(default_factory=dict)
+    """What a critic said of each answer, by origin: it is asked once."""
+    truncated: set[str] = field(default_factory=set)
+    """Origins of sampled answers that were cut off."""
+    told: int = 0
+    """Calls that stand in a Comparison already."""
+
+    def new_calls(self) -> tuple[Call, ...]:
+        """Return the calls since the last Comparison."""
+        new = tuple(self.calls.made[self.told :])
+        self.told = len(self.calls.made)
+        return new
+
+
+def p_a_of(a: Critique, b: Critique, constitution: Constitution) -> float | None:
+    """Return P(A is better) from a critic's judgements of A and B alone; None where one is unreadable.
+
+    Of an answer counts P(it violates something): the highest probability among its verdicts, or 0 or 1 by
+    its labels where the critic gives none. Given that exactly one of the two violates, the odds that it is B
+    are b(1 − a) : a(1 − b); where neither probability leaves room for that, neither is better.
+    """
+    p, q = _p_violates(a, constitution), _p_violates(b, constitution)
+    if p is None or q is None:
+        return None
+    a_better, b_better = q * (1 - p), p * (1 - q)
+    total = a_better + b_better
+    return a_better / total if total > 0 else 0.5
+
+
+def _p_violates(critique: Critique, constitution: Constitution) -> float | None:
+    if not critique.verdicts or any(v.label is Label.UNREADABLE for v in critique.verdicts):
+        return None
+    given = [v.probability for v in critique.verdicts if v.probability is not None]
+    return max(given) if given else float(bool(failed_principles(critique, constitution)))
+
+
+# --- what a judge is worth ----------------------------------------------------------------------------
+
+
+class Share(NamedTuple):
+    """A share of a number of cases, with its 95 % interval."""
+
+    yes: int
+    """Cases that are so."""
+    of: int
+    """All cases."""
+
+    @property
+    def value(self) -> float:
+        """The share, from 0 to 1; NaN of no cases."""
+        return self.yes / self.of if self.of else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of Wilson 1927; (0, 1) of no cases."""
+        if not self.of:
+            return (0.0, 1.0)
+        z, n, p = 1.959964, self.of, self.value
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (max(0.0, middle - half), min(1.0, middle + half))
+
+    def __str__(self) -> str:
+        if not self.of:
+            return "none"
+        low, high = self.interval
+        return f"{self.value:.0%} ({low:.0%} to {high:.0%}, n = {self.of})"
+
+
+@dataclass
+class Positions:
+    """What the comparisons of one judge came to."""
+
+    judge: str
+    """Its name."""
+    comparisons: int = 0
+    """Made; those that a critic made have no order, and those of the same text no judge."""
+    unreadable: int = 0
+    """Of which one order at least could not be read."""
+    first: int = 0
+    """Readable ones in which the answer shown first was chosen in both orders."""
+    second: int = 0
+    """Readable ones in which the answer shown second was chosen in both orders."""
+    ties: int = 0
+    """Readable ones that prefer neither answer, though the orders do not disagree."""
+    identical: int = 0
+    """Pairs of the same text, which nobody was asked about."""
+    shift: float = 0.0
+    """Sum over readable ones of (P(A) with A first − P(A) with B first) / 2."""
+    later_better: int = 0
+    """Of the clear ones between a draft and its revision: those that prefer the revision."""
+    revisions: int = 0
+    """Clear ones between a draft and its revision."""
+    critics: int = 0
+    """Made by a critic, from each answer alone."""
+
+    def add(self, comparison: Comparison) -> None:
+        """Count one comparison of this judge."""
+        if comparison.method is None:
+            self.identical += 1
+            return
+        self.critics += comparison.method == "critic"
+        self.comparisons += 1
+        first, second = comparison.p_a
+        p = comparison.preference
+        if p is None or first is None or second is None:
+            self.unreadable += 1
+            return
+        self.shift += (first - second) / 2
+        if comparison.orders_disagree:
+            self.first += first > second
+            self.second += first < second
+            return
+        if p == 0.5:
+            self.ties += 1
+            return
+        a, b = comparison.origins
+        if a == "draft" and b.startswith("revision:"):
+            self.revisions += 1
+            self.later_better += p < 0.5
+
+    @property
+    def readable(self) -> int:
+        """Comparisons of which both orders could be read."""
+        return self.comparisons - self.unreadable
+
+    @property
+    def clear(self) -> int:
+        """Readable ones that prefer one answer, whatever the order."""
+        return self.readable - self.first - self.second - self.ties
+
+    @property
+    def bias(self) -> Share:
+        """Readable ones that chose the same place in both orders, whatever stood there."""
+        return Share(self.first + self.second, self.readable)
+
+    @property
+    def agreement(self) -> Share:
+        """Clear ones between draft and revision that prefer the revision, as the critic did."""
+        return Share(self.later_better, self.revisions)
