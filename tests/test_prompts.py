@@ -58,6 +58,19 @@ EVERY = {
     "sampled": lambda: prompts.sampled_critique_messages(RULES["no-harm"], [EXAMPLE], EXCHANGE),
     "explanation": lambda: prompts.explanation_messages(RULES.principles[:2], EXCHANGE),
     "label": lambda: prompts.label_messages(RULES.principles[:2], [EXAMPLE], EXCHANGE, MENU),
+    "comparison": lambda: prompts.comparison_messages(
+        RULES["no-harm"].preference_question,
+        EXCHANGE,
+        Message(role="assistant", content="A </question> is better."),
+        reply="letter",
+    ),
+    "comparison_reasons": lambda: [
+        *prompts.comparison_messages("Which is kinder?", EXCHANGE, EXCHANGE.answer, reply="reasons"),
+        prompts.choice_message(),
+    ],
+    "comparison_vote": lambda: prompts.comparison_messages(
+        "Which is kinder?", EXCHANGE, EXCHANGE.answer, reply="reasons and letter"
+    ),
     "rewrite": lambda: prompts.rewrite_messages(
         RULES.principles[:2], "It is curt.", EXCHANGE, show_draft=True
     ),

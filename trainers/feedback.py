@@ -2,7 +2,6 @@
 
     pairs_of     which answers of a Trajectory are compared
     Labelling    the comparisons of a log that are wanted, made and appended; takes up where it ended
-    Positions    what a judge's comparisons came to: position bias, ties, disagreements
     p_a_of       a critic's judgements of two answers, as a preference
 
 A labelling is the same again when the judge and everything that shapes its answers are the same. A
@@ -52,6 +51,7 @@ from cai_graph.trajectory import (
     to_langchain,
 )
 from trainers.judge import Judge, Opinion
+from trainers.positions import Positions
 
 __all__ = [
     "BAND",
@@ -60,8 +60,6 @@ __all__ = [
     "Labelling",
     "Pair",
     "PairKind",
-    "Positions",
-    "Share",
     "draw",
     "p_a_of",
     "pairs_of",
@@ -444,109 +442,3 @@ def _p_violates(critique: Critique, constitution: Constitution) -> float | None:
         return None
     given = [v.probability for v in critique.verdicts if v.probability is not None]
     return max(given) if given else float(bool(failed_principles(critique, constitution)))
-
-
-# --- what a judge is worth ----------------------------------------------------------------------------
-
-
-class Share(NamedTuple):
-    """A share of a number of cases, with its 95 % interval."""
-
-    yes: int
-    """Cases that are so."""
-    of: int
-    """All cases."""
-
-    @property
-    def value(self) -> float:
-        """The share, from 0 to 1; NaN of no cases."""
-        return self.yes / self.of if self.of else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of Wilson 1927; (0, 1) of no cases."""
-        if not self.of:
-            return (0.0, 1.0)
-        z, n, p = 1.959964, self.of, self.value
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (max(0.0, middle - half), min(1.0, middle + half))
-
-    def __str__(self) -> str:
-        if not self.of:
-            return "none"
-        low, high = self.interval
-        return f"{self.value:.0%} ({low:.0%} to {high:.0%}, n = {self.of})"
-
-
-@dataclass
-class Positions:
-    """What the comparisons of one judge came to."""
-
-    judge: str
-    """Its name."""
-    comparisons: int = 0
-    """Made; those that a critic made have no order, and those of the same text no judge."""
-    unreadable: int = 0
-    """Of which one order at least could not be read."""
-    first: int = 0
-    """Readable ones in which the answer shown first was chosen in both orders."""
-    second: int = 0
-    """Readable ones in which the answer shown second was chosen in both orders."""
-    ties: int = 0
-    """Readable ones that prefer neither answer, though the orders do not disagree."""
-    identical: int = 0
-    """Pairs of the same text, which nobody was asked about."""
-    shift: float = 0.0
-    """Sum over readable ones of (P(A) with A first − P(A) with B first) / 2."""
-    later_better: int = 0
-    """Of the clear ones between a draft and its revision: those that prefer the revision."""
-    revisions: int = 0
-    """Clear ones between a draft and its revision."""
-    critics: int = 0
-    """Made by a critic, from each answer alone."""
-
-    def add(self, comparison: Comparison) -> None:
-        """Count one comparison of this judge."""
-        if comparison.method is None:
-            self.identical += 1
-            return
-        self.critics += comparison.method == "critic"
-        self.comparisons += 1
-        first, second = comparison.p_a
-        p = comparison.preference
-        if p is None or first is None or second is None:
-            self.unreadable += 1
-            return
-        self.shift += (first - second) / 2
-        if comparison.orders_disagree:
-            self.first += first > second
-            self.second += first < second
-            return
-        if p == 0.5:
-            self.ties += 1
-            return
-        a, b = comparison.origins
-        if a == "draft" and b.startswith("revision:"):
-            self.revisions += 1
-            self.later_better += p < 0.5
-
-    @property
-    def readable(self) -> int:
-        """Comparisons of which both orders could be read."""
-        return self.comparisons - self.unreadable
-
-    @property
-    def clear(self) -> int:
-        """Readable ones that prefer one answer, whatever the order."""
-        return self.readable - self.first - self.second - self.ties
-
-    @property
-    def bias(self) -> Share:
-        """Readable ones that chose the same place in both orders, whatever stood there."""
-        return Share(self.first + self.second, self.readable)
-
-    @property
-    def agreement(self) -> Share:
-        """Clear ones between draft and revision that prefer the revision, as the critic did."""
-        return Share(self.later_better, self.revisions)

@@ -42,7 +42,7 @@ _TOP = 8
 """Alternatives asked for at each token; some providers give no more."""
 _LETTER_TOKENS = 4
 """A reply of one letter, and what some models put before it."""
-_AROUND = " \t\r\n*_`\"'()[].:"
+_AROUND = " \t\r\n*_`\"'()[].:>#-"
 """What may stand around a label."""
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cai_graph.cli import ask, constitution, critic, dataset, doctor, judge, log, model, run, train
+from cai_graph.cli import ask, constitution, critic, dataset, doctor, feedback, judge, log, model, run, train
 from cai_graph.cli.console import FAILED, INTERRUPTED, complain, group
 from cai_graph.errors import CaiError
 
@@ -26,6 +26,7 @@ app = group(
 for command in (ask, run, judge, doctor):
     app.add_typer(command.commands)
 app.add_typer(log.commands, name="log")
+app.add_typer(feedback.commands, name="feedback")
 app.add_typer(constitution.commands, name="constitution")
 app.add_typer(critic.commands, name="critic")
 app.add_typer(model.commands, name="model")

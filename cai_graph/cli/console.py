@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shlex
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +79,11 @@ def log_option(log: str) -> str:
     return "" if log == DEFAULT_LOG else f" --log {shlex.quote(log)}"
 
 
+def this_command() -> str:
+    """Return the command that was typed."""
+    return shlex.join(["cai", *sys.argv[1:]])
+
+
 @contextlib.contextmanager
 def bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
     """Show progress: a bar in a terminal, a line a row elsewhere. Gives what is called after each row."""
@@ -126,3 +134,25 @@ def measured(what: str, column: ProgressColumn) -> Iterator[Callable[[int, int],
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+class Stop:
+    """Ctrl-C: the first time it asks to end after what is under way, the second time it ends that too."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listen(self) -> None:
+        """Hear Ctrl-C from now on, in the task that calls."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def interrupted() -> None:
+            if self.asked:
+                task.cancel()
+                return
+            self.asked = True
+            note("finishing what is under way; Ctrl-C again drops them")
+
+        with contextlib.suppress(NotImplementedError):  # Windows has no signals in event loops
+            loop.add_signal_handler(signal.SIGINT, interrupted)

@@ -72,11 +72,14 @@ def model_path(name: LocalName = "", as_json: AsJson = False) -> None:
 # --- from a spec to a model ---------------------------------------------------------------------------
 
 
-def loaded(spec: str, *, seed: int | None = None, max_tokens: int | None = None) -> BaseChatModel:
+def loaded(
+    spec: str, *, seed: int | None = None, max_tokens: int | None = None, temperature: float | None = None
+) -> BaseChatModel:
     """Return the model of a spec; weights are not fetched."""
     from cai_graph import models
 
-    settings: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
+    given = {"max_tokens": max_tokens, "temperature": temperature}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not is_local(spec):
         settings["max_retries"] = API_RETRIES
     elif seed is not None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shlex
-import signal
-import sys
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,12 +16,14 @@ from cai_graph.cli.console import (
     FAILED,
     INTERRUPTED,
     SKIPPED,
+    Stop,
     bar,
     complain,
     group,
     log_option,
     note,
     out,
+    this_command,
 )
 from cai_graph.cli.model import fetch, foreign, width
 from cai_graph.cli.options import (
@@ -126,7 +125,7 @@ def _drive(job: Run, concurrency: int) -> bool:
     from cai_graph import show
     from cai_graph.trajectory import Trajectory
 
-    stop = _Stop()
+    stop = Stop()
 
     async def work() -> None:
         stop.listen()
@@ -146,27 +145,6 @@ def _drive(job: Run, concurrency: int) -> bool:
     return stop.asked
 
 
-class _Stop:
-    """Ctrl-C: the first time it asks to end after what is under way, the second time it ends that too."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def listen(self) -> None:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None
-
-        def interrupted() -> None:
-            if self.asked:
-                task.cancel()
-                return
-            self.asked = True
-            note("finishing the prompts that are under way; Ctrl-C again drops them")
-
-        with contextlib.suppress(NotImplementedError):  # Windows has no signals in event loops
-            loop.add_signal_handler(signal.SIGINT, interrupted)
-
-
 def _sum_up(job: Run, log: str, interrupted: bool) -> None:
     from cai_graph import show
 
@@ -176,15 +154,11 @@ def _sum_up(job: Run, log: str, interrupted: bool) -> None:
     option = log_option(log)
     out.print(Text(f"The log is {log}. Next: cai log list{option}, or cai log export{option} run.jsonl"))
     if interrupted:
-        note(f"interrupted; to go on, type again: {_this_command()}")
+        note(f"interrupted; to go on, type again: {this_command()}")
         raise typer.Exit(INTERRUPTED)
     if summary.skipped:
-        complain(f"{len(summary.skipped)} rows were skipped; to try again: {_this_command()}")
+        complain(f"{len(summary.skipped)} rows were skipped; to try again: {this_command()}")
         raise typer.Exit(SKIPPED)
-
-
-def _this_command() -> str:
-    return shlex.join(["cai", *sys.argv[1:]])
 
 
 def _report(row: Broken | Failed) -> None:

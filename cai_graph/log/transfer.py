@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Unpack
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from cai_graph.log.commit import Commit
 
-__all__ = ["BrokenLine", "Format", "Import", "export", "import_"]
+__all__ = ["BrokenLine", "Format", "Import", "content_id", "export", "import_"]
 
 Format = Literal["jsonl", "parquet"]
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -395,7 +395,7 @@ def _demonstration(data: dict[str, Any]) -> Trajectory:
         outcome = Outcome.EXHAUSTED if verdict.label is Label.VIOLATES else Outcome.KEPT
     metadata = {name: value for name, value in data.items() if name not in _DEMONSTRATION}
     return Trajectory(
-        id=_content_id([data.get(name) for name in _DEMONSTRATION]),
+        id=content_id([data.get(name) for name in _DEMONSTRATION]),
         started_at=now(),
         seconds=0.0,
         mode="imported",
@@ -415,7 +415,7 @@ def _demonstration(data: dict[str, Any]) -> Trajectory:
     )
 
 
-def _content_id(content: list[str | None]) -> str:
+def content_id(content: Sequence[Any]) -> str:
     """Return a UUIDv8 (RFC 9562, section 5.8) that follows from the content."""
     digest = hashlib.sha256(json.dumps(content).encode()).digest()
     value = int.from_bytes(digest[:16])

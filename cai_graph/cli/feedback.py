@@ -1,0 +1,222 @@
+"""`cai feedback`: which of two answers is better, by a judge or by the people who read them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from cai_graph.cli.console import (
+    DEFAULT_LOG,
+    INTERRUPTED,
+    SKIPPED,
+    Stop,
+    bar,
+    complain,
+    group,
+    note,
+    out,
+    print_json,
+    this_command,
+)
+from cai_graph.cli.model import fetch, foreign, loaded, width
+from cai_graph.cli.options import AsJson, Concurrency, ConstitutionName, LogUrl, option
+
+if TYPE_CHECKING:
+    from trainers.feedback import Labelled, Labelling
+
+
+class Pairs(StrEnum):
+    """What is compared; the set stands in trainers/feedback.py, which is too heavy to import for --help."""
+
+    REVISION = "revision"
+    REJECTED = "rejected"
+    SAMPLES = "samples"
+
+
+commands = group("Which of two answers is better: ask a judge, or record what people say.")
+
+
+@commands.command("label", epilog="Example: cai feedback label --judge openai:gpt-5-mini --principles 2")
+def label(
+    log: LogUrl = DEFAULT_LOG,
+    judge: Annotated[str, option("--judge", "Who compares.", "SPEC")] = "local",
+    critic: Annotated[
+        str | None, option("--critic", "Compare by a critic instead, which judges each answer alone.", "SPEC")
+    ] = None,
+    constitution: ConstitutionName = "balanced",
+    pairs: Annotated[
+        list[Pairs] | None,
+        option("--pairs", "What is compared: revision by default, samples with --model; may be repeated."),
+    ] = None,
+    principles: Annotated[int, typer.Option(min=1, help="Principles that each pair is asked about.")] = 1,
+    reasoning: Annotated[
+        bool, typer.Option("--reasoning", help="The judge reasons first; its probabilities are clamped.")
+    ] = False,
+    band: Annotated[
+        tuple[float, float], typer.Option(help="The band of a judge that reasons.", metavar="LOW HIGH")
+    ] = (0.4, 0.6),
+    votes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sample so many replies an order instead of reading log-probabilities."),
+    ] = None,
+    model: Annotated[
+        str | None, option("--model -m", "Draw new answers from this model, and compare those.", "SPEC")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Answers drawn for each prompt.")] = 2,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest drawn answer, in tokens.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the drawn answers.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draw of principles.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many trajectories, from the first.")
+    ] = None,
+    concurrency: Concurrency = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare answers of the log, in both orders, and append each comparison to the log.
+
+    Type the same command again after an interrupt, and it goes on where it stopped.
+    """
+    from cai_graph import constitution as constitutions
+    from cai_graph.critic import critic_for
+    from cai_graph.log import open_log
+    from trainers.feedback import Config, Labelling
+    from trainers.judge import Judge
+
+    who = critic or judge
+    usual = Pairs.REVISION if model is None else Pairs.SAMPLES
+    with open_log(log, read_only=True):
+        pass  # an absent log is an error, since there is nothing to compare
+    with contextlib.closing(open_log(log)) as opened:
+        job = Labelling(
+            opened,
+            Judge(loaded(judge), reasoning=reasoning, votes=votes)
+            if critic is None
+            else critic_for(loaded(critic)),
+            constitutions.load(constitution),
+            Config(
+                pairs=tuple(pair.value for pair in pairs or [usual]),
+                principles=principles,
+                samples=samples,
+                seed=seed,
+                band=band,
+                limit=limit,
+            ),
+            sampler=None if model is None else loaded(model, max_tokens=max_tokens, temperature=temperature),
+            sampling="" if model is None else f"{temperature:g}/{max_tokens}",
+        )
+        if job.done:
+            note(f"{job.done} of {job.total} trajectories were labelled before; going on with the others")
+        fetch(who, model)
+        with foreign(who):
+            interrupted, failed = _drive(job, concurrency or width(who))
+    _sum_up(job, as_json)
+    if interrupted:
+        note(f"interrupted; to go on, type again: {this_command()}")
+        raise typer.Exit(INTERRUPTED)
+    if failed:
+        complain(f"{failed} trajectories failed; to try again: {this_command()}")
+        raise typer.Exit(SKIPPED)
+
+
+def _drive(job: Labelling, concurrency: int) -> tuple[bool, int]:
+    """Run a labelling with progress; return whether it was interrupted, and how many failed."""
+    stop = Stop()
+    failed = 0
+
+    async def work() -> None:
+        nonlocal failed
+        stop.listen()
+        results = job.results(concurrency, stopped=lambda: stop.asked)
+        async with contextlib.aclosing(results):
+            with bar(job.total - job.done, "trajectories") as advance:
+                async for result in results:
+                    advance(_line(result))
+                    if result.failed is not None:
+                        failed += 1
+                        complain(f"{result.trajectory.id} failed: {result.failed}")
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(work())
+    return stop.asked, failed
+
+
+def _line(result: Labelled) -> str:
+    from cai_graph import show
+
+    said = [
+        "unreadable" if (p := comparison.preference) is None else f"P(A) {p:.2f}"
+        for comparison in result.comparisons
+    ]
+    return f"{show.one_line(result.trajectory.prompt, 60)}  {', '.join(said)}"
+
+
+def _sum_up(job: Labelling, as_json: bool) -> None:
+    from cai_graph import show
+
+    found = job.positions
+    if as_json:
+        print_json(found.summary())
+        return
+    if not job.total:
+        out.print(Text("No trajectory of this log has answers to compare."))
+        return
+    rows: list[tuple[str, Any]] = [
+        ("judge", found.judge),
+        ("comparisons", found.comparisons),
+        ("clear, of use for training", found.clear),
+        ("the two orders disagree", f"{found.first + found.second}: position bias {found.bias}"),
+        ("  the first shown was chosen", found.first),
+        ("  the second shown was chosen", found.second),
+        ("mean shift towards the first", f"{found.mean_shift:+.3f}"),
+        ("ties", found.ties),
+        ("unreadable", found.unreadable),
+        ("pairs of the same text", found.identical),
+        ("revision preferred over draft", str(found.agreement)),
+    ]
+    out.print(show.table(rows))
+
+
+@commands.command("add", epilog="Example: cai feedback add 019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a --score 1")
+def add(
+    trajectory: Annotated[str, typer.Argument(metavar="TRAJECTORY_ID", help="What it is about.")],
+    score: Annotated[float, typer.Option(min=-1, max=1, help="-1 (bad) to 1 (good).")],
+    user: Annotated[str | None, typer.Option(help="Who gave it, by the application's id.")] = None,
+    note_: Annotated[str | None, typer.Option("--note", help="The user's words.")] = None,
+    log: LogUrl = DEFAULT_LOG,
+) -> None:
+    """Append what an end user said of an answer."""
+    from cai_graph.errors import DataError
+    from cai_graph.log import open_log
+    from cai_graph.log.feedback import new_feedback
+    from cai_graph.trajectory import Trajectory
+
+    made = new_feedback(trajectory, score, user, note_)
+    with open_log(log, read_only=True) as opened:
+        if not isinstance(opened.get(trajectory), Trajectory):
+            raise DataError(f"{trajectory} is no trajectory; feedback is about one")
+    with open_log(log) as opened:
+        opened.append(made).result()
+    typer.echo(made.id)
+
+
+@commands.command("import", epilog="Example: cai feedback import thumbs.jsonl")
+def import_(
+    file: Annotated[
+        str, typer.Argument(help="JSONL with trajectory_id, score and, where known, user, note and at.")
+    ],
+    log: LogUrl = DEFAULT_LOG,
+) -> None:
+    """Append what end users said, from a file. What is in the log already is not added again."""
+    from cai_graph.log.feedback import import_feedback
+
+    done = import_feedback(log, file)
+    for broken in done.broken:
+        complain(f"line {broken.line} skipped: {broken.what}")
+    note(f"{done.added} added; {done.present} were there already")
+    if done.broken:
+        raise typer.Exit(SKIPPED)

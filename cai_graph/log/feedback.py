@@ -1,0 +1,147 @@
+"""What end users said of answers, late and from elsewhere: a JSONL file of it into the log."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cai_graph.errors import DataError
+from cai_graph.log import Log, Redactor, open_log
+from cai_graph.log.transfer import BrokenLine, content_id
+from cai_graph.trajectory import Feedback, new_id, now
+
+__all__ = ["FeedbackImport", "import_feedback", "new_feedback"]
+
+_KEYS = ("trajectory_id", "score", "user", "note", "at")
+_WINDOW = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedbackImport:
+    """What `import_feedback` did with each line."""
+
+    added: int
+    """Feedback that was appended."""
+    present: int
+    """Lines that were in the log already."""
+    broken: tuple[BrokenLine, ...]
+    """Lines that were skipped."""
+
+
+def new_feedback(
+    trajectory_id: str, score: object, user: object = None, note: object = None, at: object = None
+) -> Feedback:
+    """Return Feedback, checked, under a new id.
+
+    Args:
+        trajectory_id: the Trajectory that it is about.
+        score: -1 (bad) to 1 (good).
+        user: who gave it, by the application's id.
+        note: the user's words.
+        at: when it came, as ISO 8601, UTC where it names no zone; None: now.
+
+    Raises:
+        DataError: a value is of the wrong type, or out of range.
+    """
+    if isinstance(score, bool) or not isinstance(score, int | float) or not -1 <= score <= 1:
+        raise DataError(f"'score' is a number from -1 (bad) to 1 (good), found {score!r}")
+    for name, value in (("user", user), ("note", note), ("at", at)):
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{name!r} is text, found {type(value).__name__}")
+    when = now()
+    if at is not None:
+        try:
+            when = datetime.fromisoformat(str(at))
+        except ValueError as error:
+            raise DataError(f"'at' is a time such as 2026-11-24T12:00:00Z, found {at!r}") from error
+    return Feedback(
+        id=new_id(),
+        at=when if when.tzinfo else when.replace(tzinfo=UTC),
+        trajectory_id=trajectory_id,
+        score=float(score),
+        user=None if user is None else str(user),
+        note=None if note is None else str(note),
+    )
+
+
+def import_feedback(
+    url: str | os.PathLike[str], path: str | os.PathLike[str], *, redact: Redactor | None = None
+) -> FeedbackImport:
+    """Append the feedback of a JSONL file to a log; a line that cannot be read is reported and skipped.
+
+    A line is an object with `trajectory_id`, `score` and, where known, `user`, `note` and `at`, as in
+    `new_feedback`. A line's id follows from its content, so that importing a file again adds nothing.
+
+    Args:
+        url: the log, which must be there.
+        path: the JSONL file.
+        redact: see `open_log`.
+
+    Raises:
+        DataError: the file cannot be read.
+        LogError: the log cannot be read or written; what went before is in it.
+    """
+    source = Path(path)
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
+    added = present = 0
+    broken: list[BrokenLine] = []
+    with file, _present(url), open_log(url, redact=redact) as log:
+        lines = enumerate(file, 1)
+        while window := list(islice(lines, _WINDOW)):
+            read: list[tuple[int, Feedback]] = []
+            for number, line in window:
+                if not line.strip():
+                    continue
+                try:
+                    read.append((number, _parse(line)))
+                except DataError as error:
+                    broken.append(BrokenLine(number, str(error)))
+            known = log.known([id for _, one in read for id in (one.id, one.trajectory_id)])
+            waiting = []
+            for number, one in read:
+                if one.id in known:
+                    present += 1
+                elif one.trajectory_id not in known:
+                    what = f"there is no trajectory {one.trajectory_id!r} in this log"
+                    broken.append(BrokenLine(number, what))
+                else:
+                    known.add(one.id)
+                    waiting.append((number, log.append(one)))
+            for number, future in waiting:
+                try:
+                    future.result()
+                except DataError as error:
+                    broken.append(BrokenLine(number, str(error)))
+                else:
+                    added += 1
+    return FeedbackImport(added=added, present=present, broken=tuple(sorted(broken)))
+
+
+def _present(url: str | os.PathLike[str]) -> Log:
+    """Return the log, which must be there: in a new one no feedback could be about anything."""
+    return open_log(url, read_only=True)
+
+
+def _parse(line: bytes) -> Feedback:
+    try:
+        data: Any = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise DataError(f"a line is a JSON object, found {type(data).__name__}")
+    if unknown := [key for key in data if key not in _KEYS]:
+        raise DataError(f"unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
+    if not isinstance(data.get("trajectory_id"), str):
+        raise DataError("no 'trajectory_id', the id of what the feedback is about")
+    made = new_feedback(data["trajectory_id"], *(data.get(key) for key in _KEYS[1:]))
+    return msgspec.structs.replace(made, id=content_id(["feedback", *map(data.get, _KEYS)]))

@@ -1,0 +1,152 @@
+"""`cai feedback` as its users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from log_support import trajectory
+from test_cli import cai, start
+from test_feedback import prefers_revisions
+from wire import Reply, serving
+
+from cai_graph.cli.feedback import Pairs
+from cai_graph.log import open_log
+from cai_graph.trajectory import Comparison, Feedback, Record
+from trainers.feedback import PairKind
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder whose log holds four revised trajectories."""
+    with open_log(tmp_path / "cai.db") as log:
+        for future in [log.append(trajectory(n)) for n in range(4)]:
+            future.result()
+    return tmp_path
+
+
+def records(folder: Path, kind: Any) -> list[Record]:
+    with open_log(folder / "cai.db", read_only=True) as log:
+        return list(log.read(kind=kind))
+
+
+def test_the_menu_of_pairs_is_that_of_the_labelling() -> None:
+    assert tuple(Pairs) == get_args(PairKind)
+
+
+def test_a_log_is_labelled_and_summed_up_once(folder: Path) -> None:
+    with serving(prefers_revisions) as server:
+        first = cai(folder, "feedback", "label", "--judge", server.spec)
+        asked = len(server.requests)
+        again = cai(folder, "feedback", "label", "--judge", server.spec, "--json")
+
+        assert len(server.requests) == asked == 8
+    assert "revision preferred over draft  100%" in first.stdout
+    assert "4/4" in first.stderr
+    assert "4 of 4 trajectories were labelled before" in again.stderr
+    summary = json.loads(again.stdout)
+    assert (summary["comparisons"], summary["clear"], summary["position_bias"]["share"]) == (4, 4, 0)
+    assert len(records(folder, "comparison")) == 4
+
+
+def test_samples_are_drawn_and_compared(folder: Path) -> None:
+    drawn = iter(range(100))
+
+    def script(body: dict[str, Any]) -> str | Reply:
+        return prefers_revisions(body) if body.get("logprobs") else f"answer {next(drawn)}"
+
+    with serving(script) as server:
+        cai(
+            folder, "feedback", "label", "--judge", server.spec, "--model", server.spec, "--limit", "1",
+            "--samples", "3", "--max-tokens", "20",
+        )  # fmt: skip
+    found = records(folder, "comparison")
+    assert len(found) == 3
+    assert all(isinstance(c, Comparison) and c.origins[0].startswith("sample:") for c in found)
+
+
+def test_a_trajectory_that_fails_is_reported_and_the_status_says_so(folder: Path) -> None:
+    def script(body: dict[str, Any]) -> Reply:
+        bad = "draft 2" in body["messages"][-1]["content"]
+        return Reply("cannot", status=400) if bad else prefers_revisions(body)
+
+    with serving(script) as server:
+        ended = cai(folder, "feedback", "label", "--judge", server.spec, status=3)
+    assert "cannot" in ended.stderr
+    assert "1 trajectories failed; to try again: cai feedback label" in ended.stderr
+    assert len(records(folder, "comparison")) == 3
+
+
+def test_what_was_finished_before_an_interrupt_stays_and_is_not_asked_again(folder: Path) -> None:
+    waiting, go = threading.Event(), threading.Event()
+
+    def script(body: dict[str, Any]) -> Reply:
+        if "draft 1" in body["messages"][-1]["content"] and not go.is_set():
+            waiting.set()
+            go.wait(60)
+        return prefers_revisions(body)
+
+    with serving(script) as server:
+        args = ("feedback", "label", "--judge", server.spec, "--concurrency", "1")
+        running = start(folder, *args)
+        assert waiting.wait(60)
+        os.kill(running.pid, signal.SIGINT)
+        line = ""
+        assert running.stderr is not None
+        while "finishing what is under way" not in line:
+            line = running.stderr.readline()
+            assert line
+        go.set()
+        said = running.communicate(timeout=60)[1]
+        assert running.returncode == 130
+        assert "to go on, type again: cai feedback label" in said
+        assert len(records(folder, "comparison")) == 2
+        cai(folder, *args)
+        assert len(records(folder, "comparison")) == 4
+        assert len(server.requests) == 8
+
+
+def test_labelling_a_log_that_is_not_there_makes_none(tmp_path: Path) -> None:
+    with serving(prefers_revisions) as server:
+        cai(tmp_path, "feedback", "label", "--judge", server.spec, status=1)
+    assert not (tmp_path / "cai.db").exists()
+
+
+def test_feedback_is_added_to_a_trajectory_and_to_nothing_else(folder: Path) -> None:
+    about = records(folder, "trajectory")[0].id
+    added = cai(folder, "feedback", "add", about, "--score", "-0.5", "--user", "u1", "--note", "meh")
+    (found,) = records(folder, "feedback")
+    assert isinstance(found, Feedback)
+    assert (found.id, found.trajectory_id, found.score, found.user, found.note) == (
+        added.stdout.strip(),
+        about,
+        -0.5,
+        "u1",
+        "meh",
+    )
+    cai(folder, "feedback", "add", "absent", "--score", "1", status=1)
+    cai(folder, "feedback", "add", about, "--score", "2", status=2)
+    assert "is no trajectory" in cai(folder, "feedback", "add", found.id, "--score", "1", status=1).stderr
+    assert len(records(folder, "feedback")) == 1
+
+
+def test_feedback_of_a_file_is_imported_and_broken_lines_are_reported(folder: Path) -> None:
+    about = records(folder, "trajectory")[0].id
+    (folder / "f.jsonl").write_text(json.dumps({"trajectory_id": about, "score": 1}) + "\nno\n")
+    ended = cai(folder, "feedback", "import", "f.jsonl", status=3)
+    assert "line 2 skipped: not JSON" in ended.stderr
+    assert "1 added; 0 were there already" in ended.stderr
+
+
+@pytest.mark.local
+def test_the_local_model_labels_a_log(folder: Path, tiny_weights: Path) -> None:
+    ended = cai(folder, "feedback", "label", "--judge", "local:smollm2", "--limit", "1", "--json")
+    assert json.loads(ended.stdout)["comparisons"] == 1
+    (found,) = records(folder, "comparison")
+    assert isinstance(found, Comparison)
+    assert (found.judge, found.method) == ("local:smollm2", "logprob")

@@ -1,0 +1,134 @@
+"""What a judge is worth: its liking for a place, its ties, what it could not say, with intervals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from cai_graph.trajectory import Comparison
+
+__all__ = ["Positions", "Share"]
+
+
+class Share(NamedTuple):
+    """A share of a number of cases, with its 95 % interval."""
+
+    yes: int
+    """Cases that are so."""
+    of: int
+    """All cases."""
+
+    @property
+    def value(self) -> float:
+        """The share, from 0 to 1; NaN of no cases."""
+        return self.yes / self.of if self.of else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of Wilson 1927; (0, 1) of no cases."""
+        if not self.of:
+            return (0.0, 1.0)
+        z, n, p = 1.959964, self.of, self.value
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (max(0.0, middle - half), min(1.0, middle + half))
+
+    def __str__(self) -> str:
+        if not self.of:
+            return "none"
+        low, high = self.interval
+        return f"{self.value:.0%} ({low:.0%} to {high:.0%}, n = {self.of})"
+
+
+@dataclass
+class Positions:
+    """What the comparisons of one judge came to."""
+
+    judge: str
+    """Its name."""
+    comparisons: int = 0
+    """Made; those that a critic made have no order, and those of the same text no judge."""
+    unreadable: int = 0
+    """Of which one order at least could not be read."""
+    first: int = 0
+    """Readable ones in which the answer shown first was chosen in both orders."""
+    second: int = 0
+    """Readable ones in which the answer shown second was chosen in both orders."""
+    ties: int = 0
+    """Readable ones that prefer neither answer, though the orders do not disagree."""
+    identical: int = 0
+    """Pairs of the same text, which nobody was asked about."""
+    shift: float = 0.0
+    """Sum over readable ones of (P(A) with A first − P(A) with B first) / 2."""
+    later_better: int = 0
+    """Of the clear ones between a draft and its revision: those that prefer the revision."""
+    revisions: int = 0
+    """Clear ones between a draft and its revision."""
+    critics: int = 0
+    """Made by a critic, from each answer alone."""
+
+    def add(self, comparison: Comparison) -> None:
+        """Count one comparison of this judge."""
+        if comparison.method is None:
+            self.identical += 1
+            return
+        self.critics += comparison.method == "critic"
+        self.comparisons += 1
+        first, second = comparison.p_a
+        p = comparison.preference
+        if p is None or first is None or second is None:
+            self.unreadable += 1
+            return
+        self.shift += (first - second) / 2
+        if comparison.orders_disagree:
+            self.first += first > second
+            self.second += first < second
+            return
+        if p == 0.5:
+            self.ties += 1
+            return
+        a, b = comparison.origins
+        if a == "draft" and b.startswith("revision:"):
+            self.revisions += 1
+            self.later_better += p < 0.5
+
+    @property
+    def readable(self) -> int:
+        """Comparisons of which both orders could be read."""
+        return self.comparisons - self.unreadable
+
+    @property
+    def clear(self) -> int:
+        """Readable ones that prefer one answer, whatever the order."""
+        return self.readable - self.first - self.second - self.ties
+
+    @property
+    def bias(self) -> Share:
+        """Readable ones that chose the same place in both orders, whatever stood there."""
+        asked = 0 if self.critics else self.readable  # a critic sees one answer at a time
+        return Share(self.first + self.second, asked)
+
+    @property
+    def agreement(self) -> Share:
+        """Clear ones between draft and revision that prefer the revision, as the critic did."""
+        return Share(self.later_better, self.revisions)
+
+    @property
+    def mean_shift(self) -> float:
+        """How much of P a place is worth: above 0 for the first shown; 0 of no comparison."""
+        return self.shift / self.readable if self.readable else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts, and shares with their intervals, as JSON."""
+        shares = {"position_bias": self.bias, "revision_preferred": self.agreement}
+        return {
+            **{name: value for name, value in asdict(self).items() if name != "shift"},
+            "clear": self.clear,
+            "mean_shift": self.mean_shift,
+            **{
+                name: {"share": share.value, "interval": share.interval, "n": share.of}
+                for name, share in shares.items()
+                if share.of
+            },
+        }
