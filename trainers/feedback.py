@@ -11,7 +11,6 @@ nothing, and one with more samples or principles adds to the one before.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import json
@@ -314,7 +313,7 @@ class Labelling:
                     if key in self._known:
                         continue
                     comparison = await self._compared(work, pair, principle, key)
-                    await asyncio.wrap_future(self._log.append(comparison))
+                    await self._log.append(comparison)
                     self.positions.add(comparison)
                     made.append(comparison)
         except Exception as error:
