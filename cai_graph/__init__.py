@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cai_graph.constitution import Principle as Principle
     from cai_graph.errors import CaiError as CaiError
     from cai_graph.log import open_log as open_log
+    from cai_graph.middleware import ConstitutionalMiddleware as ConstitutionalMiddleware
     from cai_graph.policy import Settings as Settings
     from cai_graph.runnable import Answered as Answered
     from cai_graph.runnable import ConstitutionalRunnable as ConstitutionalRunnable
@@ -31,6 +32,7 @@ _HOME = {
     "CaiError": "errors",
     "Constitution": "constitution",
     "ConstitutionalChatModel": "chat",
+    "ConstitutionalMiddleware": "middleware",
     "ConstitutionalRunnable": "runnable",
     "Principle": "constitution",
     "ScriptedModel": "testing",
@@ -42,7 +44,9 @@ _HOME = {
 }
 """Public name -> the module that defines it. Each is imported when it is first used."""
 
-__all__ = sorted(_HOME)
+__all__ = sorted(
+    _HOME.keys() - {"ConstitutionalMiddleware"}
+)  # which needs langchain, and `import *` must not
 
 
 def __getattr__(name: str) -> Any:
@@ -52,4 +56,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *_HOME]

@@ -17,6 +17,7 @@ from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.guard import Guard
 from cai_graph.log import Log
+from cai_graph.review import Checkpointer
 from cai_graph.runnable import Answered, ConstitutionalRunnable
 
 __all__ = ["Answered", "ConstitutionalChatModel", "ConstitutionalRunnable", "constitutional"]
@@ -33,6 +34,7 @@ def constitutional(
     critic: str | BaseChatModel | Critic | None = ...,
     reviser: str | BaseChatModel | None = ...,
     log: str | Log | None = ...,
+    checkpointer: Checkpointer | None = ...,
     **settings: Any,
 ) -> ConstitutionalChatModel: ...
 
@@ -48,6 +50,7 @@ def constitutional(
     input_key: str | None = ...,
     output_key: str | None = ...,
     context_keys: Sequence[str] = ...,
+    checkpointer: Checkpointer | None = ...,
     **settings: Any,
 ) -> ConstitutionalRunnable[Input, Output]: ...
 
@@ -62,6 +65,7 @@ def constitutional(
     input_key: str | None = None,
     output_key: str | None = None,
     context_keys: Sequence[str] = (),
+    checkpointer: Checkpointer | None = None,
     **settings: Any,
 ) -> ConstitutionalChatModel | ConstitutionalRunnable[Any, Any]:
     """Return `app` under a constitution: each answer is judged, revised where it fails, and logged.
@@ -75,6 +79,7 @@ def constitutional(
         input_key: key of the request, where the input is a dict with several candidates.
         output_key: key of the answer, where the output is a dict with several candidates.
         context_keys: keys of the output (or input) that hold material for the critic, such as documents.
+        checkpointer: a LangGraph checkpointer, where policy `human` keeps what waits for a person.
         settings: fields of `Settings`, such as `on_violation="open"` or `strategy="parallel"`.
 
     Returns:
@@ -94,6 +99,7 @@ def constitutional(
         input_key=input_key,
         output_key=output_key,
         context_keys=context_keys,
+        checkpointer=checkpointer,
         **settings,
     )
     if isinstance(app, BaseChatModel):

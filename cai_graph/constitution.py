@@ -117,6 +117,9 @@ class Principle(_Record):
     min_severity: int | None = Field(
         default=None, ge=1, le=5, description="A violation less severe than this (1 to 5) does not count."
     )
+    tools: bool = Field(
+        default=False, description="Whether it also judges turns that only call tools, and what they call."
+    )
     translations: dict[Language, Texts] = Field(
         default_factory=dict, description="The same texts in other languages, by code such as de or pt-BR."
     )

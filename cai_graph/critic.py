@@ -407,6 +407,13 @@ class ProbeCritic(ModelCritic):
         self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
     ) -> Critique:
         """Judge an answer under all aims of the constitution; see `Critic.critique`."""
+        of_calls: Critique | None = None
+        tools = [principle.id for principle in constitution.principles if principle.tools]
+        if exchange.answer.tool_calls and tools:  # the heads read words only
+            asked = constitution.select(tools)
+            of_calls = await super().critique(exchange, asked, calls, explain=explain)
+            if not text_of(exchange.answer):
+                return of_calls
         aims = list(dict.fromkeys(principle.aim for principle in constitution.principles))
         judged = await self._read(exchange, calls)
         labelled = await together(
@@ -423,6 +430,8 @@ class ProbeCritic(ModelCritic):
                 exchange, constitution.select(p.id for p in suspects), calls
             )
             verdicts += named
+        if of_calls is not None:
+            verdicts += of_calls.verdicts
         return Critique(
             verdicts=tuple(verdicts),
             reasoning=reasoning,

@@ -8,6 +8,7 @@
     ├── LogError             the log cannot be opened, read or written
     ├── MissingExtra         an optional part is not installed (also an ImportError)
     └── RunError             a request that ended without an answer
+        ├── AwaitsReview     the policy is `human`: there is no answer until a person has decided
         ├── BudgetExceeded   calls, tokens or seconds ran out before an answer was judged
         ├── Refused          the policy is `closed` and a refusal cannot be typed as the answer
         ├── Violation        the policy is `raise` and every answer violates the constitution
@@ -18,7 +19,11 @@ A message says what was found, where, and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = [
+    "AwaitsReview",
     "BudgetExceeded",
     "CaiError",
     "ConfigError",
@@ -83,6 +88,24 @@ class RunError(CaiError):
     def __init__(self, message: str, *, trajectory_id: str | None = None) -> None:
         super().__init__(message)
         self.trajectory_id = trajectory_id
+
+
+class AwaitsReview(RunError):  # noqa: N818
+    """The policy is `human`: there is no answer until a person has decided, and nothing is logged before.
+
+    Attributes:
+        question: what the person is to be shown, as JSON.
+        thread_id: the thread that waits; resume it with `Command(resume={"decision": …})`.
+    """
+
+    def __init__(self, question: Mapping[str, Any]) -> None:
+        thread = question["thread_id"]
+        super().__init__(
+            f"thread {thread!r} waits for a person's decision about trajectory {question['trajectory_id']}: "
+            f'{question["reason"]}; resume it with Command(resume={{"decision": …}})'
+        )
+        self.question = question
+        self.thread_id = thread
 
 
 class BudgetExceeded(RunError):  # noqa: N818

@@ -42,6 +42,7 @@ from cai_graph import prompts
 from cai_graph.calls import Calls, describe, together, truncated
 from cai_graph.critic import failed_principles
 from cai_graph.errors import BudgetExceeded, LogError, RunError
+from cai_graph.form import Form
 from cai_graph.plan import Plan
 from cai_graph.policy import Decision, Progress, accept, decide, no_revision
 from cai_graph.prompts import Exchange
@@ -53,6 +54,7 @@ from cai_graph.trajectory import (
     Message,
     Outcome,
     Rejection,
+    Review,
     Revision,
     Round,
     Trajectory,
@@ -62,7 +64,7 @@ from cai_graph.trajectory import (
     text_of,
 )
 
-__all__ = ["Blocks", "Ending", "Paused", "Request", "run"]
+__all__ = ["Blocks", "Ending", "Paused", "Request", "commit", "run"]
 
 logger = logging.getLogger("cai_graph")
 
@@ -95,6 +97,8 @@ class Request:
     """Hears which step is under way: `drafting`, `critiquing`, `revising 1/2`."""
     context: Callable[[], Mapping[str, str]] = dict
     """Other material for the critic; asked for after the draft, since the app may have produced it."""
+    form: Callable[[], Form | None] = lambda: None
+    """What a structured answer must be, where the draft is one; asked for after the draft."""
     mode: str = "enforce"
     """See `Trajectory.mode`."""
     source: str | None = None
@@ -113,9 +117,11 @@ class Ending(NamedTuple):
     """What `run` returns."""
 
     trajectory: Trajectory
-    """The record, as it was logged."""
-    released: Message
-    """The message that leaves."""
+    """The record, as it was logged; where a person is asked, as far as it has come, and not logged yet."""
+    released: Message | None
+    """The message that leaves; None where a person is asked."""
+    asks: str | None = None
+    """Why a person is asked what leaves (policy `human`)."""
 
 
 class State(TypedDict, total=False):
@@ -200,7 +206,10 @@ async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
         return run.go_on(progress, _after_draft(run.plan, progress))
     if not answered.unfinished:
         if answered.answer.tool_calls and not text_of(answered.answer):
-            return run.go_on(progress, END)  # the app asks for a tool: there is no answer to judge yet
+            # The app only asks for tools: it is judged as far as a principle speaks of them.
+            if run.plan.of_tools is None or run.plan.settings.strategy == "sampled":
+                return run.go_on(progress, END)
+            run.plan = run.plan.of_tools
         if before is not None and not _differs(answered.answer, before.draft.answer):
             judged = answered.blocks[-1].critique  # the last block was the end of the answer
             return run.go_on(progress.with_round(Round(critique=judged)), END)
@@ -291,27 +300,42 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
     standing = progress.answer(opened.of)
     exchange, calls = run.exchange(standing), _inner(run)
     frozen = progress.draft.frozen
+    # The calls beside a rewritten text leave with it, and are judged with it, unless they are what is wrong.
+    kept = () if any(principle.tools for principle in principles) else standing.tool_calls
     await run.tell(f"revising {turn + 1}/{plan.settings.rounds}")
-    said = opened.critique.reasoning or _reasons(opened.critique)
+    said, form = opened.critique.reasoning or _reasons(opened.critique), run.request.form()
 
     async def write(index: int) -> Revision:
         show_draft = index == 0  # the other writers answer afresh: small models copy what they see
         last = index > 0 and index == plan.candidates - 1
         decline = last and opened.critique.benign_request is False
         messages = prompts.rewrite_messages(
-            principles, said, exchange, show_draft=show_draft, decline=decline, said=frozen
+            principles,
+            said,
+            exchange,
+            show_draft=show_draft,
+            decline=decline,
+            said=frozen,
+            schema=None if form is None else form.schema,
         )
         writer = _sampling(plan, turn * plan.candidates + index)
         reply = await calls.generate("revise", writer, plan.reviser_name, messages)
-        # The text is written anew; the calls of tools beside it leave with it, so they are judged with it.
-        answer = msgspec.structs.replace(from_langchain(reply), tool_calls=standing.tool_calls)
+        answer = msgspec.structs.replace(from_langchain(reply), tool_calls=kept)
         rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated(reply))
         if frozen:
             answer = msgspec.structs.replace(answer, content=_continued(frozen, text_of(answer)))
             if rejection is None and text_of(answer) == text_of(standing):
                 rejection = Rejection.UNCHANGED
+        misfit: str | None = None
+        if form is not None and rejection is None:
+            try:
+                answer = msgspec.structs.replace(answer, content=form.read(text_of(answer)))
+            except ValueError as error:
+                rejection, misfit = Rejection.BAD_SCHEMA, str(error)
         accepted = sampled and rejection is None
-        return Revision(answer=answer, from_draft=show_draft, rejection=rejection, accepted=accepted)
+        return Revision(
+            answer=answer, from_draft=show_draft, rejection=rejection, detail=misfit, accepted=accepted
+        )
 
     progress = progress.with_revisions(await together([write(index) for index in range(plan.candidates)]))
     waiting = progress.unjudged()
@@ -446,7 +470,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
     error: BaseException | None = None
     try:
         decision = await _decision(context, config)
-        if decision.error is not None:
+        if decision.error is not None and not decision.asks:
             raise decision.error
     except BaseException as raised:
         error = raised
@@ -477,10 +501,9 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             metadata=dict(request.metadata),
             tags=tuple(request.tags),
         )
-        if context.paused is None:
-            await _log(plan, trajectory, failed=error is not None)
-    assert decision.released is not None  # an error left above otherwise
-    return Ending(trajectory, decision.released)
+        if context.paused is None and not decision.asks:
+            await commit(plan, trajectory, failed=error is not None)
+    return Ending(trajectory, decision.released, str(decision.error) if decision.asks else None)
 
 
 def _left(run: _Run) -> Message | None:
@@ -563,11 +586,15 @@ def is_graph(app: Runnable[Any, Any]) -> bool:
 
 
 log_failures = 0
-"""How many Trajectories of this process could not be committed while their answers left all the same."""
+"""How many records of this process could not be committed while their answers left all the same."""
 
 
-async def _log(plan: Plan, trajectory: Trajectory, *, failed: bool) -> None:
-    """Commit the Trajectory; an error that is under way is never hidden behind the log's."""
+async def commit(plan: Plan, record: Trajectory | Review, *, failed: bool = False) -> None:
+    """Commit a record; with `failed`, an error that is under way is never hidden behind the log's.
+
+    Raises:
+        LogError: it could not be committed and `on_log_error` is `raise`.
+    """
     if plan.log is None:
         return
 
@@ -575,8 +602,9 @@ async def _log(plan: Plan, trajectory: Trajectory, *, failed: bool) -> None:
         global log_failures
         log_failures += 1
         logger.error(
-            "LOST FROM THE LOG: trajectory %s could not be committed (%d lost in this process): %s",
-            trajectory.id,
+            "LOST FROM THE LOG: %s %s could not be committed (%d lost in this process): %s",
+            type(record).__name__.lower(),
+            record.id,
             log_failures,
             error,
         )
@@ -586,12 +614,13 @@ async def _log(plan: Plan, trajectory: Trajectory, *, failed: bool) -> None:
             alarm(error)
 
     try:
-        committed = plan.log.append(trajectory)
+        committed = plan.log.append(record)
         if failed:  # a request that is being cancelled must not wait; the log drains at exit
             committed.add_done_callback(alarm_if_failed)
         else:
             await committed
     except Exception as error:
         if plan.settings.on_log_error == "raise" and not failed:
-            raise LogError(f"trajectory {trajectory.id} could not be logged: {error}") from error
+            kind = type(record).__name__.lower()
+            raise LogError(f"{kind} {record.id} could not be logged: {error}") from error
         alarm(error)

@@ -25,9 +25,10 @@ from cai_graph import bridge, graph, models
 from cai_graph.calls import Calls, call_of, prompt_digest, truncated
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
-from cai_graph.errors import ConfigError
+from cai_graph.errors import ConfigError, RunError
 from cai_graph.log import Log
 from cai_graph.plan import Plan, planning
+from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer, resumed
 from cai_graph.shape import Shape
 from cai_graph.streams import AHEAD, Piece, Send, Writing, progress, relay, unstreamed, whole
 from cai_graph.trajectory import Draft, Trajectory, text_of
@@ -48,6 +49,8 @@ class Guard:
     """Judges, revises, logs."""
     shape: Shape
     """Where the request and the answer are in the app's input and output."""
+    checkpointer: Checkpointer | None = None
+    """Keeps requests that wait for a person, where no graph with one of its own stands around them."""
 
     @classmethod
     def of(
@@ -61,6 +64,7 @@ class Guard:
         input_key: str | None = None,
         output_key: str | None = None,
         context_keys: Sequence[str] = (),
+        checkpointer: Checkpointer | None = None,
         **settings: Any,
     ) -> Guard:
         """Return the guard that the arguments of `constitutional` describe; raises what that raises."""
@@ -85,7 +89,8 @@ class Guard:
             log=log,
             settings=settings,
         )(inner)
-        return cls(app, plan, Shape(input_key, output_key, tuple(context_keys)))
+        check_checkpointer("constitutional(app, …)", checkpointer, asks=plan.settings.asks)
+        return cls(app, plan, Shape(input_key, output_key, tuple(context_keys)), checkpointer)
 
     async def answer(
         self,
@@ -106,13 +111,20 @@ class Guard:
             source: recorded in the Trajectory.
 
         Returns:
-            The record is None where the app waits for a person: there is no answer yet, and the output says
-            what it waits for.
+            The record is None where a person is waited for: there is no answer yet, and the output says
+            what for, as LangGraph's does.
 
         Raises:
-            Exception: what `graph.run` raises, but for a pause of the app's.
+            AwaitsReview: a person is waited for, and the output can say nothing of it (policy `human`).
+            GraphInterrupt: a person is waited for, inside an outer graph.
+            Exception: what else `graph.run` raises, but for a pause of the app's.
         """
         outputs: list[Any] = []
+        desk, decision = self._desk(input, config, caller), resumed(input)
+        if desk is not None and (waiting := await desk.lying()) is not None:
+            return self._put(await desk.settle(waiting, decision))
+        if desk is not None and decision is not None:
+            raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
             under, handler = self._under(config, calls, node)
@@ -139,12 +151,30 @@ class Guard:
                 messages=self.shape.conversation(input),
                 draft=draft,
                 context=lambda: self.shape.context(input, outputs[0] if outputs else None),
+                form=lambda: self.shape.form(outputs[0]),
                 mode="sampled" if self.plan.settings.strategy == "sampled" else "enforce",
                 source=source,
             )
         except graph.Paused:
             return outputs[0], None
-        return self.shape.put(outputs[0], ending.released, ending.trajectory), ending.trajectory
+        if desk is not None and ending.released is None:
+            waiting = await desk.lay_down(ending, outputs[0])
+            if (paused := desk.paused(waiting, outputs[0])) is not None:
+                return paused, None
+            return self._put(await desk.settle(waiting))
+        return self._put(Settled(outputs[0], ending.trajectory, ending.released))
+
+    def _desk(self, input: Any, config: RunnableConfig, caller: bridge.Caller | None) -> Desk | None:
+        """Return where this request waits for a person; None where the policies ask none."""
+        if not self.plan.settings.asks:
+            return None
+        messages = () if resumed(input) is not None else self.shape.conversation(input)
+        return Desk.of(self.plan, self.shape, config, messages, self.checkpointer, caller)
+
+    def _put(self, settled: Settled) -> tuple[Any, Trajectory]:
+        output, trajectory, released = settled
+        assert released is not None  # without an answer the policies raise, or ask a person
+        return self.shape.put(output, released, trajectory), trajectory
 
     async def stream(
         self,
@@ -191,8 +221,8 @@ class Guard:
                 return
             finally:
                 await writing.close()
-            output = self.shape.put(writing.output, ending.released, ending.trajectory)
-            await writing.rest(output, ending.trajectory)
+            output, trajectory = self._put(Settled(writing.output, ending.trajectory, ending.released))
+            await writing.rest(output, trajectory)
 
         async with aclosing(relay(work)) as pieces:
             async for piece in pieces:

@@ -69,6 +69,12 @@ class Plan:
         )
 
     @cached_property
+    def of_tools(self) -> Plan | None:
+        """The plan for turns that only call tools: the principles that speak of tools; None: none does."""
+        rules = [rule.id for rule in self.constitution if rule.tools]
+        return dataclasses.replace(self, constitution=self.constitution.select(rules)) if rules else None
+
+    @cached_property
     def constitution_ref(self) -> ConstitutionRef:
         """The constitution as a Trajectory records it."""
         constitution = self.constitution

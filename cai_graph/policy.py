@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 Strategy = Literal["batched", "parallel", "sampled"]
-Policy = Literal["open", "closed", "raise"]
+Policy = Literal["open", "closed", "raise", "human"]
 Release = Literal["buffer", "blocks", "audit"]
 
 
@@ -59,10 +59,12 @@ class Settings:
     probe). `sampled` always writes one."""
     on_violation: Policy = "closed"
     """What leaves when every revision still fails: `open` the best answer so far, `closed` the
-    constitution's refusal, `raise` Violation. Under `closed`, a request that the probe reads as benign
-    and that the draft answered gets the best answer: it is never turned into a refusal."""
+    constitution's refusal, `raise` Violation, `human` what a person decides. Under `closed`, a request that
+    the probe reads as benign and that the draft answered gets the best answer: it is never turned into a
+    refusal."""
     on_unreadable: Policy = "closed"
-    """What leaves when the verdict on the draft cannot be read: the draft, the refusal, or Unreadable."""
+    """What leaves when the verdict on the draft cannot be read: the draft, the refusal, Unreadable, or what
+    a person decides."""
     on_error: Policy = "raise"
     """What leaves when a critic or reviser fails, or the budget ends. The app's own errors always raise."""
     on_log_error: Literal["answer", "raise"] = "answer"
@@ -81,7 +83,7 @@ class Settings:
     holds back what has left."""
 
     def __post_init__(self) -> None:
-        policies = ("open", "closed", "raise")
+        policies = ("open", "closed", "raise", "human")
         menus = {
             "strategy": ("batched", "parallel", "sampled"),
             "on_violation": policies,
@@ -99,11 +101,21 @@ class Settings:
             raise ConfigError(
                 f"strategy 'sampled' holds nothing back, so it has no stream {self.stream!r}; use 'buffer'"
             )
+        if self.asks and self.stream != "buffer":
+            raise ConfigError(
+                f"a person decides before anything leaves, so policy 'human' has no stream {self.stream!r}; "
+                "use 'buffer'"
+            )
         least = {"max_rounds": 1 if self.strategy == "sampled" else 0, "candidates": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < lowest):
                 raise ConfigError(f"{name} must be a whole number from {lowest}, found {value!r}")
+
+    @property
+    def asks(self) -> bool:
+        """Whether a person may be asked."""
+        return "human" in (self.on_violation, self.on_unreadable, self.on_error)
 
     @property
     def rounds(self) -> int:
@@ -273,7 +285,9 @@ class Decision(NamedTuple):
     released_from: Literal["draft", "revision", "refusal"] | None
     """What that message is."""
     error: Exception | None = None
-    """The exception that leaves."""
+    """The exception that leaves; where a person is asked, why."""
+    asks: bool = False
+    """Whether a person is asked what leaves."""
 
 
 def decide(
@@ -307,8 +321,8 @@ def _leave(
     progress: Progress, constitution: Constitution, settings: Settings, policy: Policy, error: Exception
 ) -> Decision:
     """Return what leaves under a policy when no answer is known to be good."""
-    if policy == "raise":
-        return Decision(Outcome.FAILED, None, None, error)
+    if policy in ("raise", "human"):
+        return Decision(Outcome.FAILED, None, None, error, asks=policy == "human")
     if policy == "closed" and not (isinstance(error, Violation) and progress.answers_benign()):
         refusal = constitution.refusal_in(settings.language)
         if frozen := progress.draft.frozen:

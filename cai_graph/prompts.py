@@ -394,6 +394,7 @@ def rewrite_messages(
     show_draft: bool,
     decline: bool = False,
     said: str = "",
+    schema: Mapping[str, Any] | None = None,
 ) -> list[BaseMessage]:
     """Return the request for a revision that meets the revision requests of `principles`.
 
@@ -402,8 +403,13 @@ def rewrite_messages(
     Either is asked to be no longer than the answer, so that it is not cut where the answer was not. With
     `decline` the writer is told that the request is harmful, which a small model does not see by itself.
     `said` is the beginning of the answer that has left already: the writer is asked to go on after it.
+    With `schema` a JSON object that fits it is asked for.
     """
-    requests = "\n".join(f"- {request}" for request in _unique(p.revision_request for p in principles))
+    asked = _unique(p.revision_request for p in principles)
+    if schema is not None:
+        form = json.dumps(schema, ensure_ascii=False)
+        asked.append(f"Write one JSON object that fits this JSON Schema, and nothing else: {form}")
+    requests = "\n".join(f"- {request}" for request in asked)
     if show_draft:
         parts = [_material(exchange)]
         if critique:

@@ -11,9 +11,9 @@ from langchain_core.runnables.config import patch_config
 from langchain_core.runnables.utils import ConfigurableFieldSpec
 
 from cai_graph import bridge
-from cai_graph.errors import RunError
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
+from cai_graph.review import awaits, resumed
 from cai_graph.streams import Piece, Shown, feeds_streams
 from cai_graph.trajectory import Trajectory, to_langchain
 
@@ -155,7 +155,8 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         caller: bridge.Caller | None,
     ) -> AsyncGenerator[Piece, None]:
         """Yield what leaves, and show it to the streams that stand around."""
-        shown = Shown(config, to_langchain(self.guard.shape.conversation(input)), self.get_name())
+        asked = [] if resumed(input) is not None else self.guard.shape.conversation(input)
+        shown = Shown(config, to_langchain(asked), self.get_name())
         try:
             async with aclosing(self.guard.stream(input, config, options, caller=caller)) as pieces:
                 async for piece in pieces:
@@ -186,9 +187,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
         output = await self._acall_with_config(answer, input, config)
         if kept[0] is None:
-            raise RunError(
-                "the app waits for a person, so there is no answer yet; use ainvoke, and resume it"
-            )
+            raise awaits(output)
         return Answered(output, kept[0])
 
     # What callers ask of a Runnable besides an answer is the wrapped app's to say.

@@ -14,6 +14,7 @@ from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 
 from cai_graph.errors import DataError
+from cai_graph.form import Form
 from cai_graph.trajectory import Call, Message, Trajectory, from_langchain, text_of
 
 __all__ = ["Shape"]
@@ -67,6 +68,18 @@ class Shape:
                     break
         return found
 
+    def form(self, output: object) -> Form | None:
+        """Return what the answer must be, where it is a structured one that callers see parsed."""
+        return None
+
+    def pack(self, output: Any) -> Any:
+        """Return an output as a checkpointer can keep it."""
+        return output
+
+    def unpack(self, packed: Any) -> Any:
+        """Return the output that `pack` packed."""
+        return packed
+
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
         """Return the output with the released answer in the answer's place."""
         kept = trajectory.released_from == "draft"
@@ -84,7 +97,8 @@ class Shape:
                 told = _OF_THE_WORDS | (_OF_THE_END if cut else set())
                 metadata = {name: value for name, value in metadata.items() if name not in told}
             update: dict[str, Any] = {"response_metadata": {**metadata, "cai": about}}
-            if trajectory.released_from == "refusal":
+            dropped = bool(getattr(output, "tool_calls", None)) and not released.tool_calls
+            if trajectory.released_from == "refusal" or dropped:
                 # Nothing of a refused answer leaves: no image, and no call that the app would carry out.
                 update |= {"content": text_of(released), "additional_kwargs": {}}
                 update |= {key: [] for key in ("tool_calls", "invalid_tool_calls") if hasattr(output, key)}

@@ -238,7 +238,7 @@ def test_nothing_of_a_refused_answer_leaves() -> None:
         ({"stratgy": "batched"}, "no setting 'stratgy'; did you mean 'strategy'?"),
         ({"colour": "red"}, "no setting 'colour'; the settings are"),
         ({"strategy": "cascade"}, "strategy is one of"),
-        ({"on_error": "close"}, "on_error is one of open, closed, raise, found 'close'"),
+        ({"on_error": "close"}, "on_error is one of open, closed, raise, human, found 'close'"),
         ({"reviser": 42}, "reviser is a chat model or a model spec, found int"),
         ({"critic": 42}, "critic is a chat model, .* found int"),
         ({"critic": "opnai:gpt-5-mini"}, "names no model"),

@@ -311,7 +311,7 @@ PRINCIPLE = st.fixed_dictionaries(
         "source": TEXT,
         "translations": TRANSLATIONS,
     },
-    optional={"min_severity": st.integers(1, 5)},
+    optional={"min_severity": st.integers(1, 5), "tools": st.booleans()},
 )
 EXAMPLE = st.fixed_dictionaries(
     {

@@ -78,7 +78,7 @@ def test_a_type_checker_sees_the_same_names() -> None:
     source = Path(cai_graph.__file__).read_text(encoding="utf-8")
 
     declared = {line.rpartition(" as ")[2] for line in source.splitlines() if line.startswith("    from cai")}
-    assert declared == set(cai_graph.__all__)
+    assert declared == set(cai_graph._HOME)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -57,7 +57,7 @@ def progress(critique: Critique, *judged: tuple[str, Critique]) -> Progress:
     ("fields", "message"),
     [
         ({"strategy": "cascade"}, "strategy is one of batched, parallel, sampled, found 'cascade'"),
-        ({"on_violation": "close"}, "on_violation is one of open, closed, raise, found 'close'"),
+        ({"on_violation": "close"}, "on_violation is one of open, closed, raise, human, found 'close'"),
         ({"on_unreadable": None}, "on_unreadable is one of"),
         ({"on_error": "ignore"}, "on_error is one of"),
         ({"on_log_error": "closed"}, "on_log_error is one of answer, raise"),

@@ -1,0 +1,277 @@
+"""The face for LangChain agents: every answer of the agent's model is judged before the agent sees it.
+
+    create_agent(model, tools, middleware=[ConstitutionalMiddleware()])
+
+It wraps the model call itself, so what the model drafted never enters the agent's messages, checkpoints or
+streams: what was released stands under the draft's id. A turn that only calls tools passes, unless a
+principle says `tools: true`; words beside calls are judged like any answer, and the calls stay.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, BaseMessage, ToolCall, ToolMessage
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import (
+    get_async_callback_manager_for_config,
+    var_child_runnable_config,
+)
+from langgraph.config import get_config
+
+from cai_graph import bridge
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic
+from cai_graph.errors import ConfigError, MissingExtra, Refused
+from cai_graph.form import Form
+from cai_graph.guard import Guard
+from cai_graph.log import Log
+from cai_graph.plan import Plan, planning
+from cai_graph.shape import Shape
+from cai_graph.trajectory import Message, Trajectory, from_langchain, text_of
+
+try:
+    from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
+    from langchain.agents.structured_output import (
+        AutoStrategy,
+        OutputToolBinding,
+        ProviderStrategy,
+        ToolStrategy,
+    )
+except ImportError as error:
+    raise MissingExtra("ConstitutionalMiddleware", "langchain", "agents") from error
+
+__all__ = ["ConstitutionalMiddleware"]
+
+_PLANS = 16
+"""For how many models of an agent a plan is kept."""
+
+
+class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
+    """Puts an agent's answers under a constitution.
+
+    Args:
+        constitution: name of a built-in one, path of a file, or a Constitution.
+        critic: who judges; the agent's own model by default.
+        reviser: who rewrites; the agent's own model by default.
+        log: where Trajectories go, by URL; None switches logging off.
+        settings: fields of `Settings`, such as `on_violation="open"`. Policy `human` pauses the agent, which
+            then needs a checkpointer.
+
+    Raises:
+        ConfigError: an argument that cannot work; says which and what to do.
+        ConstitutionError: the constitution cannot be read.
+        LogError: the log cannot be opened.
+    """
+
+    def __init__(
+        self,
+        *,
+        constitution: str | Constitution = "balanced",
+        critic: str | BaseChatModel | Critic | None = None,
+        reviser: str | BaseChatModel | None = None,
+        log: str | Log | None = "sqlite:///cai.db",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if settings.get("stream", "buffer") != "buffer":
+            raise ConfigError(
+                "middleware gets a model's answer whole, so this one has no setting 'stream'; for blocks "
+                "wrap the model instead: create_agent(constitutional(model, stream='blocks'))"
+            )
+        self._planned = planning(
+            "ConstitutionalMiddleware()",
+            constitution=constitution,
+            critic=critic,
+            reviser=reviser,
+            log=log,
+            settings=settings,
+        )
+        self._plans: dict[int, tuple[BaseChatModel, Plan]] = {}
+
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> ModelResponse[Any]:
+        """Have the model answer, and return what is released. The model is called in this thread."""
+        call = _ModelCall(answer=handler)
+        guard, config = self._guard(request, call), call.traced()
+        response: ModelResponse[Any]
+        response, _ = bridge.run(lambda caller: guard.answer(request, config, {}, caller=caller))
+        return response
+
+    async def awrap_model_call(
+        self,
+        request: ModelRequest[Any],
+        handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]],
+    ) -> ModelResponse[Any]:
+        """Have the model answer, and return what is released."""
+        call = _ModelCall(aanswer=handler)
+        response: ModelResponse[Any]
+        response, _ = await self._guard(request, call).answer(request, call.traced(), {})
+        return response
+
+    def _guard(self, request: ModelRequest[Any], call: _ModelCall) -> Guard:
+        return Guard(call, self._plan(request.model), _Turn(request=request))
+
+    def _plan(self, model: BaseChatModel) -> Plan:
+        """Return the plan around the agent's model, which other middleware may change from call to call."""
+        kept = self._plans.get(id(model))
+        if kept is None or kept[0] is not model:
+            if len(self._plans) >= _PLANS:
+                self._plans = {}
+            kept = self._plans[id(model)] = (model, self._planned(model))
+        return kept[1]
+
+
+class _ModelCall(Runnable[ModelRequest[Any], ModelResponse[Any]]):
+    """The agent's model call, other middleware included, as an app whose draft is judged."""
+
+    def __init__(
+        self,
+        *,
+        answer: Callable[[ModelRequest[Any]], ModelResponse[Any]] | None = None,
+        aanswer: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]] | None = None,
+    ) -> None:
+        self._answer, self._aanswer = answer, aanswer
+        self._node = get_config()
+
+    def traced(self) -> RunnableConfig:
+        """Return the configuration under which the call is judged: the node's, as far as it is the user's."""
+        metadata = self._node.get("metadata") or {}
+        own = ("langgraph_", "checkpoint_ns", "ls_", "lc_")
+        return RunnableConfig(
+            callbacks=get_async_callback_manager_for_config(self._node),
+            tags=[tag for tag in self._node.get("tags") or [] if not tag.startswith(("graph:", "seq:"))],
+            metadata={key: value for key, value in metadata.items() if not key.startswith(own)},
+            configurable=self._node.get("configurable") or {},
+        )
+
+    def invoke(
+        self, input: ModelRequest[Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> ModelResponse[Any]:
+        """Call the model."""
+        assert self._answer is not None
+        with self._under(config):
+            return self._answer(input)
+
+    async def ainvoke(
+        self, input: ModelRequest[Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> ModelResponse[Any]:
+        """Call the model."""
+        assert self._aanswer is not None
+        with self._under(config):
+            return await self._aanswer(input)
+
+    @contextmanager
+    def _under(self, config: RunnableConfig | None) -> Iterator[None]:
+        """Restore the agent's node around the call, so that what runs there finds its runtime and store."""
+        given = config or RunnableConfig()
+        token = var_child_runnable_config.set(
+            {
+                **self._node,
+                "callbacks": given.get("callbacks"),
+                "configurable": given.get("configurable") or {},
+            }
+        )
+        try:
+            yield
+        finally:
+            var_child_runnable_config.reset(token)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn(Shape):
+    """Where a turn of the agent's model has its conversation and its answer."""
+
+    request: ModelRequest[Any]
+    """What the model is asked."""
+
+    def conversation(self, value: object) -> tuple[Message, ...]:
+        """Return the agent's messages, the system prompt first."""
+        system = [self.request.system_message] if self.request.system_message else []
+        return tuple(map(from_langchain, [*system, *self.request.messages]))
+
+    def answer(self, output: Any) -> Message:
+        """Return the turn's message; a structured answer that was given as a call, as its JSON."""
+        found = from_langchain(_turn(output))
+        if (call := _structured_call(output)) is None:
+            return found
+        said = json.dumps(call["args"], ensure_ascii=False)
+        words = text_of(found)
+        return Message(role=found.role, content=f"{words}\n{said}" if words else said, id=found.id)
+
+    def form(self, output: Any) -> Form | None:
+        """Return what a structured answer must be."""
+        if output.structured_response is None:
+            return None
+        wanted, call = self.request.response_format, _structured_call(output)
+        if isinstance(wanted, ProviderStrategy):
+            specs = [wanted.schema_spec]
+        elif isinstance(wanted, ToolStrategy):
+            specs = wanted.schema_specs
+        else:
+            schema: Any = wanted.schema if isinstance(wanted, AutoStrategy) else wanted
+            specs = ToolStrategy(schema).schema_specs
+        spec = next((spec for spec in specs if call is not None and spec.name == call["name"]), specs[0])
+        return Form(spec.json_schema, OutputToolBinding.from_schema_spec(spec).parse)
+
+    def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
+        """Return the response with what is released in its place.
+
+        Raises:
+            Refused: a refusal cannot be typed as the structured answer.
+        """
+        message, call, form = _turn(output), _structured_call(output), self.form(output)
+        if form is None or trajectory.released_from == "draft":
+            left = super().put(message, from_langchain(message) if call else released, trajectory)
+            return replace(output, result=[left if m is message else m for m in output.result])
+        said = text_of(released)
+        if trajectory.released_from == "refusal":
+            raise Refused(f"the structured answer was refused: {said}", trajectory_id=trajectory.id)
+        said = form.read(said)
+        data = json.loads(said)
+        structured = form.parse(data)
+        # The draft stands in other places of the message, too: parsed, and as the provider writes calls.
+        update: dict[str, Any] = {"content": said, "additional_kwargs": {}}
+        if call is not None:
+            update |= {"content": "", "tool_calls": [{**call, "args": data}]}
+        left = super().put(message, released, trajectory).model_copy(update=update)
+        told = {"content": f"Returning structured response: {structured}"}  # LangChain's words for it
+        result: list[BaseMessage] = [
+            m.model_copy(update=told) if isinstance(m, ToolMessage) else m for m in output.result
+        ]
+        result[output.result.index(message)] = left
+        return ModelResponse(result=result, structured_response=structured)
+
+    def pack(self, output: Any) -> Any:
+        """Return the response's messages; its structured answer stands in them, too."""
+        return {"result": output.result, "structured": output.structured_response is not None}
+
+    def unpack(self, packed: Any) -> Any:
+        """Return the response."""
+        response: ModelResponse[Any] = ModelResponse(result=packed["result"], structured_response=None)
+        if packed["structured"]:
+            response = replace(response, structured_response=packed)  # stands for it until its form is known
+            form = self.form(response)
+            assert form is not None
+            call = _structured_call(response)
+            data = call["args"] if call else json.loads(form.read(text_of(_turn(response))))
+            response = replace(response, structured_response=form.parse(data))
+        return response
+
+
+def _turn(response: ModelResponse[Any]) -> AIMessage:
+    return next(m for m in response.result if isinstance(m, AIMessage))
+
+
+def _structured_call(response: ModelResponse[Any]) -> ToolCall | None:
+    """Return the call as which a structured answer was given; None where it was not."""
+    if response.structured_response is None:
+        return None
+    answered = {m.tool_call_id for m in response.result if isinstance(m, ToolMessage)}
+    return next((call for call in _turn(response).tool_calls if call["id"] in answered), None)

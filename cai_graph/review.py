@@ -1,0 +1,397 @@
+"""People in the loop: where a request waits until a person has decided what leaves.
+
+    graph.run asks ──> Desk.lay_down   the request goes into a graph of one node, which interrupts
+    resume         ──> Desk.settle     the node goes on with the decision; it is logged, and an answer leaves
+
+Nothing of a waiting request is logged, and nothing is paid for again when it goes on: what lies in the
+checkpointer is the app's output and, as JSON, the Trajectory as far as it has come. It lies in a thread of
+its own (`cai:THREAD`), which is deleted once the decision is in the log.
+
+Inside a node of another LangGraph graph, an agent say, the interrupt is that graph's, and so is the
+checkpointer. That graph runs the node again when it is resumed, and the request is found lying there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from typing import Any, NamedTuple, TypedDict, TypeVar, cast
+
+import msgspec
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import var_child_runnable_config
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.graph import END, START, StateGraph
+from langgraph.graph.state import CompiledStateGraph
+from langgraph.types import Command, Interrupt, interrupt
+
+from cai_graph import bridge, graph
+from cai_graph.calls import describe
+from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
+from cai_graph.form import Form
+from cai_graph.plan import Plan
+from cai_graph.policy import Progress
+from cai_graph.shape import Shape
+from cai_graph.trajectory import (
+    Label,
+    Message,
+    Outcome,
+    Review,
+    Trajectory,
+    decode,
+    encode,
+    new_id,
+    now,
+    text_of,
+)
+
+__all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer", "resumed"]
+
+Checkpointer = BaseCheckpointSaver[Any]
+
+T = TypeVar("T")
+
+DECISIONS = ("approve", "edit", "draft", "reject")
+"""What a person may decide: release what is proposed, an answer of his own, the draft, or the refusal."""
+
+TYPE = "constitutional_review"
+"""Tells the question apart from what else an agent may ask a person."""
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no checkpointer takes one
+
+_TASK, _CHECKPOINTER = "__pregel_task_id", "__pregel_checkpointer"
+"""Keys under which LangGraph tells a node of its task, and of the checkpointer that keeps its graph."""
+
+
+class Waiting(TypedDict, total=False):
+    """A request that waits, as it lies in a checkpointer."""
+
+    trajectory: str
+    """As far as it has come: JSON as in a log, so that a later release reads it."""
+    output: Any
+    """What the app returned."""
+    question: dict[str, Any]
+    """What the person is shown."""
+    proposed: str
+    """Name of the answer that `approve` releases; see `Progress.answer`."""
+    review: str
+    """Id that the Review will have, so that logging it twice is logging it once."""
+    decision: dict[str, Any]
+    """What the person decided."""
+
+
+class Settled(NamedTuple):
+    """A request that a person has decided about."""
+
+    output: Any
+    """What the app returned."""
+    trajectory: Trajectory
+    """The record, as it was logged."""
+    released: Message | None
+    """The message that leaves."""
+
+
+def review(state: Waiting) -> Waiting:
+    """Wait for a person."""
+    return Waiting(decision=interrupt(state["question"]))
+
+
+@cache
+def _compiled() -> CompiledStateGraph[Waiting, None, Waiting, Waiting]:
+    builder = StateGraph(Waiting)
+    builder.add_node("review", review)
+    builder.add_edge(START, "review")
+    builder.add_edge("review", END)
+    return builder.compile(name="cai_graph_review")
+
+
+def resumed(input: object) -> Any:
+    """Return the decision that an input resumes with; None where it is an ordinary input."""
+    return input.resume if isinstance(input, Command) else None
+
+
+def awaits(output: Any) -> RunError:
+    """Return the error that says what an output of a paused app waits for."""
+    for each in output.get("__interrupt__", ()):
+        if isinstance(each.value, Mapping) and each.value.get("type") == TYPE:
+            return AwaitsReview(each.value)
+    return RunError("the app waits for a person, so there is no answer yet; use ainvoke, and resume it")
+
+
+def check_checkpointer(face: str, checkpointer: object, *, asks: bool) -> None:
+    """Raise ConfigError where a checkpointer is missing, or is none."""
+    if checkpointer is None and asks:
+        raise ConfigError(
+            f"policy 'human' waits in a checkpointer: {face[:-1]}…, checkpointer=…), for example LangGraph's "
+            "SqliteSaver or PostgresSaver; InMemorySaver forgets what waits when the process ends"
+        )
+    if checkpointer is not None and not isinstance(checkpointer, BaseCheckpointSaver):
+        raise ConfigError(f"checkpointer is a LangGraph checkpointer, found {type(checkpointer).__name__}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """Where the requests of one thread, or of one node's task in an outer graph, wait for a person."""
+
+    plan: Plan
+    """Judges, refuses, logs."""
+    shape: Shape
+    """Where the answer is in the app's output."""
+    checkpointer: Checkpointer
+    """Keeps what waits."""
+    thread: str
+    """Name of the caller's thread."""
+    key: str
+    """Thread in which the request lies."""
+    within: RunnableConfig | None
+    """Configuration of the outer graph's node; None where no graph stands around the request."""
+    caller: bridge.Caller | None
+    """The thread that waits for the answer, where it is a synchronous one."""
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        shape: Shape,
+        config: RunnableConfig,
+        messages: Sequence[Message],
+        checkpointer: Checkpointer | None,
+        caller: bridge.Caller | None,
+    ) -> Desk:
+        """Return the desk of a request.
+
+        Raises:
+            ConfigError: the thread, or the checkpointer of the outer graph, is missing.
+        """
+        around = var_child_runnable_config.get() or RunnableConfig()
+        within = next((c for c in (config, around) if _TASK in (c.get("configurable") or {})), None)
+        given = (within or config).get("configurable") or {}
+        if within is not None:
+            checkpointer = given.get(_CHECKPOINTER)
+            if not isinstance(checkpointer, BaseCheckpointSaver):
+                raise ConfigError(
+                    "policy 'human' pauses the graph that stands around the request, so that graph needs a "
+                    "checkpointer: compile(checkpointer=…), or create_agent(…, checkpointer=…)"
+                )
+        thread = given.get("thread_id")
+        if checkpointer is None or thread is None:
+            raise ConfigError(
+                "policy 'human' needs to know which thread waits for a decision: give a config such as "
+                '{"configurable": {"thread_id": "1"}}'
+            )
+        key = f"cai:{thread}"
+        if within is not None:
+            # A node that runs again asks the same, and has the same task; its neighbours ask something else.
+            asked = msgspec.json.encode([[m.role, text_of(m)] for m in messages])
+            task = f"{given.get('checkpoint_ns')}\0{plan.constitution.digest}\0".encode()
+            key = f"{key}:{hashlib.sha256(task + asked).hexdigest()[:32]}"
+        return cls(
+            plan=plan,
+            shape=shape,
+            checkpointer=checkpointer,
+            thread=str(thread),
+            key=key,
+            within=within,
+            caller=caller,
+        )
+
+    async def lying(self) -> Waiting | None:
+        """Return the request that waits here, or None."""
+        machine, config = self._machine, self._config
+        snapshot = await self._do(lambda: machine.get_state(config), lambda: machine.aget_state(config))
+        return cast("Waiting", snapshot.values) if snapshot.values.get("question") else None
+
+    async def lay_down(self, ending: graph.Ending, output: Any) -> Waiting:
+        """Keep a request until a person has decided.
+
+        Raises:
+            RunError: the checkpointer cannot keep it; its Trajectory is logged.
+        """
+        trajectory = ending.trajectory
+        assert trajectory.draft is not None
+        progress = Progress(trajectory.draft, list(trajectory.rounds))
+        proposed = progress.best(self.plan.constitution)
+        question = _question(trajectory, text_of(progress.answer(proposed)), ending.asks or "")
+        waiting = Waiting(
+            trajectory=encode(trajectory).decode(),
+            output=self.shape.pack(output),
+            question={**question, "thread_id": self.thread},
+            proposed=proposed,
+            review=new_id(),
+        )
+        try:
+            await self._run(waiting)
+        except Exception as error:
+            ended = msgspec.structs.replace(trajectory, error=describe(error))
+            await graph.commit(self.plan, ended, failed=True)
+            raise RunError(
+                f"the request could not be kept for a person: {error}; what an app returns must be something "
+                "that the checkpointer can store",
+                trajectory_id=trajectory.id,
+            ) from error
+        return waiting
+
+    def paused(self, waiting: Waiting, output: Any) -> dict[str, Any] | None:
+        """Return what a LangGraph graph returns that waits, where the app returns a dict as a graph does."""
+        if self.within is not None or not isinstance(output, Mapping):
+            return None
+        question = waiting["question"]
+        return {"__interrupt__": [Interrupt(value=question, id=question["trajectory_id"])]}
+
+    async def settle(self, waiting: Waiting, said: Any = None) -> Settled:
+        """Log what a person decided about a request, and return what leaves.
+
+        `said` is the decision, where the caller was resumed with one.
+
+        Raises:
+            AwaitsReview: there is no decision yet.
+            GraphInterrupt: the same, inside an outer graph.
+            DataError: the decision cannot be read; the request goes on waiting.
+            LogError: it could not be logged and `on_log_error` is `raise`; the request goes on waiting.
+        """
+        output = self.shape.unpack(waiting["output"])
+        if (decision := waiting.get("decision")) is None:
+            question, required = waiting["question"], self.shape.form(output)
+            if self.within is not None:
+                decision = await self._asked(question, required)
+            elif said is None:
+                raise AwaitsReview(question)
+            elif (problem := _problem(said, required)) is not None:
+                raise DataError(problem)
+            else:
+                decision = dict(said)
+            decision = {**decision, "at": now().isoformat()}
+            await self._run(Command(resume=decision))
+        trajectory, record = _settled(waiting, decision, self.plan)
+        await graph.commit(self.plan, trajectory)
+        await graph.commit(self.plan, record)
+        keeper = self.checkpointer
+        await self._do(lambda: keeper.delete_thread(self.key), lambda: keeper.adelete_thread(self.key))
+        assert trajectory.released is not None
+        return Settled(output, trajectory, trajectory.released)
+
+    async def _asked(self, question: Mapping[str, Any], required: Form | None) -> dict[str, Any]:
+        """Return what the outer graph was resumed with, or pause it."""
+
+        def ask() -> dict[str, Any]:
+            token = var_child_runnable_config.set(self.within)
+            try:
+                said = interrupt(question)
+                while (problem := _problem(said, required)) is not None:
+                    said = interrupt({**question, "problem": problem})
+                return dict(said)
+            finally:
+                var_child_runnable_config.reset(token)
+
+        return ask() if self.caller is None else await self.caller.call(ask)
+
+    @property
+    def _machine(self) -> CompiledStateGraph[Waiting, None, Waiting, Waiting]:
+        return _compiled().copy({"checkpointer": self.checkpointer})
+
+    @property
+    def _config(self) -> RunnableConfig:
+        return RunnableConfig(configurable={"thread_id": self.key})
+
+    async def _run(self, given: Waiting | Command[Any]) -> None:
+        machine, config = self._machine, self._config
+        await self._do(
+            lambda: machine.invoke(given, config, durability="sync"),
+            lambda: machine.ainvoke(given, config, durability="sync"),
+        )
+
+    async def _do(self, directly: Callable[[], T], awaited: Callable[[], Any]) -> T:
+        """Use the checkpointer as its owner does: from the caller's thread, or in his event loop."""
+
+        def alone() -> T:
+            with graph.apart():
+                return directly()
+
+        if self.caller is not None:
+            return await self.caller.call(alone)
+        with graph.apart():
+            result: T = await awaited()
+            return result
+
+
+def _question(trajectory: Trajectory, proposed: str, reason: str) -> dict[str, Any]:
+    """Return what the person is shown, as JSON."""
+    assert trajectory.draft is not None
+    answer = trajectory.draft.answer
+    verdicts = trajectory.rounds[0].critique.verdicts if trajectory.rounds else ()
+    question = {
+        "type": TYPE,
+        "trajectory_id": trajectory.id,
+        "constitution": trajectory.constitution.name,
+        "reason": reason,
+        "request": trajectory.prompt,
+        "draft": text_of(answer),
+        "tool_calls": msgspec.to_builtins(answer.tool_calls),
+        "proposed": proposed,
+        "findings": [
+            msgspec.to_builtins(verdict) for verdict in verdicts if verdict.label is not Label.COMPLIES
+        ],
+        "decisions": list(DECISIONS),
+    }
+    shown: dict[str, Any] = json.loads(_LONE_SURROGATE.sub("?", json.dumps(question, ensure_ascii=False)))
+    return shown
+
+
+def _problem(said: Any, required: Form | None) -> str | None:
+    """Return what is wrong with a decision, or None."""
+    form = '{"decision": "approve" | "edit" | "draft" | "reject", "answer": …, "reviewer": …, "note": …}'
+    if not isinstance(said, Mapping):
+        return f"a decision is a dict, {form}; found {type(said).__name__}"
+    if said.get("decision") not in DECISIONS:
+        return f"decision is one of {', '.join(DECISIONS)}, found {said.get('decision')!r}"
+    if unknown := [key for key in said if key not in ("decision", "answer", "reviewer", "note")]:
+        return f"a decision has the form {form}; found also {', '.join(map(repr, unknown))}"
+    for key in ("answer", "reviewer", "note"):
+        if said.get(key) is not None and not (isinstance(said[key], str) and said[key].strip()):
+            return f"{key} is text, found {said[key]!r}"
+    if (said["decision"] == "edit") != (said.get("answer") is not None):
+        return "the decision 'edit', and no other, comes with the answer that is to leave: 'answer'"
+    if said["decision"] == "edit" and required is not None:
+        try:
+            required.read(said["answer"])
+        except ValueError as error:
+            return f"the answer is a structured one, and this is not: {error}"
+    return None
+
+
+def _settled(waiting: Waiting, decision: Mapping[str, Any], plan: Plan) -> tuple[Trajectory, Review]:
+    """Return the record of a request that a person decided about, and his Review."""
+    trajectory = decode(waiting["trajectory"])
+    assert isinstance(trajectory, Trajectory)
+    assert trajectory.draft is not None
+    progress = Progress(trajectory.draft, list(trajectory.rounds))
+    own: Message | None = None
+    if decision["decision"] == "edit":
+        own = Message(role="assistant", content=decision["answer"], id=trajectory.draft.answer.id)
+        changes: dict[str, Any] = {"outcome": Outcome.REVISED, "released": own, "released_from": "human"}
+    elif decision["decision"] == "reject":
+        refusal = plan.constitution.refusal_in(plan.settings.language)
+        message = Message(role="assistant", content=refusal)
+        changes = {"outcome": Outcome.REFUSED, "released": message, "released_from": "refusal"}
+    else:
+        of = "draft" if decision["decision"] == "draft" else waiting["proposed"]
+        changes = {
+            "outcome": Outcome.EXHAUSTED,
+            "released": progress.answer(of),
+            "released_from": "draft" if of == "draft" else "revision",
+        }
+    record = Review(
+        id=waiting["review"],
+        at=datetime.fromisoformat(decision["at"]),
+        trajectory_id=trajectory.id,
+        reviewer=decision.get("reviewer") or "unnamed",
+        decision=decision["decision"],
+        answer=own,
+        note=decision.get("note"),
+    )
+    return msgspec.structs.replace(trajectory, **changes), record
