@@ -120,7 +120,44 @@ class ConstitutionalChatModel(BaseChatModel):
                 await run.on_llm_new_token(piece.text, chunk=_chunk(piece))
         return _result(piece.whole, piece.trajectory)
 
-    # LangChain's own `stream` tells `_stream` nothing of its run, and the calls below are traced under it.
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        options = _options(stop, kwargs)
+        return bridge.stream(lambda caller: self._generations(messages, options, run_manager, caller))
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        async with aclosing(self._generations(messages, _options(stop, kwargs), run_manager)) as made:
+            async for chunk in made:
+                yield chunk
+
+    async def _generations(
+        self,
+        messages: list[BaseMessage],
+        options: Mapping[str, Any],
+        run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None,
+        caller: bridge.Caller | None = None,
+    ) -> AsyncGenerator[ChatGenerationChunk, None]:
+        below = self._below(run_manager)
+        async with aclosing(self._guard.stream(messages, below, options, caller=caller)) as pieces:
+            async for piece in pieces:
+                yield _chunk(piece)
+
+    # LangChain's own `stream`, and its `invoke` where it streams, tell `_stream` nothing of the run, under
+    # which the calls below are traced.
+
+    def _should_stream(self, **kwargs: Any) -> bool:
+        return False
 
     def stream(
         self,
@@ -174,12 +211,10 @@ class ConstitutionalChatModel(BaseChatModel):
             batch_size=1,
         )
         told: ChatGenerationChunk | None = None
-        below, under = self._below(run), _options(stop, options)
         try:
-            async with aclosing(self._guard.stream(messages, below, under, caller=caller)) as pieces:
-                async for piece in pieces:
-                    chunk = _chunk(piece)
-                    await run.on_llm_new_token(piece.text, chunk=chunk)
+            async with aclosing(self._generations(messages, _options(stop, options), run, caller)) as made:
+                async for chunk in made:
+                    await run.on_llm_new_token(chunk.text, chunk=chunk)
                     told = chunk if told is None else told + chunk
                     yield _with_usage(cast("AIMessageChunk", chunk.message))
         except BaseException as error:

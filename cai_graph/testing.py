@@ -1,19 +1,22 @@
-"""A chat model for tests, ours and our users': it says what the script says."""
+"""For tests, ours and our users': a chat model that says what its script says, and a search for leaks."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import PrivateAttr, SkipValidation
 
-__all__ = ["ScriptedModel"]
+__all__ = ["ScriptedModel", "Seen", "everywhere", "leaks"]
 
 Reply = str | AIMessage | Exception
 
@@ -94,3 +97,141 @@ class ScriptedModel(BaseChatModel):
 
     async def _agenerate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> ChatResult:
         return self._generate(messages, *args, **kwargs)  # nothing here waits, so no thread is needed
+
+
+# --- what streams show --------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What an app showed to one way of calling it."""
+
+    way: str
+    """Such as `astream`, or `node astream, messages`: in a node of an outer graph, streamed in that mode."""
+    items: list[Any]
+    """The result, chunks or events, in order."""
+    error: Exception | None
+    """What was raised at its end."""
+
+
+async def leaks(app: Runnable[Any, Any], input: Any, canary: str) -> list[str]:
+    """Return the ways of calling `app` that show `canary`, a word of a draft that must not leave.
+
+    >>> import asyncio
+    >>> asyncio.run(leaks(ScriptedModel(replies=lambda _: "a bad word"), "hello", "bad"))[:3]
+    ['invoke', 'stream', 'transform']
+    """
+    return [seen.way async for seen in everywhere(app, input) if canary in repr(seen)]
+
+
+async def everywhere(
+    app: Runnable[Any, Any], input: Any, config: RunnableConfig | None = None
+) -> AsyncIterator[Seen]:
+    """Call `app` in every way that LangChain and LangGraph have, and yield what each of them shows.
+
+    Synchronously and asynchronously, by itself and in a node of an outer graph, which is streamed in all
+    modes at once with its subgraphs. An app that is itself a graph is streamed in all modes, too.
+    """
+    alone: dict[str, Callable[[], Any]] = {
+        "invoke": lambda: app.invoke(input, config),
+        "stream": lambda: app.stream(input, config),
+        "transform": lambda: app.transform(iter([input]), config),
+        "ainvoke": lambda: app.ainvoke(input, config),
+        "astream": lambda: app.astream(input, config),
+        "atransform": lambda: app.atransform(_only(input), config),
+        "astream_events": lambda: app.astream_events(input, config, version="v2"),
+    }
+    if hasattr(app, "stream_mode") or isinstance(app, BaseChatModel):  # others have no version 3 yet
+        alone["astream_events v3"] = lambda: _third(app, input, config)
+    for way, call in alone.items():
+        yield Seen(way, *await _collected(call, asynchronous=way.startswith("a")))
+    for way in ("invoke", "stream", "ainvoke", "astream"):
+        under: RunnableConfig = {**(config or {}), "configurable": {"thread_id": way}}
+        events = lambda: _third(_around(app, way), {"input": input}, under)  # noqa: B023, E731
+        if way.startswith("a"):
+            yield Seen(f"node {way}, astream_events v3", *await _collected(events, asynchronous=True))
+        async for seen in _modes(f"node {way}", _around(app, way), {"input": input}, config):
+            yield seen
+    if hasattr(app, "stream_mode"):  # it is a graph
+        for way in ("stream", "astream"):
+            async for seen in _modes(f"graph {way}", app, input, config):
+                yield seen
+
+
+_MODES = ("values", "updates", "messages", "custom", "tasks", "debug")
+
+
+async def _modes(way: str, graph: Any, input: Any, config: RunnableConfig | None) -> AsyncIterator[Seen]:
+    """Stream a graph in all modes at once, and yield what each of them shows."""
+    modes = [*_MODES, "checkpoints"] if graph.checkpointer else [*_MODES]
+    asynchronous = way.partition(" ")[2].startswith("a")
+    stream = graph.astream if asynchronous else graph.stream
+    under: RunnableConfig = {**(config or {}), "configurable": {"thread_id": way}}
+    items, error = await _collected(
+        lambda: stream(input, under, stream_mode=modes, subgraphs=True), asynchronous=asynchronous
+    )
+    for mode in modes:
+        yield Seen(f"{way}, {mode}", [shown for _, told, shown in items if told == mode], error)
+
+
+def _around(app: Runnable[Any, Any], way: str) -> Any:
+    """Return an outer graph with `app` in its one node, called in this way, and a checkpointer."""
+    from langgraph.checkpoint.memory import InMemorySaver
+    from langgraph.graph import END, START, StateGraph
+
+    nodes = {
+        "invoke": lambda state: {"output": app.invoke(state["input"])},
+        "stream": lambda state: {"output": list(app.stream(state["input"]))},
+    }
+
+    async def ainvoke(state: _State) -> dict[str, Any]:
+        return {"output": await app.ainvoke(state["input"])}
+
+    async def astream(state: _State) -> dict[str, Any]:
+        return {"output": [chunk async for chunk in app.astream(state["input"])]}
+
+    graph = StateGraph(_State)
+    graph.add_node("answer", {**nodes, "ainvoke": ainvoke, "astream": astream}[way])
+    graph.add_edge(START, "answer")
+    graph.add_edge("answer", END)
+    return graph.compile(checkpointer=InMemorySaver())
+
+
+class _State(TypedDict, total=False):
+    input: Any
+    output: Any
+
+
+async def _third(app: Any, input: Any, config: RunnableConfig | None) -> AsyncIterator[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # LangChain warns that this version is not settled
+        async for event in await app.astream_events(input, config, version="v3"):
+            yield event
+
+
+async def _only(item: Any) -> AsyncIterator[Any]:
+    yield item
+
+
+async def _collected(call: Callable[[], Any], *, asynchronous: bool) -> tuple[list[Any], Exception | None]:
+    """Return what a call gives, item by item where it streams, and what it raises."""
+    items: list[Any] = []
+
+    def consume() -> None:
+        made = call()
+        if isinstance(made, Iterator):
+            for item in made:  # what came before an error counts
+                items.append(item)
+        else:
+            items.append(made)
+
+    try:
+        if not asynchronous:
+            await asyncio.to_thread(consume)  # which has no event loop
+        elif isinstance(made := call(), AsyncIterator):
+            async for item in made:
+                items.append(item)
+        else:
+            items.append(await made)
+    except Exception as error:
+        return items, error
+    return items, None

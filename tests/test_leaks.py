@@ -1,0 +1,184 @@
+"""The leak matrix: no stream shows a draft, a rejected revision or a critique; tracers see every call.
+
+Each cell is a face, a way of calling it, a stream mode and an outcome. Every draft that is not released,
+every rejected revision and every critique carries a canary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.runnables import RunnableLambda, RunnableParallel
+from langchain_core.tracers.base import BaseTracer
+from langchain_core.tracers.schemas import Run
+from langgraph.graph import END, START, MessagesState, StateGraph
+from replies import RULES, answer_in, by_role, role_of, verdicts
+
+from cai_graph import ScriptedModel, constitutional
+from cai_graph.testing import everywhere, leaks
+
+CANARY = "CANARY-7f3a"
+SAID = "The first of the sentences is fine, and it is long enough to be a block of its own, so it is."
+MENDED = "Something better follows."
+
+
+class Case(NamedTuple):
+    """What a cell's model says, and what must be seen of it."""
+
+    draft: str
+    revision: str
+    settings: dict[str, Any]
+    shown: tuple[str, ...]
+    """What every way of calling shows of the answer: one of these."""
+
+
+def case(mode: str, outcome: str) -> Case:
+    bad = f"{SAID} Then it is unsafe. And so it ends."
+    secret = bad.replace("unsafe", f"unsafe {CANARY}")
+    if outcome == "kept":
+        return Case(SAID, "never asked for", {}, (SAID,))
+    if mode == "audit":  # the draft leaves, by the user's choice, but where nothing is streamed
+        return Case(bad, MENDED, {}, (bad, MENDED))
+    if outcome == "revised":
+        return Case(secret, MENDED, {}, (MENDED,))
+    rejected = f"This is as unsafe as before, says {CANARY}."
+    if outcome == "refused":
+        return Case(secret, rejected, {}, (RULES.refusal,))
+    return Case(secret, rejected, {"on_violation": "raise"}, ())
+
+
+def scripted(case: Case, *, fails: bool) -> ScriptedModel:
+    def critique(messages: list[BaseMessage]) -> str | Exception:
+        if fails:
+            return RuntimeError("the critic is down")
+        found = verdicts(*(["no-harm"] if "unsafe" in answer_in(messages) else []))
+        return found.replace("breaks no-harm", CANARY)
+
+    return by_role(draft=case.draft, critique=critique, revise=case.revision)
+
+
+def chain(model: ScriptedModel, **settings: Any) -> Any:
+    return constitutional(model | StrOutputParser(), critic=model, reviser=model, **settings)
+
+
+def retrieval(model: ScriptedModel, **settings: Any) -> Any:
+    app = RunnableParallel(answer=model | StrOutputParser(), documents=lambda _: ["a document"])
+    return constitutional(app, critic=model, reviser=model, context_keys=["documents"], **settings)
+
+
+def graph(model: ScriptedModel, **settings: Any) -> Any:
+    async def anode(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [await model.ainvoke(state["messages"])]}
+
+    def node(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [model.invoke(state["messages"])]}
+
+    built = StateGraph(MessagesState)
+    built.add_node("answer", RunnableLambda(node, anode))
+    built.add_edge(START, "answer")
+    built.add_edge("answer", END)
+    return constitutional(built.compile(), critic=model, reviser=model, **settings)
+
+
+def chat(model: ScriptedModel, **settings: Any) -> Any:
+    return constitutional(model, **settings)
+
+
+def agent(model: ScriptedModel, **settings: Any) -> Any:
+    return create_agent(constitutional(model, **settings), tools=[])
+
+
+FACES: dict[str, tuple[Callable[..., Any], Any]] = {
+    "chain": (chain, "hello"),
+    "retrieval": (retrieval, "hello"),
+    "graph": (graph, {"messages": [("user", "hello")]}),
+    "chat": (chat, "hello"),
+    "agent": (agent, {"messages": [("user", "hello")]}),
+}
+
+
+class Tracer(BaseTracer):
+    """Counts the runs of the model inside, as LangSmith's tracer sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def _persist_run(self, run: Run) -> None:
+        self.calls += _calls(run)
+
+
+def _calls(run: Run) -> int:
+    return (run.run_type == "llm" and run.name == "ScriptedModel") + sum(map(_calls, run.child_runs))
+
+
+class Count:
+    cells = 0
+    canaries = 0
+
+
+@pytest.fixture(scope="module")
+def count(request: pytest.FixtureRequest) -> Iterator[Count]:
+    counted = Count()
+    yield counted
+    terminal: Any = request.config.pluginmanager.get_plugin("terminalreporter")
+    terminal.ensure_newline()
+    terminal.write_line(f"leak matrix: {counted.cells} cells, {counted.canaries} canaries")
+
+
+@pytest.mark.parametrize("outcome", ["kept", "revised", "refused", "failed"])
+@pytest.mark.parametrize("mode", ["buffer", "blocks", "audit"])
+@pytest.mark.parametrize("face", FACES)
+async def test_no_stream_shows_a_canary_and_the_tracer_sees_every_call(
+    face: str, mode: str, outcome: str, count: Count
+) -> None:
+    made, tracer = case(mode, outcome), Tracer()
+    model = scripted(made, fails=mode == "audit" and outcome == "failed")
+    build, input = FACES[face]
+    app = build(model, constitution=RULES, log=None, stream=mode, **made.settings)
+
+    async for seen in everywhere(app, input, {"callbacks": [tracer]}):
+        count.cells += 1
+        count.canaries += CANARY in repr(seen)
+        assert CANARY not in repr(seen), seen.way
+        assert (seen.error is None) == (outcome != "failed"), (seen.way, seen.error)
+        if seen.way.endswith("custom"):
+            assert "critiquing" in repr(seen.items), seen.way
+        elif outcome != "failed":
+            assert any(text in texts(seen.items) for text in made.shown), seen.way
+
+    assert tracer.calls == len(model.calls)
+    if mode != "audit" and outcome in ("refused", "revised"):
+        assert {role_of(messages) for messages in model.calls} == {"draft", "critique", "revise"}
+
+
+def texts(value: Any) -> str:
+    """All texts in what a stream shows, in order, so that chunks add up."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, BaseMessage):
+        return value.text
+    if isinstance(value, dict):
+        return "".join(texts(item) for key, item in value.items() if key != "documents")
+    if isinstance(value, tuple) and value and isinstance(value[0], BaseMessage):
+        return value[0].text  # beside it stands the metadata of LangGraph's `messages` mode
+    return "".join(map(texts, value)) if isinstance(value, list | tuple) else ""
+
+
+async def test_a_leak_is_found_where_there_is_one() -> None:
+    model = ScriptedModel(replies=lambda _: f"this is {CANARY}")
+
+    found = await leaks(model, "hello", CANARY)
+
+    assert {"stream", "astream_events", "node ainvoke, messages", "node stream, updates"} <= set(found)
+
+
+async def test_a_wrapped_app_has_no_leak() -> None:
+    made = case("blocks", "revised")
+
+    assert await leaks(chat(scripted(made, fails=False), constitution=RULES, log=None), "hello", CANARY) == []
