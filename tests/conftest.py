@@ -1,14 +1,16 @@
-"""What the whole suite stands on: a closed network, and the tiny model."""
+"""What the whole suite stands on: a closed network, the tiny model, and a PostgreSQL."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from postgres_server import Server
 
 from cai_graph import local
 
@@ -64,3 +66,27 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_weights() -> Path:
     """The tiny model, fetched once into the user's cache the way a user fetches it (98 MB)."""
     return local.fetch(local.find("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL of this session, started when a test first asks for it."""
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_log(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]:
+    """A function that gives the URL of a log that does not exist yet, another one at each call."""
+    numbers = itertools.count(1)
+    if request.param == "sqlite":
+        return lambda: f"sqlite:///{tmp_path}/log{next(numbers)}.db"
+    server: Server = request.getfixturevalue("postgres")
+    return lambda: server.url(server.database(next(numbers)))
+
+
+@pytest.fixture
+def url(new_log: Callable[[], str]) -> str:
+    """The URL of a log that does not exist yet."""
+    return new_log()

@@ -1,13 +1,18 @@
-"""Records for tests: one made by hand, and strategies that make any."""
+"""Logs for tests: records made by hand, strategies that make any, and ways past the log to its database."""
 
 from __future__ import annotations
 
 import json
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any
 
+import apsw
+import psycopg
 from hypothesis import strategies as st
 
+from cai_graph.log import Log, open_log
+from cai_graph.log.store import Store
 from cai_graph.trajectory import (
     Call,
     Comparison,
@@ -30,6 +35,48 @@ from cai_graph.trajectory import (
 )
 
 START = datetime(2026, 11, 1, 12, 0, tzinfo=UTC)
+
+
+def fill(log: Log, count: int) -> list[Trajectory]:
+    """Append so many Trajectories, and return them once they are committed."""
+    made = [trajectory(number) for number in range(count)]
+    for future in [log.append(record) for record in made]:
+        future.result()
+    return made
+
+
+def contents(url: str | Path) -> list[Record]:
+    """Return every record of a log."""
+    with open_log(url, read_only=True) as log:
+        return list(log.read())
+
+
+def store_of(log: Log) -> Store:
+    """Return what is behind a log."""
+    return log._shared.store
+
+
+def execute(url: str | Path, sql: str, *bindings: Any) -> list[tuple[Any, ...]]:
+    """Run one statement in a log's database, past the log; parameters are question marks."""
+    if not str(url).startswith("postgresql"):
+        db = apsw.Connection(str(url).removeprefix("sqlite:///"))
+        rows = list(db.execute(sql, bindings))
+        db.close()
+        return rows
+    with psycopg.connect(
+        str(url).replace("+psycopg", ""), options="-c search_path=cai_log", autocommit=True
+    ) as connection:
+        cursor = connection.execute(sql.replace("?", "%s"), bindings)
+        return cursor.fetchall() if cursor.description else []
+
+
+def everything(url: str | Path) -> bytes:
+    """Return all bytes that a log has in its database."""
+    if str(url).startswith("postgresql"):
+        sql = "SELECT records::text || convert_from(payload, 'UTF8') FROM records"
+        return "".join(text for (text,) in execute(url, sql)).encode()
+    path = Path(str(url).removeprefix("sqlite:///"))
+    return b"".join(file.read_bytes() for file in path.parent.glob(f"{path.name}*"))
 
 
 def trajectory(number: int = 0, **changes: Any) -> Trajectory:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 import typer.main
+from postgres_server import Server as PostgreSQL
 from replies import verdicts
 from wire import Reply, Script, Server, role, serving, under
 
@@ -489,6 +490,38 @@ def test_a_log_of_a_newer_release_is_refused_and_unchanged(logged: Path) -> None
     for args in (("log", "list"), ("log", "stats"), ("run", "q.txt", "--model", "http://127.0.0.1:9/v1#m")):
         assert "upgrade cai-graph" in cai(logged, *args, status=1).stderr
     assert (logged / "cai.db").read_bytes() == before
+
+
+def test_a_log_in_postgresql_takes_the_same_commands_and_no_password_is_shown(
+    tmp_path: Path, serve: Any, postgres: PostgreSQL
+) -> None:
+    url = postgres.url(postgres.database(1)).replace("postgres@", "postgres:s3cret@")
+    option = ("--log", url)
+    server = serve(under(BALANCED, violates=lambda shown: "answer to 1" in shown))
+    (tmp_path / "p.txt").write_text("0\n1\n2\n")
+    said = [cai(tmp_path, "run", "p.txt", "--model", server.spec, *option)]
+    listed = cai(tmp_path, "log", "list", *option, "--outcome", "REVISED")
+    (id, *_) = listed.stdout.splitlines()[1].split()
+    stats = cai(tmp_path, "log", "stats", "--json", *option)
+    assert json.loads(stats.stdout)["outcomes"] == {"KEPT": 2, "REVISED": 1}
+    shown = cai(tmp_path, "log", "show", id, "--json", *option)
+    assert json.loads(shown.stdout)["id"] == id
+    verified = cai(tmp_path, "log", "verify", "--json", *option)
+    assert json.loads(verified.stdout)["records"] == 3
+    said += [listed, stats, shown, verified, cai(tmp_path, "log", "export", "out.jsonl", *option)]
+    # From one database to the other, and nothing twice.
+    said.append(cai(tmp_path, "log", "import", "out.jsonl", "--log", "copy.db"))
+    cai(tmp_path, "log", "export", "copy.jsonl", "--log", "copy.db")
+    assert (tmp_path / "copy.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+    again = cai(tmp_path, "log", "import", "out.jsonl", *option)
+    assert "3 were there already" in again.stderr
+    recovered = cai(tmp_path, "log", "recover", "new.db", *option, status=1)
+    assert "PostgreSQL recovers itself" in recovered.stderr
+    removed = cai(tmp_path, "log", "gc", "--days", "0", "--json", *option)
+    assert json.loads(removed.stdout)["trajectories"] == 3
+    said += [again, recovered, removed, cai(tmp_path, "log", "show", id, *option, status=1)]
+    said.append(cai(tmp_path, "log", "list", "--log", url.replace("/test1", "/absent"), status=1))
+    assert "s3cret" not in repr(said)
 
 
 # --- constitution, model, doctor ----------------------------------------------------------------------

@@ -22,7 +22,7 @@ def found() -> dict[str, doctor.Check]:
 def test_every_part_is_looked_at_once(cache: Path) -> None:
     names = [check.name for check in doctor.checks()]
     assert len(names) == len(set(names))
-    extras = {f"extra [{extra}]" for extra in ("local", "openai", "anthropic", "train")}
+    extras = {f"extra [{extra}]" for extra in ("local", "openai", "anthropic", "postgres", "train")}
     assert extras | {"python", "base packages", "sqlite of the log", "cores"} <= set(names)
 
 

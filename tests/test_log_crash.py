@@ -1,6 +1,6 @@
-"""Processes: killed, forked, many at once. Whatever was acknowledged is in the file, whole.
+"""Processes: killed, forked, many at once. Whatever was acknowledged is in the log, whole.
 
-CAI_LOG_KILLS sets how many times a writing process is killed (25 by default). The long run:
+CAI_LOG_KILLS sets how many times a writing process is killed (15 by default). The long run:
 
     CAI_LOG_KILLS=1000 python -m pytest tests/test_log_crash.py --timeout 0
 """
@@ -12,13 +12,14 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cai_graph.log import open_log
 from cai_graph.log.upkeep import verify
 from cai_graph.trajectory import Trajectory
 
-KILLS = int(os.environ.get("CAI_LOG_KILLS", "25"))
+KILLS = int(os.environ.get("CAI_LOG_KILLS", "15"))
 
 PRELUDE = f"""
 import os, sys, threading
@@ -43,23 +44,20 @@ for thread in range(4):
 """
 
 
-def run(script: str, path: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PRELUDE + script, str(path), *args]
+def run(script: str, url: str, *args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", PRELUDE + script, url, *args]
     return subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, timeout=240)
 
 
-def start(script: str, path: Path, *args: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PRELUDE + script, str(path), *args], stdout=subprocess.PIPE
-    )
+def start(script: str, url: str, *args: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", PRELUDE + script, url, *args], stdout=subprocess.PIPE)
 
 
-def test_no_acknowledged_record_is_lost_when_the_process_is_killed(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
+def test_no_acknowledged_record_is_lost_when_the_process_is_killed(url: str) -> None:
     chance = random.Random(20261123)
     acknowledged: set[str] = set()
     for number in range(KILLS):
-        with start(WRITE_UNTIL_KILLED, path) as child:
+        with start(WRITE_UNTIL_KILLED, url) as child:
             assert child.stdout is not None
             # The moment varies by how many acknowledgements are waited for, from the first on.
             lines = [child.stdout.readline() for _ in range(chance.randrange(1, 120))]
@@ -67,16 +65,15 @@ def test_no_acknowledged_record_is_lost_when_the_process_is_killed(tmp_path: Pat
             lines += child.stdout.readlines()
         acknowledged |= {line.decode().strip() for line in lines if line.endswith(b"\n")}
         if number % 50 == 0 or number == KILLS - 1:
-            found = verify(path)
+            found = verify(url)
             assert found.ok, found
-            with open_log(path, read_only=True) as log:
+            with open_log(url, read_only=True) as log:
                 stored = {record.id for record in log.read()}
             assert acknowledged <= stored
     assert len(acknowledged) > KILLS
 
 
-def test_sixteen_threads_in_four_processes_share_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
+def test_sixteen_threads_in_four_processes_share_one_log(url: str) -> None:
     script = """
 log = open_log(sys.argv[1])
 def produce(thread):
@@ -91,14 +88,14 @@ for thread in threads:
 assert log.lost == 0
 log.close()
 """
-    children = [start(script, path, str(number)) for number in range(4)]
+    children = [start(script, url, str(number)) for number in range(4)]
     for child in children:
         child.communicate(timeout=240)
         assert child.returncode == 0
-    found = verify(path)
+    found = verify(url)
     assert found.ok
     assert found.records == 1600
-    with open_log(path, read_only=True) as log:
+    with open_log(url, read_only=True) as log:
         sources = [record.source for record in log.read() if isinstance(record, Trajectory)]
     assert len(set(sources)) == 1600
     for process in range(4):
@@ -107,19 +104,18 @@ log.close()
             assert mine == [f"{process}:{thread}:{n}" for n in range(100)]
 
 
-def test_processes_that_create_the_same_log_at_once_all_succeed(tmp_path: Path) -> None:
-    for round_ in range(2):
-        path = tmp_path / f"{round_}.db"
+def test_processes_that_create_the_same_log_at_once_all_succeed(new_log: Callable[[], str]) -> None:
+    for _ in range(2):
+        url = new_log()
         script = "log = open_log(sys.argv[1]); log.append(trajectory()).result(); log.close()"
-        children = [start(script, path) for _ in range(4)]
+        children = [start(script, url) for _ in range(4)]
         for child in children:
             child.communicate(timeout=240)
             assert child.returncode == 0
-        assert verify(path).records == 4
+        assert verify(url).records == 4
 
 
-def test_a_forked_child_writes_through_a_connection_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
+def test_a_forked_child_writes_through_a_connection_of_its_own(url: str) -> None:
     script = """
 log = open_log(sys.argv[1])
 stop = threading.Event()
@@ -157,15 +153,14 @@ for thread in threads:
 log.close()
 print(sum(count))
 """
-    done = run(script, path)
+    done = run(script, url)
     assert done.returncode == 0
-    found = verify(path)
+    found = verify(url)
     assert found.ok, found
     assert found.records == int(done.stdout) + 8 * 25
 
 
-def test_children_of_multiprocessing_write_what_is_pending_when_they_end(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
+def test_children_of_multiprocessing_write_what_is_pending_when_they_end(url: str) -> None:
     script = """
 import multiprocessing
 log = open_log(sys.argv[1])
@@ -182,20 +177,19 @@ for child in children:
     assert child.exitcode == 0
 log.close()
 """
-    assert run(script, path).returncode == 0
-    found = verify(path)
+    assert run(script, url).returncode == 0
+    found = verify(url)
     assert found.ok
     assert found.records == 201
 
 
-def test_a_terminated_process_loses_nothing_acknowledged(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
-    with start(WRITE_UNTIL_KILLED, path) as child:
+def test_a_terminated_process_loses_nothing_acknowledged(url: str) -> None:
+    with start(WRITE_UNTIL_KILLED, url) as child:
         assert child.stdout is not None
         lines = [child.stdout.readline() for _ in range(30)]
         child.terminate()
         lines += child.stdout.readlines()
-    with open_log(path, read_only=True) as log:
+    with open_log(url, read_only=True) as log:
         stored = {record.id for record in log.read()}
     assert {line.decode().strip() for line in lines if line.endswith(b"\n")} <= stored
-    assert verify(path).ok
+    assert verify(url).ok

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -17,7 +18,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from log_support import feedback, records, trajectory
+from log_support import contents, feedback, records, trajectory
 
 import cai_graph.log as log_module
 import cai_graph.trajectory as trajectory_module
@@ -26,30 +27,26 @@ from cai_graph.log import Import, export, import_, open_log, redact_texts
 from cai_graph.trajectory import SCHEMA_VERSION, Label, Message, Outcome, Record, Trajectory, encode
 
 
-def make(path: Path, *made: Record) -> list[Record]:
-    with open_log(path) as log:
+def make(url: str | Path, *made: Record) -> list[Record]:
+    with open_log(url) as log:
         for future in [log.append(record) for record in made]:
             future.result()
     return list(made)
 
 
-def contents(path: Path) -> list[Record]:
-    with open_log(path, read_only=True) as log:
-        return list(log.read())
-
-
 # --- export -------------------------------------------------------------------------------------------
 
 
-def test_export_import_export_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_export_import_export_gives_the_same_bytes(new_log: Callable[[], str], tmp_path: Path) -> None:
+    a, b = new_log(), new_log()
     made = [trajectory(n, tags=("a",), source=f"run:{n}") for n in range(700)]
     made += [trajectory(seconds=1, metadata={"text": "ü\ud800\0"})]
-    make(tmp_path / "a.db", *made, feedback(made[0].id, score=1))
-    assert export(tmp_path / "a.db", tmp_path / "a.jsonl") == 702
-    assert import_(tmp_path / "b.db", tmp_path / "a.jsonl").records == 702
-    export(tmp_path / "b.db", tmp_path / "b.jsonl")
+    make(a, *made, feedback(made[0].id, score=1))
+    assert export(a, tmp_path / "a.jsonl") == 702
+    assert import_(b, tmp_path / "a.jsonl").records == 702
+    export(b, tmp_path / "b.jsonl")
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    assert contents(tmp_path / "a.db") == contents(tmp_path / "b.db")
+    assert contents(a) == contents(b)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -66,11 +63,11 @@ def test_any_records_go_out_and_in_again(made: list[Record]) -> None:
         assert contents(folder / "b.db") == made
 
 
-def test_export_takes_the_filters_of_read(tmp_path: Path) -> None:
-    made = make(tmp_path / "cai.db", trajectory(0), trajectory(1, outcome=Outcome.KEPT), feedback("x"))
-    assert export(tmp_path / "cai.db", tmp_path / "out.jsonl", outcome="KEPT") == 1
+def test_export_takes_the_filters_of_read(url: str, tmp_path: Path) -> None:
+    made = make(url, trajectory(0), trajectory(1, outcome=Outcome.KEPT), feedback("x"))
+    assert export(url, tmp_path / "out.jsonl", outcome="KEPT") == 1
     assert (tmp_path / "out.jsonl").read_bytes() == encode(made[1]) + b"\n"
-    assert export(tmp_path / "cai.db", tmp_path / "out.jsonl", kind="feedback") == 1
+    assert export(url, tmp_path / "out.jsonl", kind="feedback") == 1
 
 
 def test_an_export_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -111,15 +108,15 @@ def test_a_target_without_a_known_name_or_folder_is_explained(tmp_path: Path) ->
         export(tmp_path / "absent.db", tmp_path / "out.jsonl")
 
 
-def test_parquet_has_columns_to_filter_by_and_the_whole_record(tmp_path: Path) -> None:
+def test_parquet_has_columns_to_filter_by_and_the_whole_record(url: str, tmp_path: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     made = make(
-        tmp_path / "cai.db",
+        url,
         *(trajectory(n, tags=("a",)) for n in range(2500)),
         trajectory(1, messages=(Message(role="user", content="lone \ud800"),), draft=None, released=None),
         feedback("about"),
     )
-    assert export(tmp_path / "cai.db", tmp_path / "out.parquet") == 2502
+    assert export(url, tmp_path / "out.parquet") == 2502
     file = pq.ParquetFile(tmp_path / "out.parquet")
     assert file.num_row_groups == 3
     rows = file.read().to_pylist()
@@ -172,18 +169,18 @@ def test_a_record_of_an_earlier_version_leaves_in_the_current_one(
 # --- import -------------------------------------------------------------------------------------------
 
 
-def test_importing_twice_adds_nothing(tmp_path: Path) -> None:
+def test_importing_twice_adds_nothing(url: str, tmp_path: Path) -> None:
     made = [trajectory(n) for n in range(3)]
     lines = tmp_path / "in.jsonl"
     lines.write_bytes(b"".join(encode(record) + b"\n" for record in [*made, made[0]]))
-    first = import_(tmp_path / "cai.db", lines)
+    first = import_(url, lines)
     assert first == Import(records=3, demonstrations=0, present=1, removed=0, broken=(), truncated=False)
-    again = import_(tmp_path / "cai.db", lines)
+    again = import_(url, lines)
     assert again == Import(records=0, demonstrations=0, present=4, removed=0, broken=(), truncated=False)
-    assert contents(tmp_path / "cai.db") == made
+    assert contents(url) == made
 
 
-def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(tmp_path: Path) -> None:
+def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(url: str, tmp_path: Path) -> None:
     good = [trajectory(n) for n in range(2)]
     different = msgspec.structs.replace(good[0], seconds=99.0)
     newer = json.dumps(json.loads(encode(trajectory())) | {"schema": 99}).encode()
@@ -202,7 +199,7 @@ def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(tmp_pa
         encode(good[1]),
     ]
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    done = import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+    done = import_(url, tmp_path / "in.jsonl")
     assert (done.records, done.truncated) == (2, False)
     assert [broken.line for broken in done.broken] == [2, 4, 5, 6, 7, 8, 9, 10, 11]
     says = [broken.what for broken in done.broken]
@@ -222,8 +219,8 @@ def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(tmp_pa
         strict=True,
     ):
         assert re.search(expected, what), what
-    assert contents(tmp_path / "cai.db") == good
-    again = import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+    assert contents(url) == good
+    again = import_(url, tmp_path / "in.jsonl")
     assert (again.records, again.present) == (0, 2)
     assert again.broken == done.broken
 
@@ -248,13 +245,13 @@ DEMONSTRATION: dict[str, Any] = {
 }
 
 
-def test_a_demonstration_becomes_an_imported_trajectory(tmp_path: Path) -> None:
+def test_a_demonstration_becomes_an_imported_trajectory(url: str, tmp_path: Path) -> None:
     lines = tmp_path / "in.jsonl"
     line = json.dumps(DEMONSTRATION | {"author": "ann"}, ensure_ascii=False)
     lines.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
-    done = import_(tmp_path / "cai.db", lines)
+    done = import_(url, lines)
     assert done == Import(records=0, demonstrations=1, present=0, removed=0, broken=(), truncated=False)
-    (record,) = contents(tmp_path / "cai.db")
+    (record,) = contents(url)
     assert isinstance(record, Trajectory)
     assert record.mode == "imported"
     assert record.outcome is Outcome.REVISED
@@ -301,17 +298,17 @@ def test_a_demonstration_s_outcome_follows_from_its_parts(
     assert record.rounds[0].critique.verdicts[0].label is label
 
 
-def test_import_redacts_before_the_first_write(tmp_path: Path) -> None:
+def test_import_redacts_before_the_first_write(url: str, tmp_path: Path) -> None:
     record = trajectory(metadata={"mail": "ann@example.org"})
     (tmp_path / "in.jsonl").write_bytes(encode(record) + b"\n")
     hook = redact_texts(lambda text: text.replace("ann@example.org", "[mail]"))
     for _ in range(2):
-        import_(tmp_path / "cai.db", tmp_path / "in.jsonl", redact=hook)
-    (stored,) = contents(tmp_path / "cai.db")
+        import_(url, tmp_path / "in.jsonl", redact=hook)
+    (stored,) = contents(url)
     assert isinstance(stored, Trajectory)
     assert stored.metadata == {"mail": "[mail]"}
     with (
-        open_log(tmp_path / "cai.db", redact=hook) as log,
+        open_log(url, redact=hook) as log,
         pytest.raises(ConfigError, match="redaction hook"),
     ):
         log.append_encoded(record, encode(record))

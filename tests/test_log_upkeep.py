@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import apsw
 import pytest
-from log_support import START, comparison, feedback, review, trajectory
+from log_support import START, comparison, contents, everything, execute, feedback, review, trajectory
 
 from cai_graph.errors import CaiError, DataError, LogError
 from cai_graph.log import Import, import_, open_log
@@ -21,7 +19,7 @@ from cai_graph.trajectory import Record, encode
 PAGE = 16384
 
 
-def make(path: Path, count: int = 40, size: int = 3000) -> list[Record]:
+def make(path: str | Path, count: int = 40, size: int = 3000) -> list[Record]:
     made: list[Record] = [trajectory(n, metadata={"text": f"{n:04}" * (size // 4)}) for n in range(count)]
     made += [feedback(record.id) for record in made[:3]]
     with open_log(path) as log:
@@ -42,22 +40,16 @@ def damage(path: Path, sound: bytes, offset: int, value: int) -> None:
     path.write_bytes(changed)
 
 
-def contents(path: Path) -> list[Record]:
-    with open_log(path, read_only=True) as log:
-        return list(log.read())
-
-
 # --- verify -------------------------------------------------------------------------------------------
 
 
-def test_a_sound_log_verifies(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
-    made = make(path)
-    found = verify(path)
-    assert found.ok
-    assert found.records == len(made)
+def test_a_sound_log_verifies(url: str) -> None:
     with pytest.raises(LogError, match="there is no log"):
-        verify(tmp_path / "absent.db")
+        verify(url)
+    made = make(url)
+    found = verify(url)
+    assert found.ok, found
+    assert found.records == len(made)
 
 
 def test_every_flipped_byte_inside_a_record_is_found_and_never_read_as_data(tmp_path: Path) -> None:
@@ -98,62 +90,64 @@ def test_verify_leaves_a_crashed_log_as_it_is(tmp_path: Path) -> None:
     assert [Path(f"{crashed}{suffix}").read_bytes() for suffix in ("", "-wal")] == before
 
 
-def tamper(path: Path, sql: str, bindings: Sequence[object] = ()) -> None:
-    db = apsw.Connection(str(path))
-    db.execute(sql, tuple(bindings))
-    db.close()
-
-
-def test_a_removed_record_is_a_gap_in_its_writer_s_sequence(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
-    make(path)
-    tamper(path, "DELETE FROM records WHERE sequence IN (5, 6, 9)")
-    found = verify(path)
+def test_a_removed_record_is_a_gap_in_its_writer_s_sequence(url: str) -> None:
+    make(url)
+    execute(url, "DELETE FROM records WHERE sequence IN (5, 6, 9)")
+    found = verify(url)
     assert [(gap.first, gap.last, gap.records) for gap in found.gaps] == [(5, 6, 2), (9, 9, 1)]
     assert found.damaged == ()
     assert not found.ok
 
 
-def test_a_forged_record_breaks_the_chain_once(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
-    made = make(path)
-    db = apsw.Connection(str(path))
-    ((writer,),) = db.execute("SELECT writer FROM records WHERE sequence = 7").fetchall()
+def test_a_forged_record_breaks_the_chain_once(url: str) -> None:
+    made = make(url)
+    ((writer,),) = execute(url, "SELECT writer FROM records WHERE sequence = 7")
     forged = encode(trajectory(6, id=made[6].id, error="forged"))
     digest = digest_of(writer, 7, forged)
-    db.execute("UPDATE records SET payload = ?, digest = ? WHERE sequence = 7", (forged, digest))
-    db.close()
-    found = verify(path)
+    execute(url, "UPDATE records SET payload = ?, digest = ? WHERE sequence = 7", forged, digest)
+    found = verify(url)
     assert [(one.id, one.what) for one in found.damaged] == [
         (made[6].id, "does not follow its writer's record before it")
     ]
     assert found.gaps == ()
 
 
-def test_a_changed_column_is_found_although_the_payload_is_intact(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
-    made = make(path)
-    tamper(path, "UPDATE records SET outcome = 'KEPT', source = 'x' WHERE position = 3")
-    (one,) = verify(path).damaged
+def test_a_changed_payload_is_found_and_never_read_as_data(url: str) -> None:
+    made = make(url, count=5)
+    changed = encode(made[2]).replace(b"revised", b"Revised")
+    execute(url, "UPDATE records SET payload = ? WHERE id = ?", changed, made[2].id)
+    (one,) = verify(url).damaged
+    assert (one.id, one.what) == (made[2].id, "its bytes do not match its checksum")
+    with open_log(url, read_only=True) as log:
+        with pytest.raises(LogError, match=f"record '{made[2].id}' is damaged"):
+            list(log.read())
+        with pytest.raises(LogError, match="is damaged"):
+            log.get(made[2].id)
+        assert log.get(made[3].id) == made[3]
+
+
+def test_a_changed_column_is_found_although_the_payload_is_intact(url: str) -> None:
+    made = make(url)
+    execute(url, "UPDATE records SET outcome = 'KEPT', source = 'x' WHERE sequence = 3")
+    (one,) = verify(url).damaged
     assert (one.position, one.id) == (3, made[2].id)
     assert one.what == "its column outcome, source does not match its payload"
 
 
 @pytest.mark.parametrize("column", ["digest", "chain"])
-def test_a_changed_checksum_casts_no_doubt_on_the_neighbours(tmp_path: Path, column: str) -> None:
-    path = tmp_path / "cai.db"
-    make(path)
-    tamper(path, f"UPDATE records SET {column} = zeroblob(16) WHERE position = 3")
-    assert [one.position for one in verify(path).damaged] == [3]
+def test_a_changed_checksum_casts_no_doubt_on_the_neighbours(url: str, column: str) -> None:
+    make(url)
+    execute(url, f"UPDATE records SET {column} = ? WHERE sequence = 3", bytes(16))
+    assert [one.position for one in verify(url).damaged] == [3]
 
 
-def test_swapped_records_are_found(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
-    make(path)
-    tamper(path, "UPDATE records SET position = -1 WHERE position = 3")
-    tamper(path, "UPDATE records SET position = 3 WHERE position = 4")
-    tamper(path, "UPDATE records SET position = 4 WHERE position = -1")
-    assert not verify(path).ok
+def test_swapped_records_are_found(url: str) -> None:
+    make(url)
+    if url.startswith("postgresql"):
+        execute(url, "ALTER TABLE records ALTER position SET GENERATED BY DEFAULT")
+    for old, new in ((3, -1), (4, 3), (-1, 4)):
+        execute(url, "UPDATE records SET position = ? WHERE position = ?", new, old)
+    assert not verify(url).ok
 
 
 def test_a_damaged_tree_is_reported(tmp_path: Path) -> None:
@@ -268,8 +262,7 @@ def test_recover_never_writes_over_a_file_nor_reads_an_open_one(tmp_path: Path) 
 # --- gc -----------------------------------------------------------------------------------------------
 
 
-def test_gc_removes_what_is_old_with_all_that_speaks_of_it(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
+def test_gc_removes_what_is_old_with_all_that_speaks_of_it(url: str) -> None:
     made = [trajectory(n, metadata={"text": f"private{n:04}"}) for n in range(30)]
     reviewed, tagged = made[4], trajectory(5, tags=("hold",))
     made[5] = tagged
@@ -280,14 +273,14 @@ def test_gc_removes_what_is_old_with_all_that_speaks_of_it(tmp_path: Path) -> No
         feedback("nobody", at=START - timedelta(days=1)),
         feedback(made[25].id, at=START - timedelta(days=1)),
     ]
-    with open_log(path) as log:
+    with open_log(url) as log:
         for record in [*made, *about]:
             log.append(record).result()
         arguments = {"before": START + timedelta(minutes=20), "why": "retention of a day", "keep_tag": "hold"}
-        planned = gc(path, **arguments, dry_run=True)  # type: ignore[arg-type]
+        planned = gc(url, **arguments, dry_run=True)  # type: ignore[arg-type]
         assert (planned.trajectories, planned.others, planned.kept) == (18, 3, 2)
         assert log.stats().trajectories == 30
-        done = gc(path, **arguments)  # type: ignore[arg-type]
+        done = gc(url, **arguments)  # type: ignore[arg-type]
         assert (done.trajectories, done.others, done.kept) == (18, 3, 2)
         left = [reviewed, tagged, *made[20:], about[2], about[4]]
         assert list(log.read()) == left
@@ -296,23 +289,35 @@ def test_gc_removes_what_is_old_with_all_that_speaks_of_it(tmp_path: Path) -> No
             log.get(made[0].id)
         assert list(log.read(after=made[19].id)) == left[2:]
         log.append(trajectory(50)).result()
-    found = verify(path)
+    found = verify(url)
     assert found.ok, found
-    raw = path.read_bytes()
+    raw = everything(url)
     assert b"private0000" not in raw
     assert b"private0029" in raw
-    assert gc(path, **arguments).trajectories == 0  # type: ignore[arg-type]
+    assert gc(url, **arguments).trajectories == 0  # type: ignore[arg-type]
 
 
-def test_a_reviewed_trajectory_goes_where_that_is_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "cai.db"
+def test_a_reviewed_trajectory_goes_where_that_is_asked_for(url: str) -> None:
     record = trajectory()
-    with open_log(path) as log:
+    with open_log(url) as log:
         log.append(record).result()
         log.append(review(record.id)).result()
-    done = gc(path, before=START + timedelta(days=1), why="asked for", keep_reviewed=False)
+    done = gc(url, before=START + timedelta(days=1), why="asked for", keep_reviewed=False)
     assert (done.trajectories, done.others, done.kept) == (1, 1, 0)
-    assert contents(path) == []
+    assert contents(url) == []
+
+
+def test_what_gc_removed_stays_away_from_import(url: str, tmp_path: Path) -> None:
+    lines = tmp_path / "all.jsonl"
+    made = make(url, count=10)
+    lines.write_bytes(b"".join(encode(record) + b"\n" for record in made))
+    gc(url, before=START + timedelta(minutes=4), why="age")
+    counts = Import(records=0, demonstrations=0, present=6, removed=7, broken=(), truncated=False)
+    assert import_(url, lines) == counts
+    with open_log(url) as log:
+        log.append(trajectory()).result()
+    assert verify(url).ok
+    assert gc(url, before=START + timedelta(days=1), why="all").trajectories == 7
 
 
 def test_what_gc_removed_stays_away_from_import_and_recovery(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ import msgspec
 import xxhash
 
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.log import without_password
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
 from trainers.conversion import CONVERSIONS, Terms
 from trainers.ledger import REASONS, Ledger, Reason
@@ -156,7 +157,7 @@ def build(
 
 def _check(ledger: Ledger, logs: Sequence[str]) -> None:
     ledger.reconcile()
-    where = ", ".join(logs)
+    where = ", ".join(map(without_password, logs))
     if not ledger.read:
         raise DataError(f"{where}: holds no trajectory, so there is nothing to build; `cai run` fills a log")
     if not ledger.rows:
@@ -167,7 +168,7 @@ def _check(ledger: Ledger, logs: Sequence[str]) -> None:
 def _manifest(part: Part, recipe: Recipe, ledger: Ledger, logs: Sequence[str]) -> dict[str, Any]:
     return {
         "recipe": dataclasses.asdict(recipe),
-        "logs": list(logs),
+        "logs": [without_password(log) for log in logs],
         "log_digest": f"{part.log_digest:032x}",
         "constitutions": dict(sorted(part.constitutions.items())),
         "ledger": ledger.to_json(),

@@ -76,12 +76,16 @@ def complain(sentence: str) -> None:
 
 def log_option(log: str) -> str:
     """Return the option that names a log in a command to type next; nothing for the default one."""
-    return "" if log == DEFAULT_LOG else f" --log {shlex.quote(log)}"
+    from cai_graph.log import without_password
+
+    return "" if log == DEFAULT_LOG else f" --log {shlex.quote(without_password(log))}"
 
 
 def this_command() -> str:
     """Return the command that was typed."""
-    return shlex.join(["cai", *sys.argv[1:]])
+    from cai_graph.log import without_password
+
+    return shlex.join(["cai", *(without_password(word) if "://" in word else word for word in sys.argv[1:])])
 
 
 @contextlib.contextmanager

@@ -147,12 +147,14 @@ def _drive(job: Run, concurrency: int) -> bool:
 
 def _sum_up(job: Run, log: str, interrupted: bool) -> None:
     from cai_graph import show
+    from cai_graph.log import without_password
 
     summary = job.summary
     out.print(Text(f"{summary.answered} of {job.rows} prompts are answered."))
     out.print(show.summary(summary))
     option = log_option(log)
-    out.print(Text(f"The log is {log}. Next: cai log list{option}, or cai log export{option} run.jsonl"))
+    out.print(Text(f"The log is {without_password(log)}. Next:"))
+    out.print(Text(f"cai log list{option}, or cai log export{option} run.jsonl"))
     if interrupted:
         note(f"interrupted; to go on, type again: {this_command()}")
         raise typer.Exit(INTERRUPTED)
@@ -216,6 +218,7 @@ def demo(model: Model = "local", log: LogUrl = DEFAULT_LOG) -> None:
 
 def _sum_up_demo(summary: Summary, trajectories: list[Trajectory], log: str) -> None:
     from cai_graph import show
+    from cai_graph.log import without_password
     from cai_graph.trajectory import Outcome
 
     out.print(show.summary(summary))
@@ -224,7 +227,7 @@ def _sum_up_demo(summary: Summary, trajectories: list[Trajectory], log: str) -> 
     refused = [t for t in benign if t.outcome is Outcome.REFUSED]
     option = log_option(log)
     out.print(Text(f"{len(benign)} prompts are benign, and {len(refused) or 'none'} of them was refused."))
-    out.print(Text(f"Every trajectory is in {log}. Next:"))
+    out.print(Text(f"Every trajectory is in {without_password(log)}. Next:"))
     for command in (
         f"cai log list{option}",
         f"cai log show{option} {revised[0] if revised else 'ID'}",

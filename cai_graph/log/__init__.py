@@ -52,6 +52,7 @@ __all__ = [
     "recover",
     "redact_texts",
     "verify",
+    "without_password",
 ]
 
 _LATER = {
@@ -68,7 +69,10 @@ _LATER = {
 }
 """Public names whose modules are loaded when the name is used, so that this import stays cheap."""
 
-_FORMS = "'sqlite:///cai.db' (beside you), 'sqlite:////data/cai.db' (absolute), or a path that ends in .db"
+_FORMS = (
+    "'sqlite:///cai.db' (beside you), 'sqlite:////data/cai.db' (absolute), a path that ends in .db, "
+    "or 'postgresql://USER@HOST/DATABASE'"
+)
 CURRENT_END = b'"schema":%d}' % SCHEMA_VERSION
 
 
@@ -106,18 +110,21 @@ _live: set[_Shared] = set()
 
 
 def open_log(url: str | os.PathLike[str], *, redact: Redactor | None = None, read_only: bool = False) -> Log:
-    """Return the log at `url`; an absent file is made, readable by its owner alone.
+    """Return the log at `url`; an absent one is made, a file readable by its owner alone.
 
     Args:
-        url: `sqlite:///cai.db` (relative), `sqlite:////data/cai.db` (absolute), or a path that ends in
-            .db, .sqlite or .sqlite3.
+        url: `sqlite:///cai.db` (relative), `sqlite:////data/cai.db` (absolute), a path that ends in
+            .db, .sqlite or .sqlite3, or `postgresql://user@host:5432/database`, also written
+            `postgresql+psycopg://…`, with the parameters that libpq knows.
         redact: applied to each record appended through this Log, before anything is written. Where it
             fails, the record is stored without its texts (`WITHHELD`).
-        read_only: reads only; an absent file is an error and `append` raises.
+        read_only: reads only; an absent log is an error and `append` raises.
 
     Raises:
         ConfigError: the URL is of no form that is known.
-        LogError: the file cannot be opened, is no log, or was written by a newer release.
+        LogError: the log cannot be opened or reached, is no log, or was written by a newer release; or
+            PostgreSQL runs with `fsync = off`.
+        MissingExtra: a log in PostgreSQL without psycopg.
     """
     place = place_of(url)
     key = (place.key, read_only)
@@ -137,7 +144,9 @@ def open_store(url: str | os.PathLike[str], *, read_only: bool = False) -> Store
     """Return the store at `url`, which is the caller's alone. Raises as `open_log`."""
     place = place_of(url)
     if place.path is None:
-        raise ConfigError(f"log {place.name!r}: PostgreSQL is not there yet; use {_FORMS}")
+        from cai_graph.log.postgres import PostgresStore
+
+        return PostgresStore(place.key, place.name, read_only=read_only)
     from cai_graph.log.sqlite import SQLiteStore
 
     return SQLiteStore(place.path, read_only=read_only)
@@ -157,6 +166,12 @@ def place_of(url: str | os.PathLike[str]) -> Place:
         return _file(text)
     shown = without_password(text)
     if scheme in ("postgresql", "postgresql+psycopg", "postgres"):
+        if re.search(r"[@/?#\s]", rest.rpartition("@")[0]):
+            # The driver would take a part of the password for the host, and name it in its errors.
+            raise ConfigError(
+                f"log {shown!r}: a user or password holds an @, /, ?, # or space; "
+                "write it %40, %2F, %3F, %23, %20"
+            )
         return Place(f"postgresql://{rest}", shown, None)
     if scheme != "sqlite":
         raise ConfigError(f"log {shown!r}: unknown scheme {scheme!r}; use {_FORMS}")
@@ -174,13 +189,12 @@ def _file(name: str) -> Place:
 
 
 def without_password(url: str) -> str:
-    """Return the URL as it may be shown."""
-    url = re.sub(r"(?i)([?&](?:ssl)?password=)[^&]*", r"\1…", url)
+    """Return the URL as it may be shown or kept; PGPASSWORD or ~/.pgpass then bring the password."""
+    url = re.sub(r"(?i)([?&])(?:ssl)?password=[^&]*&?", r"\1", url).rstrip("?&")
     scheme, separator, rest = url.partition("://")
     # The last @, since a password may hold one, and whatever else.
     user, at, place = rest.rpartition("@")
-    name, colon, _ = user.partition(":")
-    return f"{scheme}{separator}{name}{colon}…@{place}" if at and colon else url
+    return f"{scheme}{separator}{user.partition(':')[0]}{at}{place}"
 
 
 def is_open(path: Path) -> bool:

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import apsw
 
 from cai_graph.errors import CaiError, LogError
-from cai_graph.log.store import PAGE_BYTES, Database, Row, Store, chain_of, digest_of
+from cai_graph.log.store import PAGE_BYTES, Database, Row, Store
 
 __all__ = ["APPLICATION_ID", "SCHEMA", "SQLiteStore", "connect"]
 
@@ -307,9 +306,6 @@ class SQLiteStore(Store):
         self._reader = _Connection(self.path, read_only=self.read_only)
         self._run = 0
         """Which connection of `_db` the current writer belongs to."""
-        self._writer = ""
-        self._sequence = 0
-        self._link = b""
 
     def close(self) -> None:
         """Close every connection; the next use opens them again."""
@@ -407,18 +403,8 @@ class SQLiteStore(Store):
         db = self._db.open()
         if self._run != self._db.opened:
             self._run = self._db.opened
-            self._writer, self._sequence, self._link = uuid4().hex[:16], 0, b""
+            self._begin_run()
         return db
-
-    def _bindings(self, rows: Sequence[Row]) -> tuple[list[tuple[Any, ...]], int, bytes]:
-        writer, sequence, link = self._writer, self._sequence, self._link
-        bindings: list[tuple[Any, ...]] = []
-        for row in rows:
-            sequence += 1
-            digest = digest_of(writer, sequence, row.payload)
-            link = chain_of(link, digest)
-            bindings.append((*row, writer, sequence, digest, link))
-        return bindings, sequence, link
 
     # --- reading --------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar
+from uuid import uuid4
 
 from cai_graph.errors import CaiError, DataError, LogError
 from cai_graph.log.redaction import is_withheld
@@ -139,6 +140,7 @@ class Store(ABC):
     def __init__(self, name: str, *, read_only: bool) -> None:
         self.name = name
         self.read_only = read_only
+        self._begin_run()
 
     # --- what a database brings -----------------------------------------------------------------------
 
@@ -346,6 +348,21 @@ class Store(ABC):
         return DataError(f"{self.name}: no record {id!r}; `cai log list` shows the ids")
 
     # --- writing --------------------------------------------------------------------------------------
+
+    def _begin_run(self) -> None:
+        """Go on as a new writer, whose sequence begins at 1."""
+        self._writer, self._sequence, self._link = uuid4().hex[:16], 0, b""
+
+    def _bindings(self, rows: Sequence[Row]) -> tuple[list[tuple[Any, ...]], int, bytes]:
+        """Return the rows with writer, sequence, digest and chain, and the sequence and link after them."""
+        writer, sequence, link = self._writer, self._sequence, self._link
+        bindings: list[tuple[Any, ...]] = []
+        for row in rows:
+            sequence += 1
+            digest = digest_of(writer, sequence, row.payload)
+            link = chain_of(link, digest)
+            bindings.append((*row, writer, sequence, digest, link))
+        return bindings, sequence, link
 
     def _refuse(self, db: Database, rows: Sequence[Row]) -> tuple[list[CaiError | None], list[Row]]:
         """Return an entry a row, and the rows whose id is new."""

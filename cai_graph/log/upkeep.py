@@ -128,7 +128,7 @@ def _verify(store: Store) -> Verification:
     records = 0
     linked = f"{store.raw('writer')}, sequence, digest, chain"
     stored = f"SELECT position, {linked}, {', '.join(map(store.raw, _COLUMNS))}, payload FROM records"
-    buried = f"SELECT position, {linked}, NULL FROM tombstones"
+    buried = f"SELECT position, {linked}, NULL AS payload FROM tombstones"
     merged = heapq.merge(
         _paged(store, stored + _PAGE, integrity),
         _paged(store, buried + _PAGE, integrity),

@@ -1,0 +1,477 @@
+"""The log in PostgreSQL: a server that goes away, backends that are killed, what it refuses, its schema."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from log_support import contents, execute, fill, trajectory
+from postgres_server import Server
+
+from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
+from cai_graph.log import Log, open_log, recover, without_password
+from cai_graph.log import postgres as postgres_store
+from cai_graph.log.postgres import SCHEMA
+from cai_graph.log.upkeep import verify
+
+
+@pytest.fixture
+def url(postgres: Server) -> str:
+    return postgres.url(postgres.database(1))
+
+
+@pytest.fixture
+def log(url: str) -> Iterator[Log]:
+    with open_log(url) as log:
+        yield log
+
+
+def kill_backends(url: str) -> None:
+    execute(
+        url,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE application_name = 'cai_graph' AND datname = current_database()",
+    )
+
+
+# --- durability ---------------------------------------------------------------------------------------
+
+
+def test_commits_are_synced_whatever_the_server_s_default(url: str) -> None:
+    execute(url, "ALTER ROLE postgres SET synchronous_commit = off")
+    try:
+        with open_log(url) as log:
+            fill(log, 1)
+            store = log._shared.store
+            ((setting,),) = store.change(lambda db: list(db.execute("SHOW synchronous_commit", {})))
+        assert setting == "on"
+    finally:
+        execute(url, "ALTER ROLE postgres RESET synchronous_commit")
+
+
+def test_a_server_without_fsync_is_refused(postgres: Server, url: str) -> None:
+    with open_log(url) as log:
+        made = fill(log, 1)
+    postgres.execute("ALTER SYSTEM SET fsync = off")
+    postgres.execute("SELECT pg_reload_conf()")
+    try:
+        while postgres.execute("SHOW fsync") != [("off",)]:
+            time.sleep(0.01)
+        with pytest.raises(
+            LogError, match="runs with fsync = off, so a power cut loses what it has committed"
+        ):
+            open_log(url)
+        assert contents(url) == made
+    finally:
+        postgres.execute("ALTER SYSTEM RESET fsync")
+        postgres.execute("SELECT pg_reload_conf()")
+        while postgres.execute("SHOW fsync") != [("on",)]:
+            time.sleep(0.01)
+
+
+def test_a_killed_backend_fails_nobody(url: str, log: Log) -> None:
+    made = fill(log, 3)
+    reading = log.read()
+    assert next(reading) == made[0]
+    kill_backends(url)
+    made += fill(log, 3)
+    kill_backends(url)
+    assert list(log.read()) == made
+    assert list(reading) == made[1:3]
+    assert log.lost == 0
+    assert verify(url).ok
+
+
+def test_backends_killed_at_any_moment_lose_nothing_and_double_nothing(url: str, log: Log) -> None:
+    stop = threading.Event()
+    chance = random.Random(7)
+
+    def kill() -> None:
+        while not stop.wait(chance.uniform(0, 0.1)):
+            kill_backends(url)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        made = [trajectory(n, metadata={"text": "x" * (n * 97 % 9000)}) for n in range(900)]
+        for part in range(0, len(made), 15):
+            futures = [log.append(record) for record in made[part : part + 15]]
+            for future in futures:
+                future.result()
+    finally:
+        stop.set()
+        killer.join()
+    assert list(log.read()) == made
+    assert verify(url).ok
+    assert len(execute(url, "SELECT DISTINCT writer FROM records")) > 3
+
+
+def test_a_server_that_restarts_in_the_middle_loses_nothing_acknowledged(
+    url: str, log: Log, postgres: Server
+) -> None:
+    made = [trajectory(n, metadata={"text": "x" * 2000}) for n in range(4000)]
+    acknowledged: list[str] = []
+    futures = []
+    restarts = threading.Thread(target=lambda: (postgres.crash(), postgres.start()))
+    for number, record in enumerate(made):
+        future = log.append(record)
+        future.add_done_callback(
+            lambda done, id=record.id: acknowledged.append(id) if done.exception() is None else None
+        )
+        futures.append(future)
+        if number == 500:
+            futures[0].result()
+            restarts.start()
+    for future in futures:
+        future.exception()
+    restarts.join()
+    stored = [record.id for record in log.read()]
+    assert set(acknowledged) <= set(stored)
+    assert len(stored) == len(set(stored))
+    assert set(stored) <= {record.id for record in made}
+    fill(log, 1)
+    assert verify(url).ok
+
+
+def test_a_commit_whose_answer_was_lost_is_acknowledged_once(url: str, log: Log) -> None:
+    fill(log, 1)
+    store = log._shared.store
+    assert isinstance(store, postgres_store.PostgresStore)
+    connection = store._db
+    assert connection is not None
+    execute_ = connection.execute
+
+    def commit_and_break(query: Any, *args: Any, **kwargs: Any) -> Any:
+        cursor = execute_(query, *args, **kwargs)
+        if query == "COMMIT":
+            kill_backends(url)
+            execute_("SELECT 1")
+        return cursor
+
+    connection.execute = commit_and_break  # type: ignore[method-assign]
+    records = [trajectory(n) for n in range(5)]
+    for future in [log.append(record) for record in records]:
+        future.result()
+    assert list(log.read())[1:] == records
+    assert verify(url).ok
+
+
+def test_an_outage_ends_in_an_error_soon_and_the_log_goes_on_after_it(
+    url: str, log: Log, postgres: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = fill(log, 2)
+    monkeypatch.setattr(postgres_store, "OUTAGE_S", 0.3)
+    postgres.crash()
+    try:
+        lost = log.append(trajectory())
+        with pytest.raises(LogError, match="PostgreSQL cannot be reached"):
+            lost.result()
+        monkeypatch.setattr(postgres_store, "OUTAGE_S", 3600.0)  # in an outage that lasts nobody waits again
+        with pytest.raises(LogError, match="PostgreSQL cannot be reached"):
+            log.append(trajectory()).result()
+        with pytest.raises(LogError, match="PostgreSQL cannot be reached"):
+            list(log.read())
+        assert log.lost == 2
+    finally:
+        postgres.start()
+    made += fill(log, 2)
+    assert "writing works again; 2 records were lost" in caplog.text
+    assert list(log.read()) == made
+    assert verify(url).ok
+
+
+@pytest.mark.parametrize("outage_s", [0.1, 60.0])
+def test_a_backend_that_stands_still_is_given_up(
+    url: str, log: Log, monkeypatch: pytest.MonkeyPatch, outage_s: float
+) -> None:
+    made = fill(log, 1)
+    monkeypatch.setattr(postgres_store, "WRITE_S", 0.5)
+    monkeypatch.setattr(postgres_store, "OUTAGE_S", outage_s)
+    ((pid,),) = execute(
+        url,
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'cai_graph' "
+        "AND datname = current_database() AND query = 'COMMIT'",
+    )
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        if outage_s < 1:
+            with pytest.raises(LogError, match="PostgreSQL did not answer in time"):
+                log.append(trajectory()).result()
+        made += fill(log, 2)  # on another connection
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert list(log.read()) == made
+    assert log.lost == (outage_s < 1)
+
+
+def test_a_host_that_keeps_its_turn_holds_up_the_others_for_a_while_only(url: str, log: Log) -> None:
+    made = fill(log, 1)
+    with psycopg.connect(url.replace("+psycopg", "")) as other:
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres_store._LOCK,))
+        future = log.append(trajectory(1))
+        assert list(log.read()) == made  # readers do not wait for writers
+        with pytest.raises(TimeoutError):
+            future.exception(timeout=0.3)
+        other.commit()
+    assert future.exception() is None
+
+
+def test_positions_are_in_order_of_commit_over_all_writers(url: str) -> None:
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from log_support import trajectory
+from cai_graph.log import open_log
+with open_log(sys.argv[1]) as log:
+    for n in range(80):
+        log.append(trajectory(n, source=f"{{sys.argv[2]}}:{{n}}")).result()
+"""
+    children = [subprocess.Popen([sys.executable, "-c", script, url, str(n)]) for n in range(3)]
+    seen: list[str] = []
+    try:
+        with open_log(url) as log:
+            while any(child.poll() is None for child in children) or list(log.read(after=seen[-1])):
+                # A reader that goes on after the last record it has seen misses none.
+                seen += [record.id for record in (log.read(after=seen[-1]) if seen else log.read())]
+            assert seen == [record.id for record in log.read()]
+    finally:
+        for child in children:
+            assert child.wait(60) == 0
+    assert len(seen) == 240
+    assert verify(url).ok
+
+
+# --- one record's fault -------------------------------------------------------------------------------
+
+
+def test_a_record_that_the_server_cannot_hold_fails_alone(url: str, log: Log) -> None:
+    # An index holds no key of this size.
+    long = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789", k=20_000))
+    made = [trajectory(n) for n in range(20)]
+    store = log._shared.store
+    with store._writing:  # type: ignore[attr-defined]  # so that they are in one transaction
+        first = log.append(made[0])
+        futures = [log.append(record) for record in made[1:10]]
+        wrong = log.append(trajectory(source=long))
+        futures += [log.append(record) for record in made[10:]]
+    for future in [first, *futures]:
+        future.result()
+    with pytest.raises(DataError, match="cannot be stored: index row"):
+        wrong.result()
+    assert list(log.read()) == made
+    assert verify(url).ok
+
+
+def test_memory_stays_flat_where_records_are_large(log: Log) -> None:
+    big = [trajectory(n, metadata={"text": f"{n}" * 1_500_000}) for n in range(8)]
+    for record in big:
+        log.append(record).result()
+    store = log._shared.store
+    sql = "SELECT position, payload FROM records ORDER BY position"
+    assert len(store.page(sql, {})) == 3  # the first that are together more than 4 MB
+    assert list(log.read()) == big
+    assert list(log.read(newest_first=True)) == big[::-1]
+
+
+def test_tags_of_any_text_are_found(log: Log) -> None:
+    tags = ["", "a", 'say "hi"', '", "', "x, y", "\\", "\ud800", "\0", "ü\N{GRINNING FACE}", "[]", "%s :tag"]
+    made = [trajectory(n, tags=(tag,)) for n, tag in enumerate(tags)]
+    made.append(trajectory(99, tags=tuple(tags)))
+    for record in made:
+        log.append(record).result()
+    for number, tag in enumerate(tags):
+        assert list(log.read(tag=tag)) == [made[number], made[-1]], tag
+
+
+# --- what is refused ----------------------------------------------------------------------------------
+
+
+def test_a_log_of_a_newer_release_is_refused_and_unchanged(url: str) -> None:
+    with open_log(url) as log:
+        fill(log, 3)
+    execute(url, "UPDATE log SET version = ?", SCHEMA + 1)
+    for read_only in (False, True):
+        with pytest.raises(LogError, match=rf"schema version {SCHEMA + 1}, this release reads 1 to {SCHEMA}"):
+            open_log(url, read_only=read_only)
+    with pytest.raises(LogError, match="upgrade cai-graph"):
+        verify(url)
+    assert execute(url, "SELECT version, (SELECT count(*) FROM records) FROM log") == [(SCHEMA + 1, 3)]
+
+
+def test_a_schema_that_is_not_ours_is_refused_and_unchanged(url: str) -> None:
+    execute(url, "CREATE SCHEMA cai_log")
+    execute(url, "CREATE TABLE cai_log.mine (x int)")
+    with pytest.raises(LogError, match="its schema 'cai_log' is no log of cai-graph"):
+        open_log(url)
+    assert execute(url, "SELECT relname FROM pg_class WHERE relnamespace = 'cai_log'::regnamespace") == [
+        ("mine",)
+    ]
+
+
+def test_a_log_that_is_removed_while_open_begins_anew(url: str, log: Log) -> None:
+    fill(log, 2)
+    execute(url, "DROP SCHEMA cai_log CASCADE")
+    made = fill(log, 3)
+    assert list(log.read()) == made
+    assert verify(url).ok
+
+
+def test_recover_says_that_postgresql_recovers_itself(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="PostgreSQL recovers itself when it starts"):
+        recover(url, tmp_path / "new.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_psycopg_the_extra_is_named() -> None:
+    script = """
+import sys
+sys.modules["psycopg"] = None
+from cai_graph import open_log
+from cai_graph.errors import MissingExtra
+try:
+    open_log("postgresql://host/db")
+except MissingExtra as error:
+    assert str(error) == 'a log in PostgreSQL needs psycopg; pip install "cai-graph[postgres]"', error
+else:
+    raise SystemExit("no error")
+"""
+    assert issubclass(MissingExtra, ImportError)
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_role_without_rights_is_told_what_to_grant(postgres: Server, url: str) -> None:
+    postgres.execute("CREATE ROLE poor LOGIN")
+    theirs = url.replace("postgres@", "poor@")
+    try:
+        with pytest.raises(LogError, match=r"permission denied .* GRANT CREATE ON DATABASE"):
+            open_log(theirs)
+        with open_log(url) as log:
+            made = fill(log, 1)
+        with pytest.raises(LogError, match=r"permission denied .* USAGE on the schema cai_log"):
+            open_log(theirs)
+        execute(url, "GRANT USAGE ON SCHEMA cai_log TO poor")
+        execute(url, "GRANT ALL ON ALL TABLES IN SCHEMA cai_log TO poor")
+        with open_log(theirs) as log:
+            made += fill(log, 1)
+            assert list(log.read()) == made
+    finally:
+        execute(url, "DROP OWNED BY poor")
+        postgres.execute("DROP ROLE poor")
+
+
+def test_the_set_up_of_the_docs_works(postgres: Server) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "log.md").read_text()
+    (block,) = re.findall(r"^```sql\n(.*?)^```", docs, re.DOTALL | re.MULTILINE)
+    for statement in block.split(";")[:-1]:
+        postgres.execute(statement)
+    try:
+        with open_log(f"postgresql://cai@/logs?host={postgres.folder}") as log:
+            fill(log, 1)
+    finally:
+        postgres.execute("DROP DATABASE logs")
+        postgres.execute("DROP ROLE cai")
+
+
+# --- passwords ----------------------------------------------------------------------------------------
+
+WRONG = [
+    "postgresql://ann:s3cret@127.0.0.1:1/db",
+    "postgresql+psycopg://ann:s3cret@127.0.0.1:1/db",
+    "postgresql://ann@127.0.0.1:1/db?password=s3cret",
+    "postgresql://ann@127.0.0.1:1/db?sslpassword=s3cret&connect_timeout=1",
+    "postgresql://ann:%zzs3cret@127.0.0.1:1/db",
+    "postgresql://ann:s3cret@127.0.0.1:1/db?nonsense=1",
+    "postgresql://ann:x@s3cret@127.0.0.1:1/db",
+    "postgresql://ann:x/s3cret@127.0.0.1:1/db",
+    "postgresql://ann:x?s3cret@127.0.0.1:1/db",
+]
+
+
+@pytest.mark.parametrize("url", WRONG)
+def test_no_error_shows_a_password(url: str) -> None:
+    script = "import sys, cai_graph; cai_graph.open_log(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, url], check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Error" in done.stderr
+    assert "s3cret" not in done.stderr.replace(url, "")
+    assert "s3cret" not in without_password(url)
+
+
+def test_a_url_without_a_password_stays_as_it_is() -> None:
+    for url in (
+        "postgresql://ann@host:5432/db?sslmode=require",
+        "postgresql:///db?host=/run/postgresql",
+        "sqlite:////data/cai.db",
+        "cai.db",
+    ):
+        assert without_password(url) == url
+    assert without_password("postgresql://ann:x@a:1,b:2/db?password=x&sslmode=require") == (
+        "postgresql://ann@a:1,b:2/db?sslmode=require"
+    )
+
+
+# --- migration ----------------------------------------------------------------------------------------
+
+
+def test_an_older_log_is_migrated_and_keeps_its_records(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_log(url) as log:
+        made = fill(log, 5)
+    monkeypatch.setattr(postgres_store, "SCHEMA", SCHEMA + 1)
+    monkeypatch.setitem(
+        postgres_store.MIGRATIONS, SCHEMA, lambda db: db.execute("CREATE TABLE cai_log.added (x int)")
+    )
+    with pytest.raises(LogError, match="open it for writing once"):
+        open_log(url, read_only=True)
+    with open_log(url) as log:
+        assert list(log.read()) == made
+        fill(log, 1)
+    assert execute(url, "SELECT version, (SELECT count(*) FROM added) FROM log") == [(SCHEMA + 1, 0)]
+
+
+def test_a_migration_that_fails_leaves_the_old_version(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_log(url) as log:
+        made = fill(log, 5)
+
+    def fail(db: Any) -> None:
+        db.execute("DELETE FROM records")
+        raise RuntimeError("half way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(postgres_store, "SCHEMA", SCHEMA + 1)
+        patch.setitem(postgres_store.MIGRATIONS, SCHEMA, fail)
+        with pytest.raises(RuntimeError, match="half way"):
+            open_log(url)
+    with open_log(url) as log:
+        assert list(log.read()) == made
+    assert verify(url).ok
+
+
+def test_a_kill_during_migration_leaves_the_old_version(url: str) -> None:
+    with open_log(url) as log:
+        made = fill(log, 50)
+    script = """
+import os, signal, sys
+from cai_graph.log import open_log, postgres
+def die(db):
+    db.execute("DELETE FROM records")
+    os.kill(os.getpid(), signal.SIGKILL)
+postgres.SCHEMA += 1
+postgres.MIGRATIONS[postgres.SCHEMA - 1] = die
+open_log(sys.argv[1])
+"""
+    done = subprocess.run([sys.executable, "-c", script, url], check=False)
+    assert done.returncode == -9
+    with open_log(url) as log:
+        assert list(log.read()) == made
+    assert verify(url).ok

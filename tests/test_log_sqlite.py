@@ -1,0 +1,336 @@
+"""The log in a file: what it is made of, files that are not ours, migration, failing disks."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import apsw
+import pytest
+from log_support import fill, trajectory
+
+from cai_graph.errors import LogError
+from cai_graph.log import Log, open_log
+from cai_graph.log import sqlite as sqlite_store
+from cai_graph.log.sqlite import APPLICATION_ID, SCHEMA
+from cai_graph.log.upkeep import verify
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    with open_log(tmp_path / "cai.db") as log:
+        yield log
+
+
+# --- opening and closing -----------------------------------------------------------------------------
+
+
+def test_commits_are_synced_in_full(log: Log) -> None:
+    fill(log, 1)
+    store = log._shared.store
+    assert isinstance(store, sqlite_store.SQLiteStore)
+    assert store.change(lambda db: db.execute("PRAGMA synchronous").fetchall()) == [(2,)]
+    assert store.change(lambda db: db.execute("PRAGMA journal_mode").fetchall()) == [("wal",)]
+
+
+def test_relative_absolute_and_plain_paths_name_the_same_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = trajectory()
+    with open_log("sqlite:///cai.db") as one, open_log(f"sqlite:///{tmp_path}/cai.db") as two:
+        assert one.name == two.name == str(tmp_path / "cai.db")
+        one.append(record).result()
+        assert two.get(record.id) == record
+        assert one._shared is two._shared
+    with open_log("cai.db") as three:
+        assert three.get(record.id) == record
+
+
+def test_a_new_log_is_for_its_owner_alone(tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        fill(log, 1)
+        for file in tmp_path.iterdir():
+            assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+
+
+def test_an_absent_folder_is_named_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match=f"the folder {tmp_path / 'no'} does not exist; make it"):
+        open_log(tmp_path / "no" / "cai.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "cai.db").mkdir()
+    with pytest.raises(LogError, match="is a directory"):
+        open_log(tmp_path / "cai.db")
+
+
+def test_an_empty_file_becomes_a_log(tmp_path: Path) -> None:
+    (tmp_path / "cai.db").touch()
+    with open_log(tmp_path / "cai.db") as log:
+        assert list(log.read()) == []
+        fill(log, 1)
+
+
+def test_reading_only_leaves_every_byte_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    with pytest.raises(LogError, match="there is no log"):
+        open_log(path, read_only=True)
+    assert not path.exists()
+    with open_log(path) as log:
+        made = fill(log, 2)
+    before = path.read_bytes()
+    with open_log(path, read_only=True) as log:
+        assert list(log.read()) == made
+    assert path.read_bytes() == before
+
+
+def test_closing_leaves_one_file(log: Log) -> None:
+    fill(log, 1)
+    log.close()
+    assert not Path(f"{log.name}-wal").exists()
+
+
+# --- files that are not ours -------------------------------------------------------------------------
+
+
+def test_a_log_of_a_newer_release_is_refused_and_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        fill(log, 3)
+    with apsw.Connection(str(path)) as db:
+        db.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    db.close()
+    before = path.read_bytes()
+    for read_only in (False, True):
+        with pytest.raises(LogError, match=rf"schema version {SCHEMA + 1}, this release reads 1 to {SCHEMA}"):
+            open_log(path, read_only=read_only)
+    with pytest.raises(LogError, match="upgrade cai-graph"):
+        verify(path)
+    assert path.read_bytes() == before
+
+
+def test_a_newer_release_is_refused_even_where_only_the_wal_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        fill(log, 1)
+    newer = apsw.Connection(str(path))
+    newer.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    before = path.read_bytes()
+    try:
+        with pytest.raises(LogError, match="upgrade cai-graph"):
+            open_log(path)
+        assert path.read_bytes() == before
+    finally:
+        newer.close()
+
+
+@pytest.mark.parametrize("content", [b"hello, this is a text file that is no database\n" * 40, b"x"])
+def test_a_file_that_is_no_database_is_refused_and_unchanged(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "cai.db"
+    path.write_bytes(content)
+    with pytest.raises(LogError, match="is no SQLite database"):
+        open_log(path)
+    assert path.read_bytes() == content
+
+
+def test_another_application_s_database_is_refused_and_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    db = apsw.Connection(str(path))
+    db.execute("CREATE TABLE mine (x)")
+    db.close()
+    before = path.read_bytes()
+    with pytest.raises(LogError, match="is an SQLite database, but no log"):
+        open_log(path)
+    assert path.read_bytes() == before
+
+
+def test_a_log_that_is_removed_while_open_begins_anew_where_it_stood(log: Log) -> None:
+    fill(log, 2)
+    for file in Path(log.name).parent.iterdir():
+        file.unlink()
+    made = fill(log, 3)
+    assert list(log.read()) == made
+    assert verify(log.name).ok
+
+
+# --- migration ---------------------------------------------------------------------------------------
+
+
+def test_an_older_file_is_migrated_and_keeps_its_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        made = fill(log, 5)
+
+    def add_a_table(db: apsw.Connection) -> None:
+        db.execute("CREATE TABLE added (x)")
+
+    monkeypatch.setattr(sqlite_store, "SCHEMA", SCHEMA + 1)
+    monkeypatch.setitem(sqlite_store.MIGRATIONS, SCHEMA, add_a_table)
+    with pytest.raises(LogError, match="open it for writing once"):
+        open_log(path, read_only=True)
+    with open_log(path) as log:
+        assert list(log.read()) == made
+        fill(log, 1)
+    with open_log(tmp_path / "new.db") as log:
+        fill(log, 1)
+    db = apsw.Connection(str(path))
+    assert db.execute("PRAGMA user_version").fetchall() == [(SCHEMA + 1,)]
+    assert db.execute("SELECT count(*) FROM added").fetchall() == [(0,)]
+    db.close()
+
+
+def test_a_migration_that_fails_leaves_the_old_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        made = fill(log, 5)
+
+    def fail(db: apsw.Connection) -> None:
+        db.execute("DELETE FROM records")
+        raise RuntimeError("half way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_store, "SCHEMA", SCHEMA + 1)
+        patch.setitem(sqlite_store.MIGRATIONS, SCHEMA, fail)
+        with pytest.raises(RuntimeError, match="half way"):
+            open_log(path)
+    with open_log(path) as log:
+        assert list(log.read()) == made
+    assert verify(path).ok
+
+
+def test_a_kill_during_migration_leaves_the_old_version(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        made = fill(log, 50)
+    script = """
+import os, signal, sys
+from cai_graph.log import open_log, sqlite
+def die(db):
+    db.execute("DELETE FROM records")
+    db.cache_flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+sqlite.SCHEMA += 1
+sqlite.MIGRATIONS[sqlite.SCHEMA - 1] = die
+open_log(sys.argv[1])
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+        assert done.returncode == -9
+    with open_log(path) as log:
+        assert list(log.read()) == made
+    assert verify(path).ok
+
+
+def test_the_golden_log_of_schema_1_reads_as_it_did(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden"
+    path = tmp_path / "log-v1.sqlite"
+    path.write_bytes((golden / "log-v1.sqlite").read_bytes())
+    assert verify(path).ok
+    with open_log(path) as log:
+        assert b"".join(log.lines()) == (golden / "log-v1.jsonl").read_bytes()
+        made = fill(log, 1)
+        assert next(log.read(newest_first=True)) == made[0]
+    db = apsw.Connection(str(path))
+    assert db.execute("PRAGMA application_id").fetchall() == [(APPLICATION_ID,)]
+    db.close()
+
+
+# --- failing disks -----------------------------------------------------------------------------------
+
+
+def test_a_full_database_fails_the_append_and_recovers_by_itself(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = fill(log, 3)
+    store = log._shared.store
+    assert isinstance(store, sqlite_store.SQLiteStore)
+    pages = store.change(lambda db: db.execute("PRAGMA page_count").fetchall()[0][0])
+    store.change(lambda db: db.execute(f"PRAGMA max_page_count = {pages + 2}").fetchall())
+    big = trajectory(metadata={"text": "x" * 200_000})
+    lost = log.append(big)
+    with pytest.raises(LogError, match=r"no space left to write; free some, the log goes on by itself"):
+        lost.result()
+    assert log.lost == 1
+    assert "no space left" in caplog.text
+    made += fill(log, 2)
+    assert "writing works again; 1 records were lost" in caplog.text
+    assert list(log.read()) == made
+    log.append(big).result()
+    assert verify(log.name).ok
+
+
+def test_a_disk_that_refuses_bytes_fails_the_append_and_recovers_without_a_restart(tmp_path: Path) -> None:
+    script = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+from log_support import trajectory
+from cai_graph.errors import LogError
+from cai_graph.log import open_log
+log = open_log(sys.argv[1])
+first = [trajectory(n) for n in range(3)]
+for record in first:
+    log.append(record).result()
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+refused = 0
+for n in range(5):
+    try:
+        log.append(trajectory(metadata={"text": "x" * 300_000})).result()
+    except LogError as error:
+        assert "disk" in str(error) or "space" in str(error), error
+        refused += 1
+assert refused == 5, refused
+assert list(log.read()) == first
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+last = [trajectory(n) for n in range(3)]
+for record in last:
+    log.append(record).result()
+assert list(log.read()) == first + last
+assert log.lost == 5
+"""
+    path = tmp_path / "cai.db"
+    subprocess.run([sys.executable, "-c", script, str(path), str(Path(__file__).parent)], check=True)
+    found = verify(path)
+    assert found.ok
+    assert found.records == 6
+
+
+def test_a_file_held_by_another_process_for_a_while_fails_nobody(log: Log) -> None:
+    made = fill(log, 1)
+    holder = apsw.Connection(log.name)
+    holder.execute("BEGIN IMMEDIATE")
+    more = [trajectory(n) for n in range(50)]
+    futures = [log.append(record) for record in more]
+    assert list(log.read()) == made  # readers do not wait for writers
+    timer = threading.Timer(0.7, lambda: (holder.execute("ROLLBACK"), holder.close()))
+    timer.start()
+    for future in futures:
+        future.result()
+    timer.join()
+    assert list(log.read()) == made + more
+
+
+def test_a_file_held_for_too_long_is_reported_and_nothing_is_stored(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(log, 1)
+    monkeypatch.setattr(sqlite_store, "BUSY_S", 0.0)
+    holder = apsw.Connection(log.name)
+    holder.execute("BEGIN IMMEDIATE")
+    future = log.append(trajectory())
+    with pytest.raises(LogError, match="another process has held the log"):
+        future.result()
+    holder.execute("ROLLBACK")
+    holder.close()
+    fill(log, 1)
+    assert log.stats().trajectories == 2
