@@ -3,8 +3,8 @@
 Sources, in the folder that CAI_BENCH_DATA names: test pairs of Anthropic's HH-RLHF
 (`hh_rlhf/*.pairs.jsonl.gz`), and PyRIT's scored answers (`pyrit_scorer_evals/harm/*.csv`), of which an answer
 scored at most 0.15 and one scored at least 0.6 to the same request make a pair. Pairs whose texts are longer
-than a limit are left out, for time. Which answer is A is drawn for each pair. Each pair is asked about as `cai feedback label` asks: one
-principle of the fitting aim out of `balanced`, drawn by weight.
+than a limit are left out, for time. Which answer is A is drawn for each pair. Each pair is asked about as
+`cai feedback label` asks: one principle of the fitting aim out of `balanced`, drawn by weight.
 
 A judgement takes seconds on two cores, so each is kept in the local cache as soon as it is made, and the same
 command goes on with the rest. CAI_BENCH_PAIRS is the number of pairs a source (100).
@@ -257,10 +257,10 @@ def run() -> str:
         "",
         "How often the embedded model (`local`) prefers the answer that people preferred, and the 95 % "
         "interval (Wilson; on PyRIT, where a request gives several pairs, by resampling whole requests). "
-        f"Ties are left out. One principle a pair, of the fitting aim, out of `{RULES.name}`. HH-RLHF: test "
-        f"pairs of at most {HH_CHARS} characters. PyRIT: an answer scored at most {LOW} against one scored at "
-        f"least {HIGH}, to the same request, of at most {PYRIT_CHARS} characters. The probe's heads were "
-        "trained on PyRIT's answers, so its figure there is not one of unseen answers.",
+        f"Ties are left out. One principle a pair, of the fitting aim, out of `{RULES.name}`. "
+        f"HH-RLHF: test pairs of at most {HH_CHARS} characters. PyRIT: an answer scored at most {LOW} "
+        f"against one scored at least {HIGH}, to the same request, of at most {PYRIT_CHARS} characters. "
+        "The probe's heads were trained on PyRIT's answers, so its figure there is not of unseen answers.",
         "",
         f"| way | {' | '.join(sources)} |",
         f"|---|{'---|' * len(sources)}",

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cai_graph.trajectory import Comparison, Label, Message, Review, ToolCall
+from cai_graph.trajectory import Label, Message, Review, ToolCall
+from trainers.compared import Judged, judged_pairs
 from trainers.ledger import Reason
 from trainers.reading import (
     Evidence,
@@ -448,16 +449,16 @@ def _failed_by_draft(case: _Case) -> list[str]:
 
 
 def _compared(case: _Case) -> list[Row]:
-    """Pairs that were compared: P averaged over both orders, then over principles and judges."""
-    groups: dict[tuple[str, str], list[Comparison]] = {}
-    for comparison in case.evidence.comparisons:
-        a, b = comparison.origins
-        groups.setdefault((min(a, b), max(a, b)), []).append(comparison)
+    """Pairs that were compared, unless end users said the opposite of the answer that they saw."""
     rows: list[Row] = []
     reasons: list[Reason] = []
-    for group in groups.values():
+    for judged in judged_pairs(case.evidence.comparisons):
         try:
-            rows.append(_judged_pair(case, group))
+            if isinstance(judged, Reason):
+                raise _Drop(judged)
+            _check_liking(case, judged)
+            origin = case.provenance(judged.source, ", ".join(judged.judges), judged.principles)
+            rows.append(_pair(case, judged.chosen, judged.rejected, judged.p_chosen, **origin))
         except _Drop as drop:
             reasons.append(drop.reason)
     if not rows:
@@ -465,29 +466,12 @@ def _compared(case: _Case) -> list[Row]:
     return rows
 
 
-def _judged_pair(case: _Case, group: list[Comparison]) -> Row:
-    readable: list[tuple[Comparison, float]] = []
-    disagree = False
-    for comparison in group:
-        first, second = comparison.p_a
-        if first is None or second is None:
-            continue
-        if (first - 0.5) * (second - 0.5) < 0:
-            disagree = True
-        else:
-            readable.append((comparison, (first + second) / 2))
-    if not readable:
-        raise _Drop(Reason.DISAGREEMENT if disagree else Reason.UNREADABLE_VERDICT)
-    judged = readable[0][0]
-    p_a = sum(p if c.origins == judged.origins else 1 - p for c, p in readable) / len(readable)
-    if p_a == 0.5:
-        raise _Drop(Reason.TIE)
-    a, b = judged.answers
-    chosen, rejected = (a, b) if p_a > 0.5 else (b, a)
-    judges = sorted({comparison.judge for comparison, _ in readable})
-    principles = sorted({comparison.principle for comparison, _ in readable if comparison.principle})
-    origin = case.provenance("comparison", ", ".join(judges), principles)
-    return _pair(case, chosen, rejected, max(p_a, 1 - p_a), **origin)
+def _check_liking(case: _Case, judged: Judged) -> None:
+    liking, released = case.liking(), case.logged.released
+    if liking and released is not None:
+        contradicted = judged.chosen if liking < 0 else judged.rejected
+        if _same(_answer(contradicted), _answer(released)):
+            raise _Drop(Reason.DISAGREEMENT)
 
 
 def _revised(case: _Case) -> list[Row]:

@@ -1,0 +1,121 @@
+"""Comparisons of one trajectory become pairs with a soft label, or a reason why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from log_support import comparison, feedback, trajectory
+
+from cai_graph.trajectory import Comparison, Message, encode
+from trainers.compared import Judged, judged_pairs
+from trainers.conversion import CONVERSIONS, Terms
+from trainers.ledger import Reason
+from trainers.reading import Evidence, Logged, read_logged
+from trainers.rows import Dropped, PreferenceRow
+
+
+def said(text: str) -> Message:
+    return Message(role="assistant", content=text)
+
+
+def between(a: str, b: str, *p_a: float | None, **fields: Any) -> Comparison:
+    return comparison("t", answers=(said(a), said(b)), p_a=p_a, **fields)
+
+
+def sampled(a: str, b: str, p: float, labelling: str = "label:1/t/x", **fields: Any) -> Comparison:
+    origins = (f"sample:{a}:m", f"sample:{b}:m")
+    return between(a, b, p, p, origins=origins, source=labelling, **fields)
+
+
+def test_principles_and_judges_are_averaged_whichever_answer_was_a() -> None:
+    (found,) = judged_pairs(
+        [
+            between("good", "bad", 0.9, 0.7, principle="no-harm", judge="j1"),
+            between("bad", "good", 0.4, 0.4, principle="be-kind", judge="j2"),
+        ]
+    )
+    assert isinstance(found, Judged)
+    assert (found.chosen.content, found.rejected.content, found.source) == ("good", "bad", "comparison")
+    assert found.p_chosen == pytest.approx((0.8 + 0.6) / 2)
+    assert (found.judges, found.principles) == (("j1", "j2"), ("be-kind", "no-harm"))
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "reason"),
+    [
+        ([between("a", "b", 0.5, 0.5)], Reason.TIE),
+        ([between("a", "b", 0.8, 0.8), between("a", "b", 0.2, 0.2)], Reason.TIE),
+        ([between("a", "b", 0.9, 0.3)], Reason.DISAGREEMENT),
+        ([between("a", "b", 0.9, None)], Reason.UNREADABLE_VERDICT),
+        ([between("a", "b", 0.9, 0.9, settings={"truncated": ["sample:0:m"]})], Reason.TRUNCATED),
+        ([between("a", " a\n", 0.5, 0.5)], Reason.IDENTICAL),
+    ],
+)
+def test_what_prefers_neither_answer_has_its_reason(comparisons: list[Comparison], reason: Reason) -> None:
+    assert judged_pairs(comparisons) == [reason]
+
+
+def test_a_disagreement_under_one_principle_leaves_what_another_says() -> None:
+    (found,) = judged_pairs([between("a", "b", 0.9, 0.3), between("a", "b", 0.8, 0.7)])
+    assert isinstance(found, Judged)
+    assert found.p_chosen == pytest.approx(0.75)
+
+
+def test_the_label_of_a_judge_that_reasoned_is_clamped() -> None:
+    (found,) = judged_pairs([between("a", "b", 1.0, 1.0, band=(0.4, 0.6))])
+    assert isinstance(found, Judged)
+    assert found.p_chosen == pytest.approx(0.6)
+
+
+def test_of_several_samples_the_best_stands_against_the_worst() -> None:
+    (found,) = judged_pairs([sampled("0", "1", 0.7), sampled("0", "2", 0.9), sampled("1", "2", 0.6)])
+    assert isinstance(found, Judged)
+    assert (found.chosen.content, found.rejected.content, found.source) == ("0", "2", "best-of-n")
+    assert found.p_chosen == pytest.approx(0.9)
+
+
+def test_samples_that_beat_each_other_in_a_circle_give_no_pair() -> None:
+    assert judged_pairs([sampled("0", "1", 0.9), sampled("1", "2", 0.9), sampled("0", "2", 0.1)])[0] in (
+        Reason.DISAGREEMENT,
+        Reason.TIE,
+    )
+
+
+def test_two_labellings_are_two_tournaments() -> None:
+    found = judged_pairs([sampled("0", "1", 0.9), sampled("2", "3", 0.2, "label:2/t/x")])
+    assert [one.chosen.content for one in found if isinstance(one, Judged)] == ["0", "3"]
+    assert {one.source for one in found if isinstance(one, Judged)} == {"comparison"}
+
+
+@given(st.tuples(st.floats(0, 1), st.floats(0, 1)), st.none() | st.just((0.4, 0.6)))
+def test_swapping_a_and_b_gives_the_same_pair(p_a: tuple[float, float], band: Any) -> None:
+    (there,) = judged_pairs([between("x", "y", *p_a, band=band)])
+    (back,) = judged_pairs([between("y", "x", 1 - p_a[1], 1 - p_a[0], band=band)])
+    if isinstance(there, Judged) and isinstance(back, Judged):
+        assert (there.chosen, there.rejected) == (back.chosen, back.rejected)
+        assert there.p_chosen == pytest.approx(back.p_chosen)
+    else:
+        near = abs(p_a[0] - 0.5) < 1e-8 or abs(p_a[1] - 0.5) < 1e-8 or abs(sum(p_a) - 1) < 1e-8
+        assert there == back or near
+
+
+def converted(score: float, p: float) -> list[Any] | Dropped:
+    record = trajectory()
+    logged = read_logged(encode(record))
+    assert isinstance(logged, Logged)
+    one = between("draft 0", "revised 0", p, p)
+    return CONVERSIONS["preference"](
+        logged, Evidence((one,), (), (feedback(record.id, score=score),)), Terms()
+    )
+
+
+def test_end_users_who_contradict_the_judge_drop_the_pair() -> None:
+    assert converted(-1, 0.2) == Dropped(Reason.DISAGREEMENT)
+    assert converted(1, 0.8) == Dropped(Reason.DISAGREEMENT)
+    for score, p in ((1, 0.2), (-1, 0.8), (0, 0.8)):
+        (row,) = converted(score, p)
+        assert isinstance(row, PreferenceRow)
+        assert row.p_chosen == pytest.approx(0.8)

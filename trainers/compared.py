@@ -1,0 +1,105 @@
+"""From the Comparisons of one Trajectory to pairs with a soft label, or why there is none.
+
+P is averaged over both orders, then over principles and judges. What a judge chose by its place, what is
+unreadable and what is a tie gives no pair. Of several sampled answers that were compared all against all,
+the best stands against the worst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from cai_graph.trajectory import Comparison, Message, text_of
+from trainers.ledger import Reason
+
+__all__ = ["Judged", "judged_pairs"]
+
+_TIE = 1e-9
+
+
+class Judged(NamedTuple):
+    """Two answers of which one is better."""
+
+    chosen: Message
+    """The better one."""
+    rejected: Message
+    """The other."""
+    p_chosen: float
+    """P(chosen is better), above 0.5 and at most 1."""
+    source: Literal["comparison", "best-of-n"]
+    """Whether these two alone were compared, or are best and worst of several."""
+    judges: tuple[str, ...]
+    """Who compared, sorted."""
+    principles: tuple[str, ...]
+    """Ids of the principles that were asked about, sorted."""
+
+
+_Answer = tuple[str, str]
+"""What an answer says: its words and its tool calls."""
+_Groups = dict[frozenset[_Answer], list[Comparison]]
+
+
+def judged_pairs(comparisons: Iterable[Comparison]) -> list[Judged | Reason]:
+    """Return, for each pair of answers that was compared, which is better, or why that is not known."""
+    pairs: _Groups = {}
+    tournaments: dict[str, _Groups] = {}
+    for comparison in comparisons:
+        sampled = all(origin.startswith("sample:") for origin in comparison.origins)
+        labelling = (comparison.source or "").partition("/")[0]
+        into = tournaments.setdefault(labelling, {}) if sampled else pairs
+        into.setdefault(frozenset(map(_said, comparison.answers)), []).append(comparison)
+    found = [_label(group) for group in pairs.values()]
+    for groups in tournaments.values():
+        found += [_label(*groups.values())] if len(groups) == 1 else [_best_of(groups)]
+    return found
+
+
+def _said(answer: Message) -> _Answer:
+    return " ".join(text_of(answer).split()), repr(answer.tool_calls)
+
+
+def _label(group: list[Comparison]) -> Judged | Reason:
+    one = group[0]
+    a, b = map(_said, one.answers)
+    if a == b:
+        return Reason.IDENTICAL
+    if any(comparison.settings.get("truncated") for comparison in group):
+        return Reason.TRUNCATED
+    readable = [(c, p) for c in group if (p := c.preference) is not None]
+    clear = [(c, p) for c, p in readable if not c.orders_disagree]
+    if not clear:
+        return Reason.DISAGREEMENT if readable else Reason.UNREADABLE_VERDICT
+    p_a = sum(p if _said(c.answers[0]) == a else 1 - p for c, p in clear) / len(clear)
+    if abs(p_a - 0.5) < _TIE:
+        return Reason.TIE
+    chosen, rejected = one.answers if p_a > 0.5 else one.answers[::-1]
+    return Judged(
+        chosen,
+        rejected,
+        max(p_a, 1 - p_a),
+        "comparison",
+        tuple(sorted({c.judge for c, _ in clear})),
+        tuple(sorted({c.principle for c, _ in clear if c.principle})),
+    )
+
+
+def _best_of(groups: _Groups) -> Judged | Reason:
+    """Return the best of several answers over the worst, by the mean of P over all their pairs.
+
+    Their own comparison gives the label; where it says otherwise, the comparisons contradict each other.
+    """
+    labels = {answers: _label(group) for answers, group in groups.items()}
+    scores: dict[_Answer, list[float]] = {}
+    for label in labels.values():
+        if isinstance(label, Judged):
+            scores.setdefault(_said(label.chosen), []).append(label.p_chosen)
+            scores.setdefault(_said(label.rejected), []).append(1 - label.p_chosen)
+    if not scores:
+        return min((r for r in labels.values() if isinstance(r, Reason)), key=list(Reason).index)
+    mean = {answer: sum(given) / len(given) for answer, given in scores.items()}
+    best, worst = max(mean, key=mean.__getitem__), min(mean, key=mean.__getitem__)
+    direct = labels.get(frozenset((best, worst)), Reason.TIE)
+    if not isinstance(direct, Judged):
+        return direct
+    return direct._replace(source="best-of-n") if _said(direct.chosen) == best else Reason.DISAGREEMENT
