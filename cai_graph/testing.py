@@ -67,7 +67,7 @@ class ScriptedModel(BaseChatModel):
         words = re.findall(r"\S+\s*|^\s+", reply.content) if isinstance(reply.content, str) else []
         fields = reply.model_dump(exclude={"type", "content"})
         for word in words[:-1]:
-            yield ChatGenerationChunk(message=AIMessageChunk(content=word))
+            yield ChatGenerationChunk(message=AIMessageChunk(content=word, id=reply.id))
         last = AIMessageChunk(content=words[-1] if words else reply.content, **fields, chunk_position="last")
         yield ChatGenerationChunk(message=last)
 

@@ -20,6 +20,7 @@ from langgraph.graph import END, START, MessagesState, StateGraph
 from replies import RULES, answer_in, by_role, role_of, verdicts
 
 from cai_graph import ScriptedModel, constitutional
+from cai_graph.middleware import ConstitutionalMiddleware
 from cai_graph.testing import everywhere, leaks
 
 CANARY = "CANARY-7f3a"
@@ -93,13 +94,26 @@ def agent(model: ScriptedModel, **settings: Any) -> Any:
     return create_agent(constitutional(model, **settings), tools=[])
 
 
+def middleware(model: ScriptedModel, *, stream: str, **settings: Any) -> Any:
+    assert stream == "buffer"  # it has no other
+    return create_agent(model, tools=[], middleware=[ConstitutionalMiddleware(**settings)])
+
+
 FACES: dict[str, tuple[Callable[..., Any], Any]] = {
     "chain": (chain, "hello"),
     "retrieval": (retrieval, "hello"),
     "graph": (graph, {"messages": [("user", "hello")]}),
     "chat": (chat, "hello"),
     "agent": (agent, {"messages": [("user", "hello")]}),
+    "middleware": (middleware, {"messages": [("user", "hello")]}),
 }
+CELLS = [
+    (face, mode, outcome)
+    for face in FACES
+    for mode in ("buffer", "blocks", "audit")
+    for outcome in ("kept", "revised", "refused", "failed")
+    if face != "middleware" or mode == "buffer"
+]
 
 
 class Tracer(BaseTracer):
@@ -131,9 +145,7 @@ def count(request: pytest.FixtureRequest) -> Iterator[Count]:
     terminal.write_line(f"leak matrix: {counted.cells} cells, {counted.canaries} canaries")
 
 
-@pytest.mark.parametrize("outcome", ["kept", "revised", "refused", "failed"])
-@pytest.mark.parametrize("mode", ["buffer", "blocks", "audit"])
-@pytest.mark.parametrize("face", FACES)
+@pytest.mark.parametrize(("face", "mode", "outcome"), CELLS)
 async def test_no_stream_shows_a_canary_and_the_tracer_sees_every_call(
     face: str, mode: str, outcome: str, count: Count
 ) -> None:

@@ -1,0 +1,655 @@
+"""What leaves of an answer when, while the app still writes it; and what the record says of it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
+from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda, RunnableParallel
+from langchain_core.tracers.base import BaseTracer
+from langchain_core.tracers.schemas import Run
+from langgraph.graph import END, START, MessagesState, StateGraph
+from replies import IDS, RULES, answer_in, by_role, role_of, verdicts
+
+from cai_graph import Budget, ScriptedModel, constitutional
+from cai_graph.errors import BudgetExceeded, ConfigError, DataError, Unreadable, Violation
+from cai_graph.log import Log, open_log
+from cai_graph.streams import block_end, relay
+from cai_graph.trajectory import Outcome, Trajectory, text_of
+
+ONE = "This is the first group of sentences, and it is as long as the first block has to be."
+TWO = (
+    " The second one is unsafe, and it says so at once, for a hundred and sixty characters and more, which is"
+)
+TWO += " how long the second block has to be before it may end, so that it goes on until here, the end of it."
+THREE = " And the third one is the last."
+DRAFT = ONE + TWO + THREE
+FINE = DRAFT.replace("unsafe", "harmless")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    with open_log(tmp_path / "cai.db") as opened:
+        yield opened
+
+
+def recorded(log: Log) -> Trajectory:
+    log.flush()
+    (record,) = log.read(kind="trajectory")
+    assert isinstance(record, Trajectory)
+    return record
+
+
+def unsafe(messages: list[BaseMessage]) -> str:
+    """The reply of a critic that finds `unsafe` in an answer, batched or parallel."""
+    asked = [identifier for identifier in IDS if f"\n{identifier}: " in messages[0].text]
+    found = [identifier for identifier in asked[:1] if "unsafe" in answer_in(messages)]
+    return verdicts(*found, ids=asked)
+
+
+Critique = Callable[[list[BaseMessage]], str | AIMessage | Exception]
+
+
+def judge(critique: Critique = unsafe, revise: str = "It ends well.") -> ScriptedModel:
+    def answers_afresh(messages: list[BaseMessage]) -> str:
+        raise AssertionError("the app drafts, not this model")
+
+    return by_role(draft=answers_afresh, critique=critique, revise=revise)
+
+
+class Typist:
+    """An app that writes word by word; what it has written, where, and whether it was stopped."""
+
+    def __init__(self, text: str = DRAFT, *, before: Callable[[str], Any] = lambda word: None) -> None:
+        self.words = [word + " " for word in text.split(" ")]
+        self.words[-1] = self.words[-1].removesuffix(" ")
+        self.before = before
+        self.written: list[str] = []
+        self.threads: set[threading.Thread] = set()
+        self.stopped = False
+
+    @property
+    def app(self) -> Runnable[Any, str]:
+        return RunnableGenerator(self._write, self._awrite)
+
+    def _write(self, input: Iterator[Any]) -> Iterator[str]:
+        list(input)
+        try:
+            for word in self.words:
+                self.before(word)
+                self._wrote(word)
+                yield word
+        except GeneratorExit:
+            self.stopped = True
+            raise
+
+    async def _awrite(self, input: AsyncIterator[Any]) -> AsyncIterator[str]:
+        [part async for part in input]
+        try:
+            for word in self.words:
+                if (waiting := self.before(word)) is not None:
+                    await waiting
+                await asyncio.sleep(0)
+                self._wrote(word)
+                yield word
+        except (GeneratorExit, asyncio.CancelledError):
+            self.stopped = True
+            raise
+
+    def _wrote(self, word: str) -> None:
+        self.written.append(word)
+        self.threads.add(threading.current_thread())
+
+
+def guarded(
+    app: Runnable[Any, Any], model: ScriptedModel | None = None, *, stream: str = "blocks", **settings: Any
+) -> Any:
+    model = model or judge()
+    settings = {"log": None, "constitution": RULES} | settings
+    return constitutional(app, critic=model, reviser=model, stream=stream, **settings)
+
+
+async def drawn(app: Any, input: Any = "hello", config: Any = None) -> list[Any]:
+    return [chunk async for chunk in app.astream(input, config)]
+
+
+async def until_error(app: Any) -> tuple[list[Any], Exception | None]:
+    """The chunks of a stream, and what it raises at its end."""
+    chunks = []
+    try:
+        async for chunk in app.astream("hello"):
+            chunks.append(chunk)
+    except Exception as error:
+        return chunks, error
+    return chunks, None
+
+
+def prompts(model: ScriptedModel, role: str) -> Sequence[list[BaseMessage]]:
+    return [messages for messages in model.calls if role_of(messages) == role]
+
+
+# --- where a block ends --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "block"),
+    [
+        ("One. Two. Three", 0, "One."),
+        ("One. Two. Three", 4, "One. Two."),
+        ('He said "no!" Then', 0, 'He said "no!"'),
+        ("Really?! Yes", 0, "Really?!"),
+        ("A line\nand another", 0, "A line"),
+        ("\n\nA line\n", 0, "\n\nA line"),
+        ("Version 1.5 is out. Yes", 0, "Version 1.5 is out."),
+        ("So it is 1. Then", 0, None),
+        ("これは文です。次の", 0, "これは文です。"),
+        ("not done", 0, None),
+        ("might go on.", 0, None),
+        ("no end " * 5, 8, "no end no end"),
+    ],
+)
+def test_a_block_ends_with_a_sentence_or_a_line_or_else_between_words(
+    text: str, least: int, block: str | None
+) -> None:
+    end = block_end(text, 0, least)
+
+    assert (None if end is None else text[:end]) == block
+
+
+# --- relay ---------------------------------------------------------------------------------------------
+
+
+async def test_a_relayed_task_is_a_bounded_number_of_items_ahead() -> None:
+    sent: list[int] = []
+
+    async def work(send: Any) -> None:
+        for number in range(100):
+            await send(number)
+            sent.append(number)
+
+    items = relay(work, room=3)
+    first = await anext(items)
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+    assert (first, sent) == (0, [0, 1, 2])
+    assert [item async for item in items] == list(range(1, 100))
+
+
+async def test_the_error_of_a_relayed_task_comes_after_its_items() -> None:
+    async def work(send: Any) -> None:
+        await send(1)
+        raise ValueError("mine")
+
+    items = relay(work)
+
+    assert await anext(items) == 1
+    with pytest.raises(ValueError, match="mine"):
+        await anext(items)
+
+
+async def test_closing_a_relay_waits_until_its_task_has_cleaned_up() -> None:
+    cleaned: list[bool] = []
+
+    async def work(send: Any) -> None:
+        try:
+            while True:
+                await send(1)
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append(True)
+
+    items = relay(work)
+    await anext(items)
+    await items.aclose()
+
+    assert cleaned == [True]
+
+
+# --- blocks: what leaves, and the record ---------------------------------------------------------------
+
+
+async def test_a_block_leaves_while_the_app_still_writes() -> None:
+    seen = asyncio.Event()
+    typist = Typist(FINE, before=lambda word: seen.wait() if word == "last." else None)
+
+    chunks = []
+    async for chunk in guarded(typist.app).astream("hello"):
+        chunks.append(chunk)
+        seen.set()  # the last word comes only after the first block has left
+
+    assert chunks == [ONE, TWO.replace("unsafe", "harmless"), THREE]
+
+
+def test_a_synchronous_stream_needs_no_event_loop_and_the_app_writes_in_its_thread() -> None:
+    typist = Typist()
+
+    chunks = list(guarded(typist.app).stream("hello"))
+
+    assert chunks == [ONE, " It ends well."]
+    assert typist.threads == {threading.current_thread()}
+
+
+async def test_a_kept_answer_is_judged_block_by_block_each_with_what_came_before(log: Log) -> None:
+    model = judge()
+
+    assert "".join(await drawn(guarded(Typist(FINE).app, model, log=log))) == FINE
+
+    assert [answer_in(messages) for messages in model.calls] == [ONE, FINE.removesuffix(THREE), FINE]
+    assert ["still being written" in messages[1].text for messages in model.calls] == [True, True, False]
+    record = recorded(log)
+    assert record.draft is not None
+    assert (record.outcome, record.mode, record.settings["stream"]) == (Outcome.KEPT, "enforce", "blocks")
+    assert [(block.end, block.released) for block in record.draft.blocks] == [
+        (len(ONE), True),
+        (len(ONE + TWO.replace("unsafe", "harmless")), True),
+        (len(FINE), False),
+    ]
+    assert record.rounds[0].critique == record.draft.blocks[-1].critique
+    assert (text_of(record.draft.answer), record.draft.unfinished) == (FINE, False)
+    assert record.released == record.draft.answer
+
+
+async def test_an_answer_that_ends_with_a_block_is_not_judged_again() -> None:
+    model = judge()
+
+    assert await drawn(guarded(Typist(ONE + "\n").app, model)) == [ONE, "\n"]
+
+    assert len(model.calls) == 1
+
+
+async def test_a_revision_goes_on_after_what_has_left_and_is_judged_with_it(log: Log) -> None:
+    model = judge()
+
+    chunks = await drawn(guarded(Typist().app, model, log=log))
+
+    assert chunks == [ONE, " It ends well."]
+    (asked,) = prompts(model, "revise")
+    assert f"<said>\n{ONE}\n</said>" in asked[1].text
+    assert answer_in(prompts(model, "critique")[-1]) == f"{ONE} It ends well."
+    record = recorded(log)
+    assert record.draft is not None
+    assert record.released is not None
+    assert (record.outcome, record.released_from) == (Outcome.REVISED, "revision")
+    assert text_of(record.draft.answer) == DRAFT, "the app is heard out"
+    assert [(block.end, block.released) for block in record.draft.blocks] == [
+        (len(ONE), True),
+        (len(ONE + TWO), False),
+    ]
+    assert text_of(record.released) == "".join(chunks)
+    assert text_of(record.rounds[0].revisions[0].answer) == "".join(chunks)
+
+
+async def test_what_a_writer_repeats_of_what_has_left_leaves_once() -> None:
+    model = judge(revise=f"{ONE.replace(' ', '  ')}\nIt ends well.")
+
+    assert await drawn(guarded(Typist().app, model)) == [ONE, " It ends well."]
+
+
+async def test_a_writer_that_only_repeats_what_was_said_has_revised_nothing(log: Log) -> None:
+    model = judge(revise=DRAFT.removeprefix(ONE).strip())
+
+    chunks = await drawn(guarded(Typist().app, model, log=log, max_rounds=1))
+
+    assert chunks == [ONE, f"\n\n{RULES.refusal}"]
+    assert recorded(log).rounds[0].revisions[0].rejection == "unchanged"
+
+
+@pytest.mark.parametrize("strategy", ["batched", "parallel"])
+async def test_a_stream_that_cannot_go_on_ends_with_the_refusal(strategy: str, log: Log) -> None:
+    model = judge(revise="It stays unsafe.")
+
+    chunks = await drawn(guarded(Typist().app, model, log=log, strategy=strategy))
+
+    assert chunks == [ONE, f"\n\n{RULES.refusal}"]
+    record = recorded(log)
+    assert record.released is not None
+    assert (record.outcome, record.released_from) == (Outcome.REFUSED, "refusal")
+    assert text_of(record.released) == "".join(chunks)
+
+
+async def test_policy_open_lets_the_rest_of_the_draft_leave() -> None:
+    model = judge(revise="It stays unsafe.")
+
+    assert "".join(await drawn(guarded(Typist().app, model, on_violation="open"))) == DRAFT
+
+
+async def test_policy_raise_raises_after_what_has_left_and_the_record_says_what_that_was(log: Log) -> None:
+    app = guarded(Typist().app, judge(revise="unsafe"), log=log, on_violation="raise")
+
+    chunks, error = await until_error(app)
+
+    assert isinstance(error, Violation)
+
+    assert chunks == [ONE]
+    record = recorded(log)
+    assert record.released is not None
+    assert (record.outcome, text_of(record.released), record.released_from) == (Outcome.FAILED, ONE, "draft")
+
+
+async def test_a_first_block_that_fails_lets_nothing_of_the_draft_leave() -> None:
+    assert await drawn(guarded(Typist("It is unsafe. " + FINE).app)) == ["It ends well."]
+
+
+@pytest.mark.parametrize("policy", ["closed", "open", "raise"])
+async def test_an_unreadable_verdict_on_a_block_leaves_what_its_policy_says(policy: str) -> None:
+    def critique(messages: list[BaseMessage]) -> str:
+        return (
+            "?"
+            if "harmless" in messages[1].text or messages[-1].text.startswith("I could not")
+            else unsafe(messages)
+        )
+
+    app = guarded(Typist(FINE).app, judge(critique), on_unreadable=policy)
+
+    chunks, error = await until_error(app)
+
+    rest = {"closed": [f"\n\n{RULES.refusal}"], "raise": []}
+    assert chunks == [ONE, *rest.get(policy, [TWO.replace("unsafe", "harmless"), THREE])]
+    assert isinstance(error, Unreadable) == (policy == "raise")
+
+
+@pytest.mark.parametrize("policy", ["closed", "open", "raise"])
+async def test_a_critic_that_fails_in_the_middle_leaves_what_its_policy_says(policy: str) -> None:
+    def critique(messages: list[BaseMessage]) -> str | Exception:
+        return OSError("the critic is down") if "harmless" in messages[1].text else unsafe(messages)
+
+    app = guarded(Typist(FINE).app, judge(critique), on_error=policy)
+
+    chunks, error = await until_error(app)
+
+    rest = {"closed": f"\n\n{RULES.refusal}", "raise": ""}
+    assert "".join(chunks) == ONE + rest.get(policy, FINE.removeprefix(ONE))
+    assert (error is None) == (policy != "raise")
+
+
+@pytest.mark.parametrize("policy", ["closed", "open"])
+async def test_the_apps_own_error_in_the_middle_is_raised_under_every_policy(policy: str, log: Log) -> None:
+    def fail(word: str) -> None:
+        if word == "last.":
+            raise OSError("the app is down")
+
+    app = guarded(Typist(FINE, before=fail).app, log=log, on_error=policy)
+
+    chunks, error = await until_error(app)
+
+    assert str(error) == "the app is down"
+    record = recorded(log)
+    assert record.draft is not None
+    assert record.released is not None
+    assert (record.outcome, record.draft.unfinished) == (Outcome.FAILED, True)
+    assert text_of(record.released) == "".join(chunks)
+
+
+async def test_the_deadline_ends_a_stream_whose_app_writes_too_slowly() -> None:
+    typist = Typist(FINE, before=lambda word: asyncio.sleep(60) if word == "last." else None)
+    app = guarded(typist.app, on_error="closed", budget=Budget(seconds=1.0))
+
+    chunks = await drawn(app)
+
+    assert (chunks[0], chunks[-1]) == (ONE, f"\n\n{RULES.refusal}")
+    assert typist.stopped
+
+
+async def test_the_deadline_raises_where_the_policy_is_raise() -> None:
+    typist = Typist(FINE, before=lambda word: asyncio.sleep(60) if word == "last." else None)
+
+    with pytest.raises(BudgetExceeded):
+        await drawn(guarded(typist.app, budget=Budget(seconds=1.0)))
+
+
+# --- closing early, and back-pressure ------------------------------------------------------------------
+
+
+async def test_a_closed_stream_stops_the_app_and_is_logged_with_what_left(log: Log) -> None:
+    typist = Typist(FINE + THREE * 500)
+
+    stream = guarded(typist.app, log=log).astream("hello")
+    assert await anext(stream) == ONE
+    await stream.aclose()
+
+    assert typist.stopped
+    record = recorded(log)
+    assert record.draft is not None
+    assert record.released is not None
+    assert (record.outcome, record.draft.unfinished) == (Outcome.FAILED, True)
+    assert text_of(record.released).startswith(ONE)
+
+
+def test_a_synchronous_stream_that_is_left_early_stops_the_app_and_is_logged(log: Log) -> None:
+    typist = Typist(FINE + THREE * 500)
+
+    for _ in guarded(typist.app, log=log).stream("hello"):
+        break
+
+    assert typist.stopped
+    assert typist.threads == {threading.current_thread()}
+    assert recorded(log).outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks", "audit"])
+async def test_a_cancelled_task_stops_the_app_and_is_logged(stream: str, log: Log) -> None:
+    reached = asyncio.Event()
+
+    def before(word: str) -> Any:
+        if word != "last.":
+            return None
+        reached.set()
+        return asyncio.sleep(60)
+
+    typist = Typist(FINE, before=before)
+    task = asyncio.create_task(drawn(guarded(typist.app, log=log, stream=stream)))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert typist.stopped
+    record = recorded(log)
+    assert record.outcome is Outcome.FAILED
+    left = {"buffer": None, "blocks": FINE.removesuffix(THREE), "audit": FINE.removesuffix("last.")}[stream]
+    assert (None if record.released is None else text_of(record.released)) == left
+
+
+async def test_an_app_is_not_read_further_than_a_bounded_way_beyond_its_reader() -> None:
+    typist = Typist(FINE + THREE * 2000)
+
+    stream = guarded(typist.app).astream("hello")
+    await anext(stream)
+    for _ in range(2000):
+        await asyncio.sleep(0)
+    ahead = len(typist.written)
+    await stream.aclose()
+
+    assert ahead < 200 < len(typist.words)
+
+
+# --- audit ---------------------------------------------------------------------------------------------
+
+
+async def test_in_audit_the_answer_leaves_before_the_verdict_and_the_record_says_so(log: Log) -> None:
+    gone = asyncio.Event()
+
+    class Late(ScriptedModel):
+        async def _agenerate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> Any:
+            await asyncio.wait_for(gone.wait(), 30)
+            return self._generate(messages, *args, **kwargs)
+
+    said = ""
+    app = guarded(Typist().app, Late(replies=judge().replies), stream="audit", log=log)
+    async for chunk in app.astream("hello"):
+        said += chunk
+        if said == DRAFT:
+            gone.set()
+
+    record = recorded(log)
+    assert said == DRAFT
+    assert (record.mode, record.outcome, record.released_from) == ("audit", Outcome.EXHAUSTED, "draft")
+    assert [turn.revisions for turn in record.rounds] == [()]
+    assert record.released is not None
+    assert text_of(record.released) == DRAFT
+
+
+async def test_an_audited_answer_that_complies_is_kept(log: Log) -> None:
+    await drawn(guarded(Typist(FINE).app, stream="audit", log=log))
+
+    assert (recorded(log).mode, recorded(log).outcome) == ("audit", Outcome.KEPT)
+
+
+async def test_a_critic_that_fails_in_audit_raises_at_the_end_and_what_left_is_recorded(log: Log) -> None:
+    app = guarded(Typist().app, judge(lambda messages: OSError("down")), stream="audit", log=log)
+
+    chunks, error = await until_error(app)
+
+    record = recorded(log)
+    assert str(error) == "down"
+    assert "".join(chunks) == DRAFT
+    assert record.released is not None
+    assert (record.outcome, text_of(record.released)) == (Outcome.FAILED, DRAFT)
+
+
+async def test_audit_answers_an_invoke_as_every_mode_does() -> None:
+    assert await guarded(Typist().app, stream="audit").ainvoke("hello") == "It ends well."
+
+
+# --- shapes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks", "audit"])
+async def test_the_chunks_of_a_chat_model_add_up_to_what_invoke_returns(stream: str) -> None:
+    call = {"name": "look_up", "args": {"word": "x"}, "id": "1", "type": "tool_call"}
+    usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
+    said = AIMessage(FINE, tool_calls=[call], usage_metadata=usage, response_metadata={"model": "m"}, id="7")  # type: ignore[arg-type]
+    model = by_role(draft=said, critique=unsafe)
+    app = constitutional(model, constitution=RULES, log=None, stream=stream)  # type: ignore[arg-type]
+
+    chunks = [chunk async for chunk in app.astream("hello")]
+
+    assert all(isinstance(chunk, AIMessageChunk) for chunk in chunks)
+    total: Any = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    whole = await app.ainvoke("hello")
+    for name in ("content", "tool_calls", "usage_metadata", "id"):
+        assert getattr(total, name) == getattr(whole, name), name
+    assert total.response_metadata["model"] == "m"
+    assert total.response_metadata["cai"]["outcome"] == "KEPT"
+    assert {chunk.id for chunk in chunks} == {"7"}
+
+
+async def test_content_in_parts_stays_in_parts() -> None:
+    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AIMessageChunk]:
+        for index, word in enumerate(FINE.split(" ")):
+            part = {"type": "text", "text": word if index == 0 else f" {word}", "index": 0}
+            yield AIMessageChunk(content=[part], id="7")
+        yield AIMessageChunk(content=[{"type": "image", "url": "x", "index": 1}], id="7")
+
+    chunks = await drawn(guarded(RunnableGenerator(write)))
+
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    assert len(chunks) == 3
+    assert total.content == [
+        {"type": "text", "text": FINE, "index": 0},
+        {"type": "image", "url": "x", "index": 1},
+    ]
+
+
+async def test_what_stands_beside_the_answer_leaves_with_the_first_block_once() -> None:
+    app = RunnableParallel(answer=Typist(FINE).app, documents=RunnableLambda(lambda _: ["a document"]))
+
+    chunks = await drawn(guarded(app, context_keys=["documents"]))
+
+    assert [sorted(chunk) for chunk in chunks] == [["answer", "documents"], ["answer"], ["answer"]]
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    assert total == {"answer": FINE, "documents": ["a document"]}
+
+
+async def test_a_graph_answers_in_one_piece() -> None:
+    model = judge()
+
+    def node(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [AIMessage(DRAFT)]}
+
+    built = StateGraph(MessagesState)
+    built.add_node("answer", node)
+    built.add_edge(START, "answer")
+    built.add_edge("answer", END)
+
+    (chunk,) = await drawn(guarded(built.compile(), model), {"messages": [("user", "hello")]})
+
+    assert chunk["messages"][-1].content == "It ends well."
+
+
+async def test_an_app_that_takes_back_what_has_left_is_an_error() -> None:
+    async def write(input: AsyncIterator[Any]) -> AsyncIterator[dict[str, str]]:
+        for text in (ONE + " And", "Something else. And so on, and on, until the end of it."):
+            yield {"answer": text}  # plain dicts do not add up: each replaces the one before
+
+    with pytest.raises(DataError, match="took back text that has left"):
+        await drawn(guarded(RunnableGenerator(write)))
+
+
+async def test_an_app_that_repeats_itself_at_greater_length_is_streamed_by_what_is_new() -> None:
+    model = by_role(draft='{"answer": "' + FINE + '"}', critique=unsafe)
+
+    chunks = await drawn(guarded(model | JsonOutputParser(), model))
+
+    assert [chunk["answer"] for chunk in chunks] == [ONE, TWO.replace("unsafe", "harmless"), THREE]
+
+
+async def test_an_input_in_chunks_is_what_they_add_up_to() -> None:
+    async def parts() -> AsyncIterator[str]:
+        yield "hel"
+        yield "lo"
+
+    model = by_role(draft=lambda messages: f"{messages[0].text} to you", critique=unsafe)
+    app = guarded(model | StrOutputParser(), model)
+
+    assert [chunk async for chunk in app.atransform(parts())] == ["hello to you"]
+    assert list(app.transform(iter(["hel", "lo"]))) == ["hello to you"]
+
+
+# --- what stands around --------------------------------------------------------------------------------
+
+
+async def test_a_stream_is_traced_under_the_name_and_tags_that_its_caller_gives() -> None:
+    class Tracer(BaseTracer):
+        def _persist_run(self, run: Run) -> None:
+            self.run = run
+
+    tracer = Tracer()
+    config = {"callbacks": [tracer], "run_name": "mine", "tags": ["a tag"]}
+    chunks = await drawn(guarded(Typist().app), "hello", config)
+
+    assert (tracer.run.name, tracer.run.tags) == ("mine", ["a tag"])
+    assert tracer.run.outputs == {"output": "".join(chunks)}
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks"])
+async def test_progress_travels_as_custom_events_without_a_word_of_the_draft(stream: str) -> None:
+    app = guarded(Typist().app, judge(revise="It stays unsafe."), stream=stream)
+
+    events = [event async for event in app.astream_events("hello", version="v2")]
+
+    steps = [event["data"]["step"] for event in events if event["event"] == "on_custom_event"]
+    assert {event["name"] for event in events if event["event"] == "on_custom_event"} == {"cai_progress"}
+    started = ["drafting", "critiquing"] * (2 if stream == "blocks" else 1)
+    heard_out = ["drafting"] if stream == "blocks" else []
+    assert steps == [*started, *heard_out, "revising 1/2", "revising 2/2"]
+
+
+def test_a_setting_that_cannot_be_streamed_is_refused() -> None:
+    with pytest.raises(ConfigError, match="stream is one of buffer, blocks, audit"):
+        guarded(Typist().app, stream="live")
+    with pytest.raises(ConfigError, match="strategy 'sampled' holds nothing back"):
+        guarded(Typist().app, strategy="sampled")
