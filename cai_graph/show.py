@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cai_graph.bulk import Summary
 
-__all__ = ["brief", "clean", "one_line", "stages", "summary", "table", "trajectory", "word_diff"]
+__all__ = ["brief", "clean", "one_line", "progress", "summary", "table", "trajectory", "word_diff"]
 
 MAX_CHARS = 20_000
 """How much of one text is shown; the rest is in the JSON."""
@@ -281,23 +281,15 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> Tabl
     return made
 
 
-def stages(tell: Callable[[str], None], rounds: int) -> BaseCallbackHandler:
-    """Return a callback handler that tells which part of the graph is at work."""
+def progress(tell: Callable[[str], None]) -> BaseCallbackHandler:
+    """Return a callback handler that tells which step of a request is under way."""
     from langchain_core.callbacks import BaseCallbackHandler
 
-    class Stages(BaseCallbackHandler):
-        revising = 0
+    from cai_graph.streams import PROGRESS
 
-        def on_chain_start(self, *args: Any, **kwargs: Any) -> None:
-            node = kwargs.get("name")
-            if node != (kwargs.get("metadata") or {}).get("langgraph_node"):
-                return  # what runs inside a node
-            if node == "draft":
-                tell("drafting")
-            elif node == "critique":
-                tell("critiquing")
-            elif node == "revise":
-                self.revising += 1
-                tell(f"revising {self.revising}/{rounds}")
+    class Progress(BaseCallbackHandler):
+        def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:
+            if name == PROGRESS:
+                tell(data["step"])
 
-    return Stages()
+    return Progress()

@@ -34,6 +34,7 @@ from cai_graph.shape import Shape
 from cai_graph.trajectory import Draft, Message, Trajectory, text_of
 
 __all__ = [
+    "PROGRESS",
     "Piece",
     "Send",
     "Shown",

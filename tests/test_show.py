@@ -7,9 +7,10 @@ import re
 import unicodedata
 
 import pytest
+from replies import RULES, by_role, flags
 from rich.console import Console, RenderableType
 
-from cai_graph import show
+from cai_graph import constitutional, show
 from cai_graph.bulk import Summary
 from cai_graph.trajectory import (
     Call,
@@ -181,3 +182,13 @@ def test_a_summary_says_what_a_run_came_to() -> None:
     assert "1 REVISED, 1 KEPT; 50% revised" in shown
     assert "no-harm (1)" in shown
     assert "2 generations; 20 tokens read, 10 written" in shown
+
+
+async def test_the_steps_of_a_request_are_told_in_order() -> None:
+    told: list[str] = []
+    model = by_role(critique=flags("no-harm", answers=["the draft", "bad"]), revise="bad")
+    app = constitutional(model, constitution=RULES, log=None)
+
+    await app.ainvoke("hello", {"callbacks": [show.progress(told.append)]})
+
+    assert told == ["drafting", "critiquing", "revising 1/2", "revising 2/2"]

@@ -80,7 +80,7 @@ def ask(
     with closing(guarded), foreign(model):
         fetch(model, critic, strong, reviser)
         with err.status("drafting") as status:
-            watch = show.stages(status.update, guarded.plan.settings.rounds)
+            watch = show.progress(status.update)
             answered = asyncio.run(guarded.answered(prompt, {"callbacks": [watch]}))
     if as_json:
         typer.echo(encode(answered.trajectory).decode("ascii"))
