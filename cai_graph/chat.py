@@ -147,11 +147,38 @@ class ConstitutionalChatModel(BaseChatModel):
         options: Mapping[str, Any],
         run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None,
         caller: bridge.Caller | None = None,
+        configurable: dict[str, Any] | None = None,
     ) -> AsyncGenerator[ChatGenerationChunk, None]:
-        below = self._below(run_manager)
+        below: RunnableConfig = {**self._below(run_manager), "configurable": configurable or {}}
         async with aclosing(self._guard.stream(messages, below, options, caller=caller)) as pieces:
             async for piece in pieces:
                 yield _chunk(piece)
+
+    def invoke(
+        self,
+        input: LanguageModelInput | Any,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """Answer; where a person decided what leaves (policy `human`), `input` is a `Command(resume=…)`."""
+        if self.plan.settings.asks:
+            return _Asking(self._guard).invoke(input, config, **_options(stop, kwargs))
+        return super().invoke(input, config, stop=stop, **kwargs)
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput | Any,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """Answer; see `invoke`."""
+        if self.plan.settings.asks:
+            return await _Asking(self._guard).ainvoke(input, config, **_options(stop, kwargs))
+        return await super().ainvoke(input, config, stop=stop, **kwargs)
 
     # LangChain's own `stream`, and its `invoke` where it streams, tell `_stream` nothing of the run, under
     # which the calls below are traced.
@@ -211,8 +238,9 @@ class ConstitutionalChatModel(BaseChatModel):
             batch_size=1,
         )
         told: ChatGenerationChunk | None = None
+        under, thread = _options(stop, options), config.get("configurable")
         try:
-            async with aclosing(self._generations(messages, _options(stop, options), run, caller)) as made:
+            async with aclosing(self._generations(messages, under, run, caller, thread)) as made:
                 async for chunk in made:
                     await run.on_llm_new_token(chunk.text, chunk=chunk)
                     told = chunk if told is None else told + chunk
@@ -349,6 +377,21 @@ class ConstitutionalChatModel(BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> int:
         """Return how many tokens the wrapped model counts in messages."""
         return self._model.get_num_tokens_from_messages(messages, *args, **kwargs)
+
+
+class _Asking(ConstitutionalRunnable[Any, AIMessage]):
+    """Answers where a person may be asked: a chat model's own runs are not told which thread is to wait."""
+
+    async def _whole(
+        self,
+        input: Any,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        caller: bridge.Caller | None = None,
+    ) -> AIMessage:
+        message, trajectory = await self.guard.answer(input, config, options, caller=caller)
+        assert trajectory is not None  # a chat model's output cannot say that it waits
+        return cast("AIMessage", message.model_copy(update={"usage_metadata": _usage(message, trajectory)}))
 
 
 class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):

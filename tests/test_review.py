@@ -1,0 +1,445 @@
+"""People in the loop: what waits for a decision, what the decision does, and what the log has of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, StateGraph
+from langgraph.types import Command
+from replies import RULES, answer_in, by_role, flags
+from test_middleware import ASKED, CANARY, agents_model, guarded, reporting, stored, weather
+
+from cai_graph import constitutional
+from cai_graph.errors import AwaitsReview, ConfigError, DataError, LogError, RunError
+from cai_graph.log import Log, open_log
+from cai_graph.testing import ScriptedModel
+from cai_graph.trajectory import Outcome, Review, Trajectory
+
+THREAD: Any = {"configurable": {"thread_id": "1"}}
+
+both_ways = pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    with open_log(tmp_path / "cai.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def saver() -> InMemorySaver:
+    return InMemorySaver()
+
+
+def model(**says: Any) -> ScriptedModel:
+    """Drafts what violates two principles, and revises it to what still violates one."""
+    broken = {"the draft": ["no-harm", "be-kind"], "hardly better": ["be-kind"]}
+
+    def critique(messages: list[BaseMessage]) -> str:
+        return flags(*broken.get(answer_in(messages), []), answers=list(broken))(messages)
+
+    return by_role(**{"critique": critique, "revise": "hardly better", **says})
+
+
+def guard(app: Any, saver: Any, log: Log | None = None, **settings: Any) -> Any:
+    judge = {} if isinstance(app, ScriptedModel) else {"critic": model(), "reviser": model()}
+    given = {"constitution": RULES, "log": log, "checkpointer": saver, "max_rounds": 1, **judge}
+    return constitutional(app, **{**given, "on_violation": "human", **settings})
+
+
+async def run(app: Any, way: str, given: Any, config: Any = THREAD, **options: Any) -> Any:
+    if way == "invoke":
+        return await asyncio.to_thread(app.invoke, given, config, **options)
+    return await app.ainvoke(given, config, **options)
+
+
+def decide(decision: str, **more: Any) -> Command[Any]:
+    return Command(resume={"decision": decision, **more})
+
+
+def records(log: Log) -> tuple[list[Trajectory], list[Review]]:
+    log.flush()
+    found = list(log.read())
+    return [r for r in found if isinstance(r, Trajectory)], [r for r in found if isinstance(r, Review)]
+
+
+# --- pausing and resuming -----------------------------------------------------------------------------
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("decision", "released", "origin", "outcome"),
+    [
+        (decide("approve"), "hardly better", "revision", Outcome.EXHAUSTED),
+        (decide("draft", reviewer="ada"), "the draft", "draft", Outcome.EXHAUSTED),
+        (decide("edit", answer="my own words", note="too harsh"), "my own words", "human", Outcome.REVISED),
+        (decide("reject"), RULES.refusal, "refusal", Outcome.REFUSED),
+    ],
+)
+async def test_a_person_decides_what_leaves_and_nothing_is_paid_for_twice(
+    way: str, decision: Any, released: str, origin: str, outcome: Outcome, log: Log, saver: InMemorySaver
+) -> None:
+    judge, drafts = model(), model()
+    app = guard(drafts | RunnableLambda(lambda m: m.text), saver, log, critic=judge, reviser=judge)
+
+    with pytest.raises(AwaitsReview) as waits:
+        await run(app, way, "hello")
+    assert records(log) == ([], [])
+    calls = len(judge.calls), len(drafts.calls)
+    answer = await run(app, way, decision)
+
+    assert answer == released
+    assert (len(judge.calls), len(drafts.calls)) == calls
+    ((trajectory,), (review,)) = records(log)
+    assert trajectory.id == waits.value.question["trajectory_id"] == review.trajectory_id
+    assert (trajectory.outcome, trajectory.released_from) == (outcome, origin)
+    assert trajectory.released is not None
+    assert trajectory.released.content == released
+    assert [call.role for call in trajectory.calls] == ["draft", "critique", "revise", "critique"]
+    assert review.decision == decision.resume["decision"]
+    assert review.reviewer == decision.resume.get("reviewer", "unnamed")
+    assert review.note == decision.resume.get("note")
+    assert (review.answer.content if review.answer else None) == decision.resume.get("answer")
+    assert "the draft" not in stored(saver)  # its thread is gone
+
+
+def test_the_question_says_all_that_a_person_needs(saver: InMemorySaver) -> None:
+    with pytest.raises(AwaitsReview, match="thread '1' waits for a person's decision") as waits:
+        guard(model(), saver).invoke("hello", THREAD)
+
+    question = waits.value.question
+    assert waits.value.thread_id == question["thread_id"] == "1"
+    assert question["type"] == "constitutional_review"
+    assert question["request"] == "hello"
+    assert (question["draft"], question["proposed"]) == ("the draft", "hardly better")
+    assert question["reason"] == "every answer violates the constitution 'rules': no-harm, be-kind"
+    assert question["decisions"] == ["approve", "edit", "draft", "reject"]
+    assert [(f["principle"], f["label"], f["reason"]) for f in question["findings"]] == [
+        ("no-harm", "VIOLATES", "breaks no-harm"),
+        ("be-kind", "VIOLATES", "breaks be-kind"),
+    ]
+
+
+@both_ways
+async def test_an_app_that_returns_a_dict_says_that_it_waits_as_langgraph_does(
+    way: str, saver: InMemorySaver
+) -> None:
+    app = guard(RunnableLambda(lambda _: {"answer": "the draft", "source": "s"}), saver)
+
+    paused = await run(app, way, {"question": "hello"})
+    with pytest.raises(AwaitsReview):
+        await app.answered({"question": "hello"}, {"configurable": {"thread_id": "2"}})
+    resumed = await app.answered(decide("edit", answer="mine"), {"configurable": {"thread_id": "2"}})
+
+    assert list(paused) == ["__interrupt__"]
+    assert paused["__interrupt__"][0].value["draft"] == "the draft"
+    assert await run(app, way, decide("draft")) == {"answer": "the draft", "source": "s"}
+    assert resumed.output == {"answer": "mine", "source": "s"}
+    assert resumed.trajectory.released_from == "human"
+
+
+@both_ways
+async def test_a_wrapped_chat_model_waits_and_goes_on(way: str, saver: InMemorySaver) -> None:
+    usage: Any = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
+    app = guard(model(draft=AIMessage("the draft", id="m1", usage_metadata=usage)), saver)
+
+    with pytest.raises(AwaitsReview):
+        await run(app, way, [HumanMessage("hello")])
+    answer = await run(app, way, decide("edit", answer="mine"))
+
+    assert (answer.content, answer.id, answer.usage_metadata) == ("mine", "m1", usage)
+    with pytest.raises(AwaitsReview):
+        list(app.stream("hello", THREAD))
+
+
+async def test_streams_say_that_they_wait(saver: InMemorySaver) -> None:
+    app = guard(RunnableLambda(lambda _: {"answer": "the draft"}), saver)
+
+    chunks = [chunk async for chunk in app.astream({"question": "hello"}, THREAD)]
+    resumed = [chunk async for chunk in app.astream(decide("approve"), THREAD)]
+
+    assert [list(chunk) for chunk in chunks] == [["__interrupt__"]]
+    assert resumed == [{"answer": "hardly better"}]
+
+
+def test_what_complies_or_was_mended_leaves_at_once(log: Log, saver: InMemorySaver) -> None:
+    app = guard(model(revise="better"), saver, log)
+
+    assert app.invoke("hello", THREAD).content == "better"
+    assert records(log)[0][0].outcome is Outcome.REVISED
+    assert list(saver.list(None)) == []
+
+
+def test_a_person_is_asked_about_a_verdict_that_cannot_be_read(log: Log, saver: InMemorySaver) -> None:
+    app = guard(model(critique="gibberish"), saver, log, on_violation="closed", on_unreadable="human")
+
+    with pytest.raises(AwaitsReview) as waits:
+        app.invoke("hello", THREAD)
+    assert "no verdict could be read" in waits.value.question["reason"]
+    assert app.invoke(decide("approve"), THREAD).content == "the draft"
+    assert records(log)[0][0].outcome is Outcome.EXHAUSTED
+
+
+def test_a_person_is_asked_about_an_answer_that_a_failing_critic_left_unjudged(
+    log: Log, saver: InMemorySaver
+) -> None:
+    app = guard(model(critique=OSError("down")), saver, log, on_violation="closed", on_error="human")
+
+    with pytest.raises(AwaitsReview) as waits:
+        app.invoke("hello", THREAD)
+    assert waits.value.question["reason"] == "down"
+    assert app.invoke(decide("edit", answer="mine"), THREAD).content == "mine"
+    ((trajectory,), _) = records(log)
+    assert trajectory.error == "OSError: down"
+    assert [call.error for call in trajectory.calls] == [None, "OSError: down"]
+
+
+@pytest.mark.parametrize("strategy", ["parallel", "batched"])
+def test_both_strategies_ask(strategy: str, saver: InMemorySaver) -> None:
+    app = guard(model(), saver, strategy=strategy)
+
+    with pytest.raises(AwaitsReview):
+        app.invoke("hello", THREAD)
+    assert app.invoke(decide("draft"), THREAD).content == "the draft"
+
+
+def test_text_that_no_checkpointer_takes_waits_all_the_same(log: Log, saver: InMemorySaver) -> None:
+    app = guard(
+        RunnableLambda(lambda _: "the draft"), saver, log, critic=model(critique="?"), on_unreadable="human"
+    )
+
+    with pytest.raises(AwaitsReview) as waits:
+        app.invoke("half a smile: \ud83d", THREAD)
+    assert waits.value.question["request"] == "half a smile: ?"
+    assert app.invoke(decide("approve"), THREAD) == "the draft"
+    assert records(log)[0][0].prompt == "half a smile: \ud83d"
+
+
+# --- what cannot work ---------------------------------------------------------------------------------
+
+
+def test_what_a_pause_needs_is_checked_before_anything_is_paid_for() -> None:
+    silent = ScriptedModel(replies=[])
+
+    with pytest.raises(ConfigError, match="policy 'human' waits in a checkpointer"):
+        guard(silent, None)
+    with pytest.raises(ConfigError, match="checkpointer is a LangGraph checkpointer, found str"):
+        guard(silent, "memory")
+    with pytest.raises(ConfigError, match="policy 'human' has no stream 'blocks'"):
+        guard(silent, InMemorySaver(), stream="blocks")
+    with pytest.raises(ConfigError, match="which thread waits"):
+        guard(silent, InMemorySaver()).invoke("hello")
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ("approve", "a decision is a dict, .* found str"),
+        ({"decision": "yes"}, "decision is one of approve, edit, draft, reject, found 'yes'"),
+        ({"decision": "edit"}, "the decision 'edit', and no other, comes with the answer"),
+        ({"decision": "approve", "answer": "mine"}, "the decision 'edit', and no other, comes with"),
+        ({"decision": "edit", "answer": " "}, "answer is text, found ' '"),
+        ({"decision": "approve", "by": "ada"}, "found also 'by'"),
+    ],
+)
+def test_a_decision_that_cannot_be_read_is_named_and_the_request_goes_on_waiting(
+    said: Any, problem: str, saver: InMemorySaver
+) -> None:
+    app = guard(model(), saver)
+    with pytest.raises(AwaitsReview):
+        app.invoke("hello", THREAD)
+
+    with pytest.raises(DataError, match=problem):
+        app.invoke(Command(resume=said), THREAD)
+
+    assert app.invoke(decide("approve"), THREAD).content == "hardly better"
+
+
+def test_a_thread_that_waits_takes_no_new_request_and_another_thread_does(saver: InMemorySaver) -> None:
+    drafts = model()
+    app = guard(drafts, saver)
+    with pytest.raises(AwaitsReview) as first:
+        app.invoke("hello", THREAD)
+    calls = len(drafts.calls)
+
+    with pytest.raises(AwaitsReview) as again:
+        app.invoke("and another thing", THREAD)
+    with pytest.raises(AwaitsReview):
+        app.invoke("hello", {"configurable": {"thread_id": "2"}})
+
+    assert again.value.question == first.value.question
+    assert len(drafts.calls) == calls + 4
+
+
+def test_a_decision_that_nobody_waits_for_is_an_error(saver: InMemorySaver) -> None:
+    app = guard(model(), saver)
+
+    with pytest.raises(RunError, match="nothing waits for a decision in thread '1'"):
+        app.invoke(decide("approve"), THREAD)
+
+
+def test_a_decision_that_could_not_be_logged_is_kept_and_logged_at_the_next_try(
+    log: Log, saver: InMemorySaver, tmp_path: Path
+) -> None:
+    closed = open_log(tmp_path / "closed.db")
+    closed.close()
+    app = guard(model(), saver, closed, on_log_error="raise")
+    with pytest.raises(AwaitsReview):
+        app.invoke("hello", THREAD)
+
+    with pytest.raises(LogError):
+        app.invoke(decide("edit", answer="mine", reviewer="ada"), THREAD)
+    answer = guard(model(), saver, log).invoke(decide("reject"), THREAD)
+
+    assert answer.content == "mine"  # what was decided first
+    assert records(log)[1][0].reviewer == "ada"
+
+
+# --- inside another graph -----------------------------------------------------------------------------
+
+
+class Chat(TypedDict, total=False):
+    question: str
+    answer: str
+
+
+def outer(app: Any, way: str, saver: InMemorySaver | None) -> Any:
+    def node(state: Chat, config: RunnableConfig) -> Chat:
+        return {"answer": app.invoke(state["question"], config)}
+
+    async def anode(state: Chat) -> Chat:
+        return {"answer": await app.ainvoke(state["question"])}
+
+    graph = StateGraph(Chat)
+    graph.add_node("answer", node if way == "invoke" else anode)
+    graph.add_edge(START, "answer")
+    graph.add_edge("answer", END)
+    return graph.compile(checkpointer=saver)
+
+
+@both_ways
+async def test_inside_a_graph_the_pause_is_that_graphs_and_its_resumption_pays_nothing(
+    way: str, log: Log, saver: InMemorySaver
+) -> None:
+    judge, drafts = model(), model()
+    chain = drafts | RunnableLambda(lambda m: m.text)
+    unused = InMemorySaver()
+    graph = outer(guard(chain, unused, log, critic=judge, reviser=judge), way, saver)
+
+    paused = await run(graph, way, {"question": "hello"})
+    state = graph.get_state(THREAD)
+    calls = len(judge.calls), len(drafts.calls)
+    again = await run(graph, way, Command(resume={"decision": "maybe"}))
+    answer = await run(graph, way, decide("edit", answer="mine"))
+
+    assert paused["__interrupt__"][0].value["draft"] == "the draft"
+    assert "answer" not in paused
+    assert state.next == ("answer",)
+    assert state.tasks[0].interrupts[0].value["type"] == "constitutional_review"
+    assert "decision is one of" in again["__interrupt__"][0].value["problem"]
+    assert answer == {"question": "hello", "answer": "mine"}
+    assert (len(judge.calls), len(drafts.calls)) == calls
+    ((trajectory,), (review,)) = records(log)
+    assert trajectory.released_from == "human"
+    assert review.decision == "edit"
+    assert list(unused.list(None)) == []
+    assert set(saver.storage) == {"1"}
+
+
+async def test_nodes_that_wait_at_once_are_decided_one_by_one(log: Log, saver: InMemorySaver) -> None:
+    class Both(TypedDict, total=False):
+        question: str
+        left: str
+        right: str
+
+    app = guard(RunnableLambda(lambda _: "the draft"), saver, log)
+    graph = StateGraph(Both)
+    graph.add_node("to_left", lambda state: {"left": app.invoke(state["question"])})
+    graph.add_node("to_right", lambda state: {"right": app.invoke(state["question"])})
+    graph.add_edge(START, "to_left")
+    graph.add_edge(START, "to_right")
+    compiled = graph.compile(checkpointer=saver)
+
+    paused = compiled.invoke({"question": "hello"}, THREAD)
+    first, second = paused["__interrupt__"]
+    answer = compiled.invoke(
+        Command(resume={first.id: {"decision": "draft"}, second.id: {"decision": "edit", "answer": "mine"}}),
+        THREAD,
+    )
+
+    assert sorted((answer["left"], answer["right"])) == ["mine", "the draft"]
+    assert len(records(log)[1]) == 2
+
+
+def test_a_graph_without_a_checkpointer_around_it_is_named_before_anything_is_paid_for() -> None:
+    silent = ScriptedModel(replies=[])
+
+    with pytest.raises(ConfigError, match="that graph needs a checkpointer"):
+        outer(guard(silent, InMemorySaver()), "invoke", None).invoke({"question": "hello"})
+    with pytest.raises(ConfigError, match="that graph needs a checkpointer"):
+        guarded(agents_model(), settings={"on_violation": "human"}).invoke(ASKED)
+
+
+# --- inside an agent ----------------------------------------------------------------------------------
+
+
+@both_ways
+async def test_an_agent_pauses_at_its_model_call_and_goes_on_with_what_was_decided(
+    way: str, log: Log, saver: InMemorySaver
+) -> None:
+    agents = agents_model(revise=f"{CANARY} again")
+    agent = guarded(
+        agents, checkpointer=saver, settings={"on_violation": "human", "max_rounds": 1, "log": log}
+    )
+
+    paused = await run(agent, way, ASKED)
+    calls = len(agents.calls)
+    seen = agent.get_state(THREAD).values["messages"]
+    state = await run(agent, way, decide("edit", answer="It rains."))
+
+    assert paused["__interrupt__"][0].value["draft"].startswith(CANARY)
+    assert CANARY not in str(seen)
+    assert [m.text for m in state["messages"]][2:] == ["rain in Oslo", "It rains."]
+    assert state["messages"][-1].id == "answer"
+    assert len(agents.calls) == calls
+    assert CANARY not in str(state)
+    trajectories, reviews = records(log)
+    assert [t.outcome for t in trajectories] == [Outcome.KEPT, Outcome.REVISED]
+    assert [r.decision for r in reviews] == ["edit"]
+
+
+@pytest.mark.parametrize("strategy", ["tool", "provider"])
+def test_an_edit_of_a_structured_answer_keeps_its_form(strategy: str, saver: InMemorySaver) -> None:
+    agents, wanted = reporting(strategy, revise="no form at all")
+    settings = {"on_violation": "human", "max_rounds": 1}
+    agent = guarded(agents, response_format=wanted, checkpointer=saver, settings=settings)
+
+    agent.invoke(ASKED, THREAD)
+    again = agent.invoke(decide("edit", answer="It rains."), THREAD)
+    state = agent.invoke(decide("edit", answer='{"sky": "rain", "degrees": 3}'), THREAD)
+
+    assert "this is not" in again["__interrupt__"][0].value["problem"]
+    assert state["structured_response"].degrees == 3
+    assert CANARY not in str(state)
+
+
+def test_an_agent_of_a_wrapped_model_pauses_too(saver: InMemorySaver) -> None:
+    wrapped = constitutional(
+        agents_model(revise=f"{CANARY} again"), constitution=RULES, log=None, max_rounds=1,
+        on_violation="human", checkpointer=saver,
+    )  # fmt: skip
+    agent = create_agent(wrapped, [weather], checkpointer=saver)
+
+    paused = agent.invoke(ASKED, THREAD)
+    state = agent.invoke(decide("reject"), THREAD)
+
+    assert paused["__interrupt__"][0].value["type"] == "constitutional_review"
+    assert state["messages"][-1].text == RULES.refusal
