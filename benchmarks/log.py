@@ -85,7 +85,8 @@ def trajectory() -> Trajectory:
     )
 
 
-def with_log(folder: Path, records: list[Trajectory], _: list[tuple[str, bytes]]) -> Measured:
+def through_log(url: str, records: list[Trajectory]) -> Measured:
+    """Append from many threads, each of which goes on while its records are committed."""
     waits: list[float] = []
 
     def produce(mine: list[Trajectory]) -> None:
@@ -102,7 +103,7 @@ def with_log(folder: Path, records: list[Trajectory], _: list[tuple[str, bytes]]
             future.result()
         waits.extend(spent)
 
-    with open_log(folder / "cai.db") as log:
+    with open_log(url) as log:
         threads = [
             threading.Thread(target=produce, args=(records[start::PRODUCERS],)) for start in range(PRODUCERS)
         ]
@@ -121,15 +122,23 @@ def with_log(folder: Path, records: list[Trajectory], _: list[tuple[str, bytes]]
     )
 
 
-def one_at_a_time(folder: Path, records: list[Trajectory], _: list[tuple[str, bytes]]) -> Measured:
+def one_at_a_time(url: str, records: list[Trajectory]) -> Measured:
     """A caller that waits for each commit, as one enforced request after another does."""
     some = records[: len(records) // 64]
-    with open_log(folder / "cai.db") as log:
+    with open_log(url) as log:
         cpu, wall = time.process_time(), time.perf_counter()
         for record in some:
             log.append(record).result()
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     return Measured(len(some) / wall, cpu / len(some) * 1e6)
+
+
+def with_log(folder: Path, records: list[Trajectory], _: list[tuple[str, bytes]]) -> Measured:
+    return through_log(str(folder / "cai.db"), records)
+
+
+def with_waiting_caller(folder: Path, records: list[Trajectory], _: list[tuple[str, bytes]]) -> Measured:
+    return one_at_a_time(str(folder / "cai.db"), records)
 
 
 def _stdlib(folder: Path) -> sqlite3.Connection:
@@ -173,7 +182,7 @@ CONTENDERS: dict[str, Callable[[Path, list[Trajectory], list[tuple[str, bytes]]]
     f"cai_graph log, {PRODUCERS} producers, {OUTSTANDING} outstanding each": with_log,
     f"stdlib sqlite3, {TRANSACTION} a transaction, encoding": with_stdlib,
     f"stdlib sqlite3, {TRANSACTION} a transaction, encoded before": with_stdlib_encoded,
-    "cai_graph log, one caller that waits for each commit": one_at_a_time,
+    "cai_graph log, one caller that waits for each commit": with_waiting_caller,
 }
 
 
