@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Awaitable, Callable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -37,6 +38,13 @@ ROUNDS = 15
 IN_FLIGHT = 16
 
 
+@cache
+def _verdicts(instructions: str, label: str) -> str:
+    ids = re.findall(r"^(p\d+):", instructions, re.MULTILINE)
+    verdicts = [{"principle": i, "critique": "It does.", "verdict": label, "severity": 3} for i in ids]
+    return json.dumps({"verdicts": verdicts, "evades": False})
+
+
 class FakeModel(BaseChatModel):
     """Answers a critique with verdicts on the principles that it names, anything else with a sentence."""
 
@@ -50,16 +58,7 @@ class FakeModel(BaseChatModel):
         text = str(messages[0].content)
         if "JSON object" in text:
             judged = str(messages[-1].content)
-            label = "VIOLATES" if "first answer" in judged else "COMPLIES"
-            ids = re.findall(r"^(p\d+):", text, re.MULTILINE)
-            said = json.dumps(
-                {
-                    "verdicts": [
-                        {"principle": i, "critique": "It does.", "verdict": label, "severity": 3} for i in ids
-                    ],
-                    "evades": False,
-                }
-            )
+            said = _verdicts(text, "VIOLATES" if "first answer" in judged else "COMPLIES")
         elif "You improve answers" in text or "ewrite" in text:
             said = "A better answer."
         else:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import var_child_runnable_config
 
 from cai_graph.errors import BudgetExceeded, ConfigError
 from cai_graph.trajectory import Call
 
-__all__ = ["Budget", "Calls", "call_of", "describe", "prompt_digest", "together", "truncated"]
+__all__ = ["Budget", "Calls", "apart", "call_of", "describe", "prompt_digest", "together", "truncated"]
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Calls:
 
     def under(self, config: RunnableConfig) -> Calls:
         """Return the same account with another configuration for the calls made through it."""
-        return dataclasses.replace(self, config=config)
+        return Calls(self.budget, config, self.made, self.started, self.spent)
 
     @property
     def seconds(self) -> float:
@@ -136,7 +136,8 @@ class Calls:
         error: BaseException | None = None
         try:
             async with self.deadline():
-                reply = await model.ainvoke(list(messages), self.config)
+                with apart():
+                    reply = await model.ainvoke(list(messages), self.config)
                 return reply
         except BaseException as raised:
             error = raised
@@ -153,6 +154,19 @@ class Calls:
                     kind=kind,
                 )
             )
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Set aside the configuration that LangChain and LangGraph carry in the context.
+
+    They merge it into every run below, and with it an outer graph's streams and checkpoints.
+    """
+    token = var_child_runnable_config.set(None)
+    try:
+        yield
+    finally:
+        var_child_runnable_config.reset(token)
 
 
 def call_of(

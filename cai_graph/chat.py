@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ConstitutionalChatModel"]
 
+_PARAMETERS = LangSmithParams.__required_keys__ | LangSmithParams.__optional_keys__
+
 Tools = Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool]
 
 
@@ -279,8 +281,8 @@ class ConstitutionalChatModel(BaseChatModel):
         if run_manager is None:
             return RunnableConfig(callbacks=AsyncCallbackManager(handlers=[]))
         # What LangChain noted of this model's parameters is not the critic's.
-        own = self._get_ls_params()
-        metadata = {key: value for key, value in run_manager.inheritable_metadata.items() if key not in own}
+        noted = run_manager.inheritable_metadata
+        metadata = {key: value for key, value in noted.items() if key not in _PARAMETERS}
         callbacks = AsyncCallbackManager(handlers=[], parent_run_id=run_manager.run_id)
         callbacks.set_handlers(run_manager.inheritable_handlers)
         callbacks.add_tags(run_manager.inheritable_tags)

@@ -99,16 +99,11 @@ def failed_principles(critique: Critique, constitution: Constitution) -> list[Pr
     A verdict below its principle's `min_severity` does not count. An aim that is violated without a
     named principle stands for all principles of that aim.
     """
-    named = {
-        verdict.principle
-        for verdict in critique.verdicts
-        if verdict.label is Label.VIOLATES
-        and verdict.principle in constitution
-        and _counts(verdict, constitution)
-    }
-    aims = {v.aim for v in critique.verdicts if v.label is Label.VIOLATES and v.aim is not None}
-    explained = {constitution[identifier].aim for identifier in named if identifier is not None}
-    return [p for p in constitution.principles if p.id in named or p.aim in aims - explained]
+    violated = [verdict for verdict in critique.verdicts if verdict.label is Label.VIOLATES]
+    named = {v.principle for v in violated if v.principle in constitution and _counts(v, constitution)}
+    aims = {verdict.aim for verdict in violated if verdict.aim is not None}
+    aims -= {constitution[identifier].aim for identifier in named if identifier is not None}
+    return [p for p in constitution.principles if p.id in named or p.aim in aims]
 
 
 def _counts(verdict: Verdict, constitution: Constitution) -> bool:
@@ -118,6 +113,7 @@ def _counts(verdict: Verdict, constitution: Constitution) -> bool:
 
 # --- the ladder ---------------------------------------------------------------------------------------
 
+_MENU = {label.value: label for label in (Label.VIOLATES, Label.COMPLIES)}
 _FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
 _EMPHASIS = " \t*_`\"'.,"
 """What may stand around a name or a label on a labelled line."""
@@ -225,10 +221,7 @@ def _from_lines(text: str, ids: Sequence[str]) -> dict[str, Verdict | None]:
 
 def _label(word: object) -> Label | None:
     """Return the label that `word` is, exactly but for case and space, or None off the menu."""
-    if not isinstance(word, str):
-        return None
-    plain = word.strip().upper()
-    return Label(plain) if plain in (Label.VIOLATES, Label.COMPLIES) else None
+    return _MENU.get(word.strip().upper()) if isinstance(word, str) else None
 
 
 def _with_probability(verdict: Verdict, probability: float | None) -> Verdict:

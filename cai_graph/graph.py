@@ -19,16 +19,15 @@ import logging
 import operator
 import random
 import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Annotated, Any, NamedTuple, Protocol, TypedDict
 
 import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.config import get_config, get_stream_writer
 from langgraph.constants import TAG_NOSTREAM
 from langgraph.errors import GraphBubbleUp
@@ -39,7 +38,7 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
 from cai_graph import prompts
-from cai_graph.calls import Calls, describe, together, truncated
+from cai_graph.calls import Calls, apart, describe, together, truncated
 from cai_graph.critic import failed_principles
 from cai_graph.errors import BudgetExceeded, LogError, RunError
 from cai_graph.form import Form
@@ -151,7 +150,6 @@ class _Run:
     plan: Plan
     request: Request
     calls: Calls
-    random: random.Random
     reached: Progress | None = None
     """What the last node reached: what is logged when the next one fails."""
     paused: GraphBubbleUp | None = None
@@ -160,6 +158,13 @@ class _Run:
     """What the app raised."""
     held: Exception | None = None
     """The error that ended the graph early and that a policy keeps from leaving."""
+
+    @cached_property
+    def random(self) -> random.Random:
+        """What draws for this request: the same again from the same seed, and another for each prompt."""
+        seed = self.plan.settings.seed
+        asked = [text_of(message) for message in self.request.messages]
+        return random.Random(None if seed is None else ascii((seed, asked)))
 
     def go_on(self, progress: Progress, goto: str | list[Send]) -> Command[str]:
         """Return the step to `goto` (END included), with the state that was reached."""
@@ -464,7 +469,6 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
         plan=plan,
         request=request,
         calls=Calls(plan.settings.budget),
-        random=_randomness(plan.settings.seed, request),
     )
     decision = Decision(Outcome.FAILED, None, None)
     error: BaseException | None = None
@@ -515,11 +519,6 @@ def _left(run: _Run) -> Message | None:
     return Message(role="assistant", content=frozen) if frozen else None
 
 
-def _randomness(seed: int | None, request: Request) -> random.Random:
-    """Return what draws for one request: the same again from the same seed, and another for each prompt."""
-    return random.Random(None if seed is None else ascii((seed, [text_of(m) for m in request.messages])))
-
-
 async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
     """Drive the graph and return what leaves; raise what no policy holds."""
     error: Exception | None = None
@@ -533,7 +532,9 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
             recursion_limit=STEP_LIMIT,
         )
         with apart():
-            await compiled().ainvoke({}, own, context=run)
+            # Without a stream mode nothing is made for readers: what the run reached is in its context.
+            async for _ in compiled().astream({}, own, context=run, stream_mode=[]):
+                pass
         if run.paused is not None:
             raise run.paused
     except Exception as raised:
@@ -551,19 +552,6 @@ async def _decision(run: _Run, config: RunnableConfig | None) -> Decision:
             blocks = run.reached.draft.blocks
             run.reached = Progress(msgspec.structs.replace(heard, blocks=blocks), run.reached.rounds)
     return decide(run.reached, run.plan.constitution, settings, error)
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Set aside the configuration that LangChain and LangGraph carry in the context.
-
-    They merge it into every run below, and with it an outer graph's streams and checkpoints.
-    """
-    token = var_child_runnable_config.set(None)
-    try:
-        yield
-    finally:
-        var_child_runnable_config.reset(token)
 
 
 def outer_writer() -> Callable[[Any], None] | None:

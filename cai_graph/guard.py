@@ -22,7 +22,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, patch_config
 
 from cai_graph import bridge, graph, models
-from cai_graph.calls import Calls, call_of, prompt_digest, truncated
+from cai_graph.calls import Calls, apart, call_of, prompt_digest, truncated
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.errors import ConfigError, RunError
@@ -131,13 +131,13 @@ class Guard:
             if caller is not None:
 
                 def invoke() -> Any:
-                    with graph.apart():
+                    with apart():
                         return self.app.invoke(input, under, **options)
 
                 output = await caller.call(invoke)
             else:
                 async with calls.deadline():
-                    with graph.apart():
+                    with apart():
                         output = await self.app.ainvoke(input, under, **options)
             outputs.append(output)
             if isinstance(output, Mapping) and "__interrupt__" in output:
@@ -274,7 +274,7 @@ async def _written(
 
     async def work(send: Send[Any]) -> None:
         if caller is None:
-            with graph.apart():
+            with apart():
                 async with aclosing(app.astream(input, config, **options)) as chunks:  # type: ignore[type-var]
                     async for chunk in chunks:
                         await send(chunk)
@@ -282,11 +282,11 @@ async def _written(
         iterator, end = app.stream(input, config, **options), object()
 
         def pull() -> Any:
-            with graph.apart():
+            with apart():
                 return next(iterator, end)
 
         def close() -> None:
-            with graph.apart():
+            with apart():
                 getattr(iterator, "close", lambda: None)()
 
         try:

@@ -31,7 +31,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Interrupt, interrupt
 
 from cai_graph import bridge, graph
-from cai_graph.calls import describe
+from cai_graph.calls import apart, describe
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.form import Form
 from cai_graph.plan import Plan
@@ -309,12 +309,12 @@ class Desk:
         """Use the checkpointer as its owner does: from the caller's thread, or in his event loop."""
 
         def alone() -> T:
-            with graph.apart():
+            with apart():
                 return directly()
 
         if self.caller is not None:
             return await self.caller.call(alone)
-        with graph.apart():
+        with apart():
             result: T = await awaited()
             return result
 

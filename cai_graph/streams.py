@@ -26,7 +26,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, mess
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.utils import AddableDict
-from langchain_core.tracers._streaming import _StreamingCallbackHandler, _V2StreamingCallbackHandler
+from langchain_core.tracers._streaming import _V2StreamingCallbackHandler
 
 from cai_graph.calls import Calls
 from cai_graph.errors import DataError
@@ -392,4 +392,5 @@ class Shown:
 
 def feeds_streams(handler: BaseCallbackHandler) -> bool:
     """Return whether a handler shows to a stream what it hears, as those of LangChain and LangGraph do."""
-    return isinstance(handler, _StreamingCallbackHandler | _V2StreamingCallbackHandler)
+    # The method is what the protocol _StreamingCallbackHandler asks for; isinstance takes long with one.
+    return isinstance(handler, _V2StreamingCallbackHandler) or hasattr(handler, "tap_output_aiter")

@@ -475,8 +475,8 @@ def encode(record: Record) -> bytes:
     """
     try:
         data = _encoder.encode(record)
-        # It writes NaN and infinity as null and text as UTF-8; what shows neither needs no second look.
-        if data.isascii() and b"null" not in data:
+        # It writes text as UTF-8, and NaN and infinity as null, which reads back as another record.
+        if data.isascii() and (b"null" not in data or _decoder.decode(data) == record):
             return data
     except (TypeError, ValueError, RecursionError):  # Lone surrogates are ValueErrors, too.
         pass
