@@ -307,8 +307,10 @@ def sft(case: _Case) -> list[Row]:
         raise _Drop(Reason.DISLIKED)
     if logged.outcome == "REVISED" and accepted:
         final = accepted[-1]
-        judge = "human" if logged.mode == "imported" else _vouched(final.critique).critic
-        return [row(final.answer, "revision", judge, _violated(logged.rounds[0].critique))]
+        violated = _violated(logged.rounds[0].critique)
+        if logged.mode == "imported":
+            return [row(final.answer, "imported", _author(logged), violated)]
+        return [row(final.answer, "revision", _vouched(final.critique).critic, violated)]
     if logged.outcome == "KEPT":
         if logged.draft is not None and logged.draft.truncated:
             raise _Drop(Reason.TRUNCATED)
@@ -444,6 +446,11 @@ def _reviewed(case: _Case, review: Review) -> Row:
     return _pair(case, draft, revision, 1.0, **origin)
 
 
+def _author(logged: Logged) -> str:
+    """Return who made what was imported: the name of a preference set, or a person."""
+    return (logged.rounds[0].critique.critic if logged.rounds else None) or "human"
+
+
 def _failed_by_draft(case: _Case) -> list[str]:
     return _violated(case.logged.rounds[0].critique) if case.logged.rounds else []
 
@@ -486,7 +493,7 @@ def _revised(case: _Case) -> list[Row]:
     final = accepted[-1]
     source: Source = "revision"
     if logged.mode == "imported":
-        mended = _Mended(tuple(_failed_by_draft(case)), 1.0, "human")
+        mended = _Mended(tuple(_failed_by_draft(case)), 1.0, _author(logged))
         source = "imported"
     else:
         mended = _mended(logged.rounds[0].critique, final.critique)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cai_graph.cli.console import DEFAULT_LOG, group, note, out, print_json
-from cai_graph.cli.options import AsJson, option
+from cai_graph.cli.console import DEFAULT_LOG, SKIPPED, complain, group, note, out, print_json
+from cai_graph.cli.options import AsJson, LogUrl, option
 
 if TYPE_CHECKING:
     from trainers.ledger import Ledger
@@ -90,3 +90,26 @@ def dataset_explain(
     out.print(show.table(origin.lines()))
     if origin.trajectory is not None:
         out.print(show.trajectory(origin.trajectory))
+
+
+@commands.command("import", epilog="Example: cai dataset import harmless-base.jsonl.gz --log sqlite:///hh.db")
+def dataset_import(
+    file: Annotated[str, typer.Argument(help="JSONL, JSON or Parquet; may end in .gz.")],
+    log: LogUrl = DEFAULT_LOG,
+    name: Annotated[str | None, typer.Option(help="What the set is called; else the file's name.")] = None,
+) -> None:
+    """Add an existing preference set to a log, to build from it together with others.
+
+    A row has chosen and rejected (and prompt), in HH-RLHF's or TRL's form, or prompt, completion and label.
+    """
+    from trainers import imports
+
+    done = imports.import_preferences(log, file, name=name)
+    for broken in done.broken:
+        complain(f"line {broken.line} skipped: {broken.what}")
+    note(
+        f"{done.pairs:,} pairs and {done.answers:,} labelled answers added; {done.present:,} were there "
+        f"already; {len(done.broken):,} lines skipped"
+    )
+    if done.broken:
+        raise typer.Exit(SKIPPED)

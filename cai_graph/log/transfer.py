@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from cai_graph.log.commit import Commit
 
-__all__ = ["BrokenLine", "Format", "Import", "content_id", "export", "import_"]
+__all__ = ["IMPORTED", "BrokenLine", "Format", "Import", "content_id", "export", "import_"]
 
 Format = Literal["jsonl", "parquet"]
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -235,7 +235,7 @@ class Import:
 
 
 _DEMONSTRATION = ("prompt", "draft", "critique", "revision", "principle", "label")
-_IMPORTED = ConstitutionRef(name="imported", version="1", digest=hashlib.sha256(b"imported").hexdigest())
+IMPORTED = ConstitutionRef(name="imported", version="1", digest=hashlib.sha256(b"imported").hexdigest())
 
 
 def import_(
@@ -399,7 +399,7 @@ def _demonstration(data: dict[str, Any]) -> Trajectory:
         started_at=now(),
         seconds=0.0,
         mode="imported",
-        constitution=_IMPORTED,
+        constitution=IMPORTED,
         outcome=outcome,
         messages=(Message(role="user", content=prompt),),
         draft=Draft(answer=answer),
