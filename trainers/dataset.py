@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from struct import Struct
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgspec
 import xxhash
@@ -30,12 +30,13 @@ from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import without_password
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
 from trainers.conversion import CONVERSIONS, Terms
+from trainers.export import Format, Sink, provenances, sink_for
 from trainers.ledger import REASONS, Ledger, Reason
 from trainers.reading import NO_EVIDENCE, Evidence, about, evidence, payloads, read_logged
-from trainers.rows import KINDS, Dropped, Encoded, Kind, Row, Source, Split, encode_row, read_row
+from trainers.rows import KINDS, Dropped, Encoded, Kind, Provenance, Source, Split, encode_row, read_row
 from trainers.split import prompt_key, prompt_text, side
 
-__all__ = ["Dataset", "Origin", "Recipe", "Sink", "build", "explain"]
+__all__ = ["Dataset", "Origin", "Recipe", "build", "explain"]
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -84,51 +85,18 @@ class Dataset(NamedTuple):
     """What became of every trajectory."""
 
 
-class Sink(Protocol):
-    """What writes a dataset's files in one format."""
-
-    def write(self, split: Split, lines: list[bytes]) -> None:
-        """Write rows, each one line of JSON as `read_row` reads it, in the order of the dataset."""
-
-    def close(self) -> None:
-        """Finish the files."""
-
-
-class JsonLines:
-    """Writes the rows in their own form, `train.jsonl` and `test.jsonl`, which TRL reads as it stands."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files: dict[Split, Any] = {}
-
-    def write(self, split: Split, lines: list[bytes]) -> None:
-        """Write rows; see `Sink`."""
-        file = self._files.get(split)
-        if file is None:
-            file = self._files[split] = (self.folder / f"{split}.jsonl").open("wb")
-        file.write(b"".join(lines))
-
-    def close(self) -> None:
-        """Finish the files."""
-        for file in self._files.values():
-            with file:
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def build(
-    logs: Sequence[str], output: Path, recipe: Recipe, *, sink: Callable[[Path], Sink] = JsonLines
-) -> Dataset:
+def build(logs: Sequence[str], output: Path, recipe: Recipe, *, format: Format = "jsonl") -> Dataset:
     """Write a dataset of all trajectories of the logs; the folder appears whole or not at all.
 
     Args:
         logs: logs by URL, or JSONL files as `cai log export` writes them.
         output: the folder to make; it must not be there.
         recipe: what to make.
-        sink: makes the writer of a format out of a folder.
+        format: whose loader is to read it.
 
     Raises:
-        ConfigError: the output is there already.
+        ConfigError: the output is there already, or the format has no place for the kind.
+        MissingExtra: the format needs a package that is not installed.
         DataError: there is no trajectory, or no row is left; the message shows the ledger.
         LogError: a log cannot be read.
     """
@@ -143,12 +111,14 @@ def build(
         spools.mkdir()
         whole = work / "dataset"
         whole.mkdir()
+        writer = sink_for(format, recipe.kind, whole)
         part = convert(logs, recipe, spools)
-        writer = sink(whole)
         ledger = _select(part, recipe, spools, writer)
         writer.close()
         _check(ledger, logs)
-        (whole / MANIFEST).write_text(json.dumps(_manifest(part, recipe, ledger, logs), indent=2) + "\n")
+        (whole / MANIFEST).write_text(
+            json.dumps(_manifest(part, recipe, format, ledger, logs), indent=2) + "\n"
+        )
         os.replace(whole, output)
     finally:
         shutil.rmtree(work)
@@ -165,9 +135,12 @@ def _check(ledger: Ledger, logs: Sequence[str]) -> None:
         raise DataError(f"{where}: every trajectory was dropped, so nothing was written\n{table}")
 
 
-def _manifest(part: Part, recipe: Recipe, ledger: Ledger, logs: Sequence[str]) -> dict[str, Any]:
+def _manifest(
+    part: Part, recipe: Recipe, format: Format, ledger: Ledger, logs: Sequence[str]
+) -> dict[str, Any]:
     return {
         "recipe": dataclasses.asdict(recipe),
+        "format": format,
         "logs": [without_password(log) for log in logs],
         "log_digest": f"{part.log_digest:032x}",
         "constitutions": dict(sorted(part.constitutions.items())),
@@ -183,8 +156,8 @@ def _manifest(part: Part, recipe: Recipe, ledger: Ledger, logs: Sequence[str]) -
 class Origin:
     """Where a row came from."""
 
-    row: Row
-    """The row."""
+    row: Provenance
+    """What the dataset says of the row; the Row itself where it holds rows as they are."""
     kind: Kind
     """Its kind."""
     trajectory: Trajectory | None
@@ -243,7 +216,7 @@ def explain(row_id: str, folder: Path, *, logs: Sequence[str] | None = None) -> 
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: holds no dataset, for its {MANIFEST} cannot be read ({error})") from error
     kind: Kind = manifest["recipe"]["kind"]
-    row = _find(row_id, folder, kind)
+    row = _find(row_id, folder, kind, manifest["format"])
     records: list[Record] = []
     for log in manifest["logs"] if logs is None else logs:
         records = about(log, row.trajectory_id)
@@ -267,15 +240,11 @@ def explain(row_id: str, folder: Path, *, logs: Sequence[str] | None = None) -> 
     )
 
 
-def _find(row_id: str, folder: Path, kind: Kind) -> Row:
+def _find(row_id: str, folder: Path, kind: Kind, format: Format) -> Provenance:
     beginning = b'{"id":"%b"' % row_id.encode()
-    for split in SPLITS:
-        path = folder / f"{split}.jsonl"
-        if path.exists():
-            with path.open("rb") as file:
-                for line in file:
-                    if line.startswith(beginning):
-                        return read_row(kind, line)
+    for line in provenances(folder, format):
+        if line.startswith(beginning):
+            return read_row(kind, line) if format == "jsonl" else msgspec.json.decode(line, type=Provenance)
     raise DataError(f"{folder}: no row {row_id!r}; an id is the `id` of a row, 32 hex digits")
 
 
@@ -459,8 +428,11 @@ def _select(part: Part, recipe: Recipe, folder: Path, sink: Sink) -> Ledger:
                 reason = Reason.REMOVED
             if reason is None:
                 split = side(candidate.prompt, recipe.test_share)
-                lines[split].append(Encoded(candidate.digest, body).line(split))
-                continue
+                line = Encoded(candidate.digest, body).line(split)
+                if sink.fits(line):
+                    lines[split].append(line)
+                    continue
+                reason = Reason.NOT_IN_FORMAT
             ledger.drop_row(reason)
             if candidate.siblings == 1:
                 ledger.drop(reason)

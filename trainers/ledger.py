@@ -76,6 +76,8 @@ class Reason(StrEnum):
     """More kept drafts than the mix asks for."""
     REMOVED = "removed"
     """The person or tenant is on the list of those to remove."""
+    NOT_IN_FORMAT = "not_in_format"
+    """The loader of the named format would drop, cut or misread the row."""
 
 
 REASONS = tuple(Reason)

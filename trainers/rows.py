@@ -44,6 +44,7 @@ __all__ = [
     "UnpairedRow",
     "encode_row",
     "margin_of",
+    "provenance_of",
     "read_row",
 ]
 
@@ -254,6 +255,11 @@ def encode_row(kind: Kind, row: Row) -> Encoded:
     # Within a JSON string every quote is escaped, so what is found is the key itself.
     content = body[body.index(_CONTENT) :]
     return Encoded(sha256(kind.encode() + content).digest()[:16], body)
+
+
+def provenance_of(line: bytes) -> bytes:
+    """Return a row's line without its content: what is left is its Provenance."""
+    return line[: line.index(_CONTENT)] + line[line.rindex(b',"split":"') :]
 
 
 def read_row(kind: Kind, line: bytes) -> Row:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 commands = group("From logs to training data.")
 
-# The closed set stands in trainers/rows.py, which is too heavy to import for --help.
+# The closed sets stand in trainers/rows.py and trainers/export.py, which are too heavy to import for --help.
 KindName = Literal[
     "sft", "critique-sft", "preference", "unpaired", "prompts", "critic", "privileged", "ranked"
 ]
+FormatName = Literal["jsonl", "parquet", "openrlhf", "verl", "llama-factory", "axolotl", "openai"]
 
 
 @commands.command(
@@ -42,6 +43,7 @@ def dataset_build(
     without_tenant: Annotated[
         list[str] | None, option("--without-tenant", "Remove this tenant's rows; may be repeated.", "ID")
     ] = None,
+    format: Annotated[FormatName, option("--format -f", "Whose loader is to read it.")] = "jsonl",
     as_json: AsJson = False,
 ) -> None:
     """Turn logs into rows for training, with a ledger of what became of every trajectory."""
@@ -56,7 +58,7 @@ def dataset_build(
         without_users=tuple(without_user or ()),
         without_tenants=tuple(without_tenant or ()),
     )
-    built = dataset.build(log or [DEFAULT_LOG], output, recipe)
+    built = dataset.build(log or [DEFAULT_LOG], output, recipe, format=format)
     if as_json:
         print_json(built.ledger.to_json())
     else:
