@@ -288,7 +288,7 @@ class _Parquet(_JsonLines):
     ROWS = 1024
     """Rows of a row group, and at most so many in memory."""
 
-    def __init__(self, folder: Path, schema: Callable[[frozenset[str]], pyarrow.Schema]) -> None:
+    def __init__(self, folder: Path, schema: _Schema) -> None:
         super().__init__(folder)
         self.schema = schema
         self._occur: set[str] = set()
@@ -309,13 +309,15 @@ class _Parquet(_JsonLines):
         import pyarrow.parquet
 
         super().close()
-        schema = self.schema(frozenset(self._occur))
+        occur = frozenset(self._occur)
+        plain, schema = self.schema(occur, False), self.schema(occur, True)
         for split in self._files:
             lines = self.folder / f"{split}.jsonl"
             target = self.folder / f"{split}.parquet"
             with lines.open("rb") as source, pyarrow.parquet.ParquetWriter(target, schema) as out:
                 for rows in _stretches(source, self.ROWS):
-                    out.write_table(pyarrow.Table.from_pylist(rows, schema))
+                    # pyarrow makes no JSON column out of Python values, and casts one out of text.
+                    out.write_table(pyarrow.Table.from_pylist(rows, plain).cast(schema))
             lines.unlink()
 
 
@@ -375,24 +377,27 @@ def _arguments_as_text(value: dict[str, Any]) -> dict[str, Any]:
 _OPTIONAL = frozenset({"name", "tool_calls", "tool_call_id"})
 """Fields of a turn that most datasets do without."""
 
+_Schema = Callable[[frozenset[str], bool], "pyarrow.Schema"]
+"""From the optional fields that occur, and whether tool arguments are JSON columns or still plain text."""
 
-def _rows_schema(row: type[Row]) -> Callable[[frozenset[str]], pyarrow.Schema]:
-    def schema(occur: frozenset[str]) -> pyarrow.Schema:
+
+def _rows_schema(row: type[Row]) -> _Schema:
+    def schema(occur: frozenset[str], as_json: bool) -> pyarrow.Schema:
         import pyarrow
 
-        hints = get_type_hints(row)
-        named = {field.name: _arrow(hints[field.name], occur) for field in msgspec.structs.fields(row)}
+        hints, turn = get_type_hints(row), _turn(occur, as_json)
+        named = {field.name: _arrow(hints[field.name], turn) for field in msgspec.structs.fields(row)}
         ordered = ["id", *(name for name in named if name not in ("id", "split")), "split"]
         return _with_features(pyarrow.schema([(name, named[name]) for name in ordered]))
 
     return schema
 
 
-def _verl_schema(kind: Kind) -> Callable[[frozenset[str]], pyarrow.Schema]:
-    def schema(occur: frozenset[str]) -> pyarrow.Schema:
+def _verl_schema(kind: Kind) -> _Schema:
+    def schema(occur: frozenset[str], as_json: bool) -> pyarrow.Schema:
         import pyarrow
 
-        text, turns = pyarrow.string(), pyarrow.list_(_turn(occur))
+        text, turns = pyarrow.string(), pyarrow.list_(_turn(occur, as_json))
         if kind != "prompts":
             return _with_features(pyarrow.schema([("messages", turns)]))
         return _with_features(
@@ -410,13 +415,13 @@ def _verl_schema(kind: Kind) -> Callable[[frozenset[str]], pyarrow.Schema]:
     return schema
 
 
-def _arrow(hint: Any, occur: frozenset[str]) -> pyarrow.DataType:
-    """Return the Arrow type of a row's field."""
+def _arrow(hint: Any, turn: pyarrow.DataType) -> pyarrow.DataType:
+    """Return the Arrow type of a row's field, given that of a turn."""
     import pyarrow
 
     origin, inner = get_origin(hint), get_args(hint)
     if origin is tuple:
-        return pyarrow.list_(_turn(occur) if inner[0] is Turn else _arrow(inner[0], occur))
+        return pyarrow.list_(turn if inner[0] is Turn else _arrow(inner[0], turn))
     if origin in (Union, UnionType, Literal):
         return pyarrow.string()  # a closed set of words
     plain: dict[Any, pyarrow.DataType] = {
@@ -427,11 +432,11 @@ def _arrow(hint: Any, occur: frozenset[str]) -> pyarrow.DataType:
     return plain[hint]
 
 
-def _turn(occur: frozenset[str]) -> pyarrow.DataType:
+def _turn(occur: frozenset[str], as_json: bool) -> pyarrow.DataType:
     import pyarrow
 
     text = pyarrow.string()
-    function = pyarrow.struct([("name", text), ("arguments", text)])
+    function = pyarrow.struct([("name", text), ("arguments", pyarrow.json_() if as_json else text)])
     call = pyarrow.struct([("id", text), ("type", text), ("function", function)])
     optional = {"name": text, "tool_calls": pyarrow.list_(call), "tool_call_id": text}
     fields = [("role", text), ("content", text)]
@@ -444,15 +449,15 @@ def _with_features(schema: pyarrow.Schema) -> pyarrow.Schema:
     return schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _feature(kind: pyarrow.DataType, name: str = "") -> dict[str, Any]:
+def _feature(kind: pyarrow.DataType) -> dict[str, Any]:
     import pyarrow
 
-    if name == "arguments":
+    if isinstance(kind, pyarrow.JsonType):
         return {"_type": "Json"}
     if pyarrow.types.is_list(kind):
         return {"feature": _feature(kind.value_type), "_type": "List"}
     if pyarrow.types.is_struct(kind):
-        return {field.name: _feature(field.type, field.name) for field in kind}
+        return {field.name: _feature(field.type) for field in kind}
     return {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
 
 
