@@ -86,6 +86,8 @@ class Request:
 
     messages: tuple[Message, ...]
     """The conversation."""
+    asked: Callable[[], tuple[Message, ...]] | None = None
+    """Tells the conversation anew once the app has answered, since the app may have known more of it."""
     draft: Callable[[Calls, RunnableConfig], Awaitable[Draft]]
     """Runs the wrapped app under the node's configuration, records its calls, and returns its answer."""
     blocks: Blocks | None = None
@@ -204,6 +206,8 @@ async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
     except Exception as error:
         run.failed = error
         raise
+    if request.asked is not None:
+        run.request = dataclasses.replace(request, messages=request.asked())
     if before is not None:
         answered = msgspec.structs.replace(answered, blocks=before.draft.blocks)
     progress = Progress(answered, rounds)
@@ -492,7 +496,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             mode=request.mode,
             constitution=plan.constitution_ref,
             outcome=decision.outcome,
-            messages=request.messages,
+            messages=context.request.messages,
             context=dict(request.context()),
             draft=request.written() if progress is None else progress.draft,
             rounds=() if progress is None else tuple(progress.rounds),

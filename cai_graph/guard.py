@@ -28,7 +28,7 @@ from cai_graph.critic import Critic
 from cai_graph.errors import ConfigError, RunError
 from cai_graph.log import Log
 from cai_graph.plan import Plan, planning
-from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer, resumed
+from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer, resumes
 from cai_graph.shape import Shape
 from cai_graph.streams import AHEAD, Piece, Send, Writing, progress, relay, unstreamed, whole
 from cai_graph.trajectory import Draft, Trajectory, text_of
@@ -120,11 +120,16 @@ class Guard:
             Exception: what else `graph.run` raises, but for a pause of the app's.
         """
         outputs: list[Any] = []
-        desk, decision = self._desk(input, config, caller), resumed(input)
-        if desk is not None and (waiting := await desk.lying()) is not None:
-            return self._put(await desk.settle(waiting, decision))
-        if desk is not None and decision is not None:
-            raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")
+        messages = () if resumes(input) else self.shape.conversation(input)
+        desk: Desk | None = None
+        if self.plan.settings.asks:
+            desk = Desk.of(self.plan, self.shape, config, messages, self.checkpointer, caller)
+            if (waiting := await desk.lying()) is not None:
+                settled = await desk.settle(waiting, input)
+                if resumes(input) or desk.within is not None:
+                    return self._put(settled)  # else it was decided before: only the log had not taken it
+            elif resumes(input) and not graph.is_graph(self.app):
+                raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
             under, handler = self._under(config, calls, node)
@@ -148,7 +153,8 @@ class Guard:
         try:
             ending = await self._run(
                 config,
-                messages=self.shape.conversation(input),
+                messages=messages,
+                asked=lambda: self.shape.asked(messages, outputs[0]),
                 draft=draft,
                 context=lambda: self.shape.context(input, outputs[0] if outputs else None),
                 form=lambda: self.shape.form(outputs[0]),
@@ -163,13 +169,6 @@ class Guard:
                 return paused, None
             return self._put(await desk.settle(waiting))
         return self._put(Settled(outputs[0], ending.trajectory, ending.released))
-
-    def _desk(self, input: Any, config: RunnableConfig, caller: bridge.Caller | None) -> Desk | None:
-        """Return where this request waits for a person; None where the policies ask none."""
-        if not self.plan.settings.asks:
-            return None
-        messages = () if resumed(input) is not None else self.shape.conversation(input)
-        return Desk.of(self.plan, self.shape, config, messages, self.checkpointer, caller)
 
     def _put(self, settled: Settled) -> tuple[Any, Trajectory]:
         output, trajectory, released = settled

@@ -50,7 +50,7 @@ from cai_graph.trajectory import (
     text_of,
 )
 
-__all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer", "resumed"]
+__all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer", "resumes"]
 
 Checkpointer = BaseCheckpointSaver[Any]
 
@@ -110,9 +110,9 @@ def _compiled() -> CompiledStateGraph[Waiting, None, Waiting, Waiting]:
     return builder.compile(name="cai_graph_review")
 
 
-def resumed(input: object) -> Any:
-    """Return the decision that an input resumes with; None where it is an ordinary input."""
-    return input.resume if isinstance(input, Command) else None
+def resumes(input: object) -> bool:
+    """Return whether an input resumes what was paused."""
+    return isinstance(input, Command)
 
 
 def awaits(output: Any) -> RunError:
@@ -243,10 +243,10 @@ class Desk:
         question = waiting["question"]
         return {"__interrupt__": [Interrupt(value=question, id=question["trajectory_id"])]}
 
-    async def settle(self, waiting: Waiting, said: Any = None) -> Settled:
+    async def settle(self, waiting: Waiting, input: object = None) -> Settled:
         """Log what a person decided about a request, and return what leaves.
 
-        `said` is the decision, where the caller was resumed with one.
+        `input` is the caller's: the decision, where it resumes.
 
         Raises:
             AwaitsReview: there is no decision yet.
@@ -259,12 +259,12 @@ class Desk:
             question, required = waiting["question"], self.shape.form(output)
             if self.within is not None:
                 decision = await self._asked(question, required)
-            elif said is None:
+            elif not isinstance(input, Command):
                 raise AwaitsReview(question)
-            elif (problem := _problem(said, required)) is not None:
+            elif (problem := _problem(input.resume, required)) is not None:
                 raise DataError(problem)
             else:
-                decision = dict(said)
+                decision = dict(cast("Mapping[str, Any]", input.resume))
             decision = {**decision, "at": now().isoformat()}
             await self._run(Command(resume=decision))
         trajectory, record = _settled(waiting, decision, self.plan)

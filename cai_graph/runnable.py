@@ -13,7 +13,7 @@ from langchain_core.runnables.utils import ConfigurableFieldSpec
 from cai_graph import bridge
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
-from cai_graph.review import awaits, resumed
+from cai_graph.review import awaits, resumes
 from cai_graph.streams import Piece, Shown, feeds_streams
 from cai_graph.trajectory import Trajectory, to_langchain
 
@@ -155,7 +155,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         caller: bridge.Caller | None,
     ) -> AsyncGenerator[Piece, None]:
         """Yield what leaves, and show it to the streams that stand around."""
-        asked = [] if resumed(input) is not None else self.guard.shape.conversation(input)
+        asked = [] if resumes(input) else self.guard.shape.conversation(input)
         shown = Shown(config, to_langchain(asked), self.get_name())
         try:
             async with aclosing(self.guard.stream(input, config, options, caller=caller)) as pieces:

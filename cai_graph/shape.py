@@ -51,6 +51,19 @@ class Shape:
             "dict with one of them; say where with input_key="
         )
 
+    def asked(self, given: tuple[Message, ...], output: Any) -> tuple[Message, ...]:
+        """Return the conversation that an output answers; of an app that keeps one, all that came before.
+
+        `given` is what the input says, and it holds where the output does not go on from it; it is empty
+        where the input is the resumption of an app that had paused.
+        """
+        found = output[self.output_in(output)] if isinstance(output, Mapping) else output
+        if isinstance(found, list):
+            before = tuple(map(from_langchain, found[: _last_answer(found)]))
+            last = [(m.role, m.content) for m in given[-1:]]
+            return before if not given or last[0] in [(m.role, m.content) for m in before] else given
+        return given or self.conversation(output)
+
     def answer(self, output: object) -> Message:
         """Return the answer that stands in an output."""
         found = self._answer_in(output)

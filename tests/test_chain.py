@@ -716,13 +716,39 @@ async def test_an_app_that_waits_for_a_person_is_neither_judged_nor_logged(way: 
         assert list(log.read(kind="trajectory")) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the request of a resumed app is not known from its input")
-def test_an_app_that_waited_for_a_person_is_judged_when_it_is_resumed() -> None:
-    guarded = guard(asking_app().compile(checkpointer=InMemorySaver()))
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_app_that_waited_for_a_person_is_judged_when_it_is_resumed(way: str, tmp_path: Path) -> None:
     config: Any = {"configurable": {"thread_id": "1"}}
-    guarded.invoke({"question": "hello"}, config)
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(asking_app().compile(checkpointer=InMemorySaver()), log=log)
+        for given in ({"question": "hello"}, Command(resume=True)):
+            output = (
+                guarded.invoke(given, config) if way == "invoke" else await guarded.ainvoke(given, config)
+            )
+        log.flush()
+        (trajectory,) = log.read(kind="trajectory")
 
-    assert guarded.invoke(Command(resume=True), config)["answer"] == "better"
+    assert output["answer"] == "better"
+    assert isinstance(trajectory, Trajectory)
+    assert trajectory.prompt == "hello"
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_answer_of_an_app_that_remembers_is_judged_in_what_came_before(way: str) -> None:
+    app = StateGraph(MessagesState)
+    app.add_node("answer", lambda state: {"messages": [AIMessage(f"answer {len(state['messages'])}")]})
+    app.add_edge(START, "answer")
+    judge = by_role(critique=verdicts())
+    guarded = guard(app.compile(checkpointer=InMemorySaver()), critic=judge, reviser=judge)
+    config: Any = {"configurable": {"thread_id": "1"}}
+
+    for asked in ("first", "second"):
+        given: Any = {"messages": [HumanMessage(asked)]}
+        _ = guarded.invoke(given, config) if way == "invoke" else await guarded.ainvoke(given, config)
+
+    _, conversation = [call[-1].text.partition("<answer>") for call in judge.calls]
+    assert [word in conversation[0] for word in ("first", "answer 1", "second")] == [True] * 3
+    assert "answer 3" in conversation[2]
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke"])
