@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from cai_graph.calibration import wilson
 from cai_graph.trajectory import Comparison
 
 __all__ = ["Positions", "Share"]
@@ -27,12 +28,12 @@ class Share(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of Wilson 1927; (0, 1) of no cases."""
-        if not self.of:
-            return (0.0, 1.0)
-        z, n, p = 1.959964, self.of, self.value
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (max(0.0, middle - half), min(1.0, middle + half))
+        return wilson(self.yes, self.of) if self.of else (0.0, 1.0)
+
+    def json(self) -> dict[str, Any]:
+        """Return share, interval and number of cases; share and interval None of no cases."""
+        known = (self.value, self.interval) if self.of else (None, None)
+        return {"share": known[0], "interval": known[1], "n": self.of}
 
     def __str__(self) -> str:
         if not self.of:
@@ -126,9 +127,5 @@ class Positions:
             **{name: value for name, value in asdict(self).items() if name != "shift"},
             "clear": self.clear,
             "mean_shift": self.mean_shift,
-            **{
-                name: {"share": share.value, "interval": share.interval, "n": share.of}
-                for name, share in shares.items()
-                if share.of
-            },
+            **{name: share.json() for name, share in shares.items()},
         }

@@ -12,7 +12,20 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cai_graph.cli import ask, constitution, critic, dataset, doctor, feedback, judge, log, model, run, train
+from cai_graph.cli import (
+    ask,
+    constitution,
+    critic,
+    dataset,
+    doctor,
+    feedback,
+    judge,
+    log,
+    model,
+    replay,
+    run,
+    train,
+)
 from cai_graph.cli.console import FAILED, INTERRUPTED, complain, group
 from cai_graph.errors import CaiError
 
@@ -23,7 +36,7 @@ app = group(
     epilog='Start with: cai demo, then cai ask "…". Exit status: 0 fine, 1 error, 2 usage, '
     "3 rows were skipped, 130 interrupted.",
 )
-for command in (ask, run, judge, doctor):
+for command in (ask, run, judge, replay, doctor):
     app.add_typer(command.commands)
 app.add_typer(log.commands, name="log")
 app.add_typer(feedback.commands, name="feedback")

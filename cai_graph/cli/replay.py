@@ -1,0 +1,190 @@
+"""`cai replay`: a regression test for constitutions and critics, over logged answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from cai_graph.cli.console import (
+    DEFAULT_LOG,
+    FAILED,
+    INTERRUPTED,
+    SKIPPED,
+    Stop,
+    bar,
+    complain,
+    group,
+    note,
+    out,
+    print_json,
+    this_command,
+)
+from cai_graph.cli.model import fetch, foreign, loaded, width
+from cai_graph.cli.options import AsJson, Concurrency, LogUrl, option
+
+if TYPE_CHECKING:
+    from trainers.replay import Replay, Report
+
+commands = group()
+
+
+class FailOn(StrEnum):
+    """Which change makes `cai replay` exit with 1."""
+
+    MORE_VIOLATIONS = "more-violations"
+    FEWER_VIOLATIONS = "fewer-violations"
+    ANY_CHANGE = "any-change"
+    UNREADABLE = "unreadable"
+
+
+@commands.command(epilog="Example: cai replay --constitution new.yaml --limit 200 --fail-on more-violations")
+def replay(
+    constitution: Annotated[
+        str, option("--constitution -c", "Judge by this built-in constitution, or file.", "NAME|FILE")
+    ] = "balanced",
+    critic: Annotated[str, option("--critic", "Who judges.", "SPEC")] = "local",
+    log: LogUrl = DEFAULT_LOG,
+    output: Annotated[
+        Path | None, option("--output -o", "File that keeps the judgements; by default one in the cache.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many trajectories, drawn by lot.")] = None,
+    seed: Annotated[int, typer.Option(help="Of that lot.")] = 0,
+    outcome: Annotated[str | None, typer.Option(help="Only trajectories that ended so.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Only trajectories with this tag.")] = None,
+    source: Annotated[str | None, typer.Option(help="Only trajectories whose source key starts so.")] = None,
+    since: Annotated[datetime | None, typer.Option(help="Only from this time on, UTC.")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="How many to show of each change.")] = 3,
+    fail_on: Annotated[
+        list[FailOn] | None, typer.Option(help="Exit with 1 on such a change; may be repeated.")
+    ] = None,
+    concurrency: Concurrency = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge logged answers again under another constitution or by another critic, and show what changes.
+
+    The log is only read. Type the same command again after an interrupt, and it goes on where it stopped.
+    """
+    from cai_graph import constitution as constitutions
+    from cai_graph.critic import critic_for
+    from cai_graph.log import open_log
+    from trainers.replay import Replay
+
+    rules = constitutions.load(constitution)
+    with open_log(log, read_only=True) as opened:
+        job = Replay(
+            opened,
+            critic_for(loaded(critic)),
+            rules,
+            kept=output,
+            filters={"outcome": outcome, "tag": tag, "source": source, "since": since},
+            limit=limit,
+            seed=seed,
+            examples=examples,
+        )
+        with contextlib.closing(job):
+            if job.done:
+                note(f"{job.done} of {job.total} answers were judged before, in {job.path}")
+            fetch(critic)
+            with foreign(critic):
+                interrupted = _drive(job, concurrency or width(critic))
+    report = job.report
+    if as_json:
+        print_json({"constitution": rules.digest, "critic": critic, **report.summary()})
+    else:
+        _show(report)
+    if interrupted:
+        note(f"interrupted; to go on, type again: {this_command()}")
+        raise typer.Exit(INTERRUPTED)
+    if not job.total:
+        complain(f"{log} has no answer to judge")
+        raise typer.Exit(FAILED)
+    if found := [rule for rule in fail_on or () if _broken(rule, report)]:
+        complain(f"failed: {', '.join(found)}")
+        raise typer.Exit(FAILED)
+    if report.failed:
+        complain(f"{report.failed} answers could not be judged; to try again: {this_command()}")
+        raise typer.Exit(SKIPPED)
+
+
+def _broken(rule: FailOn, report: Report) -> bool:
+    match rule:
+        case FailOn.MORE_VIOLATIONS:
+            return report.newly > report.cleared
+        case FailOn.FEWER_VIOLATIONS:
+            return report.cleared > report.newly
+        case FailOn.ANY_CHANGE:
+            return bool(report.newly or report.cleared or report.now_unreadable)
+        case FailOn.UNREADABLE:
+            return report.now_unreadable > 0
+
+
+def _drive(job: Replay, concurrency: int) -> bool:
+    """Run a replay with progress; return whether it was interrupted."""
+    from cai_graph import show
+
+    stop = Stop()
+
+    async def work() -> None:
+        stop.listen()
+        results = job.results(concurrency, stopped=lambda: stop.asked)
+        async with contextlib.aclosing(results):
+            with bar(job.total - job.done, "answers") as advance:
+                async for judged in results:
+                    said = show.one_line(judged.answer.key, 50)
+                    advance(f"{said}  {judged.before} → {judged.after}")
+                    if judged.failed is not None:
+                        complain(f"{judged.answer.key} failed: {judged.failed}")
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(work())
+    return stop.asked
+
+
+def _show(report: Report) -> None:
+    from cai_graph import show
+
+    before, after = report.share("before"), report.share("after")
+    out.print(Text(f"{report.judged} answers judged again."))
+    out.print(Text(f"Violate: {before} in the log, {after} now."))
+    out.print(
+        Text(
+            f"{report.newly} newly violate, {report.cleared} are cleared, "
+            f"{report.now_unreadable} are unreadable now."
+        )
+    )
+    rows = [
+        (name, row.compared, row.before, row.after, row.newly, row.cleared, row.violates_only_now)
+        for name, row in sorted(report.principles.items())
+    ]
+    if rows:
+        out.print()
+        of_rules = ("principle or aim", "compared", "violated", "violate now", "newly", "cleared", "new rule")
+        out.print(show.table(rows, of_rules))
+    if report.outcomes:
+        out.print()
+        ended = [
+            (name, row.drafts, row.drafts_before, row.drafts_after, row.released, row.released_after)
+            for name, row in sorted(report.outcomes.items())
+        ]
+        headers = ("outcome", "drafts", "violated", "violate now", "revisions", "violate now")
+        out.print(show.table(ended, headers))
+    for change, found in report.shown.items():
+        out.print()
+        out.print(Text(change, "bold"))
+        for example in found:
+            named = f"{example.trajectory_id} ({example.of}) {', '.join(example.principles)}"
+            out.print(Text(f"  {show.clean(named)}"))
+            for label, text in (
+                ("asked", example.prompt),
+                ("answer", example.answer),
+                ("why", example.reason),
+            ):
+                if text:
+                    out.print(Text(f"    {label:<7} {show.one_line(text, 160)}"), soft_wrap=True)

@@ -1,0 +1,290 @@
+"""Replay: logged answers are judged again, and what changes is counted by principle and outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from log_support import trajectory
+from replies import IDS, RULES, answer_in, by_role, principle, verdicts
+from test_cli import cai
+from wire import Reply, serving
+
+from cai_graph.constitution import Constitution, load
+from cai_graph.critic import Critic, ModelCritic
+from cai_graph.errors import ConfigError, DataError
+from cai_graph.log import Log, open_log
+from cai_graph.trajectory import (
+    ConstitutionRef,
+    Critique,
+    Draft,
+    Label,
+    Message,
+    Outcome,
+    Round,
+    Trajectory,
+    Verdict,
+)
+from trainers.replay import Judged, Replay, answers_of, standing
+
+
+def said(text: str) -> Message:
+    return Message(role="assistant", content=text)
+
+
+def critique(*violated: str, ids: tuple[str, ...] = IDS, severity: int = 3) -> Critique:
+    return Critique(
+        verdicts=tuple(
+            Verdict(
+                label=Label.VIOLATES if id in violated else Label.COMPLIES,
+                principle=id,
+                severity=severity,
+                reason=f"then: {id}" if id in violated else None,
+            )
+            for id in ids
+        )
+    )
+
+
+def kept(text: str, *violated: str, **changes: Any) -> Trajectory:
+    """A trajectory whose draft was judged, and nothing else."""
+    outcome = Outcome.EXHAUSTED if violated else Outcome.KEPT
+    fields: dict[str, Any] = {
+        "draft": Draft(answer=said(text)),
+        "rounds": (Round(critique=critique(*violated)),),
+        "released": said(text),
+        "released_from": "draft",
+        "outcome": outcome,
+    }
+    return trajectory(**fields | changes)
+
+
+def critic(**violates: tuple[str, ...]) -> Critic:
+    """A critic that finds of an answer what stands under its first word; `odd` is unreadable."""
+
+    def judge(messages: list[Any]) -> str:
+        answer = answer_in(messages)
+        if answer.startswith("odd"):
+            return "hm"
+        return verdicts(*violates.get(answer.split()[0], ()))
+
+    return ModelCritic(by_role(critique=judge))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    with open_log(tmp_path / "cai.db") as opened:
+        yield opened
+
+
+def fill(log: Log, *made: Trajectory) -> None:
+    for commit in [log.append(record) for record in made]:
+        commit.result()
+
+
+async def replay(log: Log, who: Critic, folder: Path, **options: Any) -> tuple[Replay, list[Judged]]:
+    stopped = options.pop("stopped", lambda: False)
+    rules = options.pop("rules", RULES)
+    job = Replay(log, who, rules, kept=options.pop("kept", folder / "kept.jsonl"), **options)
+    try:
+        async with aclosing(job.results(2, stopped=stopped)) as results:
+            return job, [result async for result in results]
+    finally:
+        job.close()
+
+
+def test_the_draft_and_the_revision_that_was_released_are_judged_and_the_refusal_is_not() -> None:
+    found = list(answers_of(trajectory()))
+    assert [(a.of, str(a.exchange.answer.content)) for a in found] == [
+        ("draft", "draft 0"),
+        ("released", "revised 0"),
+    ]
+    assert [standing(a.before, None) for a in found] == ["violates", "complies"]
+    assert [a.of for a in answers_of(trajectory(released=said("no"), released_from="refusal"))] == ["draft"]
+    edited = list(answers_of(trajectory(released=said("by hand"), released_from="human")))
+    assert [standing(a.before, None) for a in edited] == ["violates", "unjudged"]
+    assert list(answers_of(trajectory(draft=None))) == []
+    assert list(answers_of(trajectory(metadata={"redaction": "failed"}))) == []
+
+
+def test_unreadable_is_never_read_as_complies() -> None:
+    unreadable = Critique(verdicts=(Verdict(label=Label.UNREADABLE, principle="be-kind"),))
+    assert standing(unreadable, RULES) == "unreadable"
+    assert standing(Critique(), RULES) == "unjudged"
+
+
+async def test_what_changes_is_counted_by_principle_and_outcome_with_examples(
+    log: Log, tmp_path: Path
+) -> None:
+    fill(
+        log,
+        kept("same good"),
+        kept("same bad", "no-harm"),
+        kept("worse now"),
+        kept("better now", "no-harm"),
+        kept("odd now"),
+    )
+    who = critic(same=(), worse=("be-kind",), better=())
+    job, results = await replay(log, who, tmp_path)
+
+    report = job.report
+    assert (job.total, report.judged, len(results)) == (5, 5, 5)
+    assert (report.newly, report.cleared, report.now_unreadable) == (1, 2, 1)
+    assert (report.share("before").yes, report.share("after").yes, report.share("after").of) == (2, 1, 4)
+    kind, harm = report.principles["be-kind"], report.principles["no-harm"]
+    assert (kind.compared, kind.before, kind.after, kind.newly, kind.cleared) == (4, 0, 1, 1, 0)
+    assert (harm.compared, harm.before, harm.after, harm.newly, harm.cleared) == (4, 2, 0, 0, 2)
+    ended = report.outcomes["KEPT"]
+    assert (ended.drafts, ended.drafts_before, ended.drafts_after) == (3, 0, 1)
+    (worse,) = report.shown["newly violates"]
+    assert (worse.answer, worse.principles, worse.reason) == ("worse now", ("be-kind",), "breaks be-kind")
+    assert {one.reason for one in report.shown["cleared"]} == {"then: no-harm"}
+    assert json.loads(json.dumps(report.summary()))["newly_violates"] == 1
+
+
+async def test_a_principle_that_only_one_constitution_has_is_counted_apart(log: Log, tmp_path: Path) -> None:
+    fill(log, kept("fine"))
+    rules = Constitution(name="new", principles=(RULES["no-harm"], principle("be-brief", "helpful")))
+    who = ModelCritic(by_role(critique=verdicts("be-brief", ids=("no-harm", "be-brief"))))
+    job, _ = await replay(log, who, tmp_path, rules=rules)
+
+    found = job.report.principles
+    assert (found["be-brief"].only_now, found["be-brief"].violates_only_now) == (1, 1)
+    assert (found["be-kind"].only_then, found["be-kind"].compared) == (1, 0)
+    assert job.report.newly == 1
+
+
+async def test_thresholds_of_the_same_constitution_hold_for_the_log_too(log: Log, tmp_path: Path) -> None:
+    rules = Constitution(name="mild", principles=(principle("no-harm", "harmless", min_severity=4),))
+    reference = ConstitutionRef(name="mild", version="1", digest=rules.digest)
+    rounds = (Round(critique=critique("no-harm", ids=("no-harm",))),)
+    fill(log, kept("fine", rounds=rounds, constitution=reference))
+    who = ModelCritic(by_role(critique=verdicts("no-harm", ids=("no-harm",), severity=3)))
+    job, (judged,) = await replay(log, who, tmp_path, rules=rules)
+    assert (judged.before, judged.after) == ("complies", "complies")
+    assert job.report.newly == 0
+
+
+async def test_an_interrupted_replay_goes_on_and_a_line_that_was_cut_off_is_judged_again(
+    log: Log, tmp_path: Path
+) -> None:
+    fill(log, *(kept(f"answer {n}") for n in range(6)))
+    _, first = await replay(log, critic(), tmp_path, stopped=lambda: job_has(tmp_path, 3))
+    assert 3 <= len(first) < 6
+    path = tmp_path / "kept.jsonl"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.write_bytes(path.read_bytes()[:-20])
+    again, rest = await replay(log, critic(), tmp_path)
+    assert again.done == len(first) - 1
+    assert again.done + len(rest) == again.report.judged == 6
+    nothing, none = await replay(log, critic(), tmp_path)
+    assert (none, nothing.report.judged) == ([], 6)
+
+
+def job_has(folder: Path, judgements: int) -> bool:
+    path = folder / "kept.jsonl"
+    return path.exists() and len(path.read_bytes().splitlines()) > judgements
+
+
+async def test_judgements_of_another_constitution_are_not_taken_for_these(log: Log, tmp_path: Path) -> None:
+    fill(log, kept("fine"))
+    await replay(log, critic(), tmp_path)
+    other = Constitution(name="new", principles=(principle("be-brief", "helpful"),))
+    with pytest.raises(ConfigError, match="another constitution; name another file"):
+        Replay(log, critic(), other, kept=tmp_path / "kept.jsonl")
+    for notes in ('{"a": 1}\n', '{"a": 1}', "buy milk"):
+        (tmp_path / "notes.jsonl").write_text(notes)
+        with pytest.raises(DataError, match="holds no judgements"):
+            Replay(log, critic(), RULES, kept=tmp_path / "notes.jsonl")
+        assert (tmp_path / "notes.jsonl").read_text() == notes
+
+
+async def test_a_limit_draws_the_same_trajectories_each_time(log: Log, tmp_path: Path) -> None:
+    fill(log, *(kept(f"answer {n}") for n in range(20)))
+    drawn = []
+    for seed in (0, 0, 1):
+        job, results = await replay(
+            log, critic(), tmp_path, kept=tmp_path / f"{len(drawn)}.jsonl", limit=5, seed=seed
+        )
+        assert job.total == 5
+        drawn.append({judged.answer.trajectory_id for judged in results})
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+async def test_an_answer_that_cannot_be_judged_is_reported_and_tried_again(log: Log, tmp_path: Path) -> None:
+    fill(log, kept("fine"), kept("bad luck"))
+
+    def judge(messages: list[Any]) -> str | Exception:
+        return ValueError("down") if answer_in(messages) == "bad luck" else verdicts()
+
+    job, results = await replay(log, ModelCritic(by_role(critique=judge)), tmp_path)
+    assert [r.failed for r in results if r.failed] == ["ValueError: down"]
+    assert (job.report.failed, job.report.judged) == (1, 1)
+    _, again = await replay(log, critic(), tmp_path)
+    assert [judged.answer.exchange.answer.content for judged in again] == ["bad luck"]
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    ids = tuple(p.id for p in load("balanced"))
+    with open_log(tmp_path / "cai.db") as log:
+        fill(log, *(kept(f"answer {n}", rounds=(Round(critique=critique(ids=ids)),)) for n in range(3)))
+    return tmp_path
+
+
+def stricter(body: dict[str, Any]) -> Reply:
+    ids = tuple(p.id for p in load("balanced"))
+    found = ids[:1] if "answer 1\n" in body["messages"][-1]["content"] else ()
+    return Reply(verdicts(*found, ids=ids))
+
+
+def test_the_command_shows_what_changes_and_its_status_says_it(folder: Path) -> None:
+    with serving(stricter) as server:
+        args = ("replay", "--critic", server.spec, "-o", "kept.jsonl")
+        shown = cai(folder, *args).stdout
+        asked = len(server.requests)
+        for rule, status in (
+            ("more-violations", 1),
+            ("any-change", 1),
+            ("fewer-violations", 0),
+            ("unreadable", 0),
+        ):
+            cai(folder, *args, "--fail-on", rule, status=status)
+        summary = json.loads(cai(folder, *args, "--json").stdout)
+        assert len(server.requests) == asked == 3
+    assert "3 answers judged again." in shown
+    assert "1 newly violate, 0 are cleared, 0 are unreadable now." in shown
+    assert "answer  answer 1" in shown
+    assert summary["newly_violates"] == 1
+    with open_log(folder / "cai.db", read_only=True) as log:
+        assert log.stats().trajectories == 3
+
+
+def test_a_log_without_answers_fails(tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        fill(log, trajectory(draft=None, outcome=Outcome.FAILED))
+    with serving(stricter) as server:
+        ended = cai(tmp_path, "replay", "--critic", server.spec, "-o", "kept.jsonl", status=1)
+    assert "has no answer to judge" in ended.stderr
+
+
+def test_without_an_output_the_judgements_are_in_the_local_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAI_CACHE", str(folder / "cache"))
+    with serving(stricter) as server:
+        cai(folder, "replay", "--critic", server.spec)
+        again = cai(folder, "replay", "--critic", server.spec)
+        assert len(server.requests) == 3
+    assert "3 of 3 answers were judged before" in again.stderr
+    (kept_file,) = (folder / "cache" / "replay").iterdir()
+    assert os.access(kept_file, os.R_OK)

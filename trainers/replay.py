@@ -1,0 +1,459 @@
+"""Replay: logged answers judged again under another constitution or by another critic, and what changes.
+
+A regression test for constitutions. The log is only read. Each judgement is kept in a file of its own as soon
+as it is made, so that an interrupted replay goes on; the file belongs to one constitution and one critic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import json
+import os
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from cai_graph import local
+from cai_graph.bulk import is_about_all_rows, side_by_side, until
+from cai_graph.calls import Budget, Calls, describe
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic, failed_principles
+from cai_graph.errors import ConfigError, DataError
+from cai_graph.log import Filters, Log
+from cai_graph.log.redaction import is_withheld
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import Critique, Label, Message, Trajectory, Verdict, text_of
+from trainers.positions import Share
+
+__all__ = ["Answer", "Change", "Example", "Judged", "Replay", "Report", "answers_of", "standing"]
+
+Standing = Literal["violates", "complies", "unreadable", "unjudged"]
+"""What a critique says of an answer, in a word."""
+
+Change = Literal["newly violates", "cleared", "now unreadable"]
+"""`newly violates`: complied in the log. `cleared`: violated in the log and complies now."""
+
+_SECONDS = 3600.0
+"""Deadline of one judgement. Nobody waits for it, and a slow machine may need it."""
+
+
+class Answer(NamedTuple):
+    """An answer of the log."""
+
+    trajectory_id: str
+    """The Trajectory that holds it."""
+    outcome: str
+    """How that ended."""
+    of: Literal["draft", "released"]
+    """Whether it is the draft, or the revision (or a person's answer) that was released in its place."""
+    exchange: Exchange
+    """The answer, in its conversation."""
+    before: Critique | None
+    """How it was judged then; None where it was not."""
+    constitution: str
+    """Digest of the constitution that judged it."""
+
+    @property
+    def key(self) -> str:
+        """What tells it from every other answer."""
+        return f"{self.trajectory_id}/{self.of}"
+
+
+class Judged(NamedTuple):
+    """What became of one answer."""
+
+    answer: Answer
+    """The answer."""
+    before: Standing
+    """What the log says of it."""
+    after: Standing
+    """What the critic says of it now; `unjudged` where it failed."""
+    failed: str | None = None
+    """Class and message of the error, where there is no judgement."""
+
+
+def answers_of(trajectory: Trajectory) -> Iterator[Answer]:
+    """Yield the draft, and the answer that was released in its place, unless that is the refusal."""
+    if trajectory.draft is None or is_withheld(trajectory):
+        return
+
+    def answer(of: Literal["draft", "released"], message: Message, before: Critique | None) -> Answer:
+        exchange = Exchange(messages=trajectory.messages, answer=message, context=trajectory.context)
+        outcome, digest = trajectory.outcome.value, trajectory.constitution.digest
+        return Answer(trajectory.id, outcome, of, exchange, before, digest)
+
+    rounds = trajectory.rounds
+    yield answer("draft", trajectory.draft.answer, rounds[0].critique if rounds else None)
+    if trajectory.released is not None and trajectory.released_from in ("revision", "human"):
+        revisions = [revision for round_ in rounds for revision in round_.revisions]
+        same = [r.critique for r in revisions if text_of(r.answer) == text_of(trajectory.released)]
+        yield answer("released", trajectory.released, same[-1] if same else None)
+
+
+def standing(critique: Critique | None, rules: Constitution | None) -> Standing:
+    """Return what a critique says of an answer, in a word.
+
+    Args:
+        critique: the critique.
+        rules: the constitution that it judged by, whose thresholds of severity count; None where it is
+            not at hand, and every VIOLATES counts.
+    """
+    if critique is None or not critique.verdicts:
+        return "unjudged"
+    labels = {verdict.label for verdict in critique.verdicts}
+    found = failed_principles(critique, rules) if rules is not None else Label.VIOLATES in labels
+    if found:
+        return "violates"
+    return "unreadable" if Label.UNREADABLE in labels else "complies"
+
+
+class Replay:
+    """The answers of a log, judged again.
+
+    Attributes:
+        total: how many answers there are.
+        done: how many of them were judged by an earlier replay.
+        path: the file that keeps the judgements.
+        report: what changes, those of earlier replays included.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        critic: Critic,
+        constitution: Constitution,
+        *,
+        kept: Path | None = None,
+        filters: Filters | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+        examples: int = 3,
+    ) -> None:
+        """Read the log once, and what an earlier replay kept.
+
+        Args:
+            log: only read.
+            critic: who judges now.
+            constitution: by what.
+            kept: file of the judgements; None: one in the local cache.
+            filters: which Trajectories.
+            limit: only so many of them, drawn by `seed` and their ids: the same ones each time.
+            seed: of that draw.
+            examples: how many to keep of each change.
+
+        Raises:
+            ConfigError: the file belongs to another constitution or critic.
+            DataError: the file cannot be read or written.
+            LogError: the log cannot be read.
+        """
+        self._log, self._critic, self._rules = log, critic, constitution
+        self._filters: Filters = {**(filters or {}), "kind": "trajectory"}
+        self._chosen = None if limit is None else self._draw(limit, seed)
+        shaping = {"constitution": constitution.digest, "critic": critic.name}
+        digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+        self.path = kept or local.cache_dir() / "replay" / f"{digest[:16]}.jsonl"
+        self._kept = _Kept(self.path, shaping)
+        self.report = Report(examples=examples)
+        self.total = self.done = 0
+        for answer in self._answers():
+            self.total += 1
+            if (critique := self._kept.get(answer.key)) is not None:
+                self.done += 1
+                self._count(answer, critique)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._kept.close()
+
+    async def results(
+        self, concurrency: int, *, stopped: Callable[[], bool] = lambda: False
+    ) -> AsyncGenerator[Judged, None]:
+        """Yield what becomes of each answer that was not judged before, as each ends.
+
+        Args:
+            concurrency: how many are under way at once.
+            stopped: once it returns True, no further one is begun, and those under way are finished.
+
+        Raises:
+            Exception: what would fail every further one, such as a refused key.
+        """
+        waiting = (answer for answer in self._answers() if self._kept.get(answer.key) is None)
+        async with contextlib.aclosing(
+            side_by_side(until(waiting, stopped), self._judge, concurrency)
+        ) as ended:
+            async for result in ended:
+                yield result
+
+    async def _judge(self, answer: Answer) -> Judged:
+        try:
+            calls = Calls(Budget(seconds=_SECONDS))
+            critique = await self._critic.critique(answer.exchange, self._rules, calls, explain=False)
+        except Exception as error:
+            if is_about_all_rows(error):
+                raise
+            self.report.failed += 1
+            return Judged(answer, self._before(answer), "unjudged", describe(error))
+        self._kept.add(answer.key, critique)
+        return self._count(answer, critique)
+
+    def _count(self, answer: Answer, critique: Critique) -> Judged:
+        judged = Judged(answer, self._before(answer), standing(critique, self._rules))
+        self.report.add(judged, critique)
+        return judged
+
+    def _before(self, answer: Answer) -> Standing:
+        return standing(answer.before, self._rules if answer.constitution == self._rules.digest else None)
+
+    def _trajectories(self) -> Iterator[Trajectory]:
+        for record in self._log.read(**self._filters):
+            assert isinstance(record, Trajectory)
+            yield record
+
+    def _answers(self) -> Iterator[Answer]:
+        for trajectory in self._trajectories():
+            if self._chosen is None or trajectory.id in self._chosen:
+                yield from answers_of(trajectory)
+
+    def _draw(self, limit: int, seed: int) -> set[str]:
+        ids = (trajectory.id for trajectory in self._trajectories() if any(answers_of(trajectory)))
+        return set(
+            heapq.nsmallest(limit, ids, key=lambda id: hashlib.sha256(f"{seed}/{id}".encode()).digest())
+        )
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)  # critics quote what users wrote
+
+
+class _Kept:
+    """Judgements in a file: what it belongs to on the first line, then one a line."""
+
+    def __init__(self, path: Path, belongs: Mapping[str, str]) -> None:
+        self._found: dict[str, Critique] = {}
+        head = json.dumps({"replay": belongs}, sort_keys=True).encode("ascii") + b"\n"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = path.read_bytes() if path.exists() else b""
+            whole = data[: data.rfind(b"\n") + 1]  # a line that a kill cut off; its answer is judged again
+            if not head.startswith(data):
+                self._read(path, whole, belongs)
+            self._file = open(path, "ab", buffering=0, opener=_private)  # noqa: SIM115 - `close`
+            self._file.truncate(len(whole))
+            if not whole:
+                self._file.write(head)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+
+    def _read(self, path: Path, data: bytes, belongs: Mapping[str, str]) -> None:
+        try:
+            first, *lines = data.splitlines()
+            head = json.loads(first)["replay"]
+            for line in lines:
+                row = json.loads(line)
+                self._found[row["answer"]] = msgspec.convert(row["critique"], Critique)
+        except (ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
+            raise DataError(
+                f"{path}: holds no judgements of a replay ({error}); name another file"
+            ) from error
+        if head != dict(belongs):
+            other = "constitution" if head.get("constitution") != belongs["constitution"] else "critic"
+            raise ConfigError(f"{path}: belongs to a replay with another {other}; name another file")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def get(self, key: str) -> Critique | None:
+        return self._found.get(key)
+
+    def add(self, key: str, critique: Critique) -> None:
+        self._found[key] = critique
+        row = {"answer": key, "critique": msgspec.to_builtins(critique)}
+        self._file.write(json.dumps(row).encode("ascii") + b"\n")
+
+
+# --- what changes -------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """One answer that is judged otherwise now."""
+
+    trajectory_id: str
+    """Where it is."""
+    of: str
+    """`draft` or `released`."""
+    prompt: str
+    """What was asked."""
+    answer: str
+    """The answer's text."""
+    principles: tuple[str, ...]
+    """What it violates now, or violated then: ids of principles, or aims."""
+    reason: str
+    """The critic's words for it, or those of then."""
+
+
+@dataclass
+class PrincipleChange:
+    """One principle or aim, over the answers that it was judged by then and now."""
+
+    compared: int = 0
+    """Answers with a readable verdict then and now."""
+    before: int = 0
+    """Those of them that violated it."""
+    after: int = 0
+    """Those of them that violate it now."""
+    newly: int = 0
+    """Complied and violate it now."""
+    cleared: int = 0
+    """Violated it and comply now."""
+    only_then: int = 0
+    """Answers with a verdict on it in the log alone."""
+    only_now: int = 0
+    """Answers with a verdict on it now alone."""
+    violates_only_now: int = 0
+    """Those of them that violate it."""
+
+
+@dataclass
+class OutcomeChange:
+    """The requests that ended in one way."""
+
+    drafts: int = 0
+    """Drafts judged now."""
+    drafts_before: int = 0
+    """Of which the log says that they violate."""
+    drafts_after: int = 0
+    """Of which violate now."""
+    released: int = 0
+    """Released revisions judged now."""
+    released_after: int = 0
+    """Of which violate now."""
+
+
+@dataclass
+class Report:
+    """What a replay came to."""
+
+    examples: int = 3
+    """How many are kept of each change."""
+    standings: Counter[tuple[Standing, Standing]] = field(default_factory=Counter)
+    """Answers by what the log says and what the critic says now."""
+    principles: dict[str, PrincipleChange] = field(default_factory=dict)
+    """By id of a principle, or by aim."""
+    outcomes: dict[str, OutcomeChange] = field(default_factory=dict)
+    """By how the request ended."""
+    shown: dict[Change, list[Example]] = field(default_factory=dict)
+    """Examples of each change."""
+    failed: int = 0
+    """Answers that could not be judged."""
+
+    def add(self, judged: Judged, critique: Critique) -> None:
+        """Count one answer."""
+        before, after, answer = judged.before, judged.after, judged.answer
+        self.standings[before, after] += 1
+        self._add_principles(answer.before, critique)
+        ended = self.outcomes.setdefault(answer.outcome, OutcomeChange())
+        if answer.of == "draft":
+            ended.drafts += 1
+            ended.drafts_before += before == "violates"
+            ended.drafts_after += after == "violates"
+        else:
+            ended.released += 1
+            ended.released_after += after == "violates"
+        change: Change | None = None
+        if (before, after) == ("complies", "violates"):
+            change = "newly violates"
+        elif (before, after) == ("violates", "complies"):
+            change = "cleared"
+        elif after == "unreadable" and before in ("complies", "violates"):
+            change = "now unreadable"
+        if change is not None and len(self.shown.setdefault(change, [])) < self.examples:
+            self.shown[change].append(_example(answer, critique if after == "violates" else answer.before))
+
+    def _add_principles(self, before: Critique | None, after: Critique) -> None:
+        then, now_ = _labels(before), _labels(after)
+        for name in then.keys() | now_.keys():
+            row = self.principles.setdefault(name, PrincipleChange())
+            old, new = then.get(name), now_.get(name)
+            if old is None:
+                row.only_now += 1
+                row.violates_only_now += new is Label.VIOLATES
+            elif new is None:
+                row.only_then += 1
+            elif Label.UNREADABLE not in (old, new):
+                row.compared += 1
+                row.before += old is Label.VIOLATES
+                row.after += new is Label.VIOLATES
+                row.newly += old is not new and new is Label.VIOLATES
+                row.cleared += old is not new and old is Label.VIOLATES
+
+    @property
+    def judged(self) -> int:
+        """Answers judged now."""
+        return self.standings.total()
+
+    @property
+    def newly(self) -> int:
+        """Answers that complied and violate now."""
+        return self.standings["complies", "violates"]
+
+    @property
+    def cleared(self) -> int:
+        """Answers that violated and comply now."""
+        return self.standings["violates", "complies"]
+
+    @property
+    def now_unreadable(self) -> int:
+        """Answers that were readable and are not now."""
+        return sum(self.standings[before, "unreadable"] for before in ("complies", "violates"))
+
+    def share(self, when: Literal["before", "after"]) -> Share:
+        """Return the share that violates, of the answers that were readable then and are now."""
+        place = 0 if when == "before" else 1
+        readable = {k: n for k, n in self.standings.items() if set(k) <= {"complies", "violates"}}
+        return Share(sum(n for k, n in readable.items() if k[place] == "violates"), sum(readable.values()))
+
+    def summary(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {
+            "judged": self.judged,
+            "failed": self.failed,
+            "violates": {when: self.share(when).json() for when in ("before", "after")},
+            "newly_violates": self.newly,
+            "cleared": self.cleared,
+            "now_unreadable": self.now_unreadable,
+            "standings": [
+                {"before": before, "after": after, "answers": count}
+                for (before, after), count in sorted(self.standings.items())
+            ],
+            "principles": {name: vars(row) for name, row in sorted(self.principles.items())},
+            "outcomes": {name: vars(row) for name, row in sorted(self.outcomes.items())},
+            "examples": {change: [one._asdict() for one in found] for change, found in self.shown.items()},
+        }
+
+
+def _labels(critique: Critique | None) -> dict[str, Label]:
+    return {} if critique is None else {_name(verdict): verdict.label for verdict in critique.verdicts}
+
+
+def _name(verdict: Verdict) -> str:
+    return verdict.principle or verdict.aim or ""
+
+
+def _example(answer: Answer, critique: Critique | None) -> Example:
+    violated = [] if critique is None else [v for v in critique.verdicts if v.label is Label.VIOLATES]
+    reasons = [verdict.reason for verdict in violated if verdict.reason]
+    asked = next((text_of(m) for m in reversed(answer.exchange.messages) if m.role == "user"), "")
+    return Example(
+        answer.trajectory_id,
+        answer.of,
+        asked,
+        text_of(answer.exchange.answer),
+        tuple(map(_name, violated)),
+        " ".join(reasons) or ("" if critique is None else critique.reasoning),
+    )
