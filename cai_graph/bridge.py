@@ -45,12 +45,17 @@ _lock = threading.Lock()
 
 
 def _loop() -> _Loop:
+    shared = _shared_loop()
+    if threading.current_thread() is shared.thread:
+        return _Loop()  # a synchronous call from inside the core: waiting on its own loop would hang
+    return shared
+
+
+def _shared_loop() -> _Loop:
     global _shared
     with _lock:
         if _shared is None or _shared.pid != os.getpid():  # a fork keeps the object but not the thread
             _shared = _Loop()
-        if threading.current_thread() is _shared.thread:
-            return _Loop()  # a synchronous call from inside the core: waiting on its own loop would hang
         return _shared
 
 
@@ -166,3 +171,19 @@ async def _next(items: AsyncGenerator[T, None]) -> T | object:
 
 async def _close(items: AsyncGenerator[Any, None]) -> None:
     await items.aclose()
+
+
+def start(core: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Begin `core()` on the bridge's loop, in a copy of the caller's context, and do not wait for it."""
+    context = copy_context()
+
+    def begin() -> None:
+        task = loop.create_task(core(), context=context)
+        _begun.add(task)  # the loop itself would let go of it
+        task.add_done_callback(_begun.discard)
+
+    loop = _shared_loop().loop
+    loop.call_soon_threadsafe(begin)
+
+
+_begun: set[asyncio.Task[None]] = set()

@@ -31,6 +31,7 @@ from cai_graph import bridge
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
+from cai_graph.shadow import Shadow
 from cai_graph.streams import Piece, feeds_streams
 from cai_graph.trajectory import Trajectory
 
@@ -88,6 +89,9 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         options = _options(stop, kwargs)
+        if self._guard.shadow is not None:
+            message = self._guard.overheard(messages, RunnableConfig()).invoke(options)
+            return ChatResult(generations=[ChatGeneration(message=message)])
         return bridge.run(lambda caller: self._result(messages, options, run_manager, caller))
 
     async def _agenerate(
@@ -97,7 +101,11 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await self._result(messages, _options(stop, kwargs), run_manager)
+        options = _options(stop, kwargs)
+        if self._guard.shadow is not None:
+            message = await self._guard.overheard(messages, RunnableConfig()).ainvoke(options)
+            return ChatResult(generations=[ChatGeneration(message=message)])
+        return await self._result(messages, options, run_manager)
 
     async def _result(
         self,
@@ -130,6 +138,9 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         options = _options(stop, kwargs)
+        if self._guard.shadow is not None:
+            untouched = self._guard.overheard(messages, RunnableConfig()).stream(options)
+            return (ChatGenerationChunk(message=chunk) for chunk in untouched)
         return bridge.stream(lambda caller: self._generations(messages, options, run_manager, caller))
 
     async def _astream(
@@ -151,6 +162,10 @@ class ConstitutionalChatModel(BaseChatModel):
         caller: bridge.Caller | None = None,
         configurable: dict[str, Any] | None = None,
     ) -> AsyncGenerator[ChatGenerationChunk, None]:
+        if self._guard.shadow is not None:
+            async for message in self._guard.overheard(messages, RunnableConfig()).astream(options):
+                yield ChatGenerationChunk(message=message)
+            return
         below: RunnableConfig = {**self._below(run_manager), "configurable": configurable or {}}
         async with aclosing(self._guard.stream(messages, below, options, caller=caller)) as pieces:
             async for piece in pieces:
@@ -165,6 +180,9 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Answer; where a person decided what leaves (policy `human`), `input` is a `Command(resume=…)`."""
+        if self._guard.shadow is not None:  # the wrapped model's own run, as if nothing were around it
+            run = self._guard.overheard(input, ensure_config(config))
+            return cast("AIMessage", run.invoke(_options(stop, kwargs)))
         if self.plan.settings.asks:
             return _Asking(self._guard).invoke(input, config, **_options(stop, kwargs))
         return super().invoke(input, config, stop=stop, **kwargs)
@@ -178,6 +196,9 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Answer; see `invoke`."""
+        if self._guard.shadow is not None:
+            run = self._guard.overheard(input, ensure_config(config))
+            return cast("AIMessage", await run.ainvoke(_options(stop, kwargs)))
         if self.plan.settings.asks:
             return await _Asking(self._guard).ainvoke(input, config, **_options(stop, kwargs))
         return await super().ainvoke(input, config, stop=stop, **kwargs)
@@ -197,6 +218,8 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         """Answer in chunks, which leave as `Settings.stream` says; the model is called in this thread."""
+        if self._guard.shadow is not None:
+            return self._guard.overheard(input, ensure_config(config)).stream(_options(stop, kwargs))
         return bridge.stream(lambda caller: self._chunks(input, config, stop, kwargs, caller))
 
     async def astream(
@@ -208,7 +231,11 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """Answer in chunks, which leave as `Settings.stream` says."""
-        async with aclosing(self._chunks(input, config, stop, kwargs)) as chunks:
+        if self._guard.shadow is not None:
+            made = self._guard.overheard(input, ensure_config(config)).astream(_options(stop, kwargs))
+        else:
+            made = self._chunks(input, config, stop, kwargs)
+        async with aclosing(made) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -271,8 +298,15 @@ class ConstitutionalChatModel(BaseChatModel):
         """Answer, and return the Trajectory beside the message. `source` is recorded in it."""
         runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._guard)
         output, trajectory = await runnable.answered(input, config, source=source, **kwargs)
+        if self._guard.shadow is not None:
+            return Answered(output, trajectory)
         usage = _usage(output, trajectory)
         return Answered(output.model_copy(update={"usage_metadata": usage}), trajectory)
+
+    @property
+    def shadow(self) -> Shadow | None:
+        """In mode `shadow`, what judges behind the answers: counts them, and waits for them."""
+        return self._guard.shadow
 
     def _below(
         self, run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None
@@ -445,8 +479,8 @@ def _counted(result: LLMResult) -> LLMResult:
     for generations in result.generations:
         for generation in generations:
             message = getattr(generation, "message", None)
-            if isinstance(message, AIMessage):
-                message.usage_metadata = message.response_metadata.get("cai", {}).get("usage")
+            if isinstance(message, AIMessage) and "cai" in message.response_metadata:
+                message.usage_metadata = message.response_metadata["cai"].get("usage")
     return result
 
 

@@ -14,17 +14,20 @@ JSON; what a request brings along (the plan, the app, its account of calls) trav
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import operator
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache, cached_property
-from typing import Annotated, Any, NamedTuple, Protocol, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypedDict
 
 import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -47,6 +50,7 @@ from cai_graph.policy import Decision, Progress, accept, decide, no_revision
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import (
     Block,
+    Call,
     Critique,
     Draft,
     Label,
@@ -108,10 +112,29 @@ class Request:
     """See `Trajectory.metadata`."""
     tags: Sequence[str] = ()
     """See `Trajectory.tags`."""
+    id: str = field(default_factory=new_id)
+    """The id that its Trajectory will have."""
+    started_at: datetime = field(default_factory=now)
+    """When it came in, UTC."""
+    started: float = field(default_factory=time.perf_counter)
+    """The same by the clock that durations are read from."""
+    made: Sequence[Call] = ()
+    """Model calls that were made before the run."""
+    failed: BaseException | None = None
+    """What the app raised, where it ran before; then there is nothing to judge."""
+    unjudged: Literal["sample", "overload", "shutdown"] | None = None
+    """Why no critic is to judge the answer: then it is only logged (mode `shadow`)."""
+    recorded: Callable[[Trajectory], None] = lambda trajectory: None
+    """Hears the Trajectory before it goes to the log."""
 
 
 class Paused(GraphBubbleUp):
     """The wrapped app waits for a person: nothing is judged or logged until it is resumed."""
+
+
+def is_pause(error: BaseException | None) -> bool:
+    """Return whether an error says that an app waits for a person."""
+    return isinstance(error, GraphBubbleUp)
 
 
 class Ending(NamedTuple):
@@ -468,7 +491,6 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
         Paused, GraphInterrupt: the app waits for a person.
         Exception: the app's own error; a critic's or reviser's where `on_error` is `raise`.
     """
-    started_at, trajectory_id = now(), new_id()
     context = _Run(
         plan=plan,
         request=request,
@@ -476,23 +498,40 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
     )
     decision = Decision(Outcome.FAILED, None, None)
     error: BaseException | None = None
+    unjudged = request.unjudged
+    for call in request.made:
+        context.calls.record(call)
+        context.calls.spent[call.kind] += 1
     try:
-        decision = await _decision(context, config)
+        if request.failed is not None:
+            raise RunError("the app failed before")
+        if unjudged is not None:
+            answered = await request.draft(context.calls, config or {})
+            context.reached = Progress(answered, [])
+            decision = Decision(Outcome.UNJUDGED, answered.answer, "draft")
+        else:
+            decision = await _decision(context, config)
         if decision.error is not None and not decision.asks:
             raise decision.error
     except BaseException as raised:
         error = raised
         if isinstance(raised, RunError):
-            raised.trajectory_id = trajectory_id
+            raised.trajectory_id = request.id
         raise
     finally:
         progress = context.reached
-        ended_by = error or context.held
+        ended_by = request.failed or error or context.held
+        if request.mode == "shadow" and progress is not None:
+            if isinstance(error, asyncio.CancelledError) and not progress.rounds:
+                unjudged, ended_by = "shutdown", None
+                decision = Decision(Outcome.UNJUDGED, None, None)
+            # Whatever is found of it, the draft is what left.
+            decision = decision._replace(released=progress.draft.answer, released_from="draft")
         released = decision.released or _left(context)
         trajectory = Trajectory(
-            id=trajectory_id,
-            started_at=started_at,
-            seconds=context.calls.seconds,
+            id=request.id,
+            started_at=request.started_at,
+            seconds=time.perf_counter() - request.started,
             mode=request.mode,
             constitution=plan.constitution_ref,
             outcome=decision.outcome,
@@ -502,6 +541,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             rounds=() if progress is None else tuple(progress.rounds),
             released=released,
             released_from=decision.released_from or (None if released is None else "draft"),
+            unjudged=unjudged,
             error=describe(ended_by) if ended_by is not None else None,
             calls=tuple(context.calls.made),
             settings=plan.recorded_settings,
@@ -510,13 +550,14 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             tags=tuple(request.tags),
         )
         if context.paused is None and not decision.asks:
+            request.recorded(trajectory)
             await commit(plan, trajectory, failed=error is not None)
     return Ending(trajectory, decision.released, str(decision.error) if decision.asks else None)
 
 
 def _left(run: _Run) -> Message | None:
     """Return what of a stream had left when an error ended it."""
-    if run.request.mode == "audit":
+    if run.request.mode in ("audit", "shadow"):
         draft = run.request.written()
         return None if draft is None else draft.answer
     frozen = "" if run.reached is None else run.reached.draft.frozen
@@ -612,7 +653,7 @@ async def commit(plan: Plan, record: Trajectory | Review, *, failed: bool = Fals
         else:
             await committed
     except Exception as error:
-        if plan.settings.on_log_error == "raise" and not failed:
+        if plan.settings.on_log_error == "raise" and plan.settings.mode != "shadow" and not failed:
             kind = type(record).__name__.lower()
             raise LogError(f"{kind} {record.id} could not be logged: {error}") from error
         alarm(error)

@@ -6,35 +6,32 @@ draft, keeps drafts and critiques out of the caller's streams, and puts what lea
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
-from uuid import UUID
+from typing import Any, cast
 
-from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, patch_config
 
 from cai_graph import bridge, graph, models
-from cai_graph.calls import Calls, apart, call_of, prompt_digest, truncated
+from cai_graph.calls import Calls, apart
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
+from cai_graph.drafts import DraftCalls, plain
 from cai_graph.errors import ConfigError, RunError
 from cai_graph.log import Log
+from cai_graph.overheard import Overheard
 from cai_graph.plan import Plan, planning
 from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer, resumes
+from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.streams import AHEAD, Piece, Send, Writing, progress, relay, unstreamed, whole
 from cai_graph.trajectory import Draft, Trajectory, text_of
-
-if TYPE_CHECKING:
-    from langchain_core.outputs import LLMResult
 
 __all__ = ["Guard"]
 
@@ -51,6 +48,8 @@ class Guard:
     """Where the request and the answer are in the app's input and output."""
     checkpointer: Checkpointer | None = None
     """Keeps requests that wait for a person, where no graph with one of its own stands around them."""
+    shadow: Shadow | None = None
+    """Judges behind the answers, in mode `shadow`."""
 
     @classmethod
     def of(
@@ -90,7 +89,8 @@ class Guard:
             settings=settings,
         )(inner)
         check_checkpointer("constitutional(app, …)", checkpointer, asks=plan.settings.asks)
-        return cls(app, plan, Shape(input_key, output_key, tuple(context_keys)), checkpointer)
+        shadow = Shadow(plan.settings) if plan.settings.mode == "shadow" else None
+        return cls(app, plan, Shape(input_key, output_key, tuple(context_keys)), checkpointer, shadow)
 
     async def answer(
         self,
@@ -227,11 +227,18 @@ class Guard:
             async for piece in pieces:
                 yield piece
 
+    def overheard(self, input: Any, config: RunnableConfig, *, source: str | None = None) -> Overheard:
+        """Return a run of the app whose output leaves as it is (mode `shadow`)."""
+        assert self.shadow is not None
+        return Overheard(
+            self.app, self.plan, self.shape, self.shadow, self._model_name, input, config, source
+        )
+
     async def _run(self, config: RunnableConfig, **request: Any) -> graph.Ending:
         """Send a request through the graph, under the callbacks that feed no stream."""
         callbacks = cast("BaseCallbackManager", config["callbacks"])
         made = graph.Request(
-            metadata=_plain(config.get("metadata") or {}),
+            metadata=plain(config.get("metadata") or {}),
             tags=config.get("tags") or (),
             tell=progress(callbacks, graph.outer_writer()),
             **request,
@@ -240,9 +247,9 @@ class Guard:
 
     def _under(
         self, config: RunnableConfig, calls: Calls, node: RunnableConfig
-    ) -> tuple[RunnableConfig, _DraftCalls]:
+    ) -> tuple[RunnableConfig, DraftCalls]:
         """Return the configuration under which the app runs, and what records the calls that it makes."""
-        handler = _DraftCalls(calls, self._model_name)
+        handler = DraftCalls(calls, self._model_name)
         # The caller's configuration, traced under the node; the graph's own must not leak into the app.
         callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
         callbacks.add_handler(handler, inherit=True)
@@ -297,77 +304,3 @@ async def _written(
     async with aclosing(relay(work, AHEAD)) as written:
         async for chunk in written:
             yield chunk
-
-
-def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the user's metadata as JSON; what JSON cannot say is told by its repr."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple | set | frozenset):
-            return [plain(item) for item in value]
-        if isinstance(value, float):
-            return value if value == value and abs(value) != float("inf") else repr(value)
-        if isinstance(value, str):
-            return str(value)
-        return value if value is None or isinstance(value, bool | int) else repr(value)
-
-    return {str(key): plain(value) for key, value in metadata.items()}
-
-
-class _DraftCalls(BaseCallbackHandler):
-    """Admits and records the model calls that the wrapped app makes, under `name` where it is one model."""
-
-    run_inline = True  # else each event of an asynchronous app costs a thread hop
-    raise_error = True  # a call over the budget is not started
-
-    def __init__(self, calls: Calls, name: str | None) -> None:
-        self.calls = calls
-        self.name = name
-        self.truncated = False
-        """Whether the last reply stopped at its token limit."""
-        self._begun: dict[UUID, tuple[float, str, str]] = {}
-
-    def on_chat_model_start(
-        self, serialized: dict[str, Any], messages: list[list[BaseMessage]], *, run_id: UUID, **kwargs: Any
-    ) -> None:
-        """Admit a call of a chat model, and note when it begins."""
-        if serialized.get("id", [])[-1:] == ["ConstitutionalChatModel"]:
-            return  # a wrapped model again: what costs are the calls below it
-        self.calls.admit("generation")
-        self._begun[run_id] = (time.perf_counter(), self._model(kwargs), prompt_digest(messages[0]))
-
-    def on_llm_start(
-        self, serialized: dict[str, Any], prompts: list[str], *, run_id: UUID, **kwargs: Any
-    ) -> None:
-        """Admit a call of a text model, and note when it begins."""
-        self.calls.admit("generation")
-        self._begun[run_id] = (time.perf_counter(), self._model(kwargs), "")
-
-    def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
-        """Record the call."""
-        generation = response.generations[0][0] if response.generations and response.generations[0] else None
-        reply = getattr(generation, "message", None)
-        self.truncated = reply is not None and truncated(reply)
-        self._record(run_id, reply, None)
-
-    def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        """Record the call that failed."""
-        self._record(run_id, None, error)
-
-    def _model(self, kwargs: Mapping[str, Any]) -> str:
-        metadata = kwargs.get("metadata") or {}
-        provider, name = metadata.get("ls_provider"), metadata.get("ls_model_name")
-        return self.name or (
-            f"{provider}:{name}" if provider and name else str(name or provider or "unknown")
-        )
-
-    def _record(self, run_id: UUID, reply: BaseMessage | None, error: BaseException | None) -> None:
-        if run_id not in self._begun:
-            return
-        started, model, digest = self._begun.pop(run_id)
-        seconds = time.perf_counter() - started
-        self.calls.record(
-            call_of("draft", model, reply, seconds=seconds, error=error, prompt_digest=digest or None)
-        )

@@ -32,6 +32,8 @@ from cai_graph.form import Form
 from cai_graph.guard import Guard
 from cai_graph.log import Log
 from cai_graph.plan import Plan, planning
+from cai_graph.policy import Settings
+from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.trajectory import Message, Trajectory, from_langchain, text_of
 
@@ -93,6 +95,9 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
             settings=settings,
         )
         self._plans: dict[int, tuple[BaseChatModel, Plan]] = {}
+        chosen = Settings(**settings)
+        self.shadow = Shadow(chosen) if chosen.mode == "shadow" else None
+        """In mode `shadow`, what judges behind the answers: counts them, and waits for them."""
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -101,6 +106,9 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         call = _ModelCall(answer=handler)
         guard, config = self._guard(request, call), call.traced()
         response: ModelResponse[Any]
+        if self.shadow is not None:
+            response = guard.overheard(request, config).invoke({})
+            return response
         response, _ = bridge.run(lambda caller: guard.answer(request, config, {}, caller=caller))
         return response
 
@@ -111,12 +119,16 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> ModelResponse[Any]:
         """Have the model answer, and return what is released."""
         call = _ModelCall(aanswer=handler)
+        guard, config = self._guard(request, call), call.traced()
         response: ModelResponse[Any]
-        response, _ = await self._guard(request, call).answer(request, call.traced(), {})
+        if self.shadow is not None:
+            response = await guard.overheard(request, config).ainvoke({})
+        else:
+            response, _ = await guard.answer(request, config, {})
         return response
 
     def _guard(self, request: ModelRequest[Any], call: _ModelCall) -> Guard:
-        return Guard(call, self._plan(request.model), _Turn(request=request))
+        return Guard(call, self._plan(request.model), _Turn(request=request), shadow=self.shadow)
 
     def _plan(self, model: BaseChatModel) -> Plan:
         """Return the plan around the agent's model, which other middleware may change from call to call."""

@@ -40,6 +40,7 @@ __all__ = [
     "no_revision",
 ]
 
+Mode = Literal["enforce", "shadow"]
 Strategy = Literal["batched", "parallel", "sampled"]
 Policy = Literal["open", "closed", "raise", "human"]
 Release = Literal["buffer", "blocks", "audit"]
@@ -49,6 +50,14 @@ Release = Literal["buffer", "blocks", "audit"]
 class Settings:
     """How a request is judged, and what leaves when no answer is good. Recorded in every Trajectory."""
 
+    mode: Mode = "enforce"
+    """`enforce`: an answer leaves once it is judged. `shadow`: it leaves untouched at once, and is judged
+    behind it for the log, whose outcome says what `enforce` would have done."""
+    sample: float = 1.0
+    """Mode `shadow`: the share of the answers, from 0 to 1, that is judged. The others are logged unjudged.
+    Decided by the trajectory's id; with a seed by the conversation, the same again each time."""
+    shadow_concurrency: int = 16
+    """Mode `shadow`: how many answers are judged at once; others wait."""
     strategy: Strategy = "batched"
     """`batched`: one critic call for all principles. `parallel`: one a principle, at once. `sampled`: one
     random principle a round, always revised (Bai et al. 2022, section 3.1), for generating data."""
@@ -85,6 +94,7 @@ class Settings:
     def __post_init__(self) -> None:
         policies = ("open", "closed", "raise", "human")
         menus = {
+            "mode": ("enforce", "shadow"),
             "strategy": ("batched", "parallel", "sampled"),
             "on_violation": policies,
             "on_unreadable": policies,
@@ -106,7 +116,25 @@ class Settings:
                 f"a person decides before anything leaves, so policy 'human' has no stream {self.stream!r}; "
                 "use 'buffer'"
             )
-        least = {"max_rounds": 1 if self.strategy == "sampled" else 0, "candidates": 1}
+        share = self.sample
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ConfigError(f"sample is a share from 0 to 1, found {share!r}")
+        if self.mode == "shadow":
+            others = {
+                "strategy 'sampled'": self.strategy == "sampled",
+                f"stream {self.stream!r}": self.stream != "buffer",
+                "policy 'human'": self.asks,
+            }
+            for name, given in others.items():
+                if given:
+                    raise ConfigError(f"mode 'shadow' lets every answer leave as it is; leave out {name}")
+        elif share < 1:
+            raise ConfigError(f"mode 'enforce' judges every answer; sample={share!r} is for mode='shadow'")
+        least = {
+            "max_rounds": 1 if self.strategy == "sampled" else 0,
+            "candidates": 1,
+            "shadow_concurrency": 1,
+        }
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < lowest):

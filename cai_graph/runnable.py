@@ -14,6 +14,7 @@ from cai_graph import bridge
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
 from cai_graph.review import awaits, resumes
+from cai_graph.shadow import Shadow
 from cai_graph.streams import Piece, Shown, feeds_streams
 from cai_graph.trajectory import Trajectory, to_langchain
 
@@ -58,6 +59,8 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
         def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
             under = patch_config(config, callbacks=run_manager.get_child())
+            if self.guard.shadow is not None:
+                return cast("Output", self.guard.overheard(value, under).invoke(kwargs))
             return bridge.run(lambda caller: self._whole(value, under, kwargs, caller))
 
         return self._call_with_config(answer, input, config)
@@ -66,7 +69,10 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         """Answer."""
 
         async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
-            return await self._whole(value, patch_config(config, callbacks=run_manager.get_child()), kwargs)
+            under = patch_config(config, callbacks=run_manager.get_child())
+            if self.guard.shadow is not None:
+                return cast("Output", await self.guard.overheard(value, under).ainvoke(kwargs))
+            return await self._whole(value, under, kwargs)
 
         return await self._acall_with_config(answer, input, config)
 
@@ -82,6 +88,9 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         def chunks(inputs: Iterator[Input], run_manager: Any, config: RunnableConfig) -> Iterator[Output]:
             value = _sum(inputs)
             under = patch_config(config, callbacks=run_manager.get_child())
+            if self.guard.shadow is not None:
+                yield from self.guard.overheard(value, under).stream(kwargs)
+                return
             yield from bridge.stream(lambda caller: self._chunks(value, under, kwargs, caller))
 
         with closing(self._transform_stream_with_config(input, chunks, config)) as answered:  # type: ignore[type-var]
@@ -109,7 +118,11 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         ) -> AsyncIterator[Output]:
             value = _sum([part async for part in inputs])
             under = patch_config(config, callbacks=run_manager.get_child())
-            async with aclosing(self._chunks(value, under, kwargs)) as answered:
+            if self.guard.shadow is not None:
+                leaving = self.guard.overheard(value, under).astream(kwargs)
+            else:
+                leaving = self._chunks(value, under, kwargs)
+            async with aclosing(leaving) as answered:
                 async for chunk in answered:
                     yield chunk
 
@@ -181,6 +194,11 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
             under = patch_config(config, callbacks=run_manager.get_child())
             output: Output
+            if self.guard.shadow is not None:
+                run = self.guard.overheard(value, under, source=source)
+                output = await run.ainvoke(kwargs)
+                kept.append(await run.record())
+                return output
             output, trajectory = await self.guard.answer(value, under, kwargs, source=source)
             kept.append(trajectory)
             return output
@@ -189,6 +207,11 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         if kept[0] is None:
             raise awaits(output)
         return Answered(output, kept[0])
+
+    @property
+    def shadow(self) -> Shadow | None:
+        """In mode `shadow`, what judges behind the answers: counts them, and waits for them."""
+        return self.guard.shadow
 
     # What callers ask of a Runnable besides an answer is the wrapped app's to say.
 

@@ -39,7 +39,15 @@ _OUTCOMES = {
     Outcome.EXHAUSTED: "bold yellow",
     Outcome.REFUSED: "magenta",
     Outcome.FAILED: "bold red",
+    Outcome.UNJUDGED: "dim",
 }
+
+_UNJUDGED = {
+    "sample": "not in the sample",
+    "overload": "too many others were waiting",
+    "shutdown": "the process ended",
+}
+"""Why no critic judged an answer, by `Trajectory.unjudged`."""
 
 # --- hostile text -------------------------------------------------------------------------------------
 
@@ -218,6 +226,8 @@ def _ending(record: Trajectory) -> Text:
     facts.append(f"{record.seconds:.1f} s")
     facts.append(f"constitution {record.constitution.name} {record.constitution.version}")
     line = Text().append(record.outcome.value, _OUTCOMES[record.outcome])
+    if record.unjudged is not None:
+        line.append(f"  {_UNJUDGED[record.unjudged]}")
     if record.error is not None:
         line.append(f"  {one_line(record.error, 500)}", "red")
     line.append(f"  {clean(', '.join(facts))}\n", "dim")

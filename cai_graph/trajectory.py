@@ -91,6 +91,8 @@ class Outcome(StrEnum):
     """No answer could be trusted, and the constitution's refusal was released."""
     FAILED = "FAILED"
     """The request ended in an error; `Trajectory.error` says which."""
+    UNJUDGED = "UNJUDGED"
+    """No critic judged the answer, which left as it was; `Trajectory.unjudged` says why."""
 
 
 class Rejection(StrEnum):
@@ -325,6 +327,9 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
     """The message that left; where an error left instead, what of a stream had left before it, or None."""
     released_from: Literal["draft", "revision", "refusal", "human"] | None = None
     """What the released message is."""
+    unjudged: Literal["sample", "overload", "shutdown"] | None = None
+    """Why no critic judged the answer (mode `shadow`): it is not in the sample, too many others were waiting,
+    or the process ended. None where it was judged."""
     error: str | None = None
     """Class and message of the exception that ended the request."""
     calls: tuple[Call, ...] = ()

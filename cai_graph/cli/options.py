@@ -12,7 +12,7 @@ Strategy = Literal["batched", "parallel", "sampled"]
 Policy = Literal["open", "closed", "raise"]
 RowFormat = Literal["jsonl", "csv", "text"]
 ExportFormat = Literal["jsonl", "parquet"]
-OutcomeName = Literal["KEPT", "REVISED", "EXHAUSTED", "REFUSED", "FAILED"]
+OutcomeName = Literal["KEPT", "REVISED", "EXHAUSTED", "REFUSED", "FAILED", "UNJUDGED"]
 
 
 class FailOn(StrEnum):

@@ -39,7 +39,7 @@ WITHHELD = "[withheld: redaction failed]"
 _NOT_TEXT: dict[type, frozenset[str]] = {
     # Ids, names of models and principles, and closed sets. A field that is not named here is text, so
     # that a field added later is redacted until somebody decides otherwise.
-    Trajectory: frozenset({"id", "mode", "settings", "source", "released_from"}),
+    Trajectory: frozenset({"id", "mode", "settings", "source", "released_from", "unjudged"}),
     Comparison: frozenset(
         {"id", "trajectory_id", "origins", "judge", "method", "principle", "settings", "source"}
     ),

@@ -1,0 +1,92 @@
+"""What is recorded of an app's own run: the model calls that it makes, and the caller's metadata."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import BaseMessage
+
+from cai_graph.calls import Calls, call_of, prompt_digest, truncated
+
+if TYPE_CHECKING:
+    from langchain_core.outputs import LLMResult
+
+__all__ = ["DraftCalls", "plain"]
+
+
+def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the user's metadata as JSON; what JSON cannot say is told by its repr."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): told(item) for key, item in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [told(item) for item in value]
+        if isinstance(value, float):
+            return value if value == value and abs(value) != float("inf") else repr(value)
+        if isinstance(value, str):
+            return str(value)
+        return value if value is None or isinstance(value, bool | int) else repr(value)
+
+    return {str(key): told(value) for key, value in metadata.items()}
+
+
+class DraftCalls(BaseCallbackHandler):
+    """Admits and records the model calls that the wrapped app makes, under `name` where it is one model."""
+
+    run_inline = True  # else each event of an asynchronous app costs a thread hop
+    raise_error = True  # a call over the budget is not started
+
+    def __init__(self, calls: Calls, name: str | None) -> None:
+        self.calls = calls
+        self.name = name
+        self.truncated = False
+        """Whether the last reply stopped at its token limit."""
+        self._begun: dict[UUID, tuple[float, str, str]] = {}
+
+    def on_chat_model_start(
+        self, serialized: dict[str, Any], messages: list[list[BaseMessage]], *, run_id: UUID, **kwargs: Any
+    ) -> None:
+        """Admit a call of a chat model, and note when it begins."""
+        if serialized.get("id", [])[-1:] == ["ConstitutionalChatModel"]:
+            return  # a wrapped model again: what costs are the calls below it
+        self.calls.admit("generation")
+        self._begun[run_id] = (time.perf_counter(), self._model(kwargs), prompt_digest(messages[0]))
+
+    def on_llm_start(
+        self, serialized: dict[str, Any], prompts: list[str], *, run_id: UUID, **kwargs: Any
+    ) -> None:
+        """Admit a call of a text model, and note when it begins."""
+        self.calls.admit("generation")
+        self._begun[run_id] = (time.perf_counter(), self._model(kwargs), "")
+
+    def on_llm_end(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> None:
+        """Record the call."""
+        generation = response.generations[0][0] if response.generations and response.generations[0] else None
+        reply = getattr(generation, "message", None)
+        self.truncated = reply is not None and truncated(reply)
+        self._record(run_id, reply, None)
+
+    def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
+        """Record the call that failed."""
+        self._record(run_id, None, error)
+
+    def _model(self, kwargs: Mapping[str, Any]) -> str:
+        metadata = kwargs.get("metadata") or {}
+        provider, name = metadata.get("ls_provider"), metadata.get("ls_model_name")
+        return self.name or (
+            f"{provider}:{name}" if provider and name else str(name or provider or "unknown")
+        )
+
+    def _record(self, run_id: UUID, reply: BaseMessage | None, error: BaseException | None) -> None:
+        if run_id not in self._begun:
+            return
+        started, model, digest = self._begun.pop(run_id)
+        seconds = time.perf_counter() - started
+        self.calls.record(
+            call_of("draft", model, reply, seconds=seconds, error=error, prompt_digest=digest or None)
+        )

@@ -1,0 +1,203 @@
+"""A run of an app whose output leaves as it is, with its answer handed over to be judged (mode `shadow`)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
+
+from cai_graph import graph
+from cai_graph.calls import Budget, Calls
+from cai_graph.drafts import DraftCalls, plain
+from cai_graph.plan import Plan
+from cai_graph.shadow import Shadow, size_of
+from cai_graph.shape import Shape
+from cai_graph.streams import unstreamed
+from cai_graph.trajectory import Draft, Message, Trajectory, now
+
+__all__ = ["Overheard"]
+
+_UNBOUNDED = Budget(calls=None, forward_passes=None, tokens=None, seconds=None)
+
+
+class Overheard:
+    """One run of an app. Whatever goes wrong in hearing it is logged, and never reaches the caller.
+
+    Args:
+        app: what answers.
+        plan: judges, revises, logs.
+        shape: where the request and the answer are.
+        shadow: what judges behind it.
+        model: the app's name in the records, where it is one chat model.
+        input: what the app is given.
+        config: the caller's, with the callbacks under which the run is traced.
+        source: recorded in the Trajectory.
+    """
+
+    def __init__(
+        self,
+        app: Runnable[Any, Any],
+        plan: Plan,
+        shape: Shape,
+        shadow: Shadow,
+        model: str | None,
+        input: Any,
+        config: RunnableConfig,
+        source: str | None = None,
+    ) -> None:
+        self._app, self._plan, self._shape, self._shadow = app, plan, shape, shadow
+        self._input, self._source = input, source
+        self._started_at, self._started = now(), time.perf_counter()
+        self._calls = DraftCalls(Calls(_UNBOUNDED), model)
+        self._calls.raise_error = False
+        callbacks = config.get("callbacks")
+        if not isinstance(callbacks, BaseCallbackManager):
+            callbacks = AsyncCallbackManager.configure(callbacks)
+        hearing = callbacks.copy()
+        hearing.add_handler(self._calls, inherit=True)
+        self._end = _End(callbacks.parent_run_id)
+        hearing.add_handler(self._end, inherit=False)
+        self._under: RunnableConfig = {**config, "callbacks": hearing}
+        if config.get("recursion_limit") == DEFAULT_RECURSION_LIMIT and graph.is_graph(app):
+            self._under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
+        self._behind = RunnableConfig(
+            callbacks=unstreamed(callbacks),
+            metadata=config.get("metadata") or {},
+            tags=config.get("tags") or [],
+        )
+        self._output: Any = None
+        self._chunks: list[Any] = []
+        self._messages: tuple[Message, ...] = ()
+        self._error: BaseException | None = None
+        try:
+            self._messages = shape.conversation(input)
+        except Exception as error:  # the app may take what is no request
+            self._error = error
+        self._recorded: Future[Trajectory] | None = None
+
+    def invoke(self, options: Mapping[str, Any]) -> Any:
+        """Return the app's output; it runs in this thread."""
+        with self:
+            self._output = self._app.invoke(self._input, self._under, **options)
+        return self._output
+
+    async def ainvoke(self, options: Mapping[str, Any]) -> Any:
+        """Return the app's output."""
+        with self:
+            self._output = await self._app.ainvoke(self._input, self._under, **options)
+        return self._output
+
+    def stream(self, options: Mapping[str, Any]) -> Iterator[Any]:
+        """Yield the app's chunks; it writes in this thread."""
+        with self:
+            chunks = self._app.stream(self._input, self._under, **options)
+            try:
+                for chunk in chunks:
+                    self._chunks.append(chunk)
+                    yield chunk
+            finally:
+                getattr(chunks, "close", lambda: None)()
+
+    async def astream(self, options: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """Yield the app's chunks."""
+        with self:
+            chunks = self._app.astream(self._input, self._under, **options)
+            try:
+                async for chunk in chunks:
+                    self._chunks.append(chunk)
+                    yield chunk
+            finally:
+                if (close := getattr(chunks, "aclose", None)) is not None:
+                    await close()
+
+    async def record(self) -> Trajectory | None:
+        """Return the record, once the answer is judged; None where the app waits for a person."""
+        if self._recorded is None:
+            return None
+        record: Trajectory = await asyncio.wrap_future(self._recorded)
+        return record
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        last = self._chunks[-1] if self._chunks else self._output
+        if graph.is_pause(error) or (isinstance(last, Mapping) and "__interrupt__" in last):
+            return
+        self._error = error or self._error
+        answer: Message | None = None
+        if not self._chunks and self._error is None:
+            try:
+                answer = self._shape.answer(self._output)  # now, since its owner may change it later
+            except Exception as unlike:
+                self._error = unlike
+        truncated, calls = self._calls.truncated, tuple(self._calls.calls.made)
+
+        def heard() -> Draft:
+            return Draft(answer=answer or self._shape.answer(self._whole()), truncated=truncated)
+
+        async def draft(own: Calls, node: RunnableConfig) -> Draft:
+            return heard()
+
+        def written() -> Draft | None:
+            with suppress(Exception):
+                return heard() if answer or self._chunks else None
+            return None
+
+        request = graph.Request(
+            messages=self._messages,
+            draft=draft,
+            written=written,
+            context=lambda: self._shape.context(self._input, self._whole()),
+            mode="shadow",
+            made=calls,
+            failed=self._error,
+            source=self._source,
+            metadata=plain(self._behind.get("metadata") or {}),
+            tags=self._behind.get("tags") or (),
+            started_at=self._started_at,
+            started=self._started,
+        )
+        size = size_of(self._input) + size_of(self._chunks or self._output)
+        self._recorded = self._shadow.take(self._plan, request, self._behind, size)
+
+    def _whole(self) -> Any:
+        """Return the output, or what the chunks of a stream add up to."""
+        if not self._chunks:
+            return self._output
+        if graph.is_graph(self._app):  # its chunks are its steps, which do not add up to what it returns
+            return self._end.output
+        whole, *others = self._chunks
+        for chunk in others:
+            try:
+                whole = whole + chunk
+            except TypeError:  # what does not add up replaces what came before, as LangChain has it
+                whole = chunk
+        self._output, self._chunks = whole, []
+        return whole
+
+
+class _End(BaseCallbackHandler):
+    """Hears what a run returns, streamed or not."""
+
+    run_inline = True  # else it costs an asynchronous app a thread hop
+
+    def __init__(self, parent: UUID | None) -> None:
+        self.parent = parent
+        self.output: Any = None
+
+    def on_chain_end(self, outputs: Any, *, parent_run_id: UUID | None = None, **kwargs: Any) -> None:
+        """Keep the output of the run that stands below `parent`."""
+        if parent_run_id == self.parent:
+            self.output = outputs
