@@ -303,6 +303,24 @@ def test_a_decision_that_could_not_be_logged_is_kept_and_logged_at_the_next_try(
     assert records(log)[1][0].reviewer == "ada"
 
 
+def test_what_the_log_did_not_take_is_logged_before_the_threads_next_request(
+    log: Log, saver: InMemorySaver, tmp_path: Path
+) -> None:
+    closed = open_log(tmp_path / "closed.db")
+    closed.close()
+    app = guard(model(), saver, closed, on_log_error="raise")
+    with pytest.raises(AwaitsReview):
+        app.invoke("hello", THREAD)
+    with pytest.raises(LogError):
+        app.invoke(decide("edit", answer="mine"), THREAD)
+
+    answer = guard(model(draft="fine"), saver, log).invoke("something else", THREAD)
+
+    assert answer.content == "fine"
+    assert [t.prompt for t in records(log)[0]] == ["hello", "something else"]
+    assert len(records(log)[1]) == 1
+
+
 # --- inside another graph -----------------------------------------------------------------------------
 
 
