@@ -36,7 +36,7 @@ from trainers.reading import NO_EVIDENCE, Evidence, about, evidence, payloads, r
 from trainers.rows import KINDS, Dropped, Encoded, Kind, Provenance, Source, Split, encode_row, read_row
 from trainers.split import prompt_key, prompt_text, side
 
-__all__ = ["Dataset", "Origin", "Recipe", "build", "explain"]
+__all__ = ["Dataset", "Origin", "Recipe", "build", "explain", "read_manifest"]
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -135,6 +135,19 @@ def _check(ledger: Ledger, logs: Sequence[str]) -> None:
         raise DataError(f"{where}: every trajectory was dropped, so nothing was written\n{table}")
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return how the dataset in a folder was made.
+
+    Raises:
+        DataError: the folder holds no dataset.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: holds no dataset, for its {MANIFEST} cannot be read ({error})") from error
+    return manifest
+
+
 def _manifest(
     part: Part, recipe: Recipe, format: Format, ledger: Ledger, logs: Sequence[str]
 ) -> dict[str, Any]:
@@ -211,10 +224,7 @@ def explain(row_id: str, folder: Path, *, logs: Sequence[str] | None = None) -> 
         DataError: the folder holds no dataset, or no such row.
         LogError: a log cannot be read.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder}: holds no dataset, for its {MANIFEST} cannot be read ({error})") from error
+    manifest = read_manifest(folder)
     kind: Kind = manifest["recipe"]["kind"]
     row = _find(row_id, folder, kind, manifest["format"])
     records: list[Record] = []

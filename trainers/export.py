@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, get_args, get_o
 import msgspec
 import yaml
 
-from cai_graph.errors import ConfigError, MissingExtra
+from cai_graph.errors import ConfigError, DataError, MissingExtra
 from trainers.rows import (
     KINDS,
     CritiqueRow,
@@ -45,7 +45,7 @@ from trainers.rows import (
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["FORMATS", "PROVENANCE", "SHAPES", "Format", "Sink", "provenances", "sink_for"]
+__all__ = ["FORMATS", "PROVENANCE", "SHAPES", "Format", "Sink", "provenances", "read_rows", "sink_for"]
 
 Format = Literal["jsonl", "parquet", "openrlhf", "verl", "llama-factory", "axolotl", "openai"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -253,6 +253,46 @@ def provenances(folder: Path, format: Format) -> Iterator[bytes]:
     for path in sorted(folder.glob("*.jsonl")) if format == "jsonl" else [folder / PROVENANCE]:
         with path.open("rb") as file:
             yield from file
+
+
+def read_rows(folder: Path, kind: Kind, format: Literal["jsonl", "parquet"]) -> Iterator[Row]:
+    """Yield the rows of a dataset whose format holds them as they are.
+
+    Raises:
+        DataError: a line is no row of this kind; says which.
+    """
+    for split in ("train", "test"):
+        path = folder / f"{split}.{format}"
+        if path.exists():
+            for number, line in enumerate(_lines(path), 1):
+                try:
+                    yield read_row(kind, line)
+                except msgspec.MsgspecError as error:
+                    raise DataError(f"{path}: row {number} is no row of the kind {kind}: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            yield from file
+        return
+    import pyarrow.parquet
+
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_Parquet.ROWS):
+        for row in batch.to_pylist():
+            yield msgspec.json.encode(_as_written(row))
+
+
+def _as_written(value: Any) -> Any:
+    """Return what Arrow gives back without its nulls, and with tool arguments as objects."""
+    if isinstance(value, list):
+        return [_as_written(item) for item in value]
+    if isinstance(value, dict):
+        present = {key: _as_written(item) for key, item in value.items() if item is not None}
+        if present.keys() == {"name", "arguments"}:
+            present["arguments"] = json.loads(present["arguments"])
+        return present
+    return value
 
 
 class _JsonLines:

@@ -94,6 +94,21 @@ def dataset_explain(
         out.print(show.trajectory(origin.trajectory))
 
 
+@commands.command("report", epilog="Example: cai dataset report preferences --licence cc-by-4.0")
+def dataset_report(
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the dataset.")],
+    licence: Annotated[
+        str, option("--licence", "Licence of the texts, in the hub's words; nobody but you knows it.")
+    ] = "unknown",
+    title: Annotated[str | None, typer.Option(help="Heading of the card; else the folder's name.")] = None,
+) -> None:
+    """Write a dataset's card (README.md, in the hub's format) and a page with plots (report.html)."""
+    from trainers import card
+
+    written = card.report(data, licence=licence, title=title)
+    note(f"the card is {written.card}, and the page is {written.page}")
+
+
 @commands.command("import", epilog="Example: cai dataset import harmless-base.jsonl.gz --log sqlite:///hh.db")
 def dataset_import(
     file: Annotated[str, typer.Argument(help="JSONL, JSON or Parquet; may end in .gz.")],

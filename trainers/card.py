@@ -1,0 +1,446 @@
+"""What a dataset is like: its card in the hub's format, and one static page with plots.
+
+summarise    one pass over the rows, and over the Comparisons of the logs where they are
+card         README.md with the hub's metadata: licence, languages, digests, ledger
+page         report.html: the same figures as plots; every text in it is escaped
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import os
+import re
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from cai_graph.errors import CaiError, ConfigError, DataError, MissingExtra
+from cai_graph.trajectory import Comparison, decode
+from trainers.dataset import read_manifest
+from trainers.export import Format, read_rows
+from trainers.positions import Positions, Share
+from trainers.reading import payloads
+from trainers.rows import Kind, PreferenceRow, Row, Turn, UnpairedRow
+
+__all__ = ["Report", "Summary", "report", "summarise"]
+
+LANGUAGE_ROWS = 2000
+"""Of how many rows the language is told; the rows stand in no order, so the first are a fair sample."""
+LANGUAGE_CHARS = 20
+"""Shorter prompts do not say their language."""
+
+_REFUSAL = re.compile(
+    r"\W*(i['’]?m (really |very |truly )?sorry|i am sorry|sorry|i apologi[sz]e|my apologies|i can(['’]t|not)|"
+    r"i['’]?m (not able|unable)|i am (not able|unable)|i won['’]t|as an ai|unfortunately, i)",
+    re.IGNORECASE,
+)
+"""How a refusal opens, in English. A count by words: it says how two sides compare, not who refused."""
+
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+
+
+class Side(NamedTuple):
+    """The answers of one side of a dataset: all of them, the chosen, the rejected."""
+
+    words: array[int]
+    """Length of each, in words."""
+    refusals: list[int]
+    """How many open like a refusal; one number, counted up."""
+
+    def add(self, turns: Sequence[Turn]) -> None:
+        """Count one answer."""
+        text = turns[-1].content
+        self.words.append(len(text.split()))
+        self.refusals[0] += _REFUSAL.match(text) is not None
+
+    @property
+    def refused(self) -> Share:
+        """The share that opens like a refusal."""
+        return Share(self.refusals[0], len(self.words))
+
+    @property
+    def median(self) -> int:
+        """Median length, in words; 0 of none."""
+        return sorted(self.words)[len(self.words) // 2] if self.words else 0
+
+
+def _side() -> Side:
+    return Side(array("I"), [0])
+
+
+@dataclass
+class Summary:
+    """What was counted over a dataset's rows."""
+
+    manifest: dict[str, Any]
+    """How the dataset was made; see trainers/dataset.py."""
+    splits: Counter[str] = field(default_factory=Counter)
+    """Rows by split."""
+    sources: Counter[str] = field(default_factory=Counter)
+    """Rows by the evidence that they rest on."""
+    principles: Counter[str] = field(default_factory=Counter)
+    """Rows by principle or aim; `(all)` where a row speaks of all."""
+    judges: Counter[str] = field(default_factory=Counter)
+    """Rows by who judged."""
+    languages: Counter[str] = field(default_factory=Counter)
+    """Prompts of the sample by language (ISO 639-1); `und` where the prompt is too short to say."""
+    sides: dict[str, Side] = field(default_factory=dict)
+    """`chosen` and `rejected` of pairs, `desirable` and `undesirable` of single ones, else `answers`."""
+    p_chosen: array[float] = field(default_factory=lambda: array("d"))
+    """Of each pair."""
+    longer_chosen: int = 0
+    """Pairs whose chosen answer has more words than the rejected one."""
+    positions: dict[str, Positions] = field(default_factory=dict)
+    """What the comparisons of each judge in the logs came to."""
+    missing_logs: list[str] = field(default_factory=list)
+    """Logs that are not where they were when the dataset was built."""
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of rows."""
+        found: Kind = self.manifest["recipe"]["kind"]
+        return found
+
+    def add(self, row: Row) -> None:
+        """Count one row."""
+        self.splits[row.split] += 1
+        self.sources[row.source] += 1
+        self.judges[row.judge or "not named"] += 1
+        self.principles.update(row.principles or ("(all)",))
+        if isinstance(row, PreferenceRow):
+            chosen, rejected = self._of("chosen"), self._of("rejected")
+            chosen.add(row.chosen)
+            rejected.add(row.rejected)
+            self.p_chosen.append(row.p_chosen)
+            self.longer_chosen += chosen.words[-1] > rejected.words[-1]
+        elif isinstance(row, UnpairedRow):
+            self._of("desirable" if row.label else "undesirable").add(row.completion)
+        elif completion := getattr(row, "completion", None):
+            self._of("answers").add(completion)
+
+    def _of(self, name: str) -> Side:
+        return self.sides.setdefault(name, _side())
+
+
+class Report(NamedTuple):
+    """The two files that were written."""
+
+    card: Path
+    """The card."""
+    page: Path
+    """The page."""
+
+
+def report(folder: Path, *, licence: str, title: str | None = None) -> Report:
+    """Write a dataset's card and page into its folder; each file appears whole or not at all.
+
+    Args:
+        folder: the dataset, in one of the formats that hold the rows as they are.
+        licence: of the texts, as the hub names it, such as `cc-by-4.0`; nobody but you knows it.
+        title: the card's heading; the folder's name by default.
+
+    Raises:
+        ConfigError: the dataset is in a foreign format.
+        DataError: the folder holds no dataset, or a row cannot be read.
+        MissingExtra: matplotlib or py3langid is not installed.
+    """
+    summary = summarise(folder)
+    name = title or folder.name
+    return Report(
+        _written(folder / "README.md", card(summary, licence, name)),
+        _written(folder / "report.html", page(summary, name)),
+    )
+
+
+def summarise(folder: Path) -> Summary:
+    """Return what there is to count in a dataset; see `report` for what is raised."""
+    manifest = read_manifest(folder)
+    kind: Kind = manifest["recipe"]["kind"]
+    format: Format = manifest["format"]
+    if format not in ("jsonl", "parquet"):
+        raise ConfigError(
+            f"{folder}: is in the format {format!r}; the report reads 'jsonl' and 'parquet', "
+            "so build one of these"
+        )
+    try:
+        from py3langid import classify
+    except ImportError as error:
+        raise MissingExtra("`cai dataset report`", "py3langid", "train") from error
+    summary = Summary(manifest)
+    for number, row in enumerate(read_rows(folder, kind, format)):
+        summary.add(row)
+        if number < LANGUAGE_ROWS:
+            text = next((turn.content for turn in reversed(row.prompt) if turn.role == "user"), "")
+            summary.languages[classify(text)[0] if len(text) >= LANGUAGE_CHARS else "und"] += 1
+    for log in manifest["logs"]:
+        try:
+            _count_comparisons(log, summary.positions)
+        except CaiError:
+            summary.missing_logs.append(log)
+    return summary
+
+
+def _count_comparisons(log: str, positions: dict[str, Positions]) -> None:
+    for payload in payloads(log):
+        if payload.startswith(b'{"record":"comparison"'):
+            try:
+                record = decode(payload)
+            except DataError:
+                continue  # the ledger counts it
+            if isinstance(record, Comparison):
+                positions.setdefault(record.judge, Positions(record.judge)).add(record)
+
+
+def _written(path: Path, text: str) -> Path:
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    return path
+
+
+# --- the figures in words -----------------------------------------------------------------------------
+
+
+def _facts(summary: Summary) -> list[tuple[str, str]]:
+    manifest = summary.manifest
+    splits = ", ".join(f"{count:,} {split}" for split, count in sorted(summary.splits.items()))
+    named = ", ".join(f"{name} ({digest[:12]})" for digest, name in manifest["constitutions"].items())
+    facts = [
+        ("kind", summary.kind),
+        ("rows", splits),
+        ("constitution", named or "none"),
+        ("log digest", manifest["log_digest"]),
+        ("made with", f"cai-graph {manifest['versions']['cai-graph']}"),
+        ("evidence", _listed(summary.sources)),
+        ("judges", _listed(summary.judges)),
+        ("languages of the prompts", _listed(summary.languages)),
+    ]
+    for name, side in summary.sides.items():
+        facts.append((f"{name}: median length", f"{side.median:,} words"))
+        facts.append((f"{name}: open like a refusal", str(side.refused)))
+    if summary.p_chosen:
+        facts.append(("chosen is the longer one", str(Share(summary.longer_chosen, len(summary.p_chosen)))))
+    for judge, found in summary.positions.items():
+        facts.append((f"{judge}: chose a place, not an answer", str(found.bias)))
+        if found.revisions:
+            facts.append((f"{judge}: prefers the revision to the draft", str(found.agreement)))
+    if summary.missing_logs:
+        facts.append(("logs not found, so no figures of judges", ", ".join(summary.missing_logs)))
+    return facts
+
+
+def _listed(counts: Counter[str], most: int = 8) -> str:
+    listed = [f"{name} {count:,}" for name, count in counts.most_common(most)]
+    if (others := len(counts) - most) > 0:
+        listed.append(f"and {others} more")
+    return ", ".join(listed) or "none"
+
+
+def _accounts(summary: Summary) -> list[tuple[str, int]]:
+    ledger = summary.manifest["ledger"]
+    accounts = [("trajectories read", ledger["read"]), ("gave rows", ledger["gave_rows"])]
+    accounts += [(f"dropped: {reason}", count) for reason, count in ledger["dropped"].items()]
+    accounts.append(("rows made", ledger["made"]))
+    accounts += [(f"rows dropped: {reason}", count) for reason, count in ledger["dropped_rows"].items()]
+    accounts += [(f"rows in {split}", count) for split, count in ledger["kept"].items()]
+    return accounts
+
+
+# --- the card -----------------------------------------------------------------------------------------
+
+
+def card(summary: Summary, licence: str, title: str) -> str:
+    """Return the card: YAML metadata as the hub reads it, then the figures in Markdown.
+
+    Format: https://huggingface.co/docs/hub/datasets-cards
+    """
+    rows = sum(summary.splits.values())
+    suffix = summary.manifest["format"]
+    files = [
+        {"split": split, "path": f"{split}.{suffix}"} for split in ("train", "test") if summary.splits[split]
+    ]
+    metadata = {
+        "pretty_name": title,
+        "license": licence,
+        "language": sorted(code for code, count in summary.languages.items() if code != "und" and count > 1),
+        "size_categories": [next((name for most, name in _SIZES if rows < most), "n>1M")],
+        "tags": ["cai-graph", "constitutional-ai", summary.kind],
+        "configs": [{"config_name": "default", "data_files": files}],
+    }
+    facts = "\n".join(f"| {_cell(label)} | {_cell(value)} |" for label, value in _facts(summary))
+    accounts = "\n".join(f"| {label} | {count:,} |" for label, count in _accounts(summary))
+    principles = "\n".join(
+        f"| {_cell(name)} | {count:,} |" for name, count in summary.principles.most_common()
+    )
+    recipe = json.dumps(summary.manifest["recipe"], indent=2)
+    return f"""---
+{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---
+
+# {_cell(title)}
+
+Made by cai_graph from the log of an application: answers that were drafted, criticised and revised under a
+written constitution ([Bai et al. 2022](https://arxiv.org/abs/2212.08073)). Texts were written by users and by
+models; some are offensive or wrong, on the rejected side by design.
+
+| | |
+|---|---|
+{facts}
+
+Refusals are counted by how an answer opens, in English. Each row names its trajectory, constitution, judge
+and evidence; `cai dataset explain ROW_ID` walks back to them.
+
+## Ledger
+
+| | |
+|---|---|
+{accounts}
+
+## Rows by principle
+
+| principle or aim | rows |
+|---|---|
+{principles}
+
+## Recipe
+
+```json
+{recipe}
+```
+"""
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+
+
+# --- the page -----------------------------------------------------------------------------------------
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+body { color: #1d2733 }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; margin: .6rem 0 } td { padding: .2rem 1.2rem .2rem 0; vertical-align: top }
+td:first-child { color: #566370 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+figure { margin: 1rem 0 } figcaption { color: #566370; font-size: .9rem }
+svg { max-width: 100%; height: auto }
+"""
+
+
+def page(summary: Summary, title: str) -> str:
+    """Return the page: one file, no script, nothing fetched."""
+    facts = "".join(
+        f"<tr><td>{html.escape(label)}</td><td>{html.escape(value)}</td></tr>"
+        for label, value in _facts(summary)
+    )
+    accounts = "".join(
+        f'<tr><td>{html.escape(label)}</td><td class="n">{count:,}</td></tr>'
+        for label, count in _accounts(summary)
+    )
+    figures = "".join(
+        f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for svg, caption in _figures(summary)
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<table>{facts}</table>
+<h2>Ledger: what became of every trajectory and every row</h2>
+<table>{accounts}</table>
+<h2>Figures</h2>
+{figures}
+</body>
+</html>
+"""
+
+
+def _figures(summary: Summary) -> Iterable[tuple[str, str]]:
+    """Yield the plots that the rows have something for, as SVG, with what they show."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtra("`cai dataset report`", "matplotlib", "train") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "cai_graph",
+        "font.family": "sans-serif",
+    }
+    with matplotlib.rc_context(settings):
+        if summary.sides:
+            figure, axes = pyplot.subplots(figsize=(8, 3))
+            longest = max(1, *(max(side.words, default=1) for side in summary.sides.values()))
+            edges = [longest * step / 30 for step in range(31)]
+            for name, side in summary.sides.items():
+                axes.hist(side.words, bins=edges, histtype="step", linewidth=2, label=name)
+            axes.set(xlabel="words", ylabel="answers")
+            axes.legend(frameon=False)
+            yield (
+                _svg(figure),
+                "Length of the answers. A reward model may learn length where chosen ones are longer.",
+            )
+
+            figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.5 * len(summary.sides)))
+            names, shares = list(summary.sides), [side.refused for side in summary.sides.values()]
+            whiskers = [
+                [share.value - share.interval[0] for share in shares],
+                [share.interval[1] - share.value for share in shares],
+            ]
+            axes.barh(names, [share.value for share in shares], xerr=whiskers, color="#7aa6c2")
+            axes.set(xlim=(0, 1), xlabel="share that opens like a refusal, with its 95 % interval")
+            axes.invert_yaxis()
+            yield _svg(figure), "Refusals. Where chosen ones refuse more, training on them teaches refusing."
+        if summary.p_chosen:
+            figure, axes = pyplot.subplots(figsize=(8, 2.6))
+            axes.hist(summary.p_chosen, bins=[0.5 + step / 40 for step in range(21)], color="#7aa6c2")
+            axes.set(xlabel="p(chosen is better)", ylabel="pairs")
+            yield _svg(figure), "How sure the evidence is of each pair."
+        for counts, caption in (
+            (summary.principles, "Rows by principle or aim. What is rare here is hardly learnt."),
+            (summary.languages, f"Language of the prompts, of {sum(summary.languages.values()):,} rows."),
+        ):
+            top = counts.most_common(25)
+            figure, axes = pyplot.subplots(figsize=(8, 0.7 + 0.28 * len(top)))
+            axes.barh([_label(name) for name, _ in top], [count for _, count in top], color="#7aa6c2")
+            axes.set(xlabel="rows")
+            axes.invert_yaxis()
+            yield _svg(figure), caption
+
+
+def _label(name: str) -> str:
+    return name.replace("$", r"\$")[:60]  # matplotlib sets what stands between two $ as a formula
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    out = io.StringIO()
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+    text = out.getvalue()
+    return text[text.index("<svg") :]
