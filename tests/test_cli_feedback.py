@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -150,3 +151,19 @@ def test_the_local_model_labels_a_log(folder: Path, tiny_weights: Path) -> None:
     (found,) = records(folder, "comparison")
     assert isinstance(found, Comparison)
     assert (found.judge, found.method) == ("local:smollm2", "logprob")
+
+
+def test_the_page_about_feedback_holds_what_it_says(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "feedback.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(block, {})
+    assert capsys.readouterr().out == "(1.0, 1.0) votes\n"
+    (line,) = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    about = records(folder, "trajectory")[0].id
+    (folder / "f.jsonl").write_text(json.dumps(json.loads(line) | {"trajectory_id": about}))
+    assert "1 added" in cai(folder, "feedback", "import", "f.jsonl").stderr
+    for command in re.findall(r"^    cai (.*)$", page, re.MULTILINE):
+        words = command.split()
+        name = " ".join(words[: 1 if words[0] == "replay" else 2])
+        said = cai(folder, *name.split(), "--help").stdout
+        assert all(word in said for word in words if word.startswith("-")), command

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from log_support import comparison, trajectory
+from log_support import comparison, review, trajectory
 from replies import IDS, RULES, verdicts
 from test_judge import first_shown, letter
 from wire import Reply, Server, serving
@@ -198,6 +198,21 @@ async def test_a_failing_comparison_is_reported_and_tried_again(log: Log) -> Non
         assert [result.failed for result in await run(again)] == [None]
 
     assert len(compared(log)) == 3
+
+
+async def test_a_busy_server_is_asked_again_after_the_wait_that_it_names(log: Log) -> None:
+    fill(log, trajectory())
+    busy = iter([True, True])
+
+    def script(body: dict[str, Any]) -> Reply:
+        if next(busy, False):
+            return Reply("busy", status=429, headers={"Retry-After": "0.01"})
+        return prefers_revisions(body)
+
+    with serving(script) as server:
+        judge = Judge(models.load(server.spec, max_retries=8))
+        (result,) = await run(Labelling(log, judge, RULES, Config()))
+        assert (result.failed, len(server.requests)) == (None, 4)
 
 
 async def test_a_refused_key_ends_the_labelling_at_once(log: Log) -> None:
@@ -404,6 +419,28 @@ def test_a_summary_is_json_whatever_was_counted() -> None:
     assert json.loads(json.dumps(found.summary()))["comparisons"] == 0
     found.add(comparison("t", method="logprob", p_a=(0.9, 0.4)))
     assert found.summary()["position_bias"]["share"] == 1.0
+
+
+async def test_a_judge_is_compared_with_the_people_who_reviewed_the_same_answers(log: Log) -> None:
+    made = [trajectory(n) for n in range(5)]
+    fill(log, *made)
+    for commit in [
+        log.append(review(made[0].id)),
+        log.append(review(made[1].id, decision="flip")),
+        log.append(review(made[2].id, decision="flip")),
+        log.append(review(made[2].id, decision="undo")),
+        log.append(review(made[3].id)),
+        log.append(review(made[3].id, decision="flip", reviewer="bob")),
+        log.append(review(made[4].id, decision="reject")),
+    ]:
+        commit.result()
+    with serving(prefers_revisions) as server:
+        job = labelling(log, server)
+        await run(job)
+        again = labelling(log, server)
+
+    assert job.positions.agreement_with_people == Share(1, 2)
+    assert again.positions.summary() == job.positions.summary()
 
 
 # --- what end users say -------------------------------------------------------------------------------

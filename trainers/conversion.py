@@ -25,6 +25,7 @@ from trainers.reading import (
     LoggedRevision,
     LoggedVerdict,
 )
+from trainers.reviews import SIDES, standing
 from trainers.rows import (
     CriticRow,
     CritiqueRow,
@@ -170,19 +171,12 @@ class _Case:
 
     def review(self) -> Review | None:
         """Return the decision that the reviewers came to. Drops the trajectory where they disagree."""
-        standing: dict[str, list[Review]] = {}
-        for review in self.evidence.reviews:
-            decisions = standing.setdefault(review.reviewer, [])
-            if review.decision == "undo":
-                del decisions[-1:]
-            elif review.decision != "skip":
-                decisions.append(review)
-        last = [decisions[-1] for decisions in standing.values() if decisions]
+        last = standing(self.evidence.reviews)
         if not last:
             return None
         if any(review.decision in ("reject", "flag") for review in last):
             raise _Drop(Reason.REVIEWED_OUT)
-        sides = {_SIDES[review.decision] for review in last}
+        sides = {SIDES[review.decision] for review in last}
         if len(sides) > 1:
             raise _Drop(Reason.DISAGREEMENT)
         return max(last, key=lambda review: (review.at, review.id))
@@ -201,9 +195,6 @@ class _Case:
             "judge": judge or "",
             "principles": tuple(principles),
         }
-
-
-_SIDES = {"approve": "revision", "flip": "draft", "draft": "draft", "edit": "edit", "tie": "tie"}
 
 
 def _name(verdict: LoggedVerdict) -> str:

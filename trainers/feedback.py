@@ -42,6 +42,7 @@ from cai_graph.trajectory import (
     Message,
     Outcome,
     Rejection,
+    Review,
     Trajectory,
     from_langchain,
     new_id,
@@ -51,6 +52,7 @@ from cai_graph.trajectory import (
 )
 from trainers.judge import Judge, Opinion
 from trainers.positions import Positions
+from trainers.reviews import Side, agreed_side
 
 __all__ = [
     "BAND",
@@ -243,11 +245,12 @@ class Labelling:
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode("ascii")).hexdigest()
         self.prefix = f"label:{digest[:16]}/"
         self.positions = Positions(judge.name)
+        self._people = _people(log)
         self._known: set[str] = set()
         for record in log.read(kind="comparison"):
             if isinstance(record, Comparison) and (record.source or "").startswith(self.prefix):
                 self._known.add(record.source or "")
-                self.positions.add(record)
+                self.positions.add(record, self._people.get(record.trajectory_id))
         self.total = self.done = 0
         for trajectory in self._trajectories():
             wanted = self._wanted(trajectory)
@@ -314,7 +317,7 @@ class Labelling:
                         continue
                     comparison = await self._compared(work, pair, principle, key)
                     await self._log.append(comparison)
-                    self.positions.add(comparison)
+                    self.positions.add(comparison, self._people.get(work.trajectory.id))
                     made.append(comparison)
         except Exception as error:
             if is_about_all_rows(error):
@@ -399,6 +402,16 @@ class Labelling:
                 exchange, self._constitution, work.calls, explain=False
             )
         return work.critiques[origin]
+
+
+def _people(log: Log) -> dict[str, Side]:
+    """Return what reviewers chose, by Trajectory, where they agree."""
+    reviews: dict[str, list[Review]] = {}
+    for record in log.read(kind="review"):
+        assert isinstance(record, Review)
+        reviews.setdefault(record.trajectory_id, []).append(record)
+    sides = {id: agreed_side(found) for id, found in reviews.items()}
+    return {id: side for id, side in sides.items() if side is not None}
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from cai_graph.calibration import wilson
 from cai_graph.trajectory import Comparison
+from trainers.reviews import Side
 
 __all__ = ["Positions", "Share"]
 
@@ -68,9 +69,18 @@ class Positions:
     """Clear ones between a draft and its revision."""
     critics: int = 0
     """Made by a critic, from each answer alone."""
+    reviewed: int = 0
+    """Clear ones between a draft and its revision of which people chose one."""
+    as_people: int = 0
+    """Those of them that prefer what people chose."""
 
-    def add(self, comparison: Comparison) -> None:
-        """Count one comparison of this judge."""
+    def add(self, comparison: Comparison, people: Side | None = None) -> None:
+        """Count one comparison of this judge.
+
+        Args:
+            comparison: the comparison.
+            people: what people chose in that Trajectory, if they agree.
+        """
         if comparison.method is None:
             self.identical += 1
             return
@@ -93,6 +103,9 @@ class Positions:
         if a == "draft" and b.startswith("revision:"):
             self.revisions += 1
             self.later_better += p < 0.5
+            if people in ("draft", "revision"):
+                self.reviewed += 1
+                self.as_people += (p < 0.5) == (people == "revision")
 
     @property
     def readable(self) -> int:
@@ -116,13 +129,22 @@ class Positions:
         return Share(self.later_better, self.revisions)
 
     @property
+    def agreement_with_people(self) -> Share:
+        """Clear ones between draft and revision that prefer what people chose."""
+        return Share(self.as_people, self.reviewed)
+
+    @property
     def mean_shift(self) -> float:
         """How much of P a place is worth: above 0 for the first shown; 0 of no comparison."""
         return self.shift / self.readable if self.readable else 0.0
 
     def summary(self) -> dict[str, Any]:
         """Return counts, and shares with their intervals, as JSON."""
-        shares = {"position_bias": self.bias, "revision_preferred": self.agreement}
+        shares = {
+            "position_bias": self.bias,
+            "revision_preferred": self.agreement,
+            "agreement_with_people": self.agreement_with_people,
+        }
         return {
             **{name: value for name, value in asdict(self).items() if name != "shift"},
             "clear": self.clear,

@@ -177,6 +177,7 @@ def _sum_up(job: Labelling, as_json: bool) -> None:
         ("unreadable", found.unreadable),
         ("pairs of the same text", found.identical),
         ("revision preferred over draft", str(found.agreement)),
+        ("preferred as reviewers did", str(found.agreement_with_people)),
     ]
     out.print(show.table(rows))
 
