@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from log_support import (
     START,
     comparison,
@@ -29,11 +30,12 @@ from log_support import (
 )
 
 from cai_graph.errors import ConfigError, DataError, LogError
-from cai_graph.log import WITHHELD, Log, open_log, redact_texts, redaction
+from cai_graph.log import WITHHELD, Filters, Log, open_log, redact_texts, redaction
 from cai_graph.log import writer as log_writer
 from cai_graph.log.redaction import is_withheld, withhold
+from cai_graph.log.store import row_of
 from cai_graph.log.upkeep import verify
-from cai_graph.trajectory import Message, Outcome, Record, Trajectory, encode
+from cai_graph.trajectory import ConstitutionRef, Message, Outcome, Record, Trajectory, encode
 
 
 @pytest.fixture
@@ -92,6 +94,74 @@ def test_filters_hold_together(log: Log) -> None:
     assert list(log.read(limit=0)) == []
     assert list(log.read(after=made[1].id, limit=1)) == [made[2]]
     assert list(log.read(after=made[1].id, newest_first=True)) == [made[0]]
+    minute = timedelta(minutes=1)
+    assert list(log.read(kind="trajectory", since=made[1].started_at, until=made[2].started_at)) == [made[1]]
+    assert list(log.read(since=made[2].started_at + minute)) == []
+    assert list(log.read(until=START)) == []
+    assert list(log.read(source="run1:", since=made[1].started_at, newest_first=True)) == [made[1]]
+    assert list(log.read(source="run1:", after=made[0].id)) == [made[1]]
+    assert list(log.read(source="run1:", after=made[2].id)) == []
+    assert list(log.read(source="run2:", outcome="KEPT")) == []
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.lists(st.lists(st.text('", \\a', max_size=4), max_size=4), max_size=4))
+def test_a_tag_is_found_where_it_is_and_nowhere_else(log: Log, tags: list[list[str]]) -> None:
+    last = trajectory()
+    log.append(last).result()
+    made = [trajectory(n, tags=tuple(some)) for n, some in enumerate(tags)]
+    for future in [log.append(record) for record in made]:
+        future.result()
+    for tag in {tag for some in tags for tag in some} | {"", '", "', ", ", "a"}:
+        found = list(log.read(tag=tag, after=last.id))
+        assert found == [record for record in made if tag in record.tags], tag
+
+
+@pytest.mark.parametrize(
+    ("filters", "index"),
+    [
+        ({"outcome": "FAILED"}, "records_outcome"),
+        ({"constitution": "d2" * 32}, "records_constitution"),
+        ({"kind": "review"}, "records_kind"),
+        ({"trajectory_id": "t"}, "records_trajectory"),
+        ({"tag": "rare"}, "records_tags"),
+        ({"kind": "trajectory", "outcome": "FAILED"}, "records_outcome"),
+        ({"source": "run7:"}, None),
+        ({"since": START + timedelta(minutes=1990)}, None),
+    ],
+)
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_what_is_rare_is_found_without_reading_the_rest(
+    log: Log, monkeypatch: pytest.MonkeyPatch, filters: Filters, index: str | None, newest_first: bool
+) -> None:
+    store = store_of(log)
+    rows = []
+    for number in range(2000):
+        changes = {"source": f"run{number // 10}:{number}", "metadata": {"text": "x" * 1000}}
+        if number == 77:
+            digest = ConstitutionRef(name="other", version="1", digest="d2" * 32)
+            changes |= {"outcome": Outcome.FAILED, "tags": ("rare",), "constitution": digest}
+        record = trajectory(number, **changes)
+        rows.append(row_of(record, encode(record)))
+    about = review("t")
+    for some in (rows[:1000], [row_of(about, encode(about))], rows[1000:]):
+        store.insert(some)
+    asked = []
+    page = store.page
+    monkeypatch.setattr(
+        store, "page", lambda sql, bindings: asked.append((sql, bindings)) or page(sql, bindings)
+    )
+    found = list(log.read(newest_first=newest_first, **filters))
+    assert len(found) == (1 if index else 10)
+    sql, bindings = asked[0]
+    if index is None:  # The index has told the positions.
+        assert bindings["last"] - bindings["first"] == 9
+    else:
+        how = "EXPLAIN " if log.name.startswith("postgresql") else "EXPLAIN QUERY PLAN "
+        plan = " ".join(str(row) for row in store.rows(how + sql, bindings))
+        assert index in plan, plan
+        assert "Sort" not in plan
+        assert "TEMP B-TREE" not in plan
 
 
 def test_reading_after_an_unknown_id_says_so(log: Log) -> None:

@@ -19,13 +19,13 @@ from typing import Any, TypeVar
 import apsw
 
 from cai_graph.errors import CaiError, LogError
-from cai_graph.log.store import PAGE_BYTES, Database, Row, Store
+from cai_graph.log.store import PAGE_BYTES, TAGGED, Database, Row, Store
 
 __all__ = ["APPLICATION_ID", "SCHEMA", "SQLiteStore", "connect"]
 
 APPLICATION_ID = 0x63616947
 """`caiG`, in the header of every log."""
-SCHEMA = 1
+SCHEMA = 2
 """The version of the tables that this release writes."""
 BUSY_S = 60.0
 """How long an operation waits for other processes before it gives up."""
@@ -78,7 +78,21 @@ def _create(db: apsw.Connection) -> None:
     )
 
 
-MIGRATIONS: dict[int, Callable[[apsw.Connection], None]] = {0: _create}
+def _index(db: apsw.Connection) -> None:
+    # Behind what an index is on stands the position, so each is in the order in which records are read.
+    db.execute(
+        """
+        CREATE INDEX records_kind ON records (kind) WHERE trajectory_id IS NOT NULL;  -- few are no Trajectory
+        CREATE INDEX records_outcome ON records (outcome) WHERE outcome IS NOT NULL;
+        CREATE INDEX records_constitution ON records (constitution) WHERE constitution IS NOT NULL;
+        CREATE INDEX records_at ON records (at);
+        CREATE INDEX records_tags ON records (position, tags) WHERE tags IS NOT NULL;
+        CREATE INDEX records_withheld ON records (withheld) WHERE withheld = 1;
+        """
+    )
+
+
+MIGRATIONS: dict[int, Callable[[apsw.Connection], None]] = {0: _create, 1: _index}
 """Version n -> what turns a file of version n into version n + 1, inside one transaction."""
 
 _INSERT = """
@@ -122,8 +136,8 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
             db.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
             version = _version(db, path)
             if read_only:
-                if version < SCHEMA:
-                    raise LogError(f"{path}: " + _older(version))
+                if version == 0:
+                    raise LogError(f"{path}: the file is empty and holds no log yet")
                 # Not opened as a read-only file: such a connection cannot tidy up its WAL when it closes.
                 db.execute("PRAGMA query_only = ON")
             else:
@@ -219,14 +233,6 @@ def _migrate(db: apsw.Connection, path: Path) -> None:
             raise
 
 
-def _older(version: int) -> str:
-    return (
-        "the file is empty and holds no log yet"
-        if version == 0
-        else f"schema version {version} is an older release's; open it for writing once, which updates it"
-    )
-
-
 def _one(db: apsw.Connection, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
     for row in db.execute(sql, bindings):
         return row[0]
@@ -289,9 +295,7 @@ class SQLiteStore(Store):
     its parent's locks. So every connection is closed before a fork, and each side opens its own after.
     """
 
-    # The plus keeps SQLite from the index on sources, which would sort every page anew.
-    from_source = "+source >= :source AND +source < :source_end"
-    tagged = "EXISTS (SELECT 1 FROM json_each(tags) WHERE value = json(:tag) ->> '$')"
+    tagged = TAGGED.format("instr")
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         super().__init__(str(path), read_only=read_only)
@@ -467,6 +471,12 @@ class SQLiteStore(Store):
     def raw(column: str) -> str:
         """Return the expression; see `Store.raw`."""
         return f"CAST({column} AS BLOB)"  # A flipped byte may leave a text that is no UTF-8.
+
+    def by_tag(self) -> str:
+        """Return the index on tags, which SQLite does not choose by itself; see `Store.by_tag`."""
+        # Schema 1 has none.
+        has_index = self.rows("SELECT 1 FROM sqlite_schema WHERE name = 'records_tags'", {})
+        return " INDEXED BY records_tags" if has_index else ""
 
     def query(self, read: Callable[[apsw.Connection], T]) -> T:
         """Return what `read` makes of the reading connection, which it must not keep.

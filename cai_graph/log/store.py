@@ -57,12 +57,19 @@ KINDS: dict[type[Record], Kind] = {
     Feedback: "feedback",
 }
 
+TAGGED = """
+    (tags IS NOT NULL AND {}('", ' || substr(tags, 2, length(tags) - 2) || ', "', '", ' || :tag || ', "') > 0)
+"""
+"""Whether the JSON array in `tags` holds the text whose JSON is `:tag`, given the function that finds a text
+in another: it stands between `", ` and `, "`, which no text in the array holds, since JSON escapes quotes."""
+
 PAGE_ROWS = 500
 PAGE_BYTES = 4 << 20
 """How much of a log is read at a time."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_EARLIEST, _LATEST = -(2**63), 2**63 - 1
 
 
 class Filters(TypedDict, total=False):
@@ -132,10 +139,8 @@ class Store(ABC):
         read_only: whether it may only be read.
     """
 
-    from_source: ClassVar[str]
-    """Whether a record's source is from `:source` on and before `:source_end`."""
     tagged: ClassVar[str]
-    """Whether the JSON array of the column `tags` holds the text whose JSON is `:tag`."""
+    """TAGGED, in the words of the database."""
 
     def __init__(self, name: str, *, read_only: bool) -> None:
         self.name = name
@@ -216,27 +221,37 @@ class Store(ABC):
     def raw(column: str) -> str:
         """Return the expression: the column as bytes, in whatever state it is; UTF-8 for text."""
 
+    def by_tag(self) -> str:
+        """Return what follows the table's name where it is searched by tag."""
+        return ""
+
     # --- reading --------------------------------------------------------------------------------------
 
     def select(self, filters: Filters) -> Iterator[StoredPayload]:
-        """Yield the payloads that pass the filters, as of the first one, in flat memory."""
+        """Yield the payloads that pass the filters, as of the first one, in flat memory.
+
+        Read page by page in the order of positions: where a filter is for one value its index has that
+        order, and a range of sources or times is first turned into a range of positions.
+        """
         newest_first = filters.get("newest_first", False)
-        position, until = self._span(filters.get("after"), newest_first)
+        first, last = self._span(filters, newest_first)
         clauses, bindings = self._where(filters)
-        clauses.insert(0, "position < :position AND position >= :until" if newest_first
-                       else "position > :position AND position <= :until")  # fmt: skip
         sql = (
-            "SELECT position, id, writer, sequence, digest, payload FROM records "
-            f"WHERE {' AND '.join(clauses)} "
+            "SELECT position, id, writer, sequence, digest, payload "
+            f"FROM records{'' if filters.get('tag') is None else self.by_tag()} "
+            f"WHERE {' AND '.join(['position >= :first AND position <= :last', *clauses])} "
             f"ORDER BY position {'DESC' if newest_first else 'ASC'} LIMIT :wanted"
         )
         left = filters.get("limit")
-        while left is None or left > 0:
+        while first <= last and (left is None or left > 0):
             wanted = PAGE_ROWS if left is None else min(left, PAGE_ROWS)
-            rows = self.page(sql, bindings | {"position": position, "until": until, "wanted": wanted})
+            rows = self.page(sql, bindings | {"first": first, "last": last, "wanted": wanted})
             if not rows:
                 return
-            position = rows[-1][0]
+            if newest_first:
+                last = rows[-1][0] - 1
+            else:
+                first = rows[-1][0] + 1
             for _, *stored in rows:
                 yield self._checked(*stored)
             if left is not None:
@@ -264,13 +279,11 @@ class Store(ABC):
 
     def stats(self) -> Stats:
         """Return the counts; reads every payload once, in flat memory."""
-        kinds = dict(self.rows("SELECT kind, count(*) FROM records GROUP BY kind", {}))
-        outcomes = (
-            "SELECT outcome, count(*) FROM records WHERE outcome IS NOT NULL GROUP BY outcome ORDER BY 1"
-        )
+        outcomes = dict(self.rows(f"{_COUNT.format('outcome', 'outcome')} ORDER BY 1", {}))
+        kinds = dict(self.rows(_COUNT.format("kind", "trajectory_id"), {}))
         ((first, last, withheld, removed),) = self.rows(
-            "SELECT min(at), max(at), coalesce(sum(withheld), 0), (SELECT count(*) FROM tombstones) "
-            "FROM records",
+            "SELECT (SELECT min(at) FROM records), (SELECT max(at) FROM records), "
+            "(SELECT count(*) FROM records WHERE withheld = 1), (SELECT count(*) FROM tombstones)",
             {},
         )
         tally = Tally()
@@ -278,18 +291,18 @@ class Store(ABC):
             for _, payload in self.select({"kind": kind}):
                 tally.add(payload)
         return Stats(
-            trajectories=kinds.get("trajectory", 0),
+            trajectories=sum(outcomes.values()),
             comparisons=kinds.get("comparison", 0),
             reviews=kinds.get("review", 0),
             feedback=kinds.get("feedback", 0),
-            outcomes=dict(self.rows(outcomes, {})),
+            outcomes=outcomes,
             constitutions=dict(sorted(tally.constitutions.items())),
             violated=dict(sorted(tally.violated.items(), key=lambda item: (-item[1], item[0]))),
             unreadable=tally.unreadable,
             calls=tally.calls,
             input_tokens=tally.input_tokens,
             output_tokens=tally.output_tokens,
-            withheld=int(withheld),
+            withheld=withheld,
             removed=removed,
             first=None if first is None else from_micros(first),
             last=None if last is None else from_micros(last),
@@ -304,32 +317,36 @@ class Store(ABC):
             if value is not None:
                 clauses.append(f"{name} = :{name}")
                 bindings[name] = column_text(str(value))
+        if filters.get("kind") not in (None, "trajectory"):
+            clauses.append("trajectory_id IS NOT NULL")  # as the index on kinds has it
         if (tag := filters.get("tag")) is not None:
             clauses.append(self.tagged)
             bindings["tag"] = json.dumps(tag)
-        if (source := filters.get("source")) is not None:
-            clauses.append(self.from_source)
-            bindings |= _prefix(source)
-        if (since := filters.get("since")) is not None:
-            clauses.append("at >= :since")
-            bindings["since"] = micros(since)
-        if (until := filters.get("until")) is not None:
-            clauses.append("at < :before")
-            bindings["before"] = micros(until)
+        for column, clause, values in _ranges(filters):
+            # As an expression, since its index has another order, in which each page would be sorted anew.
+            clauses.append(clause.format("source || ''" if column == "source" else "at + 0"))
+            bindings |= values
         return clauses, bindings
 
-    def _span(self, after: str | None, newest_first: bool) -> tuple[int, int]:
-        """Return the position to read from, exclusive, and the last one to read."""
-        ((top,),) = self.rows("SELECT coalesce(max(position), 0) FROM records", {})
-        if after is None:
-            return (top + 1, 0) if newest_first else (0, top)
-        sql = (
-            "SELECT position FROM records WHERE id = :id UNION ALL "
-            "SELECT position FROM tombstones WHERE id = :id"
-        )
-        for (start,) in self.rows(sql, {"id": column_text(after)}):
-            return (start, 0) if newest_first else (start, top)
-        raise self._missing(after)
+    def _span(self, filters: Filters, newest_first: bool) -> tuple[int, int]:
+        """Return the first and the last position that may pass the filters."""
+        ((first, last),) = self.rows("SELECT 1, coalesce(max(position), 0) FROM records", {})
+        if (after := filters.get("after")) is not None:
+            sql = (
+                "SELECT position FROM records WHERE id = :id UNION ALL "
+                "SELECT position FROM tombstones WHERE id = :id"
+            )
+            for (position,) in self.rows(sql, {"id": column_text(after)}):
+                first, last = (first, position - 1) if newest_first else (position + 1, last)
+                break
+            else:
+                raise self._missing(after)
+        for column, clause, values in _ranges(filters):
+            # Plus nothing, or PostgreSQL would look for the first position by walking through all.
+            sql = f"SELECT min(position + 0), max(position + 0) FROM records WHERE {clause.format(column)}"
+            ((low, high),) = self.rows(sql, values)
+            first, last = (1, 0) if low is None else (max(first, low), min(last, high))
+        return first, last
 
     def _checked(self, id: str, writer: str, sequence: int, digest: bytes, payload: bytes) -> StoredPayload:
         if digest_of(writer, sequence, payload) != digest:
@@ -384,6 +401,20 @@ class Store(ABC):
                 )
             )
         return errors, fresh
+
+
+_COUNT = "SELECT {0}, count(*) FROM records WHERE {1} IS NOT NULL GROUP BY {0}"
+
+
+def _ranges(filters: Filters) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield the filters that are for a range of values: column, expression over it, and bindings."""
+    if (source := filters.get("source")) is not None:
+        yield "source", "{0} >= :source AND {0} < :source_end", _prefix(source)
+    since, until = filters.get("since"), filters.get("until")
+    if since is not None or until is not None:
+        low = _EARLIEST if since is None else micros(since)
+        high = _LATEST if until is None else micros(until)
+        yield "at", "{0} >= :since AND {0} < :before", {"since": low, "before": high}
 
 
 def _prefix(source: str) -> dict[str, str]:
