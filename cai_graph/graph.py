@@ -552,7 +552,8 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
         if context.paused is None and not decision.asks:
             request.recorded(trajectory)
             await commit(plan, trajectory, failed=error is not None)
-    return Ending(trajectory, decision.released, str(decision.error) if decision.asks else None)
+    asks = (str(decision.error) or describe(decision.error)) if decision.error and decision.asks else None
+    return Ending(trajectory, decision.released, asks)
 
 
 def _left(run: _Run) -> Message | None:

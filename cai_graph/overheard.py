@@ -160,6 +160,7 @@ class Overheard:
             draft=draft,
             written=written,
             context=lambda: self._shape.context(self._input, self._whole()),
+            form=lambda: self._shape.form(self._whole()),
             mode="shadow",
             made=calls,
             failed=self._error,

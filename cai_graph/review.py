@@ -5,7 +5,8 @@
 
 Nothing of a waiting request is logged, and nothing is paid for again when it goes on: what lies in the
 checkpointer is the app's output and, as JSON, the Trajectory as far as it has come. It lies in a thread of
-its own (`cai:THREAD`), which is deleted once the decision is in the log.
+its own, whose checkpoints have the caller's thread as metadata (`cai_thread`), and which is deleted once the
+decision is in the log.
 
 Inside a node of another LangGraph graph, an agent say, the interrupt is that graph's, and so is the
 checkpointer. That graph runs the node again when it is resumed, and the request is found lying there.
@@ -13,14 +14,16 @@ checkpointer. That graph runs the node again when it is resumed, and the request
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple, TypedDict, TypeVar, cast
+from uuid import UUID, uuid5
 
 import msgspec
 from langchain_core.runnables import RunnableConfig
@@ -64,6 +67,9 @@ TYPE = "constitutional_review"
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no checkpointer takes one
 
+_THREADS = UUID("a1d5a6f2-0c1e-5b0a-9a6e-6f6f4b1f5d10")
+"""The namespace of the names of our threads. They are UUIDs, since some servers take no other."""
+
 _TASK, _CHECKPOINTER = "__pregel_task_id", "__pregel_checkpointer"
 """Keys under which LangGraph tells a node of its task, and of the checkpointer that keeps its graph."""
 
@@ -94,6 +100,11 @@ class Settled(NamedTuple):
     """The record, as it was logged."""
     released: Message | None
     """The message that leaves."""
+
+
+_lock = threading.Lock()
+_laying: set[str] = set()
+"""Keys of the requests that are being laid down."""
 
 
 def review(state: Waiting) -> Waiting:
@@ -184,18 +195,17 @@ class Desk:
                 "policy 'human' needs to know which thread waits for a decision: give a config such as "
                 '{"configurable": {"thread_id": "1"}}'
             )
-        key = f"cai:{thread}"
+        place = [thread]
         if within is not None:
             # A node that runs again asks the same, and has the same task; its neighbours ask something else.
-            asked = msgspec.json.encode([[m.role, text_of(m)] for m in messages])
-            task = f"{given.get('checkpoint_ns')}\0{plan.constitution.digest}\0".encode()
-            key = f"{key}:{hashlib.sha256(task + asked).hexdigest()[:32]}"
+            asked = [[m.role, text_of(m)] for m in messages]
+            place += [given.get("checkpoint_ns"), plan.constitution.digest, asked]
         return cls(
             plan=plan,
             shape=shape,
             checkpointer=checkpointer,
             thread=str(thread),
-            key=key,
+            key=str(uuid5(_THREADS, json.dumps(place, default=str))),
             within=within,
             caller=caller,
         )
@@ -225,16 +235,33 @@ class Desk:
             review=new_id(),
         )
         try:
-            await self._run(waiting)
+            with self._alone():
+                if await self.lying() is not None:
+                    raise self._late()
+                await self._run(waiting)
         except Exception as error:
             ended = msgspec.structs.replace(trajectory, error=describe(error))
             await graph.commit(self.plan, ended, failed=True)
             raise RunError(
-                f"the request could not be kept for a person: {error}; what an app returns must be something "
-                "that the checkpointer can store",
-                trajectory_id=trajectory.id,
+                f"the request could not be kept for a person: {error}", trajectory_id=trajectory.id
             ) from error
         return waiting
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep this process from laying down two requests of a thread at once, one over the other."""
+        with _lock:
+            if self.key in _laying:
+                raise self._late()
+            _laying.add(self.key)
+        try:
+            yield
+        finally:
+            with _lock:
+                _laying.discard(self.key)
+
+    def _late(self) -> RunError:
+        return RunError(f"another request of thread {self.thread!r} came to wait meanwhile")
 
     def paused(self, waiting: Waiting, output: Any) -> dict[str, Any] | None:
         """Return what a LangGraph graph returns that waits, where the app returns a dict as a graph does."""
@@ -296,7 +323,7 @@ class Desk:
 
     @property
     def _config(self) -> RunnableConfig:
-        return RunnableConfig(configurable={"thread_id": self.key})
+        return RunnableConfig(configurable={"thread_id": self.key}, metadata={"cai_thread": self.thread})
 
     async def _run(self, given: Waiting | Command[Any]) -> None:
         machine, config = self._machine, self._config

@@ -321,6 +321,44 @@ def test_what_the_log_did_not_take_is_logged_before_the_threads_next_request(
     assert len(records(log)[1]) == 1
 
 
+async def test_of_two_requests_that_come_to_wait_at_once_none_is_lost(log: Log, saver: InMemorySaver) -> None:
+    both = asyncio.Barrier(2)
+
+    async def draft(_: str) -> str:
+        await both.wait()
+        return "the draft"
+
+    app = guard(RunnableLambda(lambda _: "", afunc=draft), saver, log)
+
+    ends = await asyncio.gather(
+        *(app.ainvoke(asked, THREAD) for asked in ("left", "right")), return_exceptions=True
+    )
+    (waits,) = [end for end in ends if isinstance(end, AwaitsReview)]
+    (lost,) = [end for end in ends if not isinstance(end, AwaitsReview)]
+    await app.ainvoke(decide("approve"), THREAD)
+
+    assert "another request of thread '1' came to wait" in str(lost)
+    trajectories, _ = records(log)
+    assert {t.outcome for t in trajectories} == {Outcome.FAILED, Outcome.EXHAUSTED}
+    assert sorted(t.prompt for t in trajectories) == ["left", "right"]
+    assert waits.question["request"] in ("left", "right")
+
+
+def test_what_lies_in_a_checkpointer_is_found_by_the_callers_thread(saver: InMemorySaver) -> None:
+    app = guard(model(), saver)
+    with pytest.raises(AwaitsReview):
+        app.invoke("hello", THREAD)
+
+    found = {
+        each.config["configurable"]["thread_id"] for each in saver.list(None, filter={"cai_thread": "1"})
+    }
+
+    assert len(found) == 1
+    saver.delete_thread(found.pop())
+    with pytest.raises(RunError, match="nothing waits"):
+        app.invoke(decide("approve"), THREAD)
+
+
 # --- inside another graph -----------------------------------------------------------------------------
 
 
@@ -369,7 +407,7 @@ async def test_inside_a_graph_the_pause_is_that_graphs_and_its_resumption_pays_n
     assert trajectory.released_from == "human"
     assert review.decision == "edit"
     assert list(unused.list(None)) == []
-    assert set(saver.storage) == {"1"}
+    assert [name for name, kept in saver.storage.items() if any(kept.values())] == ["1"]
 
 
 async def test_nodes_that_wait_at_once_are_decided_one_by_one(log: Log, saver: InMemorySaver) -> None:
