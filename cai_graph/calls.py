@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from langchain_core.messages import AIMessage, BaseMessage
@@ -87,7 +88,7 @@ class Calls:
                     f"the budget of {bound} {name} is spent; raise Budget.{name.replace(' ', '_')}"
                 )
         if budget.seconds is not None and self.seconds >= budget.seconds:
-            raise self._late()
+            raise self.late()
         self.spent[kind] += count
 
     def record(self, call: Call) -> None:
@@ -95,23 +96,16 @@ class Calls:
         self.made.append(call)
         self.spent["tokens"] += (call.input_tokens or 0) + (call.output_tokens or 0)
 
-    @asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
-        """Cancel the body when the request's seconds are over.
+    def deadline(self) -> AbstractAsyncContextManager[None]:
+        """Return what cancels its body when the request's seconds are over.
 
         Raises:
-            BudgetExceeded: they were.
+            BudgetExceeded: on leaving, where they were.
         """
-        left = None if self.budget.seconds is None else self.budget.seconds - self.seconds
-        try:
-            async with asyncio.timeout(left) as bound:
-                yield
-        except TimeoutError as timeout:
-            if bound.expired():
-                raise self._late() from timeout
-            raise
+        return _Deadline(self)
 
-    def _late(self) -> BudgetExceeded:
+    def late(self) -> BudgetExceeded:
+        """Return the error that says that the request's seconds are over."""
         return BudgetExceeded(
             f"the deadline of {self.budget.seconds} s is over; raise Budget.seconds, or use a faster model"
         )
@@ -154,6 +148,24 @@ class Calls:
                     kind=kind,
                 )
             )
+
+
+class _Deadline:
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def __aenter__(self) -> None:
+        seconds = self._calls.budget.seconds
+        self._timeout = asyncio.timeout(None if seconds is None else seconds - self._calls.seconds)
+        await self._timeout.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._timeout.__aexit__(kind, error, trace)
+        except TimeoutError as timeout:  # its own: one of the body's is not raised anew
+            raise self._calls.late() from timeout
 
 
 @contextmanager

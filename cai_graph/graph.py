@@ -436,10 +436,7 @@ def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
 
 def _inner(run: _Run) -> Calls:
     # Inner calls are traced under the node that makes them, and hidden from the app's own streams.
-    config = get_config()
-    return run.calls.under(
-        RunnableConfig(callbacks=config.get("callbacks"), tags=[*config.get("tags", ()), TAG_NOSTREAM])
-    )
+    return run.calls.under(RunnableConfig(callbacks=get_config().get("callbacks"), tags=[TAG_NOSTREAM]))
 
 
 def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan) -> Critique:

@@ -16,7 +16,7 @@ from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT, patch_config
+from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
 
 from cai_graph import bridge, graph, models
 from cai_graph.calls import Calls, apart
@@ -243,7 +243,8 @@ class Guard:
             tell=progress(callbacks, graph.outer_writer()),
             **request,
         )
-        return await graph.run(self.plan, made, patch_config(config, callbacks=unstreamed(callbacks)))
+        # Tags and metadata come along with the callbacks.
+        return await graph.run(self.plan, made, RunnableConfig(callbacks=unstreamed(callbacks)))
 
     def _under(
         self, config: RunnableConfig, calls: Calls, node: RunnableConfig
