@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from log_support import trajectory
+from log_support import comparison, trajectory
 from test_cli import cai, start
 from test_feedback import prefers_revisions
 from wire import Reply, serving
@@ -53,6 +53,18 @@ def test_a_log_is_labelled_and_summed_up_once(folder: Path) -> None:
     summary = json.loads(again.stdout)
     assert (summary["comparisons"], summary["clear"], summary["position_bias"]["share"]) == (4, 4, 0)
     assert len(records(folder, "comparison")) == 4
+
+
+def test_each_judge_of_a_log_is_summed_up(folder: Path) -> None:
+    assert "holds no comparison" in cai(folder, "feedback", "stats").stdout
+    with serving(prefers_revisions) as server:
+        cai(folder, "feedback", "label", "--judge", server.spec)
+    with open_log(folder / "cai.db") as log:
+        log.append(comparison(records(folder, "trajectory")[0].id, p_a=(0.9, 0.2), method="votes")).result()
+    one, other = json.loads(cai(folder, "feedback", "stats", "--json").stdout)
+    assert (one["judge"], one["comparisons"], one["first"]) == (server.spec, 4, 0)
+    assert (other["judge"], other["comparisons"], other["first"]) == ("fake:judge", 1, 1)
+    assert "position bias 100%" in cai(folder, "feedback", "stats").stdout
 
 
 def test_samples_are_drawn_and_compared(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from cai_graph.trajectory import Comparison, Message, text_of
 from trainers.ledger import Reason
 
-__all__ = ["Judged", "judged_pairs"]
+__all__ = ["Judged", "judged_pairs", "same_answer"]
 
 _TIE = 1e-9
 
@@ -59,10 +59,14 @@ def _said(answer: Message) -> _Answer:
     return " ".join(text_of(answer).split()), repr(answer.tool_calls)
 
 
+def same_answer(a: Message, b: Message) -> bool:
+    """Return whether two answers say the same: the same words, whatever the white space, and calls."""
+    return _said(a) == _said(b)
+
+
 def _label(group: list[Comparison]) -> Judged | Reason:
     one = group[0]
-    a, b = map(_said, one.answers)
-    if a == b:
+    if same_answer(*one.answers):
         return Reason.IDENTICAL
     if any(comparison.settings.get("truncated") for comparison in group):
         return Reason.TRUNCATED
@@ -70,7 +74,7 @@ def _label(group: list[Comparison]) -> Judged | Reason:
     clear = [(c, p) for c, p in readable if not c.orders_disagree]
     if not clear:
         return Reason.DISAGREEMENT if readable else Reason.UNREADABLE_VERDICT
-    p_a = sum(p if _said(c.answers[0]) == a else 1 - p for c, p in clear) / len(clear)
+    p_a = sum(p if same_answer(c.answers[0], one.answers[0]) else 1 - p for c, p in clear) / len(clear)
     if abs(p_a - 0.5) < _TIE:
         return Reason.TIE
     chosen, rejected = one.answers if p_a > 0.5 else one.answers[::-1]

@@ -42,7 +42,6 @@ from cai_graph.trajectory import (
     Message,
     Outcome,
     Rejection,
-    Review,
     Trajectory,
     from_langchain,
     new_id,
@@ -50,9 +49,9 @@ from cai_graph.trajectory import (
     text_of,
     to_langchain,
 )
+from trainers.compared import same_answer
 from trainers.judge import Judge, Opinion
-from trainers.positions import Positions
-from trainers.reviews import Side, agreed_side
+from trainers.positions import Positions, decided
 
 __all__ = [
     "BAND",
@@ -64,7 +63,6 @@ __all__ = [
     "draw",
     "p_a_of",
     "pairs_of",
-    "same_answer",
 ]
 
 PairKind = Literal["revision", "rejected", "samples"]
@@ -160,11 +158,6 @@ def _empty(pair: Pair) -> bool:
     return any(not text_of(answer).strip() and not answer.tool_calls for answer in pair.answers)
 
 
-def same_answer(a: Message, b: Message) -> bool:
-    """Return whether two answers say the same: the same words, whatever the white space, and calls."""
-    return text_of(a).split() == text_of(b).split() and a.tool_calls == b.tool_calls
-
-
 def draw(constitution: Constitution, count: int, seed: int, pair: str) -> list[Principle]:
     """Return `count` principles for a pair, drawn by weight without repeats.
 
@@ -245,7 +238,7 @@ class Labelling:
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode("ascii")).hexdigest()
         self.prefix = f"label:{digest[:16]}/"
         self.positions = Positions(judge.name)
-        self._people = _people(log)
+        self._people = decided(log)
         self._known: set[str] = set()
         for record in log.read(kind="comparison"):
             if isinstance(record, Comparison) and (record.source or "").startswith(self.prefix):
@@ -402,16 +395,6 @@ class Labelling:
                 exchange, self._constitution, work.calls, explain=False
             )
         return work.critiques[origin]
-
-
-def _people(log: Log) -> dict[str, Side]:
-    """Return what reviewers chose, by Trajectory, where they agree."""
-    reviews: dict[str, list[Review]] = {}
-    for record in log.read(kind="review"):
-        assert isinstance(record, Review)
-        reviews.setdefault(record.trajectory_id, []).append(record)
-    sides = {id: agreed_side(found) for id, found in reviews.items()}
-    return {id: side for id, side in sides.items() if side is not None}
 
 
 @dataclass

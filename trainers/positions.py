@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cai_graph.calibration import wilson
-from cai_graph.trajectory import Comparison
-from trainers.reviews import Side
+from cai_graph.log import Log
+from cai_graph.trajectory import Comparison, Review
+from trainers.compared import same_answer
+from trainers.reviews import Side, agreed_side
 
-__all__ = ["Positions", "Share"]
+__all__ = ["Positions", "Share", "decided", "positions"]
 
 
 class Share(NamedTuple):
@@ -43,6 +45,31 @@ class Share(NamedTuple):
         return f"{self.value:.0%} ({low:.0%} to {high:.0%}, n = {self.of})"
 
 
+def positions(log: Log) -> dict[str, Positions]:
+    """Return what the comparisons of a log came to, by judge; reads them once.
+
+    Raises:
+        LogError: the log cannot be read.
+    """
+    people = decided(log)
+    found: dict[str, Positions] = {}
+    for record in log.read(kind="comparison"):
+        assert isinstance(record, Comparison)
+        counted = found.setdefault(record.judge, Positions(record.judge))
+        counted.add(record, people.get(record.trajectory_id))
+    return found
+
+
+def decided(log: Log) -> dict[str, Side]:
+    """Return what reviewers chose, by Trajectory, where they agree."""
+    reviews: dict[str, list[Review]] = {}
+    for record in log.read(kind="review"):
+        assert isinstance(record, Review)
+        reviews.setdefault(record.trajectory_id, []).append(record)
+    sides = {id: agreed_side(found) for id, found in reviews.items()}
+    return {id: side for id, side in sides.items() if side is not None}
+
+
 @dataclass
 class Positions:
     """What the comparisons of one judge came to."""
@@ -50,7 +77,7 @@ class Positions:
     judge: str
     """Its name."""
     comparisons: int = 0
-    """Made; those that a critic made have no order, and those of the same text no judge."""
+    """Made, pairs of the same text left out."""
     unreadable: int = 0
     """Of which one order at least could not be read."""
     first: int = 0
@@ -67,8 +94,8 @@ class Positions:
     """Of the clear ones between a draft and its revision: those that prefer the revision."""
     revisions: int = 0
     """Clear ones between a draft and its revision."""
-    critics: int = 0
-    """Made by a critic, from each answer alone."""
+    unordered: int = 0
+    """Made without showing the two in an order: by a critic that judges each alone, or imported."""
     reviewed: int = 0
     """Clear ones between a draft and its revision of which people chose one."""
     as_people: int = 0
@@ -81,10 +108,10 @@ class Positions:
             comparison: the comparison.
             people: what people chose in that Trajectory, if they agree.
         """
-        if comparison.method is None:
+        if same_answer(*comparison.answers):
             self.identical += 1
             return
-        self.critics += comparison.method == "critic"
+        self.unordered += comparison.method in (None, "critic")
         self.comparisons += 1
         first, second = comparison.p_a
         p = comparison.preference
@@ -120,8 +147,7 @@ class Positions:
     @property
     def bias(self) -> Share:
         """Readable ones that chose the same place in both orders, whatever stood there."""
-        asked = 0 if self.critics else self.readable  # a critic sees one answer at a time
-        return Share(self.first + self.second, asked)
+        return Share(self.first + self.second, self.readable - self.unordered)
 
     @property
     def agreement(self) -> Share:

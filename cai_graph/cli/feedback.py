@@ -28,6 +28,7 @@ from cai_graph.cli.options import AsJson, Concurrency, ConstitutionName, LogUrl,
 
 if TYPE_CHECKING:
     from trainers.feedback import Labelled, Labelling
+    from trainers.positions import Positions
 
 
 class Pairs(StrEnum):
@@ -156,15 +157,17 @@ def _line(result: Labelled) -> str:
 
 
 def _sum_up(job: Labelling, as_json: bool) -> None:
+    if as_json:
+        print_json(job.positions.summary())
+    elif not job.total:
+        out.print(Text("No trajectory of this log has answers to compare."))
+    else:
+        _show(job.positions)
+
+
+def _show(found: Positions) -> None:
     from cai_graph import show
 
-    found = job.positions
-    if as_json:
-        print_json(found.summary())
-        return
-    if not job.total:
-        out.print(Text("No trajectory of this log has answers to compare."))
-        return
     rows: list[tuple[str, Any]] = [
         ("judge", found.judge),
         ("comparisons", found.comparisons),
@@ -180,6 +183,25 @@ def _sum_up(job: Labelling, as_json: bool) -> None:
         ("preferred as reviewers did", str(found.agreement_with_people)),
     ]
     out.print(show.table(rows))
+
+
+@commands.command("stats", epilog="Example: cai feedback stats --json")
+def stats(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
+    """Say of each judge in the log what its comparisons are worth."""
+    from cai_graph.log import open_log
+    from trainers.positions import positions
+
+    with open_log(log, read_only=True) as opened:
+        found = positions(opened)
+    if as_json:
+        print_json([one.summary() for one in found.values()])
+        return
+    for number, one in enumerate(found.values()):
+        if number:
+            out.print()
+        _show(one)
+    if not found:
+        out.print(Text("This log holds no comparison; cai feedback label makes them."))
 
 
 @commands.command("add", epilog="Example: cai feedback add 019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a --score 1")
