@@ -30,7 +30,7 @@ from cai_graph.plan import Plan, planning
 from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer, resumes
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
-from cai_graph.streams import AHEAD, Piece, Send, Writing, progress, relay, unstreamed, whole
+from cai_graph.streams import AHEAD, Batch, Piece, Send, Writing, batches, progress, relay, unstreamed, whole
 from cai_graph.trajectory import Draft, Trajectory, text_of
 
 __all__ = ["Guard"]
@@ -195,15 +195,16 @@ class Guard:
             return
 
         async def work(send: Send[Piece]) -> None:
-            async def chunks(calls: Calls, node: RunnableConfig) -> AsyncGenerator[Any, None]:
+            async def chunks(calls: Calls, node: RunnableConfig) -> AsyncGenerator[Batch[Any], None]:
                 under, handler = self._under(config, calls, node)
                 writing.truncated = lambda: handler.truncated
                 async with aclosing(_written(self.app, input, under, options, caller)) as written:
-                    async for chunk in written:
-                        if isinstance(chunk, Mapping) and "__interrupt__" in chunk:
-                            await send(whole(chunk, "", None))
-                            raise graph.Paused
-                        yield chunk
+                    async for batch in written:
+                        for chunk in batch.items:
+                            if isinstance(chunk, Mapping) and "__interrupt__" in chunk:
+                                await send(whole(chunk, "", None))
+                                raise graph.Paused
+                        yield batch
 
             writing = Writing(chunks, self.shape, send, at_once=mode == "audit")
             try:
@@ -276,8 +277,11 @@ async def _written(
     config: RunnableConfig,
     options: Mapping[str, Any],
     caller: bridge.Caller | None,
-) -> AsyncGenerator[Any, None]:
-    """Yield the app's chunks; it writes in a task of its own, or else in its caller's thread."""
+) -> AsyncGenerator[Batch[Any], None]:
+    """Yield the app's chunks, each time all that there are.
+
+    It writes in a task of its own, or else in its caller's thread.
+    """
 
     async def work(send: Send[Any]) -> None:
         if caller is None:
@@ -302,6 +306,6 @@ async def _written(
         finally:
             await caller.call(close)
 
-    async with aclosing(relay(work, AHEAD)) as written:
-        async for chunk in written:
-            yield chunk
+    async with aclosing(batches(work, AHEAD)) as written:
+        async for batch in written:
+            yield batch

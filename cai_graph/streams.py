@@ -5,7 +5,8 @@
     audit    the app's own chunks as they come; the verdict afterwards
 
 The app writes in a task of its own, a bounded number of chunks ahead of its reader, since what iterates an
-app's stream must be one task from its beginning to its end. Closing a stream ends that task and the graph's.
+app's stream must be one task from its beginning to its end. What it has written while a block was judged is
+the next block. Closing a stream ends that task and the graph's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from typing import Any, NamedTuple, TypeVar, cast
+from contextlib import aclosing
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from langchain_core.callbacks import (
     AsyncCallbackHandler,
@@ -35,10 +37,12 @@ from cai_graph.trajectory import Draft, Message, Trajectory, text_of
 
 __all__ = [
     "PROGRESS",
+    "Batch",
     "Piece",
     "Send",
     "Shown",
     "Writing",
+    "batches",
     "block_end",
     "feeds_streams",
     "progress",
@@ -53,7 +57,7 @@ FIRST_BLOCK = 80
 """Least characters of the first block: about a sentence, so that a reader waits as little as can be."""
 LARGEST_BLOCK = 1280
 """Least characters of the largest block. Each is twice the one before: long answers cost few calls."""
-AHEAD = 64
+AHEAD = 1024
 """How many chunks the app may be ahead of what is judged."""
 
 
@@ -81,6 +85,25 @@ async def relay(
 
     Raises what `work` raises. Closing cancels it, and waits until it has cleaned up.
     """
+    async with aclosing(batches(work, room)) as made:
+        async for batch in made:
+            for item in batch.items:
+                yield item
+
+
+class Batch(NamedTuple, Generic[T]):
+    """What a relayed task has sent since."""
+
+    items: list[T]
+    """In order; at least one."""
+    last: bool
+    """Whether nothing comes any more."""
+
+
+async def batches(
+    work: Callable[[Send[T]], Coroutine[Any, Any, None]], room: int
+) -> AsyncGenerator[Batch[T], None]:
+    """Yield as `relay` does, but each time all that there is."""
     sent: asyncio.Queue[Any] = asyncio.Queue()
     free = asyncio.Semaphore(room)
 
@@ -92,8 +115,15 @@ async def relay(
     task.add_done_callback(lambda _: sent.put_nowait(_END))
     try:
         while (item := await sent.get()) is not _END:
-            yield item
-            free.release()
+            batch = [item]
+            while not sent.empty() and (item := sent.get_nowait()) is not _END:
+                batch.append(item)
+            ended = item is _END
+            yield Batch(batch, last=ended and not task.cancelled() and task.exception() is None)
+            if ended:
+                break
+            for _ in batch:
+                free.release()
         await task
     finally:
         if not task.done():
@@ -111,18 +141,18 @@ _SENTENCE_END = re.compile(r"(?<!\d)[.!?…]+[\"'”’)\]*_]*(?=\s)|[。！？]
 def block_end(text: str, start: int, least: int) -> int | None:
     """Return where the block of `text` that begins at `start` ends; None while more text is needed to say.
 
-    It ends with a sentence or a line, after at least `least` characters; where none ends within as many
-    again, between two words.
+    It ends with the last whole sentence or line, after at least `least` characters; where none ends within
+    as many again, between two words.
 
     >>> block_end("One. Two. Three. Fo", 0, 6)
-    9
+    16
     """
-    for found in _SENTENCE_END.finditer(text, start + least):
-        if text[start : found.end()].strip():
-            return found.end()
+    ends = [found.end() for found in _SENTENCE_END.finditer(text, start + least)]
+    if ends and text[start : ends[-1]].strip():
+        return ends[-1]
     if len(text) - start > 2 * least:
-        gap = max(text.rfind(" ", start + least, start + 2 * least), 0)
-        return gap if text[start:gap].strip() else None
+        gap = text.rfind(" ", start + least)
+        return gap if gap > 0 and text[start:gap].strip() else None
     return None
 
 
@@ -134,7 +164,7 @@ class Writing:
 
     def __init__(
         self,
-        open: Callable[[Calls, RunnableConfig], AsyncGenerator[Any, None]],
+        open: Callable[[Calls, RunnableConfig], AsyncGenerator[Batch[Any], None]],
         shape: Shape,
         send: Send[Piece],
         *,
@@ -145,7 +175,7 @@ class Writing:
         self._send = send
         self._at_once = at_once
         """Whether chunks leave as they come."""
-        self._chunks: AsyncGenerator[Any, None] | None = None
+        self._chunks: AsyncGenerator[Batch[Any], None] | None = None
         self.output: Any = None
         """The sum of the app's chunks so far."""
         self.text = ""
@@ -162,7 +192,7 @@ class Writing:
         """Return the draft up to the end of its next block; unfinished where the app still writes."""
         start = self._ends[-1] if self._ends else 0
         least = min(FIRST_BLOCK << len(self._ends), LARGEST_BLOCK)
-        while (end := block_end(self.text, start, least)) is None:
+        while self._finished or (end := block_end(self.text, start, least)) is None:
             if not await self._read(calls, config):
                 return self._draft()
         self._ends.append(end)
@@ -186,17 +216,21 @@ class Writing:
         return Draft(answer=self._shape.answer(self.output), truncated=self.truncated())
 
     async def _read(self, calls: Calls, config: RunnableConfig) -> bool:
-        """Take the app's next chunk; return whether there was one."""
+        """Take what the app has written since; return whether that was anything."""
         if self._finished:
             return False
         if self._chunks is None:
             self._chunks = self._open(calls, config)
         async with calls.deadline():
-            chunk = await anext(self._chunks, _END)
-        if chunk is _END:
+            batch = await anext(self._chunks, None)
+        for chunk in [] if batch is None else batch.items:
+            await self._add(chunk)
+        if batch is None or batch.last:
             self._finished = True
             self._shape.answer(self.output)  # raises where there is none
-            return False
+        return batch is not None
+
+    async def _add(self, chunk: Any) -> None:
         try:
             self.output = chunk if self.output is None else self.output + chunk
         except TypeError:  # what does not add up replaces what came before, as LangChain has it
@@ -209,7 +243,6 @@ class Writing:
         if self._at_once:
             self._sent = len(self.text)
             await self._send(Piece(chunk, self.text[len(before) :]))
-        return True
 
     def _written(self) -> str:
         try:

@@ -20,7 +20,7 @@ from replies import IDS, RULES, answer_in, by_role, role_of, verdicts
 from cai_graph import Budget, ScriptedModel, constitutional
 from cai_graph.errors import BudgetExceeded, ConfigError, DataError, Unreadable, Violation
 from cai_graph.log import Log, open_log
-from cai_graph.streams import block_end, relay
+from cai_graph.streams import AHEAD, block_end, relay
 from cai_graph.trajectory import Outcome, Trajectory, text_of
 
 ONE = "This is the first group of sentences, and it is as long as the first block has to be."
@@ -70,6 +70,9 @@ class Typist:
         self.words = [word + " " for word in text.split(" ")]
         self.words[-1] = self.words[-1].removesuffix(" ")
         self.before = before
+        self.waits_at: dict[str, int] = {}
+        """Word -> how many chunks of the stream must have been seen before it is written."""
+        self.seen = 0
         self.written: list[str] = []
         self.threads: set[threading.Thread] = set()
         self.stopped = False
@@ -95,6 +98,8 @@ class Typist:
             for word in self.words:
                 if (waiting := self.before(word)) is not None:
                     await waiting
+                while self.seen < self.waits_at.get(word.strip(), 0):
+                    await asyncio.sleep(0)
                 await asyncio.sleep(0)
                 self._wrote(word)
                 yield word
@@ -115,8 +120,16 @@ def guarded(
     return constitutional(app, critic=model, reviser=model, stream=stream, **settings)
 
 
-async def drawn(app: Any, input: Any = "hello", config: Any = None) -> list[Any]:
-    return [chunk async for chunk in app.astream(input, config)]
+async def drawn(app: Any, input: Any = "hello", config: Any = None, *, at_pace_of: Any = None) -> list[Any]:
+    """The chunks of a stream; a typist `at_pace_of` it writes a group of sentences once the last is seen."""
+    chunks = []
+    if at_pace_of is not None:
+        at_pace_of.waits_at = {"The": 1, "And": 2}
+    async for chunk in app.astream(input, config):
+        chunks.append(chunk)
+        if at_pace_of is not None:
+            at_pace_of.seen += 1
+    return chunks
 
 
 async def until_error(app: Any) -> tuple[list[Any], Exception | None]:
@@ -140,18 +153,18 @@ def prompts(model: ScriptedModel, role: str) -> Sequence[list[BaseMessage]]:
 @pytest.mark.parametrize(
     ("text", "least", "block"),
     [
-        ("One. Two. Three", 0, "One."),
-        ("One. Two. Three", 4, "One. Two."),
-        ('He said "no!" Then', 0, 'He said "no!"'),
-        ("Really?! Yes", 0, "Really?!"),
-        ("A line\nand another", 0, "A line"),
-        ("\n\nA line\n", 0, "\n\nA line"),
-        ("Version 1.5 is out. Yes", 0, "Version 1.5 is out."),
-        ("So it is 1. Then", 0, None),
-        ("これは文です。次の", 0, "これは文です。"),
-        ("not done", 0, None),
-        ("might go on.", 0, None),
-        ("no end " * 5, 8, "no end no end"),
+        ("One. Two. Three", 1, "One. Two."),
+        ("One. Two. Three", 8, "One. Two."),
+        ("One. Two. Three", 9, None),
+        ('He said "no!" Then', 5, 'He said "no!"'),
+        ("Really?! Yes", 5, "Really?!"),
+        ("A line\nand another", 5, "A line"),
+        ("\n\nA line\n", 5, "\n\nA line"),
+        ("Version 1.5 is out. Yes", 5, "Version 1.5 is out."),
+        ("So it is 1. Then", 8, None),
+        ("これは文です。次の", 5, "これは文です。"),
+        ("might go on.", 6, None),
+        ("no end " * 3 + "no", 8, "no end no end no end"),
     ],
 )
 def test_a_block_ends_with_a_sentence_or_a_line_or_else_between_words(
@@ -216,15 +229,28 @@ async def test_closing_a_relay_waits_until_its_task_has_cleaned_up() -> None:
 
 
 async def test_a_block_leaves_while_the_app_still_writes() -> None:
-    seen = asyncio.Event()
-    typist = Typist(FINE, before=lambda word: seen.wait() if word == "last." else None)
+    typist = Typist(FINE)
 
-    chunks = []
-    async for chunk in guarded(typist.app).astream("hello"):
-        chunks.append(chunk)
-        seen.set()  # the last word comes only after the first block has left
+    chunks = await drawn(guarded(typist.app), at_pace_of=typist)
 
     assert chunks == [ONE, TWO.replace("unsafe", "harmless"), THREE]
+
+
+async def test_what_the_app_wrote_while_a_block_was_judged_is_the_next_block() -> None:
+    model, typist = judge(), Typist(FINE)
+
+    async def wait(messages: list[BaseMessage]) -> None:
+        while len(typist.written) < len(typist.words):
+            await asyncio.sleep(0)
+
+    class Slow(ScriptedModel):
+        async def _agenerate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> Any:
+            await wait(messages)
+            return self._generate(messages, *args, **kwargs)
+
+    chunks = await drawn(guarded(typist.app, Slow(replies=model.replies)))
+
+    assert chunks == [ONE, FINE.removeprefix(ONE)]
 
 
 def test_a_synchronous_stream_needs_no_event_loop_and_the_app_writes_in_its_thread() -> None:
@@ -237,9 +263,9 @@ def test_a_synchronous_stream_needs_no_event_loop_and_the_app_writes_in_its_thre
 
 
 async def test_a_kept_answer_is_judged_block_by_block_each_with_what_came_before(log: Log) -> None:
-    model = judge()
+    model, typist = judge(), Typist(FINE)
 
-    assert "".join(await drawn(guarded(Typist(FINE).app, model, log=log))) == FINE
+    assert "".join(await drawn(guarded(typist.app, model, log=log), at_pace_of=typist)) == FINE
 
     assert [answer_in(messages) for messages in model.calls] == [ONE, FINE.removesuffix(THREE), FINE]
     assert ["still being written" in messages[1].text for messages in model.calls] == [True, True, False]
@@ -351,7 +377,7 @@ async def test_an_unreadable_verdict_on_a_block_leaves_what_its_policy_says(poli
     chunks, error = await until_error(app)
 
     rest = {"closed": [f"\n\n{RULES.refusal}"], "raise": []}
-    assert chunks == [ONE, *rest.get(policy, [TWO.replace("unsafe", "harmless"), THREE])]
+    assert "".join(chunks) == ONE + "".join(rest.get(policy, [FINE.removeprefix(ONE)]))
     assert isinstance(error, Unreadable) == (policy == "raise")
 
 
@@ -462,12 +488,12 @@ async def test_an_app_is_not_read_further_than_a_bounded_way_beyond_its_reader()
 
     stream = guarded(typist.app).astream("hello")
     await anext(stream)
-    for _ in range(2000):
+    for _ in range(10 * AHEAD):
         await asyncio.sleep(0)
-    ahead = len(typist.written)
+    written = len(typist.written)
     await stream.aclose()
 
-    assert ahead < 200 < len(typist.words)
+    assert written < 4 * AHEAD < len(typist.words)
 
 
 # --- audit ---------------------------------------------------------------------------------------------
@@ -563,9 +589,10 @@ async def test_content_in_parts_stays_in_parts() -> None:
 
 
 async def test_what_stands_beside_the_answer_leaves_with_the_first_block_once() -> None:
-    app = RunnableParallel(answer=Typist(FINE).app, documents=RunnableLambda(lambda _: ["a document"]))
+    typist = Typist(FINE)
+    app = RunnableParallel(answer=typist.app, documents=RunnableLambda(lambda _: ["a document"]))
 
-    chunks = await drawn(guarded(app, context_keys=["documents"]))
+    chunks = await drawn(guarded(app, context_keys=["documents"]), at_pace_of=typist)
 
     assert [sorted(chunk) for chunk in chunks] == [["answer", "documents"], ["answer"], ["answer"]]
     total = chunks[0]
@@ -604,7 +631,8 @@ async def test_an_app_that_repeats_itself_at_greater_length_is_streamed_by_what_
 
     chunks = await drawn(guarded(model | JsonOutputParser(), model))
 
-    assert [chunk["answer"] for chunk in chunks] == [ONE, TWO.replace("unsafe", "harmless"), THREE]
+    assert chunks[0]["answer"].startswith(ONE)
+    assert "".join(chunk["answer"] for chunk in chunks) == FINE
 
 
 async def test_an_input_in_chunks_is_what_they_add_up_to() -> None:
