@@ -192,7 +192,7 @@ def run() -> str:
     """Return the section."""
     rows = asyncio.run(_measured())
     head = (
-        "| words | the draft | stream | first words / buffer's | whole / buffer's | calls | first words, s |\n"
+        "| words | the draft | stream | first words / buffer's | whole / buffer's | calls | first, s |\n"
         "|---|---|---|---|---|---|---|"
     )
     about = (
