@@ -681,3 +681,16 @@ def test_a_setting_that_cannot_be_streamed_is_refused() -> None:
         guarded(Typist().app, stream="live")
     with pytest.raises(ConfigError, match="strategy 'sampled' holds nothing back"):
         guarded(Typist().app, strategy="sampled")
+
+
+async def test_events_that_nobody_reads_on_stop_the_app_too(log: Log) -> None:
+    typist = Typist(FINE + THREE * 500)
+
+    events = guarded(typist.app, log=log).astream_events("hello", version="v2")
+    async for event in events:
+        if event["event"] == "on_chain_stream":
+            break
+    await events.aclose()
+
+    assert typist.stopped
+    assert recorded(log).outcome is Outcome.FAILED
