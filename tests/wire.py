@@ -8,8 +8,9 @@ with serving(lambda body: "hello") as server:
 from __future__ import annotations
 
 import json
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +35,10 @@ class Reply:
     """The finish reason."""
     logprobs: Any = None
     """The `content` list of the choice's log-probabilities."""
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    """What tools are called, each with `name`, `args` and `id`, as LangChain has them."""
+    cut: int | None = None
+    """After how many chunks the connection breaks, where the reply is streamed."""
 
 
 Script = Callable[[dict[str, Any]], "str | Reply"]
@@ -81,8 +86,33 @@ class Server:
                 reply = Reply(said) if isinstance(said, str) else said
                 if reply.status != 200:
                     self._send(reply.status, {"error": {"message": reply.text}}, reply.headers)
-                    return
-                self._send(200, _completion(body, reply), reply.headers)
+                elif body.get("stream"):
+                    self._stream(_chunks(body, reply), reply)
+                else:
+                    self._send(200, _completion(body, reply), reply.headers)
+
+            def _stream(self, chunks: Iterator[dict[str, Any]], reply: Reply) -> None:
+                try:
+                    self.send_response(200)
+                    for name, value in {"Content-Type": "text/event-stream", **reply.headers}.items():
+                        self.send_header(name, value)
+                    self.send_header("Transfer-Encoding", "chunked")
+                    if not server.keep_alive:
+                        self.send_header("Connection", "close")
+                    self.end_headers()
+                    for number, chunk in enumerate(chunks):
+                        if number == reply.cut:
+                            self.close_connection = True  # amid the encoding: the client sees a broken line
+                            return
+                        self._write(f"data: {json.dumps(chunk)}\n\n")
+                    self._write("data: [DONE]\n\n")
+                    self.wfile.write(b"0\r\n\r\n")
+                except OSError:
+                    self.close_connection = True  # the client went away, which some tests do
+
+            def _write(self, text: str) -> None:
+                data = text.encode()
+                self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
             def _send(self, status: int, content: object, headers: Mapping[str, str]) -> None:
                 data = json.dumps(content).encode()
@@ -106,27 +136,62 @@ class Server:
 
 
 def _completion(body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
-    asked = sum(len(str(message["content"]).split()) for message in body["messages"])
-    written = len(reply.text.split())
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text}
+    if reply.tool_calls:
+        message["tool_calls"] = [_call(call) for call in reply.tool_calls]
     return {
-        "id": "completion",
-        "object": "chat.completion",
-        "created": 0,
-        "model": body["model"],
+        **_head(body, "chat.completion"),
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": reply.text},
-                "finish_reason": reply.finish,
+                "message": message,
+                "finish_reason": _finish(reply),
                 "logprobs": None if reply.logprobs is None else {"content": reply.logprobs},
             }
         ],
-        "usage": {
-            "prompt_tokens": asked,
-            "completion_tokens": written,
-            "total_tokens": asked + written,
-        },
+        "usage": _usage(body, reply),
     }
+
+
+def _chunks(body: Mapping[str, Any], reply: Reply) -> Iterator[dict[str, Any]]:
+    """The reply word by word, arguments of tools in halves; the usage last, where it is asked for."""
+
+    def chunk(delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": logprobs}
+        return {**_head(body, "chat.completion.chunk"), "choices": [choice]}
+
+    yield chunk({"role": "assistant", "content": ""})
+    for word in re.findall(r"\s*\S+|\s+$", reply.text):
+        yield chunk({"content": word})
+    for index, call in enumerate(map(_call, reply.tool_calls)):
+        said = call["function"]["arguments"]
+        half = len(said) // 2
+        first = {**call["function"], "arguments": said[:half]}
+        yield chunk({"tool_calls": [{**call, "index": index, "function": first}]})
+        yield chunk({"tool_calls": [{"index": index, "function": {"arguments": said[half:]}}]})
+    told = None if reply.logprobs is None else {"content": reply.logprobs}
+    yield chunk({}, _finish(reply), told)
+    if (body.get("stream_options") or {}).get("include_usage"):
+        yield {**_head(body, "chat.completion.chunk"), "choices": [], "usage": _usage(body, reply)}
+
+
+def _head(body: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {"id": "completion", "object": kind, "created": 0, "model": body["model"]}
+
+
+def _finish(reply: Reply) -> str:
+    return "tool_calls" if reply.tool_calls and reply.finish == "stop" else reply.finish
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": json.dumps(call["args"])}
+    return {"id": call["id"], "type": "function", "function": function}
+
+
+def _usage(body: Mapping[str, Any], reply: Reply) -> dict[str, int]:
+    asked = sum(len(str(message.get("content")).split()) for message in body["messages"])
+    written = len(reply.text.split()) + sum(len(str(call["args"]).split()) for call in reply.tool_calls)
+    return {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
 
 
 @contextmanager
