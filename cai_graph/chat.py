@@ -19,6 +19,7 @@ from langchain_core.callbacks import (
     CallbackManagerForLLMRun,
 )
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.language_models.chat_models import _format_ls_structured_output
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata, add_usage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
@@ -32,8 +33,10 @@ from cai_graph.guard import Guard
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
 from cai_graph.shadow import Shadow
+from cai_graph.shape import Shape
 from cai_graph.streams import Piece, feeds_streams
 from cai_graph.trajectory import Trajectory
+from cai_graph.typed import Typed, form_of, with_model
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
@@ -244,10 +247,12 @@ class ConstitutionalChatModel(BaseChatModel):
         input: LanguageModelInput,
         config: RunnableConfig | None,
         stop: list[str] | None,
-        options: Mapping[str, Any],
+        options: dict[str, Any],
         caller: bridge.Caller | None = None,
     ) -> AsyncGenerator[AIMessageChunk, None]:
         config, messages = ensure_config(config), self._convert_input(input).to_messages()
+        # Of the form of a structured output only tracers are told; the wrapped model has it in other words.
+        form = _format_ls_structured_output(options.pop("ls_structured_output_format", None))
         callbacks = AsyncCallbackManager.configure(
             config.get("callbacks"),
             self.callbacks,
@@ -261,7 +266,7 @@ class ConstitutionalChatModel(BaseChatModel):
             self._serialized,
             [messages],
             invocation_params=self._get_invocation_params(stop=stop, **options),
-            options={"stop": stop},
+            options={"stop": stop, **form},
             name=config.get("run_name"),
             run_id=config.get("run_id"),
             batch_size=1,
@@ -331,7 +336,28 @@ class ConstitutionalChatModel(BaseChatModel):
             kwargs["tool_choice"] = tool_choice
         return self._around(self._model.bind_tools(tools, **kwargs))
 
-    def _around(self, drafting: Runnable[LanguageModelInput, AIMessage]) -> _Configured:
+    def with_structured_output(
+        self, schema: dict[str, Any] | type | None = None, *, include_raw: bool = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Return the wrapped model's own structured output, its JSON judged and revised before it is parsed.
+
+        A refusal cannot be typed: where policy `closed` would release one, Refused is raised.
+
+        Args:
+            schema: a pydantic class, a TypedDict, a JSON Schema, or what else the wrapped model takes.
+            include_raw: whether the message and a parsing error come along, as in LangChain.
+            kwargs: passed on to the wrapped model, such as `method` and `strict`.
+
+        Raises:
+            ConfigError: what the wrapped model returns has no model in it.
+        """
+        made = self._model.with_structured_output(schema, include_raw=include_raw, **kwargs)  # type: ignore[arg-type]
+        shape = Typed(wanted=form_of(schema))
+        return with_model(made, lambda model: self._around(model, shape))
+
+    def _around(
+        self, drafting: Runnable[LanguageModelInput, AIMessage], shape: Shape | None = None
+    ) -> _Configured:
         """Return this model around what the wrapped one made of itself, with the arguments that it bound."""
         options: Mapping[str, Any] = {}
         config = RunnableConfig()
@@ -339,7 +365,7 @@ class ConstitutionalChatModel(BaseChatModel):
             options, config = {**drafting.kwargs, **options}, {**drafting.config, **config}
             drafting = drafting.bound
         model = self.model_copy()
-        model._guard = dataclasses.replace(self._guard, app=drafting)
+        model._guard = dataclasses.replace(self._guard, app=drafting, shape=shape or self._guard.shape)
         return _Configured(bound=model, kwargs=options, config=config)
 
     def bind(self, **kwargs: Any) -> _Configured:  # type: ignore[override]  # LangChain's is private
@@ -440,6 +466,14 @@ class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
         """Return the same with tools."""
         model = cast("ConstitutionalChatModel", self.bound)
         return self.model_copy(update={"bound": model.bind_tools(tools, **kwargs)})
+
+    def with_structured_output(
+        self, schema: dict[str, Any] | type | None = None, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Return the same with structured output."""
+        model = cast("ConstitutionalChatModel", self.bound)
+        made = model.with_structured_output(schema, **kwargs)
+        return with_model(made, lambda bound: self.model_copy(update={"bound": bound}))
 
 
 def _options(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

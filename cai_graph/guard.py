@@ -186,10 +186,11 @@ class Guard:
         """Yield the app's output in pieces, as they may leave; arguments and errors are those of `answer`.
 
         The last piece has the record; there is none where the app waits for a person. A graph's chunks are
-        the states of its channels, not pieces of an answer, so that what a graph answers leaves in one piece.
+        the states of its channels, not pieces of an answer, so that what a graph answers leaves in one piece,
+        as does a structured answer.
         """
         mode = self.plan.settings.stream
-        if mode == "buffer" or graph.is_graph(self.app):
+        if mode == "buffer" or self.shape.whole or graph.is_graph(self.app):
             output, trajectory = await self.answer(input, config, options, caller=caller)
             yield whole(output, "" if trajectory is None else text_of(self.shape.answer(output)), trajectory)
             return

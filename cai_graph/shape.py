@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
@@ -33,6 +33,9 @@ class Shape:
     """Key of the answer in a dict; None: `messages`, else the only one present of the usual keys."""
     context_keys: tuple[str, ...] = ()
     """Keys of the output, or else of the input, that the critic sees as context."""
+
+    whole: ClassVar[bool] = False
+    """Whether an answer cannot be told part by part, and so leaves in one piece."""
 
     def conversation(self, value: object) -> tuple[Message, ...]:
         """Return the conversation that an input asks in."""

@@ -343,12 +343,7 @@ def progress(
 
     The event's data is `{"step": "revising 1/2"}`: never a word of a draft.
     """
-    hearing = [
-        handler
-        for handler in callbacks.handlers
-        if type(handler).on_custom_event
-        not in (BaseCallbackHandler.on_custom_event, AsyncCallbackHandler.on_custom_event)
-    ]
+    hearing = [handler for handler in callbacks.handlers if _hears(handler, "on_custom_event")]
     if not hearing and writer is None:
         return None
     manager = AsyncCallbackManager(
@@ -370,10 +365,12 @@ def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
     """Return a copy of the callbacks without the handlers that feed streams, so that no draft shows in one.
 
     Tracers stay and see every inner call. https://github.com/langchain-ai/langchain/issues/35011
+    So does what counts tokens. What neither follows chains nor hears a model end sees the one model that it
+    always saw.
     """
     kept = callbacks.copy()
     for handler in [*kept.handlers, *kept.inheritable_handlers]:
-        if feeds_streams(handler):
+        if feeds_streams(handler) or not (_hears(handler, "on_chain_start") or _hears(handler, "on_llm_end")):
             kept.remove_handler(handler)
     return kept
 
@@ -421,6 +418,11 @@ class Shown:
         """Say that nothing more comes."""
         if self._run is not None:
             await self._run.on_llm_error(error)
+
+
+def _hears(handler: BaseCallbackHandler, event: str) -> bool:
+    own = getattr(type(handler), event)
+    return own not in (getattr(BaseCallbackHandler, event), getattr(AsyncCallbackHandler, event))
 
 
 def feeds_streams(handler: BaseCallbackHandler) -> bool:

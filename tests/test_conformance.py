@@ -24,6 +24,9 @@ from cai_graph.guard import Guard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning"),
+    # langchain-openai warns of these itself, wrapped or not.
+    pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Received a Pydantic BaseModel V1 schema:UserWarning"),
 ]
 
 # --- a model of OpenAI's, on the loopback -------------------------------------------------------------
@@ -53,7 +56,7 @@ def said_in_form(body: dict[str, Any], text: str) -> str | Reply:
     if form.get("type") == "json_schema":
         return json.dumps(sample(form["json_schema"]["schema"], prompt))
     if form.get("type") == "json_object":
-        return json.dumps({key: prompt for key in ("setup", "punchline")})
+        return json.dumps(dict.fromkeys(("setup", "punchline"), prompt))
     for stop in body.get("stop") or ():
         text = text.partition(stop)[0]
     return text

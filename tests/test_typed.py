@@ -1,0 +1,282 @@
+"""Structured output under a constitution: judged as JSON, revised as JSON, parsed as the bare model's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pydantic.v1
+import pytest
+from langchain.agents import create_agent
+from langchain.agents.structured_output import ProviderStrategy
+from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableLambda
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel, Field
+from replies import RULES, by_role, flags, verdicts
+from wire import Reply, Server, role, serving
+
+from cai_graph import ConstitutionalChatModel, ScriptedModel, constitutional, open_log
+from cai_graph.errors import ConfigError, Refused, Violation
+from cai_graph.trajectory import Outcome, Rejection, Trajectory
+from cai_graph.typed import form_of
+
+# langchain-openai warns of its own structured output, wrapped or not.
+pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")
+
+
+class Advice(BaseModel):
+    """Advice."""
+
+    text: str
+    risk: int = Field(ge=0, le=5)
+
+
+class AdviceDict(TypedDict):
+    """Advice."""
+
+    text: str
+    risk: int
+
+
+SCHEMAS = {"pydantic": Advice, "typeddict": AdviceDict, "json_schema": Advice.model_json_schema()}
+METHODS = ["json_schema", "function_calling", "json_mode"]
+BAD, GOOD = {"text": "mix them", "risk": 5}, {"text": "keep them apart", "risk": 0}
+
+
+def as_form(body: dict[str, Any], data: dict[str, Any]) -> str | Reply:
+    """Say `data` in the way that a request asks for: by its tool, or in words."""
+    if tools := body.get("tools"):
+        return Reply(tool_calls=[{"name": tools[0]["function"]["name"], "args": data, "id": "call-1"}])
+    return json.dumps(data, indent=1)
+
+
+def script(
+    *, draft: dict[str, Any] = BAD, revise: Callable[[], str] = lambda: json.dumps(GOOD)
+) -> Callable[[dict[str, Any]], str | Reply]:
+    def reply(body: dict[str, Any]) -> str | Reply:
+        match role(body):
+            case "critique":
+                shown = str(body["messages"][1]["content"])
+                return verdicts(*(["no-harm"] if '"mix them"' in shown.rpartition("<answer>")[2] else []))
+            case "revise":
+                return revise()
+            case _:
+                return as_form(body, draft)
+
+    return reply
+
+
+@contextmanager
+def served(
+    answers: Callable[[dict[str, Any]], str | Reply], **settings: Any
+) -> Iterator[tuple[Server, ConstitutionalChatModel]]:
+    with serving(answers) as server:
+        bare = ChatOpenAI(model="gpt-test", base_url=server.url, api_key="unused")  # type: ignore[arg-type]
+        yield server, constitutional(bare, **{"constitution": RULES, "log": None, **settings})
+
+
+@pytest.mark.parametrize("include_raw", [False, True])
+@pytest.mark.parametrize("kind", SCHEMAS)
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_violating_answer_is_revised_and_is_what_the_schema_makes_of_it(
+    method: str, kind: str, include_raw: bool
+) -> None:
+    schema = SCHEMAS[kind]
+    with served(script()) as (server, model):
+        asked = model.with_structured_output(schema, method=method, include_raw=include_raw)
+        outputs = [await asyncio.to_thread(asked.invoke, "hello"), await asked.ainvoke("hello")]
+
+    expected = Advice(**GOOD) if kind == "pydantic" else GOOD
+    for output in outputs:
+        if include_raw:
+            raw = output["raw"]
+            assert "mix them" not in str(raw)
+            assert raw.response_metadata["cai"]["outcome"] == "REVISED"
+            assert output["parsing_error"] is None
+        assert (output["parsed"] if include_raw else output) == expected
+    assert [role(body) for body in server.requests[:4]] == ["draft", "critique", "revise", "critique"]
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_compliant_answer_is_the_bare_models(method: str, kind: str) -> None:
+    with served(script(draft=GOOD)) as (_, model):
+        bare = model.app
+        assert isinstance(bare, ChatOpenAI)
+        schema: Any = SCHEMAS[kind]
+        ours = await model.with_structured_output(schema, method=method).ainvoke("hello")
+        theirs = await bare.with_structured_output(schema, method=method).ainvoke("hello")  # type: ignore[arg-type]
+        streamed = [
+            part async for part in model.with_structured_output(schema, method=method).astream("hello")
+        ]
+
+    assert ours == theirs
+    assert type(ours) is type(theirs)
+    assert streamed[-1] == theirs
+
+
+def test_a_class_of_pydantic_1_is_read_too() -> None:
+    class Old(pydantic.v1.BaseModel):
+        """Advice."""
+
+        text: str
+        risk: int
+
+    with served(script()) as (_, model):
+        output = model.with_structured_output(Old, method="function_calling").invoke("hello")
+
+    assert output == Old(**GOOD)
+
+
+@pytest.mark.parametrize(
+    ("said", "detail"),
+    [
+        ("I would keep them apart.", ""),
+        ('{"text": "keep them apart"}', "risk"),
+        ('{"text": "keep them apart", "risk": 9}', "less than or equal to 5"),
+        ('{"text": "keep them apart", "risk": ', ""),
+    ],
+)
+async def test_a_revision_that_does_not_fit_the_schema_is_rejected(
+    said: str, detail: str, tmp_path: Path
+) -> None:
+    said_first = iter([said, json.dumps(GOOD)])
+    with (
+        open_log(tmp_path / "cai.db") as log,
+        served(script(revise=lambda: next(said_first)), log=log) as (_, model),
+    ):
+        output = await model.with_structured_output(Advice).ainvoke("hello")
+        (trajectory,) = log.read(kind="trajectory")
+
+    assert output == Advice(**GOOD)
+    assert isinstance(trajectory, Trajectory)
+    first, second = (turn.revisions[0] for turn in trajectory.rounds)
+    assert first.rejection is Rejection.BAD_SCHEMA
+    assert detail in (first.detail or "")
+    assert second.accepted
+
+
+@pytest.mark.parametrize("include_raw", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_refusal_cannot_be_typed(method: str, include_raw: bool, tmp_path: Path) -> None:
+    with (
+        open_log(tmp_path / "cai.db") as log,
+        served(script(revise=lambda: json.dumps(BAD)), log=log) as (_, model),
+    ):
+        asked = model.with_structured_output(Advice, method=method, include_raw=include_raw)
+        with pytest.raises(Refused, match="I would rather not") as refused:
+            await asked.ainvoke("hello")
+        (trajectory,) = log.read(kind="trajectory")
+
+    assert isinstance(trajectory, Trajectory)
+    assert trajectory.outcome is Outcome.REFUSED
+    assert refused.value.trajectory_id == trajectory.id
+
+
+async def test_the_other_policies_hold_for_structured_answers() -> None:
+    stubborn = script(revise=lambda: json.dumps(BAD))
+    with served(stubborn, on_violation="raise") as (_, model), pytest.raises(Violation):
+        await model.with_structured_output(Advice).ainvoke("hello")
+    with served(stubborn, on_violation="open") as (_, model):
+        assert await model.with_structured_output(Advice).ainvoke("hello") == Advice(**BAD)
+
+
+async def test_an_answer_that_the_bare_model_could_not_parse_is_no_better_here() -> None:
+    with served(script(draft={"text": "fine"})) as (_, model):
+        raw = await model.with_structured_output(Advice, method="json_mode", include_raw=True).ainvoke(
+            "hello"
+        )
+
+    assert raw["parsed"] is None
+    assert "risk" in str(raw["parsing_error"])
+
+
+async def test_configuration_and_arguments_survive_structured_output() -> None:
+    with served(script(draft=GOOD)) as (server, model):
+        set_up = model.with_config(tags=["mine"]).bind(seed=7)
+        events = [
+            event
+            async for event in set_up.with_structured_output(Advice).astream_events("hello", version="v2")
+        ]
+
+    ours = [event for event in events if event["event"] == "on_chat_model_start"]
+    assert [event["tags"] for event in ours] == [["seq:step:1", "mine"]]
+    assert server.requests[0]["seed"] == 7
+    assert "response_format" in server.requests[0]
+
+
+@pytest.mark.parametrize("mode", ["blocks", "audit"])
+async def test_a_structured_answer_leaves_in_one_piece_whatever_the_stream(mode: str) -> None:
+    with served(script(), stream=mode) as (_, model):
+        parts = [part async for part in model.with_structured_output(Advice).astream("hello")]
+
+    assert parts == [Advice(**GOOD)]
+
+
+async def test_another_tool_that_is_called_instead_passes() -> None:
+    def search(query: str) -> str:
+        """Search."""
+        return ""
+
+    def calls(body: dict[str, Any]) -> Reply:
+        return Reply(tool_calls=[{"name": "search", "args": {"query": "x"}, "id": "call-1"}])
+
+    with served(calls) as (server, model):
+        asked = model.with_structured_output(Advice, include_raw=True, tools=[search], strict=True)
+        raw = await asked.ainvoke("hello")
+
+    assert [call["name"] for call in raw["raw"].tool_calls] == ["search"]
+    assert len(server.requests) == 1
+
+
+def test_a_model_without_structured_output_says_so_as_it_did() -> None:
+    with pytest.raises(NotImplementedError):
+        constitutional(ScriptedModel(replies=[]), log=None).with_structured_output(Advice)
+
+
+def test_structured_output_without_a_model_in_it_is_an_error_that_says_what_to_do() -> None:
+    class Odd(ScriptedModel):
+        def with_structured_output(self, schema: Any, **kwargs: Any) -> Any:
+            return RunnableLambda(lambda _: Advice(**GOOD))
+
+    with pytest.raises(ConfigError, match="no chat model stands in it; wrap the result instead"):
+        constitutional(Odd(replies=[]), log=None).with_structured_output(Advice)
+
+
+def test_a_call_among_content_parts_is_revised_in_all_its_places() -> None:
+    """Anthropic's messages repeat the call among the parts of their content."""
+
+    class Calling(ScriptedModel):
+        def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+            return self.bind()
+
+    call = {"name": "Advice", "args": BAD, "id": "call-1"}
+    use = {"type": "tool_use", "name": "Advice", "input": BAD, "id": "call-1"}
+    draft = AIMessage([{"type": "text", "text": "mix them"}, use], tool_calls=[{**call, "type": "tool_call"}])
+    critic = by_role(critique=flags("no-harm", answers=[json.dumps(BAD)]), revise=json.dumps(GOOD))
+    model = constitutional(
+        Calling(replies=[draft]), critic=critic, reviser=critic, constitution=RULES, log=None
+    )
+
+    output = model.with_structured_output(Advice, include_raw=True).invoke("hello")
+
+    assert output["parsed"] == Advice(**GOOD)
+    assert output["raw"].content == [{**use, "input": GOOD}]
+    assert output["raw"].id is not None
+
+
+def test_json_mode_without_a_schema_takes_any_object() -> None:
+    assert form_of(None).read('Here: {"any": 1}') == '{"any": 1}'
+
+
+async def test_an_agent_with_a_response_format_of_the_provider_gets_its_revised_answer_parsed() -> None:
+    with served(script()) as (_, model):
+        agent: Any = create_agent(model, [], response_format=ProviderStrategy(Advice))
+        state = await agent.ainvoke({"messages": [("user", "hello")]})
+
+    assert state["structured_response"] == Advice(**GOOD)
