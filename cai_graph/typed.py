@@ -116,7 +116,8 @@ class Typed(Shape):
             raise Refused(
                 f"the structured answer was refused: {text_of(released)}", trajectory_id=trajectory.id
             )
-        left = super().put(output, released, trajectory)
+        calls = from_langchain(_message(output)).tool_calls
+        left = super().put(output, replace(released, tool_calls=calls), trajectory)
         if trajectory.released_from == "draft" or self.form(output) is None:
             return left
         data = json.loads(self.wanted.read(text_of(released)))
