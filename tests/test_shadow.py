@@ -258,7 +258,7 @@ def test_tracers_see_the_calls_behind_and_the_callers_metadata_is_recorded(log: 
     class Tracer(BaseCallbackHandler):
         seen: int = 0
 
-        def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
+        def on_llm_end(self, *args: Any, **kwargs: Any) -> None:
             self.seen += 1
 
     tracer = Tracer()
