@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from log_support import comparison, feedback, trajectory
 
 from cai_graph.trajectory import Comparison, Message, encode
 from trainers.compared import Judged, judged_pairs
-from trainers.conversion import CONVERSIONS, Terms
+from trainers.conversion import Terms, rows_of
+from trainers.evidence import Evidence
 from trainers.ledger import Reason
-from trainers.reading import Evidence, Logged, read_logged
-from trainers.rows import Dropped, PreferenceRow
+from trainers.reading import Logged, read_logged
+from trainers.rows import Dropped, PreferenceRow, Row
 
 
 def said(text: str) -> Message:
@@ -102,14 +104,13 @@ def test_swapping_a_and_b_gives_the_same_pair(p_a: tuple[float, float], band: An
         assert there == back or near
 
 
-def converted(score: float, p: float) -> list[Any] | Dropped:
+def converted(score: float, p: float) -> Sequence[Row] | Dropped:
     record = trajectory()
     logged = read_logged(encode(record))
     assert isinstance(logged, Logged)
     one = between("draft 0", "revised 0", p, p)
-    return CONVERSIONS["preference"](
-        logged, Evidence((one,), (), (feedback(record.id, score=score),)), Terms()
-    )
+    evidence = Evidence((one,), (), (feedback(record.id, score=score),))
+    return rows_of("preference", logged, evidence, Terms())
 
 
 def test_end_users_who_contradict_the_judge_drop_the_pair() -> None:

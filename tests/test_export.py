@@ -82,7 +82,7 @@ def records() -> list[Record]:
     """Revised, kept, twice revised, and tool-calling requests; their arguments differ in their keys."""
     found: list[Record] = [revised(number) for number in range(8)]
     found += [kept(number) for number in range(8, 12)]
-    found += [two_revisions(number) for number in range(12, 16)]
+    found += [two_revisions(number) for number in range(18, 30)]
     found += [
         revised(16, messages=calls(16, {"words": ["a"], "limit": 3})),
         revised(17, messages=calls(17, {"page": {"number": 2}})),
@@ -97,7 +97,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def made(log: str, tmp_path: Path) -> Callable[[Kind, Format], Path]:
-    def make(kind: Kind, format: Format, test_share: float = 0.3) -> Path:
+    def make(kind: Kind, format: Format, test_share: float = 0.5) -> Path:
         recipe = Recipe(kind=kind, test_share=test_share)
         return build([log], tmp_path / f"{kind}-{format}", recipe, format=format).path
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -35,7 +36,7 @@ from cai_graph.log import writer as log_writer
 from cai_graph.log.redaction import is_withheld, withhold
 from cai_graph.log.store import row_of
 from cai_graph.log.upkeep import verify
-from cai_graph.trajectory import ConstitutionRef, Message, Outcome, Record, Trajectory, encode
+from cai_graph.trajectory import ConstitutionRef, Message, Outcome, Record, Trajectory, decode, encode
 
 
 @pytest.fixture
@@ -162,6 +163,26 @@ def test_what_is_rare_is_found_without_reading_the_rest(
         assert index in plan, plan
         assert "Sort" not in plan
         assert "TEMP B-TREE" not in plan
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_cuts_divide_the_log_without_loss_or_overlap(log: Log, count: int) -> None:
+    made = fill(log, 20)
+    assert not log.has_appended()
+    about = feedback(made[0].id, at=START)
+    log.append(about).result()
+    cuts = log.cuts(count)
+    assert len(cuts) == min(count, 21) + 1
+    parts = [list(log.read(positions=part)) for part in pairwise(cuts)]
+    assert [record for part in parts for record in part] == [*made, about]
+    assert [*log.read(positions=(cuts[0], cuts[-1]), newest_first=True)] == [about, *reversed(made)]
+    assert log.has_appended()
+    assert list(log.read(appended=True)) == [about]
+    assert [decode(payload) for payload in log.payloads(limit=2)] == made[:2]
+
+
+def test_an_empty_log_has_one_cut(log: Log) -> None:
+    assert log.cuts(3) == [0]
 
 
 def test_reading_after_an_unknown_id_says_so(log: Log) -> None:

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from cai_graph.errors import CaiError, ConfigError, DataError, MissingExtra
+from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from cai_graph.trajectory import Comparison, decode
 from trainers.dataset import read_manifest
 from trainers.export import Format, read_rows
 from trainers.positions import Positions, Share
-from trainers.reading import payloads
+from trainers.reading import appended, stretches
 from trainers.rows import Kind, PreferenceRow, Row, Turn, UnpairedRow
 
 __all__ = ["Report", "Summary", "report", "summarise"]
@@ -189,12 +189,9 @@ def summarise(folder: Path) -> Summary:
 
 
 def _count_comparisons(log: str, positions: dict[str, Positions]) -> None:
-    for payload in payloads(log):
-        if payload.startswith(b'{"record":"comparison"'):
-            try:
-                record = decode(payload)
-            except DataError:
-                continue  # the ledger counts it
+    for stretch in stretches(log, 1):
+        for _, payload in appended(stretch):
+            record = decode(payload)
             if isinstance(record, Comparison):
                 positions.setdefault(record.judge, Positions(record.judge)).add(record)
 

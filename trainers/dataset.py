@@ -1,8 +1,8 @@
 """From a log to a dataset: every trajectory accounted for, every row traceable, the same bytes each time.
 
-    convert    a stretch of the log → candidate rows, in spools by the first bits of their digest
+    convert    a stretch of the log → candidate rows, in spools by the first bits of their id
     select     spool by spool: of rows of the same content one stays, caps and mixes hold
-    write      rows in the order of their digest, which is no order of the log's: a shuffled set
+    write      rows in the order of their ids, which is no order of the log's: a shuffled set
 
 Spools bound the memory, and every decision is by content and not by order. So any number of workers, either
 engine, and a log in any order give the same bytes.
@@ -10,31 +10,56 @@ engine, and a log in any order give the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import sys
 import tempfile
-from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
+from itertools import count
+from operator import attrgetter
 from pathlib import Path
-from struct import Struct
 from typing import Any, NamedTuple
 
 import msgspec
-import xxhash
+from xxhash import xxh3_64_digest, xxh3_64_intdigest, xxh3_128_intdigest
 
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import without_password
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
-from trainers.conversion import CONVERSIONS, Terms
-from trainers.export import Format, Sink, provenances, sink_for
+from trainers.conversion import Terms, rows_of
+from trainers.evidence import NO_EVIDENCE, Evidence, EvidenceFile, Mapped, gather
+from trainers.export import Format, fits_in, provenances, sink_for
 from trainers.ledger import REASONS, Ledger, Reason
-from trainers.reading import NO_EVIDENCE, Evidence, about, evidence, payloads, read_logged
-from trainers.rows import KINDS, Dropped, Encoded, Kind, Provenance, Source, Split, encode_row, read_row
-from trainers.split import prompt_key, prompt_text, side
+from trainers.reading import (
+    Logged,
+    Stretch,
+    about,
+    read_logged,
+    stretches,
+)
+from trainers.rows import KINDS, RANKS, Dropped, Kind, Provenance, Row, Split, encode_row, line_of, read_row
+from trainers.split import prompt_key, test_keys
+from trainers.spool import (
+    KEPT_DRAFT,
+    NOBODY,
+    REMOVED,
+    SPOOLS,
+    Limit,
+    Mix,
+    Spooled,
+    Spooling,
+    Spools,
+    decided,
+    load,
+    pack,
+)
 
 __all__ = ["Dataset", "Origin", "Recipe", "build", "explain", "read_manifest"]
 
@@ -85,7 +110,14 @@ class Dataset(NamedTuple):
     """What became of every trajectory."""
 
 
-def build(logs: Sequence[str], output: Path, recipe: Recipe, *, format: Format = "jsonl") -> Dataset:
+def build(
+    logs: Sequence[str],
+    output: Path,
+    recipe: Recipe,
+    *,
+    format: Format = "jsonl",
+    workers: int = 1,
+) -> Dataset:
     """Write a dataset of all trajectories of the logs; the folder appears whole or not at all.
 
     Args:
@@ -93,6 +125,7 @@ def build(logs: Sequence[str], output: Path, recipe: Recipe, *, format: Format =
         output: the folder to make; it must not be there.
         recipe: what to make.
         format: whose loader is to read it.
+        workers: processes; the outcome does not depend on their number.
 
     Raises:
         ConfigError: the output is there already, or the format has no place for the kind.
@@ -102,27 +135,89 @@ def build(logs: Sequence[str], output: Path, recipe: Recipe, *, format: Format =
     """
     if not logs:
         raise ConfigError("name a log to build from")
+    if workers < 1:
+        raise ConfigError(f"workers is a number of processes from 1, found {workers!r}")
+    with _whole(output) as folder, tempfile.TemporaryDirectory(dir=output.parent, prefix=".spools.") as work:
+        writer = sink_for(format, recipe.kind, folder)
+        parts = [stretch for log in logs for stretch in stretches(log, workers)]
+        with _mapping(workers) as mapped:
+            part, spooled = _converted(recipe, parts, Path(work), mapped)
+            limits = settled(recipe, spooled)
+            lost: list[Lost] = []
+            for selected in mapped(partial(_select_spool, recipe, format, spooled, limits), range(SPOOLS)):
+                part.ledger.add(selected.ledger)
+                lost += selected.lost
+                for split, lines in selected.lines.items():
+                    if lines:
+                        writer.write(split, lines)
+            writer.close()
+        ledger = whole(part.ledger, lost)
+        _check(ledger, logs)
+        manifest = _manifest(part, recipe, format, ledger, logs)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return Dataset(output, ledger)
+
+
+def _converted(
+    recipe: Recipe, parts: Sequence[Stretch], work: Path, mapped: Mapped
+) -> tuple[Part, list[Spooled]]:
+    """Turn all stretches into candidates, spooled in `work`."""
+    if not any(stretch.seems_judged() for stretch in parts):
+        with contextlib.suppress(Judged):  # It does not show in every file that somebody judged.
+            return _collected(mapped(partial(convert, recipe, work / "first", None), parts, count()))
+    evidence = gather(mapped, work / "evidence.db", parts)
+    step = partial(convert, recipe, work / "second", evidence.path)
+    part, spooled = _collected(mapped(step, parts, count()))
+    part.ledger.orphans = evidence.trajectories - len(part.judged)
+    return part, spooled
+
+
+def _collected(converted: Iterable[tuple[Part, Spooled]]) -> tuple[Part, list[Spooled]]:
+    whole = Part()
+    spooled: list[Spooled] = []
+    for part, spools in converted:
+        whole.add(part)
+        spooled.append(spools)
+    return whole, spooled
+
+
+@contextmanager
+def _whole(output: Path) -> Iterator[Path]:
+    """Give a folder that becomes `output` when the body ends, or goes away."""
     if output.exists():
         raise ConfigError(f"{output}: is there already; name a new folder, or remove it first")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        spools = work / "spools"
-        spools.mkdir()
-        whole = work / "dataset"
-        whole.mkdir()
-        writer = sink_for(format, recipe.kind, whole)
-        part = convert(logs, recipe, spools)
-        ledger = _select(part, recipe, spools, writer)
-        writer.close()
-        _check(ledger, logs)
-        (whole / MANIFEST).write_text(
-            json.dumps(_manifest(part, recipe, format, ledger, logs), indent=2) + "\n"
-        )
-        os.replace(whole, output)
-    finally:
-        shutil.rmtree(work)
-    return Dataset(output, ledger)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be made: {error.strerror}") from error
+    try:
+        yield folder
+        os.replace(folder, output)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Mapped]:
+    """Give what applies a function to each item: `map`, or the same in processes."""
+    if workers == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(workers) as pool:
+
+        def mapped(function: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
+            # A few ahead, not all of them: what waits to be taken is in memory.
+            ahead: deque[Future[Any]] = deque()
+            for arguments in zip(*items, strict=False):
+                ahead.append(pool.submit(function, *arguments))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+        yield mapped
 
 
 def _check(ledger: Ledger, logs: Sequence[str]) -> None:
@@ -160,6 +255,226 @@ def _manifest(
         "ledger": ledger.to_json(),
         "versions": {"cai-graph": version("cai-graph"), "schema": SCHEMA_VERSION},
     }
+
+
+# --- convert ------------------------------------------------------------------------------------------
+
+_DIGESTS = 1 << 128
+_STRETCH = 40
+"""Bits of a trajectory's number within its stretch; the stretch's number stands above."""
+
+
+@dataclasses.dataclass
+class Part:
+    """What converting a stretch of the log came to, besides the spools."""
+
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
+    """Trajectories that made no row are accounted for; of the others only the rows are counted."""
+    log_digest: int = 0
+    """Sum of the payloads' digests modulo 2¹²⁸, so that it does not depend on their order."""
+    constitutions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Name of each constitution that judged, by digest."""
+    judged: set[str] = dataclasses.field(default_factory=set)
+    """Trajectories that a person or a judge spoke about."""
+
+    def add(self, other: Part) -> None:
+        """Add what another stretch came to."""
+        self.ledger.add(other.ledger)
+        self.log_digest = (self.log_digest + other.log_digest) % _DIGESTS
+        self.constitutions |= other.constitutions
+        self.judged |= other.judged
+
+
+class Judged(Exception):  # noqa: N818 - no error: the evidence is gathered first
+    """A record about a Trajectory was met where none were expected."""
+
+
+class Convert:
+    """Turns encoded records into candidates, and keeps the account in `part`."""
+
+    def __init__(self, recipe: Recipe, evidence: Callable[[str], Evidence] | None, number: int) -> None:
+        self.recipe = recipe
+        self.evidence = evidence
+        self.part = Part()
+        self._number = number << _STRETCH
+        self._terms = Terms()
+        self._users, self._tenants = frozenset(recipe.without_users), frozenset(recipe.without_tenants)
+
+    def __call__(self, payloads: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the header and the body of each candidate.
+
+        Raises:
+            Judged: there is evidence, and none was expected.
+        """
+        kind, part, ledger = self.recipe.kind, self.part, self.part.ledger
+        number, digests = self._number, 0
+        for payload in payloads:
+            digests += xxh3_128_intdigest(payload)
+            logged = read_logged(payload)
+            if logged is None:
+                if self.evidence is None:
+                    raise Judged
+                continue
+            number += 1
+            rows = logged if isinstance(logged, Dropped) else self._rows(logged)
+            if isinstance(rows, Dropped):
+                ledger.drop(rows.reason)
+                continue
+            assert not isinstance(logged, Dropped)
+            try:
+                encoded = [encode_row(kind, row) for row in rows]
+            except UnicodeEncodeError:
+                ledger.drop(Reason.BROKEN_TEXT)
+                continue
+            siblings = len(rows)
+            ledger.made += siblings
+            prompt = prompt_key(rows[0].prompt)
+            user, tenant, gone = self._people(logged.metadata) if logged.metadata else _NOBODY
+            id = logged.id.encode("utf-8", "surrogatepass")
+            for index, (digest, body) in enumerate(encoded):
+                source = rows[index].source
+                yield (
+                    pack(
+                        digest,
+                        RANKS[source],
+                        xxh3_64_intdigest(id, index),
+                        prompt,
+                        user,
+                        tenant,
+                        number,
+                        siblings,
+                        gone | KEPT_DRAFT if source == "draft" else gone,
+                        len(body),
+                    ),
+                    body,
+                )
+        ledger.read += number - self._number
+        part.log_digest = digests % _DIGESTS
+
+    def _rows(self, logged: Logged) -> Sequence[Row] | Dropped:
+        constitution = logged.constitution
+        if constitution.digest not in self.part.constitutions:
+            self.part.constitutions[constitution.digest] = constitution.name
+        evidence = NO_EVIDENCE
+        if self.evidence is not None and (evidence := self.evidence(logged.id)) is not NO_EVIDENCE:
+            self.part.judged.add(logged.id)
+        return rows_of(self.recipe.kind, logged, evidence, self._terms)
+
+    def _people(self, metadata: dict[str, Any]) -> tuple[bytes, bytes, int]:
+        """Return what stands for user and tenant, and the flag if one of them is to be removed."""
+        user, tenant = metadata.get("user"), metadata.get("tenant")
+        gone = str(user) in self._users or str(tenant) in self._tenants
+        return _group(user), _group(tenant), REMOVED if gone else 0
+
+
+_NOBODY = (NOBODY, NOBODY, 0)
+
+
+def _group(name: object) -> bytes:
+    return NOBODY if name is None else xxh3_64_digest(str(name).encode("utf-8", "surrogatepass"))
+
+
+def convert(
+    recipe: Recipe, folder: Path, evidence: Path | None, stretch: Stretch, number: int
+) -> tuple[Part, Spooled]:
+    """Turn a stretch into candidates, spooled in a file of its own."""
+    folder.mkdir(exist_ok=True)
+    spools = Spools(folder / f"{number}.spools")
+    with contextlib.nullcontext() if evidence is None else EvidenceFile(evidence) as known:
+        conversion = Convert(recipe, None if known is None else known.of, number)
+        spools.add(conversion(stretch.payloads()))
+    return conversion.part, spools.close()
+
+
+# --- select -------------------------------------------------------------------------------------------
+
+
+class Lost(NamedTuple):
+    """A row that was dropped, one of several of its trajectory."""
+
+    trajectory: int
+    """The trajectory's number."""
+    siblings: int
+    """Rows that it made."""
+    reason: Reason
+    """Why this one goes."""
+
+
+class Selected(NamedTuple):
+    """What selecting from one spool came to."""
+
+    ledger: Ledger
+    """The rows' accounts, and those of trajectories that made one row only."""
+    lost: list[Lost]
+    """Rows of trajectories that made several."""
+    lines: dict[Split, list[bytes]]
+    """The rows, as lines of JSON, of each split."""
+
+
+def settled(recipe: Recipe, spooled: Sequence[Spooled]) -> list[Limit]:
+    """Return the recipe's limits, each decided over what the ones before it let pass."""
+    limits: list[Limit] = []
+    for limit in _limits(recipe):
+        for number in range(SPOOLS):
+            for candidate, _, reason in decided(load(spooled, number, bodies=False), limits):
+                if reason in (None, Reason.REMOVED):
+                    limit.see(candidate)
+        limit.settle()
+        limits.append(limit)
+    return limits
+
+
+def _limits(recipe: Recipe) -> Iterator[Limit]:
+    if recipe.per_user is not None:
+        yield Limit(Reason.USER_CAP, attrgetter("user"), recipe.per_user)
+    if recipe.per_tenant is not None:
+        yield Limit(Reason.TENANT_CAP, attrgetter("tenant"), recipe.per_tenant)
+    if recipe.kept_per_revised is not None:
+        yield Mix(recipe.kept_per_revised)
+
+
+def select(recipe: Recipe, format: Format, spooling: Iterable[Spooling], limits: Sequence[Limit]) -> Selected:
+    """Return the rows of one spool that stay, and the account of those that go."""
+    ledger = Ledger()
+    lost: list[Lost] = []
+    lines: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
+    fits = fits_in(format, recipe.kind)
+    below = test_keys(recipe.test_share)
+    for candidate, body, reason in decided(spooling, limits):
+        if reason is None:
+            split: Split = "test" if candidate.prompt < below else "train"
+            line = line_of(candidate.digest, body, split)
+            if fits is None or fits(line):
+                lines[split].append(line)
+                continue
+            reason = Reason.NOT_IN_FORMAT
+        ledger.drop_row(reason)
+        if candidate.siblings == 1:
+            ledger.drop(reason)
+        else:
+            lost.append(Lost(candidate.trajectory, candidate.siblings, reason))
+    for split, rows in lines.items():
+        if rows:
+            ledger.keep(split, len(rows))
+    return Selected(ledger, lost, lines)
+
+
+def _select_spool(
+    recipe: Recipe, format: Format, spooled: Sequence[Spooled], limits: Sequence[Limit], number: int
+) -> Selected:
+    return select(recipe, format, load(spooled, number), limits)
+
+
+def whole(ledger: Ledger, lost: Iterable[Lost]) -> Ledger:
+    """Return the ledger with the trajectories that made several rows: dropped where each row is."""
+    families: dict[int, list[Lost]] = {}
+    for row in lost:
+        families.setdefault(row.trajectory, []).append(row)
+    for rows in families.values():
+        if len(rows) == rows[0].siblings:
+            ledger.drop(min((row.reason for row in rows), key=REASONS.index))
+    ledger.gave_rows = ledger.read - sum(ledger.dropped.values())
+    return ledger
 
 
 # --- explain ------------------------------------------------------------------------------------------
@@ -256,311 +571,3 @@ def _find(row_id: str, folder: Path, kind: Kind, format: Format) -> Provenance:
         if line.startswith(beginning):
             return read_row(kind, line) if format == "jsonl" else msgspec.json.decode(line, type=Provenance)
     raise DataError(f"{folder}: no row {row_id!r}; an id is the `id` of a row, 32 hex digits")
-
-
-# --- convert ------------------------------------------------------------------------------------------
-
-_SPOOLS = 64
-_SPOOL_BUFFER = 64 << 10
-_DIGESTS = 1 << 128
-_HEADER = Struct("<16s16s16s8s8sQHBBI")
-_ALONE = b"\0" * 8
-"""Stands for no user and no tenant."""
-_KEPT, _REMOVED = 1, 2
-_RANKS: dict[Source, int] = {source: rank for rank, source in enumerate(Source.__args__)}  # type: ignore[attr-defined]
-
-
-class Candidate(NamedTuple):
-    """What is known of a row when it is decided whether it stays; its JSON follows it in the spool."""
-
-    digest: bytes
-    """The row's id."""
-    order: bytes
-    """Of rows of the same content and rank the one of the least order stays."""
-    prompt: bytes
-    """Key of its prompt."""
-    user: bytes
-    """Stands for the user."""
-    tenant: bytes
-    """Stands for the tenant."""
-    trajectory: int
-    """Number of its trajectory among those read."""
-    siblings: int
-    """Rows that its trajectory made."""
-    rank: int
-    """Rank of its source; the least stays."""
-    flags: int
-    """_KEPT: a kept draft. _REMOVED: of a person or tenant to remove."""
-    length: int
-    """Bytes of its JSON."""
-
-
-@dataclasses.dataclass
-class Part:
-    """What converting a stretch of the log came to, besides the spools."""
-
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)
-    """Trajectories that made no row are accounted for; of the others only the rows are counted."""
-    log_digest: int = 0
-    """Sum of the payloads' digests modulo 2¹²⁸, so that it does not depend on their order."""
-    constitutions: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Name of each constitution that judged, by digest."""
-
-
-class _Spools:
-    """Candidates with their rows on disk, apart by the first bits of their digest."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._buffers: list[list[bytes]] = [[] for _ in range(_SPOOLS)]
-        self._sizes = [0] * _SPOOLS
-
-    def add(self, header: bytes, body: bytes) -> None:
-        number = header[0] >> 2
-        buffer = self._buffers[number]
-        buffer.append(header)
-        buffer.append(body)
-        self._sizes[number] += len(body)
-        if self._sizes[number] > _SPOOL_BUFFER:
-            self._flush(number)
-
-    def _flush(self, number: int) -> None:
-        with (self.folder / f"{number:03}").open("ab") as file:
-            file.write(b"".join(self._buffers[number]))
-        self._buffers[number].clear()
-        self._sizes[number] = 0
-
-    def close(self) -> None:
-        for number, size in enumerate(self._sizes):
-            if size:
-                self._flush(number)
-
-
-def convert(logs: Sequence[str], recipe: Recipe, folder: Path) -> Part:
-    """Turn the logs into candidate rows, spooled in `folder`."""
-    part = Part()
-    spools = _Spools(folder)
-    known = evidence(logs)
-    number = 0
-    for log in logs:
-        for payload in payloads(log):
-            number += 1
-            _convert_one(payload, number, recipe, known, part, spools)
-    spools.close()
-    return part
-
-
-def _convert_one(
-    payload: bytes,
-    number: int,
-    recipe: Recipe,
-    known: dict[str, Evidence],
-    part: Part,
-    spools: _Spools,
-) -> None:
-    part.log_digest = (part.log_digest + xxhash.xxh3_128_intdigest(payload)) % _DIGESTS
-    ledger = part.ledger
-    try:
-        logged = read_logged(payload)
-    except DataError:
-        ledger.read += 1
-        ledger.drop(Reason.UNREADABLE_RECORD)
-        return
-    if logged is None:
-        return
-    ledger.read += 1
-    part.constitutions.setdefault(logged.constitution.digest, logged.constitution.name)
-    rows = CONVERSIONS[recipe.kind](logged, known.get(logged.id, NO_EVIDENCE), Terms())
-    if isinstance(rows, Dropped):
-        ledger.drop(rows.reason)
-        return
-    try:
-        encoded = [(row, encode_row(recipe.kind, row)) for row in rows]
-    except UnicodeEncodeError:
-        ledger.drop(Reason.BROKEN_TEXT)
-        return
-    ledger.made += len(rows)
-    user, tenant = logged.metadata.get("user"), logged.metadata.get("tenant")
-    removed = user in recipe.without_users or tenant in recipe.without_tenants
-    prompt = prompt_key(prompt_text(rows[0].prompt))
-    for index, (row, (digest, body)) in enumerate(encoded):
-        header = _HEADER.pack(
-            digest,
-            xxhash.xxh3_128_digest(f"{logged.id}/{index}".encode()),
-            prompt,
-            _group(user),
-            _group(tenant),
-            number,
-            len(rows),
-            _RANKS[row.source],
-            (_KEPT if row.source == "draft" else 0) | (_REMOVED if removed else 0),
-            len(body),
-        )
-        spools.add(header, body)
-
-
-def _group(name: object) -> bytes:
-    return _ALONE if name is None else xxhash.xxh3_64_digest(str(name).encode("utf-8", "surrogatepass"))
-
-
-# --- select -------------------------------------------------------------------------------------------
-
-
-def _read_spool(folder: Path, number: int) -> Iterator[tuple[Candidate, bytes]]:
-    path = folder / f"{number:03}"
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    at, size = 0, _HEADER.size
-    while at < len(data):
-        candidate = Candidate._make(_HEADER.unpack_from(data, at))
-        at += size
-        yield candidate, data[at : at + candidate.length]
-        at += candidate.length
-
-
-def _select(part: Part, recipe: Recipe, folder: Path, sink: Sink) -> Ledger:
-    """Decide which candidates stay, write them, and return the whole ledger."""
-    selection = _Selection(recipe)
-    for limit in _limits(recipe):
-        for number in range(_SPOOLS):
-            for candidate, _, reason in selection.decided(_read_spool(folder, number)):
-                if reason is None:
-                    limit.see(candidate)
-        limit.settle()
-        selection.limits.append(limit)
-    ledger = dataclasses.replace(part.ledger)
-    families: dict[int, _Family] = {}
-    for number in range(_SPOOLS):
-        lines: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
-        for candidate, body, reason in selection.decided(_read_spool(folder, number)):
-            if reason is None and candidate.flags & _REMOVED:
-                reason = Reason.REMOVED
-            if reason is None:
-                split = side(candidate.prompt, recipe.test_share)
-                line = Encoded(candidate.digest, body).line(split)
-                if sink.fits(line):
-                    lines[split].append(line)
-                    continue
-                reason = Reason.NOT_IN_FORMAT
-            ledger.drop_row(reason)
-            if candidate.siblings == 1:
-                ledger.drop(reason)
-            else:
-                families.setdefault(candidate.trajectory, _Family(candidate.siblings)).lose(reason)
-        for split, rows in lines.items():
-            if rows:
-                ledger.keep(split, len(rows))
-                sink.write(split, rows)
-    for family in families.values():
-        if family.left == 0:
-            ledger.drop(family.reason)
-    ledger.gave_rows = ledger.read - sum(ledger.dropped.values())
-    return ledger
-
-
-class _Family:
-    """The rows of one trajectory that made several."""
-
-    def __init__(self, siblings: int) -> None:
-        self.left = siblings
-        self.reason = REASONS[-1]
-
-    def lose(self, reason: Reason) -> None:
-        self.left -= 1
-        self.reason = min(self.reason, reason, key=REASONS.index)
-
-
-class _Limit:
-    """At most so many rows of a group: those of the least order."""
-
-    def __init__(self, reason: Reason, group: Callable[[Candidate], bytes | None], cap: int) -> None:
-        self.reason = reason
-        self.group = group
-        self.cap = cap
-        self._orders: dict[bytes, array[int]] = {}
-        self._last: dict[bytes, int] = {}
-
-    def see(self, candidate: Candidate) -> None:
-        group = self.group(candidate)
-        if group is None:
-            return
-        orders = self._orders.setdefault(group, array("Q"))
-        orders.append(_place(candidate))
-        if len(orders) > 2 * self.cap + 64:
-            self._orders[group] = array("Q", sorted(orders)[: self.cap + 1])
-
-    def settle(self) -> None:
-        for group, orders in self._orders.items():
-            if len(orders) > self.cap:
-                self._last[group] = sorted(orders)[self.cap - 1] if self.cap else -1
-        self._orders.clear()
-
-    def forbids(self, candidate: Candidate) -> bool:
-        group = self.group(candidate)
-        return group is not None and group in self._last and _place(candidate) > self._last[group]
-
-
-class _Mix(_Limit):
-    """At most so many kept drafts for each other row."""
-
-    def __init__(self, ratio: float) -> None:
-        super().__init__(Reason.MIX, lambda candidate: b"" if candidate.flags & _KEPT else None, sys.maxsize)
-        self.ratio = ratio
-        self.others = 0
-
-    def see(self, candidate: Candidate) -> None:
-        self.others += not candidate.flags & _KEPT
-        super().see(candidate)
-
-    def settle(self) -> None:
-        self.cap = int(self.ratio * self.others)
-        super().settle()
-
-
-def _place(candidate: Candidate) -> int:
-    return int.from_bytes(candidate.order[:8])
-
-
-def _limits(recipe: Recipe) -> Iterator[_Limit]:
-    """Yield the limits in the order in which they hold, each over what the ones before let pass."""
-    if recipe.per_user is not None:
-        yield _Limit(Reason.USER_CAP, lambda candidate: _some(candidate.user), recipe.per_user)
-    if recipe.per_tenant is not None:
-        yield _Limit(Reason.TENANT_CAP, lambda candidate: _some(candidate.tenant), recipe.per_tenant)
-    if recipe.kept_per_revised is not None:
-        yield _Mix(recipe.kept_per_revised)
-
-
-def _some(group: bytes) -> bytes | None:
-    return None if group == _ALONE else group
-
-
-class _Selection:
-    """The decisions about candidates."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.limits: list[_Limit] = []
-
-    def decided(
-        self, candidates: Iterable[tuple[Candidate, bytes]]
-    ) -> Iterator[tuple[Candidate, bytes, Reason | None]]:
-        """Yield the candidates of one spool by digest, each with why it goes, if it does."""
-        before = b""
-        for candidate, body in sorted(candidates, key=_precedence):
-            reason = None
-            if candidate.digest == before:
-                reason = Reason.DUPLICATE
-            else:
-                before = candidate.digest
-                for limit in self.limits:
-                    if limit.forbids(candidate):
-                        reason = limit.reason
-                        break
-            yield candidate, body, reason
-
-
-def _precedence(spooled: tuple[Candidate, bytes]) -> tuple[bytes, int, bytes, bytes]:
-    candidate, body = spooled
-    return candidate.digest, candidate.rank, candidate.order, body

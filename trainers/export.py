@@ -45,7 +45,17 @@ from trainers.rows import (
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["FORMATS", "PROVENANCE", "SHAPES", "Format", "Sink", "provenances", "read_rows", "sink_for"]
+__all__ = [
+    "FORMATS",
+    "PROVENANCE",
+    "SHAPES",
+    "Format",
+    "Sink",
+    "fits_in",
+    "provenances",
+    "read_rows",
+    "sink_for",
+]
 
 Format = Literal["jsonl", "parquet", "openrlhf", "verl", "llama-factory", "axolotl", "openai"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -208,9 +218,6 @@ SHAPES: dict[Format, dict[Kind, Shape]] = {
 class Sink(Protocol):
     """What writes a dataset's files in one format."""
 
-    def fits(self, line: bytes) -> bool:
-        """Return whether the format holds this row whole."""
-
     def write(self, split: Split, lines: list[bytes]) -> None:
         """Write rows, each one line of JSON as `read_row` reads it, in the order of the dataset."""
 
@@ -236,6 +243,12 @@ def sink_for(format: Format, kind: Kind, folder: Path) -> Sink:
         raise ConfigError(f"{format} has no place for the kind {kind!r}; it takes {', '.join(shapes)}")
     files = _Parquet(folder, _verl_schema(kind)) if format == "verl" else _JsonLines(folder)
     return _Shaped(format, kind, shapes[kind], folder, files)
+
+
+def fits_in(format: Format, kind: Kind) -> Callable[[bytes], bool] | None:
+    """Return whether the format holds a row whole, as a function of its line; None: it holds every row."""
+    shape = SHAPES.get(format, {}).get(kind)
+    return None if shape is None else lambda line: shape(read_row(kind, line)) is not None
 
 
 def provenances(folder: Path, format: Format) -> Iterator[bytes]:
@@ -301,9 +314,6 @@ class _JsonLines:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
-
-    def fits(self, line: bytes) -> bool:
-        return True
 
     def write(self, split: str, lines: list[bytes]) -> None:
         file = self._files.get(split)
@@ -371,9 +381,6 @@ class _Shaped:
         self.folder = folder
         self.files = files
         self._provenance = (folder / PROVENANCE).open("wb")
-
-    def fits(self, line: bytes) -> bool:
-        return self.shape(read_row(self.kind, line)) is not None
 
     def write(self, split: Split, lines: list[bytes]) -> None:
         shaped = [self.shape(read_row(self.kind, line)) for line in lines]

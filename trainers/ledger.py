@@ -28,6 +28,8 @@ class Reason(StrEnum):
     """The texts were withheld from the log because redaction failed."""
     NOT_TEXT = "not_text"
     """A message holds something other than text, such as an image."""
+    UNKNOWN_ROLE = "unknown_role"
+    """A message is of a role that chat templates do not know."""
     NO_PROMPT = "no_prompt"
     """No message of a user asks for the answer."""
     NO_ANSWER = "no_answer"
@@ -101,7 +103,7 @@ class Ledger:
     dropped_rows: dict[Reason, int] = field(default_factory=dict)
     """Rows left out, by reason."""
     orphans: int = 0
-    """Comparisons, reviews and feedback about a trajectory that was not read."""
+    """Trajectories that a comparison, review or feedback is about, and that were not read."""
 
     @property
     def rows(self) -> int:
@@ -163,6 +165,8 @@ class Ledger:
         for reason in REASONS:
             if count := self.dropped_rows.get(reason):
                 yield f"rows dropped: {reason}", count
+        if self.orphans:
+            yield "judged, but not in the log", self.orphans
 
     def to_json(self) -> dict[str, Any]:
         """Return the accounts as the manifest holds them."""

@@ -1,65 +1,63 @@
 """Reading a log for training: of each Trajectory only what rows are made of, at the speed of the parser.
 
-sources      a log by URL, or JSONL files as `cai log export` writes them; raw payloads, never all at once
-Logged       what rows need of a Trajectory; the other fields are skipped, not parsed
-Evidence     the Comparisons, Reviews and Feedback about one Trajectory
+    Logged       what rows need of a Trajectory; other fields are skipped, not parsed
+    Stretch      a part of a log or of a JSONL file, which one worker reads
+
+Messages come as the rows hold them (`Turn`), since nearly every message needs no change for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from io import FileIO
+import os
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
 from cai_graph.errors import DataError
 from cai_graph.log import CURRENT_END, open_log
 from cai_graph.trajectory import (
-    SCHEMA_VERSION,
-    Comparison,
-    Feedback,
+    Critique,
+    Message,
     Record,
-    Review,
     ToolCall,
     Trajectory,
     decode,
 )
+from trainers.ledger import Reason
+from trainers.rows import Dropped, FunctionCall, ToolUse, Turn
 
 __all__ = [
-    "Evidence",
     "Logged",
     "LoggedCritique",
-    "LoggedMessage",
+    "LoggedDraft",
     "LoggedRevision",
     "LoggedRound",
     "LoggedVerdict",
+    "NotText",
+    "Stretch",
     "about",
-    "evidence",
-    "payloads",
+    "appended",
+    "logged_of",
     "read_logged",
+    "stretches",
+    "turn",
 ]
 
-JSONL = (".jsonl", ".ndjson")
+_JSONL = (".jsonl", ".ndjson")
+_BUFFER = 1 << 18
 _TRAJECTORY = b'{"record":"trajectory",'
-_BLOCK = 1 << 20
+
+
+# --- what is read of a record -------------------------------------------------------------------------
 
 
 class _Part(msgspec.Struct, frozen=True, gc=False):
     """Settings of the partial records. Fields are named and mean the same as in cai_graph.trajectory."""
-
-
-class LoggedMessage(_Part, frozen=True):
-    """A Message."""
-
-    role: str
-    content: str | list[Any] = ""
-    name: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    tool_call_id: str | None = None
 
 
 class LoggedVerdict(_Part, frozen=True):
@@ -70,6 +68,11 @@ class LoggedVerdict(_Part, frozen=True):
     aim: str | None = None
     probability: float | None = None
     reason: str | None = None
+
+    @property
+    def about(self) -> str:
+        """The principle's id, or else the aim."""
+        return self.principle or self.aim or ""
 
 
 class LoggedCritique(_Part, frozen=True):
@@ -83,14 +86,14 @@ class LoggedCritique(_Part, frozen=True):
 class LoggedDraft(_Part, frozen=True):
     """A Draft."""
 
-    answer: LoggedMessage
+    answer: Turn
     truncated: bool = False
 
 
 class LoggedRevision(_Part, frozen=True):
     """A Revision."""
 
-    answer: LoggedMessage
+    answer: Turn
     critique: LoggedCritique | None = None
     accepted: bool = False
     rejection: str | None = None
@@ -117,109 +120,229 @@ class Logged(_Part, frozen=True):
     mode: str
     constitution: LoggedConstitution
     outcome: str
-    messages: tuple[LoggedMessage, ...] = ()
+    messages: tuple[Turn, ...] = ()
     draft: LoggedDraft | None = None
     rounds: tuple[LoggedRound, ...] = ()
-    released: LoggedMessage | None = None
+    released: Turn | None = None
     released_from: str | None = None
     metadata: dict[str, Any] = {}
-    schema: int = SCHEMA_VERSION
 
-
-class Evidence(NamedTuple):
-    """What was appended about one Trajectory, in the order of the log."""
-
-    comparisons: tuple[Comparison, ...] = ()
-    reviews: tuple[Review, ...] = ()
-    feedback: tuple[Feedback, ...] = ()
-
-
-NO_EVIDENCE = Evidence()
 
 _decoder = msgspec.json.Decoder(Logged)
 
 
-def read_logged(payload: bytes) -> Logged | None:
+def read_logged(payload: bytes) -> Logged | Dropped | None:
     """Return what rows need of an encoded Trajectory; None for a record of another kind.
 
-    Raises:
-        DataError: the payload is no record that this release reads.
+    Dropped as `not_text` where a message holds something other than text, and as `unreadable_record` where
+    the payload is no record that this release reads.
     """
-    try:
-        # A record ends in its version and begins with its kind, as `encode` writes it; what does not may be
-        # of another version or another kind, and is read in full.
-        if payload.endswith(CURRENT_END) and payload.startswith(_TRAJECTORY):
+    if payload.startswith(_TRAJECTORY) and payload.endswith(CURRENT_END):
+        try:
             return _decoder.decode(payload)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        pass
-    record = decode(payload)
-    if not isinstance(record, Trajectory):
-        return None
-    return msgspec.convert(msgspec.to_builtins(record), Logged)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            pass  # Lone surrogates, or a message that rows hold otherwise: tool calls, parts.
+    try:
+        record = decode(payload)
+    except DataError:
+        return Dropped(Reason.UNREADABLE_RECORD)
+    return logged_of(record) if isinstance(record, Trajectory) else None
 
 
-# --- payloads -----------------------------------------------------------------------------------------
+def logged_of(record: Trajectory) -> Logged | Dropped:
+    """Return what rows need of a Trajectory. Dropped where a message holds something other than text."""
+    try:
+        return Logged(
+            id=record.id,
+            mode=record.mode,
+            constitution=LoggedConstitution(record.constitution.name, record.constitution.digest),
+            outcome=record.outcome.value,
+            messages=tuple(map(turn, record.messages)),
+            draft=None
+            if record.draft is None
+            else LoggedDraft(turn(record.draft.answer), record.draft.truncated),
+            rounds=tuple(
+                LoggedRound(
+                    _critique(round_.critique),
+                    tuple(
+                        LoggedRevision(
+                            turn(revision.answer),
+                            None if revision.critique is None else _critique(revision.critique),
+                            revision.accepted,
+                            None if revision.rejection is None else revision.rejection.value,
+                        )
+                        for revision in round_.revisions
+                    ),
+                )
+                for round_ in record.rounds
+            ),
+            released=None if record.released is None else turn(record.released),
+            released_from=record.released_from,
+            metadata=record.metadata,
+        )
+    except NotText:
+        return Dropped(Reason.NOT_TEXT)
+
+
+def _critique(critique: Critique) -> LoggedCritique:
+    return LoggedCritique(
+        tuple(
+            LoggedVerdict(
+                verdict.label.value, verdict.principle, verdict.aim, verdict.probability, verdict.reason
+            )
+            for verdict in critique.verdicts
+        ),
+        critique.reasoning,
+        critique.critic,
+    )
+
+
+class NotText(Exception):  # noqa: N818 - an image is no error
+    """A message holds something other than text."""
+
+
+_BESIDE_TEXT = frozenset({"tool_use", "tool_call", "thinking", "reasoning", "redacted_thinking"})
+"""Content parts beside the text: calls stand in `tool_calls`, and reasoning is not the answer."""
+
+
+def turn(message: Message) -> Turn:
+    """Return a message as rows hold it.
+
+    Raises:
+        NotText: it holds an image or another part that is not text.
+    """
+    content = message.content
+    if not isinstance(content, str):
+        texts = []
+        for part in content:
+            if isinstance(part, dict):
+                if part.get("type") in _BESIDE_TEXT:
+                    continue
+                part = part.get("text") if part.get("type") == "text" else None
+            if not isinstance(part, str):
+                raise NotText
+            texts.append(part)
+        content = "".join(texts)
+    return Turn(
+        role=message.role,
+        content=content,
+        name=message.name,
+        tool_calls=tuple(map(_tool_use, message.tool_calls)),
+        tool_call_id=message.tool_call_id,
+    )
+
+
+def _tool_use(call: ToolCall) -> ToolUse:
+    return ToolUse(id=call.id, function=FunctionCall(name=call.name, arguments=call.args))
+
+
+# --- stretches ----------------------------------------------------------------------------------------
+
+
+class Stretch(NamedTuple):
+    """A part of a source, which one worker reads."""
+
+    source: str
+    """A log by URL, or a JSONL file."""
+    start: int
+    """First byte of the file; of a log, the position before the first record."""
+    stop: int
+    """Byte before which the last line begins; of a log, the position of the last record."""
+
+    def payloads(self) -> Iterator[bytes]:
+        """Yield the encoded records one by one, broken lines of a file included.
+
+        Raises:
+            DataError: the file cannot be read.
+            LogError: the log cannot be read, or a record is damaged.
+        """
+        return self._lines() if is_file(self.source) else self._records()
+
+    def seems_judged(self) -> bool:
+        """Return whether Comparisons, Reviews or Feedback are known to be there. Of a file only the end is
+        looked at, where they mostly are.
+        """
+        if not is_file(self.source):
+            with open_log(self.source, read_only=True) as log:
+                return log.has_appended()
+        with _opened(self.source) as file:
+            file.seek(max(self.start, self.stop - _BUFFER))
+            file.readline()  # Where it begins is inside a line.
+            return any(not line.startswith(_TRAJECTORY) for line in file)
+
+    def _records(self) -> Iterator[bytes]:
+        with open_log(self.source, read_only=True) as log:
+            yield from log.payloads(positions=(self.start, self.stop))
+
+    def appended_records(self) -> Iterator[bytes]:
+        """Yield the encoded Comparisons, Reviews and Feedback of a log."""
+        with open_log(self.source, read_only=True) as log:
+            if log.has_appended():
+                yield from log.payloads(positions=(self.start, self.stop), appended=True)
+
+    def _lines(self) -> Iterator[bytes]:
+        with _opened(self.source) as file:
+            # A line belongs to the stretch in which it begins.
+            if self.start:
+                file.seek(self.start - 1)
+                file.readline()
+            at = file.tell()
+            for line in file:
+                if at >= self.stop:
+                    return
+                at += len(line)
+                line = line.rstrip()
+                if line:
+                    yield line
 
 
 def is_file(source: str) -> bool:
     """Return whether a source is a JSONL file rather than a log."""
-    return source.endswith(JSONL)
+    return source.endswith(_JSONL)
 
 
-def payloads(source: str) -> Iterator[bytes]:
-    """Yield the encoded records of a source one by one, broken lines of a file included.
+def stretches(source: str, count: int) -> list[Stretch]:
+    """Return a source in at most `count` parts of about the same size.
+
+    Raises:
+        DataError: the file cannot be read.
+        LogError: the log cannot be read.
+    """
+    if is_file(source):
+        with _opened(source) as file:
+            size = os.fstat(file.fileno()).st_size
+        ends = [size * number // count for number in range(count + 1)]
+    else:
+        with open_log(source, read_only=True) as log:
+            ends = log.cuts(count)
+    return [Stretch(source, start, stop) for start, stop in pairwise(ends) if start < stop]
+
+
+def _opened(source: str) -> BinaryIO:
+    try:
+        return Path(source).open("rb", buffering=_BUFFER)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
+
+
+# --- what was appended --------------------------------------------------------------------------------
+
+
+def appended(stretch: Stretch) -> Iterator[tuple[str, bytes]]:
+    """Yield the encoded Comparisons, Reviews and Feedback of a stretch, each after the id it is about.
 
     Raises:
         DataError: the file cannot be read.
         LogError: the log cannot be read, or a record is damaged.
     """
-    if is_file(source):
-        with _open(source) as file:
-            yield from _lines(file)
-    else:
-        with open_log(source, read_only=True) as log:
-            for line in log.lines():
-                yield line[:-1]
-
-
-def _open(source: str) -> FileIO:
-    try:
-        return Path(source).open("rb", buffering=0)
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read: {error.strerror}") from error
-
-
-def _lines(file: FileIO) -> Iterator[bytes]:
-    """Yield the lines of a file without their ends, blank ones left out."""
-    rest = b""
-    while block := file.read(_BLOCK):
-        *lines, tail = block.split(b"\n")
-        if lines:
-            lines[0] = rest + lines[0]
-            rest = tail
-            for line in lines:
-                if line:
-                    yield line
-        else:
-            rest += tail
-    if rest:
-        yield rest
-
-
-def evidence(sources: Sequence[str]) -> dict[str, Evidence]:
-    """Return what the sources say about Trajectories, by the Trajectory's id."""
-    found: dict[str, list[Record]] = {}
-    for source in sources:
-        for payload in payloads(source):
-            if payload.startswith(_TRAJECTORY):
-                continue
-            try:
-                record = decode(payload)
-            except DataError:
-                continue  # The reading of trajectories accounts for it.
+    payloads = stretch.payloads() if is_file(stretch.source) else stretch.appended_records()
+    for payload in payloads:
+        if payload.startswith(_TRAJECTORY):
+            continue
+        with contextlib.suppress(DataError):  # The reading of trajectories accounts for it.
+            record = decode(payload)
             if not isinstance(record, Trajectory):
-                found.setdefault(record.trajectory_id, []).append(record)
-    return {id: _sorted(records) for id, records in found.items()}
+                yield record.trajectory_id, payload
 
 
 def about(source: str, trajectory_id: str) -> list[Record]:
@@ -229,27 +352,20 @@ def about(source: str, trajectory_id: str) -> list[Record]:
         DataError: the file cannot be read.
         LogError: the log cannot be read.
     """
-    if is_file(source):
-        named = json.dumps(trajectory_id).encode()
-        found = []
-        for payload in payloads(source):
+    if not is_file(source):
+        with open_log(source, read_only=True) as log:
+            try:
+                first = log.get(trajectory_id)
+            except DataError:
+                return []
+            return [first, *log.read(trajectory_id=trajectory_id)]
+    named = json.dumps(trajectory_id).encode()
+    found = []
+    for stretch in stretches(source, 1):
+        for payload in stretch.payloads():
             if named in payload:
                 with contextlib.suppress(DataError):
                     record = decode(payload)
                     if trajectory_id in (record.id, getattr(record, "trajectory_id", None)):
                         found.append(record)
-        return found
-    with open_log(source, read_only=True) as log:
-        try:
-            first = log.get(trajectory_id)
-        except DataError:
-            return []
-        return [first, *log.read(trajectory_id=trajectory_id)]
-
-
-def _sorted(records: list[Record]) -> Evidence:
-    return Evidence(
-        tuple(record for record in records if isinstance(record, Comparison)),
-        tuple(record for record in records if isinstance(record, Review)),
-        tuple(record for record in records if isinstance(record, Feedback)),
-    )
+    return found

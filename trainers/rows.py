@@ -15,19 +15,19 @@ kind and content alone: rows of the same content have the same id, whatever log,
 
 from __future__ import annotations
 
-from hashlib import sha256
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
+from xxhash import xxh3_128_digest
 
 from trainers.ledger import Reason
 
 __all__ = [
     "KINDS",
+    "RANKS",
     "CriticRow",
     "CritiqueRow",
     "Dropped",
-    "Encoded",
     "FunctionCall",
     "Kind",
     "PreferenceRow",
@@ -43,6 +43,7 @@ __all__ = [
     "Turn",
     "UnpairedRow",
     "encode_row",
+    "line_of",
     "margin_of",
     "provenance_of",
     "read_row",
@@ -50,8 +51,12 @@ __all__ = [
 
 Kind = Literal["sft", "critique-sft", "preference", "unpaired", "prompts", "critic", "privileged", "ranked"]
 Split = Literal["train", "test"]
-Source = Literal["human", "feedback", "comparison", "revision", "best-of-n", "draft", "critique", "imported"]
-"""Which evidence a row rests on. Of two rows of the same content the one of the earlier source stays."""
+Source = Literal[
+    "human", "feedback", "comparison", "revision", "best-of-n", "draft", "critique", "imported", "prompt"
+]
+"""Which evidence a row rests on, the strongest first. Of rows of the same content the strongest's stays."""
+RANKS: dict[Source, int] = {source: rank for rank, source in enumerate(get_args(Source))}
+"""The place of each source among them."""
 
 
 class Dropped(NamedTuple):
@@ -232,29 +237,22 @@ _decoders: dict[Kind, msgspec.json.Decoder[Row]] = {
 _CONTENT = b',"prompt":['
 
 
-class Encoded(NamedTuple):
-    """A row as JSON, and the digest that is its id."""
+def encode_row(kind: Kind, row: Row) -> tuple[bytes, bytes]:
+    """Return a row's digest, 16 bytes, and its body: its JSON object without braces, id and split.
 
-    digest: bytes
-    """First 16 bytes of the sha256 of kind and content."""
-    body: bytes
-    """The row's JSON object without its braces, its id and its split."""
-
-    def line(self, split: Split) -> bytes:
-        """Return the row as one line of JSON, line end included."""
-        return b'{"id":"%b",%b,"split":"%b"}\n' % (self.digest.hex().encode(), self.body, split.encode())
-
-
-def encode_row(kind: Kind, row: Row) -> Encoded:
-    """Return the row as JSON.
+    The digest identifies content; it is no signature.
 
     Raises:
         UnicodeEncodeError: a text holds a lone surrogate.
     """
     body = _encoder.encode(row)[1:-1]
     # Within a JSON string every quote is escaped, so what is found is the key itself.
-    content = body[body.index(_CONTENT) :]
-    return Encoded(sha256(kind.encode() + content).digest()[:16], body)
+    return xxh3_128_digest(kind.encode() + body[body.index(_CONTENT) :]), body
+
+
+def line_of(digest: bytes, body: bytes, split: Split) -> bytes:
+    """Return an encoded row as one line of JSON, line end included."""
+    return b'{"id":"%b",%b,"split":"%b"}\n' % (digest.hex().encode(), body, split.encode())
 
 
 def provenance_of(line: bytes) -> bytes:

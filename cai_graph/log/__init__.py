@@ -271,6 +271,22 @@ class Log:
             # Records of an earlier version leave in the current one, so that a reader knows one shape.
             yield (payload if payload.endswith(CURRENT_END) else encode(decode(payload))) + b"\n"
 
+    def payloads(self, **filters: Unpack[Filters]) -> Iterator[bytes]:
+        """Yield the same records as `read` as they are stored, those of an earlier version as they were."""
+        for _, payload in self._store().select(filters):
+            yield payload
+
+    def cuts(self, count: int) -> list[int]:
+        """Return the positions that cut the log as it is now into `count` parts of about the same size.
+
+        `[a, b, c]` cuts it into the positions (a, b) and (b, c), as the filter `positions` takes them.
+        """
+        return self._store().cuts(count)
+
+    def has_appended(self) -> bool:
+        """Return whether there is a comparison, a review or feedback; asks an index."""
+        return self._store().has_appended()
+
     def get(self, id: str) -> Record:
         """Return one record.
 

@@ -91,6 +91,10 @@ class Filters(TypedDict, total=False):
     """Only records made at this time or later; a time without a zone is UTC."""
     until: datetime | None
     """Only records made before this time; a time without a zone is UTC."""
+    appended: bool
+    """Only the comparisons, reviews and feedback, about whichever Trajectory."""
+    positions: tuple[int, int] | None
+    """Only records after the first position and up to the second; `Log.cuts` gives positions."""
     after: str | None
     """Only records that come after the record of this id, in the order that is asked for."""
     limit: int | None
@@ -257,6 +261,20 @@ class Store(ABC):
             if left is not None:
                 left -= len(rows)
 
+    def cuts(self, count: int) -> list[int]:
+        """Return the positions that cut the log into `count` parts of about as many records each.
+
+        They are, of each part, the position before its first record, and at the end that of the last one.
+        """
+        sql = "SELECT coalesce(min(position), 1) - 1, coalesce(max(position), 0) FROM records"
+        ((low, high),) = self.rows(sql, {})
+        # Positions have gaps only where `gc` removed records, or a transaction failed.
+        return sorted({low + (high - low) * number // count for number in range(count + 1)})
+
+    def has_appended(self) -> bool:
+        """Return whether there is a comparison, a review or feedback."""
+        return bool(self.rows("SELECT 1 FROM records WHERE trajectory_id IS NOT NULL LIMIT 1", {}))
+
     def get(self, id: str) -> StoredPayload:
         """Return one payload. Raises DataError where there is none."""
         sql = "SELECT id, writer, sequence, digest, payload FROM records WHERE id = :id"
@@ -317,7 +335,7 @@ class Store(ABC):
             if value is not None:
                 clauses.append(f"{name} = :{name}")
                 bindings[name] = column_text(str(value))
-        if filters.get("kind") not in (None, "trajectory"):
+        if filters.get("appended") or filters.get("kind") not in (None, "trajectory"):
             clauses.append("trajectory_id IS NOT NULL")  # as the index on kinds has it
         if (tag := filters.get("tag")) is not None:
             clauses.append(self.tagged)
@@ -330,7 +348,10 @@ class Store(ABC):
 
     def _span(self, filters: Filters, newest_first: bool) -> tuple[int, int]:
         """Return the first and the last position that may pass the filters."""
-        ((first, last),) = self.rows("SELECT 1, coalesce(max(position), 0) FROM records", {})
+        if (positions := filters.get("positions")) is not None:
+            first, last = positions[0] + 1, positions[1]
+        else:
+            ((first, last),) = self.rows("SELECT 1, coalesce(max(position), 0) FROM records", {})
         if (after := filters.get("after")) is not None:
             sql = (
                 "SELECT position FROM records WHERE id = :id UNION ALL "

@@ -1,0 +1,217 @@
+"""What a trajectory shows of its answers: which were accepted, who vouches for them, and how surely.
+
+Human review outranks every other evidence. What contradicts itself is never averaged away: it is a `Drop`,
+which the ledger counts as a tie or a disagreement.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import msgspec
+
+from cai_graph.trajectory import Label, Message, Review
+from trainers.evidence import NO_EVIDENCE, Evidence
+from trainers.ledger import Reason
+from trainers.reading import Logged, LoggedCritique, LoggedRevision, NotText, turn
+from trainers.reviews import SIDES, standing
+from trainers.rows import Turn
+
+__all__ = [
+    "COMPLIES",
+    "UNREADABLE",
+    "VIOLATES",
+    "Drop",
+    "Mended",
+    "abouts",
+    "accepted_of",
+    "answer_of",
+    "author_of",
+    "draft_of",
+    "failed_by_draft",
+    "is_same",
+    "liking_of",
+    "mended_by",
+    "prompt_of",
+    "review_of",
+    "violated",
+    "vouching",
+]
+
+VIOLATES, COMPLIES, UNREADABLE = Label.VIOLATES.value, Label.COMPLIES.value, Label.UNREADABLE.value
+_ROLES = frozenset({"system", "user", "assistant", "tool"})
+_CERTAIN = 0.999
+"""A probability beyond this, or below one minus it, counts as this: no reading is surer."""
+
+
+class Drop(Exception):  # noqa: N818 - says that there is no row, which is no error
+    """There is no row, for one reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        self.reason = reason
+
+
+# --- turns --------------------------------------------------------------------------------------------
+
+
+def prompt_of(logged: Logged) -> tuple[Turn, ...]:
+    """Return the conversation that asked. Drops one without a user, or with a role unknown to templates."""
+    asked = False
+    for message in logged.messages:
+        role = message.role
+        if role == "user":
+            asked = True
+        elif role not in _ROLES:
+            raise Drop(Reason.UNKNOWN_ROLE)
+    if not asked:
+        raise Drop(Reason.NO_PROMPT)
+    return logged.messages
+
+
+def answer_of(answer: Turn | Message) -> Turn:
+    """Return an answer as an assistant turn. Drops an empty one."""
+    if isinstance(answer, Message):
+        try:
+            answer = turn(answer)
+        except NotText:
+            raise Drop(Reason.NOT_TEXT) from None
+    content = answer.content
+    if (not content or content.isspace()) and not answer.tool_calls:
+        raise Drop(Reason.EMPTY)
+    return answer if answer.role == "assistant" else msgspec.structs.replace(answer, role="assistant")
+
+
+def is_same(a: Turn, b: Turn) -> bool:
+    """Return whether two answers differ by whitespace at most."""
+    if a.content != b.content:
+        # The first two words tell most answers apart, at a fraction of the cost.
+        first, second = a.content[:64].split(None, 2), b.content[:64].split(None, 2)
+        if len(first) == len(second) == 3 and first[:2] != second[:2]:
+            return False
+        if a.content.split() != b.content.split():
+            return False
+    return a.tool_calls == b.tool_calls
+
+
+def draft_of(logged: Logged) -> Turn:
+    """Return the draft. Drops a trajectory that has none."""
+    if logged.draft is None:
+        raise Drop(Reason.NO_ANSWER)
+    return logged.draft.answer
+
+
+def accepted_of(logged: Logged) -> list[LoggedRevision]:
+    """Return the revisions that replaced the answer before them, in order."""
+    return [revision for round_ in logged.rounds for revision in round_.revisions if revision.accepted]
+
+
+def author_of(logged: Logged) -> str:
+    """Return who made what was imported: the name of a preference set, or a person."""
+    return (logged.rounds[0].critique.critic if logged.rounds else None) or "human"
+
+
+# --- people -------------------------------------------------------------------------------------------
+
+
+def review_of(evidence: Evidence) -> Review | None:
+    """Return the decision that the reviewers came to, if any.
+
+    Drops what a reviewer rejected or flagged, and what two reviewers decided differently.
+    """
+    if not evidence.reviews:
+        return None
+    last = standing(evidence.reviews)
+    if not last:
+        return None
+    if any(review.decision in ("reject", "flag") for review in last):
+        raise Drop(Reason.REVIEWED_OUT)
+    if len({SIDES[review.decision] for review in last}) > 1:
+        raise Drop(Reason.DISAGREEMENT)
+    return max(last, key=lambda review: (review.at, review.id))
+
+
+def liking_of(evidence: Evidence) -> float:
+    """Return the mean of the end users' scores of the released answer, in [-1, 1]; 0 where there are none."""
+    if evidence is NO_EVIDENCE or not evidence.feedback:
+        return 0.0
+    return sum(feedback.score for feedback in evidence.feedback) / len(evidence.feedback)
+
+
+# --- critics ------------------------------------------------------------------------------------------
+
+
+def abouts(critique: LoggedCritique) -> list[str]:
+    """Return what the verdicts speak of: ids of principles, or aims."""
+    return [verdict.about for verdict in critique.verdicts]
+
+
+def violated(critique: LoggedCritique) -> list[str]:
+    """Return the principles or aims that the answer violates."""
+    return [verdict.about for verdict in critique.verdicts if verdict.label == VIOLATES]
+
+
+def failed_by_draft(logged: Logged) -> list[str]:
+    """Return the principles or aims that the draft violates."""
+    return violated(logged.rounds[0].critique) if logged.rounds else []
+
+
+def vouching(critique: LoggedCritique | None) -> LoggedCritique:
+    """Return a critique that finds nothing against its answer. Drops what is unjudged or unreadable."""
+    if critique is None or not critique.verdicts:
+        raise Drop(Reason.UNJUDGED)
+    for verdict in critique.verdicts:
+        if verdict.label != COMPLIES:
+            unreadable = any(verdict.label == UNREADABLE for verdict in critique.verdicts)
+            raise Drop(Reason.UNREADABLE_VERDICT if unreadable else Reason.NOT_ACCEPTED)
+    return critique
+
+
+class Mended(NamedTuple):
+    """How a revision is better than an answer that violates the constitution."""
+
+    principles: tuple[str, ...]
+    """What the answer violates and the revision does not."""
+    p_better: float
+    """P(the revision is the better one), above 0.5."""
+    critic: str
+    """Who judged the revision; empty where nobody is named."""
+
+
+def mended_by(before: LoggedCritique, after: LoggedCritique | None) -> Mended:
+    """Return a critic's evidence that a revision is better. Drops a revision that it does not vouch for.
+
+    Args:
+        before: the judgement of the answer.
+        after: the judgement of the revision.
+
+    Where the critic gives probabilities of a violation, d of the answer and r of the revision, the odds that
+    of two answers of which one violates it is the first are d(1 − r) : r(1 − d). Over several principles the
+    mean of these probabilities stands. Without probabilities the label is certain.
+    """
+    vouched = vouching(after)
+    mended: list[str] = []
+    sure: list[float] = []
+    readable = False
+    for failed in before.verdicts:
+        if failed.label == VIOLATES:
+            for passed in vouched.verdicts:
+                if passed.principle == failed.principle and passed.aim == failed.aim:
+                    mended.append(failed.principle or failed.aim or "")
+                    if failed.probability is not None and passed.probability is not None:
+                        odds = _log_odds(failed.probability) - _log_odds(passed.probability)
+                        sure.append(1 / (1 + math.exp(-odds)))
+                    break
+        elif failed.label == COMPLIES:
+            readable = True
+    if not mended:
+        raise Drop(Reason.NOT_ACCEPTED if readable else Reason.UNREADABLE_VERDICT)
+    p_better = sum(sure) / len(sure) if sure else 1.0
+    if p_better <= 0.5:
+        raise Drop(Reason.TIE if p_better == 0.5 else Reason.DISAGREEMENT)
+    return Mended(tuple(mended), p_better, vouched.critic or "")
+
+
+def _log_odds(probability: float) -> float:
+    bounded = min(max(probability, 1 - _CERTAIN), _CERTAIN)
+    return math.log(bounded / (1 - bounded))
