@@ -173,17 +173,20 @@ async def _close(items: AsyncGenerator[Any, None]) -> None:
     await items.aclose()
 
 
-def start(core: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Begin `core()` on the bridge's loop, in a copy of the caller's context, and do not wait for it."""
-    context = copy_context()
+def start(core: Callable[[], Coroutine[Any, Any, None]], *, after: float = 0) -> None:
+    """Begin `core()` on the bridge's loop in `after` seconds, in a copy of the caller's context.
+
+    The caller does not wait, and a moment's delay spares it the race for Python's lock that the loop's work
+    would begin while it returns.
+    """
 
     def begin() -> None:
         task = loop.create_task(core(), context=context)
         _begun.add(task)  # the loop itself would let go of it
         task.add_done_callback(_begun.discard)
 
-    loop = _shared_loop().loop
-    loop.call_soon_threadsafe(begin)
+    context, loop = copy_context(), _shared_loop().loop
+    loop.call_soon_threadsafe(loop.call_later, after, begin)
 
 
 _begun: set[asyncio.Task[None]] = set()

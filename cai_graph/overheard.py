@@ -65,7 +65,8 @@ class Overheard:
         hearing = callbacks.copy()
         hearing.add_handler(self._calls, inherit=True)
         self._end = _End(callbacks.parent_run_id)
-        hearing.add_handler(self._end, inherit=False)
+        if graph.is_graph(app):
+            hearing.add_handler(self._end, inherit=False)
         self._under: RunnableConfig = {**config, "callbacks": hearing}
         if config.get("recursion_limit") == DEFAULT_RECURSION_LIMIT and graph.is_graph(app):
             self._under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
@@ -155,21 +156,23 @@ class Overheard:
                 return heard() if answer or self._chunks else None
             return None
 
-        request = graph.Request(
-            messages=self._messages,
-            draft=draft,
-            written=written,
-            context=lambda: self._shape.context(self._input, self._whole()),
-            form=lambda: self._shape.form(self._whole()),
-            mode="shadow",
-            made=calls,
-            failed=self._error,
-            source=self._source,
-            metadata=plain(self._behind.get("metadata") or {}),
-            tags=self._behind.get("tags") or (),
-            started_at=self._started_at,
-            started=self._started,
-        )
+        def request() -> graph.Request:
+            return graph.Request(
+                messages=self._messages,
+                draft=draft,
+                written=written,
+                context=lambda: self._shape.context(self._input, self._whole()),
+                form=lambda: self._shape.form(self._whole()),
+                mode="shadow",
+                made=calls,
+                failed=self._error,
+                source=self._source,
+                metadata=plain(self._behind.get("metadata") or {}),
+                tags=self._behind.get("tags") or (),
+                started_at=self._started_at,
+                started=self._started,
+            )
+
         size = size_of(self._input) + size_of(self._chunks or self._output)
         self._recorded = self._shadow.take(self._plan, request, self._behind, size)
 

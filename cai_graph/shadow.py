@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextvars import Context, copy_context
 from dataclasses import dataclass
@@ -44,14 +44,19 @@ from cai_graph.trajectory import Outcome, Trajectory, text_of
 __all__ = ["DRAIN_SECONDS", "WAITING", "WAITING_BYTES", "Shadow", "Tally", "size_of"]
 
 WAITING = 1000
-"""How many answers of a wrapped app may wait for a judgement; and, beyond them, for the log."""
+"""How many answers of a wrapped app may wait for a judgement. Twice as many may be not in the log yet."""
 WAITING_BYTES = 64 << 20
-"""How many bytes of text they may hold."""
+"""How many bytes of text they may hold, likewise."""
 DRAIN_SECONDS = 20.0
 """How long the end of the process waits for judgements. Kubernetes kills 30 s after its SIGTERM."""
 _LOGGING_SECONDS = 5.0
 """How long it waits after that for the log."""
 _WARN_SECONDS = 10.0
+_AFTER_SECONDS = 0.005
+"""How long after an answer left its judgement begins."""
+
+Reason = Literal["sample", "overload", "shutdown"]
+"""Why an answer is not judged; see `Trajectory.unjudged`."""
 
 logger = logging.getLogger("cai_graph")
 
@@ -76,7 +81,8 @@ class Tally:
 
 class _Handed(NamedTuple):
     plan: Plan
-    request: graph.Request
+    make: Callable[[], graph.Request]
+    reason: Reason | None
     config: RunnableConfig
     size: int
     context: Context
@@ -104,7 +110,7 @@ class Shadow:
         """Answers that wait for a judgement, and all that is not in the log yet."""
         self._pending = 0
         self._stopping = False
-        self._warned = 0.0
+        self._warned = {False: -_WARN_SECONDS, True: -_WARN_SECONDS}
         # Only the bridge's loop touches these.
         self._queue: deque[_Handed] = deque()
         self._judging: set[asyncio.Task[None]] = set()
@@ -116,13 +122,13 @@ class Shadow:
             return Tally(**self._counts, waiting=self._pending)
 
     def take(
-        self, plan: Plan, request: graph.Request, config: RunnableConfig, size: int
+        self, plan: Plan, make: Callable[[], graph.Request], config: RunnableConfig, size: int
     ) -> Future[Trajectory]:
         """Have a request judged behind its answer. Never waits and never raises.
 
         Args:
             plan: judges, revises, logs.
-            request: `draft` returns the answer, or raises what the app raised; mode `shadow`.
+            make: called behind; returns the request, of mode `shadow`.
             config: what the judgement is traced under.
             size: bytes of text in it, about.
 
@@ -130,20 +136,15 @@ class Shadow:
             What resolves to the record; it fails where the answer is lost.
         """
         future: Future[Trajectory] = Future()
-        reason: Literal["sample", "overload", "shutdown"] | None = None
         self._log = plan.log
         with self._lock:
             self._counts["answers"] += 1
-            full = self._waiting >= WAITING or self._bytes + size > WAITING_BYTES
-            if not _drawn(self._settings, request):
-                reason = "sample"
-            elif self._stopping:
+            reason: Reason | None = None
+            if self._stopping:
                 reason = "shutdown"
-            elif full:
+            elif self._waiting >= WAITING or self._bytes + size > WAITING_BYTES:
                 reason = "overload"
-            lost = reason is not None and (
-                self._pending - self._waiting >= WAITING or self._bytes + size > 2 * WAITING_BYTES
-            )
+            lost = self._pending >= 2 * WAITING or self._bytes + size > 2 * WAITING_BYTES
             if lost:
                 self._counts["lost"] += 1
             else:
@@ -151,13 +152,12 @@ class Shadow:
                 self._bytes += size
                 self._waiting += reason is None
         if lost or reason == "overload":
-            self._warn()
+            self._warn(lost)
         if lost:
             future.set_exception(RunError("the answer was neither judged nor logged: too many others wait"))
-            return future
-        request = dataclasses.replace(request, unjudged=reason)
-        handed = _Handed(plan, request, config, size, copy_context(), future)
-        bridge.start(lambda: self._arrive(handed))
+        else:
+            handed = _Handed(plan, make, reason, config, size, copy_context(), future)
+            bridge.start(lambda: self._arrive(handed), after=_AFTER_SECONDS)
         return future
 
     def close(self) -> None:
@@ -193,11 +193,22 @@ class Shadow:
     # --- on the bridge's loop -------------------------------------------------------------------------
 
     async def _arrive(self, handed: _Handed) -> None:
-        if handed.request.unjudged is not None:
-            await self._run(handed)
+        try:
+            request = handed.make()
+        except Exception as error:
+            self._end(handed, None, error, waited=handed.reason is None)
             return
-        self._queue.append(handed)
-        self._go_on()
+        reason = handed.reason or ("shutdown" if self._stopping else None)
+        arrived = handed._replace(
+            make=lambda: request, reason=reason if _drawn(self._settings, request) else "sample"
+        )
+        if arrived.reason is None:
+            self._queue.append(arrived)
+            self._go_on()
+            return
+        with self._lock:
+            self._waiting -= handed.reason is None
+        await self._run(arrived)
 
     def _go_on(self) -> None:
         while self._queue and len(self._judging) < self._settings.shadow_concurrency:
@@ -219,40 +230,41 @@ class Shadow:
         waiting, self._queue = self._queue, deque()
         for task in self._judging:
             task.cancel()
-        left = [
-            handed._replace(request=dataclasses.replace(handed.request, unjudged="shutdown"))
-            for handed in waiting
-        ]
-        await asyncio.gather(*map(self._run, left))
+        await asyncio.gather(*(self._run(handed._replace(reason="shutdown")) for handed in waiting))
 
     async def _run(self, handed: _Handed) -> None:
         records: list[Trajectory] = []
-        request = dataclasses.replace(handed.request, recorded=records.append)
+        request = dataclasses.replace(handed.make(), unjudged=handed.reason, recorded=records.append)
         failure: BaseException | None = None
         try:
             await graph.run(handed.plan, request, handed.config)
         except BaseException as error:  # it is in the record, and nobody waits for the answer
             failure = error
-        finally:
-            with self._lock:
-                self._counts[_what(records)] += 1
-                self._pending -= 1
-                self._bytes -= handed.size
-                self._changed.notify_all()
-        if records:
-            handed.future.set_result(records[0])
-        else:
-            handed.future.set_exception(failure or RunError("the app waits for a person"))
-            if isinstance(failure, Exception):
-                logger.error("an answer was neither judged nor logged", exc_info=failure)
+        self._end(handed, records[0] if records else None, failure)
 
-    def _warn(self) -> None:
-        now = time.monotonic()
-        if now - self._warned < _WARN_SECONDS:
+    def _end(
+        self, handed: _Handed, record: Trajectory | None, error: BaseException | None, *, waited: bool = False
+    ) -> None:
+        with self._lock:
+            self._counts[_what(record)] += 1
+            self._pending -= 1
+            self._waiting -= waited
+            self._bytes -= handed.size
+            self._changed.notify_all()
+        if record is not None:
+            handed.future.set_result(record)
             return
-        self._warned = now
+        handed.future.set_exception(error or RunError("the answer was not logged"))
+        logger.error("an answer was neither judged nor logged", exc_info=error)
+
+    def _warn(self, lost: bool) -> None:
+        now = time.monotonic()
+        if now - self._warned[lost] < _WARN_SECONDS:
+            return
+        self._warned[lost] = now
         tally = self.tally
-        logger.warning(
+        logger.log(
+            logging.ERROR if lost else logging.WARNING,
             "shadow mode is overloaded: of %d answers %d were logged unjudged and %d were lost; "
             "lower `sample`, or raise `shadow_concurrency`",
             tally.answers,
@@ -261,11 +273,10 @@ class Shadow:
         )
 
 
-def _what(records: list[Trajectory]) -> str:
-    if not records:
+def _what(record: Trajectory | None) -> str:
+    if record is None:
         return "lost"
-    unlike = {Outcome.UNJUDGED: "unjudged", Outcome.FAILED: "failed"}
-    return unlike.get(records[0].outcome, "judged")
+    return {Outcome.UNJUDGED: "unjudged", Outcome.FAILED: "failed"}.get(record.outcome, "judged")
 
 
 def _drawn(settings: Settings, request: graph.Request) -> bool:

@@ -459,15 +459,15 @@ def test_where_the_log_itself_is_stuck_the_loss_is_counted_and_said(
     with open_log(tmp_path / "stuck.db", redact=redact) as stuck:
         guarded = behind(drafting(), stuck, sample=0)
         with caplog.at_level(logging.WARNING, "cai_graph"):
-            for _ in range(5):
+            for _ in range(7):
                 assert guarded.invoke("hello").content == "the draft"
 
-        assert guarded.shadow.tally == Tally(answers=5, lost=3, waiting=2)
-        assert "1 were lost" in caplog.text
+        assert guarded.shadow.tally == Tally(answers=7, lost=3, waiting=4)
+        assert [r.levelno for r in caplog.records if "1 were lost" in r.getMessage()] == [logging.ERROR]
         open_.set()
         guarded.shadow.close()
-        assert guarded.shadow.tally == Tally(answers=5, lost=3, unjudged=2)
-        assert len(records(stuck)) == 2
+        assert guarded.shadow.tally == Tally(answers=7, lost=3, unjudged=4)
+        assert len(records(stuck)) == 4
 
 
 def test_a_drain_that_runs_out_of_time_logs_the_rest_unjudged(log: Log) -> None:
