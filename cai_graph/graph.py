@@ -237,11 +237,9 @@ async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
     if rounds:
         return run.go_on(progress, _after_draft(run.plan, progress))
     if not answered.unfinished:
-        if answered.answer.tool_calls and not text_of(answered.answer):
-            # The app only asks for tools: it is judged as far as a principle speaks of them.
-            if run.plan.of_tools is None or run.plan.settings.strategy == "sampled":
-                return run.go_on(progress, END)
-            run.plan = run.plan.of_tools
+        only_calls = answered.answer.tool_calls and not text_of(answered.answer)
+        if only_calls and (run.plan.of_tools is None or run.plan.settings.strategy == "sampled"):
+            return run.go_on(progress, END)  # the app asks for a tool, and no principle speaks of tools
         if before is not None and not _differs(answered.answer, before.draft.answer):
             judged = answered.blocks[-1].critique  # the last block was the end of the answer
             return run.go_on(progress.with_round(Round(critique=judged)), END)
@@ -273,7 +271,7 @@ async def critique(state: State, runtime: Runtime[_Run]) -> Command[str]:
         return run.go_on(progress.with_round(Round(of=of, critique=found)), "revise")
     waiting = progress.unjudged()
     if plan.settings.strategy == "parallel":
-        critiques = [_joined(state["judged"], of, plan) for of in waiting]
+        critiques = [_joined(state["judged"], of, plan, progress) for of in waiting]
     else:
         critiques = await _critiques(run, progress, waiting)
     if progress.rounds:
@@ -397,7 +395,7 @@ async def _critiques(run: _Run, progress: Progress, waiting: Sequence[str]) -> l
         [
             plan.critic.critique(
                 run.exchange(progress.answer(of), unfinished=of == "draft" and progress.draft.unfinished),
-                plan.spoken,
+                plan.rules(progress.answer(of)),
                 calls,
                 explain=of == "draft",
             )
@@ -430,7 +428,7 @@ def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
             ),
         )
         for of in progress.unjudged()
-        for principle in plan.spoken.principles
+        for principle in plan.rules(progress.answer(of))
     ]
 
 
@@ -439,10 +437,10 @@ def _inner(run: _Run) -> Calls:
     return run.calls.under(RunnableConfig(callbacks=get_config().get("callbacks"), tags=[TAG_NOSTREAM]))
 
 
-def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan) -> Critique:
+def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan, progress: Progress) -> Critique:
     """Return the critiques of one answer under single principles as one."""
     found = [msgspec.convert(item["critique"], Critique) for item in judged if item["of"] == of]
-    parts = found[-len(plan.spoken.principles) :]  # a draft in blocks was judged before
+    parts = found[-len(plan.rules(progress.answer(of))) :]  # a draft in blocks was judged before
     said = [part.evasive for part in parts if part.evasive is not None]
     return Critique(
         verdicts=tuple(verdict for part in parts for verdict in part.verdicts),

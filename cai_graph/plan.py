@@ -18,7 +18,7 @@ from cai_graph.critic import Critic, check_strategy, critic_for
 from cai_graph.errors import ConfigError
 from cai_graph.log import Log, open_log
 from cai_graph.policy import Settings
-from cai_graph.trajectory import ConstitutionRef
+from cai_graph.trajectory import ConstitutionRef, Message, text_of
 
 __all__ = ["Plan", "planning"]
 
@@ -69,10 +69,15 @@ class Plan:
         )
 
     @cached_property
-    def of_tools(self) -> Plan | None:
-        """The plan for turns that only call tools: the principles that speak of tools; None: none does."""
+    def of_tools(self) -> Constitution | None:
+        """The principles that speak of tools, as models read them; None where none does."""
         rules = [rule.id for rule in self.constitution if rule.tools]
-        return dataclasses.replace(self, constitution=self.constitution.select(rules)) if rules else None
+        return self.spoken.select(rules) if rules else None
+
+    def rules(self, answer: Message) -> Constitution:
+        """Return the principles that judge an answer; fewer where it only calls tools."""
+        calls_only = answer.tool_calls and not text_of(answer)
+        return (self.of_tools or self.spoken) if calls_only else self.spoken
 
     @cached_property
     def constitution_ref(self) -> ConstitutionRef:

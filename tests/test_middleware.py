@@ -237,8 +237,9 @@ def ordering(critique: Any, revise: Any = "Shall I order the yacht?") -> Streami
 
 def finds_the_order(messages: list[BaseMessage]) -> str:
     asked = [rule.id for rule in PAYS if f"\n{rule.id}: " in messages[0].text]
-    assert asked == ["no-orders"]
-    broken = ["no-orders"] if "[calls the tool order with" in messages[-1].text else []
+    called = "[calls the tool order with" in messages[-1].text
+    assert asked == (["no-orders"] if called else ["no-harm", "no-orders"])  # words are judged by all
+    broken = ["no-orders"] if called else ["no-harm"] if CANARY in answer_in(messages) else []
     return verdicts(*broken, ids=asked)
 
 
@@ -258,6 +259,24 @@ async def test_a_call_that_a_principle_of_tools_forbids_gives_way_to_words(way: 
     assert trajectory.draft.answer.tool_calls[0].name == "order"
     assert trajectory.released is not None
     assert trajectory.released.tool_calls == ()
+
+
+@pytest.mark.parametrize("strategy", ["batched", "parallel"])
+def test_words_that_stand_in_for_a_call_are_judged_by_every_principle(strategy: str) -> None:
+    settings = {"constitution": PAYS, "max_rounds": 1, "strategy": strategy}
+
+    def critique(messages: list[BaseMessage]) -> str:
+        asked = [rule.id for rule in PAYS if f"\n{rule.id}: " in messages[0].text]
+        called = "[calls the tool order with" in messages[-1].text
+        broken = {"no-orders": called, "no-harm": CANARY in answer_in(messages)}
+        assert not (called and "no-harm" in asked)
+        return verdicts(*[name for name in asked if broken[name]], ids=asked)
+
+    refused = guarded(ordering(critique, f"{CANARY} words"), tools=[order], settings=settings)
+    mended = guarded(ordering(critique), tools=[order], settings=settings)
+
+    assert refused.invoke(ASKED)["messages"][-1].text == "I would rather not."
+    assert mended.invoke(ASKED)["messages"][-1].text == "Shall I order the yacht?"
 
 
 @both_ways
