@@ -27,8 +27,9 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts, fast tests
 bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
 
-soak: $(VENV)/.installed  ## long kill loops on the log
+soak: $(VENV)/.installed  ## long kill loops on the log, of its writers and of its server
 	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
+	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/test_log_postgres.py -k "killed or falls" --timeout 0
 
 clean:
 	rm -rf $(VENV) cai.db cai.db-wal cai.db-shm
