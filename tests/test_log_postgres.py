@@ -21,12 +21,16 @@ import psycopg
 import pytest
 from log_support import contents, execute, fill, trajectory
 from postgres_server import Server
+from replies import verdicts
 
+from cai_graph import constitutional
+from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
 from cai_graph.log import Log, open_log, recover, without_password
 from cai_graph.log import postgres as postgres_store
 from cai_graph.log.postgres import SCHEMA
 from cai_graph.log.upkeep import verify
+from cai_graph.testing import ScriptedModel
 
 FALLS = int(os.environ.get("CAI_LOG_FALLS", "2"))
 
@@ -222,6 +226,26 @@ def test_an_outage_ends_in_an_error_soon_and_the_log_goes_on_after_it(
     assert "writing works again; 2 records were lost" in caplog.text
     assert list(log.read()) == made
     assert verify(url).ok
+
+
+def test_an_answer_outlives_an_outage_of_its_log(
+    url: str, log: Log, postgres: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(postgres_store, "OUTAGE_S", 0.3)
+    ids = [principle.id for principle in load("balanced")]
+    model = ScriptedModel(replies=[reply for n in range(3) for reply in (f"answer {n}", verdicts(ids=ids))])
+    app = constitutional(model, constitution="balanced", log=log)
+    assert app.invoke("hello").content == "answer 0"
+    postgres.crash()
+    try:
+        assert app.invoke("hello").content == "answer 1"
+        assert "LOST FROM THE LOG" in caplog.text
+        assert "PostgreSQL cannot be reached" in caplog.text
+    finally:
+        postgres.start()
+    assert app.invoke("hello").content == "answer 2"
+    released = [record.released.content for record in log.read()]  # type: ignore[union-attr]
+    assert released == ["answer 0", "answer 2"]
 
 
 @pytest.mark.parametrize("outage_s", [0.1, 60.0])
