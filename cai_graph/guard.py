@@ -24,6 +24,7 @@ from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.drafts import DraftCalls, plain
 from cai_graph.errors import ConfigError, RunError
+from cai_graph.held import Held
 from cai_graph.log import Log
 from cai_graph.overheard import Overheard
 from cai_graph.plan import Plan, planning
@@ -31,7 +32,7 @@ from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer, re
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.streams import AHEAD, Batch, Piece, Send, Writing, batches, progress, relay, unstreamed, whole
-from cai_graph.trajectory import Draft, Trajectory, text_of
+from cai_graph.trajectory import Draft, Trajectory
 
 __all__ = ["Guard"]
 
@@ -100,6 +101,7 @@ class Guard:
         *,
         caller: bridge.Caller | None = None,
         source: str | None = None,
+        held: Held | None = None,
     ) -> tuple[Any, Trajectory | None]:
         """Return the app's output with what leaves in the answer's place, and the record.
 
@@ -109,6 +111,7 @@ class Guard:
             options: passed on to the app.
             caller: the thread that waits, where the app is to run in it.
             source: recorded in the Trajectory.
+            held: takes down what the app streams, where it is a graph that is to be streamed.
 
         Returns:
             The record is None where a person is waited for: there is no answer yet, and the output says
@@ -133,7 +136,14 @@ class Guard:
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
             under, handler = self._under(config, calls, node)
-            if caller is not None:
+            if held is not None:
+                streamed = _written(self.app, input, under, held.options, caller)
+                async with calls.deadline(), aclosing(streamed) as written:
+                    async for batch in written:
+                        for chunk in batch.items:
+                            held.take(chunk)
+                output = held.output
+            elif caller is not None:
 
                 def invoke() -> Any:
                     with apart():
@@ -186,13 +196,16 @@ class Guard:
         """Yield the app's output in pieces, as they may leave; arguments and errors are those of `answer`.
 
         The last piece has the record; there is none where the app waits for a person. A graph's chunks are
-        the states of its channels, not pieces of an answer, so that what a graph answers leaves in one piece,
-        as does a structured answer.
+        the states of its channels and more, not pieces of an answer: they leave once it is judged whole, as
+        does a structured answer.
         """
         mode = self.plan.settings.stream
         if mode == "buffer" or self.shape.whole or graph.is_graph(self.app):
-            output, trajectory = await self.answer(input, config, options, caller=caller)
-            yield whole(output, "" if trajectory is None else text_of(self.shape.answer(output)), trajectory)
+            held = Held(self.app, options) if graph.is_graph(self.app) else None
+            output, trajectory = await self.answer(input, config, options, caller=caller, held=held)
+            for chunk in () if held is None else held.told(self.shape, output, trajectory):
+                yield Piece(chunk, "")
+            yield whole(output, self.shape, trajectory, told=held is not None and held.output is not None)
             return
 
         async def work(send: Send[Piece]) -> None:
@@ -203,7 +216,7 @@ class Guard:
                     async for batch in written:
                         for chunk in batch.items:
                             if isinstance(chunk, Mapping) and "__interrupt__" in chunk:
-                                await send(whole(chunk, "", None))
+                                await send(whole(chunk, self.shape, None))
                                 raise graph.Paused
                         yield batch
 

@@ -69,7 +69,7 @@ class Shape:
 
     def answer(self, output: object) -> Message:
         """Return the answer that stands in an output."""
-        found = self._answer_in(output)
+        found = self.answer_in(output)
         if isinstance(found, BaseMessage):
             return from_langchain(found)
         return Message(role="assistant", content=str(found))  # parsers return subclasses of str
@@ -135,9 +135,10 @@ class Shape:
         """Return the key of the answer in an output."""
         return self._key(output, self.output_key, _OUTPUT_KEYS, "output")
 
-    def _answer_in(self, output: object) -> str | BaseMessage:
+    def answer_in(self, output: object) -> str | BaseMessage:
+        """Return the answer itself, as it stands in an output."""
         if isinstance(output, Mapping):
-            return self._answer_in(output[self.output_in(output)])
+            return self.answer_in(output[self.output_in(output)])
         if isinstance(output, str | BaseMessage):
             return output
         if isinstance(output, list) and output and all(isinstance(item, BaseMessage) for item in output):

@@ -73,6 +73,8 @@ class Piece(NamedTuple):
     """The record, with the last piece."""
     whole: Any = None
     """The app's output with what leaves in the answer's place, with the last piece."""
+    id: str | None = None
+    """Of the answer, where it is a message."""
 
 
 Send = Callable[[T], Awaitable[None]]
@@ -242,7 +244,7 @@ class Writing:
             )
         if self._at_once:
             self._sent = len(self.text)
-            await self._send(Piece(chunk, self.text[len(before) :]))
+            await self._send(Piece(chunk, self.text[len(before) :], id=self._id() if self.text else None))
 
     def _written(self) -> str:
         try:
@@ -261,13 +263,16 @@ class Writing:
         """Send the text of a draft as far as it has not left yet."""
         text = text_of(draft.answer)[self._sent :]
         self._sent += len(text)
-        await self._send(Piece(self._part(self.output, text), text))
+        await self._send(Piece(self._part(self.output, text), text, id=self._id()))
 
     async def rest(self, output: Any, trajectory: Trajectory) -> None:
         """Send of the output that leaves what has not left yet."""
         text = text_of(self._shape.answer(output))[self._sent :]
         chunk = self._verdict(output) if self._at_once else self._part(output, text, last=True)
-        await self._send(Piece(chunk, text, trajectory, _as_message(output)))
+        await self._send(Piece(chunk, text, trajectory, _as_message(output), self._id()))
+
+    def _id(self) -> str | None:
+        return self._shape.answer(self.output).id
 
     def _part(self, output: Any, text: str, *, last: bool = False) -> Any:
         """Return a chunk with this much of the answer's text; the last one has all that is not text."""
@@ -311,12 +316,15 @@ def part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessa
     return AIMessageChunk(content=content, **fields, chunk_position="last")
 
 
-def whole(output: Any, text: str, trajectory: Trajectory | None) -> Piece:
-    """Return an output that leaves in one piece."""
-    chunk = output
-    if isinstance(output, Mapping):
-        chunk = AddableDict({key: _as_chunk(value) for key, value in output.items()})
-    return Piece(_as_chunk(chunk), text, trajectory, output)
+def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: bool = False) -> Piece:
+    """Return an output that leaves in one piece; with `told` it has left, and only the record is new."""
+    chunk = None if told else output
+    if isinstance(chunk, Mapping):
+        chunk = AddableDict({key: _as_chunk(value) for key, value in chunk.items()})
+    if trajectory is None:
+        return Piece(_as_chunk(chunk), "", whole=output)
+    answer = shape.answer(output)
+    return Piece(_as_chunk(chunk), text_of(answer), trajectory, output, answer.id)
 
 
 def _as_message(output: Any) -> Any:
@@ -397,14 +405,14 @@ class Shown:
 
     async def piece(self, piece: Piece) -> None:
         """Show a piece."""
-        if not self._manager.handlers:
+        if not self._manager.handlers or not (piece.text or piece.trajectory):
             return
         if self._run is None:
             runs = await self._manager.on_chat_model_start({}, [self._messages], name=self._name)
             self._run = runs[0]
         chunk = piece.output
         if not isinstance(chunk, AIMessageChunk):
-            chunk = AIMessageChunk(content=piece.text, id=f"lc_run--{self._run.run_id}")
+            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{self._run.run_id}")
         self._all = chunk if self._all is None else self._all + chunk
         await self._run.on_llm_new_token(piece.text, chunk=ChatGenerationChunk(message=chunk))
 

@@ -14,7 +14,6 @@ from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
 from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda, RunnableParallel
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
-from langgraph.graph import END, START, MessagesState, StateGraph
 from replies import IDS, RULES, answer_in, by_role, role_of, verdicts
 
 from cai_graph import Budget, ScriptedModel, constitutional
@@ -599,22 +598,6 @@ async def test_what_stands_beside_the_answer_leaves_with_the_first_block_once() 
     for chunk in chunks[1:]:
         total += chunk
     assert total == {"answer": FINE, "documents": ["a document"]}
-
-
-async def test_a_graph_answers_in_one_piece() -> None:
-    model = judge()
-
-    def node(state: MessagesState) -> dict[str, Any]:
-        return {"messages": [AIMessage(DRAFT)]}
-
-    built = StateGraph(MessagesState)
-    built.add_node("answer", node)
-    built.add_edge(START, "answer")
-    built.add_edge("answer", END)
-
-    (chunk,) = await drawn(guarded(built.compile(), model), {"messages": [("user", "hello")]})
-
-    assert chunk["messages"][-1].content == "It ends well."
 
 
 async def test_an_app_that_takes_back_what_has_left_is_an_error() -> None:

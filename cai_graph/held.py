@@ -1,0 +1,158 @@
+"""A graph's stream, held until its answer is judged, then told with what is released in the answer's place.
+
+What LangGraph streams are states, updates, tokens and more, in the modes that the caller asks for. All of it
+is taken down while the graph runs. In `messages` mode only tokens of messages that stay in the final state
+are told again: other models of the graph may have written drafts. Where another answer than the draft
+leaves, the draft's message is replaced wherever it stands, and the `custom` stream, which could hold
+anything, is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from langchain_core.messages import AIMessage, BaseMessage
+
+from cai_graph.shape import Shape
+from cai_graph.streams import part_of_message
+from cai_graph.trajectory import Trajectory, text_of
+
+__all__ = ["Held"]
+
+
+class _Part(NamedTuple):
+    chunk: Any
+    """As LangGraph told it."""
+    path: tuple[str, ...]
+    """Of the subgraph that it comes from."""
+    mode: str
+    data: Any
+
+
+class Held:
+    """What a graph streams.
+
+    Args:
+        app: the compiled graph.
+        options: what its caller passes to `stream`, such as `stream_mode` and `subgraphs`.
+    """
+
+    def __init__(self, app: Any, options: Mapping[str, Any]) -> None:
+        asked = options.get("stream_mode") or app.stream_mode
+        self._listed = not isinstance(asked, str)
+        self._asked: list[str] = [asked] if isinstance(asked, str) else list(asked)
+        self._typed = options.get("version") == "v2"
+        self._subgraphs = bool(options.get("subgraphs"))
+        modes = [*self._asked, *({"values", "updates"} - set(self._asked))]
+        self.options = {**options, "stream_mode": modes}
+        """What to pass to the graph's `stream`."""
+        self._parts: list[_Part] = []
+        self._state: Any = None
+        self._interrupts: list[Any] = []
+
+    @property
+    def output(self) -> Any:
+        """What the graph's `invoke` would have returned."""
+        if self._interrupts:
+            return {**(self._state or {}), "__interrupt__": self._interrupts}
+        return self._state
+
+    def take(self, chunk: Any) -> None:
+        """Take down what the graph streams."""
+        if self._typed:
+            part = _Part(chunk, tuple(chunk["ns"]), chunk["type"], chunk["data"])
+        else:
+            path = tuple(chunk[0]) if self._subgraphs else ()
+            part = _Part(chunk, path, chunk[-2], chunk[-1])
+        self._parts.append(part)
+        if part.path:
+            return
+        if part.mode == "values":
+            self._state = part.data
+        elif part.mode == "updates" and isinstance(part.data, Mapping):
+            self._interrupts += part.data.get("__interrupt__", ())
+
+    def told(self, shape: Shape, output: Any, trajectory: Trajectory | None) -> Iterator[Any]:
+        """Yield what was taken down, as the caller asked for it.
+
+        Args:
+            shape: where the answer is in the output.
+            output: the output that leaves; without a record, that of a graph that waits for a person.
+            trajectory: the record.
+        """
+        parts = [part for part in self._parts if part.mode in self._asked]
+        if trajectory is None:
+            yield from (self._as_asked(part, part.data) for part in parts)
+            return
+        draft, released = shape.answer_in(self.output), shape.answer_in(output)
+        stays = {message.id for message in _messages(output)}
+        kept, shown = trajectory.released_from == "draft", False
+        last = next((part for part in reversed(parts) if _is_token(part)), None)
+        for part in parts:
+            data = part.data
+            if part.mode == "messages":
+                message, about = data
+                if isinstance(message, AIMessage) and message.id not in stays:
+                    if shown or part is not last:
+                        continue
+                    data = (_chunk(released), about)  # the tokens of this answer have another id, or none
+                elif message.id == _id(draft) and not kept:
+                    if shown:
+                        continue
+                    data = (_chunk(released), about)
+                shown = shown or data[0].id == _id(released) or part is last
+            elif part.mode == "custom" and not kept:
+                continue
+            else:
+                data = _replaced(data, draft, released)
+            yield self._as_asked(part, data)
+
+    def _as_asked(self, part: _Part, data: Any) -> Any:
+        if self._typed:
+            return {**part.chunk, "data": data}
+        told: list[Any] = [part.path] if self._subgraphs else []
+        told += [part.mode] if self._listed else []
+        return (*told, data) if told else data
+
+
+def _is_token(part: _Part) -> bool:
+    return part.mode == "messages" and isinstance(part.data[0], AIMessage)
+
+
+def _id(answer: str | BaseMessage) -> str | None:
+    return answer.id if isinstance(answer, BaseMessage) else None
+
+
+def _chunk(answer: str | BaseMessage) -> BaseMessage:
+    message = AIMessage(answer) if isinstance(answer, str) else answer
+    return part_of_message(message, text_of(message), last=True)
+
+
+def _messages(value: Any) -> Iterator[BaseMessage]:
+    if isinstance(value, BaseMessage):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _messages(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _messages(item)
+
+
+def _replaced(value: Any, draft: str | BaseMessage, released: str | BaseMessage) -> Any:
+    """Return the value with the released answer wherever the draft stands."""
+    if isinstance(value, BaseMessage):
+        same = value.id == _id(draft) if value.id else value == draft
+        return released if same and isinstance(draft, BaseMessage) else value
+    if isinstance(value, str):
+        text = draft if isinstance(draft, str) else text_of(draft)
+        return (released if isinstance(released, str) else text_of(released)) if value == text else value
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, draft, released) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, draft, released) for item in value]
+    if isinstance(value, tuple):
+        items = [_replaced(item, draft, released) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
