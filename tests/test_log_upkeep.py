@@ -16,7 +16,7 @@ from cai_graph.log.store import digest_of
 from cai_graph.log.upkeep import Gap, gc, recover, verify
 from cai_graph.trajectory import Record, encode
 
-PAGE = 16384
+PAGE = 32768
 
 
 def make(path: str | Path, count: int = 40, size: int = 3000) -> list[Record]:
@@ -210,7 +210,7 @@ def test_a_lost_page_loses_only_its_own_records_and_says_which(tmp_path: Path) -
 @pytest.mark.parametrize("keep", [0.55, 0.8])
 def test_a_truncated_file_gives_what_is_left_of_it(tmp_path: Path, keep: float) -> None:
     path = tmp_path / "cai.db"
-    made = make(path)
+    made = make(path, 200)
     sound = path.read_bytes()
     cut = int(len(sound) * keep)
     clear(path)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cai_graph.errors import CaiError, LogError
+from cai_graph.log.sqlite import PAGE_SIZE
 from cai_graph.log.store import Row, column_text, digest_of, row_of
 from cai_graph.trajectory import decode
 
@@ -84,7 +85,7 @@ class _Pages:
         size = int.from_bytes(header[16:18]) or int.from_bytes(wal_header[8:12])
         self.size = 65536 if size == 1 else size
         if self.size not in {512 << n for n in range(8)}:
-            self.size = 16384  # The header is damaged; this is what every log is made with.
+            self.size = PAGE_SIZE  # The header is damaged; this is what every log is made with.
         # No log reserves bytes at the end of a page, so a number there is damage.
         self._bytes = os.fstat(self._file.fileno()).st_size
         self.count = -(-self._bytes // self.size)
