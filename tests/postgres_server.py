@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import tempfile
+import threading
 import warnings
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 
@@ -65,3 +68,59 @@ class Server:
     def stop(self) -> None:
         self.crash()  # which does not take the time to write what nobody reads
         self._server.cleanup()
+
+
+class Network:
+    """A way to a server over TCP that can be frozen, or cut in the middle of an answer."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open = threading.Event()
+        self._open.set()
+        self._sockets: list[socket.socket] = []
+        self.cut_at: bytes | None = None
+        """The next answer that has these bytes does not arrive, and its connection ends."""
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self._listener.getsockname()[1]}/{database}?sslmode=disable"
+
+    def freeze(self) -> None:
+        """From now on nothing gets through, and nobody is told."""
+        self._open.clear()
+
+    def thaw(self) -> None:
+        self._open.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thaw()
+        for one in (self._listener, *self._sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(f"{self._server.folder}/.s.PGSQL.5432")
+                self._sockets += [client, server]
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._carry, args=(*pair, pair[0] is server), daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self._open.wait()
+                if is_answer and self.cut_at is not None and self.cut_at in data:
+                    self.cut_at = None
+                    break
+                target.sendall(data)
+        for one in (source, target):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)

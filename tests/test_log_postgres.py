@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 import pytest
 from log_support import contents, execute, fill, trajectory
-from postgres_server import Server
+from postgres_server import Network, Server
 from replies import verdicts
 
 from cai_graph import constitutional
@@ -181,26 +181,43 @@ def test_no_acknowledged_record_is_lost_when_the_server_falls(url: str, postgres
     assert verify(url).ok
 
 
-def test_a_commit_whose_answer_was_lost_is_acknowledged_once(url: str, log: Log) -> None:
-    fill(log, 1)
-    store = log._shared.store
-    assert isinstance(store, postgres_store.PostgresStore)
-    connection = store._db
-    assert connection is not None
-    execute_ = connection.execute
+@pytest.mark.parametrize("answer", [b"COMMIT\0", b"COPY 5\0", b"BEGIN\0"])
+def test_a_connection_that_breaks_at_any_answer_stores_the_records_once(
+    url: str, postgres: Server, answer: bytes
+) -> None:
+    with Network(postgres) as network, open_log(network.url("test1")) as log:
+        fill(log, 1)
+        records = [trajectory(n) for n in range(5)]
+        with log._shared.store._writing:  # type: ignore[attr-defined]  # so that they are in one transaction
+            first = log.append(trajectory())
+            while log._shared.writer._queue:  # type: ignore[union-attr]
+                time.sleep(0.001)
+            futures = [log.append(record) for record in records]
+            network.cut_at = answer
+        for future in [first, *futures]:
+            future.result()
+        assert network.cut_at is None
+        assert list(log.read())[2:] == records
+        assert log.lost == 0
+    assert verify(url).ok
 
-    def commit_and_break(query: Any, *args: Any, **kwargs: Any) -> Any:
-        cursor = execute_(query, *args, **kwargs)
-        if query == "COMMIT":
-            kill_backends(url)
-            execute_("SELECT 1")
-        return cursor
 
-    connection.execute = commit_and_break  # type: ignore[method-assign]
-    records = [trajectory(n) for n in range(5)]
-    for future in [log.append(record) for record in records]:
-        future.result()
-    assert list(log.read())[1:] == records
+def test_a_network_that_falls_silent_fails_the_append_and_is_found_again(
+    url: str, postgres: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_store, "WRITE_S", 0.5)
+    monkeypatch.setattr(postgres_store, "OUTAGE_S", 0.1)
+    with Network(postgres) as network, open_log(network.url("test1") + "&connect_timeout=2") as log:
+        made = fill(log, 1)
+        network.freeze()
+        with pytest.raises(LogError, match="PostgreSQL did not answer in time"):
+            log.append(trajectory(1)).result()
+        with pytest.raises(LogError, match="PostgreSQL cannot be reached"):
+            log.append(trajectory(2)).result()
+        network.thaw()
+        made += fill(log, 2)
+        stored = list(log.read())
+    assert stored[:1] + stored[-2:] == made
     assert verify(url).ok
 
 

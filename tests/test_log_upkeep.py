@@ -338,6 +338,18 @@ def test_what_gc_removed_stays_away_from_import_and_recovery(tmp_path: Path) -> 
     assert gc(recovered, before=START + timedelta(days=1), why="all").trajectories == 7
 
 
+def test_what_is_appended_again_after_it_was_removed_can_be_removed_again(url: str) -> None:
+    record = trajectory()
+    with open_log(url) as log:
+        for why in ("once", "twice"):
+            log.append(record).result()
+            assert gc(url, before=START + timedelta(days=1), why=why).trajectories == 1
+        assert log.stats().removed == 2
+        log.append(record).result()
+        assert list(log.read()) == [record]
+    assert verify(url).ok
+
+
 def test_gc_of_an_absent_log_makes_none(tmp_path: Path) -> None:
     with pytest.raises(LogError, match="there is no log"):
         gc(tmp_path / "cai.db", before=START, why="x", dry_run=True)

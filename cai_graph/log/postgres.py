@@ -98,7 +98,7 @@ _CREATE = """
     CREATE INDEX records_withheld ON cai_log.records (withheld) WHERE withheld = 1;
     CREATE TABLE cai_log.tombstones (
         position   bigint PRIMARY KEY,
-        id         text COLLATE "C" NOT NULL UNIQUE,
+        id         text COLLATE "C" NOT NULL,
         kind       text COLLATE "C" NOT NULL,
         writer     text COLLATE "C" NOT NULL,
         sequence   bigint NOT NULL,
@@ -107,6 +107,7 @@ _CREATE = """
         removed_at bigint NOT NULL,       -- microseconds since 1970 UTC
         why        text COLLATE "C" NOT NULL
     );
+    CREATE INDEX tombstones_id ON cai_log.tombstones (id);
 """
 
 _Connection = psycopg.Connection[tuple[Any, ...]]

@@ -81,7 +81,7 @@ def _create(db: apsw.Connection) -> None:
     )
 
 
-def _index(db: apsw.Connection) -> None:
+def _add_indexes(db: apsw.Connection) -> None:
     # Behind what an index is on stands the position, so each is in the order in which records are read.
     db.execute(
         """
@@ -91,11 +91,27 @@ def _index(db: apsw.Connection) -> None:
         CREATE INDEX records_at ON records (at);
         CREATE INDEX records_tags ON records (position, tags) WHERE tags IS NOT NULL;
         CREATE INDEX records_withheld ON records (withheld) WHERE withheld = 1;
+        -- An id may be appended again after it was removed, and be removed again.
+        CREATE TABLE buried (
+            position   INTEGER PRIMARY KEY,
+            id         TEXT    NOT NULL,
+            kind       TEXT    NOT NULL,
+            writer     TEXT    NOT NULL,
+            sequence   INTEGER NOT NULL,
+            digest     BLOB    NOT NULL,
+            chain      BLOB    NOT NULL,
+            removed_at INTEGER NOT NULL,                      -- microseconds since 1970 UTC
+            why        TEXT    NOT NULL
+        ) STRICT;
+        INSERT INTO buried SELECT * FROM tombstones;
+        DROP TABLE tombstones;
+        ALTER TABLE buried RENAME TO tombstones;
+        CREATE INDEX tombstones_id ON tombstones (id);
         """
     )
 
 
-MIGRATIONS: dict[int, Callable[[apsw.Connection], None]] = {0: _create, 1: _index}
+MIGRATIONS: dict[int, Callable[[apsw.Connection], None]] = {0: _create, 1: _add_indexes}
 """Version n -> what turns a file of version n into version n + 1, inside one transaction."""
 
 _INSERT = """
