@@ -19,6 +19,7 @@ from cai_graph.guard import Guard
 from cai_graph.log import Log
 from cai_graph.review import Checkpointer
 from cai_graph.runnable import Answered, ConstitutionalRunnable
+from cai_graph.shadowed import ShadowedChatModel
 
 __all__ = ["Answered", "ConstitutionalChatModel", "ConstitutionalRunnable", "constitutional"]
 
@@ -103,5 +104,7 @@ def constitutional(
         **settings,
     )
     if isinstance(app, BaseChatModel):
-        return ConstitutionalChatModel(guard)
+        face: type[ConstitutionalChatModel]
+        face = ConstitutionalChatModel if guard.shadow is None else ShadowedChatModel
+        return face(guard)
     return ConstitutionalRunnable(guard)

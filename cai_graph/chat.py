@@ -91,10 +91,7 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options = _options(stop, kwargs)
-        if self._guard.shadow is not None:
-            message = self._guard.overheard(messages, RunnableConfig()).invoke(options)
-            return ChatResult(generations=[ChatGeneration(message=message)])
+        options = options_of(stop, kwargs)
         return bridge.run(lambda caller: self._result(messages, options, run_manager, caller))
 
     async def _agenerate(
@@ -104,11 +101,7 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options = _options(stop, kwargs)
-        if self._guard.shadow is not None:
-            message = await self._guard.overheard(messages, RunnableConfig()).ainvoke(options)
-            return ChatResult(generations=[ChatGeneration(message=message)])
-        return await self._result(messages, options, run_manager)
+        return await self._result(messages, options_of(stop, kwargs), run_manager)
 
     async def _result(
         self,
@@ -140,10 +133,7 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        options = _options(stop, kwargs)
-        if self._guard.shadow is not None:
-            untouched = self._guard.overheard(messages, RunnableConfig()).stream(options)
-            return (ChatGenerationChunk(message=chunk) for chunk in untouched)
+        options = options_of(stop, kwargs)
         return bridge.stream(lambda caller: self._generations(messages, options, run_manager, caller))
 
     async def _astream(
@@ -153,7 +143,7 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async with aclosing(self._generations(messages, _options(stop, kwargs), run_manager)) as made:
+        async with aclosing(self._generations(messages, options_of(stop, kwargs), run_manager)) as made:
             async for chunk in made:
                 yield chunk
 
@@ -165,10 +155,6 @@ class ConstitutionalChatModel(BaseChatModel):
         caller: bridge.Caller | None = None,
         configurable: dict[str, Any] | None = None,
     ) -> AsyncGenerator[ChatGenerationChunk, None]:
-        if self._guard.shadow is not None:
-            async for message in self._guard.overheard(messages, RunnableConfig()).astream(options):
-                yield ChatGenerationChunk(message=message)
-            return
         below: RunnableConfig = {**self._below(run_manager), "configurable": configurable or {}}
         async with aclosing(self._guard.stream(messages, below, options, caller=caller)) as pieces:
             async for piece in pieces:
@@ -183,11 +169,8 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Answer; where a person decided what leaves (policy `human`), `input` is a `Command(resume=…)`."""
-        if self._guard.shadow is not None:  # the wrapped model's own run, as if nothing were around it
-            run = self._guard.overheard(input, ensure_config(config))
-            return cast("AIMessage", run.invoke(_options(stop, kwargs)))
         if self.plan.settings.asks:
-            return _Asking(self._guard).invoke(input, config, **_options(stop, kwargs))
+            return _Asking(self._guard).invoke(input, config, **options_of(stop, kwargs))
         return super().invoke(input, config, stop=stop, **kwargs)
 
     async def ainvoke(
@@ -199,11 +182,8 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Answer; see `invoke`."""
-        if self._guard.shadow is not None:
-            run = self._guard.overheard(input, ensure_config(config))
-            return cast("AIMessage", await run.ainvoke(_options(stop, kwargs)))
         if self.plan.settings.asks:
-            return await _Asking(self._guard).ainvoke(input, config, **_options(stop, kwargs))
+            return await _Asking(self._guard).ainvoke(input, config, **options_of(stop, kwargs))
         return await super().ainvoke(input, config, stop=stop, **kwargs)
 
     # LangChain's own `stream`, and its `invoke` where it streams, tell `_stream` nothing of the run, under
@@ -221,8 +201,6 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         """Answer in chunks, which leave as `Settings.stream` says; the model is called in this thread."""
-        if self._guard.shadow is not None:
-            return self._guard.overheard(input, ensure_config(config)).stream(_options(stop, kwargs))
         return bridge.stream(lambda caller: self._chunks(input, config, stop, kwargs, caller))
 
     async def astream(
@@ -234,11 +212,7 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """Answer in chunks, which leave as `Settings.stream` says."""
-        if self._guard.shadow is not None:
-            made = self._guard.overheard(input, ensure_config(config)).astream(_options(stop, kwargs))
-        else:
-            made = self._chunks(input, config, stop, kwargs)
-        async with aclosing(made) as chunks:
+        async with aclosing(self._chunks(input, config, stop, kwargs)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -272,7 +246,7 @@ class ConstitutionalChatModel(BaseChatModel):
             batch_size=1,
         )
         told: ChatGenerationChunk | None = None
-        under, thread = _options(stop, options), config.get("configurable")
+        under, thread = options_of(stop, options), config.get("configurable")
         try:
             async with aclosing(self._generations(messages, under, run, caller, thread)) as made:
                 async for chunk in made:
@@ -303,8 +277,6 @@ class ConstitutionalChatModel(BaseChatModel):
         """Answer, and return the Trajectory beside the message. `source` is recorded in it."""
         runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._guard)
         output, trajectory = await runnable.answered(input, config, source=source, **kwargs)
-        if self._guard.shadow is not None:
-            return Answered(output, trajectory)
         usage = _usage(output, trajectory)
         return Answered(output.model_copy(update={"usage_metadata": usage}), trajectory)
 
@@ -476,7 +448,7 @@ class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
         return with_model(made, lambda bound: self.model_copy(update={"bound": bound}))
 
 
-def _options(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+def options_of(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
     # None would override what is bound to the wrapped model.
     return kwargs if stop is None else {**kwargs, "stop": stop}
 
