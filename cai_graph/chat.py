@@ -233,7 +233,7 @@ class ConstitutionalChatModel(BaseChatModel):
             self.verbose,
             config.get("tags"),
             self.tags,
-            {**config.get("metadata", {}), **self._get_ls_params(stop=stop, **options)},
+            {**config.get("metadata", {}), **self._get_ls_params_with_defaults(stop=stop, **options)},
             self.metadata,
         )
         (run,) = await callbacks.on_chat_model_start(
