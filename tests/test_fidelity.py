@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from replies import RULES, by_role, flags, verdicts
 from wire import Reply, Script, Server, role, serving
 
 from cai_graph import ConstitutionalChatModel, ScriptedModel, constitutional, open_log
+from cai_graph.constitution import load
 
 LOGPROBS = [{"token": "fine", "logprob": -0.1, "bytes": None, "top_logprobs": []}]
 
@@ -393,3 +395,25 @@ def test_a_wrapped_model_is_a_model_wherever_one_is_asked_for() -> None:
         answer = alternatives.with_config(configurable={"llm": "judged"}).invoke("hello")
     assert isinstance(answer, AIMessage)
     assert answer.response_metadata["cai"]["outcome"] == "KEPT"
+
+
+def test_the_blocks_of_the_page_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "chat-models.md").read_text()
+    ids = [principle.id for principle in load("balanced")]
+
+    def answers(body: dict[str, Any]) -> str:
+        if role(body) == "critique":
+            return verdicts(ids=ids)
+        return '{"steps": ["look at the harbour"]}' if "response_format" in body else "Nine to five."
+
+    monkeypatch.chdir(tmp_path)
+    with serving(answers) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "unused")
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        names: dict[str, Any] = {}
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+            exec(block, names)
+        state = names["agent"].invoke({"messages": [("user", "When are you open in Oslo?")]})
+
+    assert names["plan"].steps == ["look at the harbour"]
+    assert state["messages"][-1].text == "Nine to five."
