@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 
@@ -131,7 +131,7 @@ class Calls:
         try:
             async with self.deadline():
                 with apart():
-                    reply = await model.ainvoke(list(messages), self.config)
+                    reply = await model.ainvoke(_marked(role, name, messages), self.config)
                 return reply
         except BaseException as raised:
             error = raised
@@ -181,6 +181,19 @@ def apart() -> Iterator[None]:
         var_child_runnable_config.reset(token)
 
 
+def _marked(role: str, name: str, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+    """Return the messages, a critique's static part marked for Anthropic's prompt cache.
+
+    Anthropic keeps only what is marked; other providers keep beginnings by themselves.
+    https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching
+    """
+    first, *others = messages
+    if role != "critique" or not name.startswith("anthropic:") or not isinstance(first, SystemMessage):
+        return [first, *others]
+    part = {"type": "text", "text": first.text, "cache_control": {"type": "ephemeral"}}
+    return [SystemMessage([part]), *others]
+
+
 def call_of(
     role: str,
     model: str,
@@ -199,7 +212,7 @@ def call_of(
         kind=kind,
         prompt_digest=prompt_digest,
         input_tokens=usage.get("input_tokens"),
-        cached_input_tokens=usage.get("input_token_details", {}).get("cache_read"),
+        cached_input_tokens=(usage.get("input_token_details") or {}).get("cache_read"),
         output_tokens=usage.get("output_tokens"),
         seconds=seconds,
         error=None if error is None else describe(error),

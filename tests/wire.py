@@ -1,8 +1,10 @@
-"""A server on the loopback that speaks OpenAI's wire format, so that tests run the real client.
+"""A server on the loopback that speaks OpenAI's wire format, and Anthropic's, so that tests run real clients.
 
 with serving(lambda body: "hello") as server:
     models.load(server.spec).invoke("hi")
     assert server.requests[0]["messages"][-1]["content"] == "hi"
+
+Both cache the beginnings of prompts as the providers do, and say so in the usage.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import wire_anthropic
 from langchain_core.messages import convert_to_messages
 from replies import role_of, verdicts
 
@@ -39,6 +42,12 @@ class Reply:
     """What tools are called, each with `name`, `args` and `id`, as LangChain has them."""
     cut: int | None = None
     """After how many chunks the connection breaks, where the reply is streamed."""
+    reasoning: str = ""
+    """What the model thought before; a part of the content in Anthropic's format, a field in OpenAI's."""
+    refusal: str | None = None
+    """OpenAI's: the model's refusal to fill a schema, in place of text."""
+    choices: bool = True
+    """OpenAI's: whether there is a choice at all."""
 
 
 Script = Callable[[dict[str, Any]], "str | Reply"]
@@ -53,6 +62,7 @@ class Server:
         self.requests: list[dict[str, Any]] = []
         """The bodies received so far."""
         self._script = script
+        self._cached: set[str] = set()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
@@ -71,6 +81,16 @@ class Server:
         self._http.server_close()
         self._thread.join()
 
+    def _shared(self, body: Mapping[str, Any]) -> int:
+        """How many words of a prompt's beginning came in an earlier one, as OpenAI caches by itself."""
+        words, most = _words(body), 0
+        for earlier in self.requests[:-1]:
+            for count, (one, other) in enumerate(zip(words, _words(earlier), strict=False)):
+                if one != other:
+                    most = max(most, count)
+                    break
+        return most
+
     def _handler(server) -> type[BaseHTTPRequestHandler]:  # noqa: N805 - `self` is the handler's
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -84,14 +104,29 @@ class Server:
                 server.requests.append(body)
                 said = server._script(body)
                 reply = Reply(said) if isinstance(said, str) else said
-                if reply.status != 200:
+                if self.path.endswith("/messages"):
+                    self._anthropic(body, reply)
+                elif reply.status != 200:
                     self._send(reply.status, {"error": {"message": reply.text}}, reply.headers)
                 elif body.get("stream"):
-                    self._stream(_chunks(body, reply), reply)
+                    lines = [f"data: {json.dumps(chunk)}" for chunk in _chunks(body, reply)]
+                    self._stream([*lines, "data: [DONE]"], reply)
                 else:
-                    self._send(200, _completion(body, reply), reply.headers)
+                    answer = _completion(body, reply)
+                    answer["usage"]["prompt_tokens_details"] = {"cached_tokens": server._shared(body)}
+                    self._send(200, answer, reply.headers)
 
-            def _stream(self, chunks: Iterator[dict[str, Any]], reply: Reply) -> None:
+            def _anthropic(self, body: dict[str, Any], reply: Reply) -> None:
+                if reply.status != 200:
+                    self._send(reply.status, wire_anthropic.error(reply.status, reply.text), reply.headers)
+                elif body.get("stream"):
+                    events = wire_anthropic.events(body, reply, server._cached)
+                    lines = [f"event: {event['type']}\ndata: {json.dumps(event)}" for event in events]
+                    self._stream(lines, reply)
+                else:
+                    self._send(200, wire_anthropic.message(body, reply, server._cached), reply.headers)
+
+            def _stream(self, lines: Sequence[str], reply: Reply) -> None:
                 try:
                     self.send_response(200)
                     for name, value in {"Content-Type": "text/event-stream", **reply.headers}.items():
@@ -100,12 +135,11 @@ class Server:
                     if not server.keep_alive:
                         self.send_header("Connection", "close")
                     self.end_headers()
-                    for number, chunk in enumerate(chunks):
+                    for number, line in enumerate(lines):
                         if number == reply.cut:
                             self.close_connection = True  # amid the encoding: the client sees a broken line
                             return
-                        self._write(f"data: {json.dumps(chunk)}\n\n")
-                    self._write("data: [DONE]\n\n")
+                        self._write(f"{line}\n\n")
                     self.wfile.write(b"0\r\n\r\n")
                 except OSError:
                     self.close_connection = True  # the client went away, which some tests do
@@ -135,20 +169,27 @@ class Server:
         return Handler
 
 
+def _words(body: Mapping[str, Any]) -> list[str]:
+    return " ".join(str(message.get("content")) for message in body["messages"]).split()
+
+
 def _completion(body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.text}
+    if reply.refusal is not None:
+        message |= {"content": None, "refusal": reply.refusal}
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
     if reply.tool_calls:
         message["tool_calls"] = [_call(call) for call in reply.tool_calls]
+    choice = {
+        "index": 0,
+        "message": message,
+        "finish_reason": _finish(reply),
+        "logprobs": None if reply.logprobs is None else {"content": reply.logprobs},
+    }
     return {
         **_head(body, "chat.completion"),
-        "choices": [
-            {
-                "index": 0,
-                "message": message,
-                "finish_reason": _finish(reply),
-                "logprobs": None if reply.logprobs is None else {"content": reply.logprobs},
-            }
-        ],
+        "choices": [choice] if reply.choices else [],
         "usage": _usage(body, reply),
     }
 
@@ -188,7 +229,7 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"id": call["id"], "type": "function", "function": function}
 
 
-def _usage(body: Mapping[str, Any], reply: Reply) -> dict[str, int]:
+def _usage(body: Mapping[str, Any], reply: Reply) -> dict[str, Any]:
     asked = sum(len(str(message.get("content")).split()) for message in body["messages"])
     written = len(reply.text.split()) + sum(len(str(call["args"]).split()) for call in reply.tool_calls)
     return {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
@@ -206,7 +247,7 @@ def serving(script: Script, *, keep_alive: bool = False) -> Iterator[Server]:
 
 def role(body: Mapping[str, Any]) -> str:
     """Return what a request asks for: draft, critique or revise."""
-    return role_of(convert_to_messages(body["messages"]))
+    return role_of(convert_to_messages(wire_anthropic.conversation(body)))
 
 
 def under(
@@ -223,7 +264,7 @@ def under(
     ids = tuple(principle.id for principle in constitution)
 
     def script(body: dict[str, Any]) -> str | Reply:
-        last = str(body["messages"][-1]["content"])
+        last = str(wire_anthropic.conversation(body)[-1]["content"])
         match role(body):
             case "critique":
                 return verdicts(*(ids[:1] if violates(last) else ()), ids=ids)
