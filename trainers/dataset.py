@@ -1,8 +1,9 @@
 """From a log to a dataset: every trajectory accounted for, every row traceable, the same bytes each time.
 
-    convert    a stretch of the log → candidate rows, in spools by the first bits of their id
-    select     spool by spool: of rows of the same content one stays, caps and mixes hold
-    write      rows in the order of their ids, which is no order of the log's: a shuffled set
+    candidates   a stretch of the log → candidate rows, in spools by the first bits of their id
+    near         prompts that are nearly the same, to stand on one side
+    selection    spool by spool: of rows of the same content one stays, caps and mixes hold
+    export       rows in the order of their ids, which is no order of the log's: a shuffled set
 
 Spools bound the memory, and every decision is by content and not by order. So any number of workers, either
 engine, and a log in any order give the same bytes.
@@ -23,82 +24,31 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from itertools import count
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
-from xxhash import xxh3_64_digest, xxh3_64_intdigest, xxh3_128_intdigest
 
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import without_password
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
-from trainers.conversion import Terms, rows_of
-from trainers.evidence import NO_EVIDENCE, Evidence, EvidenceFile, Mapped, gather
-from trainers.export import Format, fits_in, provenances, sink_for
-from trainers.ledger import REASONS, Ledger, Reason
-from trainers.reading import (
-    Logged,
-    Stretch,
-    about,
-    read_logged,
-    stretches,
-)
-from trainers.rows import KINDS, RANKS, Dropped, Kind, Provenance, Row, Split, encode_row, line_of, read_row
-from trainers.split import prompt_key, test_keys
-from trainers.spool import (
-    KEPT_DRAFT,
-    NOBODY,
-    REMOVED,
-    SPOOLS,
-    Limit,
-    Mix,
-    Spooled,
-    Spooling,
-    Spools,
-    decided,
-    load,
-    pack,
-)
+from trainers import near
+from trainers.candidates import Converted, Judged, Part, checked, convert
+from trainers.evidence import Mapped, gather
+from trainers.export import Format, Sink, provenances, sink_for
+from trainers.ledger import Ledger
+from trainers.reading import Stretch, about, stretches
+from trainers.recipe import Recipe
+from trainers.rows import Kind, Provenance, read_row
+from trainers.selection import Decisions, Lost, Selected, completed, select_spool, settle
+from trainers.spool import SPOOLS
 
-__all__ = ["Dataset", "Origin", "Recipe", "build", "explain", "read_manifest"]
+__all__ = ["Dataset", "Engine", "Origin", "Recipe", "build", "explain", "read_manifest"]
 
 MANIFEST = "manifest.json"
-SPLITS: tuple[Split, ...] = ("train", "test")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a dataset depends on besides the log; it stands whole in the manifest."""
-
-    kind: Kind
-    """The kind of data."""
-    test_share: float = 0.05
-    """Share of the prompts that go to `test`, in [0, 1)."""
-    per_user: int | None = None
-    """Most rows of one user (`metadata["user"]`); None: no cap."""
-    per_tenant: int | None = None
-    """Most rows of one tenant (`metadata["tenant"]`); None: no cap."""
-    kept_per_revised: float | None = None
-    """Kept drafts for each other row, at most; None: all. Only for `sft`."""
-    without_users: tuple[str, ...] = ()
-    """Users whose rows are removed, after every other decision."""
-    without_tenants: tuple[str, ...] = ()
-    """Tenants whose rows are removed, after every other decision."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"kind is one of {', '.join(KINDS)}; found {self.kind!r}")
-        if not 0 <= self.test_share < 1:
-            raise ConfigError(f"test_share is a share from 0 to below 1, found {self.test_share!r}")
-        for name in ("per_user", "per_tenant"):
-            if (cap := getattr(self, name)) is not None and cap < 1:
-                raise ConfigError(f"{name} is a number of rows from 1, found {cap!r}")
-        if self.kept_per_revised is not None:
-            if self.kind != "sft":
-                raise ConfigError("kept_per_revised mixes rows of the kind sft; leave it out for others")
-            if self.kept_per_revised < 0:
-                raise ConfigError(f"kept_per_revised is a ratio from 0, found {self.kept_per_revised!r}")
+Engine = Literal["local", "ray"]
+"""Processes of this machine, or a Ray cluster."""
 
 
 class Dataset(NamedTuple):
@@ -128,8 +78,9 @@ def build(
         workers: processes; the outcome does not depend on their number.
 
     Raises:
-        ConfigError: the output is there already, or the format has no place for the kind.
-        MissingExtra: the format needs a package that is not installed.
+        ConfigError: the output is there already, the format has no place for the kind, or the recipe names
+            something that cannot work.
+        MissingExtra: something needs a package that is not installed.
         DataError: there is no trajectory, or no row is left; the message shows the ledger.
         LogError: a log cannot be read.
     """
@@ -137,48 +88,69 @@ def build(
         raise ConfigError("name a log to build from")
     if workers < 1:
         raise ConfigError(f"workers is a number of processes from 1, found {workers!r}")
-    with _whole(output) as folder, tempfile.TemporaryDirectory(dir=output.parent, prefix=".spools.") as work:
-        writer = sink_for(format, recipe.kind, folder)
-        parts = [stretch for log in logs for stretch in stretches(log, workers)]
-        with _mapping(workers) as mapped:
-            part, spooled = _converted(recipe, parts, Path(work), mapped)
-            limits = settled(recipe, spooled)
-            lost: list[Lost] = []
-            for selected in mapped(partial(_select_spool, recipe, format, spooled, limits), range(SPOOLS)):
-                part.ledger.add(selected.ledger)
-                lost += selected.lost
-                for split, lines in selected.lines.items():
-                    if lines:
-                        writer.write(split, lines)
-            writer.close()
-        ledger = whole(part.ledger, lost)
+    checked(recipe)
+    if recipe.near_duplicates is not None:
+        near.required()
+    with _whole(output) as folder:
+        sink = sink_for(format, recipe.kind, folder)
+        part, ledger = _local(logs, recipe, format, sink, workers, output.parent)
+        sink.close()
         _check(ledger, logs)
         manifest = _manifest(part, recipe, format, ledger, logs)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return Dataset(output, ledger)
 
 
+def _local(
+    logs: Sequence[str], recipe: Recipe, format: Format, sink: Sink, workers: int, scratch: Path
+) -> tuple[Part, Ledger]:
+    """Build with processes of this machine, over files in a folder of `scratch`."""
+    parts = [stretch for log in logs for stretch in stretches(log, workers)]
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".spools.") as work, _mapping(workers) as mapped:
+        part, converted = _converted(recipe, parts, Path(work), mapped)
+        decisions = Decisions(recipe, format)
+        if recipe.near_duplicates is not None:
+            prompts = [one.prompts for one in converted]
+            decisions.clusters = near.clusters(mapped(near.fingerprints, prompts), recipe.near_duplicates)
+        spooled = [one.spooled for one in converted]
+        settle(decisions, spooled)
+        selected = mapped(partial(select_spool, decisions, spooled), range(SPOOLS))
+        return part, written(part.ledger, selected, sink)
+
+
+def written(ledger: Ledger, selected: Iterable[Selected], sink: Sink) -> Ledger:
+    """Write what was selected, spool after spool, and return the whole ledger."""
+    lost: list[Lost] = []
+    for one in selected:
+        ledger.add(one.ledger)
+        lost += one.lost
+        for split, lines in one.lines.items():
+            if lines:
+                sink.write(split, lines)
+    return completed(ledger, lost)
+
+
 def _converted(
     recipe: Recipe, parts: Sequence[Stretch], work: Path, mapped: Mapped
-) -> tuple[Part, list[Spooled]]:
-    """Turn all stretches into candidates, spooled in `work`."""
+) -> tuple[Part, list[Converted]]:
+    """Turn all stretches into candidates, in files in `work`."""
     if not any(stretch.seems_judged() for stretch in parts):
         with contextlib.suppress(Judged):  # It does not show in every file that somebody judged.
             return _collected(mapped(partial(convert, recipe, work / "first", None), parts, count()))
     evidence = gather(mapped, work / "evidence.db", parts)
     step = partial(convert, recipe, work / "second", evidence.path)
-    part, spooled = _collected(mapped(step, parts, count()))
+    part, converted = _collected(mapped(step, parts, count()))
     part.ledger.orphans = evidence.trajectories - len(part.judged)
-    return part, spooled
+    return part, converted
 
 
-def _collected(converted: Iterable[tuple[Part, Spooled]]) -> tuple[Part, list[Spooled]]:
+def _collected(converted: Iterable[Converted]) -> tuple[Part, list[Converted]]:
     whole = Part()
-    spooled: list[Spooled] = []
-    for part, spools in converted:
-        whole.add(part)
-        spooled.append(spools)
-    return whole, spooled
+    found: list[Converted] = []
+    for one in converted:
+        whole.add(one.part)
+        found.append(one)
+    return whole, found
 
 
 @contextmanager
@@ -246,6 +218,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _manifest(
     part: Part, recipe: Recipe, format: Format, ledger: Ledger, logs: Sequence[str]
 ) -> dict[str, Any]:
+    versions: dict[str, Any] = {"cai-graph": version("cai-graph"), "schema": SCHEMA_VERSION}
+    if recipe.near_duplicates is not None:
+        versions["fingerprints"] = near.algorithm()
     return {
         "recipe": dataclasses.asdict(recipe),
         "format": format,
@@ -253,228 +228,8 @@ def _manifest(
         "log_digest": f"{part.log_digest:032x}",
         "constitutions": dict(sorted(part.constitutions.items())),
         "ledger": ledger.to_json(),
-        "versions": {"cai-graph": version("cai-graph"), "schema": SCHEMA_VERSION},
+        "versions": versions,
     }
-
-
-# --- convert ------------------------------------------------------------------------------------------
-
-_DIGESTS = 1 << 128
-_STRETCH = 40
-"""Bits of a trajectory's number within its stretch; the stretch's number stands above."""
-
-
-@dataclasses.dataclass
-class Part:
-    """What converting a stretch of the log came to, besides the spools."""
-
-    ledger: Ledger = dataclasses.field(default_factory=Ledger)
-    """Trajectories that made no row are accounted for; of the others only the rows are counted."""
-    log_digest: int = 0
-    """Sum of the payloads' digests modulo 2¹²⁸, so that it does not depend on their order."""
-    constitutions: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Name of each constitution that judged, by digest."""
-    judged: set[str] = dataclasses.field(default_factory=set)
-    """Trajectories that a person or a judge spoke about."""
-
-    def add(self, other: Part) -> None:
-        """Add what another stretch came to."""
-        self.ledger.add(other.ledger)
-        self.log_digest = (self.log_digest + other.log_digest) % _DIGESTS
-        self.constitutions |= other.constitutions
-        self.judged |= other.judged
-
-
-class Judged(Exception):  # noqa: N818 - no error: the evidence is gathered first
-    """A record about a Trajectory was met where none were expected."""
-
-
-class Convert:
-    """Turns encoded records into candidates, and keeps the account in `part`."""
-
-    def __init__(self, recipe: Recipe, evidence: Callable[[str], Evidence] | None, number: int) -> None:
-        self.recipe = recipe
-        self.evidence = evidence
-        self.part = Part()
-        self._number = number << _STRETCH
-        self._terms = Terms()
-        self._users, self._tenants = frozenset(recipe.without_users), frozenset(recipe.without_tenants)
-
-    def __call__(self, payloads: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the header and the body of each candidate.
-
-        Raises:
-            Judged: there is evidence, and none was expected.
-        """
-        kind, part, ledger = self.recipe.kind, self.part, self.part.ledger
-        number, digests = self._number, 0
-        for payload in payloads:
-            digests += xxh3_128_intdigest(payload)
-            logged = read_logged(payload)
-            if logged is None:
-                if self.evidence is None:
-                    raise Judged
-                continue
-            number += 1
-            rows = logged if isinstance(logged, Dropped) else self._rows(logged)
-            if isinstance(rows, Dropped):
-                ledger.drop(rows.reason)
-                continue
-            assert not isinstance(logged, Dropped)
-            try:
-                encoded = [encode_row(kind, row) for row in rows]
-            except UnicodeEncodeError:
-                ledger.drop(Reason.BROKEN_TEXT)
-                continue
-            siblings = len(rows)
-            ledger.made += siblings
-            prompt = prompt_key(rows[0].prompt)
-            user, tenant, gone = self._people(logged.metadata) if logged.metadata else _NOBODY
-            id = logged.id.encode("utf-8", "surrogatepass")
-            for index, (digest, body) in enumerate(encoded):
-                source = rows[index].source
-                yield (
-                    pack(
-                        digest,
-                        RANKS[source],
-                        xxh3_64_intdigest(id, index),
-                        prompt,
-                        user,
-                        tenant,
-                        number,
-                        siblings,
-                        gone | KEPT_DRAFT if source == "draft" else gone,
-                        len(body),
-                    ),
-                    body,
-                )
-        ledger.read += number - self._number
-        part.log_digest = digests % _DIGESTS
-
-    def _rows(self, logged: Logged) -> Sequence[Row] | Dropped:
-        constitution = logged.constitution
-        if constitution.digest not in self.part.constitutions:
-            self.part.constitutions[constitution.digest] = constitution.name
-        evidence = NO_EVIDENCE
-        if self.evidence is not None and (evidence := self.evidence(logged.id)) is not NO_EVIDENCE:
-            self.part.judged.add(logged.id)
-        return rows_of(self.recipe.kind, logged, evidence, self._terms)
-
-    def _people(self, metadata: dict[str, Any]) -> tuple[bytes, bytes, int]:
-        """Return what stands for user and tenant, and the flag if one of them is to be removed."""
-        user, tenant = metadata.get("user"), metadata.get("tenant")
-        gone = str(user) in self._users or str(tenant) in self._tenants
-        return _group(user), _group(tenant), REMOVED if gone else 0
-
-
-_NOBODY = (NOBODY, NOBODY, 0)
-
-
-def _group(name: object) -> bytes:
-    return NOBODY if name is None else xxh3_64_digest(str(name).encode("utf-8", "surrogatepass"))
-
-
-def convert(
-    recipe: Recipe, folder: Path, evidence: Path | None, stretch: Stretch, number: int
-) -> tuple[Part, Spooled]:
-    """Turn a stretch into candidates, spooled in a file of its own."""
-    folder.mkdir(exist_ok=True)
-    spools = Spools(folder / f"{number}.spools")
-    with contextlib.nullcontext() if evidence is None else EvidenceFile(evidence) as known:
-        conversion = Convert(recipe, None if known is None else known.of, number)
-        spools.add(conversion(stretch.payloads()))
-    return conversion.part, spools.close()
-
-
-# --- select -------------------------------------------------------------------------------------------
-
-
-class Lost(NamedTuple):
-    """A row that was dropped, one of several of its trajectory."""
-
-    trajectory: int
-    """The trajectory's number."""
-    siblings: int
-    """Rows that it made."""
-    reason: Reason
-    """Why this one goes."""
-
-
-class Selected(NamedTuple):
-    """What selecting from one spool came to."""
-
-    ledger: Ledger
-    """The rows' accounts, and those of trajectories that made one row only."""
-    lost: list[Lost]
-    """Rows of trajectories that made several."""
-    lines: dict[Split, list[bytes]]
-    """The rows, as lines of JSON, of each split."""
-
-
-def settled(recipe: Recipe, spooled: Sequence[Spooled]) -> list[Limit]:
-    """Return the recipe's limits, each decided over what the ones before it let pass."""
-    limits: list[Limit] = []
-    for limit in _limits(recipe):
-        for number in range(SPOOLS):
-            for candidate, _, reason in decided(load(spooled, number, bodies=False), limits):
-                if reason in (None, Reason.REMOVED):
-                    limit.see(candidate)
-        limit.settle()
-        limits.append(limit)
-    return limits
-
-
-def _limits(recipe: Recipe) -> Iterator[Limit]:
-    if recipe.per_user is not None:
-        yield Limit(Reason.USER_CAP, attrgetter("user"), recipe.per_user)
-    if recipe.per_tenant is not None:
-        yield Limit(Reason.TENANT_CAP, attrgetter("tenant"), recipe.per_tenant)
-    if recipe.kept_per_revised is not None:
-        yield Mix(recipe.kept_per_revised)
-
-
-def select(recipe: Recipe, format: Format, spooling: Iterable[Spooling], limits: Sequence[Limit]) -> Selected:
-    """Return the rows of one spool that stay, and the account of those that go."""
-    ledger = Ledger()
-    lost: list[Lost] = []
-    lines: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
-    fits = fits_in(format, recipe.kind)
-    below = test_keys(recipe.test_share)
-    for candidate, body, reason in decided(spooling, limits):
-        if reason is None:
-            split: Split = "test" if candidate.prompt < below else "train"
-            line = line_of(candidate.digest, body, split)
-            if fits is None or fits(line):
-                lines[split].append(line)
-                continue
-            reason = Reason.NOT_IN_FORMAT
-        ledger.drop_row(reason)
-        if candidate.siblings == 1:
-            ledger.drop(reason)
-        else:
-            lost.append(Lost(candidate.trajectory, candidate.siblings, reason))
-    for split, rows in lines.items():
-        if rows:
-            ledger.keep(split, len(rows))
-    return Selected(ledger, lost, lines)
-
-
-def _select_spool(
-    recipe: Recipe, format: Format, spooled: Sequence[Spooled], limits: Sequence[Limit], number: int
-) -> Selected:
-    return select(recipe, format, load(spooled, number), limits)
-
-
-def whole(ledger: Ledger, lost: Iterable[Lost]) -> Ledger:
-    """Return the ledger with the trajectories that made several rows: dropped where each row is."""
-    families: dict[int, list[Lost]] = {}
-    for row in lost:
-        families.setdefault(row.trajectory, []).append(row)
-    for rows in families.values():
-        if len(rows) == rows[0].siblings:
-            ledger.drop(min((row.reason for row in rows), key=REASONS.index))
-    ledger.gave_rows = ledger.read - sum(ledger.dropped.values())
-    return ledger
 
 
 # --- explain ------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ class Reason(StrEnum):
     REMOVED = "removed"
     """The person or tenant is on the list of those to remove."""
     NOT_IN_FORMAT = "not_in_format"
-    """The loader of the named format would drop, cut or misread the row."""
+    """The loader of the named format would drop, cut or misread the row, or the chat template refuses it."""
 
 
 REASONS = tuple(Reason)

@@ -42,6 +42,7 @@ __all__ = [
     "ToolUse",
     "Turn",
     "UnpairedRow",
+    "content_of",
     "encode_row",
     "line_of",
     "margin_of",
@@ -248,6 +249,11 @@ def encode_row(kind: Kind, row: Row) -> tuple[bytes, bytes]:
     body = _encoder.encode(row)[1:-1]
     # Within a JSON string every quote is escaped, so what is found is the key itself.
     return xxh3_128_digest(kind.encode() + body[body.index(_CONTENT) :]), body
+
+
+def content_of(body: bytes) -> int:
+    """Return where in an encoded row its content begins."""
+    return body.index(_CONTENT)
 
 
 def line_of(digest: bytes, body: bytes, split: Split) -> bytes:

@@ -13,7 +13,7 @@ import xxhash
 
 from trainers.rows import Turn
 
-__all__ = ["key_of", "normalise", "prompt_key", "test_keys"]
+__all__ = ["key_of", "normalise", "prompt_key", "prompt_text", "test_keys"]
 
 _HASHES = 1 << 64
 _LOWER = bytes(range(256)).lower()
@@ -29,6 +29,11 @@ def normalise(text: str) -> str:
     if text.isascii():  # What follows would not change more.
         return " ".join(text.lower().split())
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def prompt_text(prompt: Sequence[Turn]) -> str:
+    """Return a conversation's first user message, normalised."""
+    return next((normalise(turn.content) for turn in prompt if turn.role == "user"), "")
 
 
 def prompt_key(prompt: Sequence[Turn]) -> bytes:

@@ -195,11 +195,15 @@ class Limit:
         return last is not None and candidate.order > last
 
 
+def _is_kept(candidate: Candidate) -> bytes:
+    return b"kept" if candidate.flags & KEPT_DRAFT else NOBODY
+
+
 class Mix(Limit):
     """At most `ratio` kept drafts for each other row."""
 
     def __init__(self, ratio: float) -> None:
-        super().__init__(Reason.MIX, lambda row: b"kept" if row.flags & KEPT_DRAFT else NOBODY, sys.maxsize)
+        super().__init__(Reason.MIX, _is_kept, sys.maxsize)
         self.ratio = ratio
         self.others = 0
 

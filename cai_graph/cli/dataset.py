@@ -20,6 +20,7 @@ KindName = Literal[
     "sft", "critique-sft", "preference", "unpaired", "prompts", "critic", "privileged", "ranked"
 ]
 FormatName = Literal["jsonl", "parquet", "openrlhf", "verl", "llama-factory", "axolotl", "openai"]
+PersonalData = Literal["drop", "keep"]
 
 
 @commands.command(
@@ -44,6 +45,31 @@ def dataset_build(
         list[str] | None, option("--without-tenant", "Remove this tenant's rows; may be repeated.", "ID")
     ] = None,
     format: Annotated[FormatName, option("--format -f", "Whose loader is to read it.")] = "jsonl",
+    near_duplicates: Annotated[
+        float,
+        option(
+            "--near-duplicates", "Similarity from which prompts stay on one side; 0: none are looked for."
+        ),
+    ] = 0.8,
+    per_cluster: Annotated[
+        int | None, option("--per-cluster", "Most rows of one cluster of near-duplicate prompts.")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        option("--held-out", "An evaluation set, none of whose prompts may be in; may be repeated.", "FILE"),
+    ] = None,
+    personal_data: Annotated[
+        PersonalData, option("--personal-data", "Rows that seem to hold personal data or a secret.")
+    ] = "drop",
+    tokenizer: Annotated[
+        str | None, option("--tokenizer", "Folder of the tokenizer that --max-tokens counts with.", "DIR")
+    ] = None,
+    max_tokens: Annotated[int | None, option("--max-tokens", "Longest row, in tokens.")] = None,
+    constitution: Annotated[
+        list[str] | None,
+        option("--constitution -c", "A file whose wording critique-sft needs; may be repeated.", "FILE"),
+    ] = None,
+    workers: Annotated[int, option("--workers", "Processes; the outcome does not depend on them.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Turn logs into rows for training, with a ledger of what became of every trajectory."""
@@ -57,8 +83,15 @@ def dataset_build(
         kept_per_revised=kept_per_revised,
         without_users=tuple(without_user or ()),
         without_tenants=tuple(without_tenant or ()),
+        near_duplicates=near_duplicates or None,
+        per_cluster=per_cluster,
+        held_out=tuple(held_out or ()),
+        personal_data=personal_data,
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+        constitutions=tuple(constitution or ()),
     )
-    built = dataset.build(log or [DEFAULT_LOG], output, recipe, format=format)
+    built = dataset.build(log or [DEFAULT_LOG], output, recipe, format=format, workers=workers)
     if as_json:
         print_json(built.ledger.to_json())
     else:

@@ -1,0 +1,268 @@
+"""From encoded records to candidate rows: a stretch of the log in, spools and an account of the rest out.
+
+A candidate is a row that stays unless another of the same content, a cap or a mix says otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xxhash import xxh3_64_digest, xxh3_64_intdigest, xxh3_128_intdigest
+
+from cai_graph.constitution import Constitution, builtin
+from cai_graph.constitution import load as load_constitution
+from trainers.conversion import Terms, Wording, rows_of
+from trainers.evidence import NO_EVIDENCE, Evidence, EvidenceFile
+from trainers.heldout import HeldOut
+from trainers.ledger import REASONS, Ledger, Reason
+from trainers.lengths import Lengths, Refused
+from trainers.near import PromptFile
+from trainers.privacy import personal
+from trainers.reading import Logged, Stretch, read_logged
+from trainers.recipe import Recipe
+from trainers.rows import RANKS, Dropped, Row, content_of, encode_row
+from trainers.split import prompt_key, prompt_text
+from trainers.spool import KEPT_DRAFT, NOBODY, REMOVED, Spooled, Spools, pack
+
+__all__ = ["Candidates", "Converted", "Judged", "Part", "checked", "convert"]
+
+_DIGESTS = 1 << 128
+_STRETCH = 40
+"""Bits of a trajectory's number within its stretch; the stretch's number stands above."""
+
+
+@dataclass
+class Part:
+    """What converting a stretch of the log came to, besides the candidates."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    """Trajectories that made no candidate are accounted for; of the others only the rows are counted."""
+    log_digest: int = 0
+    """Sum of the payloads' digests modulo 2¹²⁸, so that it does not depend on their order."""
+    constitutions: dict[str, str] = field(default_factory=dict)
+    """Name of each constitution that judged, by digest."""
+    judged: set[str] = field(default_factory=set)
+    """Trajectories that a person or a judge spoke about."""
+
+    def add(self, other: Part) -> None:
+        """Add what another stretch came to."""
+        self.ledger.add(other.ledger)
+        self.log_digest = (self.log_digest + other.log_digest) % _DIGESTS
+        self.constitutions |= other.constitutions
+        self.judged |= other.judged
+
+
+class Judged(Exception):  # noqa: N818 - no error: the evidence is gathered first
+    """A record about a Trajectory was met where none were expected."""
+
+
+_Encoded = tuple[Row, bytes, bytes]
+"""A row, its digest and its body."""
+_NOBODY = (NOBODY, NOBODY, 0)
+
+
+class Candidates:
+    """Makes candidates out of encoded records, and keeps the account in `part`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        number: int,
+        *,
+        evidence: Callable[[str], Evidence] | None = None,
+        prompts: Callable[[bytes, str], None] | None = None,
+    ) -> None:
+        """Set up for one stretch.
+
+        Args:
+            recipe: what to make.
+            number: the stretch's number in its build.
+            evidence: returns what was said of a Trajectory; None: nothing was, of any.
+            prompts: is told the key and the normalised text of each candidate's prompt.
+
+        Raises:
+            ConfigError, DataError, MissingExtra: the recipe names something that cannot be read.
+        """
+        self.recipe = recipe
+        self.evidence = evidence
+        self.prompts = prompts
+        self.part = Part()
+        self._number = number << _STRETCH
+        self._terms = _terms(recipe)
+        self._held_out = _held_out(recipe)
+        self._lengths = None if recipe.tokenizer is None else Lengths(recipe.tokenizer)
+        self._is_checked = recipe.personal_data == "drop" or self._lengths is not None
+        self._users, self._tenants = frozenset(recipe.without_users), frozenset(recipe.without_tenants)
+
+    def of(self, payloads: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
+        """Yield the header and the body of each candidate.
+
+        Raises:
+            Judged: there is evidence, and none was expected.
+        """
+        part, ledger, kind = self.part, self.part.ledger, self.recipe.kind
+        number, digests = self._number, 0
+        for payload in payloads:
+            digests += xxh3_128_intdigest(payload)
+            logged = read_logged(payload)
+            if logged is None:
+                if self.evidence is None:
+                    raise Judged
+                continue
+            number += 1
+            rows = logged if isinstance(logged, Dropped) else self._rows(logged)
+            if isinstance(rows, Dropped):
+                ledger.drop(rows.reason)
+                continue
+            assert not isinstance(logged, Dropped)
+            try:
+                encoded = [(row, *encode_row(kind, row)) for row in rows]
+            except UnicodeEncodeError:
+                ledger.drop(Reason.BROKEN_TEXT)
+                continue
+            ledger.made += len(rows)
+            if self._is_checked and not (encoded := self._passing(encoded)):
+                continue
+            prompt = prompt_key(rows[0].prompt)
+            if self.prompts is not None:
+                self.prompts(prompt, prompt_text(rows[0].prompt))
+            user, tenant, gone = self._people(logged.metadata) if logged.metadata else _NOBODY
+            id = logged.id.encode("utf-8", "surrogatepass")
+            siblings = len(encoded)
+            for index, (row, digest, body) in enumerate(encoded):
+                source = row.source
+                yield (
+                    pack(
+                        digest,
+                        RANKS[source],
+                        xxh3_64_intdigest(id, index),
+                        prompt,
+                        user,
+                        tenant,
+                        number,
+                        siblings,
+                        gone | KEPT_DRAFT if source == "draft" else gone,
+                        len(body),
+                    ),
+                    body,
+                )
+        ledger.read += number - self._number
+        part.log_digest = digests % _DIGESTS
+
+    def _rows(self, logged: Logged) -> Sequence[Row] | Dropped:
+        constitution = logged.constitution
+        if constitution.digest not in self.part.constitutions:
+            self.part.constitutions[constitution.digest] = constitution.name
+        evidence = NO_EVIDENCE
+        if self.evidence is not None and (evidence := self.evidence(logged.id)) is not NO_EVIDENCE:
+            self.part.judged.add(logged.id)
+        rows = rows_of(self.recipe.kind, logged, evidence, self._terms)
+        if (
+            self._held_out is not None
+            and not isinstance(rows, Dropped)
+            and self._held_out.holds(rows[0].prompt)
+        ):
+            return Dropped(Reason.HELD_OUT)
+        return rows
+
+    def _passing(self, rows: list[_Encoded]) -> list[_Encoded]:
+        """Return the rows that may be learnt from; accounts for the others, and for their trajectory."""
+        ledger = self.part.ledger
+        passing: list[_Encoded] = []
+        reasons: list[Reason] = []
+        for encoded in rows:
+            if (reason := self._refusal(*encoded)) is None:
+                passing.append(encoded)
+            else:
+                ledger.drop_row(reason)
+                reasons.append(reason)
+        if not passing:
+            ledger.drop(min(reasons, key=REASONS.index))
+        return passing
+
+    def _refusal(self, row: Row, digest: bytes, body: bytes) -> Reason | None:
+        if self.recipe.personal_data == "drop" and personal(body, content_of(body)) is not None:
+            return Reason.PII
+        if self._lengths is not None and self.recipe.max_tokens is not None:
+            try:
+                if self._lengths.of(row) > self.recipe.max_tokens:
+                    return Reason.OVER_LENGTH
+            except Refused:
+                return Reason.NOT_IN_FORMAT
+        return None
+
+    def _people(self, metadata: dict[str, Any]) -> tuple[bytes, bytes, int]:
+        """Return what stands for user and tenant, and the flag if one of them is to be removed."""
+        user, tenant = metadata.get("user"), metadata.get("tenant")
+        gone = str(user) in self._users or str(tenant) in self._tenants
+        return _group(user), _group(tenant), REMOVED if gone else 0
+
+
+def _group(name: object) -> bytes:
+    return NOBODY if name is None else xxh3_64_digest(str(name).encode("utf-8", "surrogatepass"))
+
+
+def checked(recipe: Recipe) -> None:
+    """Read everything that a recipe names, so that an error shows before the work begins.
+
+    Raises:
+        ConfigError, ConstitutionError, DataError, MissingExtra: something cannot be read.
+    """
+    Candidates(recipe, 0)
+
+
+@cache
+def _held_out(recipe: Recipe) -> HeldOut | None:
+    return HeldOut(recipe.held_out) if recipe.held_out else None
+
+
+@cache
+def _terms(recipe: Recipe) -> Terms:
+    if recipe.kind != "critique-sft":
+        return Terms()
+    loaded = [load_constitution(name) for name in (*builtin(), *recipe.constitutions)]
+    return Terms(wordings={constitution.digest: _wordings(constitution) for constitution in loaded})
+
+
+def _wordings(constitution: Constitution) -> dict[str, Wording]:
+    return {
+        principle.id: Wording(principle.critique_request, principle.revision_request)
+        for principle in constitution.principles
+    }
+
+
+# --- one stretch --------------------------------------------------------------------------------------
+
+
+class Converted(NamedTuple):
+    """A stretch that was turned into candidates."""
+
+    part: Part
+    """The account of the rest."""
+    spooled: Spooled
+    """The candidates."""
+    prompts: Path | None
+    """Their prompts, where near duplicates are looked for."""
+
+
+def convert(recipe: Recipe, folder: Path, evidence: Path | None, stretch: Stretch, number: int) -> Converted:
+    """Turn a stretch into candidates, in files of its own."""
+    folder.mkdir(exist_ok=True)
+    spools = Spools(folder / f"{number}.spools")
+    prompts = None if recipe.near_duplicates is None else PromptFile(folder / f"{number}.prompts")
+    with contextlib.nullcontext() if evidence is None else EvidenceFile(evidence) as known:
+        candidates = Candidates(
+            recipe,
+            number,
+            evidence=None if known is None else known.of,
+            prompts=None if prompts is None else prompts.add,
+        )
+        spools.add(candidates.of(stretch.payloads()))
+    if prompts is not None:
+        prompts.close()
+    return Converted(candidates.part, spools.close(), None if prompts is None else prompts.path)

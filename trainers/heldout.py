@@ -1,0 +1,112 @@
+"""Evaluation sets that no training row may come from.
+
+A prompt is held out where one of its user messages is the same text, normalised, as a prompt of the set, or
+shares 13 words in a row with one (the n-gram of Brown et al. 2020, appendix C).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from xxhash import xxh3_64_intdigest
+
+from cai_graph.errors import DataError, MissingExtra
+from trainers.rows import Turn
+from trainers.split import key_of, normalise
+
+__all__ = ["HeldOut"]
+
+_WORDS = 13
+_COLUMNS = ("prompt", "question", "goal", "behavior", "instruction", "input", "text", "messages")
+"""Where a set's prompts may stand, the first that is there."""
+
+
+class HeldOut:
+    """The prompts of evaluation sets."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        """Read the sets: JSONL, JSON (an array), CSV, Parquet, or text (a prompt a line); may end in .gz.
+
+        Raises:
+            DataError: a file cannot be read, or holds no prompt.
+            MissingExtra: a file is Parquet, and pyarrow is not installed.
+        """
+        self._keys: set[bytes] = set()
+        self._grams: set[int] = set()
+        for path in paths:
+            found = False
+            for text in _prompts(Path(path)):
+                if normal := normalise(text):
+                    found = True
+                    self._keys.add(key_of(text))
+                    self._grams.update(_grams(normal))
+            if not found:
+                raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(_COLUMNS)}")
+
+    def holds(self, prompt: Iterable[Turn]) -> bool:
+        """Return whether a user message of the conversation stands in one of the sets."""
+        return any(turn.role == "user" and self._has(turn.content) for turn in prompt)
+
+    def _has(self, text: str) -> bool:
+        if key_of(text) in self._keys:
+            return True
+        return bool(self._grams) and any(gram in self._grams for gram in _grams(normalise(text)))
+
+
+def _grams(normal: str) -> Iterator[int]:
+    words = normal.split(" ")
+    for start in range(len(words) - _WORDS + 1):
+        yield xxh3_64_intdigest(" ".join(words[start : start + _WORDS]).encode("utf-8", "surrogatepass"))
+
+
+def _prompts(path: Path) -> Iterator[str]:
+    try:
+        suffixes = [suffix.lower() for suffix in path.suffixes]
+        packed = suffixes[-1:] == [".gz"]
+        kind = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
+        if kind == ".parquet":
+            yield from _texts(_parquet(path))
+            return
+        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
+            yield from _texts(_rows(file, kind))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _rows(file: TextIO, suffix: str) -> Iterator[Any]:
+    if suffix in (".jsonl", ".ndjson"):
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+    elif suffix == ".json":
+        yield from json.load(file)
+    elif suffix == ".csv":
+        yield from csv.DictReader(file)
+    else:
+        yield from file
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtra("an evaluation set in Parquet", "pyarrow", "train") from error
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
+
+
+def _texts(rows: Iterable[Any]) -> Iterator[str]:
+    for row in rows:
+        if isinstance(row, dict):
+            row = next((row[column] for column in _COLUMNS if row.get(column)), None)
+        if isinstance(row, list):  # messages
+            for message in row:
+                if isinstance(message, dict) and message.get("role") == "user":
+                    yield str(message.get("content"))
+        elif isinstance(row, str):
+            yield row

@@ -1,0 +1,141 @@
+"""Which candidates stay: one of each content, within the caps, on the side of their prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
+from typing import NamedTuple
+
+from trainers.export import Format, fits_in
+from trainers.ledger import REASONS, Ledger, Reason
+from trainers.near import Clusters
+from trainers.recipe import Recipe
+from trainers.rows import Split, line_of
+from trainers.split import test_keys
+from trainers.spool import SPOOLS, Candidate, Limit, Mix, Spooled, Spooling, decided, load
+
+__all__ = [
+    "SPLITS",
+    "Decisions",
+    "Lost",
+    "Selected",
+    "completed",
+    "limits_of",
+    "select",
+    "select_spool",
+    "settle",
+]
+
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+@dataclass
+class Decisions:
+    """What is decided over all candidates before any is written."""
+
+    recipe: Recipe
+    """What to make."""
+    format: Format
+    """Whose loader is to read it."""
+    clusters: Clusters = field(default_factory=dict)
+    """Near duplicates among the prompts."""
+    limits: list[Limit] = field(default_factory=list)
+    """Caps and mixes, settled, in the order in which they hold."""
+
+
+class Lost(NamedTuple):
+    """A row that was dropped, one of several of its trajectory."""
+
+    trajectory: int
+    """The trajectory's number."""
+    siblings: int
+    """Candidates that it made."""
+    reason: Reason
+    """Why this one goes."""
+
+
+class Selected(NamedTuple):
+    """What selecting from one spool came to."""
+
+    ledger: Ledger
+    """The rows' accounts, and those of trajectories that made one candidate only."""
+    lost: list[Lost]
+    """Rows of trajectories that made several."""
+    lines: dict[Split, list[bytes]]
+    """The rows, as lines of JSON, of each split."""
+
+
+def limits_of(recipe: Recipe, clusters: Clusters) -> Iterator[Limit]:
+    """Yield a recipe's limits in the order in which they hold, each over what the ones before let pass."""
+    if recipe.per_user is not None:
+        yield Limit(Reason.USER_CAP, attrgetter("user"), recipe.per_user)
+    if recipe.per_tenant is not None:
+        yield Limit(Reason.TENANT_CAP, attrgetter("tenant"), recipe.per_tenant)
+    if recipe.per_cluster is not None:
+        yield Limit(Reason.NEAR_DUPLICATE, partial(_cluster, clusters), recipe.per_cluster)
+    if recipe.kept_per_revised is not None:
+        yield Mix(recipe.kept_per_revised)
+
+
+def _cluster(clusters: Clusters, candidate: Candidate) -> bytes:
+    return clusters.get(candidate.prompt, candidate.prompt)
+
+
+def settle(decisions: Decisions, spooled: Sequence[Spooled]) -> None:
+    """Decide the limits over all candidates."""
+    for limit in limits_of(decisions.recipe, decisions.clusters):
+        for number in range(SPOOLS):
+            for candidate, _, reason in decided(load(spooled, number, bodies=False), decisions.limits):
+                if reason in (None, Reason.REMOVED):
+                    limit.see(candidate)
+        limit.settle()
+        decisions.limits.append(limit)
+
+
+def select(decisions: Decisions, spooling: Iterable[Spooling]) -> Selected:
+    """Return the rows of one spool that stay, and the account of those that go."""
+    recipe, clusters = decisions.recipe, decisions.clusters
+    ledger = Ledger()
+    lost: list[Lost] = []
+    lines: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
+    fits = fits_in(decisions.format, recipe.kind)
+    below = test_keys(recipe.test_share)
+    for candidate, body, reason in decided(spooling, decisions.limits):
+        if reason is None:
+            key = candidate.prompt
+            if clusters:
+                key = clusters.get(key, key)
+            split: Split = "test" if key < below else "train"
+            line = line_of(candidate.digest, body, split)
+            if fits is None or fits(line):
+                lines[split].append(line)
+                continue
+            reason = Reason.NOT_IN_FORMAT
+        ledger.drop_row(reason)
+        if candidate.siblings == 1:
+            ledger.drop(reason)
+        else:
+            lost.append(Lost(candidate.trajectory, candidate.siblings, reason))
+    for split, rows in lines.items():
+        if rows:
+            ledger.keep(split, len(rows))
+    return Selected(ledger, lost, lines)
+
+
+def select_spool(decisions: Decisions, spooled: Sequence[Spooled], number: int) -> Selected:
+    """Return what `select` makes of one spool."""
+    return select(decisions, load(spooled, number))
+
+
+def completed(ledger: Ledger, lost: Iterable[Lost]) -> Ledger:
+    """Return the ledger with the trajectories that made several rows: dropped where each row is."""
+    families: dict[int, list[Lost]] = {}
+    for row in lost:
+        families.setdefault(row.trajectory, []).append(row)
+    for rows in families.values():
+        if len(rows) == rows[0].siblings:
+            ledger.drop(min((row.reason for row in rows), key=REASONS.index))
+    ledger.gave_rows = ledger.read - sum(ledger.dropped.values())
+    return ledger
