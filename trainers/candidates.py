@@ -253,9 +253,13 @@ class Converted(NamedTuple):
 def convert(recipe: Recipe, folder: Path, evidence: Path | None, stretch: Stretch, number: int) -> Converted:
     """Turn a stretch into candidates, in files of its own."""
     folder.mkdir(exist_ok=True)
-    spools = Spools(folder / f"{number}.spools")
-    prompts = None if recipe.near_duplicates is None else PromptFile(folder / f"{number}.prompts")
-    with contextlib.nullcontext() if evidence is None else EvidenceFile(evidence) as known:
+    with contextlib.ExitStack() as stack:
+        spools = stack.enter_context(contextlib.closing(Spools(folder / f"{number}.spools")))
+        prompts = known = None
+        if recipe.near_duplicates is not None:
+            prompts = stack.enter_context(contextlib.closing(PromptFile(folder / f"{number}.prompts")))
+        if evidence is not None:
+            known = stack.enter_context(EvidenceFile(evidence))
         candidates = Candidates(
             recipe,
             number,
@@ -263,6 +267,4 @@ def convert(recipe: Recipe, folder: Path, evidence: Path | None, stretch: Stretc
             prompts=None if prompts is None else prompts.add,
         )
         spools.add(candidates.of(stretch.payloads()))
-    if prompts is not None:
-        prompts.close()
-    return Converted(candidates.part, spools.close(), None if prompts is None else prompts.path)
+        return Converted(candidates.part, spools.finish(), None if prompts is None else prompts.path)

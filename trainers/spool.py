@@ -114,13 +114,16 @@ class Spools:
             if sizes[number] > _BUFFER:
                 self._flush(number)
 
-    def close(self) -> Spooled:
+    def finish(self) -> Spooled:
         """Write what is pending, and return where everything is."""
-        with self._file:
-            for number, size in enumerate(self._sizes):
-                if size:
-                    self._flush(number)
+        for number, size in enumerate(self._sizes):
+            if size:
+                self._flush(number)
         return Spooled(self.path, self._blocks)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
     def _flush(self, number: int) -> None:
         heads, bodies = self._heads[number], self._bodies[number]
