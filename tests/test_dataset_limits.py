@@ -276,11 +276,6 @@ def test_workers_and_the_kind_of_log_do_not_change_a_byte(tmp_path: Path) -> Non
     assert bytes_of(one.path) == bytes_of(three.path) == bytes_of(stored.path)
     caps = {Reason.DUPLICATE, Reason.USER_CAP, Reason.NEAR_DUPLICATE, Reason.MIX}
     assert one.ledger.dropped_rows.keys() == caps
-        Reason.DUPLICATE,
-        Reason.USER_CAP,
-        Reason.NEAR_DUPLICATE,
-        Reason.MIX,
-    }
 
 
 def test_evidence_that_the_end_of_a_file_does_not_show_is_used(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[SFTRow]:
             raise Drop(Reason.TRUNCATED)
         critique = vouching(logged.rounds[0].critique if logged.rounds else None)
         return [row(draft, "draft", critique.critic, ())]
-    raise Drop(Reason.NOT_ACCEPTED)
+    raise Drop(Reason.UNJUDGED if logged.outcome == "UNJUDGED" else Reason.NOT_ACCEPTED)
 
 
 # --- critique-sft and privileged ----------------------------------------------------------------------
@@ -305,6 +305,8 @@ def _revised(logged: Logged, liking: float) -> list[PreferenceRow] | Dropped:
     """The accepted revision over the draft, and over the candidates that the critic found worse."""
     if logged.outcome == "KEPT":
         return _ONE_ANSWER
+    if logged.outcome == "UNJUDGED":
+        raise Drop(Reason.UNJUDGED)
     draft = draft_of(logged)
     accepted = accepted_of(logged)
     if logged.outcome != "REVISED" or not accepted:
