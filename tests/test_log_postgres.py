@@ -26,9 +26,9 @@ from replies import verdicts
 from cai_graph import constitutional
 from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
-from cai_graph.log import Log, open_log, recover, without_password
+from cai_graph.log import Log, open_log, postgres_session, recover, without_password
 from cai_graph.log import postgres as postgres_store
-from cai_graph.log.postgres import SCHEMA
+from cai_graph.log.postgres_session import LOCK, SCHEMA
 from cai_graph.log.upkeep import verify
 from cai_graph.testing import ScriptedModel
 
@@ -292,7 +292,7 @@ def test_a_backend_that_stands_still_is_given_up(
 def test_a_host_that_keeps_its_turn_holds_up_the_others_for_a_while_only(url: str, log: Log) -> None:
     made = fill(log, 1)
     with psycopg.connect(url.replace("+psycopg", "")) as other:
-        other.execute("SELECT pg_advisory_xact_lock(%s)", (postgres_store._LOCK,))
+        other.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
         future = log.append(trajectory(1))
         assert list(log.read()) == made  # readers do not wait for writers
         with pytest.raises(TimeoutError):
@@ -501,9 +501,9 @@ def test_a_url_without_a_password_stays_as_it_is() -> None:
 def test_an_older_log_is_migrated_and_keeps_its_records(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_log(url) as log:
         made = fill(log, 5)
-    monkeypatch.setattr(postgres_store, "SCHEMA", SCHEMA + 1)
+    monkeypatch.setattr(postgres_session, "SCHEMA", SCHEMA + 1)
     monkeypatch.setitem(
-        postgres_store.MIGRATIONS, SCHEMA, lambda db: db.execute("CREATE TABLE cai_log.added (x int)")
+        postgres_session.MIGRATIONS, SCHEMA, lambda db: db.execute("CREATE TABLE cai_log.added (x int)")
     )
     assert contents(url) == made  # reading changes nothing
     assert execute(url, "SELECT version FROM log") == [(SCHEMA,)]
@@ -522,8 +522,8 @@ def test_a_migration_that_fails_leaves_the_old_version(url: str, monkeypatch: py
         raise RuntimeError("half way")
 
     with monkeypatch.context() as patch:
-        patch.setattr(postgres_store, "SCHEMA", SCHEMA + 1)
-        patch.setitem(postgres_store.MIGRATIONS, SCHEMA, fail)
+        patch.setattr(postgres_session, "SCHEMA", SCHEMA + 1)
+        patch.setitem(postgres_session.MIGRATIONS, SCHEMA, fail)
         with pytest.raises(RuntimeError, match="half way"):
             open_log(url)
     with open_log(url) as log:
@@ -536,7 +536,8 @@ def test_a_kill_during_migration_leaves_the_old_version(url: str) -> None:
         made = fill(log, 50)
     script = """
 import os, signal, sys
-from cai_graph.log import open_log, postgres
+from cai_graph.log import open_log
+from cai_graph.log import postgres_session as postgres
 def die(db):
     db.execute("DELETE FROM records")
     os.kill(os.getpid(), signal.SIGKILL)

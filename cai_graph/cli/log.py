@@ -150,7 +150,9 @@ def log_verify(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
     found = upkeep.verify(log)
     print_record(found, as_json)
     if not found.ok:
-        complain("damage was found; `cai log recover` saves every intact record")
+        complain(
+            "damage was found; `cai log recover` saves every intact record of a file, a backup those of PostgreSQL"
+        )
         raise typer.Exit(FAILED)
 
 

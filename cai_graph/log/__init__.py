@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
-from cai_graph.errors import ConfigError, LogError
+from cai_graph.errors import ConfigError, LogError, MissingExtra
 from cai_graph.log.redaction import WITHHELD, Redactor, redact_texts
 from cai_graph.log.stats import Stats
 from cai_graph.log.store import Filters, Kind
@@ -144,6 +144,10 @@ def open_store(url: str | os.PathLike[str], *, read_only: bool = False) -> Store
     """Return the store at `url`, which is the caller's alone. Raises as `open_log`."""
     place = place_of(url)
     if place.path is None:
+        try:
+            importlib.import_module("psycopg")
+        except ImportError as error:
+            raise MissingExtra("a log in PostgreSQL", "psycopg", "postgres") from error
         from cai_graph.log.postgres import PostgresStore
 
         return PostgresStore(place.key, place.name, read_only=read_only)
