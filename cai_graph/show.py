@@ -141,8 +141,7 @@ def trajectory(record: Trajectory) -> RenderableType:
         parts += _block(message.role, _shown(text_of(message)))
     draft = "" if record.draft is None else text_of(record.draft.answer)
     if record.draft is not None:
-        cut = ", cut at its token limit" if record.draft.truncated else ""
-        parts += _block(f"draft{cut}", _shown(draft) or "(no text)")
+        parts += _block(f"draft{_how(record)}", _shown(draft) or "(no text)")
     for number, turn in enumerate(record.rounds, 1):
         if number == 1 or turn.of.startswith("revision"):
             about = "draft" if turn.of == "draft" else "revision " + _name(turn.of)
@@ -160,6 +159,21 @@ def trajectory(record: Trajectory) -> RenderableType:
 def _block(title: str, body: RenderableType | str) -> list[RenderableType]:
     content = Text(body) if isinstance(body, str) else body
     return [Text(clean(title), "bold"), Padding(content, (0, 0, 1, 2))]
+
+
+def _how(record: Trajectory) -> str:
+    """Return how a draft came about and left, beside its text."""
+    assert record.draft is not None
+    draft, blocks = record.draft, record.draft.blocks
+    said = [", cut at its token limit"] if draft.truncated else []
+    if draft.unfinished:
+        said.append(", which the app had not finished")
+    if blocks:
+        gone = f"{len(draft.frozen):,} characters" if draft.frozen else "nothing"
+        said.append(f", judged in blocks of which {gone} left at once")
+    if record.mode == "audit":
+        said.append(", released before the verdict")
+    return "".join(said)
 
 
 def _name(of: str) -> str:

@@ -262,3 +262,19 @@ def test_a_process_that_ends_in_the_middle_of_a_stream_ends_in_silence() -> None
     )
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_each_item_of_a_stream_may_be_asked_for_in_another_thread() -> None:
+    async def core(caller: bridge.Caller) -> AsyncGenerator[threading.Thread, None]:
+        for _ in range(3):
+            yield await caller.call(threading.current_thread)
+
+    items, asked, served = bridge.stream(core), [], []
+    for _ in range(3):  # as a web server's pool of threads does
+        thread = threading.Thread(target=lambda: served.append(next(items)))
+        thread.start()
+        thread.join(30)
+        asked.append(thread)
+
+    assert served == asked
+    assert list(items) == []

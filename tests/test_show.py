@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from cai_graph import constitutional, show
 from cai_graph.bulk import Summary
 from cai_graph.trajectory import (
+    Block,
     Call,
     ConstitutionRef,
     Critique,
@@ -192,3 +193,15 @@ async def test_the_steps_of_a_request_are_told_in_order() -> None:
     await app.ainvoke("hello", {"callbacks": [show.progress(told.append)]})
 
     assert told == ["drafting", "critiquing", "revising 1/2", "revising 2/2"]
+
+
+def test_a_draft_that_left_in_part_or_before_its_verdict_says_so() -> None:
+    half = Block(end=4, critique=Critique(), released=True)
+    streamed = Draft(answer=said("Mix flour with lye."), unfinished=True, blocks=(half,))
+
+    shown = rendered(show.trajectory(trajectory(draft=streamed, mode="audit")))
+
+    assert (
+        "draft, which the app had not finished, judged in blocks of which 4 characters left at once" in shown
+    )
+    assert "released before the verdict" in shown

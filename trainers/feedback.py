@@ -130,7 +130,9 @@ def pairs_of(trajectory: Trajectory, kinds: Sequence[PairKind]) -> list[Pair]:
     What is no answer (empty, cut off, a remark about the revision) and what is the same text is left out.
     """
     draft = trajectory.draft
-    if draft is None or draft.truncated or trajectory.outcome is Outcome.FAILED or is_withheld(trajectory):
+    if draft is None or draft.truncated or draft.unfinished:
+        return []
+    if trajectory.outcome is Outcome.FAILED or is_withheld(trajectory):
         return []
     pairs = []
     standing = final = ("draft", draft.answer)
