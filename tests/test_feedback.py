@@ -108,6 +108,7 @@ def test_what_is_no_answer_and_what_is_the_same_text_is_not_compared() -> None:
     for changes in (
         {"draft": None},
         {"draft": Draft(answer=said("cut"), truncated=True)},
+        {"draft": Draft(answer=said("half"), unfinished=True)},
         {"outcome": Outcome.FAILED},
         {"metadata": {"redaction": "failed"}},
     ):

@@ -199,7 +199,7 @@ def test_a_draft_that_left_in_part_or_before_its_verdict_says_so() -> None:
     half = Block(end=4, critique=Critique(), released=True)
     streamed = Draft(answer=said("Mix flour with lye."), unfinished=True, blocks=(half,))
 
-    shown = rendered(show.trajectory(trajectory(draft=streamed, mode="audit")))
+    shown = " ".join(rendered(show.trajectory(trajectory(draft=streamed, mode="audit"))).split())
 
     assert (
         "draft, which the app had not finished, judged in blocks of which 4 characters left at once" in shown
