@@ -7,7 +7,8 @@ than a limit are left out, for time. Which answer is A is drawn for each pair. E
 `cai feedback label` asks: one principle of the fitting aim out of `balanced`, drawn by weight.
 
 A judgement takes seconds on two cores, so each is kept in the local cache as soon as it is made, and the same
-command goes on with the rest. CAI_BENCH_PAIRS is the number of pairs a source (100).
+command goes on with the rest. CAI_BENCH_PAIRS is the number of pairs a source (100), CAI_BENCH_REASONED how many
+of them are also judged with reasoning (10).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from trainers.judge import Judge
 from trainers.positions import Share
 
 PAIRS = int(os.environ.get("CAI_BENCH_PAIRS", "100"))
-REASONED = int(os.environ.get("CAI_BENCH_REASONED", "20"))
+REASONED = int(os.environ.get("CAI_BENCH_REASONED", "10"))
 """Pairs a source that are also judged with reasoning, which takes ten times as long."""
 HH_CHARS, PYRIT_CHARS = 1200, 2400
 """Longest conversation with both answers."""
@@ -211,6 +212,10 @@ def _share(answers: Sequence[tuple[Case, bool]]) -> str:
         groups[case.request].append(right)
     if len(groups) == len(answers) or not answers:
         return str(share)
+    requests = f"n = {share.of} of {len(groups)} requests)"
+    if share.yes in (0, share.of):  # resampling sees no spread there; each request counts once
+        low, high = Share(share.yes and len(groups), len(groups)).interval
+        return f"{share.value:.0%} ({low:.0%} to {high:.0%}, {requests}"
     chance, members = random.Random(0), list(groups.values())
     values = []
     for _ in range(RESAMPLES):
@@ -218,7 +223,7 @@ def _share(answers: Sequence[tuple[Case, bool]]) -> str:
         values.append(sum(drawn) / len(drawn))
     values.sort()
     low, high = values[int(0.025 * RESAMPLES)], values[int(0.975 * RESAMPLES)]
-    return f"{share.value:.0%} ({low:.0%} to {high:.0%}, n = {share.of} of {len(groups)} requests)"
+    return f"{share.value:.0%} ({low:.0%} to {high:.0%}, {requests}"
 
 
 def _comparison(row: dict[str, Any], *, clamped: bool) -> Comparison:
