@@ -89,7 +89,7 @@ def orders(body: dict[str, Any]) -> str | Reply:
 
 
 def test_the_example_asks_the_person_at_the_terminal_again_after_it_was_ended(tmp_path: Path) -> None:
-    example = Path(__file__).parents[1] / "examples" / "agent.py"
+    example = Path(__file__).parents[1] / "examples" / "agent_with_a_person.py"
 
     def start(server: str, typed: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,6 +23,7 @@ from cai_graph.errors import AwaitsReview, ConfigError, DataError, LogError, Run
 from cai_graph.log import Log, open_log
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Outcome, Review, Trajectory
+from trainers.dataset import Recipe, build
 
 THREAD: Any = {"configurable": {"thread_id": "1"}}
 
@@ -221,6 +223,43 @@ def test_text_that_no_checkpointer_takes_waits_all_the_same(log: Log, saver: InM
     assert waits.value.question["request"] == "half a smile: ?"
     assert app.invoke(decide("approve"), THREAD) == "the draft"
     assert records(log)[0][0].prompt == "half a smile: \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("decision", "pair", "labels"),
+    [
+        (decide("edit", answer="mine"), ("mine", "the draft"), {"mine": True, "the draft": False}),
+        (
+            decide("approve"),
+            ("hardly better", "the draft"),
+            {"hardly better": True, "the draft": False},
+        ),
+        (decide("draft"), None, {"the draft": True}),
+    ],
+)
+def test_a_decision_becomes_a_preference_of_a_person(
+    decision: Any, pair: tuple[str, str] | None, labels: dict[str, bool], saver: InMemorySaver, tmp_path: Path
+) -> None:
+    where = f"sqlite:///{tmp_path}/cai.db"
+    with open_log(where) as log:
+        app = guard(model(), saver, log)
+        with pytest.raises(AwaitsReview):
+            app.invoke("hello", THREAD)
+        app.invoke(decision, THREAD)
+
+    def rows(kind: Any) -> list[Any]:
+        out = tmp_path / kind
+        try:
+            build([where], out, Recipe(kind=kind))
+        except DataError:
+            return []
+        return [json.loads(line) for path in out.glob("t*.jsonl") for line in path.read_text().splitlines()]
+
+    pairs = [
+        (r["chosen"][0]["content"], r["rejected"][0]["content"], r["source"]) for r in rows("preference")
+    ]
+    assert pairs == ([(*pair, "human")] if pair else [])
+    assert {r["completion"][0]["content"]: r["label"] for r in rows("unpaired")} == labels
 
 
 # --- what cannot work ---------------------------------------------------------------------------------

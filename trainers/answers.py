@@ -35,6 +35,7 @@ __all__ = [
     "mended_by",
     "prompt_of",
     "review_of",
+    "seen_beside_the_draft",
     "violated",
     "vouching",
 ]
@@ -104,6 +105,14 @@ def draft_of(logged: Logged) -> Turn:
 def accepted_of(logged: Logged) -> list[LoggedRevision]:
     """Return the revisions that replaced the answer before them, in order."""
     return [revision for round_ in logged.rounds for revision in round_.revisions if revision.accepted]
+
+
+def seen_beside_the_draft(logged: Logged) -> Turn | None:
+    """Return the revision that a reviewer saw: the accepted one, or the one that a person let leave."""
+    accepted = accepted_of(logged)
+    if accepted:
+        return accepted[-1].answer
+    return logged.released if logged.released_from == "revision" else None
 
 
 def author_of(logged: Logged) -> str:

@@ -27,6 +27,7 @@ from trainers.answers import (
     mended_by,
     prompt_of,
     review_of,
+    seen_beside_the_draft,
     violated,
     vouching,
 )
@@ -261,8 +262,7 @@ def _pair(
 
 def _reviewed(logged: Logged, review: Review) -> PreferenceRow:
     draft = draft_of(logged)
-    accepted = accepted_of(logged)
-    revision = accepted[-1].answer if accepted else None
+    revision = seen_beside_the_draft(logged)
     principles = tuple(failed_by_draft(logged))
     if review.decision == "tie":
         raise Drop(Reason.TIE)
@@ -406,16 +406,17 @@ def _by_person(logged: Logged, review: Review) -> list[_Labelled]:
     if review.decision == "tie":
         raise Drop(Reason.TIE)
     if review.decision == "edit" and review.answer is not None:
-        own = [_Labelled(review.answer, True, "human", review.reviewer)]
-        if logged.released is not None:
-            own.append(_Labelled(logged.released, False, "human", review.reviewer))
-        return own
-    accepted = accepted_of(logged)[-1:]
-    draft_is_good = review.decision in ("flip", "draft") or not accepted
-    return [
-        _Labelled(draft_of(logged), draft_is_good, "human", review.reviewer, failed_by_draft(logged)),
-        *(_Labelled(final.answer, not draft_is_good, "human", review.reviewer) for final in accepted),
-    ]
+        # Where the person's own answer left, it is what the app proposed that was not good enough.
+        mended = logged.released if logged.released_from != "human" else seen_beside_the_draft(logged)
+        worse = mended or draft_of(logged)
+        own = _Labelled(review.answer, True, "human", review.reviewer)
+        return [own, _Labelled(worse, False, "human", review.reviewer)]
+    revision = seen_beside_the_draft(logged)
+    draft_is_good = review.decision in ("flip", "draft") or revision is None
+    labelled = [_Labelled(draft_of(logged), draft_is_good, "human", review.reviewer, failed_by_draft(logged))]
+    if revision is not None:
+        labelled.append(_Labelled(revision, not draft_is_good, "human", review.reviewer))
+    return labelled
 
 
 def _by_critic(logged: Logged) -> tuple[list[_Labelled], Reason]:
