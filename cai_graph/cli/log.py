@@ -151,7 +151,7 @@ def log_verify(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
     print_record(found, as_json)
     if not found.ok:
         complain(
-            "damage was found; `cai log recover` saves every intact record of a file, a backup those of PostgreSQL"
+            "damage was found; `cai log recover` saves what is intact in a file; restore a database's backup"
         )
         raise typer.Exit(FAILED)
 
