@@ -29,6 +29,7 @@ from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
 from cai_graph import bridge
+from cai_graph.form import Form
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
@@ -111,17 +112,17 @@ class ConstitutionalChatModel(BaseChatModel):
         caller: bridge.Caller | None = None,
     ) -> ChatResult:
         """Return the answer; the streams that stand around the run are shown it on its way."""
-        config = self._below(run_manager)
+        guard, config = self._judging(options), self._below(run_manager)
         around = [] if run_manager is None else [h for h in run_manager.handlers if feeds_streams(h)]
         if run_manager is None or not around:
-            return _result(*await self._guard.answer(messages, config, options, caller=caller))
+            return _result(*await guard.answer(messages, config, options, caller=caller))
         run = AsyncCallbackManagerForLLMRun(
             run_id=run_manager.run_id,
             handlers=around,
             inheritable_handlers=[],
             parent_run_id=run_manager.parent_run_id,
         )
-        async with aclosing(self._guard.stream(messages, config, options, caller=caller)) as pieces:
+        async with aclosing(guard.stream(messages, config, options, caller=caller)) as pieces:
             async for piece in pieces:
                 await run.on_llm_new_token(piece.text, chunk=_chunk(piece))
         return _result(piece.whole, piece.trajectory)
@@ -156,7 +157,7 @@ class ConstitutionalChatModel(BaseChatModel):
         configurable: dict[str, Any] | None = None,
     ) -> AsyncGenerator[ChatGenerationChunk, None]:
         below: RunnableConfig = {**self._below(run_manager), "configurable": configurable or {}}
-        async with aclosing(self._guard.stream(messages, below, options, caller=caller)) as pieces:
+        async with aclosing(self._judging(options).stream(messages, below, options, caller=caller)) as pieces:
             async for piece in pieces:
                 yield _chunk(piece)
 
@@ -284,6 +285,15 @@ class ConstitutionalChatModel(BaseChatModel):
     def shadow(self) -> Shadow | None:
         """In mode `shadow`, what judges behind the answers: counts them, and waits for them."""
         return self._guard.shadow
+
+    def _judging(self, options: Mapping[str, Any]) -> Guard:
+        """Return the guard for a call's arguments: where they ask for JSON of a schema, it judges that."""
+        wanted = options.get("response_format")
+        if self._guard.shape.whole or not (isinstance(wanted, Mapping) and "json_schema" in wanted):
+            return self._guard
+        named = wanted["json_schema"]
+        form = Form({"title": named.get("name", "answer"), **named.get("schema", {})}, dict)
+        return dataclasses.replace(self._guard, shape=Typed(wanted=form))
 
     def _below(
         self, run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None

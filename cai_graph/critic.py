@@ -310,7 +310,7 @@ class ModelCritic:
         try:
             reply = await calls.generate("critique", form, self.name, messages)
         except Exception as error:
-            if form is self.model or getattr(error, "status_code", None) not in (400, 404, 415, 422):
+            if form is self.model or not models.refuses_form(error):
                 raise
             reply = await calls.generate("critique", self.model, self.name, messages)
             self._plain_only = True  # the words were fine, so it was the form that the provider refused
@@ -349,19 +349,10 @@ class ModelCritic:
         key = (constitution.digest, ids)
         if key not in self._forms:
             instructions = prompts.critique_instructions(constitution.principles, constitution.examples)
-            self._forms[key] = (instructions, self._structured(prompts.critique_schema(ids)))
+            schema = prompts.critique_schema(ids)
+            form = self.model if self._plain_only else models.writing(self.model, schema)
+            self._forms[key] = (instructions, form)
         return self._forms[key]
-
-    def _structured(self, schema: dict[str, Any]) -> Runnable[Any, Any]:
-        profile = self.model.profile or {}
-        if self._plain_only:
-            return self.model
-        if profile.get("structured_output"):
-            whole = self.model.with_structured_output(schema, method="json_schema", include_raw=True)
-            return whole.pick("raw")
-        if profile.get("tool_calling") and profile.get("tool_choice"):
-            return self.model.bind_tools([schema], tool_choice=schema["title"])
-        return self.model
 
 
 def _check_length(exchange: Exchange) -> None:

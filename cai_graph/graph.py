@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import operator
 import random
@@ -30,6 +31,7 @@ from functools import cache, cached_property
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypedDict
 
 import msgspec
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 from langgraph.config import get_config, get_stream_writer
 from langgraph.constants import TAG_NOSTREAM
@@ -40,7 +42,7 @@ from langgraph.pregel import Pregel
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
-from cai_graph import prompts
+from cai_graph import models, prompts
 from cai_graph.calls import Calls, apart, describe, together, truncated
 from cai_graph.critic import failed_principles
 from cai_graph.errors import BudgetExceeded, LogError, RunError
@@ -348,8 +350,7 @@ async def revise(state: State, runtime: Runtime[_Run]) -> Command[str]:
             said=frozen,
             schema=None if form is None else form.schema,
         )
-        writer = _sampling(plan, turn * plan.candidates + index)
-        reply = await calls.generate("revise", writer, plan.reviser_name, messages)
+        reply = await _written(plan, calls, turn * plan.candidates + index, messages, form)
         answer = msgspec.structs.replace(from_langchain(reply), tool_calls=kept)
         rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated(reply))
         if frozen:
@@ -452,6 +453,26 @@ def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan, progress: 
 def _reasons(critique: Critique) -> str:
     violated = (verdict for verdict in critique.verdicts if verdict.label is Label.VIOLATES)
     return "\n".join(verdict.reason for verdict in violated if verdict.reason)
+
+
+async def _written(
+    plan: Plan, calls: Calls, number: int, messages: Sequence[BaseMessage], form: Form | None
+) -> AIMessage:
+    """Have the reviser write; in a form by its provider's own means, or else in words."""
+    plain = _sampling(plan, number)
+    native = plain if form is None else models.writing(plan.reviser, form.schema)
+    if form is None or native is plan.reviser:
+        return await calls.generate("revise", plain, plan.reviser_name, messages)
+    try:
+        reply = await calls.generate("revise", native, plan.reviser_name, messages)
+    except Exception as error:
+        # openai raises where JSON is cut off; in words it is a revision that is rejected.
+        if not (models.refuses_form(error) or type(error).__name__ == "LengthFinishReasonError"):
+            raise
+        return await calls.generate("revise", plain, plan.reviser_name, messages)
+    for call in reply.tool_calls[:1]:
+        return AIMessage(json.dumps(call["args"]), response_metadata=reply.response_metadata)
+    return reply
 
 
 def _sampling(plan: Plan, number: int) -> Runnable[Any, Any]:

@@ -11,16 +11,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
+from langchain_core.runnables import Runnable
 from langchain_core.runnables.base import RunnableBindingBase
 
 from cai_graph import local
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
 
-__all__ = ["load", "name_of"]
+__all__ = ["load", "name_of", "refuses_form", "writing"]
 
 _FORMS = (
     "openai:MODEL, anthropic:MODEL, local, local:NAME, local:PATH.gguf, http://HOST:PORT/v1 "
@@ -73,6 +76,26 @@ def name_of(model: object) -> str:
             if name and provider:
                 return f"{provider}:{name}"
     return type(model).__name__
+
+
+def writing(model: BaseChatModel, schema: Mapping[str, Any]) -> Runnable[Any, AIMessage]:
+    """Return what makes a model write JSON of a schema by its provider's means, as far as its profile tells.
+
+    That is structured output, or else the call of a tool; the model itself where its profile knows neither.
+    """
+    profile = model.profile or {}
+    if "title" not in schema:  # both need a name
+        return model
+    if profile.get("structured_output"):
+        return model.with_structured_output(dict(schema), method="json_schema", include_raw=True).pick("raw")
+    if profile.get("tool_calling") and profile.get("tool_choice"):
+        return model.bind_tools([dict(schema)], tool_choice=schema["title"])
+    return model
+
+
+def refuses_form(error: Exception) -> bool:
+    """Return whether an error may be a provider's word that it cannot write in the form asked for."""
+    return getattr(error, "status_code", None) in (400, 404, 415, 422)
 
 
 def _unknown(spec: str) -> ConfigError:

@@ -274,9 +274,49 @@ def test_json_mode_without_a_schema_takes_any_object() -> None:
     assert form_of(None).read('Here: {"any": 1}') == '{"any": 1}'
 
 
-async def test_an_agent_with_a_response_format_of_the_provider_gets_its_revised_answer_parsed() -> None:
-    with served(script()) as (_, model):
+@pytest.mark.parametrize("said", ["I would keep them apart.", '{"text": "keep them apart"}'])
+async def test_an_agent_with_a_response_format_of_the_provider_gets_its_revised_answer_parsed(
+    said: str,
+) -> None:
+    revisions = iter([said, json.dumps(GOOD)])
+    with served(script(revise=lambda: next(revisions))) as (_, model):
         agent: Any = create_agent(model, [], response_format=ProviderStrategy(Advice))
         state = await agent.ainvoke({"messages": [("user", "hello")]})
 
     assert state["structured_response"] == Advice(**GOOD)
+
+
+@pytest.mark.parametrize("profile", ["words", "native", "tool"])
+async def test_a_reviser_writes_in_the_form_by_its_providers_own_means(profile: str) -> None:
+    profiles = {
+        "words": {},
+        "native": {"structured_output": True},
+        "tool": {"tool_calling": True, "tool_choice": True},
+    }
+    with served(script()) as (server, model):
+        bare = model.app.model_copy(update={"profile": profiles[profile]})  # type: ignore[attr-defined]
+        critic = ChatOpenAI(model="critic", base_url=server.url, api_key="unused")  # type: ignore[arg-type]
+        guarded = constitutional(bare, critic=critic, constitution=RULES, log=None)
+        server.script = lambda body: as_form(body, GOOD) if role(body) == "revise" else script()(body)
+        output = await guarded.with_structured_output(Advice).ainvoke("hello")
+
+    asked = server.requests[2]
+    assert output == Advice(**GOOD)
+    assert role(asked) == "revise"
+    assert ("response_format" in asked, "tools" in asked) == (profile == "native", profile == "tool")
+
+
+async def test_a_provider_that_refuses_the_form_is_asked_in_words() -> None:
+    def refusing(body: dict[str, Any]) -> str | Reply:
+        if role(body) == "revise" and "response_format" in body:
+            return Reply("no such format", status=400)
+        return script()(body)
+
+    with served(refusing) as (server, model):
+        bare = model.app.model_copy(update={"profile": {"structured_output": True}})  # type: ignore[attr-defined]
+        critic = ChatOpenAI(model="critic", base_url=server.url, api_key="unused")  # type: ignore[arg-type]
+        guarded = constitutional(bare, critic=critic, constitution=RULES, log=None)
+        output = await guarded.with_structured_output(Advice).ainvoke("hello")
+
+    assert output == Advice(**GOOD)
+    assert [role(body) for body in server.requests] == ["draft", "critique", "revise", "revise", "critique"]

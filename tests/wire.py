@@ -61,7 +61,8 @@ class Server:
         self.keep_alive = keep_alive
         self.requests: list[dict[str, Any]] = []
         """The bodies received so far."""
-        self._script = script
+        self.script = script
+        """What answers from now on."""
         self._cached: set[str] = set()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._http.daemon_threads = True
@@ -102,7 +103,7 @@ class Server:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.requests.append(body)
-                said = server._script(body)
+                said = server.script(body)
                 reply = Reply(said) if isinstance(said, str) else said
                 if self.path.endswith("/messages"):
                     self._anthropic(body, reply)
