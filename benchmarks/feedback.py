@@ -7,8 +7,8 @@ than a limit are left out, for time. Which answer is A is drawn for each pair. E
 `cai feedback label` asks: one principle of the fitting aim out of `balanced`, drawn by weight.
 
 A judgement takes seconds on two cores, so each is kept in the local cache as soon as it is made, and the same
-command goes on with the rest. CAI_BENCH_PAIRS is the number of pairs a source (100), CAI_BENCH_REASONED how many
-of them are also judged with reasoning (10).
+command goes on with the rest. CAI_BENCH_PAIRS is the number of pairs a source (100), CAI_BENCH_REASONED how
+many of them are also judged with reasoning (10).
 """
 
 from __future__ import annotations
