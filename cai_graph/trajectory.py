@@ -83,10 +83,10 @@ class Outcome(StrEnum):
     KEPT = "KEPT"
     """The draft violates nothing and was released."""
     REVISED = "REVISED"
-    """A revision was accepted and released."""
+    """A revision was accepted and released, or a person's own answer (`released_from` is `human`)."""
     EXHAUSTED = "EXHAUSTED"
-    """Violations remained, and the best answer was released, because the policy is open or
-    because the request is benign and a refusal would be worse."""
+    """Violations remained, and the best answer was released, because the policy is open, because a
+    person let it leave, or because the request is benign and a refusal would be worse."""
     REFUSED = "REFUSED"
     """No answer could be trusted, and the constitution's refusal was released."""
     FAILED = "FAILED"
@@ -306,7 +306,7 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
     started_at: datetime
     """When the request came in, UTC."""
     seconds: float
-    """Wall time from the request to the record."""
+    """Wall time from the request to the record, without the time that a person took to decide."""
     mode: str
     """`enforce`: judged before release; `shadow`: released untouched, judged behind it;
     `audit`: released while the app wrote it, before the verdict;
