@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, TypeVar
@@ -168,17 +168,17 @@ class _Deadline:
             raise self._calls.late() from timeout
 
 
-@contextmanager
-def apart() -> Iterator[None]:
-    """Set aside the configuration that LangChain and LangGraph carry in the context.
+class apart:  # noqa: N801 - read as a statement: `with apart():`
+    """Sets aside the configuration that LangChain and LangGraph carry in the context.
 
     They merge it into every run below, and with it an outer graph's streams and checkpoints.
     """
-    token = var_child_runnable_config.set(None)
-    try:
-        yield
-    finally:
-        var_child_runnable_config.reset(token)
+
+    def __enter__(self) -> None:
+        self._token = var_child_runnable_config.set(None)
+
+    def __exit__(self, *raised: object) -> None:
+        var_child_runnable_config.reset(self._token)
 
 
 def _marked(role: str, name: str, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
