@@ -25,7 +25,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -34,6 +34,7 @@ from cai_graph.log import without_password
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
 from trainers import near
 from trainers.candidates import Converted, Judged, Part, checked, convert
+from trainers.cluster import Cluster
 from trainers.evidence import Mapped, gather
 from trainers.export import Format, Sink, provenances, sink_for
 from trainers.ledger import Ledger
@@ -67,6 +68,7 @@ def build(
     *,
     format: Format = "jsonl",
     workers: int = 1,
+    engine: Engine = "local",
 ) -> Dataset:
     """Write a dataset of all trajectories of the logs; the folder appears whole or not at all.
 
@@ -75,7 +77,9 @@ def build(
         output: the folder to make; it must not be there.
         recipe: what to make.
         format: whose loader is to read it.
-        workers: processes; the outcome does not depend on their number.
+        workers: processes of the engine `local`.
+        engine: this machine, or a Ray cluster (`RAY_ADDRESS`, or else one that is started here). Neither the
+            engine nor the number of workers changes the outcome.
 
     Raises:
         ConfigError: the output is there already, the format has no place for the kind, or the recipe names
@@ -88,12 +92,18 @@ def build(
         raise ConfigError("name a log to build from")
     if workers < 1:
         raise ConfigError(f"workers is a number of processes from 1, found {workers!r}")
+    if engine not in get_args(Engine):
+        raise ConfigError(f"engine is one of {', '.join(get_args(Engine))}; found {engine!r}")
     checked(recipe)
     if recipe.near_duplicates is not None:
         near.required()
     with _whole(output) as folder:
         sink = sink_for(format, recipe.kind, folder)
-        part, ledger = _local(logs, recipe, format, sink, workers, output.parent)
+        decisions = Decisions(recipe, format)
+        if engine == "ray":
+            part, ledger = Cluster(recipe, logs).build(decisions, partial(_written, sink))
+        else:
+            part, ledger = _local(logs, decisions, sink, workers, output.parent)
         sink.close()
         _check(ledger, logs)
         manifest = _manifest(part, recipe, format, ledger, logs)
@@ -102,23 +112,23 @@ def build(
 
 
 def _local(
-    logs: Sequence[str], recipe: Recipe, format: Format, sink: Sink, workers: int, scratch: Path
+    logs: Sequence[str], decisions: Decisions, sink: Sink, workers: int, scratch: Path
 ) -> tuple[Part, Ledger]:
     """Build with processes of this machine, over files in a folder of `scratch`."""
+    recipe = decisions.recipe
     parts = [stretch for log in logs for stretch in stretches(log, workers)]
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".spools.") as work, _mapping(workers) as mapped:
         part, converted = _converted(recipe, parts, Path(work), mapped)
-        decisions = Decisions(recipe, format)
         if recipe.near_duplicates is not None:
             prompts = [one.prompts for one in converted]
             decisions.clusters = near.clusters(mapped(near.fingerprints, prompts), recipe.near_duplicates)
         spooled = [one.spooled for one in converted]
         settle(decisions, spooled)
         selected = mapped(partial(select_spool, decisions, spooled), range(SPOOLS))
-        return part, written(part.ledger, selected, sink)
+        return part, _written(sink, part.ledger, selected)
 
 
-def written(ledger: Ledger, selected: Iterable[Selected], sink: Sink) -> Ledger:
+def _written(sink: Sink, ledger: Ledger, selected: Iterable[Selected]) -> Ledger:
     """Write what was selected, spool after spool, and return the whole ledger."""
     lost: list[Lost] = []
     for one in selected:

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Clusters", "PromptFile", "algorithm", "clusters", "fingerprints", "required"]
+__all__ = [
+    "Clusters",
+    "PromptFile",
+    "algorithm",
+    "clusters",
+    "fingerprints",
+    "hashed",
+    "read_text",
+    "required",
+]
 
 Clusters = dict[bytes, bytes]
 """Of each prompt that has near duplicates, the key that stands for its cluster."""
@@ -70,13 +79,18 @@ class PromptFile:
         """Add a prompt; one that is there already is not added again."""
         if key not in self._seen:
             self._seen.add(key)
-            data = text[:READ].encode("utf-8", "replace")
+            data = read_text(text)
             self._file.write(_HEAD.pack(key, len(data)))
             self._file.write(data)
 
     def close(self) -> None:
         """Finish the file."""
         self._file.close()
+
+
+def read_text(text: str) -> bytes:
+    """Return what is read of a prompt."""
+    return text[:READ].encode("utf-8", "replace")
 
 
 def _read(path: Path) -> Iterator[tuple[bytes, str]]:
@@ -95,11 +109,11 @@ def fingerprints(path: Path) -> tuple[bytes, Array]:
     prompts = _read(path)
     while batch := list(islice(prompts, _BATCH)):
         keys += [key for key, _ in batch]
-        found.append(_hashed([text for _, text in batch]))
+        found.append(hashed([text for _, text in batch]))
     return b"".join(keys), numpy.concatenate(found) if found else numpy.empty((0, HASHES), numpy.uint32)
 
 
-def _hashed(texts: Sequence[str]) -> Array:
+def hashed(texts: Sequence[str]) -> Array:
     """Return the fingerprints of texts, (N, HASHES) uint32."""
     import numpy
     from rensa import RMinHash

@@ -50,6 +50,8 @@ __all__ = [
 
 _JSONL = (".jsonl", ".ndjson")
 _BUFFER = 1 << 18
+_RECORD = 4 << 10
+"""About the bytes of a record."""
 _TRAJECTORY = b'{"record":"trajectory",'
 
 
@@ -248,6 +250,10 @@ class Stretch(NamedTuple):
     """First byte of the file; of a log, the position before the first record."""
     stop: int
     """Byte before which the last line begins; of a log, the position of the last record."""
+
+    def size(self) -> int:
+        """Return about how many bytes it has."""
+        return (self.stop - self.start) * (1 if is_file(self.source) else _RECORD)
 
     def payloads(self) -> Iterator[bytes]:
         """Yield the encoded records one by one, broken lines of a file included.

@@ -25,6 +25,7 @@ __all__ = [
     "Limit",
     "Mix",
     "Spools",
+    "candidate_of",
     "decided",
     "load",
 ]
@@ -69,6 +70,11 @@ class Candidate(NamedTuple):
     """KEPT_DRAFT, REMOVED."""
     length: int
     """Bytes of its JSON."""
+
+
+def candidate_of(head: bytes) -> Candidate:
+    """Return what is known of a row, unpacked."""
+    return Candidate._make(_HEADER.unpack(head))
 
 
 class Block(NamedTuple):

@@ -21,6 +21,7 @@ KindName = Literal[
 ]
 FormatName = Literal["jsonl", "parquet", "openrlhf", "verl", "llama-factory", "axolotl", "openai"]
 PersonalData = Literal["drop", "keep"]
+Engine = Literal["local", "ray"]
 
 
 @commands.command(
@@ -70,6 +71,7 @@ def dataset_build(
         option("--constitution -c", "A file whose wording critique-sft needs; may be repeated.", "FILE"),
     ] = None,
     workers: Annotated[int, option("--workers", "Processes; the outcome does not depend on them.")] = 1,
+    engine: Annotated[Engine, option("--engine", "This machine, or a Ray cluster.")] = "local",
     as_json: AsJson = False,
 ) -> None:
     """Turn logs into rows for training, with a ledger of what became of every trajectory."""
@@ -91,7 +93,7 @@ def dataset_build(
         max_tokens=max_tokens,
         constitutions=tuple(constitution or ()),
     )
-    built = dataset.build(log or [DEFAULT_LOG], output, recipe, format=format, workers=workers)
+    built = dataset.build(log or [DEFAULT_LOG], output, recipe, format=format, workers=workers, engine=engine)
     if as_json:
         print_json(built.ledger.to_json())
     else:
