@@ -16,9 +16,20 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
 
 from cai_graph.errors import BudgetExceeded, ConfigError
+from cai_graph.failures import annotate, note_of
 from cai_graph.trajectory import Call
 
-__all__ = ["Budget", "Calls", "apart", "call_of", "describe", "prompt_digest", "together", "truncated"]
+__all__ = [
+    "Budget",
+    "Calls",
+    "apart",
+    "call_of",
+    "cut_short",
+    "describe",
+    "prompt_digest",
+    "together",
+    "truncated",
+]
 
 T = TypeVar("T")
 
@@ -135,6 +146,7 @@ class Calls:
                 return reply
         except BaseException as raised:
             error = raised
+            annotate(raised, f"the {_WORK.get(role, role)} by {name}")
             raise
         finally:
             self.record(
@@ -181,6 +193,10 @@ class apart:  # noqa: N801 - read as a statement: `with apart():`
         var_child_runnable_config.reset(self._token)
 
 
+_WORK = {"critique": "critique", "revise": "revision", "compare": "comparison"}
+"""What a call of each role makes."""
+
+
 def _marked(role: str, name: str, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
     """Return the messages, a critique's static part marked for Anthropic's prompt cache.
 
@@ -220,8 +236,9 @@ def call_of(
 
 
 def describe(error: BaseException) -> str:
-    """Return class and message of an exception, at most 2000 characters."""
-    return f"{type(error).__name__}: {error}"[:2000]
+    """Return class and message of an exception, at most 2000 characters, and what a provider's means."""
+    said, note = f"{type(error).__name__}: {error}"[:2000], note_of(error)
+    return said if note is None else f"{said} ({note})"
 
 
 def prompt_digest(messages: Sequence[BaseMessage]) -> str:
@@ -232,11 +249,23 @@ def prompt_digest(messages: Sequence[BaseMessage]) -> str:
     return digest.hexdigest()[:16]
 
 
-def truncated(message: BaseMessage) -> bool:
-    """Return whether the model stopped at its token limit, in the words of any provider."""
+_CUT = {
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "it was cut at its token limit"),
+    **dict.fromkeys(("content_filter", "refusal", "safety"), "the provider's filter stopped it"),
+}
+"""Why a reply ends before its end, in the words of any provider."""
+
+
+def cut_short(message: BaseMessage) -> str | None:
+    """Return why a reply is not whole: its token limit, or a filter of the provider's; None where it is."""
     metadata = message.response_metadata
     reason = metadata.get("finish_reason") or metadata.get("stop_reason") or metadata.get("done_reason")
-    return isinstance(reason, str) and reason.lower() in ("length", "max_tokens", "model_length")
+    return _CUT.get(reason.lower()) if isinstance(reason, str) else None
+
+
+def truncated(message: BaseMessage) -> bool:
+    """Return whether a reply is not whole; see `cut_short`."""
+    return cut_short(message) is not None
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -26,7 +26,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable
 
 from cai_graph import models, prompts
-from cai_graph.calls import Calls, together
+from cai_graph.calls import Calls, cut_short, together
 from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
@@ -274,8 +274,12 @@ def p_violates(top_logprobs: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _unreadable(identifier: str, reply: BaseMessage) -> Verdict:
-    text = text_of(reply)
+    text, refusal = text_of(reply), reply.additional_kwargs.get("refusal")
     said = f"the critic said {text[:200]!r}" if text.strip() else "the critic said nothing"
+    if refusal:
+        said = f"the critic refused: {str(refusal)[:200]!r}"
+    elif cut := cut_short(reply):
+        said = f"{said}; {cut}"
     return Verdict(label=Label.UNREADABLE, principle=identifier, reason=f"no verdict on the menu; {said}")
 
 
@@ -310,11 +314,15 @@ class ModelCritic:
         try:
             reply = await calls.generate("critique", form, self.name, messages)
         except Exception as error:
-            if form is self.model or not models.refuses_form(error):
+            cut = models.cut_form(error)
+            if cut is None and (form is self.model or not models.refuses_form(error)):
                 raise
-            reply = await calls.generate("critique", self.model, self.name, messages)
-            self._plain_only = True  # the words were fine, so it was the form that the provider refused
-            self._forms.clear()
+            if cut is None:
+                reply = await calls.generate("critique", self.model, self.name, messages)
+                self._plain_only = True  # the words were fine, so it was the form that the provider refused
+                self._forms.clear()
+            else:
+                reply = cut
         verdicts, evades = read_verdicts(reply, ids)
         missing = [identifier for identifier in ids if identifier not in verdicts]
         if missing:

@@ -45,7 +45,7 @@ class DraftCalls(BaseCallbackHandler):
         self.calls = calls
         self.name = name
         self.truncated = False
-        """Whether the last reply stopped at its token limit."""
+        """Whether the last reply stopped before its end."""
         self._begun: dict[UUID, tuple[float, str, str]] = {}
 
     def on_chat_model_start(

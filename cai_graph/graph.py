@@ -46,6 +46,7 @@ from cai_graph import models, prompts
 from cai_graph.calls import Calls, apart, describe, together, truncated
 from cai_graph.critic import failed_principles
 from cai_graph.errors import BudgetExceeded, LogError, RunError
+from cai_graph.failures import annotate
 from cai_graph.form import Form
 from cai_graph.plan import Plan
 from cai_graph.policy import Decision, Progress, accept, decide, no_revision
@@ -229,6 +230,7 @@ async def draft(state: State, runtime: Runtime[_Run]) -> Command[str]:
         run.paused = pause  # LangGraph swallows an interrupt here where no graph stands around this one
         raise
     except Exception as error:
+        annotate(error, "the app")
         run.failed = error
         raise
     if request.asked is not None:
@@ -466,8 +468,9 @@ async def _written(
     try:
         reply = await calls.generate("revise", native, plan.reviser_name, messages)
     except Exception as error:
-        # openai raises where JSON is cut off; in words it is a revision that is rejected.
-        if not (models.refuses_form(error) or type(error).__name__ == "LengthFinishReasonError"):
+        if (cut := models.cut_form(error)) is not None:
+            return cut  # a revision that is rejected
+        if not models.refuses_form(error):
             raise
         return await calls.generate("revise", plain, plan.reviser_name, messages)
     for call in reply.tool_calls[:1]:

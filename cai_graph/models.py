@@ -23,7 +23,7 @@ from langchain_core.runnables.base import RunnableBindingBase
 from cai_graph import local
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
 
-__all__ = ["load", "name_of", "refuses_form", "writing"]
+__all__ = ["cut_form", "load", "name_of", "refuses_form", "writing"]
 
 _FORMS = (
     "openai:MODEL, anthropic:MODEL, local, local:NAME, local:PATH.gguf, http://HOST:PORT/v1 "
@@ -96,6 +96,18 @@ def writing(model: BaseChatModel, schema: Mapping[str, Any]) -> Runnable[Any, AI
 def refuses_form(error: Exception) -> bool:
     """Return whether an error may be a provider's word that it cannot write in the form asked for."""
     return getattr(error, "status_code", None) in (400, 404, 415, 422)
+
+
+def cut_form(error: Exception) -> AIMessage | None:
+    """Return what there is of a reply in native form that is not whole, which OpenAI's client raises."""
+    reasons = {"LengthFinishReasonError": "length", "ContentFilterFinishReasonError": "content_filter"}
+    reason = reasons.get(type(error).__name__)
+    if reason is None:
+        return None
+    text = ""
+    with contextlib.suppress(AttributeError, IndexError):
+        text = error.completion.choices[0].message.content or ""  # type: ignore[attr-defined]
+    return AIMessage(text, response_metadata={"finish_reason": reason})
 
 
 def _unknown(spec: str) -> ConfigError:

@@ -101,7 +101,7 @@ class Rejection(StrEnum):
     EMPTY = "empty"
     """No text."""
     TRUNCATED = "truncated"
-    """The model stopped at its token limit."""
+    """The model stopped at its token limit, or by a filter of the provider's."""
     UNCHANGED = "unchanged"
     """The same text as the answer that it should mend."""
     NO_REWRITE = "no_rewrite"
@@ -224,7 +224,7 @@ class Draft(Base, frozen=True, kw_only=True):
     answer: Message
     """The answer as a message."""
     truncated: bool = False
-    """Whether the model stopped at its token limit."""
+    """Whether the model stopped before its end: at its token limit, or by a filter of the provider's."""
     unfinished: bool = False
     """Whether the request ended while the app still wrote, so that this is the beginning of its answer."""
     blocks: tuple[Block, ...] = ()
@@ -582,9 +582,11 @@ def from_langchain(message: BaseMessage) -> Message:
         message.type.removesuffix("MessageChunk").lower() if message.type.endswith("Chunk") else message.type
     )
     role = getattr(message, "role", None) if kind == "chat" else _ROLES.get(kind, kind)
+    # OpenAI's models refuse to fill a schema in a field of its own, beside an empty content.
+    content = message.content or message.additional_kwargs.get("refusal") or ""
     return Message(
         role=role or kind,
-        content=str(message.content) if isinstance(message.content, str) else message.content,
+        content=str(content) if isinstance(content, str) else content,
         name=message.name,
         id=message.id,
         tool_calls=tuple(

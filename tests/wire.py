@@ -42,6 +42,8 @@ class Reply:
     """What tools are called, each with `name`, `args` and `id`, as LangChain has them."""
     cut: int | None = None
     """After how many chunks the connection breaks, where the reply is streamed."""
+    trouble: str | None = None
+    """What the provider says instead of breaking the connection there, in an event of its own."""
     reasoning: str = ""
     """What the model thought before; a part of the content in Anthropic's format, a field in OpenAI's."""
     refusal: str | None = None
@@ -137,6 +139,11 @@ class Server:
                         self.send_header("Connection", "close")
                     self.end_headers()
                     for number, line in enumerate(lines):
+                        if number == reply.cut and reply.trouble is not None:
+                            error = wire_anthropic.error(529, reply.trouble)
+                            named = "event: error\n" if line.startswith("event:") else ""
+                            self._write(f"{named}data: {json.dumps(error)}\n\n")
+                            break
                         if number == reply.cut:
                             self.close_connection = True  # amid the encoding: the client sees a broken line
                             return

@@ -129,7 +129,7 @@ def fetched(name: str) -> str:
 @contextlib.contextmanager
 def foreign(model: str) -> Iterator[None]:
     """Translate what a provider's client raises; a builtin exception is a bug and keeps its traceback."""
-    from cai_graph.calls import describe
+    from cai_graph.failures import meaning, note_of
 
     try:
         yield
@@ -138,4 +138,6 @@ def foreign(model: str) -> Iterator[None]:
     except Exception as error:
         if type(error).__module__ == "builtins" and not isinstance(error, OSError):
             raise
-        raise ModelError(f"{model}: {describe(error)}") from error
+        said = note_of(error) or meaning(error)
+        plain = f"{type(error).__name__}: {error}"
+        raise ModelError(f"{model}: {said} ({plain})" if said else f"{model}: {plain}") from error

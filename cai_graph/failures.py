@@ -1,0 +1,69 @@
+"""What a provider's failure means, in a sentence that says what to do.
+
+The exception that a client raised leaves as it is, so that whoever catches its class still does. The sentence
+goes along as a note (PEP 678): Python prints it below the message, and records and the command line show it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["annotate", "meaning", "note_of"]
+
+_PREFIX = "cai_graph: "
+
+_BY_STATUS = {
+    401: "the provider refused the API key; check the environment variable that holds it",
+    403: "the provider does not let this API key use the model",
+    404: "the provider has no such model, or the address is wrong",
+    408: "the provider waited too long for the request",
+    413: "the provider finds the request too long",
+    429: "the provider is busy or the quota is spent; send less at once, or raise the model's max_retries",
+    529: "the provider is overloaded; try later, or raise the model's max_retries",
+}
+
+
+def meaning(error: BaseException) -> str | None:
+    """Return what an error of a provider's client means and what to do; None for any other error.
+
+    >>> meaning(ValueError("?")) is None
+    True
+    """
+    status = getattr(error, "status_code", None)
+    if isinstance(status, int):
+        if status in _BY_STATUS:
+            return _BY_STATUS[status]
+        if status >= 500:
+            return f"the provider failed (status {status}); try later, or raise the model's max_retries"
+        if status >= 400:
+            return f"the provider rejected the request (status {status}); its message says why"
+    names = {kind.__name__ for kind in type(error).__mro__}
+    if names & {"APITimeoutError", "TimeoutException"}:
+        return "the provider did not answer in time; raise the model's timeout"
+    if names & {"APIConnectionError", "TransportError"}:
+        return "there is no connection to the provider, or it broke; check the network and the base URL"
+    if isinstance(error, IndexError) and _in_client(error):
+        return "the provider sent a reply without a choice; try again, or another model"
+    return None
+
+
+def annotate(error: BaseException, who: str) -> None:
+    """Add the sentence to an error, once; `who` failed, such as `the critique by openai:gpt-5-mini`."""
+    said = meaning(error)
+    if said is not None and note_of(error) is None:
+        error.add_note(f"{_PREFIX}{who} failed: {said}")
+
+
+def note_of(error: BaseException) -> str | None:
+    """Return the sentence that `annotate` added."""
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith(_PREFIX):
+            said: str = note.removeprefix(_PREFIX)
+            return said
+    return None
+
+
+def _in_client(error: BaseException) -> bool:
+    """Return whether an error comes from LangChain's own reading of a reply."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("langchain_core.")
