@@ -284,7 +284,7 @@ def _imports() -> list[str]:
     script = "import time; t = time.process_time(); import {}; print(time.process_time() - t)"
     graph, models = "langgraph.graph", "langgraph.graph, langchain_core.language_models.chat_models"
     taken: dict[str, list[float]] = {graph: [], models: [], "cai_graph": [], "cai_graph.chain": []}
-    for _ in range(9):
+    for _ in range(5):
         for name in taken:
             done = subprocess.run(
                 [sys.executable, "-c", script.format(name)], capture_output=True, text=True, check=True
