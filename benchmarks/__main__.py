@@ -18,7 +18,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-ALL = ("overhead", "log", "log_postgres", "probe", "engines", "dataset", "streaming", "feedback", "shadow")
+ALL = (
+    "overhead",
+    "log",
+    "log_postgres",
+    "probe",
+    "engines",
+    "dataset",
+    "streaming",
+    "feedback",
+    "shadow",
+    "cascade",
+)
 HEAD = """# Benchmark results
 
 Written by `make bench` (`python -m benchmarks NAME` for one section). The machines are noisy: read the
