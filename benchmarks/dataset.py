@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import resource
 import shutil
 import string
@@ -178,7 +179,9 @@ def _one(name: str, folder: str) -> None:
     wall = time.perf_counter() - wall
     after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(before, after, strict=True))
-    print(json.dumps([cpu, wall, max(usage.ru_maxrss for usage in after) / 1024]))
+    # Not ru_maxrss, which begins with the size of the process that started this one.
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    print(json.dumps([cpu, wall, int(peak[1]) / 1024 if peak else 0.0]))
 
 
 def run() -> str:
