@@ -230,7 +230,8 @@ class BareLocalIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"temperature": 0, "seed": 1}
+        # Without a penalty it repeats itself, and its JSON may come to no end.
+        return {"temperature": 0, "seed": 1, "frequency_penalty": 1.0}
 
     @pytest.fixture
     def model(self, request: pytest.FixtureRequest) -> BaseChatModel:
