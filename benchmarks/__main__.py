@@ -42,12 +42,13 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"no benchmark {', '.join(unknown)}; there are {', '.join(ALL)}", file=sys.stderr)
         return 2
-    sections = _sections(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in names or ALL:
         print(f"== {name}", flush=True)
         text = importlib.import_module(f"benchmarks.{name}").run().strip()
         machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
         stamp = f"_{datetime.now(UTC):%Y-%m-%d}, {machine}, `python -m benchmarks {name}`_"
+        # Read after the run: another may have written its section meanwhile.
+        sections = _sections(RESULTS.read_text()) if RESULTS.exists() else {}
         sections[name] = f"{text}\n\n{stamp}\n"
         print(sections[name], flush=True)
         body = "\n".join(f"<!-- {name} -->\n{sections[name]}" for name in ALL if name in sections)
