@@ -130,7 +130,7 @@ COLUMNS: dict[Kind, set[str]] = {
 
 
 @pytest.mark.parametrize("format", ["jsonl", "parquet"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "critique-sft"])
+@pytest.mark.parametrize("kind", list(KINDS))
 def test_datasets_loads_every_kind_with_the_columns_that_trl_reads(
     made: Callable[..., Path], kind: Kind, format: Format
 ) -> None:
@@ -208,6 +208,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 STOCK: list[tuple[str, Kind, Format, list[str]]] = [
     ("sft", "sft", "parquet", []),
+    ("sft", "critique-sft", "jsonl", []),
     ("dpo", "preference", "parquet", []),
     ("reward", "preference", "jsonl", []),
     ("kto", "unpaired", "parquet", ["--per_device_train_batch_size", "2"]),
@@ -255,7 +256,6 @@ KEYS: dict[tuple[Format, Kind], set[str]] = {
     ("openrlhf", "preference"): {"prompt", "chosen", "rejected", "margin"},
     ("openrlhf", "prompts"): {"input", "label"},
     ("verl", "sft"): {"messages"},
-    ("verl", "critique-sft"): {"messages"},
     ("verl", "prompts"): {"data_source", "prompt", "ability", "reward_model", "extra_info"},
     ("llama-factory", "sft"): {"messages"},
     ("llama-factory", "critique-sft"): {"messages"},
@@ -275,7 +275,7 @@ def test_the_table_of_keys_names_every_format_and_kind() -> None:
     assert {"jsonl", "parquet", *(format for format, _ in KEYS)} == set(FORMATS)
 
 
-@pytest.mark.parametrize(("format", "kind"), [key for key in KEYS if key[1] != "critique-sft"])
+@pytest.mark.parametrize(("format", "kind"), list(KEYS))
 def test_a_foreign_format_has_its_consumers_keys_and_a_provenance_for_each_row(
     made: Callable[..., Path], format: Format, kind: Kind
 ) -> None:
@@ -327,7 +327,7 @@ def test_axolotl_gets_a_config_that_names_its_files(made: Callable[..., Path]) -
 
 
 def test_a_format_without_a_place_for_the_kind_says_which_kinds_it_takes(log: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"verl has no place for the kind 'preference'; it takes sft, "):
+    with pytest.raises(ConfigError, match=r"verl has no place for the kind 'preference'; it takes sft, prompts"):
         build([log], tmp_path / "out", Recipe(kind="preference"), format="verl")
     with pytest.raises(ConfigError, match="format is one of jsonl"):
         build([log], tmp_path / "out", Recipe(kind="sft"), format="csv")  # type: ignore[arg-type]

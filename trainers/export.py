@@ -107,7 +107,7 @@ def _openrlhf_prompt(row: PromptRow) -> dict[str, Any]:
     return {"input": _plain(row.prompt), "label": ""}
 
 
-def _verl_answer(row: SFTRow | CritiqueRow) -> dict[str, Any] | None:
+def _verl_answer(row: SFTRow) -> dict[str, Any] | None:
     if any(turn.role == "assistant" for turn in row.prompt):
         return None  # its loss falls on every assistant turn, and those of the prompt were not vouched for
     return {"messages": _plain(row.prompt + row.completion)}
@@ -199,7 +199,7 @@ SHAPES: dict[Format, dict[Kind, Shape]] = {
         "preference": _openrlhf_pair,
         "prompts": _openrlhf_prompt,
     },
-    "verl": {"sft": _verl_answer, "critique-sft": _verl_answer, "prompts": _verl_prompt},
+    "verl": {"sft": _verl_answer, "prompts": _verl_prompt},
     "llama-factory": {
         "sft": _llama_factory_answer,
         "critique-sft": _llama_factory_answer,
