@@ -327,7 +327,9 @@ def test_axolotl_gets_a_config_that_names_its_files(made: Callable[..., Path]) -
 
 
 def test_a_format_without_a_place_for_the_kind_says_which_kinds_it_takes(log: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"verl has no place for the kind 'preference'; it takes sft, prompts"):
+    with pytest.raises(
+        ConfigError, match=r"verl has no place for the kind 'preference'; it takes sft, prompts"
+    ):
         build([log], tmp_path / "out", Recipe(kind="preference"), format="verl")
     with pytest.raises(ConfigError, match="format is one of jsonl"):
         build([log], tmp_path / "out", Recipe(kind="sft"), format="csv")  # type: ignore[arg-type]

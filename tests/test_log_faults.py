@@ -35,7 +35,9 @@ class Disk(apsw.VFS):
         self.unsynced: dict[str, list[tuple[int, bytes | None]]] = {}
         super().__init__("test-disk", "unix", makedefault=True)
 
-    def xOpen(self, name: Any, flags: list[int]) -> DiskFile:  # noqa: N802
+    def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802
+        if name is None:  # a scratch file, which is gone after a fault or a power cut in any case
+            return apsw.VFSFile("unix", name, flags)
         return DiskFile(self, name, flags)
 
     def xDelete(self, name: str, sync: bool) -> None:  # noqa: N802

@@ -31,6 +31,7 @@ from cai_graph.log import postgres as postgres_store
 from cai_graph.log.postgres_session import LOCK, SCHEMA
 from cai_graph.log.upkeep import verify
 from cai_graph.testing import ScriptedModel
+from cai_graph.trajectory import Trajectory
 
 FALLS = int(os.environ.get("CAI_LOG_FALLS", "2"))
 
@@ -105,17 +106,22 @@ def test_a_killed_backend_fails_nobody(url: str, log: Log) -> None:
 def test_backends_killed_at_any_moment_lose_nothing_and_double_nothing(url: str, log: Log) -> None:
     stop = threading.Event()
     chance = random.Random(7)
+    kills = 0
 
     def kill() -> None:
+        nonlocal kills
         while not stop.wait(chance.uniform(0, 0.1)):
             kill_backends(url)
+            kills += 1
 
+    made: list[Trajectory] = []
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        made = [trajectory(n, metadata={"text": "x" * (n * 97 % 9000)}) for n in range(900)]
-        for part in range(0, len(made), 15):
-            futures = [log.append(record) for record in made[part : part + 15]]
+        while kills < 25:
+            part = range(len(made), len(made) + 15)
+            made += [trajectory(n, metadata={"text": "x" * (n * 97 % 9000)}) for n in part]
+            futures = [log.append(record) for record in made[-15:]]
             for future in futures:
                 future.result()
     finally:
