@@ -37,6 +37,11 @@ ratios, which come from one interleaved run, and not the absolute times.
 """
 
 
+def _is_size(key: str, value: str) -> bool:
+    """Return whether a variable sets how large a benchmark is, which its figures cannot be read without."""
+    return key.startswith("CAI_BENCH_") and value.isdigit()
+
+
 def main(names: list[str]) -> int:
     unknown = [name for name in names if name not in ALL]
     if unknown:
@@ -46,7 +51,9 @@ def main(names: list[str]) -> int:
         print(f"== {name}", flush=True)
         text = importlib.import_module(f"benchmarks.{name}").run().strip()
         machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        stamp = f"_{datetime.now(UTC):%Y-%m-%d}, {machine}, `python -m benchmarks {name}`_"
+        sizes = [f"{key}={value} " for key, value in sorted(os.environ.items()) if _is_size(key, value)]
+        command = f"{''.join(sizes)}python -m benchmarks {name}"
+        stamp = f"_{datetime.now(UTC):%Y-%m-%d}, {machine}, `{command}`_"
         # Read after the run: another may have written its section meanwhile.
         sections = _sections(RESULTS.read_text()) if RESULTS.exists() else {}
         sections[name] = f"{text}\n\n{stamp}\n"

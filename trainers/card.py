@@ -11,7 +11,6 @@ import html
 import io
 import json
 import os
-import re
 import tempfile
 from array import array
 from collections import Counter
@@ -27,6 +26,7 @@ from cai_graph.trajectory import Comparison, decode
 from trainers.dataset import read_manifest
 from trainers.export import Format, read_rows
 from trainers.positions import Positions, Share
+from trainers.probe import REFUSAL
 from trainers.reading import appended, stretches
 from trainers.rows import Kind, PreferenceRow, Row, Turn, UnpairedRow
 
@@ -36,13 +36,6 @@ LANGUAGE_ROWS = 2000
 """Of how many rows the language is told; the rows stand in no order, so the first are a fair sample."""
 LANGUAGE_CHARS = 20
 """Shorter prompts do not say their language."""
-
-_REFUSAL = re.compile(
-    r"\W*(i['’]?m (really |very |truly )?sorry|i am sorry|sorry|i apologi[sz]e|my apologies|i can(['’]t|not)|"
-    r"i['’]?m (not able|unable)|i am (not able|unable)|i won['’]t|as an ai|unfortunately, i)",
-    re.IGNORECASE,
-)
-"""How a refusal opens, in English. A count by words: it says how two sides compare, not who refused."""
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
@@ -59,7 +52,7 @@ class Side(NamedTuple):
         """Count one answer."""
         text = turns[-1].content
         self.words.append(len(text.split()))
-        self.refusals[0] += _REFUSAL.match(text) is not None
+        self.refusals[0] += REFUSAL.match(text) is not None  # by its opening words, in English
 
     @property
     def refused(self) -> Share:
