@@ -1,0 +1,158 @@
+"""Checkpoints: whole or not there, and they know where they came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model
+
+from cai_graph.errors import ConfigError, DataError, ModelError
+from trainers.checkpoint import Checkpoint, Manifest, hardware, save, versions
+
+
+def manifest(**changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "stage": "sft",
+        "base": "base",
+        "parents": ("ab" * 32,),
+        "config": {"learning_rate": 1e-5, "note": "a|b <script>"},
+        "data": {"path": "rows", "digest": "cd" * 32, "rows": 12},
+        "constitution_digests": ("ef" * 32,),
+        "seed": 3,
+        "versions": versions(),
+        "hardware": hardware(),
+        "seconds": 1.5,
+        "metrics": {"loss": 0.25},
+    }
+    return Manifest(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def loaded(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_what_was_saved_opens_with_its_manifest_and_digest(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "watch.jsonl").write_text("{}\n")
+
+    saved = save(tmp_path / "out", *loaded(tiny), manifest(), beside=tmp_path / "logs")
+    opened = Checkpoint.open(tmp_path / "out")
+
+    assert opened == saved
+    assert opened.manifest == manifest()
+    assert opened.digest == Checkpoint(tmp_path / "out").digest  # by the files, without the manifest
+    assert opened.digest == Checkpoint.open(tiny).digest  # the same weights
+    assert (tmp_path / "out" / "watch.jsonl").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "logs"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "12 rows of rows" in card
+    assert r"a\|b &lt;script>" in card
+
+
+def test_the_digest_follows_the_weights(tiny: Path, tmp_path: Path) -> None:
+    import torch
+
+    model, tokenizer = loaded(tiny)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    assert save(tmp_path / "out", model, tokenizer, manifest()).digest != Checkpoint.open(tiny).digest
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
+def test_an_adapter_is_merged_and_stands_beside(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = loaded(tiny)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    save(tmp_path / "out", adapted, tokenizer, manifest())
+
+    inputs = torch.arange(8).reshape(1, 8)
+    with torch.no_grad():
+        adapted.eval()
+        merged = loaded(tmp_path / "out")[0](inputs).logits
+        torch.testing.assert_close(merged, adapted(inputs).logits, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(merged, loaded(tiny)[0](inputs).logits)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is there already"):
+        save(tmp_path, *loaded(tiny), manifest())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_nothing_behind(tiny: Path, tmp_path: Path) -> None:
+    import resource
+    import signal
+
+    model, tokenizer = loaded(tiny)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write itself then fails, as on a full disk
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        with pytest.raises(ModelError, match=r"out: cannot be written: .*nothing of it was left"):
+            save(tmp_path / "out", model, tokenizer, manifest())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heard)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        ("model.safetensors", "holds no weights"),
+        ("config.json", "no config.json"),
+        ("tokenizer.json", "has weights and no tokenizer; copy tokenizer.json"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_says_which(tiny: Path, tmp_path: Path, without: str, said: str) -> None:
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m" / without).unlink()
+
+    with pytest.raises(ModelError, match=said):
+        Checkpoint.open(tmp_path / "m")
+
+
+def test_pickled_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+
+    with pytest.raises(ModelError, match=r"pickled weights \(\*\.bin\)"):
+        Checkpoint.open(tmp_path / "m")
+    with pytest.raises(ModelError, match="is no folder"):
+        Checkpoint.open(tmp_path / "none")
+
+
+def test_weights_that_were_cut_in_a_copy_are_seen(tiny: Path, tmp_path: Path) -> None:
+    save(tmp_path / "out", *loaded(tiny), manifest())
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+    with pytest.raises(ModelError, match=r"model\.safetensors: has [\d,]+ bytes, and the manifest says"):
+        Checkpoint.open(tmp_path / "out")
+
+
+def test_a_broken_manifest_is_named(tiny: Path, tmp_path: Path) -> None:
+    save(tmp_path / "out", *loaded(tiny), manifest())
+    path = tmp_path / "out" / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["manifest"]["stage"]
+    path.write_text(json.dumps(body))
+    with pytest.raises(DataError, match=r"manifest\.json: is no manifest of this release"):
+        Checkpoint.open(tmp_path / "out")
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read"):
+        Checkpoint.open(tmp_path / "out")

@@ -1,0 +1,98 @@
+"""Configs of stages: YAML and settings into a frozen dataclass; every error names its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cai_graph.errors import ConfigError
+from trainers.config import plain, read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    rank: int = 8
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    model: str
+    data: Path
+    learning_rate: float = 1e-5
+    max_steps: int | None = None
+    lora: Part | None = None
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate is above 0, found {self.learning_rate!r}")
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "x.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_and_settings_make_a_config_and_settings_come_last(tmp_path: Path) -> None:
+    path = written(tmp_path, "model: m\ndata: d.jsonl\nlearning_rate: 1e-6\nlora:\n  targets: [a, b]\n")
+
+    config = read(Whole, path, ["learning_rate=2e-5", "lora.rank=4", "max_steps=7"])
+    assert config == Whole(
+        model="m",
+        data=Path("d.jsonl"),
+        learning_rate=2e-5,
+        max_steps=7,
+        lora=Part(rank=4, targets=("a", "b")),
+    )
+
+
+def test_what_plain_writes_reads_back_as_the_same_config(tmp_path: Path) -> None:
+    import yaml
+
+    config = Whole(model="m", data=Path("d"), lora=Part(targets=("a",)))
+    assert read(Whole, written(tmp_path, yaml.safe_dump(plain(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "said"),
+    [
+        (
+            "model: m\ndata: d\nlearnign_rate: 1\n",
+            [],
+            r"x.yaml line 3: unknown key 'learnign_rate'; did you "
+            r"mean 'learning_rate'\?",
+        ),
+        ("model: m\ndata: d\n", ["lr=1e-5"], r"--set: unknown key 'lr'; did you mean 'learning_rate'\?"),
+        (
+            "model: m\ndata: d\nlora:\n  rnak: 2\n",
+            [],
+            r"line 4: unknown key 'lora.rnak'; did you mean "
+            r"'lora.rank'\?",
+        ),
+        ("model: m\ndata: d\nqqq: 2\n", [], "line 3: unknown key 'qqq'; the keys are model, data"),
+        ("data: d\n", [], "x.yaml: has no 'model'; add the line `model: …`, or --set model=…"),
+        ("model: m\ndata: d\nlearning_rate: fast\n", [], "x.yaml line 3: learning_rate: .*float.*str"),
+        ("model: m\ndata: d\nlora:\n  rank: [1]\n", [], "x.yaml line 4: lora.rank: .*int.*array"),
+        ("model: m\ndata: 3\n", [], "x.yaml line 2: data: expected path"),
+        ("model: m\ndata: d\n", ["max_steps=many"], "--set: max_steps: "),
+        ("model: m\nmodel: n\n", [], "x.yaml line 2: 'model' is set on line 1 already"),
+        ("model: [m\n", [], "x.yaml line 2: is no YAML"),
+        ("- m\n", [], "holds a list; a config is lines of"),
+        ("model: m\ndata: d\nlearning_rate: 0\n", [], "learning_rate is above 0, found 0.0"),
+        ("model: !!python/object:os.system m\n", [], "is no YAML"),
+        ("", ["model"], "write key=value"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(
+    tmp_path: Path, text: str, settings: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read(Whole, written(tmp_path, text), settings)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
+        read(Whole, tmp_path / "none.yaml")

@@ -1,0 +1,334 @@
+"""Checkpoints: weights that know their origin, in folders that are whole or not there.
+
+OUT/*.safetensors, config.json     weights as transformers loads them; an adapter is merged into them
+OUT/tokenizer.json, …              the tokenizer with its chat template
+OUT/adapter/                       the adapter alone, where one was trained
+OUT/manifest.json                  stage, config, data, parents, versions, hardware, figures
+OUT/README.md                      the model card, in the hub's form
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from cai_graph.blocks import sha256_of
+from cai_graph.errors import ConfigError, DataError, ModelError
+
+__all__ = ["Checkpoint", "Manifest", "hardware", "save", "seal", "versions"]
+
+MANIFEST = "manifest.json"
+ADAPTER = "adapter"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PACKAGES = ("accelerate", "bitsandbytes", "cai-graph", "datasets", "peft", "torch", "transformers", "trl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """How a checkpoint came to be, enough to make it again."""
+
+    stage: str
+    """The stage that trained it: `sft`, `dpo`, `reward`, …"""
+    base: str
+    """The model that it started from, as the config names it."""
+    parents: tuple[str, ...] = ()
+    """Digests of the Checkpoints that it came from: policy, reward models, critics."""
+    config: Mapping[str, Any]
+    """The stage's whole config, as `trainers.config.plain` writes it."""
+    data: Mapping[str, Any]
+    """`path`, `digest` (SHA-256 of the training files) and `rows` of the data; more where a stage says so."""
+    constitution_digests: tuple[str, ...] = ()
+    """Digests of the constitutions that judged the data."""
+    seed: int
+    """Of everything random."""
+    versions: Mapping[str, str]
+    """Versions of the packages that trained."""
+    hardware: str
+    """Devices and processes."""
+    seconds: float
+    """Seconds of training, over all resumptions."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The last value of what was measured."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights in a folder, with their manifest where the folder has one."""
+
+    path: Path
+    """The folder."""
+    manifest: Manifest | None = None
+    """How it came to be; None for a model that was trained elsewhere."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Return the checkpoint in a folder; nothing is loaded.
+
+        Raises:
+            ModelError: it is no folder, or there are no weights, no config or no tokenizer in it, or weights
+                have another size than the manifest says.
+            DataError: the manifest cannot be read.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ModelError(f"{path}: is no folder; a checkpoint is one with safetensors and a tokenizer")
+        if not _weights(path):
+            found = "pickled weights (*.bin)" if any(path.glob("*.bin")) else "no weights"
+            if (path / "adapter_model.safetensors").exists():
+                found = "an adapter alone"
+            raise ModelError(f"{path}: holds {found}; a checkpoint has whole weights in *.safetensors")
+        if not (path / "config.json").exists():
+            raise ModelError(f"{path}: has weights and no config.json; copy that of the model it came from")
+        if not any((path / name).exists() for name in _TOKENIZERS):
+            raise ModelError(
+                f"{path}: has weights and no tokenizer; copy tokenizer.json and tokenizer_config.json of the "
+                "model that it was trained from into it"
+            )
+        if not (path / MANIFEST).exists():
+            return cls(path)
+        written = _read(path)
+        for name, one in written["weights"].items():
+            size = (path / name).stat().st_size if (path / name).exists() else None
+            if size != one["bytes"]:
+                found = "is not there" if size is None else f"has {size:,} bytes"
+                raise ModelError(
+                    f"{path / name}: {found}, and the manifest says {one['bytes']:,}; copy the folder again"
+                )
+        try:
+            return cls(path, msgspec.convert(written["manifest"], Manifest))
+        except msgspec.ValidationError as error:
+            raise DataError(f"{path / MANIFEST}: is no manifest of this release: {error}") from error
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the names and digests of the weight files, in hexadecimal."""
+        weights = _read(self.path)["weights"] if self.manifest else _digests(self.path)
+        lines = (f"{name} {one['sha256']}\n" for name, one in sorted(weights.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def save(
+    folder: Path, model: Any, tokenizer: Any, manifest: Manifest, *, beside: Path | None = None
+) -> Checkpoint:
+    """Write a checkpoint; the folder appears whole or not at all.
+
+    Args:
+        folder: the folder to make; it must not be there.
+        model: of transformers, or of peft; an adapter is merged into a fresh copy of its base model, and
+            stands in `adapter/`, too.
+        tokenizer: written beside the weights.
+        manifest: how it came to be.
+        beside: a folder whose content goes along, such as logs and plots.
+
+    Raises:
+        ConfigError: the folder is there already.
+        ModelError: it cannot be written, for instance on a full disk; nothing of it is left then.
+    """
+    with _whole(folder) as work:
+        if beside is not None:
+            shutil.copytree(beside, work, dirs_exist_ok=True)
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(work / ADAPTER)
+            model = _merged(model, work / ADAPTER)
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        _describe(work, folder.name, manifest)
+    return Checkpoint(folder, manifest)
+
+
+def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
+    """Make a checkpoint of a folder in which weights and tokenizer are written already; it is moved.
+
+    This is for weights that several processes wrote together; one of them calls it.
+
+    Raises:
+        ConfigError: the folder is there already.
+        ModelError: it cannot be written.
+    """
+    _absent(folder)
+    try:
+        _describe(written, folder.name, manifest)
+        _sync(written)
+        os.replace(written, folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return Checkpoint(folder, manifest)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that train, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> str:
+    """Return the devices that torch sees here, and the number of processes that train together."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = sorted({torch.cuda.get_device_name(one) for one in range(torch.cuda.device_count())})
+        what = f"{torch.cuda.device_count()} x {', '.join(names)}"
+    else:
+        what = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return what if processes == 1 else f"{what}, {processes} processes"
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+def _absent(folder: Path) -> None:
+    if folder.exists():
+        raise ConfigError(f"{folder}: is there already; name a new folder, or remove it first")
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """Give a folder that becomes `folder` when the body ends, or goes away."""
+    from safetensors import SafetensorError
+
+    _absent(folder)
+    work: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        work.chmod(0o755)
+        yield work
+        _sync(work)
+        os.replace(work, folder)
+        _sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ModelError(f"{folder}: cannot be written: {said}; nothing of it was left behind") from error
+    finally:
+        if work is not None and work.exists():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _merged(model: Any, adapter: Path) -> Any:
+    """Return the base model with the adapter in its weights.
+
+    The base is loaded anew: merging into the model itself would end its training, and a quantized one has
+    lost what merging needs.
+    """
+    from peft import PeftModel
+
+    base = model.get_base_model()
+    fresh = type(base).from_pretrained(
+        base.config.name_or_path, config=_unquantized(base.config), dtype="auto", local_files_only=True
+    )
+    return PeftModel.from_pretrained(fresh, str(adapter)).merge_and_unload()
+
+
+def _unquantized(config: Any) -> Any:
+    config = type(config).from_dict(config.to_dict())
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def _describe(work: Path, name: str, manifest: Manifest) -> None:
+    weights = _digests(work)
+    body = {"manifest": msgspec.to_builtins(manifest, enc_hook=str), "weights": weights}
+    (work / MANIFEST).write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    (work / "README.md").write_text(_card(name, manifest), encoding="utf-8")
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+
+
+def _digests(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in _weights(folder)}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"manifest": written["manifest"], "weights": written["weights"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read as a manifest ({error}); remove it to go without") from error
+
+
+def _sync(folder: Path) -> None:
+    """Put every file of a folder on the disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- the card -----------------------------------------------------------------------------------------
+
+
+def _card(name: str, manifest: Manifest) -> str:
+    head: dict[str, Any] = {
+        "base_model": manifest.base,
+        "library_name": "transformers",
+        "tags": ["constitutional-ai", manifest.stage],
+    }
+    data = manifest.data
+    facts = {
+        "stage": manifest.stage,
+        "base": manifest.base,
+        "parents": ", ".join(one[:12] for one in manifest.parents) or "none",
+        "data": f"{data.get('rows', 0):,} rows of {data.get('path', '')}, digest {data.get('digest', '')}",
+        "constitutions": ", ".join(one[:12] for one in manifest.constitution_digests) or "not named",
+        "seed": manifest.seed,
+        "hardware": manifest.hardware,
+        "time": f"{manifest.seconds:,.1f} s",
+        "versions": ", ".join(f"{key} {one}" for key, one in manifest.versions.items()),
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}\n",
+        f"Trained by the stage `{manifest.stage}` of cai_graph from `{manifest.base}`. The figures below are "
+        "of training alone; they say nothing of quality, which `cai evaluate` measures.\n",
+        _table("", "", facts),
+        f"## Config\n\n{_table('key', 'value', manifest.config)}",
+    ]
+    if manifest.metrics:
+        figures = {key: f"{value:.6g}" for key, value in sorted(manifest.metrics.items())}
+        parts.append(f"## Figures of training\n\n{_table('figure', 'last value', figures)}")
+    return "\n".join(parts)
+
+
+def _table(left: str, right: str, pairs: Mapping[str, Any]) -> str:
+    lines = [f"| {left} | {right} |", "|---|---|"]
+    lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in pairs.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,164 @@
+"""Configs of stages: a frozen dataclass out of YAML and settings, with errors that name the place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import yaml
+
+from cai_graph.errors import ConfigError
+
+__all__ = ["plain", "read"]
+
+C = TypeVar("C")
+
+
+def read(cls: type[C], path: Path | None, settings: Sequence[str] = ()) -> C:
+    """Return a config out of a YAML file and settings.
+
+    Args:
+        cls: a dataclass; its fields may be dataclasses in turn.
+        path: the YAML file; None: the settings say everything.
+        settings: each "key=value", the value in YAML; "lora.rank=8" sets a key of a section. They come after
+            the file.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (names the nearest known one), set twice or
+            missing, or a value has the wrong type. Names file, line and key.
+    """
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    if path is not None:
+        values, lines = _file(path)
+        places = {key: f"{path} line {line}: " for key, line in lines.items()}
+    for setting in settings:
+        key, value = _setting(setting)
+        _put(values, key, value)
+        places[key] = "--set: "
+    _check_keys(cls, values, "", places)
+    try:
+        # Not strict: YAML 1.1 reads 1e-5 as text, for want of a dot.
+        return msgspec.convert(values, cls, strict=False, dec_hook=_custom)
+    except msgspec.ValidationError as error:
+        said, _, at = str(error).partition(" - at `$")
+        key = at.rstrip("`").lstrip(".")
+        raise ConfigError(_wrong(said, key, path, places)) from error
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """Return a config as JSON values, whole; `read` gives the same config back."""
+    found: dict[str, Any] = msgspec.to_builtins(config, enc_hook=str, str_keys=True)
+    return found
+
+
+def _custom(wanted: type, value: Any) -> Any:
+    if wanted is Path and isinstance(value, str):
+        return Path(value).expanduser()
+    if isinstance(value, wanted):
+        return value
+    raise ValueError(f"Expected `{'path' if wanted is Path else wanted.__name__}`, got `{value!r}`")
+
+
+# --- the file -----------------------------------------------------------------------------------------
+
+
+def _file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the values of a YAML file, and the line of each key by its dotted name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {why}; name a YAML file with the config") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path} line {mark.line + 1}" if mark else str(path)
+        said = getattr(error, "problem", None) or error
+        raise ConfigError(f"{place}: is no YAML: {said}") from error
+    if node is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds a {type(values).__name__}; a config is lines of `key: value`")
+    lines: dict[str, int] = {}
+    for key, line in _keys(node, ""):
+        if key in lines:
+            raise ConfigError(f"{path} line {line}: {key!r} is set on line {lines[key]} already; keep one")
+        lines[key] = line
+    return values, lines
+
+
+def _keys(node: yaml.Node, before: str) -> Iterator[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{before}{key.value}"
+        yield name, key.start_mark.line + 1
+        yield from _keys(value, f"{name}.")
+
+
+def _setting(setting: str) -> tuple[str, Any]:
+    key, is_one, value = setting.partition("=")
+    if not is_one or not key.strip():
+        raise ConfigError(f"--set {setting!r}: write key=value, such as --set learning_rate=1e-5")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting!r}: the value is no YAML; put it in quotes") from error
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    values[last] = value
+
+
+# --- checks -------------------------------------------------------------------------------------------
+
+
+def _check_keys(cls: Any, values: Mapping[Any, Any], before: str, places: Mapping[str, str]) -> None:
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls) if field.init]
+    for key, value in values.items():
+        name = f"{before}{key}"
+        if key not in known:
+            near = _nearest(str(key), known)
+            hint = f"did you mean {before + near!r}?" if near else f"the keys are {', '.join(known)}"
+            raise ConfigError(f"{places.get(name, '')}unknown key {name!r}; {hint}")
+        inner = _dataclass_in(hints[key])
+        if inner is not None and isinstance(value, dict):
+            _check_keys(inner, value, f"{name}.", places)
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """Return the dataclass that a field holds, itself or in a union with others; None: it holds none."""
+    return next((one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)), None)
+
+
+def _nearest(key: str, known: Sequence[str]) -> str | None:
+    """Return the known key that was meant: by its letters, or by its initials (lr: learning_rate)."""
+    close = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    short = [name for name in known if "".join(word[0] for word in name.split("_") if word) == key.lower()]
+    part = [name for name in known if len(key) > 2 and (key in name or name in key)]
+    return next(iter([*short, *part[:1], *close]), None)
+
+
+def _wrong(said: str, key: str, path: Path | None, places: Mapping[str, str]) -> str:
+    if said.startswith("Object missing required field"):
+        name = (f"{key}." if key else "") + said.split("`")[1]
+        where = f"{path}: " if path else ""
+        return f"{where}has no {name!r}; add the line `{name}: …`, or --set {name}=…"
+    place = places.get(key) or next(
+        (found for name, found in places.items() if key.startswith((f"{name}.", f"{name}["))), ""
+    )
+    return f"{place}{key}: {said[:1].lower()}{said[1:].replace('`', '')}"
