@@ -15,8 +15,8 @@ Hazard = Literal["drop-long", "cut-long", "drop-unfit", "shifted-prompt", "ignor
 
 drop-long          rows of more than max_tokens are left out
 cut-long           their answers are cut; a prompt that fills max_tokens alone is left out with drop-long
-drop-unfit         empty answers, identical pairs, control tokens in texts, conversations that the chat template
-                   refuses are left out
+drop-unfit         empty answers, identical pairs, texts with control tokens, and conversations that the chat
+                   template refuses are left out
 shifted-prompt     the chat template writes a prompt otherwise before an answer than before a generation
 ignored-columns    a column that weighs or labels rows, and that the stage does not read, is ignored
 """
