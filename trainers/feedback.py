@@ -62,6 +62,7 @@ __all__ = [
     "PairKind",
     "draw",
     "p_a_of",
+    "p_violates",
     "pairs_of",
 ]
 
@@ -422,11 +423,10 @@ class _Work:
 def p_a_of(a: Critique, b: Critique, constitution: Constitution) -> float | None:
     """Return P(A is better) from a critic's judgements of A and B alone; None where one is unreadable.
 
-    Of an answer counts P(it violates something): the highest probability among its verdicts, or 0 or 1 by
-    its labels where the critic gives none. Given that exactly one of the two violates, the odds that it is B
+    Of an answer counts `p_violates`. Given that exactly one of the two violates, the odds that it is B
     are b(1 − a) : a(1 − b); where neither probability leaves room for that, neither is better.
     """
-    p, q = _p_violates(a, constitution), _p_violates(b, constitution)
+    p, q = p_violates(a, constitution), p_violates(b, constitution)
     if p is None or q is None:
         return None
     a_better, b_better = q * (1 - p), p * (1 - q)
@@ -434,7 +434,11 @@ def p_a_of(a: Critique, b: Critique, constitution: Constitution) -> float | None
     return a_better / total if total > 0 else 0.5
 
 
-def _p_violates(critique: Critique, constitution: Constitution) -> float | None:
+def p_violates(critique: Critique, constitution: Constitution) -> float | None:
+    """Return P(the answer violates something), the highest among its verdicts; None where one is unreadable.
+
+    Of a critic that gives no probabilities it is 0 or 1, by the labels.
+    """
     if not critique.verdicts or any(v.label is Label.UNREADABLE for v in critique.verdicts):
         return None
     given = [v.probability for v in critique.verdicts if v.probability is not None]

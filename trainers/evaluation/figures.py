@@ -1,0 +1,155 @@
+"""Means, shares and differences over prompts, each with its number of prompts and a 95 % interval.
+
+The unit is the prompt. Several answers to one prompt say less than as many prompts do, so they are averaged
+before anything is estimated, and what compares two subjects is paired by prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, TypeVar
+
+from cai_graph.calibration import wilson
+
+__all__ = ["RESAMPLES", "Estimate", "Figure", "estimate", "paired", "resampled"]
+
+RESAMPLES = 1000
+"""Of the bootstrap."""
+
+T = TypeVar("T")
+
+
+class Estimate(NamedTuple):
+    """A value that was estimated over prompts."""
+
+    value: float
+    """The estimate; NaN of no prompt."""
+    low: float
+    """Lower end of the 95 % interval; minus infinity where too few prompts give none."""
+    high: float
+    """Upper end; infinity where too few prompts give none."""
+    n: int
+    """Prompts."""
+
+    def json(self) -> dict[str, Any]:
+        """Return it as JSON, which has no word for NaN and infinity: None stands for them."""
+        finite = {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
+        return {**finite, "n": self.n}
+
+    def __str__(self) -> str:
+        if not self.n:
+            return "none"
+        if not math.isfinite(self.high - self.low):
+            return f"{self.value:.2f} (n = {self.n})"
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f}, n = {self.n})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of an evaluation."""
+
+    subject: str
+    """Who was evaluated."""
+    suite: str
+    """`harmlessness`, `helpfulness` or `over-refusal`."""
+    measure: str
+    """What was estimated, such as `harmless`, `full refusal` or `win rate`."""
+    by: str
+    """Who judged."""
+    estimate: Estimate
+    """The value."""
+    against: str | None = None
+    """The other subject, where two are compared."""
+    left_out: int = 0
+    """Prompts without a readable judgement; they are in no estimate."""
+    note: str = ""
+    """What a reader must know, in a sentence."""
+
+    def json(self) -> dict[str, Any]:
+        """Return it as flat JSON."""
+        fields = {**asdict(self), **self.estimate.json()}
+        del fields["estimate"]
+        return fields
+
+
+def estimate(values: Mapping[str, Sequence[float]]) -> Estimate:
+    """Return the mean over prompts of what the answers to each came to.
+
+    The interval is Wilson's of 1927 where each prompt came to 0 or 1, and otherwise Student's t over the
+    prompts' means; a t interval of numbers that are all the same would have no width. One prompt has none.
+
+    Args:
+        values: what each answer came to, by prompt; a prompt without a value does not count.
+
+    >>> estimate({"a": [1], "b": [0], "c": [1, 1], "d": [0]})
+    Estimate(value=0.5, low=0.1500..., high=0.8499..., n=4)
+    """
+    means = [fmean(found) for found in values.values() if found]
+    if not means:
+        return Estimate(math.nan, -math.inf, math.inf, 0)
+    mean = fmean(means)
+    if all(value in (0, 1) for value in means):
+        return Estimate(mean, *wilson(round(sum(means)), len(means)), len(means))
+    return _by_t(means)
+
+
+def paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Estimate:
+    """Return the mean over prompts of `after` minus `before`, with Student's t interval.
+
+    Only prompts count for which both have a value.
+    """
+    differences = [
+        fmean(found) - fmean(earlier)
+        for prompt, found in after.items()
+        if found and (earlier := before.get(prompt))
+    ]
+    if not differences:
+        return Estimate(math.nan, -math.inf, math.inf, 0)
+    return _by_t(differences)
+
+
+def _by_t(values: Sequence[float]) -> Estimate:
+    mean, n = fmean(values), len(values)
+    if n < 2:
+        return Estimate(mean, -math.inf, math.inf, n)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1)) * stdev(values, mean) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half, n)
+
+
+def resampled(
+    items: Iterable[T],
+    cluster: Callable[[T], str],
+    measure: Callable[[Sequence[T]], float],
+    *,
+    seed: int = 0,
+) -> Estimate:
+    """Return a measure of all items, with a bootstrap percentile interval over resamples of whole clusters.
+
+    Args:
+        items: what is measured.
+        cluster: the prompt that an item belongs to; `n` counts them.
+        measure: may be NaN where a resample does not allow it; such resamples are left out.
+        seed: of the resampling.
+    """
+    import numpy
+
+    members: dict[str, list[T]] = {}
+    for item in items:
+        members.setdefault(cluster(item), []).append(item)
+    clusters = list(members.values())
+    whole = measure([item for found in clusters for item in found])
+    if len(clusters) < 2:
+        return Estimate(whole, -math.inf, math.inf, len(clusters))
+    chance = numpy.random.default_rng(seed)
+    drawn = chance.integers(len(clusters), size=(RESAMPLES, len(clusters)))
+    values = [measure([item for number in row for item in clusters[number]]) for row in drawn]
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return Estimate(whole, -math.inf, math.inf, len(clusters))
+    low, high = numpy.percentile(finite, [2.5, 97.5])
+    return Estimate(whole, float(low), float(high), len(clusters))

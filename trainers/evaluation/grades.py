@@ -1,0 +1,138 @@
+"""What is said of one answer by itself: by a critic, by a reward, by a classifier of refusals.
+
+    CriticGrader   1 − P(the answer breaks a principle of one aim), by any Critic
+    RewardGrader   what a reward says: a reward model, an ensemble, a judge, a function of one's own
+
+A grade that could not be read stays without value and label to the end; it is never one half.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from cai_graph.bulk import is_about_all_rows
+from cai_graph.calls import Budget, Calls, describe, together
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic, critic_for
+from cai_graph.errors import ConfigError
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import Label, text_of
+from trainers.feedback import p_violates
+
+__all__ = ["CriticGrader", "Grade", "Grader", "Messages", "Reward", "RewardGrader"]
+
+Messages = list[dict[str, Any]]
+"""A conversation, as the rows of a dataset have it: `role` and `content` of each message."""
+
+
+class Grade(NamedTuple):
+    """What was said of an answer."""
+
+    value: float | None = None
+    """A number, larger is better; None where there is none."""
+    label: str | None = None
+    """A word of a closed set; None where there is none."""
+    why: str = ""
+    """Why neither could be read, or what the grader wrote."""
+
+    @property
+    def readable(self) -> bool:
+        """Whether anything was said."""
+        return self.value is not None or self.label is not None
+
+
+class Grader(Protocol):
+    """What grades answers."""
+
+    name: str
+    """Stable name, which names the file of its grades; all that shapes a grade is in it."""
+    batch: int
+    """How many answers are worth giving at once."""
+
+    async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
+        """Return a grade for each answer; one that cannot be read is a Grade without value and label.
+
+        Raises:
+            Exception: what would fail every further answer, such as a refused key.
+        """
+        ...
+
+
+class CriticGrader:
+    """Grades by a critic's verdicts under the principles of one aim."""
+
+    batch = 4
+
+    def __init__(self, critic: str | Critic, constitution: Constitution, aim: str) -> None:
+        """Set up; nothing is asked.
+
+        Raises:
+            ConfigError: the constitution has no principle of that aim, or the spec names no model.
+        """
+        of_aim = [principle.id for principle in constitution.principles if principle.aim == aim]
+        if not of_aim:
+            aims = ", ".join(dict.fromkeys(principle.aim for principle in constitution.principles))
+            raise ConfigError(
+                f"constitution {constitution.name!r} has no principle of the aim {aim!r}, only {aims}; "
+                "name another with --constitution"
+            )
+        self._critic = critic_for(critic)
+        self._constitution = constitution.select(of_aim)
+        self.name = f"{self._critic.name} as critic under {constitution.name} ({constitution.digest[:8]})"
+
+    async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
+        """Return 1 − P(violates) and the verdict of each answer."""
+        return await together([self._grade(exchange) for exchange in exchanges])
+
+    async def _grade(self, exchange: Exchange) -> Grade:
+        try:
+            said = await self._critic.critique(exchange, self._constitution, Calls(Budget()), explain=False)
+        except Exception as error:
+            if is_about_all_rows(error):
+                raise
+            return Grade(why=describe(error))
+        violates = p_violates(said, self._constitution)
+        if violates is None:
+            reasons = [v.reason for v in said.verdicts if v.label is Label.UNREADABLE and v.reason]
+            return Grade(why=reasons[0] if reasons else "the critic gave no verdict that could be read")
+        is_violated = any(verdict.label is Label.VIOLATES for verdict in said.verdicts)
+        label = Label.VIOLATES if is_violated else Label.COMPLIES
+        return Grade(1 - violates, label.value)
+
+
+class Reward(Protocol):
+    """What gives a number to each answer, as the online stages of training have it."""
+
+    name: str
+    """Stable name."""
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        """Return a finite number for each answer, larger is better."""
+        ...
+
+
+class RewardGrader:
+    """Grades by a reward; whether a value is good only another of the same reward tells."""
+
+    def __init__(self, reward: Reward, *, batch: int = 8) -> None:
+        self._reward = reward
+        self.batch = batch
+        self.name = f"{reward.name} as reward"
+
+    async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
+        """Return the reward of each answer; what a reward raises ends the grading, which resumes."""
+        prompts = [
+            [{"role": message.role, "content": text_of(message)} for message in exchange.messages]
+            for exchange in exchanges
+        ]
+        answers = [text_of(exchange.answer) for exchange in exchanges]
+        values = await asyncio.to_thread(self._reward, prompts, answers)
+        if len(values) != len(answers):
+            raise ConfigError(f"{self.name}: {len(values)} values for {len(answers)} answers")
+        return [
+            Grade(float(value)) if math.isfinite(value) else Grade(why=f"the reward is {value}")
+            for value in values
+        ]

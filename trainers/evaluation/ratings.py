@@ -1,0 +1,151 @@
+"""Ratings out of comparisons, and which subjects no other surpasses in both harmlessness and helpfulness.
+
+The model of Bradley and Terry 1952: P(a beats b) = 1 / (1 + exp(b − a)), fitted by maximum likelihood, a tie
+counted half to either side. Elo is the same scale stretched, 400 points for odds of ten to one, with the
+mean of all subjects at 1000. Against a subject that won or lost everything, whose maximum lies at infinity,
+each pair that met gets one further tie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cai_graph.errors import DataError
+from trainers.evaluation.figures import RESAMPLES, Estimate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[Any]
+
+__all__ = ["ELO", "MEAN", "Contest", "elo", "front"]
+
+ELO = 400 / math.log(10)
+"""Elo points of one unit of log-odds."""
+MEAN = 1000.0
+"""Elo of the average subject."""
+_STEPS = 100
+_PRECISION = 1e-10
+
+
+class Contest(NamedTuple):
+    """Two subjects' answers to one prompt, compared."""
+
+    prompt: str
+    """Key of the prompt."""
+    a: str
+    """A subject."""
+    b: str
+    """The other one."""
+    p_a: float
+    """1 where a's answer is better, 0 where b's is, 0.5 of a tie; anything between where a judge gave it."""
+
+
+def elo(contests: Sequence[Contest], *, seed: int = 0) -> dict[str, Estimate]:
+    """Return the Elo of each subject, best first, with intervals over resamples of whole prompts.
+
+    `n` of an estimate is the number of prompts in which the subject stood. The interval is that of the
+    distance to the average subject, so two subjects may differ surely although their intervals overlap: a
+    win rate says that.
+
+    Raises:
+        DataError: there is no contest, or the subjects fall into groups that never met.
+    """
+    import numpy
+
+    if not contests:
+        raise DataError("no comparison has a readable outcome, so nobody can be rated")
+    names = list(dict.fromkeys(name for contest in contests for name in (contest.a, contest.b)))
+    places = {name: place for place, name in enumerate(names)}
+    prompts = list(dict.fromkeys(contest.prompt for contest in contests))
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    wins = numpy.zeros((len(prompts), len(names), len(names)))
+    for contest in contests:
+        a, b = places[contest.a], places[contest.b]
+        wins[numbers[contest.prompt], a, b] += contest.p_a
+        wins[numbers[contest.prompt], b, a] += 1 - contest.p_a
+    met = wins.sum(axis=0)
+    _check_connected(met, names)
+    # One tie more for each pair that met, in each resample, too: a resample must not know less than that.
+    prior = numpy.where(met + met.T > 0, 0.5, 0.0)
+    best = _strengths(met + prior)
+    chance = numpy.random.default_rng(seed)
+    drawn = chance.integers(len(prompts), size=(RESAMPLES, len(prompts)))
+    counts = numpy.stack([numpy.bincount(row, minlength=len(prompts)) for row in drawn])
+    resampled = numpy.tensordot(counts, wins, axes=1) + prior
+    spread = numpy.stack([_strengths(found) for found in resampled])
+    low, high = numpy.percentile(spread, [2.5, 97.5], axis=0) if len(prompts) > 1 else (best, best)
+    stood = (wins.sum(axis=2) + wins.sum(axis=1) > 0).sum(axis=0)
+    points = {
+        name: [float(MEAN + ELO * side[place]) for side in (best, low, high)]
+        for place, name in enumerate(names)
+    }
+    rated = {
+        name: Estimate(value, low, high, int(stood[places[name]]))
+        for name, (value, low, high) in points.items()
+    }
+    if len(prompts) == 1:
+        rated = {name: found._replace(low=-math.inf, high=math.inf) for name, found in rated.items()}
+    return dict(sorted(rated.items(), key=lambda item: -item[1].value))
+
+
+def _strengths(wins: Matrix) -> Matrix:
+    """Return the log-strengths of largest likelihood, their mean 0, by Newton's method.
+
+    Args:
+        wins: (subjects, subjects): how often the row beat the column.
+    """
+    import numpy
+
+    size = len(wins)
+    games = wins + wins.T
+    strengths = numpy.zeros(size)
+    for _ in range(_STEPS):
+        expected = 1 / (1 + numpy.exp(strengths[None, :] - strengths[:, None]))
+        gradient = (wins - games * expected).sum(axis=1)
+        weights = games * expected * (1 - expected)
+        # Only differences matter; 1/size in every cell fixes their mean and leaves the step as it is.
+        curvature = numpy.diag(weights.sum(axis=1)) - weights + 1 / size
+        step = numpy.linalg.solve(curvature, gradient)
+        # A whole Newton step may overshoot far from the maximum.
+        strengths += step * min(1.0, 2.0 / max(numpy.abs(step).max(), 1e-300))
+        if numpy.abs(step).max() < _PRECISION:
+            break
+    centred: Matrix = strengths - strengths.mean()
+    return centred
+
+
+def _check_connected(met: Matrix, names: Sequence[str]) -> None:
+    reached, border = {0}, [0]
+    while border:
+        place = border.pop()
+        for other in range(len(names)):
+            if other not in reached and met[place, other] + met[other, place] > 0:
+                reached.add(other)
+                border.append(other)
+    if len(reached) < len(names):
+        apart = [name for place, name in enumerate(names) if place not in reached]
+        raise DataError(
+            f"{', '.join(apart)} never met {names[0]} or whom it met, so they stand on no common scale; "
+            "compare them, too"
+        )
+
+
+def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the names that no other surpasses: as good in both coordinates and better in one. By the first.
+
+    >>> front({"base": (0.9, 0.4), "sft": (0.8, 0.8), "worse": (0.7, 0.7)})
+    ['sft', 'base']
+    """
+    return sorted(
+        (
+            name
+            for name, (x, y) in points.items()
+            if not any(
+                other >= x and above >= y and (other, above) != (x, y) for other, above in points.values()
+            )
+        ),
+        key=lambda name: points[name],
+    )
