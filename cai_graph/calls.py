@@ -193,7 +193,7 @@ class apart:  # noqa: N801 - read as a statement: `with apart():`
         var_child_runnable_config.reset(self._token)
 
 
-_WORK = {"critique": "critique", "revise": "revision", "compare": "comparison"}
+_WORK = {"critique": "critique", "revise": "revision", "compare": "comparison", "rate": "rating"}
 """What a call of each role makes."""
 
 

@@ -268,7 +268,7 @@ class Call(Base, frozen=True, kw_only=True):
     """One model call."""
 
     role: str
-    """`draft`, `critique`, `revise`, `probe`, `compare`."""
+    """`draft`, `critique`, `revise`, `probe`, `compare`, `rate`."""
     model: str
     """Stable name of the model, such as `openai:gpt-5-mini` or `local:qwen2.5-1.5b`."""
     kind: Literal["generation", "forward"] = "generation"

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from langchain_core.messages import BaseMessage
 from wire import Reply, serving
 
+from cai_graph import constitution
 from cai_graph.calls import Budget, Calls
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Comparison, Message, new_id, now
-from trainers.judge import LEAST_MASS, VOTES, Judge, Opinion, p_first, read_choice
+from trainers.judge import LEAST_MASS, VOTES, Judge, Opinion, expected_rating, p_first, read_choice
 
 QUESTION = "Which answer is kinder?"
 KIND, RUDE = (Message(role="assistant", content=text) for text in ("Gladly.", "No."))
@@ -237,3 +238,38 @@ async def test_the_local_model_compares_from_its_log_probabilities(tiny_weights:
     assert all(p is None or 0 <= p <= 1 for p in opinion.p_a)
     assert len(calls.made) == 2
     assert (opinion.clipped, clipped.clipped) == (False, True)
+
+
+# --- ratings of one answer ----------------------------------------------------------------------------
+
+
+async def test_a_rating_is_the_one_that_the_probabilities_expect() -> None:
+    shown = [
+        {"token": "9", "logprob": math.log(0.5)},
+        {"token": " 1", "logprob": math.log(0.25)},
+        {"token": "The", "logprob": math.log(0.25)},
+    ]
+    reply = Reply("9", logprobs=[{"token": "9", "logprob": 0, "bytes": None, "top_logprobs": shown}])
+    with serving(lambda body: reply) as server:
+        calls = Calls(Budget())
+        rating = await Judge(server.spec).rate(ASKED, constitution.load("balanced"), calls)
+
+    assert rating == pytest.approx((0.5 * 1 + 0.25 * -1) / 0.75)
+    assert [call.role for call in calls.made] == ["rate"]
+    assert "<rules>" in str(server.requests[0]["messages"][0]["content"])
+
+
+async def test_a_model_without_log_probabilities_is_sampled_and_what_is_no_digit_is_unreadable() -> None:
+    replies = iter(["?", "9", "It is fine.", "7", "well", "9 or 8", "no"])  # the first one asks for logprobs
+    with serving(lambda body: next(replies)) as server:
+        judge = Judge(server.spec)
+        first = await judge.rate(ASKED, constitution.load("balanced"), Calls(Budget()))
+        second = await judge.rate(ASKED, constitution.load("balanced"), Calls(Budget()))
+
+    assert (first, second) == (pytest.approx(0.75), None)
+
+
+def test_a_rating_that_is_unlikely_beside_other_words_is_unreadable() -> None:
+    shown = [*top(The=0.95), {"token": "9", "logprob": math.log(LEAST_MASS / 2)}]
+
+    assert expected_rating([{"token": "The", "top_logprobs": shown}]) is None

@@ -71,6 +71,7 @@ EVERY = {
     "comparison_vote": lambda: prompts.comparison_messages(
         "Which is kinder?", EXCHANGE, EXCHANGE.answer, reply="reasons and letter"
     ),
+    "rating": lambda: prompts.rating_messages(RULES.principles[:2], EXCHANGE),
     "rewrite": lambda: prompts.rewrite_messages(
         RULES.principles[:2], "It is curt.", EXCHANGE, show_draft=True
     ),

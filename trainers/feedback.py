@@ -2,7 +2,7 @@
 
     pairs_of     which answers of a Trajectory are compared
     Labelling    the comparisons of a log that are wanted, made and appended; takes up where it ended
-    p_a_of       a critic's judgements of two answers, as a preference
+    p_a_of       a critic's judgements of two answers, as a preference; p_violates, of one answer
 
 A labelling is the same again when the judge and everything that shapes its answers are the same. A
 comparison's key in the log is `label:SETTINGS/TRAJECTORY/PAIR/PRINCIPLE`, so that a killed labelling repeats

@@ -9,8 +9,9 @@ Three outcomes are not two: what cannot be read is None to the end, never one ha
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -19,12 +20,13 @@ from langchain_core.messages import AIMessage, BaseMessage
 
 from cai_graph import local, models, prompts
 from cai_graph.calls import Calls, together
+from cai_graph.constitution import Constitution
 from cai_graph.critic import MAX_ANSWER_CHARS
 from cai_graph.errors import ConfigError, ModelError
-from cai_graph.prompts import COMPARED, Exchange
+from cai_graph.prompts import COMPARED, RATINGS, Exchange
 from cai_graph.trajectory import Message, text_of
 
-__all__ = ["VOTES", "Judge", "Opinion", "p_first", "read_choice"]
+__all__ = ["VOTES", "Judge", "Opinion", "expected_rating", "p_first", "read_choice", "read_rating"]
 
 VOTES = 3
 """Replies sampled in each order where a model gives no log-probabilities. Odd, so that they do not tie."""
@@ -65,8 +67,26 @@ class _NoLogprobs(Exception):  # noqa: N818 - not an error: the other way is tak
     """The model gives no log-probabilities."""
 
 
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Take a provider's refusal of a request for one of its log-probabilities."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "status_code", None) not in (400, 404, 415, 422):
+            raise
+        raise _NoLogprobs from error
+
+
+def _check_length(answer: Message) -> None:
+    if (length := len(text_of(answer))) > MAX_ANSWER_CHARS:
+        raise ModelError(
+            f"an answer has {length:,} characters, and a judge reads at most {MAX_ANSWER_CHARS:,}"
+        )
+
+
 class Judge:
-    """A chat model that compares answers.
+    """A chat model that compares answers, or rates them.
 
     Where it gives log-probabilities they are read; a model that gives none, or refuses to, is sampled.
     """
@@ -104,10 +124,7 @@ class Judge:
             Exception: whatever the model raises.
         """
         for answer in (exchange.answer, other):
-            if (length := len(text_of(answer))) > MAX_ANSWER_CHARS:
-                raise ModelError(
-                    f"an answer has {length:,} characters, and a judge reads at most {MAX_ANSWER_CHARS:,}"
-                )
+            _check_length(answer)
         a, b = (msgspec.structs.replace(exchange, answer=answer) for answer in (exchange.answer, other))
         clipped = False
         if self._is_local:
@@ -121,6 +138,34 @@ class Judge:
         opinion = await self._both_orders(a, b, question, calls, scored=False, clipped=clipped)
         self._gives_logprobs = False  # the words were fine, so it was the log-probabilities
         return opinion
+
+    async def rate(self, exchange: Exchange, constitution: Constitution, calls: Calls) -> float | None:
+        """Rate one answer under a whole constitution, from -1 (worst) to 1 (best); None: unreadable.
+
+        Where the model gives log-probabilities, this is the rating that it expects, and otherwise the mean of
+        sampled ratings.
+
+        Raises:
+            BudgetExceeded: no call is left.
+            ModelError: the answer is too long to be judged whole.
+            Exception: whatever the model raises.
+
+        Source: direct RLAIF (Lee et al. 2023, section 2.2.2).
+        """
+        _check_length(exchange.answer)
+        shown = exchange.clipped(SHOWN_CHARS) if self._is_local else exchange
+        messages = prompts.rating_messages(constitution.principles, shown)
+        if self._gives_logprobs:
+            try:
+                return expected_rating(await self._first_tokens("rate", messages, calls))
+            except _NoLogprobs:
+                pass
+        replies: Sequence[BaseMessage] = await together(
+            [calls.generate("rate", self.model, self.name, messages) for _ in range(self.votes or VOTES)]
+        )
+        self._gives_logprobs = False
+        ratings = [rating for reply in replies if (rating := read_rating(text_of(reply))) is not None]
+        return sum(ratings) / len(ratings) if 2 * len(ratings) > len(replies) else None
 
     async def _both_orders(
         self, a: Exchange, b: Exchange, question: str, calls: Calls, *, scored: bool, clipped: bool
@@ -145,23 +190,24 @@ class Judge:
             question, exchange, other, reply="reasons" if self.reasoning else "letter"
         )
         reasons = ""
-        try:
-            if self.reasoning:
-                writer = self.model.bind(temperature=0, max_tokens=REASONING_TOKENS)
+        if self.reasoning:
+            writer = self.model.bind(temperature=0, max_tokens=REASONING_TOKENS)
+            with _refusals():
                 reasons = text_of(await calls.generate("compare", writer, self.name, messages))
-                messages = [*messages, AIMessage(reasons or "(nothing)"), prompts.choice_message()]
-            letter = self.model.bind(
-                temperature=0, max_tokens=_LETTER_TOKENS, logprobs=True, top_logprobs=_TOP
-            )
-            reply = await calls.generate("compare", letter, self.name, messages)
-        except Exception as error:
-            if getattr(error, "status_code", None) not in (400, 404, 415, 422):
-                raise
-            raise _NoLogprobs from error
+            messages = [*messages, AIMessage(reasons or "(nothing)"), prompts.choice_message()]
+        return p_first(await self._first_tokens("compare", messages, calls)), reasons
+
+    async def _first_tokens(
+        self, role: str, messages: Sequence[BaseMessage], calls: Calls
+    ) -> list[dict[str, Any]]:
+        """Return a reply's first tokens, each with its likeliest alternatives and their log-probabilities."""
+        letter = self.model.bind(temperature=0, max_tokens=_LETTER_TOKENS, logprobs=True, top_logprobs=_TOP)
+        with _refusals():
+            reply = await calls.generate(role, letter, self.name, messages)
         logprobs = reply.response_metadata.get("logprobs")
         if not isinstance(logprobs, dict) or not isinstance(logprobs.get("content"), list):
             raise _NoLogprobs
-        return p_first(logprobs["content"]), reasons
+        return list(logprobs["content"])
 
     async def _voted(
         self, exchange: Exchange, other: Message, question: str, calls: Calls
@@ -188,17 +234,49 @@ def p_first(tokens: Sequence[dict[str, Any]]) -> float | None:
     >>> round(p_first([{"token": "A", "top_logprobs": top}]), 2)
     0.9
     """
+    mass = _mass(tokens, COMPARED)
+    return None if mass is None else mass[0] / sum(mass)
+
+
+def expected_rating(tokens: Sequence[dict[str, Any]]) -> float | None:
+    """Return the rating that a reply's probabilities expect, from -1 to 1; None as in `p_first`.
+
+    >>> top = [{"token": "9", "logprob": -0.7}, {"token": "5", "logprob": -0.7}]
+    >>> expected_rating([{"token": "9", "top_logprobs": top}])
+    0.5
+    """
+    mass = _mass(tokens, RATINGS)
+    if mass is None:
+        return None
+    return sum(p * _rating(digit) for p, digit in zip(mass, RATINGS, strict=True)) / sum(mass)
+
+
+def _mass(tokens: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[float] | None:
+    """Return the probability of each label where a reply says something; None where they are unlikely."""
     for token in tokens:
         if not str(token.get("token")).strip(_AROUND):
             continue
-        mass = dict.fromkeys(COMPARED, 0.0)
+        mass = dict.fromkeys(labels, 0.0)
         for alternative in token.get("top_logprobs") or ():
             label = str(alternative["token"]).strip(_AROUND)
             if label in mass:
                 mass[label] += math.exp(alternative["logprob"])
-        total = sum(mass.values())
-        return mass[COMPARED[0]] / total if total >= LEAST_MASS else None
+        return list(mass.values()) if sum(mass.values()) >= LEAST_MASS else None
     return None
+
+
+def read_rating(text: str) -> float | None:
+    """Return the rating that a reply is, from -1 to 1.
+
+    >>> read_rating("**9**"), read_rating("5."), read_rating("9 or 8"), read_rating("10")
+    (1.0, 0.0, None, None)
+    """
+    said = text.strip(_AROUND)
+    return _rating(said) if said in RATINGS else None
+
+
+def _rating(digit: str) -> float:
+    return 2 * RATINGS.index(digit) / (len(RATINGS) - 1) - 1
 
 
 def read_choice(text: str) -> str | None:

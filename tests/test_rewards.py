@@ -1,0 +1,191 @@
+"""Rewards: as many finite numbers as answers, or an error; nothing in between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_policy_model import PROMPTS, reward_model
+from wire import Reply, serving
+
+from cai_graph import constitution
+from cai_graph.errors import ConfigError
+from trainers.judge import Judge
+from trainers.policy import Messages, load_reward, score
+from trainers.rewards import (
+    EnsembleReward,
+    FunctionReward,
+    JudgeReward,
+    ModelReward,
+    RewardError,
+    parse,
+)
+
+ANSWERS = ["yes", "no", "perhaps", "certainly not", "mu"]
+RULES = constitution.load("balanced")
+
+
+def length(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+    """A reward that likes long answers; named in specs below."""
+    return [float(len(answer)) for answer in answers]
+
+
+def rated(rating: str) -> Reply:
+    top = [{"token": rating, "logprob": 0.0}]
+    return Reply(rating, logprobs=[{"token": rating, "logprob": 0, "bytes": None, "top_logprobs": top}])
+
+
+def shown(body: dict[str, Any]) -> str:
+    """The answer that a judge is shown."""
+    text = str(body["messages"][-1]["content"])
+    return text.partition("<answer>\n")[2].partition("\n</answer>")[0]
+
+
+def test_a_function_rewards_by_its_spec() -> None:
+    reward = parse("test_rewards:length")
+
+    assert reward(PROMPTS, ANSWERS) == [3, 2, 7, 13, 2]
+    assert reward.name == "test_rewards:length"
+
+
+@pytest.mark.parametrize("bad", [[1.0], [1.0, None, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, math.nan, 1.0]])
+def test_what_is_not_a_finite_number_for_each_answer_is_never_given(bad: list[float | None]) -> None:
+    tries: list[int] = []
+
+    def broken(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float | None]:
+        tries.append(1)
+        return bad
+
+    with pytest.raises(RewardError, match="broken failed 3 times: it gave"):
+        FunctionReward(broken, waits=(0, 0))(PROMPTS, ANSWERS)
+    assert len(tries) == 3
+
+
+def test_a_reward_that_fails_for_a_while_is_asked_again() -> None:
+    fails = iter([OSError("gone"), OSError("gone"), None])
+
+    def flaky(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        if (error := next(fails)) is not None:
+            raise error
+        return length(prompts, answers)
+
+    assert FunctionReward(flaky, waits=(0, 0))(PROMPTS, ANSWERS) == length(PROMPTS, ANSWERS)
+
+
+def test_a_reward_model_scores_with_its_own_tokenizer(tmp_path: Path) -> None:
+    folder = reward_model(tmp_path / "rm")
+    expected = score(load_reward(folder, device="cpu"), PROMPTS, ANSWERS, batch_size=16)
+
+    reward = parse(str(folder), device="cpu")
+
+    assert isinstance(reward, ModelReward)
+    assert reward.name == "model:rm"
+    assert reward(PROMPTS, ANSWERS) == expected
+
+
+def test_an_ensemble_gives_mean_and_disagreement_and_asks_each_member_once(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def member(name: str, factor: float) -> FunctionReward:
+        def function(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+            asked.append(name)
+            return [factor * len(answer) for answer in answers]
+
+        return FunctionReward(function, name)
+
+    ensemble = EnsembleReward([member("a", 1), member("b", 3)])
+
+    assert ensemble(PROMPTS, ANSWERS) == [6, 4, 14, 26, 4]
+    assert ensemble.disagreement(PROMPTS, ANSWERS) == [3, 2, 7, 13, 2]
+    assert asked == ["a", "b"]
+    assert ensemble(PROMPTS, ANSWERS[::-1]) == [4, 26, 14, 4, 6]
+    assert ensemble.name == "mean(a, b)"
+
+
+def test_a_list_of_specs_is_an_ensemble(tmp_path: Path) -> None:
+    reward = parse([str(reward_model(tmp_path / "one")), "test_rewards:length"], device="cpu")
+
+    assert isinstance(reward, EnsembleReward)
+    assert [member.name for member in reward.members] == ["model:one", "test_rewards:length"]
+
+
+def test_a_judge_rewards_each_answer_directly() -> None:
+    with serving(lambda body: rated("9" if shown(body) == "yes" else "3")) as server:
+        reward = parse(f"judge:{server.spec}")
+
+        assert reward(PROMPTS, ANSWERS) == [1, -0.5, -0.5, -0.5, -0.5]
+    assert sorted(shown(body) for body in server.requests) == sorted(ANSWERS)
+
+
+def test_a_critic_rewards_by_the_probability_that_an_answer_violates_nothing() -> None:
+    from wire import under
+
+    with serving(under(RULES, violates=lambda text: "certainly not" in text)) as server:
+        reward = parse({"critic": server.spec, "constitution": "balanced"})
+
+        assert reward(PROMPTS, ANSWERS) == [1, 1, 1, -1, 1]
+
+
+def test_after_an_outage_a_judge_is_asked_only_about_the_rest() -> None:
+    seen: list[str] = []
+
+    def script(body: dict[str, Any]) -> Reply:
+        seen.append(shown(body))
+        return Reply("gone", status=400) if len(seen) in (3, 4) else rated("9")
+
+    with serving(script) as server:
+        reward = JudgeReward(Judge(server.spec), RULES, concurrency=1, waits=(0,))
+
+        assert reward(PROMPTS, ANSWERS) == [1] * 5
+    assert [text for text in seen if seen.count(text) == 1] == ["yes", "no", "certainly not", "mu"]
+
+
+def test_a_judge_that_stays_away_is_an_error_that_says_so() -> None:
+    with serving(lambda body: Reply("gone", status=500)) as server:
+        judge = Judge(server.spec)
+        judge.model.max_retries = 0
+        with pytest.raises(RewardError, match=r"failed 2 times: .*500.*the provider failed"):
+            JudgeReward(judge, RULES, waits=(0,))(PROMPTS, ANSWERS)
+
+
+def test_a_refused_key_is_not_asked_again() -> None:
+    import openai
+
+    with serving(lambda body: Reply("no", status=401)) as server:
+        reward = JudgeReward(Judge(server.spec), RULES, concurrency=1, waits=(0, 0))
+        with pytest.raises(openai.AuthenticationError):
+            reward(PROMPTS, ANSWERS)
+    assert len(server.requests) == 1
+
+
+def test_one_unreadable_answer_of_many_scores_as_the_mean_and_is_counted() -> None:
+    def script(body: dict[str, Any]) -> Reply:
+        return rated("The") if shown(body) == "mu" else rated("9" if shown(body) == "yes" else "5")
+
+    with serving(script) as server:
+        reward = JudgeReward(Judge(server.spec), RULES, waits=())
+        scores = reward([*PROMPTS, *PROMPTS], ["yes"] * 3 + ["no"] * 6 + ["mu"])
+
+        assert scores[-1] == pytest.approx(3 / 9)
+        assert reward.unreadable == 1
+        with pytest.raises(RewardError, match="gave None for answer 4 of 5"):  # one of five is too many
+            reward(PROMPTS, ANSWERS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("nowhere/rm", "is no folder with a reward model"),
+        ("no.such:thing", "cannot be imported"),
+        ("math:pi", "is a float, not a function"),
+        (["judge:local"], "at least two members"),
+        ({"judges": "local"}, "write {judge: MODEL"),
+        ({"judge": "local", "constituton": "x"}, "write {judge: MODEL"),
+    ],
+)
+def test_a_spec_that_names_nothing_says_so(spec: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse(spec)

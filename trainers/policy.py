@@ -1,0 +1,351 @@
+"""Policies and reward models: loaded from a folder, sampled and scored in batches.
+
+    load_policy, Policy         a language model with its tokenizer; `sample` writes answers
+    load_reward, RewardModel    a sequence classifier with its own tokenizer; `score` rates answers
+
+Conversations are lists of messages, as in the dataset's rows; each model reads them through the chat template
+of its own tokenizer, so a policy and its reward model may come from different families.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cai_graph.errors import ConfigError, DataError, MissingExtra
+from trainers.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "Messages",
+    "Policy",
+    "RewardModel",
+    "Sample",
+    "batch_of",
+    "device_of",
+    "load_policy",
+    "load_reward",
+    "prompt_ids",
+    "sample",
+    "score",
+]
+
+Messages = list[dict[str, Any]]
+"""A conversation: `{"role": …, "content": …}` in order, as in the dataset's rows."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A language model that answers conversations."""
+
+    model: PreTrainedModel
+    """Causal language model."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer, with a chat template."""
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the tokenizer's, and those of the model's generation config."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        found = configured if isinstance(configured, list) else [configured]
+        return tuple(sorted({t for t in [*found, self.tokenizer.eos_token_id] if t is not None}))
+
+    @property
+    def pad(self) -> int:
+        """The token that fills a batch. Nothing is read from it: masks say what is text."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.stops[0] if pad is None else pad)
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A sequence classifier with one output: the higher, the better the answer."""
+
+    model: PreTrainedModel
+    """Sequence classifier, `num_labels` 1."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its own tokenizer, with a chat template."""
+
+
+class Sample(NamedTuple):
+    """One answer of a policy."""
+
+    prompt_ids: list[int]
+    """Tokens of the conversation, up to where the assistant speaks."""
+    ids: list[int]
+    """Tokens of the answer, the one that ended it included."""
+    text: str
+    """The answer, without special tokens."""
+    ended: bool
+    """Whether it came to its end, rather than to the limit of tokens."""
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """Return the device of that name; None: the first accelerator that there is, else the CPU."""
+    import torch
+
+    if name is not None:
+        return torch.device(name)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found if found is not None else torch.device("cpu")
+
+
+def load_policy(model: str | Path, *, dtype: str = "auto", device: str | None = None) -> Policy:
+    """Load a causal language model and its tokenizer, in evaluation mode.
+
+    Args:
+        model: a folder, or a local model's spec.
+        dtype: of the weights, such as "float32"; "auto" is float32 on a CPU and bfloat16 elsewhere.
+        device: where it runs; None: the first accelerator that there is, else the CPU.
+
+    Raises:
+        ConfigError: it is no model, or its tokenizer has no chat template or no token that ends an answer.
+        ModelError: there are no weights or no tokenizer in the folder; says which.
+        MissingExtra: torch or transformers is not installed.
+    """
+    loaded, tokenizer = _load("AutoModelForCausalLM", model, dtype, device)
+    policy = Policy(loaded, tokenizer)
+    if not policy.stops:
+        raise ConfigError(f"{model}: no token ends an answer; set eos_token in its tokenizer_config.json")
+    return policy
+
+
+def load_reward(model: str | Path, *, dtype: str = "auto", device: str | None = None) -> RewardModel:
+    """Load a reward model and its tokenizer, in evaluation mode; arguments and errors as in `load_policy`.
+
+    Raises:
+        ConfigError: it is no sequence classifier with one output, such as a language model by mistake.
+    """
+    loaded, tokenizer = _load("AutoModelForSequenceClassification", model, dtype, device, num_labels=1)
+    if not any("SequenceClassification" in name for name in loaded.config.architectures or ()):
+        raise ConfigError(
+            f"{model}: is a {', '.join(loaded.config.architectures or ['model'])}, not a reward model; name "
+            "what `cai train reward` wrote"
+        )
+    if loaded.config.pad_token_id is None:  # without one, the classifier cannot tell where a text ends
+        loaded.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    return RewardModel(loaded, tokenizer)
+
+
+def _load(kind: str, model: str | Path, dtype: str, device: str | None, **settings: Any) -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("training", error.name or "torch", "train") from error
+    folder = _folder(model)
+    where = device_of(device)
+    if dtype == "auto":
+        dtype = "float32" if where.type == "cpu" else "bfloat16"
+    Checkpoint.open(folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: its tokenizer cannot be read: {error}") from error
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"{folder}: its tokenizer has no chat template; train from an instruction model")
+    try:
+        loaded = getattr(transformers, kind).from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, **settings
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{folder}: its weights cannot be read: {error}") from error
+    return loaded.to(where).eval(), tokenizer
+
+
+def _folder(model: str | Path) -> Path:
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{model}: is no folder; name a folder with a model's weights and tokenizer")
+    return folder
+
+
+# --- sampling -----------------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
+    """Return a conversation's tokens, up to where the assistant speaks.
+
+    Raises:
+        DataError: the chat template takes no such conversation; says why.
+    """
+    return _templated(tokenizer, prompt, add_generation_prompt=True)
+
+
+def _templated(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
+    from jinja2 import TemplateError
+
+    # Arrow gives every message all fields that one message has; what is absent is None.
+    plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            plain, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        raise DataError(f"the chat template takes no conversation of {roles}: {error}") from error
+    return ids
+
+
+def batch_of(
+    rows: Sequence[Sequence[int]], *, pad: int, left: bool, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows of tokens as one tensor, and where it holds text.
+
+    Returns:
+        ids: (B, T) int64, T the longest row, filled with `pad` on the left or on the right.
+        mask: (B, T) int64, 1 on text.
+    """
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[number, place] = torch.tensor(row, dtype=torch.long)
+        mask[number, place] = 1
+    return ids.to(device), mask.to(device)
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[Messages],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int,
+    batch_size: int,
+) -> list[Sample]:
+    """Return one answer to each conversation, in order.
+
+    The same seed and batch size give the same answers; the random state of torch is as it was. What the
+    model's generation config says of sampling (top-k, penalties) does not count.
+
+    Args:
+        policy: who answers.
+        prompts: conversations; a prompt that is to be answered twice stands there twice.
+        max_tokens: longest answer.
+        temperature: above 0; 0 takes the likeliest token.
+        top_p: least probability mass that tokens are drawn from.
+        seed: of the draw.
+        batch_size: answers that are written at once.
+
+    Raises:
+        DataError: a conversation does not fit the chat template, or leaves no room for an answer.
+    """
+    rows = [prompt_ids(policy.tokenizer, prompt) for prompt in prompts]
+    return [
+        answer
+        for number, start in enumerate(range(0, len(rows), batch_size))
+        for answer in _sample(
+            policy,
+            rows[start : start + batch_size],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed + 1_000_003 * number,
+        )
+    ]
+
+
+def _sample(
+    policy: Policy, rows: list[list[int]], *, max_tokens: int, temperature: float, top_p: float, seed: int
+) -> list[Sample]:
+    import torch
+    from transformers import GenerationConfig
+
+    model: Any = policy.model
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, rows))
+    if room is not None and longest + max_tokens > room:
+        raise DataError(
+            f"a prompt of {longest:,} tokens leaves no room for {max_tokens:,} more: the model reads "
+            f"{room:,}; leave such prompts out"
+        )
+    ids, mask = batch_of(rows, pad=policy.pad, left=True, device=model.device)
+    draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    wanted: Any = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_tokens,
+        eos_token_id=list(policy.stops),
+        pad_token_id=policy.pad,
+        **(draw if temperature > 0 else {"do_sample": False}),
+    )
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _plain(model), torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.manual_seed(seed)
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
+    return [
+        _answer(policy, row, tokens)
+        for row, tokens in zip(rows, written[:, ids.shape[1] :].tolist(), strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _plain(model: Any) -> Iterator[None]:
+    """Set a model to evaluation and its own generation config aside, for what stands below."""
+    from transformers import GenerationConfig
+
+    own, training, cached = model.generation_config, model.training, model.config.use_cache
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    model.config.use_cache = True
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config, model.config.use_cache = own, cached
+        model.train(training)
+
+
+def _answer(policy: Policy, prompt: list[int], tokens: list[int]) -> Sample:
+    end = next((place for place, token in enumerate(tokens) if token in policy.stops), None)
+    ids = tokens if end is None else tokens[: end + 1]
+    text = policy.tokenizer.decode(ids, skip_special_tokens=True)
+    return Sample(prompt, ids, text if isinstance(text, str) else "".join(text), end is not None)
+
+
+# --- scoring ------------------------------------------------------------------------------------------
+
+
+def score(
+    reward_model: RewardModel, prompts: Sequence[Messages], answers: Sequence[str], *, batch_size: int
+) -> list[float]:
+    """Return a reward model's score of each answer to its conversation, in order.
+
+    A text beyond what the model reads loses its beginning, so that the answer's end is always seen.
+
+    Raises:
+        DataError: a conversation does not fit the chat template.
+    """
+    import torch
+
+    model, tokenizer = reward_model.model, reward_model.tokenizer
+    room = getattr(model.config, "max_position_embeddings", None)
+    rows = [
+        _templated(
+            tokenizer, [*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False
+        )[-(room or 0) :]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    scores = [0.0] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    for start in range(0, len(rows), batch_size):
+        chosen = by_length[start : start + batch_size]
+        ids, mask = batch_of(
+            [rows[n] for n in chosen], pad=model.config.pad_token_id, left=False, device=model.device
+        )
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        for number, value in zip(chosen, logits[:, 0].float().tolist(), strict=True):
+            scores[number] = value
+    return scores

@@ -1,0 +1,316 @@
+"""Rewards: what PPO, RLOO and GRPO make a policy better at.
+
+    Reward           conversations and answers -> one number each; the higher, the better
+    ├─ FunctionReward    a Python function
+    ├─ ModelReward       a reward model, read through its own tokenizer
+    ├─ EnsembleReward    the mean of several, which says how far they disagree
+    └─ JudgeReward       an AI judge or critic under a constitution, asked about each answer (direct RLAIF)
+
+A reward gives as many numbers as answers, all finite, or raises. What fails is asked again, with longer and
+longer waits, before `RewardError` says that it is out; a trainer then stops with its state kept. Nothing is
+ever trained on a number that was not given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from cai_graph import bridge, constitution, local
+from cai_graph.bulk import is_about_all_rows
+from cai_graph.calls import Budget, Calls, describe
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic, critic_for
+from cai_graph.errors import CaiError, ConfigError
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import Message
+from trainers.feedback import p_violates
+from trainers.judge import Judge
+from trainers.policy import Messages, RewardModel, load_reward, score
+
+__all__ = [
+    "EnsembleReward",
+    "FunctionReward",
+    "JudgeReward",
+    "ModelReward",
+    "Reward",
+    "RewardError",
+    "Spec",
+    "parse",
+]
+
+Spec = str | list[str] | dict[str, str]
+"""What a config says of a reward; see `parse`."""
+
+WAITS = (1.0, 5.0, 25.0)
+"""Seconds before each further attempt at a reward that failed."""
+
+UNREADABLE = 0.1
+"""Share of a batch that a judge may leave unreadable."""
+
+
+class RewardError(CaiError):
+    """A reward could not be had, after all attempts; says whose, and why."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """What answers are worth."""
+
+    name: str
+    """Stable name, recorded in the Checkpoint."""
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        """Return one finite number for each answer to its conversation.
+
+        Raises:
+            RewardError: it cannot be had.
+        """
+        ...
+
+
+Numbers = Sequence[float | None]
+Function = Callable[[Sequence[Messages], Sequence[str]], Numbers]
+
+
+def _insist(name: str, ask: Callable[[], Numbers], count: int, waits: Sequence[float]) -> list[float]:
+    """Return what `ask` gives, if it is `count` finite numbers; ask again where it is not, or fails."""
+    for wait in (*waits, None):
+        why: Exception | None = None
+        try:
+            found = list(ask())
+            said = _what_is_wrong(found, count)
+            if said is None:
+                return [float(value) for value in found if value is not None]
+        except Exception as error:
+            if is_about_all_rows(error):
+                raise
+            said, why = describe(error), error
+        if wait is None:
+            raise RewardError(f"the reward {name} failed {len(waits) + 1} times: {said}") from why
+        time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _what_is_wrong(found: Numbers, count: int) -> str | None:
+    if len(found) != count:
+        return f"it gave {len(found)} numbers for {count} answers"
+    for number, value in enumerate(found):
+        if value is None or not math.isfinite(value):
+            return f"it gave {value!r} for answer {number} of {count}"
+    return None
+
+
+class FunctionReward:
+    """A Python function of conversations and answers.
+
+    It is called as `function(prompts, answers)` with lists of the same length.
+    """
+
+    def __init__(self, function: Function, name: str = "", *, waits: Sequence[float] = WAITS) -> None:
+        """Take a function; `waits` are the seconds before each further attempt when it fails."""
+        self.name = name or getattr(function, "__qualname__", type(function).__name__)
+        self._function, self._waits = function, waits
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        """Return what the function gives."""
+        return _insist(self.name, lambda: self._function(prompts, answers), len(answers), self._waits)
+
+
+class ModelReward:
+    """A reward model, loaded when it is first asked, read through its own tokenizer."""
+
+    def __init__(
+        self, model: str | Path | RewardModel, *, batch_size: int = 16, device: str | None = None
+    ) -> None:
+        """Name a reward model's folder, or take a loaded one; `batch_size` answers are scored at once."""
+        self.name = "reward model" if isinstance(model, RewardModel) else f"model:{Path(model).name}"
+        self._model, self._batch_size, self._device = model, batch_size, device
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        """Return the model's scores."""
+        if not isinstance(self._model, RewardModel):
+            self._model = load_reward(self._model, device=self._device)
+        found = score(self._model, prompts, answers, batch_size=self._batch_size)
+        if (said := _what_is_wrong(found, len(answers))) is not None:  # it would give the same again
+            raise RewardError(f"the reward {self.name} is broken: {said}")
+        return found
+
+
+class EnsembleReward:
+    """The mean of several rewards, which says how far they disagree."""
+
+    def __init__(self, members: Sequence[Reward]) -> None:
+        """Take the members, each on the same scale.
+
+        Raises:
+            ConfigError: there are fewer than two.
+        """
+        if len(members) < 2:
+            raise ConfigError(f"an ensemble has at least two members, found {len(members)}")
+        self.name = "mean(" + ", ".join(member.name for member in members) + ")"
+        self.members = tuple(members)
+        self._last: tuple[Any, list[tuple[float, ...]]] | None = None
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        """Return the mean over the members, answer by answer."""
+        return [statistics.fmean(scores) for scores in self._scores(prompts, answers)]
+
+    def disagreement(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        """Return the standard deviation over the members, answer by answer."""
+        return [statistics.pstdev(scores) for scores in self._scores(prompts, answers)]
+
+    def _scores(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[tuple[float, ...]]:
+        asked = (list(prompts), list(answers))
+        if self._last is None or self._last[0] != asked:  # mean and disagreement are asked of one batch
+            columns = [member(prompts, answers) for member in self.members]
+            self._last = asked, list(zip(*columns, strict=True))
+        return self._last[1]
+
+
+class JudgeReward:
+    """An AI judge's own rating of each answer under a constitution: direct RLAIF, without a reward model.
+
+    A `Judge` rates from -1 to 1; a critic gives 1 - 2 P(the answer violates something). An answer that stays
+    unreadable scores as the mean of its batch, which moves the policy neither way, and is counted; where more
+    than `UNREADABLE` of a batch are, the judge is out.
+
+    Source: Lee et al. 2023 (arXiv:2309.00267), section 2.2.2.
+    """
+
+    def __init__(
+        self,
+        judge: Judge | Critic,
+        rules: Constitution,
+        *,
+        concurrency: int = 4,
+        waits: Sequence[float] = WAITS,
+    ) -> None:
+        """Take a judge and its constitution; `concurrency` answers are judged at once."""
+        self.name = f"judge:{judge.name}"
+        self.unreadable = 0
+        """Answers so far that stayed unreadable."""
+        self._judge, self._rules, self._concurrency, self._waits = judge, rules, concurrency, waits
+
+    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+        """Return the judge's ratings."""
+        known: dict[int, float] = {}
+
+        def ask() -> list[float | None]:
+            """Ask about what is not known yet, so that an outage loses nothing that was paid for."""
+            wanted = [number for number in range(len(answers)) if number not in known]
+            given, failed = bridge.run(lambda _: self._rate([(prompts[n], answers[n]) for n in wanted]))
+            known.update((n, r) for n, r in zip(wanted, given, strict=True) if r is not None)
+            if failed is not None:
+                raise failed
+            mean = statistics.fmean(known.values()) if known else None
+            if len(answers) - len(known) > UNREADABLE * len(answers):
+                return [known.get(number) for number in range(len(answers))]
+            self.unreadable += len(answers) - len(known)
+            return [known.get(number, mean) for number in range(len(answers))]
+
+        return _insist(self.name, ask, len(answers), self._waits)
+
+    async def _rate(
+        self, asked: Sequence[tuple[Messages, str]]
+    ) -> tuple[list[float | None], Exception | None]:
+        """Return a rating for each answer, None where there is none, and the first error."""
+        import asyncio
+
+        room = asyncio.Semaphore(self._concurrency)
+        failures: list[Exception] = []
+
+        async def one(prompt: Messages, answer: str) -> float | None:
+            async with room:
+                if failures:  # the judge is out: what is not begun waits for the next attempt
+                    return None
+                try:
+                    return await self._rating(prompt, answer)
+                except Exception as error:
+                    failures.append(error)
+                    return None
+
+        found = await asyncio.gather(*(one(prompt, answer) for prompt, answer in asked))
+        return list(found), next(iter(failures), None)
+
+    async def _rating(self, prompt: Messages, answer: str) -> float | None:
+        exchange = Exchange(
+            messages=tuple(
+                Message(role=str(turn["role"]), content=turn.get("content") or "") for turn in prompt
+            ),
+            answer=Message(role="assistant", content=answer),
+        )
+        calls = Calls(Budget(calls=None, forward_passes=None))
+        if isinstance(self._judge, Judge):
+            return await self._judge.rate(exchange, self._rules, calls)
+        critique = await self._judge.critique(exchange, self._rules, calls, explain=False)
+        violates = p_violates(critique, self._rules)
+        return None if violates is None else 1 - 2 * violates
+
+
+# --- from a config ------------------------------------------------------------------------------------
+
+_CONSTITUTION = "balanced"
+"""The constitution of a judge that names none."""
+
+
+def parse(spec: Spec | Mapping[str, str], *, device: str | None = None) -> Reward:
+    """Return the reward that a config names.
+
+    | spec | reward |
+    |---|---|
+    | `path/to/checkpoint` | the reward model in that folder |
+    | `[one, two, three]` | an ensemble of such specs |
+    | `judge:MODEL`, `critic:MODEL` | an AI judge, or a critic, under the constitution `balanced` |
+    | `{judge: MODEL, constitution: NAME}` | the same under another; also `critic` |
+    | `package.module:function` | a function of conversations and answers |
+
+    Args:
+        spec: as above.
+        device: where reward models run.
+
+    Raises:
+        ConfigError: it names nothing that there is; says what was found.
+    """
+    if isinstance(spec, str):
+        kind, colon, rest = spec.partition(":")
+        if colon and kind in ("judge", "critic"):
+            return parse({kind: rest})
+        if Path(spec).expanduser().is_dir():
+            return ModelReward(Path(spec).expanduser(), device=device)
+        if colon and all(part.isidentifier() for part in [*kind.split("."), *rest.split(".")]):
+            return FunctionReward(_function(spec), spec)
+        raise ConfigError(
+            f"reward {spec!r}: is no folder with a reward model, no judge:MODEL or critic:MODEL, and no "
+            "package.module:function"
+        )
+    if isinstance(spec, Mapping):
+        kinds = [kind for kind in ("judge", "critic") if kind in spec]
+        if len(kinds) != 1 or set(spec) - {kinds[0], "constitution"}:
+            raise ConfigError(
+                f"reward {dict(spec)!r}: write {{judge: MODEL, constitution: NAME}}, or critic for judge"
+            )
+        rules = constitution.load(spec.get("constitution", _CONSTITUTION))
+        model = spec[kinds[0]]
+        who: Judge | Critic = Judge(model) if kinds[0] == "judge" else critic_for(model)
+        is_local = model.partition(":")[0] == "local"
+        return JudgeReward(who, rules, concurrency=local.CONVERSATIONS // 2 if is_local else 16)
+    return EnsembleReward([parse(member, device=device) for member in spec])
+
+
+def _function(spec: str) -> Function:
+    module, _, name = spec.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"reward {spec!r}: cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"reward {spec!r}: is a {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
