@@ -13,11 +13,12 @@ import os
 import random
 from pathlib import Path
 
-from cai_graph import local
 from cai_graph.calibration import Pair, calibrate, needed
 from cai_graph.errors import DataError
-from cai_graph.probe import Probe
-from trainers.probe import Row, _Cache, _extract, _lowest, _seen, read_rows
+from cai_graph.probe import HEADS, Probe, States
+from trainers.labels import lowest, read_rows
+from trainers.probe import passes_of
+from trainers.states import Array, StateCache
 
 OTHERS = 230
 RATES = (0.01, 0.02, 0.05, 0.1)
@@ -30,14 +31,16 @@ def run() -> str:
     answers = [row for row in read_rows(data) if row.source == "xstest_answers"]
     harmful = [row for row in answers if row.harm]
     others = [row for row in answers if not row.harm]
-    chosen = _lowest(others, OTHERS)
+    chosen = lowest(others, OTHERS)
     weight = len(others) / len(chosen)
     probe = Probe.for_model("local")
     assert probe is not None
-    cache = _Cache(local.cache_dir() / "states", probe._open())
-    asyncio.run(_extract([*harmful, *chosen], cache, None))
+    cache = StateCache(probe.reader())
+    passes = [passes_of(row) for row in (*harmful, *chosen)]
+    asyncio.run(cache.extract(passes))
+    suspicions = iter([_suspicion(probe, states) for states in cache.load(passes)])
     found = [
-        (_suspicion(probe, cache, row), bool(row.harm or (row.evasion and not row.unsafe)), w, row.request)
+        (next(suspicions), bool(row.harm or (row.evasion and not row.unsafe)), w, row.request)
         for rows, w in ((harmful, 1.0), (chosen, weight))
         for row in rows
     ]
@@ -83,21 +86,14 @@ def _guaranteed(pairs: list[Pair], violating: int) -> str:
     return f"The bound of 1 % with 95 % confidence is supported by {violating} violating answers."
 
 
-def _suspicion(probe: Probe, cache: _Cache, row: Row) -> float:
+def _suspicion(probe: Probe, states: Array) -> float:
     """Return what `cai_graph.cascades.suspicion` reads of the probe's critique."""
-    states = [cache.get(row.request, window) for window in _seen(row)]
-    said = {head: [_read(probe, head, state) for state in states] for head in ("harm", "evasion", "request")}
+    said = {head: [probe.probability(head, States(state, 0)) for state in states] for head in HEADS}
     harm = max(said["harm"])
     evades = said["evasion"][0] * (1 - said["request"][0])
     if harm >= probe.thresholds["harm"] or evades >= probe.thresholds["evasion"]:
         return 1.0
     return max(harm, evades)
-
-
-def _read(probe: Probe, head: str, vectors: object) -> float:
-    from cai_graph.probe import States
-
-    return probe.probability(head, States(vectors, 0))  # type: ignore[arg-type]
 
 
 def _at(found: list[tuple[float, bool, float, str]], rate: float) -> tuple[float, int, float]:

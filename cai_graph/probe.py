@@ -258,7 +258,7 @@ class Probe:
         """
         started = time.perf_counter()
         if self._reader is None:
-            self._reader = await asyncio.to_thread(self._open)
+            self._reader = await asyncio.to_thread(self.reader)
         reader = self._reader
         seen = windows(answer)
         passes = await asyncio.gather(*(reader.read(request, window) for window in seen or [""]))
@@ -279,7 +279,8 @@ class Probe:
         logit = float((states.vectors * weight).sum()) + bias
         return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
 
-    def _open(self) -> Reader:
+    def reader(self) -> Reader:
+        """Return a reader of the hidden states that the heads read; its weights are fetched if need be."""
         weights = local.weights(self._weights) if isinstance(self._weights, str) else self._weights
         before, between = self.card["turns"]
         return Reader(

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.probe import HEADS, Probe
-from trainers import probe as trainer
+from trainers import figures, heads, probe
 from trainers.probe import Config, read_rows, train
 
 TOPICS = ["bread", "rain", "trains", "cats", "chess", "tea"]
@@ -112,9 +112,8 @@ def test_xstest_answers_are_measured_on_and_never_trained_on(data: Path) -> None
     write_csv(folder / "xstest_v2_completions_gpt4.csv", columns, rows)
     found = [row for row in read_rows(data) if row.source == "xstest_answers"]
     assert [(row.harm, row.evasion) for row in found] == [(False, False), (True, False), (False, True)]
-    states = [np.zeros((1, 2, 4)) for _ in found]
     for head in HEADS:
-        assert len(trainer._rows_of(head, trainer._Examples(found, states))) == 0
+        assert len(probe._rows_of(head, found)) == 0
 
 
 def test_a_missing_column_and_a_broken_label_are_named(data: Path) -> None:
@@ -138,15 +137,15 @@ def test_auc_counts_ties_half_and_agrees_with_scikit_learn() -> None:
     chance = np.random.default_rng(0)
     y = chance.integers(0, 2, 200)
     scores = chance.integers(0, 10, 200) + 2 * y
-    assert trainer._auc(scores, y) == pytest.approx(roc_auc_score(y, scores))
+    assert figures.auc(scores, y) == pytest.approx(roc_auc_score(y, scores))
 
 
 def test_the_interval_resamples_whole_requests() -> None:
     y = np.tile([0, 1], 50)
     scores = y + np.random.default_rng(0).normal(0, 1, 100)
-    alone = trainer._interval(trainer._auc, scores, y, np.arange(100), seed=0)
-    together = trainer._interval(trainer._auc, scores, y, np.arange(100) // 20, seed=0)
-    value = trainer._auc(scores, y)
+    alone = figures.interval(figures.auc, scores, y, np.arange(100), seed=0)
+    together = figures.interval(figures.auc, scores, y, np.arange(100) // 20, seed=0)
+    value = figures.auc(scores, y)
     assert alone[0] < value < alone[1]
     assert together != alone
 
@@ -154,7 +153,7 @@ def test_the_interval_resamples_whole_requests() -> None:
 def test_a_constant_dimension_does_no_harm_and_sources_weigh_alike() -> None:
     x = np.array([[0.0, 1], [1, 1], [0, 1], [1, 1]])
     y = np.array([0, 1, 0, 1])
-    fitted = trainer._fit(x, y, np.array(["a", "a", "b", "b"]), penalty=1.0)
+    fitted = heads.fit(x, y, np.array(["a", "a", "b", "b"]), penalty=1.0)
     assert fitted.weight[1] == 0
     assert ((x @ fitted.weight + fitted.bias > 0) == (y == 1)).all()
 
@@ -165,8 +164,8 @@ def test_a_constant_dimension_does_no_harm_and_sources_weigh_alike() -> None:
 @pytest.fixture
 def config(data: Path, tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(trainer, "_RESAMPLES", 50)
-    monkeypatch.setattr(trainer, "_own", lambda: iter(()))  # a hundred passes more
+    monkeypatch.setattr(figures, "RESAMPLES", 50)
+    monkeypatch.setattr(probe, "own_rows", lambda: iter(()))  # a hundred passes more
     return Config(data, tmp_path / "heads", f"local:{tiny_weights}", blocks=4)
 
 
@@ -178,8 +177,8 @@ def test_heads_are_trained_measured_and_load_back(config: Config, tiny_weights: 
     passes = told[-1][1]
     assert told[0] == (0, passes)
     assert told[-1] == (passes, passes)
-    probe = Probe(folder, tiny_weights)
-    harmful, kind, refusal = asyncio.run(_read_three(probe))
+    trained = Probe(folder, tiny_weights)
+    harmful, kind, refusal = asyncio.run(_read_three(trained))
     assert harmful.harm > 0.5 > kind.harm
     assert refusal.evasion > 0.5 > kind.evasion
     assert harmful.request > kind.request
@@ -198,7 +197,7 @@ def test_heads_are_trained_measured_and_load_back(config: Config, tiny_weights: 
     assert told[0] == (passes - 3, passes)
     assert len(told) == 4
     again = Probe(folder.with_name("again"), tiny_weights)
-    assert again.thresholds == pytest.approx(dict(probe.thresholds), abs=1e-3)
+    assert again.thresholds == pytest.approx(dict(trained.thresholds), abs=1e-3)
     assert len((folder.with_name("again") / "heads.safetensors").read_bytes()) == len(written)
 
 

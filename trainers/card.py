@@ -25,8 +25,8 @@ from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from cai_graph.trajectory import Comparison, decode
 from trainers.dataset import read_manifest
 from trainers.export import Format, read_rows
+from trainers.labels import REFUSAL
 from trainers.positions import Positions, Share
-from trainers.probe import REFUSAL
 from trainers.reading import appended, stretches
 from trainers.rows import Kind, PreferenceRow, Row, Turn, UnpairedRow
 

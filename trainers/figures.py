@@ -1,0 +1,192 @@
+"""Measured values of what gives probabilities: AUC, rates, calibration, 95 % intervals, and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = [
+    "Curve",
+    "Figure",
+    "auc",
+    "calibration_error",
+    "figures_of",
+    "interval",
+    "plot_reliability",
+    "table",
+]
+
+RESAMPLES = 1000
+_BINS = 10
+
+
+class Figure(NamedTuple):
+    """One measured value with its 95 % interval."""
+
+    head: str
+    """What is judged: a head of the built-in probe, an aim or a principle."""
+    measure: str
+    """`auc`, `recall`, `precision`, `false alarms` (share of negatives flagged), `calibration error`."""
+    setting: str
+    """What was left out of training, and what was measured on."""
+    n: int
+    """Rows that were measured on."""
+    positives: int
+    """Those of them that are labelled yes."""
+    value: float
+    """The value."""
+    low: float
+    """Lower end of its interval."""
+    high: float
+    """Upper end."""
+
+    def rounded(self) -> dict[str, Any]:
+        """Return it as JSON, numbers with four digits after the point."""
+        return {
+            key: round(value, 4) if isinstance(value, float) else value
+            for key, value in self._asdict().items()
+        }
+
+
+def auc(scores: Array, y: Array) -> float:
+    """Return P(a positive scores above a negative), ties counted half."""
+    import numpy
+
+    _, place, counts = numpy.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[place]
+    positives = int(y.sum())
+    negatives = len(y) - positives
+    return float((ranks[y == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def calibration_error(probabilities: Array, y: Array) -> float:
+    """Return the mean distance of probability and truth over ten bins of equal count (ECE).
+
+    Source: Naeini et al. 2015, with bins of equal count (Nixon et al. 2019).
+    """
+    return sum(abs(mean - true) * share for mean, true, share in _bins(probabilities, y))
+
+
+def interval(
+    measure: Callable[[Array, Array], float], scores: Array, y: Array, groups: Array, seed: int
+) -> tuple[float, float]:
+    """Return the 2.5th and 97.5th percentile over resamples of whole requests."""
+    import numpy
+
+    chance = numpy.random.default_rng(seed)
+    _, numbers = numpy.unique(groups, return_inverse=True)
+    members = [numpy.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
+    values = []
+    for _ in range(RESAMPLES):
+        rows = numpy.concatenate(
+            [members[number] for number in chance.integers(len(members), size=len(members))]
+        )
+        if 0 < y[rows].sum() < len(rows):
+            value = measure(scores[rows], y[rows])
+            if value == value:  # a resample without any flagged row has no precision
+                values.append(value)
+    low, high = numpy.percentile(values, [2.5, 97.5]) if values else (float("nan"), float("nan"))
+    return float(low), float(high)
+
+
+def figures_of(
+    head: str,
+    setting: str,
+    scores: Array,
+    y: Array,
+    groups: Array,
+    *,
+    cut: float | None = None,
+    seed: int = 0,
+) -> list[Figure]:
+    """Return the AUC, or with a cut on the scores recall, precision and the rate of false alarms.
+
+    Rows of one label only have none of these.
+    """
+    if not 0 < y.sum() < len(y):
+        return []
+    measures: dict[str, Callable[[Array, Array], float]] = {"auc": auc}
+    if cut is not None:
+        measures = {
+            "recall": lambda s, t: float((s[t == 1] >= cut).mean()),
+            "precision": lambda s, t: float(t[s >= cut].mean()) if (s >= cut).any() else float("nan"),
+            "false alarms": lambda s, t: float((s[t == 0] >= cut).mean()),
+        }
+    return [
+        Figure(
+            head,
+            name,
+            setting,
+            len(y),
+            int(y.sum()),
+            measure(scores, y),
+            *interval(measure, scores, y, groups, seed),
+        )
+        for name, measure in measures.items()
+    ]
+
+
+def table(figures: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return figures (`Figure.rounded`) as lines of a Markdown table; an AUC below 0.90 is in bold."""
+    lines = [
+        "| head | measured on | n | positive | measure | value | 95 % interval |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for figure in figures:
+        value = f"{figure['value']:.3f}"
+        if figure["measure"] == "auc" and figure["value"] < 0.9:
+            value = f"**{value}**"
+        lines.append(
+            f"| {figure['head']} | {figure['setting']} | {figure['n']} | {figure['positives']} "
+            f"| {figure['measure']} | {value} | {figure['low']:.3f} to {figure['high']:.3f} |"
+        )
+    return lines
+
+
+class Curve(NamedTuple):
+    """A line of a reliability plot."""
+
+    label: str
+    """What was measured on."""
+    probabilities: Array
+    """What was read."""
+    y: Array
+    """What is true, 0 or 1."""
+
+
+def plot_reliability(path: Path, panels: Mapping[str, tuple[float, Sequence[Curve]]]) -> None:
+    """Draw how often each probability came true: for each name a panel, with its threshold."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(3 * len(panels), 3.2), layout="constrained")
+    row = canvas.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (name, (threshold, curves)) in zip(row, panels.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+        for label, probabilities, y in curves:
+            points = [(mean, true) for mean, true, _ in _bins(probabilities, y)]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=label)
+        axes.axvline(threshold, color="0.6", linewidth=1, linestyle=":")
+        axes.set(title=name, xlabel="probability read", xlim=(0, 1), ylim=(0, 1))
+        axes.legend(frameon=False, fontsize=7)
+    row[0].set_ylabel("share that came true")
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cai"}):
+        canvas.savefig(path, format="svg", metadata={"Date": None})
+
+
+def _bins(probabilities: Array, y: Array) -> list[tuple[float, float, float]]:
+    """Return for each of ten bins of equal count: mean probability, share that is true, share of the rows."""
+    import numpy
+
+    bins = numpy.array_split(numpy.argsort(probabilities, kind="stable"), _BINS)
+    return [
+        (float(probabilities[part].mean()), float(y[part].mean()), len(part) / len(y))
+        for part in bins
+        if len(part)
+    ]

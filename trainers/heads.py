@@ -1,0 +1,207 @@
+"""Linear heads on hidden states: fitted, calibrated, given a threshold, written.
+
+    fit          standardise, logistic regression with a strong L2 penalty
+    out_of_fold  a score for each row from heads that saw neither it nor another answer to its request
+    calibrate    Platt's sigmoid and the threshold at a stated rate of false alarms, from such scores
+
+Standardisation and calibration are affine, so a head is one weight vector and one bias. No torch: the
+regression is scikit-learn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cai_graph.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = [
+    "FOLDS",
+    "Head",
+    "Platt",
+    "calibrate",
+    "fit",
+    "folds",
+    "groups_of",
+    "inputs",
+    "out_of_fold",
+    "platt",
+    "scores",
+    "write_heads",
+]
+
+FOLDS = 5
+
+
+class Platt(NamedTuple):
+    """What makes a probability of a score, and a verdict of the probability."""
+
+    scale: float = 1.0
+    """The score times this …"""
+    shift: float = 0.0
+    """… plus this is the logit of the probability."""
+    threshold: float = 0.5
+    """The probability from which the answer is yes."""
+
+    @property
+    def cut(self) -> float:
+        """The threshold as a score."""
+        return (math.log(self.threshold / (1 - self.threshold)) - self.shift) / self.scale
+
+    def probabilities(self, found: Array) -> Array:
+        """Return the probabilities of scores."""
+        import numpy
+
+        return 1 / (1 + numpy.exp(-(self.scale * found + self.shift)))
+
+
+class Head(NamedTuple):
+    """A linear head."""
+
+    weight: Array
+    """(2 · dimensions,)"""
+    bias: float
+    """Added to the product."""
+    platt: Platt = Platt()
+    """Its calibration."""
+
+
+def inputs(states: Sequence[Array], reads: tuple[int, int] = (1, 1)) -> Array:
+    """Return (rows, 2 · dimensions): the first windows, zeros for a vector that is not read.
+
+    Args:
+        states: a row each, (windows, 2, dimensions); see `cai_graph.probe.States`.
+        reads: which of the two vectors a head reads, 1 or 0 each.
+    """
+    import numpy
+
+    return numpy.stack([(state[0] * numpy.array(reads)[:, None]).ravel() for state in states])
+
+
+def scores(head: Head, states: Sequence[Array], *, largest: bool) -> Array:
+    """Return the scores of the rows, of their first windows or, as in use, the largest over the windows."""
+    import numpy
+
+    if not largest:
+        return inputs(states) @ head.weight + head.bias
+    found = [state.reshape(-1, head.weight.size) @ head.weight for state in states]
+    return numpy.array([each.max() for each in found]) + head.bias
+
+
+def fit(x: Array, y: Array, sources: Array, penalty: float) -> Head:
+    """Fit one head. Both labels weigh the same, and within a label a source by the root of its size."""
+    from sklearn.linear_model import LogisticRegression
+
+    mean, spread = x.mean(axis=0), x.std(axis=0)
+    spread[spread == 0] = 1
+    model = LogisticRegression(C=1 / penalty, max_iter=1000)
+    model.fit((x - mean) / spread, y, sample_weight=weights(y, sources))
+    weight = model.coef_[0] / spread
+    return Head(weight, float(model.intercept_[0] - mean @ weight))
+
+
+def weights(y: Array, sources: Array) -> Array:
+    """Return what each row weighs: the labels alike, within a label a source by the root of its size."""
+    import numpy
+
+    found = numpy.zeros(len(y))
+    for label in (0, 1):
+        for source in set(sources[y == label]):
+            cell = (y == label) & (sources == source)
+            found[cell] = cell.sum() ** -0.5
+        found[y == label] *= len(y) / 2 / found[y == label].sum()
+    return found
+
+
+def groups_of(requests: Sequence[str], answers: Sequence[str | None]) -> Array:
+    """Return a number for each row, the same for all rows of a request; a row without one stands alone."""
+    import numpy
+
+    keys = [
+        " ".join(request.casefold().split()) or answer
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return numpy.array([numbers[key] for key in keys])
+
+
+def folds(y: Array, groups: Array, seed: int) -> list[tuple[Array, Array]]:
+    """Return (kept, left out) for each fold; a request is on one side only."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    return list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(y, y, groups))
+
+
+def out_of_fold(
+    fitted: Callable[[Array], Head],
+    states: Sequence[Array],
+    y: Array,
+    groups: Array,
+    *,
+    largest: bool,
+    seed: int,
+) -> Array:
+    """Return a score for each row from a head that saw neither the row nor another answer to its request.
+
+    `fitted` returns the head of the rows with these indices.
+    """
+    import numpy
+
+    found = numpy.empty(len(y))
+    for kept, left in folds(y, groups, seed):
+        found[left] = scores(fitted(kept), [states[row] for row in left], largest=largest)
+    return found
+
+
+def platt(name: str, found: Array, y: Array, counted: Array, false_alarms: float) -> Platt:
+    """Return Platt's sigmoid and the threshold, both from out-of-fold scores.
+
+    Args:
+        name: what is judged; for the message.
+        found: the scores.
+        y: the labels, 0 or 1.
+        counted: which rows the threshold looks at.
+        false_alarms: share of their negatives that it may flag.
+
+    Raises:
+        DataError: the scores rank no better than chance.
+
+    Source: Platt 1999, "Probabilistic outputs for support vector machines".
+    """
+    import numpy
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=1e6).fit(found[:, None], y)
+    scale, shift = float(model.coef_[0, 0]), float(model.intercept_[0])
+    if scale <= 0:
+        raise DataError(
+            f"{name!r}: out of fold it ranks no better than chance; more or other rows are needed"
+        )
+    logits = scale * found + shift
+    cut = float(numpy.quantile(logits[(y == 0) & counted], 1 - false_alarms))
+    return Platt(scale, shift, min(0.99, max(0.01, 1 / (1 + math.exp(-cut)))))
+
+
+def calibrate(head: Head, name: str, found: Array, y: Array, counted: Array, false_alarms: float) -> Head:
+    """Return the head with the calibration that its out-of-fold scores give; see `platt`."""
+    return head._replace(platt=platt(name, found, y, counted, false_alarms))
+
+
+def write_heads(path: Path, heads: Mapping[str, Head]) -> None:
+    """Write the safetensors file that `cai_graph.probe` reads, calibration folded in."""
+    import numpy
+    from safetensors.numpy import save
+
+    tensors = {}
+    for name, head in heads.items():
+        scale, shift, _ = head.platt
+        tensors[f"{name}.weight"] = (scale * head.weight).reshape(2, -1).astype(numpy.float32)
+        tensors[f"{name}.bias"] = numpy.array([scale * head.bias + shift], dtype=numpy.float32)
+    path.write_bytes(save(tensors))

@@ -1,0 +1,121 @@
+"""Hidden states of the engine that serves heads, kept on disk, so that an interrupted run resumes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cai_graph import local
+from cai_graph.blocks import block_count, sha256_of
+from cai_graph.errors import ConfigError
+from cai_graph.probe import Reader, cut_request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["CHATML", "Passes", "StateCache", "check_local", "reader_of"]
+
+CHATML = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+_DEPTH = 9 / 14
+
+
+class Passes(NamedTuple):
+    """The passes over one request and its answer."""
+
+    request: str
+    """What was asked."""
+    windows: tuple[str, ...]
+    """The windows of the answer, one pass each; a single empty one for no answer."""
+
+
+def check_local(model: str) -> None:
+    """Raise ConfigError where a spec names no local model."""
+    if model.partition(":")[0] != "local":
+        raise ConfigError(f'{model!r} is no local model; a probe reads a hidden state, so name "local"')
+
+
+def reader_of(model: str, blocks: int | None, turns: tuple[str, str]) -> Reader:
+    """Return what reads the hidden states of a local model; its weights are fetched if they are not here.
+
+    Args:
+        model: "local", "local:NAME" or "local:FILE.gguf".
+        blocks: how many blocks a pass goes through; None for 9/14 of the model's.
+        turns: the chat template; see `cai_graph.probe.Reader`.
+
+    Raises:
+        ConfigError: the model is not local.
+        ModelError: it cannot be fetched.
+    """
+    check_local(model)
+    weights = local.weights(model.partition(":")[2])
+    return Reader(weights, sha256_of(weights), blocks or round(_DEPTH * block_count(weights)), turns)
+
+
+class StateCache:
+    """Hidden states on disk, one small file a pass, named by the digest of all it depends on."""
+
+    def __init__(self, reader: Reader, folder: Path | None = None) -> None:
+        self.folder = folder or local.cache_dir() / "states"
+        self.reader = reader
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, request: str, window: str) -> Path:
+        """Return the file of a pass, whether it is there or not."""
+        depends = [self.reader.sha256, self.reader.blocks, *self.reader.turns, cut_request(request), window]
+        return self.folder / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()}.npy"
+
+    async def extract(
+        self, passes: Iterable[Passes], progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """See that the states of all passes are on disk; `progress` is told (passes done, passes in all)."""
+        wanted = list(dict.fromkeys((request, window) for request, seen in passes for window in seen))
+        missing = [one for one in wanted if not self.path(*one).exists()]
+        done = len(wanted) - len(missing)
+        # The engine takes one pass at a time; a second in line hides the time between them.
+        slots = asyncio.Semaphore(2)
+
+        async def fill(request: str, window: str) -> None:
+            nonlocal done
+            async with slots:
+                await self._fill(request, window)
+            done += 1
+            if progress is not None:
+                progress(done, len(wanted))
+
+        if progress is not None:
+            progress(done, len(wanted))
+        async with asyncio.TaskGroup() as group:
+            for one in missing:
+                group.create_task(fill(*one))
+
+    def load(self, passes: Sequence[Passes]) -> list[Array]:
+        """Return for each the states of its windows, (windows, 2, dimensions) float64.
+
+        The two vectors of a window are those of `cai_graph.probe.States`.
+        """
+        import numpy
+
+        def stacked(request: str, seen: Sequence[str]) -> Array:
+            return numpy.stack(
+                [numpy.load(self.path(request, window), allow_pickle=False) for window in seen]
+            )
+
+        return [stacked(*each).astype(numpy.float64) for each in passes]
+
+    async def _fill(self, request: str, window: str) -> None:
+        """Do a pass; the file appears whole or not at all."""
+        import numpy
+
+        states = await self.reader.read(request, window)
+        path = self.path(request, window)
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        with partial.open("wb") as file:
+            numpy.save(file, states.vectors)
+        os.replace(partial, path)
