@@ -29,6 +29,7 @@ ALL = (
     "feedback",
     "shadow",
     "cascade",
+    "peers",
 )
 HEAD = """# Benchmark results
 

@@ -56,6 +56,11 @@ Script = Callable[[dict[str, Any]], "str | Reply"]
 """From a request's body to its reply. Runs in the request's own thread, so it may wait."""
 
 
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # with the 5 that is usual, calls at once find their connections reset
+
+
 class Server:
     """A running server."""
 
@@ -66,8 +71,7 @@ class Server:
         self.script = script
         """What answers from now on."""
         self._cached: set[str] = set()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._http.daemon_threads = True
+        self._http = _Listener(("127.0.0.1", 0), self._handler())
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
         self._thread.start()
 
