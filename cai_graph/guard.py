@@ -28,7 +28,9 @@ from cai_graph.held import Held
 from cai_graph.log import Log
 from cai_graph.overheard import Overheard
 from cai_graph.plan import Plan, planning
+from cai_graph.request import Request
 from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer, resumes
+from cai_graph.run import Ending, run
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.streams import AHEAD, Batch, Piece, Send, Writing, batches, progress, relay, unstreamed, whole
@@ -120,7 +122,7 @@ class Guard:
         Raises:
             AwaitsReview: a person is waited for, and the output can say nothing of it (policy `human`).
             GraphInterrupt: a person is waited for, inside an outer graph.
-            Exception: what else `graph.run` raises, but for a pause of the app's.
+            Exception: what else `run` raises, but for a pause of the app's.
         """
         outputs: list[Any] = []
         messages = () if resumes(input) else self.shape.conversation(input)
@@ -249,17 +251,17 @@ class Guard:
             self.app, self.plan, self.shape, self.shadow, self._model_name, input, config, source
         )
 
-    async def _run(self, config: RunnableConfig, **request: Any) -> graph.Ending:
+    async def _run(self, config: RunnableConfig, **request: Any) -> Ending:
         """Send a request through the graph, under the callbacks that feed no stream."""
         callbacks = cast("BaseCallbackManager", config["callbacks"])
-        made = graph.Request(
+        made = Request(
             metadata=plain(config.get("metadata") or {}),
             tags=config.get("tags") or (),
             tell=progress(callbacks, graph.outer_writer()),
             **request,
         )
         # Tags and metadata come along with the callbacks.
-        return await graph.run(self.plan, made, RunnableConfig(callbacks=unstreamed(callbacks)))
+        return await run(self.plan, made, RunnableConfig(callbacks=unstreamed(callbacks)))
 
     def _under(
         self, config: RunnableConfig, calls: Calls, node: RunnableConfig

@@ -19,6 +19,7 @@ from cai_graph import graph
 from cai_graph.calls import Budget, Calls
 from cai_graph.drafts import DraftCalls, plain
 from cai_graph.plan import Plan
+from cai_graph.request import Request
 from cai_graph.shadow import Shadow, size_of
 from cai_graph.shape import Shape
 from cai_graph.streams import unstreamed
@@ -156,8 +157,8 @@ class Overheard:
                 return heard() if answer or self._chunks else None
             return None
 
-        def request() -> graph.Request:
-            return graph.Request(
+        def request() -> Request:
+            return Request(
                 messages=self._messages,
                 draft=draft,
                 written=written,

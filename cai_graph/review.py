@@ -1,7 +1,7 @@
 """People in the loop: where a request waits until a person has decided what leaves.
 
-    graph.run asks ──> Desk.lay_down   the request goes into a graph of one node, which interrupts
-    resume         ──> Desk.settle     the node goes on with the decision; it is logged, and an answer leaves
+    `run` asks ──> Desk.lay_down   the request goes into a graph of one node, which interrupts
+    resume     ──> Desk.settle     the node goes on with the decision; it is logged, and an answer leaves
 
 Nothing of a waiting request is logged, and nothing is paid for again when it goes on: what lies in the
 checkpointer is the app's output and, as JSON, the Trajectory as far as it has come. It lies in a thread of
@@ -33,12 +33,13 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Interrupt, interrupt
 
-from cai_graph import bridge, graph
+from cai_graph import bridge
 from cai_graph.calls import apart, describe
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.form import Form
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress
+from cai_graph.run import Ending, commit
 from cai_graph.shape import Shape
 from cai_graph.trajectory import (
     Label,
@@ -216,7 +217,7 @@ class Desk:
         snapshot = await self._do(lambda: machine.get_state(config), lambda: machine.aget_state(config))
         return cast("Waiting", snapshot.values) if snapshot.values.get("question") else None
 
-    async def lay_down(self, ending: graph.Ending, output: Any) -> Waiting:
+    async def lay_down(self, ending: Ending, output: Any) -> Waiting:
         """Keep a request until a person has decided.
 
         Raises:
@@ -241,7 +242,7 @@ class Desk:
                 await self._run(waiting)
         except Exception as error:
             ended = msgspec.structs.replace(trajectory, error=describe(error))
-            await graph.commit(self.plan, ended, failed=True)
+            await commit(self.plan, ended, failed=True)
             raise RunError(
                 f"the request could not be kept for a person: {error}", trajectory_id=trajectory.id
             ) from error
@@ -295,8 +296,8 @@ class Desk:
             decision = {**decision, "at": now().isoformat()}
             await self._run(Command(resume=decision))
         trajectory, record = _settled(waiting, decision, self.plan)
-        await graph.commit(self.plan, trajectory)
-        await graph.commit(self.plan, record)
+        await commit(self.plan, trajectory)
+        await commit(self.plan, record)
         keeper = self.checkpointer
         await self._do(lambda: keeper.delete_thread(self.key), lambda: keeper.adelete_thread(self.key))
         assert trajectory.released is not None

@@ -34,11 +34,13 @@ from weakref import WeakSet
 
 from langchain_core.runnables import RunnableConfig
 
-from cai_graph import bridge, graph
+from cai_graph import bridge
 from cai_graph.errors import RunError
 from cai_graph.log import Log
 from cai_graph.plan import Plan
 from cai_graph.policy import Settings
+from cai_graph.request import Request
+from cai_graph.run import run
 from cai_graph.trajectory import Outcome, Trajectory, text_of
 
 __all__ = ["DRAIN_SECONDS", "WAITING", "WAITING_BYTES", "Shadow", "Tally", "size_of"]
@@ -81,7 +83,7 @@ class Tally:
 
 class _Handed(NamedTuple):
     plan: Plan
-    make: Callable[[], graph.Request]
+    make: Callable[[], Request]
     reason: Reason | None
     config: RunnableConfig
     size: int
@@ -122,7 +124,7 @@ class Shadow:
             return Tally(**self._counts, waiting=self._pending)
 
     def take(
-        self, plan: Plan, make: Callable[[], graph.Request], config: RunnableConfig, size: int
+        self, plan: Plan, make: Callable[[], Request], config: RunnableConfig, size: int
     ) -> Future[Trajectory]:
         """Have a request judged behind its answer. Never waits and never raises.
 
@@ -237,7 +239,7 @@ class Shadow:
         request = dataclasses.replace(handed.make(), unjudged=handed.reason, recorded=records.append)
         failure: BaseException | None = None
         try:
-            await graph.run(handed.plan, request, handed.config)
+            await run(handed.plan, request, handed.config)
         except BaseException as error:  # it is in the record, and nobody waits for the answer
             failure = error
         self._end(handed, records[0] if records else None, failure)
@@ -279,7 +281,7 @@ def _what(record: Trajectory | None) -> str:
     return {Outcome.UNJUDGED: "unjudged", Outcome.FAILED: "failed"}.get(record.outcome, "judged")
 
 
-def _drawn(settings: Settings, request: graph.Request) -> bool:
+def _drawn(settings: Settings, request: Request) -> bool:
     """Return whether a request is in the sample: by its id, or with a seed by its conversation."""
     if settings.sample >= 1:
         return True

@@ -1,7 +1,7 @@
 """Streams: what of an app's answer leaves when, while the app still writes it.
 
     buffer   the answer, once the graph has decided
-    blocks   groups of sentences, each once it is judged (`graph.Blocks`); what follows goes on after them
+    blocks   groups of sentences, each once it is judged (`request.Blocks`); what follows goes on after them
     audit    the app's own chunks as they come; the verdict afterwards
 
 The app writes in a task of its own, a bounded number of chunks ahead of its reader, since what iterates an
@@ -162,7 +162,7 @@ def block_end(text: str, start: int, least: int) -> int | None:
 
 
 class Writing:
-    """An app's answer while it is written, and how much of it has left. The graph's `Blocks`."""
+    """An app's answer while it is written, and how much of it has left. A request's `Blocks`."""
 
     def __init__(
         self,

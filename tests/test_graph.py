@@ -14,7 +14,7 @@ from langchain_core.outputs import ChatResult
 from langchain_core.runnables import RunnableLambda
 from replies import IDS, RULES, answer_in, by_role, flags, role_of, verdicts
 
-from cai_graph import graph
+import cai_graph.run
 from cai_graph.calls import Budget
 from cai_graph.chain import Answered, ConstitutionalRunnable, constitutional
 from cai_graph.errors import BudgetExceeded, CaiError, LogError, Unreadable, Violation
@@ -633,14 +633,14 @@ class FullDisk:
 async def test_an_answer_outlives_its_log_and_the_alarm_is_loud(
     at_once: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = graph.log_failures
+    before = cai_graph.run.log_failures
     model = ScriptedModel(replies=["the draft", verdicts()])
 
     with caplog.at_level(logging.ERROR, logger="cai_graph"):
         output, trajectory = await ask(model, log=FullDisk(at_once=at_once))
 
     assert output.content == "the draft"
-    assert graph.log_failures == before + 1
+    assert cai_graph.run.log_failures == before + 1
     assert trajectory.id in caplog.text
     assert "no space left" in caplog.text
 

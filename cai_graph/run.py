@@ -1,0 +1,196 @@
+"""The run of one request: the one way in.
+
+`run` drives the graph, asks `policy.decide` what leaves, and writes the Trajectory in a `finally`, so that
+errors and cancellations are logged too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import NamedTuple
+
+import msgspec
+from langchain_core.runnables import RunnableConfig
+
+from cai_graph import graph
+from cai_graph.calls import Calls, describe
+from cai_graph.errors import BudgetExceeded, LogError, RunError
+from cai_graph.plan import Plan
+from cai_graph.policy import Decision, Progress, decide
+from cai_graph.request import Request, Run
+from cai_graph.trajectory import Message, Outcome, Review, Trajectory
+
+__all__ = ["Ending", "commit", "run"]
+
+logger = logging.getLogger("cai_graph")
+
+
+class Ending(NamedTuple):
+    """What `run` returns."""
+
+    trajectory: Trajectory
+    """The record, as it was logged; where a person is asked, as far as it has come, and not logged yet."""
+    released: Message | None
+    """The message that leaves; None where a person is asked."""
+    asks: str | None = None
+    """Why a person is asked what leaves (policy `human`)."""
+
+
+async def run(plan: Plan, request: Request, config: RunnableConfig | None = None) -> Ending:
+    """Answer one request under the constitution, log its Trajectory, and return what leaves.
+
+    Raises:
+        Violation, Unreadable, BudgetExceeded: as the policies say.
+        LogError: the Trajectory could not be committed and `on_log_error` is `raise`.
+        Paused, GraphInterrupt: the app waits for a person.
+        Exception: the app's own error; a critic's or reviser's where `on_error` is `raise`.
+    """
+    under_way = Run(plan=plan, request=request, calls=Calls(plan.settings.budget))
+    for call in request.made:
+        under_way.calls.record(call)
+        under_way.calls.spent[call.kind] += 1
+    decision = Decision(Outcome.FAILED, None, None)
+    error: BaseException | None = None
+    try:
+        decision = await _decision(under_way, config or {})
+        if decision.error is not None and not decision.asks:
+            raise decision.error
+    except BaseException as raised:
+        error = raised
+        if isinstance(raised, RunError):
+            raised.trajectory_id = request.id
+        raise
+    finally:
+        trajectory = _trajectory(under_way, decision, error)
+        if under_way.paused is None and not decision.asks:
+            request.recorded(trajectory)
+            await commit(plan, trajectory, failed=error is not None)
+    asks = (str(decision.error) or describe(decision.error)) if decision.error and decision.asks else None
+    return Ending(trajectory, trajectory.released, asks)
+
+
+async def _decision(run: Run, config: RunnableConfig) -> Decision:
+    """Drive the graph and return what leaves; raise what no policy holds."""
+    request, settings = run.request, run.plan.settings
+    if request.failed is not None:
+        raise RunError("the app failed before")
+    if request.unjudged is not None:
+        answered = await request.draft(run.calls, config)
+        run.reached = Progress(answered, [])
+        return Decision(Outcome.UNJUDGED, answered.answer, "draft")
+    own = RunnableConfig(
+        callbacks=config.get("callbacks"),
+        tags=config.get("tags") or [],
+        metadata=config.get("metadata") or {},
+        # Rounds and calls are bounded by the settings; the caller's limit is for the caller's graphs.
+        recursion_limit=graph.STEP_LIMIT,
+    )
+    held: Exception | None = None
+    try:
+        await graph.drive(run, own)
+    except Exception as raised:
+        spent = isinstance(raised, BudgetExceeded)
+        if run.reached is None or settings.on_error == "raise" or (run.failed and not spent):
+            raise
+        held = run.held = raised
+    assert run.reached is not None  # the draft node returned, or raised above
+    if request.mode == "audit":  # the answer has left
+        settings = dataclasses.replace(settings, on_violation="open", on_unreadable="open", on_error="open")
+    elif run.reached.draft.unfinished and settings.on_error == "open":
+        with suppress(BudgetExceeded):  # an error held it up, and it leaves all the same
+            heard = await run.request.draft(run.calls, own)
+            blocks = run.reached.draft.blocks
+            run.reached = Progress(msgspec.structs.replace(heard, blocks=blocks), run.reached.rounds)
+    return decide(run.reached, run.plan.constitution, settings, held)
+
+
+# --- the record ---------------------------------------------------------------------------------------
+
+
+def _trajectory(run: Run, decision: Decision, error: BaseException | None) -> Trajectory:
+    plan, request, progress = run.plan, run.request, run.reached
+    outcome, released, released_from = decision.outcome, decision.released, decision.released_from
+    unjudged, ended_by = request.unjudged, request.failed or error or run.held
+    if request.mode == "shadow" and progress is not None:
+        if isinstance(error, asyncio.CancelledError) and not progress.rounds:
+            outcome, unjudged, ended_by = Outcome.UNJUDGED, "shutdown", None
+        # Whatever is found of it, the draft is what left.
+        released, released_from = progress.draft.answer, "draft"
+    elif released is None and (released := _left(run)) is not None:
+        released_from = "draft"
+    return Trajectory(
+        id=request.id,
+        started_at=request.started_at,
+        seconds=time.perf_counter() - request.started,
+        mode=request.mode,
+        constitution=plan.constitution_ref,
+        outcome=outcome,
+        messages=request.messages,
+        context=dict(request.context()),
+        draft=request.written() if progress is None else progress.draft,
+        rounds=() if progress is None else tuple(progress.rounds),
+        released=released,
+        released_from=released_from,
+        unjudged=unjudged,
+        error=describe(ended_by) if ended_by is not None else None,
+        calls=tuple(run.calls.made),
+        settings=plan.recorded_settings,
+        source=request.source,
+        metadata=dict(request.metadata),
+        tags=tuple(request.tags),
+    )
+
+
+def _left(run: Run) -> Message | None:
+    """Return what of a stream had left when an error ended it."""
+    if run.request.mode in ("audit", "shadow"):
+        draft = run.request.written()
+        return None if draft is None else draft.answer
+    frozen = "" if run.reached is None else run.reached.draft.frozen
+    return Message(role="assistant", content=frozen) if frozen else None
+
+
+log_failures = 0
+"""How many records of this process could not be committed while their answers left all the same."""
+
+
+async def commit(plan: Plan, record: Trajectory | Review, *, failed: bool = False) -> None:
+    """Commit a record; with `failed`, an error that is under way is never hidden behind the log's.
+
+    Raises:
+        LogError: it could not be committed and `on_log_error` is `raise`.
+    """
+    if plan.log is None:
+        return
+
+    def alarm(error: BaseException) -> None:
+        global log_failures
+        log_failures += 1
+        logger.error(
+            "LOST FROM THE LOG: %s %s could not be committed (%d lost in this process): %s",
+            type(record).__name__.lower(),
+            record.id,
+            log_failures,
+            error,
+        )
+
+    def alarm_if_failed(committed: Future[None]) -> None:
+        if (error := committed.exception()) is not None:
+            alarm(error)
+
+    try:
+        committed = plan.log.append(record)
+        if failed:  # a request that is being cancelled must not wait; the log drains at exit
+            committed.add_done_callback(alarm_if_failed)
+        else:
+            await committed
+    except Exception as error:
+        if plan.settings.on_log_error == "raise" and plan.settings.mode != "shadow" and not failed:
+            kind = type(record).__name__.lower()
+            raise LogError(f"{kind} {record.id} could not be logged: {error}") from error
+        alarm(error)
