@@ -29,7 +29,7 @@ import yaml
 from cai_graph.blocks import sha256_of
 from cai_graph.errors import ConfigError, DataError, ModelError
 
-__all__ = ["Checkpoint", "Manifest", "hardware", "save", "seal", "versions"]
+__all__ = ["Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "sync", "versions"]
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
@@ -141,10 +141,9 @@ def save(
     with _whole(folder) as work:
         if beside is not None:
             shutil.copytree(beside, work, dirs_exist_ok=True)
-        if hasattr(model, "peft_config"):
-            model.save_pretrained(work / ADAPTER)
-            model = _merged(model, work / ADAPTER)
         model.save_pretrained(work)
+        if hasattr(model, "peft_config"):
+            merge(work, model)
         tokenizer.save_pretrained(work)
         _describe(work, folder.name, manifest)
     return Checkpoint(folder, manifest)
@@ -162,12 +161,36 @@ def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
     _absent(folder)
     try:
         _describe(written, folder.name, manifest)
-        _sync(written)
+        sync(written)
         os.replace(written, folder)
         _sync_folder(folder.parent)
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return Checkpoint(folder, manifest)
+
+
+def merge(written: Path, model: Any) -> None:
+    """Turn a folder with a saved adapter into one of whole weights; the adapter goes to `adapter/`.
+
+    The base is loaded anew: merging into the model itself would end its training, and a quantized one has
+    lost what merging needs.
+
+    Args:
+        written: the folder.
+        model: peft's model whose adapter it is.
+    """
+    from peft import PeftModel
+
+    adapter = written / ADAPTER
+    adapter.mkdir()
+    for path in written.glob("adapter_*"):
+        path.rename(adapter / path.name)
+    (written / "README.md").unlink(missing_ok=True)
+    base = model.get_base_model()
+    fresh = type(base).from_pretrained(
+        base.config.name_or_path, config=_unquantized(base.config), dtype="auto", local_files_only=True
+    )
+    PeftModel.from_pretrained(fresh, str(adapter)).merge_and_unload().save_pretrained(written)
 
 
 def versions() -> dict[str, str]:
@@ -214,7 +237,7 @@ def _whole(folder: Path) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         work.chmod(0o755)
         yield work
-        _sync(work)
+        sync(work)
         os.replace(work, folder)
         _sync_folder(folder.parent)
     except (OSError, SafetensorError) as error:
@@ -223,21 +246,6 @@ def _whole(folder: Path) -> Iterator[Path]:
     finally:
         if work is not None and work.exists():
             shutil.rmtree(work, ignore_errors=True)
-
-
-def _merged(model: Any, adapter: Path) -> Any:
-    """Return the base model with the adapter in its weights.
-
-    The base is loaded anew: merging into the model itself would end its training, and a quantized one has
-    lost what merging needs.
-    """
-    from peft import PeftModel
-
-    base = model.get_base_model()
-    fresh = type(base).from_pretrained(
-        base.config.name_or_path, config=_unquantized(base.config), dtype="auto", local_files_only=True
-    )
-    return PeftModel.from_pretrained(fresh, str(adapter)).merge_and_unload()
 
 
 def _unquantized(config: Any) -> Any:
@@ -270,7 +278,7 @@ def _read(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: cannot be read as a manifest ({error}); remove it to go without") from error
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Put every file of a folder on the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():

@@ -1,25 +1,43 @@
-"""What the stages share: the config that each one extends, and the run around TRL's trainers."""
+"""What the stages share: the config that each one extends, and the run around TRL's trainers.
+
+    OUTPUT.partial/     a run under way: rows as token ids, points to go on from; goes away at the end
+    OUTPUT/             the Checkpoint; appears whole at the end
+
+A run that was interrupted, killed or stopped by an error goes on where it was when it is started again with
+the same config. A point counts from the moment that all of it is on the disk.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from cai_graph.errors import ConfigError
+from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
+from trainers import checkpoint
+from trainers.checkpoint import Checkpoint, Manifest
+from trainers.config import plain
+from trainers.encoding import Counts, Encoder, Hazard, Shape, Source, encode, open_data
 
-__all__ = ["Hazard", "Lora", "StageConfig"]
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-Hazard = Literal["drop-long", "cut-long", "drop-unfit", "shifted-prompt", "ignored-columns"]
-"""What a stage refuses unless it is allowed:
+__all__ = ["Hazard", "Lora", "Run", "StageConfig", "run"]
 
-drop-long          rows of more than max_tokens are left out
-cut-long           their answers are cut; a prompt that fills max_tokens alone is left out with drop-long
-drop-unfit         empty answers, identical pairs, texts with control tokens, and conversations that the chat
-                   template refuses are left out
-shifted-prompt     the chat template writes a prompt otherwise before an answer than before a generation
-ignored-columns    a column that weighs or labels rows, and that the stage does not read, is ignored
-"""
+PARTIAL = ".partial"
+_POINT = "whole.json"
+"""Marks a point that all of is on the disk, and says the seconds of training up to it."""
+_MAY_CHANGE = {"output", "log_steps", "save_steps", "report_to"}
+"""Settings that an interrupted run may go on with otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +46,7 @@ class Lora:
 
     rank: int = 16
     """Rank of the update of each matrix, from 1."""
-    alpha: float = 32.0
+    alpha: int = 32
     """The update is scaled by alpha / rank."""
     dropout: float = 0.0
     """Dropout before the adapter, in [0, 1)."""
@@ -103,3 +121,565 @@ class StageConfig:
                 raise ConfigError(f"allow takes {', '.join(get_args(Hazard))}; found {hazard!r}")
         if {"drop-long", "cut-long"} <= set(self.allow):
             raise ConfigError("allow says drop-long and cut-long; keep one")
+
+
+@dataclass
+class Run:
+    """A stage under way: what its trainer is built of."""
+
+    config: StageConfig
+    """What the stage was told."""
+    stage: str
+    """Its name."""
+    base: Checkpoint
+    """The model that training starts from."""
+    work: Path
+    """The folder of the run."""
+    tokenizer: Any
+    """The model's tokenizer; it has a token to pad with."""
+    train: Dataset
+    """Rows to train on, encoded."""
+    test: Dataset | None
+    """Rows to measure on at the end, encoded."""
+    counts: dict[str, Any]
+    """What became of the rows of the data."""
+    beside: Path = field(init=False)
+    """A folder whose files go into the Checkpoint: figures, plots."""
+
+    def __post_init__(self) -> None:
+        self.beside = self.work / "beside"
+        self.beside.mkdir(exist_ok=True)
+
+    def model(self, architecture: Any = None, **settings: Any) -> Any:
+        """Load the base model anew, on the CPU or for 4 bits where they are asked for.
+
+        A trainer gets its reference from here, too, so that it is the model that training starts from, and
+        never one that the weights in memory once came from.
+
+        Args:
+            architecture: an Auto class of transformers; None for causal language models.
+            settings: what `from_pretrained` takes besides.
+        """
+        import torch
+        import transformers
+
+        bf16 = _bf16(self.config)
+        # All weights are trained in 32 bits, under autocast; beside an adapter they are only read.
+        settings.setdefault("dtype", torch.bfloat16 if bf16 and self.config.lora else torch.float32)
+        if self.config.quantized:
+            quantization: Any = transformers.BitsAndBytesConfig
+            settings["quantization_config"] = quantization(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+            )
+        auto = architecture or transformers.AutoModelForCausalLM
+        return auto.from_pretrained(
+            self.base.path, local_files_only=True, trust_remote_code=False, **settings
+        )
+
+    def adapter(self, task: str = "CAUSAL_LM") -> Any:
+        """Return peft's config of the adapter to train; None where all weights are trained."""
+        if self.config.lora is None:
+            return None
+        from peft import LoraConfig
+
+        lora = self.config.lora
+        return LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.targets) or "all-linear",
+            task_type=task,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what every config of TRL takes, as the stage's config says it."""
+        import torch
+
+        config, gpu = self.config, torch.cuda.is_available()
+        return {
+            "output_dir": str(self.work),
+            "seed": config.seed,
+            "data_seed": config.seed,
+            "learning_rate": config.learning_rate,
+            "lr_scheduler_type": config.schedule,
+            "warmup_steps": config.warmup,
+            "num_train_epochs": config.epochs,
+            "max_steps": config.max_steps or -1,
+            "per_device_train_batch_size": config.batch_size,
+            "per_device_eval_batch_size": config.batch_size,
+            "gradient_accumulation_steps": config.accumulate,
+            "activation_checkpointing": config.recompute,
+            "bf16": _bf16(config),
+            "use_cpu": not gpu,
+            "dataloader_pin_memory": gpu,
+            "report_to": list(config.report_to) or "none",
+            "logging_steps": config.log_steps,
+            "logging_nan_inf_filter": False,
+            "save_strategy": "steps",
+            "save_steps": config.save_steps,
+            "save_total_limit": 2,
+        }
+
+
+def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Checkpoint:
+    """Train one stage over a trainer of TRL, from its config to its Checkpoint.
+
+    Args:
+        config: what to do.
+        shape: what the stage makes of rows.
+        build: makes the trainer out of a Run; called once.
+
+    Raises:
+        ConfigError: something cannot work: the output is there already, the model has no chat template, the
+            precision is not this machine's, an interrupted run had another config.
+        DataError: rows cannot be trained on as they are; says which, and what to allow.
+        MissingExtra: a package is not installed.
+        ModelError: the model cannot be read, the loss is no number any more, the disk is full. The run stays,
+            with its last good point.
+    """
+    _check_machine(config, shape.stage)
+    if config.output.exists():
+        raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
+    base = Checkpoint.open(resolve(config.model))
+    source = open_data(config.data, shape.kinds)
+    with _quiet(), _folder(config, shape.stage, base, source) as work:
+        from transformers import set_seed
+
+        set_seed(config.seed)
+        begun = _begin(config, shape, base, source, work)
+        trainer = _guarded(build(begun), begun)
+        _train(trainer, begun)
+        return _finish(trainer, begun, source)
+
+
+def resolve(model: str) -> Path:
+    """Return the folder of a model, as the config names it."""
+    return Path(model).expanduser()
+
+
+# --- before training ----------------------------------------------------------------------------------
+
+
+def _check_machine(config: StageConfig, stage: str) -> None:
+    needed_by = f"`cai train {stage}`"
+    for package in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"):
+        _needed(package, needed_by)
+    import torch
+
+    if config.precision == "bf16" and not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
+        raise ConfigError(
+            "precision bf16: this machine has no GPU that computes in it; leave precision out, for then it "
+            "is fp32 here and bf16 where the GPU has it"
+        )
+    if config.quantized:
+        if not torch.cuda.is_available():
+            raise ConfigError("quantized: 4 bits need a GPU, and there is none here; leave quantized out")
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise ConfigError("quantized: 4 bits need bitsandbytes; pip install bitsandbytes") from error
+
+
+def _needed(package: str, needed_by: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise MissingExtra(needed_by, package, "train")
+
+
+def _bf16(config: StageConfig) -> bool:
+    import torch
+
+    return config.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to ourselves what TRL and transformers say to one another about names to come."""
+    with warnings.catch_warnings():
+        for category in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        yield
+
+
+@contextlib.contextmanager
+def _folder(config: StageConfig, stage: str, base: Checkpoint, source: Source) -> Iterator[Path]:
+    """Give the folder of the run, which nobody else has; it stays when the body fails, to go on from."""
+    from accelerate import PartialState
+
+    work = config.output.with_name(config.output.name + PARTIAL)
+    plan = {
+        "stage": stage,
+        "config": plain(config),
+        "base": base.digest,
+        "data": source.digest,
+    }
+    state = PartialState()
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        yield work
+        return
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work / "lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise ConfigError(f"{work}: cannot be made: {error.strerror}") from error
+    try:
+        _hold(lock, work)
+        _same_plan(work / "plan.json", plan)
+        state.wait_for_everyone()
+        yield work
+    finally:
+        os.close(lock)
+
+
+def _hold(lock: int, work: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(
+            f"{work}: another process trains there; wait for it, or name another output"
+        ) from error
+
+
+def _same_plan(path: Path, plan: dict[str, Any]) -> None:
+    if not path.exists():
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        os.replace(new, path)
+        return
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    changed = [
+        f"{key} was {begun['config'].get(key)!r} and is {value!r}"
+        for key, value in plan["config"].items()
+        if key not in _MAY_CHANGE and begun["config"].get(key) != value
+    ]
+    changed += [f"the {name} changed" for name in ("stage", "base", "data") if begun[name] != plan[name]]
+    if changed:
+        raise ConfigError(
+            f"{path.parent}: holds a run that was begun otherwise: {'; '.join(changed)}. Go on with what it "
+            "was begun with, or remove the folder to start again"
+        )
+
+
+def _begin(config: StageConfig, shape: Shape, base: Checkpoint, source: Source, work: Path) -> Run:
+    from accelerate import PartialState
+
+    tokenizer = _tokenizer(base.path)
+    rows, state = work / "rows", PartialState()
+    if state.is_main_process and not (rows / "counts.json").exists():
+        _encode(
+            config,
+            shape,
+            source,
+            Encoder(tokenizer, config.max_tokens, config.allow, _ends(base, tokenizer)),
+            rows,
+        )
+    state.wait_for_everyone()
+    counts = json.loads((rows / "counts.json").read_text(encoding="utf-8"))
+    if (at_once := config.batch_size * state.num_processes) > counts["rows"]:
+        raise ConfigError(
+            f"{source.train}: {counts['rows']:,} rows are fewer than the {at_once:,} of one forward pass "
+            f"(batch_size {config.batch_size} x {state.num_processes} processes); lower batch_size"
+        )
+    train, test = _encoded(rows / "train.arrow"), _encoded(rows / "test.arrow")
+    assert train is not None
+    return Run(config, shape.stage, base, work, tokenizer, train, test, counts)
+
+
+def _encode(config: StageConfig, shape: Shape, source: Source, encoder: Encoder, rows: Path) -> None:
+    shutil.rmtree(rows, ignore_errors=True)
+    rows.mkdir()
+    counts: Counts = encode(source.train, shape, encoder, config.allow, rows / "train.arrow")
+    found = counts.to_json()
+    if source.test is not None:
+        # What is left out of the test rows changes no weights: their figures are of the rest.
+        spare: tuple[Hazard, ...] = (*config.allow, "drop-unfit", "ignored-columns")
+        spare += () if "cut-long" in config.allow else ("drop-long",)
+        with contextlib.suppress(DataError):
+            found["test_rows"] = encode(source.test, shape, encoder, spare, rows / "test.arrow").rows
+        if "test_rows" not in found:
+            (rows / "test.arrow").unlink(missing_ok=True)
+    new = rows / "counts.new"
+    new.write_text(json.dumps(found), encoding="utf-8")
+    os.replace(new, rows / "counts.json")
+
+
+def _encoded(path: Path) -> Dataset | None:
+    if not path.exists():
+        return None
+    from datasets import Dataset
+
+    return Dataset.from_file(str(path))
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be loaded: {error}") from error
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"{folder}: its tokenizer names no end token; set eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _ends(base: Checkpoint, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens at which the model's generation stops."""
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        path = base.path / name
+        said = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        found |= set(said) if isinstance(said, list) else {said}
+    return frozenset(found - {None})
+
+
+# --- training -----------------------------------------------------------------------------------------
+
+
+class _NotFinite(Exception):  # noqa: N818
+    """The loss, or a weight, is no number any more."""
+
+
+class _Unwritten(Exception):  # noqa: N818
+    """A point could not be written."""
+
+
+def _guarded(trainer: Any, run: Run) -> Any:
+    """Make a trainer watch its loss, and mark the points that it has written whole."""
+    import torch
+    from accelerate.utils import DistributedType
+
+    kind = type(trainer)
+    begun = time.monotonic() - _seconds(run.work)
+    passes = {"update": -1, "number": 0}
+
+    class Guarded(kind):  # type: ignore[misc,valid-type]
+        """The stage's trainer, guarded."""
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            step = self.state.global_step
+            passes["number"] = passes["number"] + 1 if passes["update"] == step else 1
+            passes["update"] = step
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            if not torch.isfinite(loss).all():
+                raise _NotFinite(
+                    f"the loss is {loss.item()} at update {step + 1}, forward pass {passes['number']}"
+                    + _beginnings(inputs, run.tokenizer)
+                )
+            return loss
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            split = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+            if self.accelerator.distributed_type not in split:
+                for name, weight in self.model.named_parameters():
+                    if weight.requires_grad and not torch.isfinite(weight).all():
+                        raise _NotFinite(
+                            f"{name} is no number any more after update {self.state.global_step}"
+                        )
+            # torch and safetensors say a full disk each in their own way, and none of them as an OSError.
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.accelerator.is_main_process:
+                    _mark(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", begun)
+            except (OSError, RuntimeError, _safetensors_error()) as error:
+                raise _Unwritten(str(error)) from error
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """Write none: the Checkpoint's own card says where it came from."""
+
+        def _send_telemetry(self) -> None:
+            """Tell nobody that a model is trained here."""
+
+    trainer.__class__ = Guarded
+    return trainer
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    found: type[Exception] = SafetensorError
+    return found
+
+
+def _beginnings(inputs: Any, tokenizer: Any) -> str:
+    """Return how the rows of a batch begin, to find them by."""
+    ids = inputs.get("input_ids") if hasattr(inputs, "get") else None
+    if ids is None:
+        return ""
+    texts = [" ".join(tokenizer.decode(row, skip_special_tokens=True).split())[:60] for row in ids[:3]]
+    return f", whose rows begin {'; '.join(map(repr, texts))}"
+
+
+def _train(trainer: Any, run: Run) -> None:
+    last = _last_point(run.work, trainer.accelerator)
+    stop = _Interrupt()
+    if trainer.accelerator.num_processes == 1:
+        trainer.add_callback(stop.callback())
+    try:
+        with stop.heard(alone=trainer.accelerator.num_processes == 1):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except (_NotFinite, _Unwritten) as error:
+        _clear(run.work, keep_marked=True)
+        said = f"cannot write a point to go on from: {error}" if isinstance(error, _Unwritten) else str(error)
+        at = _points(run.work)
+        kept = f"the last good point is {at[-1]}" if at else "there is no point before it"
+        do = (
+            "free space and start it again"
+            if isinstance(error, _Unwritten)
+            else "lower learning_rate or look at these rows, and remove the folder to start again"
+        )
+        raise ModelError(f"{run.stage}: {said}; {kept}; {do}") from error
+    if stop.asked:
+        raise KeyboardInterrupt
+
+
+class _Interrupt:
+    """Ctrl-C or SIGTERM: the first writes a point after the update under way and ends, the second ends."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def heard(self, *, alone: bool) -> Iterator[None]:
+        """Hear signals in the body; only where one process trains, for several would stop apart."""
+        if not alone or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupted(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def callback(self) -> Any:
+        """Return what ends training after an update once it is asked."""
+        from transformers import TrainerCallback
+
+        stop = self
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if stop.asked:
+                    control.should_save = control.should_training_stop = True
+
+        return Stop()
+
+
+# --- points -------------------------------------------------------------------------------------------
+
+
+def _points(work: Path) -> list[Path]:
+    """Return the points that are whole, in order."""
+    found = [path.parent for path in work.glob(f"checkpoint-*/{_POINT}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _last_point(work: Path, accelerator: Any) -> Path | None:
+    if accelerator.is_main_process:
+        _clear(work, keep_marked=True)
+    accelerator.wait_for_everyone()
+    found = _points(work)
+    return found[-1] if found else None
+
+
+def _clear(work: Path, *, keep_marked: bool) -> None:
+    """Remove the points that were being written when the run ended."""
+    for path in work.glob("checkpoint-*"):
+        if not (keep_marked and (path / _POINT).exists()):
+            shutil.rmtree(path)
+
+
+def _mark(point: Path, begun: float) -> None:
+    checkpoint.sync(point)
+    new = point / "whole.new"
+    new.write_text(json.dumps({"seconds": time.monotonic() - begun}), encoding="utf-8")
+    os.replace(new, point / _POINT)
+
+
+def _seconds(work: Path) -> float:
+    """Return the seconds of training up to the last point."""
+    points = _points(work)
+    return float(json.loads((points[-1] / _POINT).read_text(encoding="utf-8"))["seconds"]) if points else 0.0
+
+
+# --- after training -----------------------------------------------------------------------------------
+
+
+def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
+    if run.test is not None:
+        trainer.evaluate()
+    seconds, metrics = _seconds(run.work), _metrics(trainer.state.log_history)
+    whole = run.work / "whole"
+    if trainer.accelerator.is_main_process:
+        shutil.rmtree(whole, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.save_model(str(whole))
+    except (OSError, RuntimeError, _safetensors_error()) as error:
+        raise ModelError(
+            f"{run.config.output}: cannot be written: {error}; free space and start it again"
+        ) from error
+    trainer.accelerator.wait_for_everyone()
+    manifest = Manifest(
+        stage=run.stage,
+        base=run.config.model,
+        parents=(run.base.digest,),
+        config=plain(run.config),
+        data={
+            "path": str(run.config.data),
+            "digest": source.digest,
+            "log_digest": source.log_digest,
+            **{key: value for key, value in run.counts.items() if key != "constitutions"},
+        },
+        constitution_digests=tuple(sorted({*source.constitutions, *run.counts["constitutions"]})),
+        seed=run.config.seed,
+        versions=checkpoint.versions(),
+        hardware=checkpoint.hardware(),
+        seconds=seconds,
+        metrics=metrics,
+    )
+    if not trainer.accelerator.is_main_process:
+        trainer.accelerator.wait_for_everyone()
+        return Checkpoint.open(run.config.output)
+    (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle, and the manifest says the same
+    run.tokenizer.save_pretrained(whole)
+    with (run.beside / "figures.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in trainer.state.log_history)
+    for folder in (run.beside, run.work / "runs"):  # the latter is TensorBoard's
+        if folder.exists():
+            shutil.copytree(folder, whole if folder is run.beside else whole / "runs", dirs_exist_ok=True)
+    if run.config.lora is not None:
+        checkpoint.merge(whole, trainer.accelerator.unwrap_model(trainer.model))
+    made = checkpoint.seal(run.config.output, whole, manifest)
+    shutil.rmtree(run.work, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return made
+
+
+def _metrics(history: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the last value of each figure."""
+    last: dict[str, float] = {}
+    for line in history:
+        last |= {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
+    return {key: value for key, value in last.items() if key not in ("step", "total_flos")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -11,6 +12,48 @@ from cai_graph.cli.model import fetch
 from cai_graph.cli.options import option
 
 commands = group("Train on labels and logs.")
+
+
+class Stage(NamedTuple):
+    """A command `cai train NAME`: module `trainers.NAME`, with its `Config` and `train(config)`."""
+
+    name: str
+    help: str
+    example: str
+
+
+STAGES = (
+    Stage("sft", "Imitate answers: supervised fine-tuning.", "--set data=answers --set output=sft"),
+    Stage("dpo", "Prefer answers, by soft labels: DPO.", "--set data=preferences --set output=dpo"),
+    Stage("kto", "Prefer answers that are labelled one by one: KTO.", "--set data=labelled --set output=kto"),
+)
+
+
+def _register(stage: Stage) -> None:
+    def command(
+        config: Annotated[
+            Path | None, option("--config -c", "YAML with the stage's settings.", "FILE")
+        ] = None,
+        settings: Annotated[
+            list[str] | None,
+            option("--set -s", "A setting, over that of the file; may be repeated.", "KEY=VALUE"),
+        ] = None,
+    ) -> None:
+        from importlib import import_module
+
+        from trainers.config import read
+
+        module = import_module(f"trainers.{stage.name}")
+        made = module.train(read(module.Config, config, settings or ()))
+        note(f"the checkpoint is in {made.path}; its README.md says how it came to be")
+
+    again = "Type the same command again after an interrupt, and it goes on where it stopped."
+    example = f"Example: cai train {stage.name} --config {stage.name}.yaml {stage.example}"
+    commands.command(stage.name, help=f"{stage.help}\n\n{again}", epilog=example)(command)
+
+
+for stage in STAGES:
+    _register(stage)
 
 
 @commands.command("probe", epilog="Example: cai train probe labels --output heads --model local")
@@ -25,8 +68,6 @@ def train_probe(
 
     Type the same command again after an interrupt, and it goes on where it stopped.
     """
-    from pathlib import Path
-
     from rich.progress import MofNCompleteColumn
 
     from trainers import probe

@@ -1,0 +1,472 @@
+"""From rows to token ids: every row is encoded, or counted with the reason why not.
+
+TRL leaves out or cuts rows that are too long without a word, trains on pairs of equal answers, and ignores
+columns that it does not know. So the stages encode rows themselves, in one pass before training starts,
+refuse what was not allowed, and hand TRL ids that it has nothing to do to.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from cai_graph.blocks import sha256_of
+from cai_graph.errors import ConfigError, DataError
+from trainers.dataset import MANIFEST, read_manifest
+from trainers.rows import Kind
+
+__all__ = ["Counts", "Encoder", "Hazard", "Shape", "Source", "encode", "open_data"]
+
+Hazard = Literal[
+    "drop-long", "cut-long", "drop-unfit", "shifted-prompt", "endless-answers", "ignored-columns"
+]
+"""What a stage refuses unless it is allowed:
+
+drop-long          rows of more than max_tokens are left out
+cut-long           their answers are cut; a prompt that fills max_tokens alone is left out
+drop-unfit         empty answers, identical pairs, texts with control tokens, and conversations that the chat
+                   template refuses are left out
+shifted-prompt     the chat template writes a prompt otherwise before an answer than before a generation
+endless-answers    the chat template ends an answer with no end token of the model, which will never stop then
+ignored-columns    a column that weighs or labels rows, and that the stage does not read, is ignored
+"""
+
+Row = Mapping[str, Any]
+"""A row as the file has it, absent fields left out."""
+
+SIGNALS = frozenset({"p_chosen", "margin", "weight", "score", "score_chosen", "score_rejected", "label"})
+"""Columns that weigh or label rows: to ignore one is to train on something else than the data says."""
+MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<|assistant|>")
+"""How plain text begins that some chat template has written already."""
+_BATCH = 1000
+
+
+class _Unfit(Exception):  # noqa: N818 - the row is at fault
+    """A row that cannot be trained on as it is."""
+
+    def __init__(self, allowed_by: tuple[Hazard, ...], what: str, *, detail: str = "") -> None:
+        super().__init__(what)
+        self.allowed_by = allowed_by
+        self.what = what
+        self.detail = detail
+
+
+# --- the files ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Training data as it lies on the disk."""
+
+    path: Path
+    """What the config names."""
+    train: Path
+    """The file to train on."""
+    test: Path | None
+    """The file to measure on, where there is one."""
+    digest: str
+    """SHA-256 of the training file."""
+    constitutions: tuple[str, ...]
+    """Digests of the constitutions, where a manifest names them."""
+    log_digest: str
+    """Digest of the logs that it was built from, where a manifest names it."""
+
+
+def open_data(path: Path, kinds: Sequence[Kind]) -> Source:
+    """Return the data of a folder of `cai dataset build`, or of a file in TRL's format.
+
+    Args:
+        path: folder or file.
+        kinds: the kinds of dataset that the stage reads.
+
+    Raises:
+        ConfigError: there is no such data, or the dataset is of another kind or format.
+        DataError: the dataset's manifest cannot be read.
+    """
+    if path.is_dir():
+        manifest = read_manifest(path) if (path / MANIFEST).exists() else {}
+        kind, format = manifest.get("recipe", {}).get("kind"), manifest.get("format")
+        if format not in (None, "jsonl", "parquet"):
+            raise ConfigError(f"{path}: is written for {format}; build it with --format jsonl or parquet")
+        if kind is not None and kind not in kinds:
+            raise ConfigError(
+                f"{path}: holds rows of the kind {kind!r}, and this stage reads {', '.join(kinds)}; build "
+                f"with --kind {kinds[0]}"
+            )
+        train, test = _split(path, "train"), _split(path, "test")
+        if train is None:
+            raise ConfigError(f"{path}: holds neither train.jsonl nor train.parquet")
+    elif path.suffix in (".jsonl", ".json", ".parquet") and path.is_file():
+        manifest, train, test = {}, path, None
+    else:
+        raise ConfigError(
+            f"{path}: is no dataset; name a folder of `cai dataset build`, or a .jsonl, .json or "
+            ".parquet file"
+        )
+    return Source(
+        path=path,
+        train=train,
+        test=test,
+        digest=sha256_of(train),
+        constitutions=tuple(manifest.get("constitutions", ())),
+        log_digest=manifest.get("log_digest", ""),
+    )
+
+
+def _split(folder: Path, name: str) -> Path | None:
+    return next((path for end in ("jsonl", "parquet") if (path := folder / f"{name}.{end}").exists()), None)
+
+
+def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each row with its number, from 1; fields that are null are left out, as templates expect."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        number = 0
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_BATCH):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, _without_nulls(row)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+        return
+    if path.suffix == ".json":
+        for number, row in enumerate(_whole_json(path), 1):
+            yield number, _row(row, path, number)
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{path} line {number}: is no JSON: {error}") from error
+                yield number, _row(row, path, number)
+
+
+def _whole_json(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: is no JSON: {error}; JSON lines belong in a .jsonl file") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: holds a {type(rows).__name__}; a .json file is one list of rows")
+    return rows
+
+
+def _row(row: Any, path: Path, number: int) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{path} row {number}: is a {type(row).__name__}, not an object")
+    return {key: _without_nulls(value) for key, value in row.items() if value is not None}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        present = {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        if present.keys() == {"name", "arguments"} and isinstance(present["arguments"], str):
+            present["arguments"] = json.loads(present["arguments"])
+        return present
+    return value
+
+
+# --- encoding -----------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A prompt and two answers, in token ids."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+class Encoder:
+    """Writes conversations in the model's chat template, and texts as they are, as token ids."""
+
+    def __init__(
+        self, tokenizer: Any, max_tokens: int, allow: Sequence[Hazard], ends: frozenset[int]
+    ) -> None:
+        """Args are the model's tokenizer, the longest row, what is allowed, and the model's end tokens."""
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._allow = frozenset(allow)
+        self._ends = ends
+        special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.cut = 0
+        """Answers that were cut."""
+        self.longest = 0
+        """Tokens of the longest row that was seen, before cutting."""
+
+    def answer(
+        self, row: Row, prompt: str = "prompt", answer: str = "completion"
+    ) -> tuple[list[int], list[int]]:
+        """Return the ids of a row's prompt and answer, the end token included in the answer."""
+        asked, said = self._of(row, prompt), self._of(row, answer)
+        ids, start = self._joined(row, asked, said)
+        return self._fitted(ids[:start], ids[start:])
+
+    def pair(self, row: Row) -> Pair:
+        """Return the ids of a row's prompt and of both its answers."""
+        if "prompt" not in row:
+            row = _explicit(row)
+        asked, better, worse = (self._of(row, name) for name in ("prompt", "chosen", "rejected"))
+        if better == worse:
+            raise _Unfit(("drop-unfit",), "hold the same answer twice")
+        chosen, start = self._joined(row, asked, better)
+        rejected, other = self._joined(row, asked, worse)
+        start = min(start, other)
+        prompt, fitted = self._fitted(chosen[:start], chosen[start:])
+        found = Pair(prompt, fitted, self._fitted(prompt, rejected[start:])[1])
+        if found.chosen == found.rejected:
+            raise _Unfit(("drop-unfit",), "hold answers that are the same once they are cut")
+        return found
+
+    def _of(self, row: Row, name: str) -> Any:
+        if name not in row:
+            raise DataError(f"has no {name!r}; it has {', '.join(row)}")
+        value = row[name]
+        if isinstance(value, str):
+            if name != "prompt" and not value.strip():
+                raise _Unfit(("drop-unfit",), "have an empty answer")
+            return value
+        if not isinstance(value, list) or not all(
+            isinstance(turn, dict) and "role" in turn for turn in value
+        ):
+            raise DataError(f"{name!r} is neither a text nor a list of turns with role and content")
+        for turn in value:
+            content = turn.get("content", "")
+            if not isinstance(content, str):
+                raise DataError(f"{name!r} has a turn whose content is no text; only text is trained on")
+            if held := self._control.search(content):
+                raise _Unfit(("drop-unfit",), "have a control token of the model in a text", detail=held[0])
+        spoken = [turn for turn in value if turn.get("content", "").strip() or turn.get("tool_calls")]
+        if not spoken:
+            if name == "prompt":
+                raise _Unfit(("drop-unfit",), "have an empty prompt")
+            raise _Unfit(("drop-unfit",), "have an empty answer")
+        return value
+
+    def _joined(self, row: Row, prompt: Any, answer: Any) -> tuple[list[int], int]:
+        """Return the ids of both, and where the answer begins among them."""
+        if isinstance(prompt, str) != isinstance(answer, str):
+            raise DataError(
+                "one of prompt and answer is a text and the other one a list of turns; use one form"
+            )
+        if isinstance(prompt, str):
+            for mark in MARKS:
+                if prompt.lstrip().startswith(mark) and mark not in self._tokenizer.get_vocab():
+                    raise DataError(
+                        f"the prompt begins with {mark!r}, a mark of another model's chat template; give the "
+                        "rows as turns with role and content, and the model's own template writes them"
+                    )
+            eos = self._tokenizer.eos_token or ""
+            before = self._ids(prompt)
+            whole = self._ids(prompt + (answer if answer.endswith(eos) else answer + eos))
+        else:
+            before = self._templated(row, prompt, add_generation_prompt=True)
+            whole = self._templated(row, [*prompt, *answer])
+        start = next((at for at, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), None)
+        start = min(len(before), len(whole)) if start is None else start
+        if start < len(before) and not isinstance(prompt, str) and "shifted-prompt" not in self._allow:
+            detail = repr(self._tokenizer.decode(before[start:]))
+            raise _Unfit(
+                ("shifted-prompt",), "have a prompt that the chat template writes in two ways", detail=detail
+            )
+        if not isinstance(prompt, str) and "endless-answers" not in self._allow and not self._ended(whole):
+            detail = repr(self._tokenizer.decode(whole[-3:]))
+            raise _Unfit(("endless-answers",), "end with no end token of the model", detail=detail)
+        return whole, start
+
+    def _ended(self, ids: list[int]) -> bool:
+        return not self._ends or not self._ends.isdisjoint(ids[-3:])  # a template may add a line end
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self._tokenizer(text)["input_ids"]
+        return found
+
+    def _templated(self, row: Row, turns: Sequence[Any], **more: Any) -> list[int]:
+        import jinja2
+
+        tools = row.get("tools")
+        try:
+            tools = json.loads(tools) if isinstance(tools, str) else tools
+            found: list[int] = self._tokenizer.apply_chat_template(
+                list(turns),
+                tokenize=True,
+                return_dict=True,
+                tools=tools,
+                **{**row.get("chat_template_kwargs", {}), **more},
+            )["input_ids"]
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            what = "are conversations that the chat template refuses"
+            raise _Unfit(("drop-unfit",), what, detail=str(error)) from error
+        return found
+
+    def _fitted(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        length = len(prompt) + len(answer)
+        self.longest = max(self.longest, length)
+        if length <= self._max_tokens:
+            return prompt, answer
+        if len(prompt) >= self._max_tokens:
+            raise _Unfit(("drop-long", "cut-long"), "have a prompt that fills max_tokens alone")
+        if "cut-long" not in self._allow:
+            raise _Unfit(("drop-long", "cut-long"), "are longer than max_tokens")
+        self.cut += 1
+        return prompt, answer[: self._max_tokens - len(prompt)]
+
+
+def _explicit(row: Row) -> Row:
+    """Return a pair of whole conversations, or of whole texts, with their common beginning as the prompt."""
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise DataError(f"has no {name!r}; it has {', '.join(row)}")
+    chosen, rejected = row["chosen"], row["rejected"]
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        raise DataError("has no 'prompt', and where it ends in a text is not said; give the prompt apart")
+    common = next(
+        (at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
+        min(len(chosen), len(rejected)),
+    )
+    common = min(common, len(chosen) - 1, len(rejected) - 1)  # identical ones have an answer, too
+    if common < 1:
+        raise DataError("has no 'prompt', and chosen and rejected do not begin with the same turn")
+    return {**row, "prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
+
+
+# --- all rows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a stage makes of rows."""
+
+    stage: str
+    """Its name."""
+    kinds: tuple[Kind, ...]
+    """The kinds of dataset that it reads."""
+    reads: frozenset[str] = frozenset()
+    """Which of the columns that weigh or label rows it reads."""
+    encode: Callable[[Encoder, Row], list[dict[str, Any]]]
+    """One row, as the rows that its trainer reads."""
+
+
+@dataclass
+class Counts:
+    """What became of the rows of a file."""
+
+    read: int = 0
+    rows: int = 0
+    """Rows that are trained on; a stage may make two of one."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows that were left out, by what they are."""
+    cut: int = 0
+    """Answers that were cut."""
+    constitutions: set[str] = field(default_factory=set)
+    """Digests of constitutions that rows name."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts for a manifest."""
+        return {
+            "read": self.read,
+            "rows": self.rows,
+            "dropped": dict(self.dropped),
+            "cut": self.cut,
+            "constitutions": sorted(self.constitutions),
+        }
+
+
+def encode(file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], target: Path) -> Counts:
+    """Write the rows of a file as token ids, in Arrow's stream format.
+
+    Raises:
+        DataError: a row is broken, rows cannot be trained on as they are and it is not allowed to do without
+            them, or none is left. Says how many, which, and what to allow.
+    """
+    import pyarrow
+
+    counts, problems = Counts(), _Problems(frozenset(allow))
+    schema: pyarrow.Schema | None = None
+    batch: list[dict[str, Any]] = []
+    encoder.cut = encoder.longest = 0
+
+    with target.open("wb") as out:
+        writer: Any = None
+
+        def flush() -> None:
+            nonlocal writer, schema
+            if batch:
+                table = pyarrow.Table.from_pylist(batch, schema)
+                if writer is None:
+                    schema = table.schema
+                    writer = pyarrow.ipc.new_stream(out, schema)
+                writer.write_table(table)
+                batch.clear()
+
+        for number, row in _read(file):
+            counts.read += 1
+            if isinstance(named := row.get("constitution"), str) and named:
+                counts.constitutions.add(named)
+            try:
+                found = shape.encode(encoder, row)
+            except _Unfit as unfit:
+                problems.add(number, unfit)
+                counts.dropped[unfit.what] += 1
+                continue
+            except DataError as error:
+                raise DataError(f"{file} row {number}: {error}") from error
+            for name in (SIGNALS & row.keys()) - shape.reads:
+                what = f"have a column {name!r}, which the stage {shape.stage} does not read"
+                problems.add(number, _Unfit(("ignored-columns",), what))
+            counts.rows += len(found)
+            batch += found
+            if len(batch) >= _BATCH:
+                flush()
+        flush()
+        if writer is not None:
+            writer.close()
+    counts.cut = encoder.cut
+    problems.check(file, counts.read, encoder.longest)
+    if not counts.rows:
+        raise DataError(
+            f"{file}: no row is left to train on; {counts.read:,} were read {dict(counts.dropped)}"
+        )
+    return counts
+
+
+class _Problems:
+    """Rows that cannot be trained on as they are, gathered so that one message names all of them."""
+
+    def __init__(self, allow: frozenset[Hazard]) -> None:
+        self._allow = allow
+        self._rows: dict[str, list[int]] = defaultdict(list)
+        self._counts: Counter[str] = Counter()
+        self._seen: dict[str, _Unfit] = {}
+
+    def add(self, number: int, unfit: _Unfit) -> None:
+        if self._allow.isdisjoint(unfit.allowed_by):
+            self._counts[unfit.what] += 1
+            self._seen.setdefault(unfit.what, unfit)
+            if len(self._rows[unfit.what]) < 3:
+                self._rows[unfit.what].append(number)
+
+    def check(self, file: Path, read: int, longest: int) -> None:
+        if not self._counts:
+            return
+        lines = [f"{file}: of {read:,} rows"]
+        for what, count in self._counts.most_common():
+            unfit, rows = self._seen[what], ", ".join(map(str, self._rows[what]))
+            detail = f" ({unfit.detail[:80]})" if unfit.detail else ""
+            if "max_tokens" in what:
+                detail = f" (the longest has {longest:,}); raise it"
+            allow = " or ".join(unfit.allowed_by)
+            lines.append(f"  {count:,} {what}{detail}: row {rows}; or allow: {allow}")
+        raise DataError("\n".join(lines))
