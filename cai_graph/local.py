@@ -55,6 +55,7 @@ __all__ = [
     "engine",
     "fetch",
     "find",
+    "only_one",
     "weights",
 ]
 
@@ -71,6 +72,8 @@ CONTEXT_TOKENS = 4096
 """Tokens that each conversation may fill, prompt and reply together."""
 CONVERSATIONS = 8
 """Conversations that a chat engine advances in one batch; more wait their turn."""
+EXPORTED = "model.gguf"
+"""The file in a checkpoint's folder that the engine serves as local:FOLDER."""
 MAX_REPLY_TOKENS = 1024
 """Where a reply ends if the caller sets no `max_tokens`; a small model may else repeat itself for ever."""
 
@@ -181,7 +184,7 @@ def find(name: str) -> LocalModel:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
     raise ConfigError(
         f"there is no local model {name!r}; did you mean {' or '.join(map(repr, near))}? "
-        "For weights of your own write local:PATH.gguf"
+        "For weights of your own write local:PATH.gguf or local:FOLDER"
     )
 
 
@@ -226,7 +229,7 @@ def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
     reasons: list[str] = []
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(final):
+        with only_one(final):
             if (path := cached(model)) is not None:  # fetched by the process we waited for
                 return path
             final.unlink(missing_ok=True)  # was there, and did not match its hash
@@ -263,15 +266,16 @@ def weights(name: str = "", progress: Progress | None = None) -> Path:
     """Return the path of the weights that a spec names after "local:"; fetch them if need be.
 
     Args:
-        name: "" for the default model, a name of the catalogue, or a path that ends in .gguf.
+        name: "" for the default model, a name of the catalogue, a path that ends in .gguf, or a checkpoint's
+            folder that holds a model.gguf.
 
     Raises:
         ConfigError: the name is unknown, or the file is missing or no GGUF file.
         ModelError: the weights cannot be fetched.
     """
-    if not name.lower().endswith(".gguf"):
+    if (own := _own_file(name)) is None:
         return fetch(find(name or DEFAULT_MODEL), progress)
-    path = Path(name).expanduser().absolute()
+    path = own.absolute()
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -280,6 +284,18 @@ def weights(name: str = "", progress: Progress | None = None) -> Path:
     if magic != b"GGUF":
         raise ConfigError(f"local:{name}: {path} begins with {magic!r}, so it is no GGUF file")
     return path
+
+
+def _own_file(name: str) -> Path | None:
+    """Return the file that a path names, itself or by its folder; None for a name of the catalogue."""
+    path = Path(name).expanduser()
+    if name.lower().endswith(".gguf"):
+        return path
+    if not name or any(model.name == name for model in CATALOGUE) or not path.is_dir():
+        return None
+    if not (path / EXPORTED).exists():
+        raise ConfigError(f"local:{name}: {path} has no {EXPORTED}; `cai model export {name}` writes it")
+    return path / EXPORTED
 
 
 class _SourceError(Exception):
@@ -317,7 +333,7 @@ def _check_disk(model: LocalModel, partial: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def only_one(path: Path) -> Iterator[None]:
     """Hold a lock of this name among all processes of the machine; the system drops it if we die."""
     import fcntl
 
@@ -751,15 +767,15 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
     included) work as with OpenAI. One instance may be used from several threads and event loops.
 
     Args:
-        name: "" for the default model, a name of the catalogue, or a path that ends in .gguf.
+        name: what `weights` takes.
         settings: any ChatOpenAI setting, such as `temperature`, `seed`, `max_tokens` (1024 if not set).
 
     Raises:
         ConfigError: the name is unknown or the file cannot be read.
         MissingExtra: langchain-openai, httpx or xllamacpp is not installed.
     """
-    is_file = name.lower().endswith(".gguf")
-    if is_file:
+    own = _own_file(name)
+    if own is not None:
         weights(name)  # a missing file is found now, not at the first request
     else:
         name = find(name or DEFAULT_MODEL).name
@@ -775,7 +791,7 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
 
     synchronous, asynchronous = _transports(start)
     defaults: dict[str, Any] = {
-        "model": _model_name(name) if is_file else name,
+        "model": name if own is None else _model_name(str(own)),
         "stream_usage": True,
         # The engine is ours and local: what fails once fails again, and a second try doubles the load.
         "max_retries": 0,
@@ -805,8 +821,10 @@ def is_local(base_url: str | None) -> bool:
 
 
 def _model_name(path: str) -> str:
-    """Return the catalogue's name for a file of the cache, else the file's own name."""
+    """Return the catalogue's name for a file of the cache, a checkpoint's folder's, else the file's own."""
     file = Path(path).name
+    if file == EXPORTED:
+        return Path(path).absolute().parent.name
     return next((model.name for model in CATALOGUE if model.file == file), file)
 
 

@@ -2,7 +2,7 @@
 
 openai:MODEL, anthropic:MODEL    an API (or any other provider of LangChain's `init_chat_model`)
 local, local:NAME                the embedded model (`cai_graph.local`): the default, one of the catalogue
-local:PATH.gguf                  the embedded model with weights of one's own
+local:PATH.gguf, local:FOLDER    the embedded model with weights of one's own: a file, or a checkpoint
 http://HOST:PORT/v1              an OpenAI-compatible server; http://HOST:PORT/v1#MODEL when it has several
 """
 

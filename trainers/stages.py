@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
-from trainers import checkpoint
+from trainers import checkpoint, weights
 from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
 from trainers.encoding import Counts, Encoder, Hazard, Shape, Source, encode, open_data
@@ -243,7 +243,7 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
     _check_machine(config, shape.stage)
     if config.output.exists():
         raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
-    base = Checkpoint.open(resolve(config.model))
+    base = Checkpoint.open(weights.resolve(config.model))
     source = open_data(config.data, shape.kinds)
     with _quiet(), _folder(config, shape.stage, base, source) as work:
         from transformers import set_seed
@@ -253,11 +253,6 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
         trainer = _guarded(build(begun), begun)
         _train(trainer, begun)
         return _finish(trainer, begun, source)
-
-
-def resolve(model: str) -> Path:
-    """Return the folder of a model, as the config names it."""
-    return Path(model).expanduser()
 
 
 # --- before training ----------------------------------------------------------------------------------

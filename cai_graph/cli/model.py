@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cai_graph.cli.console import group, measured, out, print_json
-from cai_graph.cli.options import AsJson
+from cai_graph.cli.options import AsJson, option
 from cai_graph.errors import CaiError, ModelError
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 API_RETRIES = 8
 """How often a request to an API is tried again, after the wait that its Retry-After asks for."""
+
+PrecisionName = Literal["F32", "F16", "Q8_0"]
 
 commands = group("Models that run on this machine.")
 
@@ -67,6 +69,33 @@ def model_path(name: LocalName = "", as_json: AsJson = False) -> None:
         print_json({"name": model.name, "path": str(path)})
     else:
         typer.echo(path)
+
+
+@commands.command("export", epilog="Example: cai model export runs/sft")
+def model_export(
+    folder: Annotated[str, typer.Argument(help="A checkpoint: weights in safetensors.", metavar="FOLDER")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="The file; model.gguf in the folder by default.")
+    ] = None,
+    source: Annotated[
+        str | None,
+        option("--source", "The GGUF file it was trained from; found by its manifest by default.", "SPEC"),
+    ] = None,
+    precision: Annotated[PrecisionName, typer.Option(help="How matrices are stored.")] = "F16",
+) -> None:
+    """Write a checkpoint's weights as a GGUF file, which the embedded engine serves as local:FOLDER."""
+    from pathlib import Path
+
+    from cai_graph import local
+    from trainers.weights import export
+
+    written = export(
+        Path(folder),
+        target=None if output is None else Path(output),
+        source=None if source is None else local.weights(source.removeprefix("local:")),
+        precision=precision,
+    )
+    typer.echo(written)
 
 
 # --- from a spec to a model ---------------------------------------------------------------------------
