@@ -1,0 +1,92 @@
+"""What margins are worth: accuracy, calibration and loss against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from cai_graph.errors import DataError
+from trainers.reliability import ALL, Pair, bins, figures, measured, plot
+
+LOGIT_08 = math.log(0.8 / 0.2)
+
+
+def test_a_model_that_says_08_and_is_right_in_8_of_10_is_calibrated() -> None:
+    pairs = [Pair(LOGIT_08, 1.0, "a")] * 8 + [Pair(LOGIT_08, 0.0, "a")] * 2
+
+    found = measured(pairs)[ALL]
+
+    # Every confidence is the same, so every bin's is 0.8; of the two pairs a bin has, 1, ½ or 0 came true.
+    one = bins(pairs, 1)
+    assert one == [(10, pytest.approx(0.8), pytest.approx(0.8))]
+    assert found.accuracy == pytest.approx(0.8)
+    assert found.loss == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)))
+
+
+def test_confidence_that_does_not_come_true_is_the_calibration_error() -> None:
+    sure_and_wrong = [Pair(30.0, 0.0, "a")] * 10
+    half_sure = [Pair(0.0, 0.5, "a")] * 10
+
+    assert measured(sure_and_wrong)[ALL].ece == pytest.approx(1.0)
+    assert measured(half_sure)[ALL].ece == pytest.approx(0.0)
+
+
+def test_a_soft_label_is_met_by_its_own_probability() -> None:
+    pair = Pair(math.log(0.6 / 0.4), 0.6, "a")
+
+    found = measured([pair] * 20)[ALL]
+
+    assert found.ece == pytest.approx(0.0)
+    assert found.loss == pytest.approx(-(0.6 * math.log(0.6) + 0.4 * math.log(0.4)))  # H(0.6) = 0.6730
+
+
+def test_swapping_chosen_and_rejected_changes_no_figure() -> None:
+    pairs = [Pair(0.3 * number - 1, 0.1 * (number % 11), "a") for number in range(23)]
+    swapped = [Pair(-pair.margin, 1 - pair.p_chosen, pair.group) for pair in pairs]
+
+    # A label of exactly one half has no side to agree with.
+    decided = [number for number, pair in enumerate(pairs) if pair.p_chosen != 0.5]
+    one = measured([pairs[number] for number in decided])[ALL]
+    other = measured([swapped[number] for number in decided])[ALL]
+
+    assert one == pytest.approx(other)
+
+
+def test_equal_rewards_are_a_miss() -> None:
+    assert measured([Pair(0.0, 1.0, "a"), Pair(0.0, 0.0, "a")])[ALL].accuracy == 0
+
+
+def test_groups_have_figures_of_their_own_beside_those_of_all() -> None:
+    pairs = [Pair(1.0, 1.0, "harmless")] * 3 + [Pair(-1.0, 1.0, "helpful")]
+
+    found = figures(measured(pairs))
+
+    assert (found["accuracy"], found["harmless/accuracy"], found["helpful/accuracy"]) == (0.75, 1, 0)
+    assert (found["pairs"], found["harmless/pairs"]) == (4, 3)
+    assert found["low"] < 0.75 < found["high"]
+
+
+def test_a_margin_that_is_no_number_is_refused_with_its_place() -> None:
+    with pytest.raises(DataError, match=r"pair 1 \(b\): its margin is nan"):
+        measured([Pair(0.0, 1.0, "a"), Pair(math.nan, 1.0, "b")])
+    with pytest.raises(DataError, match="no pair to measure"):
+        measured([])
+
+
+def test_margins_of_any_size_have_a_finite_loss() -> None:
+    assert measured([Pair(1e4, 0.0, "a")])[ALL].loss == pytest.approx(1e4)
+
+
+def test_the_plot_shows_all_pairs_and_each_group(tmp_path: Path) -> None:
+    pairs = [Pair(0.1 * n - 2, float(n % 3 > 0), ("harmless", "helpful")[n % 2]) for n in range(60)]
+
+    plot(tmp_path / "reliability.svg", pairs, "tiny")
+
+    text = (tmp_path / "reliability.svg").read_text()
+    ElementTree.fromstring(text)
+    assert all(word in text for word in ("calibrated", "all", "harmless", "helpful", "tiny"))
+    plot(tmp_path / "again.svg", pairs, "tiny")
+    assert (tmp_path / "again.svg").read_text() == text
