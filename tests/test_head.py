@@ -79,14 +79,11 @@ def test_an_interrupted_run_over_pairs_goes_on_where_it_was(folder: Path, tmp_pa
     pairs = [([5, 6, number], [5, 6, number + 1]) for number in range(7, 147)]  # three chunks
     model = classifier(folder)
 
-    class Interrupted(Exception):
-        pass
-
     def stop(done: int, of: int) -> None:
         if done > 64:
-            raise Interrupted
+            raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         head.states(model, pairs, (6,), tmp_path, stop)
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(kept) == 2
@@ -143,7 +140,7 @@ def test_the_depth_that_tells_the_label_is_chosen() -> None:
 
     assert best.depth == 4
     assert best.accuracy > 0.85
-    assert best.loss == min(one.loss for one in rest + [best])
+    assert best.loss == min(one.loss for one in [*rest, best])
 
 
 def test_states_that_say_nothing_are_not_believed() -> None:

@@ -66,7 +66,7 @@ def test_groups_have_figures_of_their_own_beside_those_of_all() -> None:
 
     assert (found["accuracy"], found["harmless/accuracy"], found["helpful/accuracy"]) == (0.75, 1, 0)
     assert (found["pairs"], found["harmless/pairs"]) == (4, 3)
-    assert found["low"] < 0.75 < found["high"]
+    assert found["accuracy_low"] < 0.75 < found["accuracy_high"]
 
 
 def test_a_margin_that_is_no_number_is_refused_with_its_place() -> None:

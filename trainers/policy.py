@@ -122,6 +122,8 @@ def load_policy(model: str | Path, *, dtype: str = "auto", device: str | None = 
 def load_reward(model: str | Path, *, dtype: str = "auto", device: str | None = None) -> RewardModel:
     """Load a reward model and its tokenizer, in evaluation mode; arguments and errors as in `load_policy`.
 
+    What its config.json names as `reward_shift` is taken off every reward that it gives.
+
     Raises:
         ConfigError: it is no sequence classifier with one output, such as a language model by mistake.
     """
@@ -133,7 +135,15 @@ def load_reward(model: str | Path, *, dtype: str = "auto", device: str | None = 
         )
     if loaded.config.pad_token_id is None:  # without one, the classifier cannot tell where a text ends
         loaded.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    if shift := getattr(loaded.config, "reward_shift", 0.0):
+        loaded.register_forward_hook(lambda _model, _inputs, output: _centred(output, shift))
     return RewardModel(loaded, tokenizer)
+
+
+def _centred(output: Any, shift: float) -> Any:
+    """Return what a reward model gave, with the shift of its training taken off."""
+    output.logits = output.logits - shift
+    return output
 
 
 def _load(kind: str, model: str | Path, dtype: str, device: str | None, **settings: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,13 +55,13 @@ class Reliability(NamedTuple):
     """How many."""
     accuracy: float
     """Share in which the model prefers the side that the label prefers; equal rewards are a miss."""
-    low: float
+    accuracy_low: float
     """Lower end of its 95 % interval (Wilson 1927)."""
-    high: float
+    accuracy_high: float
     """Upper end."""
     ece: float
-    """Expected calibration error of sigma(margin), in [0, 1]: the mean distance of confidence and outcome over
-    bins of as many pairs each (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    """Expected calibration error of sigma(margin), in [0, 1]: the mean distance of confidence and outcome
+    over bins of as many pairs each (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
     loss: float
     """Mean cross-entropy of sigma(margin) and the label, in nats; that of no knowledge is log 2 = 0.693."""
 
@@ -106,7 +107,7 @@ def bins(pairs: Sequence[Pair], count: int = BINS) -> list[Bin]:
     )
     count = min(count, len(told))
     cuts = [len(told) * number // count for number in range(count + 1)]
-    parts = [told[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    parts = [told[start:stop] for start, stop in pairwise(cuts)]
     return [
         Bin(len(part), *(math.fsum(side) / len(part) for side in zip(*part, strict=True))) for part in parts
     ]

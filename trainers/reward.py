@@ -1,0 +1,425 @@
+"""Reward models on soft labels, over TRL's RewardTrainer: one, or several with their average.
+
+    weights    all weights (or adapters) are trained
+    head       the head alone, fitted to the states of the frozen model, which are computed once: for a CPU
+
+The loss of a pair whose rewards differ by d is its cross-entropy against P(chosen is better)
+(`trainers.labels`), plus a pull of all rewards towards 0 (Eisenstein et al. 2023, arXiv:2312.09244, sec. 4).
+
+Afterwards rewards are moved so that their mean over a reference set is 0: the held-out answers, or else those
+trained on. The move stands as `reward_shift` in the model's config.json, where `trainers.policy.load_reward`
+takes it off every reward. Another loader's rewards are higher by it, all alike: their differences, and with
+them every preference, are the same.
+
+Several members start from the same weights, head included, and differ in seed and order of rows. The
+Checkpoint is then their average (WARM, see `trainers.averaging`), and OUTPUT/members/0, 1, … are Checkpoints
+themselves, to be used as an ensemble: the mean of their rewards, and how far they disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from cai_graph.errors import ConfigError, DataError
+from trainers import head, reliability
+from trainers.averaging import averaged
+from trainers.checkpoint import Checkpoint
+from trainers.config import plain
+from trainers.encoding import Encoder, Row, Shape
+from trainers.labels import READS, Labelled, label_of, soft_loss
+from trainers.policy import batch_of
+from trainers.reliability import Pair
+from trainers.stages import Run, StageConfig, run
+
+__all__ = ["MEMBERS", "Config", "members", "train"]
+
+MEMBERS = "members"
+"""The folder of an ensemble's members, in that of their average."""
+PLOT = "reliability.svg"
+REFERENCE = 512
+"""Pairs of the reference set, at most."""
+HELD_OUT = "heldout.jsonl"
+"""Rewards of the held-out pairs, a line each."""
+_SCORED = 16
+_BEGINNING = 64
+"""Tokens of a prompt that tell it from others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """What reward modelling is told."""
+
+    learning_rate: float = 1e-5
+    """Highest learning rate, of AdamW (Lee et al. 2023, appendix)."""
+    trains: Literal["weights", "head"] = "weights"
+    """`head`: the model is frozen and its head fitted; depth and L2 penalty are chosen by cross-validation,
+    and what is said here of learning rate, passes and batches has no effect."""
+    layers: int | None = None
+    """Keep the model's lowest this many layers; None: all. With `head`, the most that are tried."""
+    members: int = 1
+    """Reward models that are trained; of several the Checkpoint is the average."""
+    center_rewards_coefficient: float = 0.01
+    """Weight of the mean squared sum of a pair's rewards in the loss, as TRL names it; 0 leaves it out."""
+    by: str = "source"
+    """Column that the held-out figures are kept apart by."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("layers", "members"):
+            if (found := getattr(self, name)) is not None and found < 1:
+                raise ConfigError(f"{name} is a number from 1, found {found!r}")
+        if self.center_rewards_coefficient < 0:
+            raise ConfigError(
+                f"center_rewards_coefficient is a number from 0, found {self.center_rewards_coefficient!r}"
+            )
+        if self.trains == "head" and self.lora is not None:
+            raise ConfigError("trains: head leaves the model as it is, and lora changes it; leave one out")
+        if self.trains == "head" and self.members > 1:
+            raise ConfigError(
+                "members: a head on a frozen model has one optimum, which every member would find; "
+                "train weights, or one member"
+            )
+
+
+def train(config: Config) -> Checkpoint:
+    """Train on pairs of answers, and return the Checkpoint.
+
+    Rows are `prompt`, `chosen` and `rejected`, with `p_chosen` in [0, 1] (1 where it is absent) and `weight`
+    above 0 (1 where it is absent); weights are scaled to a mean of 1. Held-out rows give the figures:
+    accuracy, calibration error and loss, of all and by group, and a reliability plot.
+
+    Raises:
+        CaiError: as `trainers.stages.run` says.
+    """
+    if config.members == 1:
+        return _one(config, config.seed)
+    if config.output.exists():
+        raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
+    work = config.output.with_name(config.output.name + ".members")
+    made = []
+    for number in range(config.members):
+        folder = work / str(number)
+        one = dataclasses.replace(config, members=1, seed=config.seed + number, output=folder)
+        made.append(_resumed(one) or _one(one, config.seed))
+    found = _average(config, made)
+    shutil.rmtree(work)
+    return found
+
+
+def members(folder: Path) -> tuple[Path, ...]:
+    """Return the folders of an ensemble's members; none where the checkpoint is one reward model."""
+    found = (folder / MEMBERS).glob("*/config.json")
+    return tuple(sorted((path.parent for path in found), key=lambda path: int(path.name)))
+
+
+def _one(config: Config, head_seed: int) -> Checkpoint:
+    return run(config, _shape(config), lambda begun: _trainer(begun, config, head_seed))
+
+
+def _resumed(config: Config) -> Checkpoint | None:
+    """Return a member that an interrupted run had finished, if it is the same one."""
+    if not config.output.exists():
+        return None
+    found = Checkpoint.open(config.output)
+    if found.manifest is None or found.manifest.config != plain(config):
+        raise ConfigError(
+            f"{config.output}: is a member of a run that was begun otherwise; remove {config.output.parent}"
+        )
+    return found
+
+
+def _shape(config: Config) -> Shape:
+    def encode(encoder: Encoder, row: Row) -> list[dict[str, Any]]:
+        label = label_of(row)
+        pair = encoder.pair(row)
+        return [
+            {
+                "chosen_ids": pair.prompt + pair.chosen,
+                "rejected_ids": pair.prompt + pair.rejected,
+                **label,
+                "group": str(row.get(config.by, "")),
+                "prompt": hashlib.sha256(json.dumps(pair.prompt[:_BEGINNING]).encode()).hexdigest(),
+            }
+        ]
+
+    return Shape(stage="reward", kinds=("preference",), reads=READS, encode=encode)
+
+
+# --- the trainer --------------------------------------------------------------------------------------
+
+
+class Rewards(NamedTuple):
+    """What a model gives the two answers of a pair."""
+
+    chosen: float
+    rejected: float
+
+
+def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoint] = ()) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardConfig
+
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(head_seed)  # members begin with one head
+        model = begun.model(AutoModelForSequenceClassification, num_labels=1)
+    model.config.reward_shift = 0.0  # of the model that it starts from
+    model.config.pad_token_id = begun.tokenizer.pad_token_id
+    if config.layers is not None:
+        head.build(model, config.layers)
+    kind = _average_trainer() if made else _head_trainer() if config.trains == "head" else _soft_trainer()
+    trainer = kind(
+        model=model,
+        args=RewardConfig(**begun.arguments(), max_length=None, center_rewards_coefficient=None),
+        train_dataset=begun.train,
+        processing_class=begun.tokenizer,
+        peft_config=None if made else begun.adapter("SEQ_CLS"),
+    )
+    trainer.begin(begun, config, made)
+    return trainer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' note that a head is new off the terminal; errors pass."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@cache
+def _soft_trainer() -> Any:
+    """Return TRL's trainer with the soft loss in place of its own, and with figures at the end."""
+    import torch
+    from trl import RewardTrainer
+
+    class SoftRewardTrainer(RewardTrainer):  # type: ignore[misc]
+        """Reward modelling with soft labels and weights, on rows that are token ids already."""
+
+        data_collator: Any
+        _signature_columns: Any
+
+        def begin(self, begun: Run, config: Config, made: Sequence[Checkpoint]) -> None:
+            """Take what is needed beside what TRL needs."""
+            self.begun, self.stage, self.made = begun, config, made
+            self.data_collator = Labelled(self.data_collator)
+            self.mean_weight = statistics.fmean(begun.train["weight"])
+
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = sorted({*self._signature_columns, "p_chosen", "weight"})
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            p_chosen, weights = inputs.pop("p_chosen"), inputs.pop("weight") / self.mean_weight
+            _, outputs = super().compute_loss(model, inputs, return_outputs=True)  # keeps TRL's figures
+            chosen, rejected = outputs.logits.squeeze(-1).float().chunk(2)
+            loss = soft_loss(chosen - rejected, p_chosen, weights).mean()
+            loss = loss + self.stage.center_rewards_coefficient * (chosen + rejected).square().mean()
+            return (loss, outputs) if return_outputs else loss
+
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            """Train, then centre the rewards and measure them."""
+            found = super().train(*args, **kwargs)
+            if self.state.global_step >= self.state.max_steps:  # or else it was interrupted
+                self.measure()
+            return found
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            """Do nothing: `measure` has."""
+            return {}
+
+        def measure(self) -> None:
+            """Centre the rewards, and write the figures of held-out pairs."""
+            test, train = self.begun.test, self.begun.train
+            rows = test if test is not None else train.select(range(min(REFERENCE, len(train))))
+            raw = self.rewards(rows)
+            shift = statistics.fmean(reward for pair in raw[:REFERENCE] for reward in pair)
+            if not math.isfinite(shift):
+                raise DataError(f"the mean reward of {len(raw):,} pairs is {shift}; lower learning_rate")
+            self.accelerator.unwrap_model(self.model).config.reward_shift = shift
+            self.log({"reward_shift": shift})
+            if test is None:
+                return
+            found = [Rewards(pair.chosen - shift, pair.rejected - shift) for pair in raw]
+            pairs = _pairs(found, rows)
+            self.log(_named("eval", pairs))
+            if self.accelerator.is_main_process:
+                reliability.plot(self.begun.beside / PLOT, pairs, self.stage.output.name)
+                _write(self.begun.beside / HELD_OUT, found, rows)
+
+        @torch.no_grad()
+        def rewards(self, rows: Any) -> list[Rewards]:
+            """Return the rewards of pairs. Every process computes all: parts of a model may be on each."""
+            self.model.eval()
+            texts = [*rows["chosen_ids"], *rows["rejected_ids"]]
+            found = [0.0] * len(texts)
+            by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+            for start in range(0, len(texts), _SCORED):
+                some = by_length[start : start + _SCORED]
+                ids, mask = batch_of(
+                    [texts[number] for number in some],
+                    pad=self.begun.tokenizer.pad_token_id,
+                    left=False,
+                    device=self.accelerator.device,
+                )
+                logits = self.model_wrapped(input_ids=ids, attention_mask=mask).logits
+                for number, value in zip(some, logits[:, 0].float().tolist(), strict=True):
+                    found[number] = value
+            return list(map(Rewards, found[: len(rows)], found[len(rows) :]))
+
+    return SoftRewardTrainer
+
+
+@cache
+def _head_trainer() -> Any:
+    """Return a trainer that fits the head and leaves the model."""
+    import numpy
+    import torch
+
+    class HeadTrainer(_soft_trainer()):  # type: ignore[misc]
+        """The head alone, on the states of the frozen model."""
+
+        def train(self, *args: Any, **kwargs: Any) -> None:
+            """Choose depth and penalty, fit, and measure."""
+            begun, train, model = self.begun, self.begun.train, self.model
+            if self.accelerator.num_processes > 1:
+                raise ConfigError("trains: head is a fit of one process; start it without accelerate launch")
+            self.depths = head.depths(len(model.base_model.layers))
+            model.eval().to(torch.bfloat16 if _bf16(begun) else torch.float32)
+            found = self.states(train)
+            p_chosen = numpy.array(train["p_chosen"])
+            weights = numpy.array(train["weight"]) / self.mean_weight
+            prompts = [prompt.encode() for prompt in train["prompt"]]
+            tried = head.choose(found, self.depths, p_chosen, weights, prompts)
+            best, self.place = tried[0], self.depths.index(tried[0].depth)
+            margins = found[:, 0, self.place] - found[:, 1, self.place].astype(float)
+            self.fit = head.fit(margins, p_chosen, weights, best.penalty)
+            self.measure()
+            # What is frozen was rounded before it was read; the head must not be.
+            head.build(model.float(), best.depth, self.fit.weight)
+            lines = "".join(json.dumps(one._asdict()) + "\n" for one in tried)
+            (begun.beside / "choices.jsonl").write_text(lines, encoding="utf-8")
+            self.log({"loss": self.fit.loss, **{f"cv_{key}": value for key, value in best._asdict().items()}})
+
+        def states(self, rows: Any) -> Any:
+            """Return the states of pairs at every depth."""
+            pairs = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
+            return head.states(self.model, pairs, self.depths, self.begun.work / "states")
+
+        def rewards(self, rows: Any) -> list[Rewards]:
+            """Return the rewards of pairs, out of their states."""
+            told = self.states(rows)[:, :, self.place].astype(float) @ self.fit.weight
+            return [Rewards(*pair) for pair in told.tolist()]
+
+    return HeadTrainer
+
+
+def _bf16(begun: Run) -> bool:
+    """Return whether the frozen model is read in bf16: where the machine multiplies in it."""
+    import torch
+
+    if begun.config.precision != "auto":
+        return begun.config.precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+# --- several ------------------------------------------------------------------------------------------
+
+
+def _average(config: Config, made: Sequence[Checkpoint]) -> Checkpoint:
+    return run(config, _shape(config), lambda begun: _trainer(begun, config, config.seed, made))
+
+
+@cache
+def _average_trainer() -> Any:
+    """Return a trainer that averages the members."""
+
+    class AverageTrainer(_soft_trainer()):  # type: ignore[misc]
+        """The mean of the members' weights."""
+
+        def train(self, *args: Any, **kwargs: Any) -> None:
+            """Take the average, measure it, and put the members beside it."""
+            from transformers import AutoModelForSequenceClassification
+
+            weights = [
+                AutoModelForSequenceClassification.from_pretrained(
+                    one.path, local_files_only=True, trust_remote_code=False
+                ).state_dict()
+                for one in self.made
+            ]
+            self.model.load_state_dict(averaged(weights))
+            self.measure()
+            self.log(_ensemble(self.made))
+            if self.accelerator.is_main_process:
+                for number, one in enumerate(self.made):
+                    folder = self.begun.beside / MEMBERS / str(number)
+                    shutil.copytree(one.path, folder, dirs_exist_ok=True)
+
+    return AverageTrainer
+
+
+def _ensemble(made: Sequence[Checkpoint]) -> dict[str, float]:
+    """Return the held-out figures of the mean of the members' rewards, and how far the members disagree."""
+    files = [one.path / HELD_OUT for one in made]
+    if not all(file.exists() for file in files):
+        return {}
+    read = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    together = list(zip(*read, strict=True))
+    pairs = [
+        Pair(
+            statistics.fmean(one["chosen"] - one["rejected"] for one in rows),
+            rows[0]["p_chosen"],
+            rows[0]["group"],
+        )
+        for rows in together
+    ]
+    apart = [statistics.pstdev(one[side] for one in rows) for rows in together for side in Rewards._fields]
+    alone = [
+        reliability.measured(
+            [Pair(one["chosen"] - one["rejected"], one["p_chosen"], one["group"]) for one in rows]
+        )[reliability.ALL].accuracy
+        for rows in read
+    ]
+    return _named("ensemble", pairs) | {
+        "ensemble_disagreement": statistics.fmean(apart),
+        "members_accuracy": statistics.fmean(alone),
+    }
+
+
+# --- figures ------------------------------------------------------------------------------------------
+
+
+def _pairs(found: Sequence[Rewards], rows: Any) -> list[Pair]:
+    labels = zip(found, rows["p_chosen"], rows["group"], strict=True)
+    return [Pair(pair.chosen - pair.rejected, p, group) for pair, p, group in labels]
+
+
+def _named(prefix: str, pairs: Sequence[Pair]) -> dict[str, float]:
+    found = reliability.figures(reliability.measured(pairs))
+    return {f"{prefix}_{name}": value for name, value in found.items()}
+
+
+def _write(path: Path, found: Sequence[Rewards], rows: Any) -> None:
+    labels = zip(found, rows["p_chosen"], rows["group"], strict=True)
+    lines = [{**pair._asdict(), "p_chosen": p, "group": group} for pair, p, group in labels]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
