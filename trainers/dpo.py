@@ -1,30 +1,23 @@
 """Direct preference optimisation on soft labels, over TRL's DPOTrainer.
 
 The loss of a pair (Rafailov et al. 2023, eq. 7), with the margin d = beta (log-ratio of chosen − log-ratio of
-rejected), is here the cross-entropy against P(chosen is better):
-
-    w · −(p log σ(d) + (1 − p) log σ(−d))
-
-With p = 1 it is the paper's; with p = 0.6 its least value is H(0.6) at d = logit 0.6, so that a pair about
-which the judges were unsure pulls the answers no further apart than that.
+rejected), is here the cross-entropy against P(chosen is better); see `trainers.soft`. With p = 1 it is the
+paper's.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cai_graph.errors import ConfigError, DataError
+from cai_graph.errors import ConfigError
 from trainers.checkpoint import Checkpoint
 from trainers.encoding import Encoder, Row, Shape
+from trainers.soft import READS, Labelled, label_of, soft_loss
 from trainers.stages import Run, StageConfig, run
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["Config", "soft_loss", "train"]
+__all__ = ["Config", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,46 +48,19 @@ def train(config: Config) -> Checkpoint:
     Raises:
         CaiError: as `trainers.stages.run` says.
     """
-    reads = frozenset({"p_chosen", "weight", "margin"})
-    shape = Shape(stage="dpo", kinds=("preference",), reads=reads, encode=_encode)
+    shape = Shape(stage="dpo", kinds=("preference",), reads=READS, encode=_encode)
     return run(config, shape, lambda begun: _trainer(begun, config))
 
 
-def soft_loss(margins: Tensor, p_chosen: Tensor, weights: Tensor) -> Tensor:
-    """Return the loss of each pair in nats.
-
-    Args:
-        margins: (B,) beta times the difference of the log-ratios.
-        p_chosen: (B,) P(chosen is better), in [0, 1].
-        weights: (B,) above 0.
-
-    Returns:
-        (B,) weight times the cross-entropy.
-    """
-    from torch.nn.functional import logsigmoid
-
-    # log σ(−d) = log σ(d) − d
-    return weights * ((1 - p_chosen) * margins - logsigmoid(margins))
-
-
 def _encode(encoder: Encoder, row: Row) -> list[dict[str, Any]]:
-    p_chosen, weight = row.get("p_chosen", 1.0), row.get("weight", 1.0)
-    if "margin" in row and "p_chosen" not in row:
-        raise DataError(
-            "has a 'margin' and no 'p_chosen', which is what dpo reads; p_chosen = (1 + margin) / 2"
-        )
-    if not isinstance(p_chosen, int | float) or not 0 <= p_chosen <= 1:
-        raise DataError(f"'p_chosen' is a probability, found {p_chosen!r}")
-    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise DataError(f"'weight' is a number above 0, found {weight!r}")
+    label = label_of(row)
     pair = encoder.pair(row)
     return [
         {
             "prompt_ids": pair.prompt,
             "chosen_ids": pair.chosen,
             "rejected_ids": pair.rejected,
-            "p_chosen": float(p_chosen),
-            "weight": float(weight),
+            **label,
         }
     ]
 
@@ -127,18 +93,6 @@ def _soft_trainer() -> Any:
     """Return TRL's trainer with the soft loss in place of its own."""
     import torch
     from trl import DPOTrainer
-
-    class Labelled:
-        """A collator that keeps labels and weights beside what another one makes."""
-
-        def __init__(self, pairs: Any) -> None:
-            self.pairs = pairs
-
-        def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-            batch: dict[str, Any] = self.pairs(rows)
-            for name in ("p_chosen", "weight"):
-                batch[name] = torch.tensor([row[name] for row in rows], dtype=torch.float32)
-            return batch
 
     class Seen:
         """A model that keeps the token log-probabilities of its last pass."""

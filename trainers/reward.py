@@ -4,7 +4,7 @@
     head       the head alone, fitted to the states of the frozen model, which are computed once: for a CPU
 
 The loss of a pair whose rewards differ by d is its cross-entropy against P(chosen is better)
-(`trainers.labels`), plus a pull of all rewards towards 0 (Eisenstein et al. 2023, arXiv:2312.09244, sec. 4).
+(`trainers.soft`), plus a pull of all rewards towards 0 (Eisenstein et al. 2023, arXiv:2312.09244, sec. 4).
 
 Afterwards rewards are moved so that their mean over a reference set is 0: the held-out answers, or else those
 trained on. The move stands as `reward_shift` in the model's config.json, where `trainers.policy.load_reward`
@@ -24,6 +24,7 @@ import json
 import math
 import shutil
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,18 +33,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError
-from trainers import head, reliability
+from trainers import frozen, reliability
 from trainers.averaging import averaged
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
-from trainers.encoding import Encoder, Row, Shape
-from trainers.labels import READS, Labelled, label_of, soft_loss
+from trainers.encoding import Encoder, Row, Shape, open_data
 from trainers.policy import batch_of
 from trainers.reliability import Pair
+from trainers.rows import Kind
+from trainers.soft import READS, Labelled, label_of, soft_loss
 from trainers.stages import Run, StageConfig, run
 
 __all__ = ["MEMBERS", "Config", "members", "train"]
 
+KINDS: tuple[Kind, ...] = ("preference",)
+"""Of datasets that are read."""
 MEMBERS = "members"
 """The folder of an ensemble's members, in that of their average."""
 PLOT = "reliability.svg"
@@ -132,7 +136,8 @@ def _resumed(config: Config) -> Checkpoint | None:
     if not config.output.exists():
         return None
     found = Checkpoint.open(config.output)
-    if found.manifest is None or found.manifest.config != plain(config):
+    wanted = json.loads(json.dumps(plain(config))), open_data(config.data, KINDS).digest
+    if found.manifest is None or (found.manifest.config, found.manifest.data["digest"]) != wanted:
         raise ConfigError(
             f"{config.output}: is a member of a run that was begun otherwise; remove {config.output.parent}"
         )
@@ -153,7 +158,7 @@ def _shape(config: Config) -> Shape:
             }
         ]
 
-    return Shape(stage="reward", kinds=("preference",), reads=READS, encode=encode)
+    return Shape(stage="reward", kinds=KINDS, reads=READS, encode=encode)
 
 
 # --- the trainer --------------------------------------------------------------------------------------
@@ -177,7 +182,7 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
     model.config.reward_shift = 0.0  # of the model that it starts from
     model.config.pad_token_id = begun.tokenizer.pad_token_id
     if config.layers is not None:
-        head.build(model, config.layers)
+        frozen.build(model, config.layers)
     kind = _average_trainer() if made else _head_trainer() if config.trains == "head" else _soft_trainer()
     trainer = kind(
         model=model,
@@ -193,8 +198,9 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' note that a head is new off the terminal; errors pass."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -299,22 +305,23 @@ def _head_trainer() -> Any:
 
         def train(self, *args: Any, **kwargs: Any) -> None:
             """Choose depth and penalty, fit, and measure."""
-            begun, train, model = self.begun, self.begun.train, self.model
+            started, begun, train, model = time.monotonic(), self.begun, self.begun.train, self.model
             if self.accelerator.num_processes > 1:
                 raise ConfigError("trains: head is a fit of one process; start it without accelerate launch")
-            self.depths = head.depths(len(model.base_model.layers))
+            self.depths = frozen.depths(len(model.base_model.layers))
             model.eval().to(torch.bfloat16 if _bf16(begun) else torch.float32)
             found = self.states(train)
             p_chosen = numpy.array(train["p_chosen"])
             weights = numpy.array(train["weight"]) / self.mean_weight
             prompts = [prompt.encode() for prompt in train["prompt"]]
-            tried = head.choose(found, self.depths, p_chosen, weights, prompts)
+            tried = frozen.choose(found, self.depths, p_chosen, weights, prompts)
             best, self.place = tried[0], self.depths.index(tried[0].depth)
             margins = found[:, 0, self.place] - found[:, 1, self.place].astype(float)
-            self.fit = head.fit(margins, p_chosen, weights, best.penalty)
+            self.fit = frozen.fit(margins, p_chosen, weights, best.penalty)
+            begun.seconds = time.monotonic() - started
             self.measure()
             # What is frozen was rounded before it was read; the head must not be.
-            head.build(model.float(), best.depth, self.fit.weight)
+            frozen.build(model.float(), best.depth, self.fit.weight)
             lines = "".join(json.dumps(one._asdict()) + "\n" for one in tried)
             (begun.beside / "choices.jsonl").write_text(lines, encoding="utf-8")
             self.log({"loss": self.fit.loss, **{f"cv_{key}": value for key, value in best._asdict().items()}})
@@ -322,7 +329,7 @@ def _head_trainer() -> Any:
         def states(self, rows: Any) -> Any:
             """Return the states of pairs at every depth."""
             pairs = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
-            return head.states(self.model, pairs, self.depths, self.begun.work / "states")
+            return frozen.states(self.model, pairs, self.depths, self.begun.work / "states")
 
         def rewards(self, rows: Any) -> list[Rewards]:
             """Return the rewards of pairs, out of their states."""
@@ -339,7 +346,7 @@ def _bf16(begun: Run) -> bool:
     if begun.config.precision != "auto":
         return begun.config.precision == "bf16"
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -368,6 +375,7 @@ def _average_trainer() -> Any:
                 for one in self.made
             ]
             self.model.load_state_dict(averaged(weights))
+            self.begun.seconds = math.fsum(one.manifest.seconds for one in self.made if one.manifest)
             self.measure()
             self.log(_ensemble(self.made))
             if self.accelerator.is_main_process:

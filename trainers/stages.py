@@ -143,6 +143,8 @@ class Run:
     """Rows to measure on at the end, encoded."""
     counts: dict[str, Any]
     """What became of the rows of the data."""
+    seconds: float | None = None
+    """Seconds of training, where a stage does not train in updates."""
     beside: Path = field(init=False)
     """A folder whose files go into the Checkpoint: figures, plots."""
 
@@ -624,7 +626,7 @@ def _seconds(work: Path) -> float:
 def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
     if run.test is not None:
         trainer.evaluate()
-    seconds, metrics = _seconds(run.work), _metrics(trainer.state.log_history)
+    seconds, metrics = run.seconds or _seconds(run.work), _metrics(trainer.state.log_history)
     whole = run.work / "whole"
     if trainer.accelerator.is_main_process:
         shutil.rmtree(whole, ignore_errors=True)
@@ -664,7 +666,7 @@ def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
     for folder in (run.beside, run.work / "runs"):  # the latter is TensorBoard's
         if folder.exists():
             shutil.copytree(folder, whole if folder is run.beside else whole / "runs", dirs_exist_ok=True)
-    if run.config.lora is not None:
+    if hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
         checkpoint.merge(whole, trainer.accelerator.unwrap_model(trainer.model))
     made = checkpoint.seal(run.config.output, whole, manifest)
     shutil.rmtree(run.work, ignore_errors=True)

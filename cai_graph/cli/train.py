@@ -24,6 +24,11 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("sft", "Imitate answers: supervised fine-tuning.", "--set data=answers --set output=sft"),
+    Stage(
+        "reward",
+        "Rate answers, by soft labels: a reward model.",
+        "--set data=preferences --set output=reward",
+    ),
     Stage("dpo", "Prefer answers, by soft labels: DPO.", "--set data=preferences --set output=dpo"),
     Stage("kto", "Prefer answers that are labelled one by one: KTO.", "--set data=labelled --set output=kto"),
 )

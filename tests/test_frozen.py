@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_model
 
 from cai_graph.errors import ConfigError, DataError
-from trainers import head
+from trainers import frozen
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -45,19 +45,19 @@ def rewards(model: Any, rows: list[list[int]]) -> list[float]:
 def test_a_state_times_the_head_is_the_reward_of_the_classifier_of_that_depth(
     folder: Path, tmp_path: Path
 ) -> None:
-    found = head.states(classifier(folder), PAIRS, (2, 4, 6), tmp_path)
+    found = frozen.states(classifier(folder), PAIRS, (2, 4, 6), tmp_path)
 
     assert found.shape == (4, 2, 3, 16)
     for place, depth in enumerate((2, 4, 6)):
         weight = numpy.linspace(-1, 1, 16)
-        built = head.build(classifier(folder), depth, weight)
+        built = frozen.build(classifier(folder), depth, weight)
         flat = [row for pair in PAIRS for row in pair]
         told = found[:, :, place].astype(float) @ weight
         assert told.ravel() == pytest.approx(rewards(built, flat), abs=5e-3)  # float16 states
 
 
 def test_a_built_classifier_is_loaded_again_with_its_layers_and_head(folder: Path, tmp_path: Path) -> None:
-    built = head.build(classifier(folder), 3, numpy.ones(16))
+    built = frozen.build(classifier(folder), 3, numpy.ones(16))
     built.save_pretrained(tmp_path / "built")
     loaded = classifier(tmp_path / "built")
 
@@ -69,8 +69,8 @@ def test_a_pair_read_in_one_pass_gives_the_states_of_two(folder: Path) -> None:
     decoder = classifier(folder).base_model
     with torch.inference_mode():
         for pair in PAIRS:
-            shared, ends = head._read_shared(decoder, *pair)
-            apart, alone = head._read_apart(decoder, *pair)
+            shared, ends = frozen._read_shared(decoder, *pair)
+            apart, alone = frozen._read_apart(decoder, *pair)
             for one, other in zip(shared, apart, strict=True):
                 torch.testing.assert_close(one[list(ends)], other[list(alone)], atol=1e-5, rtol=1e-4)
 
@@ -84,21 +84,21 @@ def test_an_interrupted_run_over_pairs_goes_on_where_it_was(folder: Path, tmp_pa
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        head.states(model, pairs, (6,), tmp_path, stop)
+        frozen.states(model, pairs, (6,), tmp_path, stop)
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(kept) == 2
-    found = head.states(model, pairs, (6,), tmp_path)
+    found = frozen.states(model, pairs, (6,), tmp_path)
 
     assert len(list(tmp_path.iterdir())) == 3
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
-    assert numpy.array_equal(found, head.states(model, pairs, (6,), tmp_path / "anew"))
+    assert numpy.array_equal(found, frozen.states(model, pairs, (6,), tmp_path / "anew"))
 
 
 def test_states_of_other_weights_are_not_taken_from_the_cache(folder: Path, tmp_path: Path) -> None:
-    before = head.states(classifier(folder), PAIRS, (6,), tmp_path)
+    before = frozen.states(classifier(folder), PAIRS, (6,), tmp_path)
     other = tiny_model(tmp_path / "other", seed=1, layers=6)
 
-    assert not numpy.array_equal(before, head.states(classifier(other), PAIRS, (6,), tmp_path))
+    assert not numpy.array_equal(before, frozen.states(classifier(other), PAIRS, (6,), tmp_path))
 
 
 def test_broken_weights_are_named_by_the_pair(folder: Path, tmp_path: Path) -> None:
@@ -106,14 +106,14 @@ def test_broken_weights_are_named_by_the_pair(folder: Path, tmp_path: Path) -> N
     model.base_model.embed_tokens.weight.data[45] = math.nan
 
     with pytest.raises(DataError, match="pair 3: a hidden state is not finite"):
-        head.states(model, PAIRS, (6,), tmp_path)
+        frozen.states(model, PAIRS, (6,), tmp_path)
 
 
 def test_the_fit_of_a_soft_label_of_06_ends_at_the_entropy_of_06() -> None:
     # One dimension, one state: the loss is least where sigma(v) = 0.6, and is H(0.6) there.
     margins, p, weights = numpy.ones((50, 1)), numpy.full(50, 0.6), numpy.ones(50)
 
-    found = head.fit(margins, p, weights, penalty=1e-6)
+    found = frozen.fit(margins, p, weights, penalty=1e-6)
 
     assert found.loss == pytest.approx(0.6730, abs=1e-4)
     assert found.weight == pytest.approx([math.log(0.6 / 0.4)], abs=1e-3)
@@ -124,10 +124,10 @@ def test_a_pair_of_weight_2_counts_as_two_pairs() -> None:
     margins, p = rng.normal(size=(30, 4)), rng.uniform(0.5, 1, 30)
     weights = numpy.where(numpy.arange(30) < 10, 2.0, 1.0)
 
-    once = head.fit(margins, p, weights, penalty=1.0).weight
+    once = frozen.fit(margins, p, weights, penalty=1.0).weight
     twice = numpy.concatenate([margins, margins[:10]]), numpy.concatenate([p, p[:10]])
 
-    assert once == pytest.approx(head.fit(*twice, numpy.ones(40), penalty=1.0).weight, rel=1e-3)
+    assert once == pytest.approx(frozen.fit(*twice, numpy.ones(40), penalty=1.0).weight, rel=1e-3)
 
 
 def test_the_depth_that_tells_the_label_is_chosen() -> None:
@@ -136,7 +136,7 @@ def test_the_depth_that_tells_the_label_is_chosen() -> None:
     states = rng.normal(size=(200, 2, 2, 8))
     states[:, 0, 1, 3] += 2.0  # at the second depth, chosen answers stand out
 
-    best, *rest = head.choose(states, (2, 4), p, numpy.ones(200), [b"%d" % n for n in range(200)])
+    best, *rest = frozen.choose(states, (2, 4), p, numpy.ones(200), [b"%d" % n for n in range(200)])
 
     assert best.depth == 4
     assert best.accuracy > 0.85
@@ -146,7 +146,7 @@ def test_the_depth_that_tells_the_label_is_chosen() -> None:
 def test_states_that_say_nothing_are_not_believed() -> None:
     states = numpy.random.default_rng(0).normal(size=(200, 2, 1, 32))
 
-    best = head.choose(states, (2,), numpy.ones(200), numpy.ones(200), [b"%d" % n for n in range(200)])[0]
+    best = frozen.choose(states, (2,), numpy.ones(200), numpy.ones(200), [b"%d" % n for n in range(200)])[0]
 
     assert best.loss == pytest.approx(math.log(2), abs=0.01)
     assert best.penalty >= 100
@@ -154,4 +154,4 @@ def test_states_that_say_nothing_are_not_believed() -> None:
 
 def test_more_layers_than_the_model_has_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="layers is 9, and the model has 6"):
-        head.build(classifier(folder), 9)
+        frozen.build(classifier(folder), 9)
