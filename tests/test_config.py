@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +49,13 @@ def test_a_file_and_settings_make_a_config_and_settings_come_last(tmp_path: Path
         max_steps=7,
         lora=Part(rank=4, targets=("a", "b")),
     )
+
+
+def test_plain_writes_defaults_too_and_what_json_holds(tmp_path: Path) -> None:
+    config = read(Whole, written(tmp_path, "model: m\ndata: d"))
+
+    assert plain(config).keys() == {field.name for field in dataclasses.fields(Whole)}
+    assert json.loads(json.dumps(plain(config))) == plain(config)
 
 
 def test_what_plain_writes_reads_back_as_the_same_config(tmp_path: Path) -> None:

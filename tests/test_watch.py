@@ -127,7 +127,7 @@ def trained(
     policy = Policy(seed)
     heldout = [asked(number) for number in range(1000, 1064)]
     watch = Watch(
-        WatchConfig(every=10, stop=stop),
+        WatchConfig(judge="", every=10, stop=stop),
         judge=gold,
         reward=reward,
         prompts=heldout,
@@ -314,7 +314,7 @@ def watch_of(folder: Path, sample: Callable[[Sequence[Messages]], list[str]], **
         "sample": sample,
         "output": folder,
     }
-    return Watch(WatchConfig(every=2), **settings | changes)
+    return Watch(WatchConfig(judge="", every=2), **settings | changes)
 
 
 def test_refusals_of_benign_prompts_are_counted_and_their_rise_is_told(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_watch_that_could_not_tell_anything_is_refused(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="the held-out judge is the reward that is trained on"):
         watch_of(tmp_path, sample, judge=flawed)
     with pytest.raises(ConfigError, match=r"watch\.patience is a number from 1, found 0"):
-        WatchConfig(patience=0)
+        WatchConfig(judge="", patience=0)
     watch_of(tmp_path, sample).observe(step=0, kl=0.0, entropy=1.0)
     with pytest.raises(ConfigError, match="was watched with other held-out prompts"):
         watch_of(tmp_path, sample, prompts=[asked(number) for number in range(30)])

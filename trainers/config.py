@@ -53,7 +53,8 @@ def read(cls: type[C], path: Path | None, settings: Sequence[str] = ()) -> C:
 
 def plain(config: Any) -> dict[str, Any]:
     """Return a config as JSON values, whole; `read` gives the same config back."""
-    found: dict[str, Any] = msgspec.to_builtins(config, enc_hook=str, str_keys=True)
+    # msgspec writes what an object holds itself, and defaults may stand at its class.
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(dataclasses.asdict(config), enc_hook=str))
     return found
 
 

@@ -230,6 +230,17 @@ class Encoder:
             raise _Unfit(("drop-unfit",), "hold answers that are the same once they are cut")
         return found
 
+    def prompt(self, row: Row, room: int) -> list[dict[str, Any]]:
+        """Return a row's conversation as it is, if an answer of so many tokens has room behind it."""
+        asked: list[dict[str, Any]] | str = self._of(row, "prompt")
+        if isinstance(asked, str):
+            raise DataError("'prompt' is a text; online training asks in conversations, lists of turns")
+        length = len(self._templated(row, asked, add_generation_prompt=True)) + room
+        self.longest = max(self.longest, length)
+        if length > self._max_tokens:
+            raise _Unfit(("drop-long",), "leave no room for an answer within max_tokens")
+        return asked
+
     def _of(self, row: Row, name: str) -> Any:
         if name not in row:
             raise DataError(f"has no {name!r}; it has {', '.join(row)}")

@@ -19,7 +19,7 @@ from cai_graph.errors import DataError, MissingExtra
 from trainers.rows import Turn
 from trainers.split import key_of, normalise
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "prompts_in"]
 
 _WORDS = 13
 _COLUMNS = ("prompt", "question", "goal", "behavior", "instruction", "input", "text", "messages")
@@ -40,7 +40,7 @@ class HeldOut:
         self._grams: set[int] = set()
         for path in paths:
             found = False
-            for text in _prompts(Path(path)):
+            for text in prompts_in(Path(path)):
                 if normal := normalise(text):
                     found = True
                     self._keys.add(key_of(text))
@@ -64,7 +64,13 @@ def _grams(normal: str) -> Iterator[int]:
         yield xxh3_64_intdigest(" ".join(words[start : start + _WORDS]).encode("utf-8", "surrogatepass"))
 
 
-def _prompts(path: Path) -> Iterator[str]:
+def prompts_in(path: Path) -> Iterator[str]:
+    """Yield the user messages in a set of prompts, in one of the forms that `HeldOut` reads.
+
+    Raises:
+        DataError: it cannot be read.
+        MissingExtra: it is Parquet, and pyarrow is not installed.
+    """
     try:
         suffixes = [suffix.lower() for suffix in path.suffixes]
         packed = suffixes[-1:] == [".gz"]

@@ -38,14 +38,19 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 from xxhash import xxh3_128_hexdigest
 
+from cai_graph import bridge
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
-from trainers.probe import REFUSAL
+from trainers.heldout import prompts_in
+from trainers.labels import REFUSAL
+from trainers.policy import Messages
+from trainers.rewards import Reward, Spec, parse
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,9 +58,6 @@ if TYPE_CHECKING:
     Array = NDArray[numpy.float64]
 
 __all__ = ["Decision", "Observation", "Reading", "Watch", "WatchConfig", "boilerplate", "decide", "plot"]
-
-Messages = list[dict[str, Any]]
-"""A conversation, as in the rows of a dataset."""
 
 ANSWERS = 2
 """Answers to each held-out prompt in an observation: the least that shows a covariance."""
@@ -73,17 +75,24 @@ _WORD = re.compile(r"[぀-ヿ㐀-鿿]|\w+")
 _PLOT_EVERY_S = 30.0
 
 
-class Score(Protocol):
-    """What scores answers: a `Reward` of trainers/rewards.py."""
-
-    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str], /) -> list[float]:
-        """Return a finite score for each answer."""
+Score = Callable[[Sequence[Messages], Sequence[str]], list[float]]
+"""What scores answers, a finite number for each: a `Reward`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchConfig:
     """When a run is observed, and how long the watch waits."""
 
+    judge: Spec
+    """Who gives the held-out score, as `trainers.rewards.parse` reads it; never what is trained on."""
+    prompts: int = 64
+    """Held-out prompts, from the beginning of the dataset's test rows; at least 16. Twice as many show a fall
+    that is smaller by √2."""
+    benign: Path | None = None
+    """Harmless prompts, to count refusals of: JSONL, JSON, CSV, Parquet, or text with one a line. None: the
+    few that the package brings, in English."""
+    evasion: str | None = None
+    """The local model whose probe reads evasion, such as `local`; None: by how answers open, in English."""
     every: int = 10
     """Steps between two observations of the held-out prompts."""
     patience: int = 2
@@ -92,9 +101,9 @@ class WatchConfig:
     """Whether the run is stopped; otherwise the watch only writes what it sees."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"watch.{name} is a number from 1, found {getattr(self, name)!r}")
+        for name, least in (("every", 1), ("patience", 1), ("prompts", FEWEST)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"watch.{name} is a number from {least}, found {getattr(self, name)!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,6 +277,44 @@ def opens_with_refusal(prompts: Sequence[Messages], answers: Sequence[str]) -> l
     return [not answer.strip() or REFUSAL.match(answer) is not None for answer in answers]
 
 
+def benign_prompts(config: WatchConfig) -> list[Messages]:
+    """Return the harmless prompts that refusals are counted on.
+
+    Raises:
+        DataError: the file cannot be read, or holds no prompt.
+    """
+    if config.benign is None:
+        lines = files("cai_graph").joinpath("sample/prompts.jsonl").read_text("utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        texts = [row["prompt"] for row in rows if row["kind"] == "benign"]
+    else:
+        texts = list(prompts_in(config.benign))
+        if not texts:
+            raise DataError(f"{config.benign}: holds no prompt")
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def by_probe(model: str) -> Callable[[Sequence[Messages], Sequence[str]], list[bool]]:
+    """Return what reads evasion from a local model's probe, at the threshold of its card.
+
+    Raises:
+        ConfigError: there is no probe for this model.
+        MissingExtra: the extra `local` is not installed.
+    """
+    from cai_graph.probe import Probe
+
+    probe = Probe.for_model(model)
+    if probe is None:
+        raise ConfigError(f"watch.evasion {model!r}: there is no probe for this model; `local` has one")
+
+    async def read(prompts: Sequence[Messages], answers: Sequence[str]) -> list[bool]:
+        asked = [str(prompt[-1].get("content") or "") for prompt in prompts]
+        found = [await probe.read(request, answer) for request, answer in zip(asked, answers, strict=True)]
+        return [reading.evasion >= probe.thresholds["evasion"] for reading in found]
+
+    return lambda prompts, answers: bridge.run(lambda _: read(prompts, answers))
+
+
 # --- the watch ----------------------------------------------------------------------------------------
 
 
@@ -289,6 +336,46 @@ class Watch:
         ConfigError: there are too few held-out prompts, or the folder is of a run with others.
         DataError: its files from before the interrupt are damaged.
     """
+
+    @classmethod
+    def of(
+        cls,
+        config: WatchConfig,
+        *,
+        reward: Reward,
+        heldout: Sequence[Messages],
+        sample: Callable[[Sequence[Messages]], list[str]],
+        output: Path,
+    ) -> Watch:
+        """Return the watch that a stage's config asks for; opens its judge, benign prompts and probe.
+
+        Args:
+            config: as the user wrote it.
+            reward: what the policy is trained on.
+            heldout: prompts that it is not trained on, of which the first ones are used.
+            sample: as for the class.
+            output: as for the class.
+
+        Raises:
+            ConfigError: the judge is the reward, there is no such judge, or there are too few prompts.
+            DataError: the benign prompts cannot be read.
+        """
+        judge = parse(config.judge)
+        if judge.name == reward.name:
+            raise ConfigError(
+                f"watch.judge is {judge.name}, which the policy is trained on; name another judge, such as "
+                "judge:local, or a reward model that was trained on other labels"
+            )
+        return cls(
+            config,
+            judge=judge,
+            reward=reward,
+            prompts=heldout[: config.prompts],
+            benign_prompts=benign_prompts(config),
+            sample=sample,
+            output=output,
+            evades=opens_with_refusal if config.evasion is None else by_probe(config.evasion),
+        )
 
     def __init__(
         self,

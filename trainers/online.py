@@ -1,0 +1,439 @@
+"""Online training: RLOO and GRPO over TRL's trainers, on any reward, under the Goodhart watch.
+
+RLOO (Ahmadian et al. 2024, arXiv:2402.14740) is REINFORCE with the other answers to a prompt as the baseline,
+which is how Lee et al. 2023 (arXiv:2309.00267) trained RLAIF; GRPO (Shao et al. 2024, arXiv:2402.03300)
+divides by the group's standard deviation besides. Both draw `answers` to each prompt and learn from how these
+compare. What is set otherwise than by TRL:
+
+    beta       0.05 for both. TRL's GRPO has none, and a learned reward without an anchor is soon exploited.
+    reference  the model that training starts from, read from its folder, also after a resumption.
+    reward     a Reward of trainers/rewards.py, which gives a number for every answer or raises. TRL trains on
+               what is left where some have none, and goes on without a gradient where all have none; here the
+               run is paused with a point to go on from.
+    watch      sees every update, stops the run and takes it back to its best weights; see trainers/watch.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cai_graph.errors import CaiError, ConfigError
+from trainers.checkpoint import Checkpoint
+from trainers.encoding import Encoder, Row, Shape
+from trainers.policy import Messages, Policy, sample
+from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, parse
+from trainers.stages import Run, StageConfig, run
+from trainers.watch import Decision, Watch, WatchConfig, benign_prompts
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Config", "Vllm", "train"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vllm:
+    """Answers are drawn by vLLM, through TRL, which hands it the new weights after every update."""
+
+    mode: Literal["colocate", "server"] = "colocate"
+    """On the GPUs that train, or on a server of its own."""
+    url: str | None = None
+    """The server, such as http://10.0.0.2:8000; only for `server`."""
+
+    def __post_init__(self) -> None:
+        if (self.url is not None) != (self.mode == "server"):
+            raise ConfigError("vllm.url is the address of the server, and goes with vllm.mode server alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(StageConfig):
+    """What online training is told. A row is an answer: batch_size counts answers, not prompts."""
+
+    reward: Spec
+    """What the policy is made better at, as `trainers.rewards.parse` reads it."""
+    watch: WatchConfig | None
+    """When the run is observed and stopped; null: by nobody."""
+    algorithm: Literal["rloo", "grpo"] = "rloo"
+    """RLOO, or GRPO."""
+    learning_rate: float = 1e-6
+    """Highest learning rate, of AdamW; with adapters 1e-5 is usual."""
+    answers: int = 4
+    """Answers to each prompt, from 2; batch_size x accumulate x processes is a multiple of it."""
+    max_answer: int = 256
+    """Longest answer, in tokens; a prompt has max_tokens less that."""
+    temperature: float = 1.0
+    """Of the answers, those that the watch asks for included."""
+    beta: float = 0.05
+    """Price of a nat of KL to the model that training starts from; 0: no anchor."""
+    vllm: Vllm | None = None
+    """Draw the answers by vLLM; null: by the model itself."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answers < 2:
+            raise ConfigError(f"answers is a number from 2, for they are compared; found {self.answers!r}")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        update = self.batch_size * self.accumulate * processes
+        if update % self.answers:
+            fits = ", ".join(str(n) for n in range(2, update + 1) if update % n == 0) or "none"
+            raise ConfigError(
+                f"an update has {update} answers (batch_size {self.batch_size} x accumulate "
+                f"{self.accumulate} x {processes} processes), which is no multiple of answers "
+                f"{self.answers}; answers that would do: {fits}"
+            )
+        if not 1 <= self.max_answer < self.max_tokens:
+            raise ConfigError(
+                f"max_answer is a number from 1 to below max_tokens {self.max_tokens}, found "
+                f"{self.max_answer!r}"
+            )
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature is a number above 0, found {self.temperature!r}")
+        if self.beta < 0:
+            raise ConfigError(f"beta is a number from 0, found {self.beta!r}")
+
+
+def train(config: Config) -> Checkpoint:
+    """Train on prompts, and return the Checkpoint; where the watch stopped the run, that of its best step.
+
+    Rows are `prompt`, a list of turns; the test rows are the held-out prompts of the watch. The manifest's
+    `data` says under `watch` what the watch did.
+
+    Raises:
+        RewardError: the reward or the judge is out, after all attempts. The run stays, with a point of the
+            last update, and goes on when it is started again.
+        CaiError: as `trainers.stages.run` says.
+    """
+    reward = parse(config.reward)
+    if config.vllm is not None:
+        _check_vllm()
+
+    def encode(encoder: Encoder, row: Row) -> list[dict[str, Any]]:
+        # As text: Arrow would give every turn all fields that one turn has.
+        return [{"prompt": json.dumps(encoder.prompt(row, config.max_answer))}]
+
+    shape = Shape(stage="online", kinds=("prompts",), encode=encode)
+    return run(config, shape, lambda begun: _trainer(begun, config, reward))
+
+
+def _check_vllm() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise ConfigError("vllm: is not installed here; pip install vllm, or leave vllm out")
+
+
+def _trainer(begun: Run, config: Config, reward: Reward) -> Any:
+    import trl
+
+    settings: dict[str, Any] = {
+        **begun.arguments(),
+        "num_generations": config.answers,
+        "max_completion_length": config.max_answer,
+        "temperature": config.temperature,
+        "beta": config.beta,
+        # A seed for each process would be set by TRL; the order of the prompts is that of the seed.
+        "shuffle_dataset": True,
+    }
+    if config.vllm is not None:
+        settings |= {"use_vllm": True, "vllm_mode": config.vllm.mode}
+        settings |= {"vllm_server_base_url": config.vllm.url} if config.vllm.url else {}
+    heldout = [] if begun.test is None else [json.loads(row["prompt"]) for row in begun.test]
+    begun.test = None  # the watch measures on them; TRL would have them answered once more
+    paid = _Paid(reward)
+    name = config.algorithm.upper()
+    # TRL fetches its trainers when they are asked for, and names them in no __all__.
+    arguments: Any = getattr(trl, f"{name}Config")(**settings)
+    trainer: Any = getattr(trl, f"{name}Trainer")(
+        model=begun.model(),
+        reward_funcs=paid.function,
+        args=arguments,
+        train_dataset=begun.train,
+        processing_class=begun.tokenizer,
+        peft_config=begun.adapter(),
+    )
+    trainer.data_collator = _decoded
+    paid.trainer = trainer
+    if config.watch is not None:
+        _Watched(trainer, begun, config, config.watch, reward, heldout, paid).attach()
+    return trainer
+
+
+def _decoded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "prompt": json.loads(row["prompt"])} for row in rows]
+
+
+# --- the reward ---------------------------------------------------------------------------------------
+
+
+class _Paid:
+    """A Reward as TRL calls it; keeps what the last answers were paid, for the watch."""
+
+    def __init__(self, reward: Reward) -> None:
+        self.reward = reward
+        self.trainer: Any = None
+        self.prompts: list[Messages] = []
+        self.answers: list[str] = []
+        self.rewards: list[float] = []
+        self.disagreement: list[float] | None = None
+
+    @property
+    def function(self) -> Callable[..., list[float]]:
+        """What TRL calls; its figures are named after it."""
+
+        def paid(prompts: list[Messages], completions: list[Any], **_: Any) -> list[float]:
+            return self._pay(prompts, [answer[-1]["content"] for answer in completions])
+
+        paid.__name__ = self.reward.name.rpartition("/")[2]
+        return paid
+
+    def _pay(self, prompts: list[Messages], answers: list[str]) -> list[float]:
+        error: CaiError | None = None
+        try:
+            self.rewards = self.reward(prompts, answers)
+            if isinstance(self.reward, EnsembleReward):
+                self.disagreement = self.reward.disagreement(prompts, answers)
+        except CaiError as found:
+            error = found
+        _paused_on(error, self.trainer)
+        self.prompts, self.answers = prompts, answers
+        return self.rewards
+
+    def forget(self) -> None:
+        """Drop what the watch has seen."""
+        self.prompts, self.answers, self.rewards, self.disagreement = [], [], [], None
+
+
+def _paused_on(error: CaiError | None, trainer: Any) -> None:
+    """Pause the run where a process has an error: write a point of the last update, and raise.
+
+    Raises:
+        RewardError: says how to go on.
+    """
+    errors = _gathered(None if error is None else str(error))
+    said = next((one for one in errors if one is not None), None)
+    if said is None:
+        return
+    step, work = trainer.state.global_step, Path(trainer.args.output_dir)
+    if step and not (work / f"checkpoint-{step}").exists():
+        trainer._save_checkpoint(trainer.model, None)
+    raise RewardError(
+        f"{said}. Training is paused after update {step}, and no update was made without a reward; start the "
+        f"same command again when the reward is back, and it goes on from {work}"
+    ) from error
+
+
+# --- the watch ----------------------------------------------------------------------------------------
+
+
+class _Watched:
+    """The watch at a trainer: one process keeps it, all draw the answers, since weights may be sharded."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        begun: Run,
+        config: Config,
+        watched: WatchConfig,
+        reward: Reward,
+        heldout: list[Messages],
+        paid: _Paid,
+    ) -> None:
+        _check_sharding(trainer.accelerator)
+        self.trainer, self.begun, self.config, self.paid = trainer, begun, config, paid
+        self.every = watched.every
+        self.texts: list[str] = []
+        self.asks = [*heldout[: watched.prompts] * 2, *benign_prompts(watched)]
+        self.watch: Watch | None = None
+        if trainer.accelerator.is_main_process:
+            self.watch = Watch.of(
+                watched, reward=reward, heldout=heldout, sample=lambda _: self.texts, output=begun.beside
+            )
+            self.asks = self.watch.asks
+        self.stopped: str | None = None
+
+    def attach(self) -> None:
+        """Have the trainer call the watch."""
+        from transformers import TrainerCallback
+
+        watched = self
+
+        class Observe(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                watched.begin(state.global_step)
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                last = state.global_step >= state.max_steps
+                if watched.observe(state.global_step, last=last):
+                    control.should_training_stop = True
+
+            def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                watched.end(state.global_step)
+
+        self.trainer.add_callback(Observe())
+
+    def begin(self, step: int) -> None:
+        """Observe the policy that training begins or goes on with, if that was not done before."""
+        seen = self.watch is not None and any(reading.step == step for reading in self.watch.readings)
+        if _agreed(not seen and step % self.every == 0):
+            self.observe(step, last=False)
+
+    def observe(self, step: int, *, last: bool) -> bool:
+        """Return whether the run is to stop after this step."""
+        if last or step % self.every == 0 or _agreed(self.watch is not None and not self.watch.readings):
+            self.texts = self._answers()
+        decision: Decision | None = None
+        error: CaiError | None = None
+        if self.watch is not None:
+            try:
+                decision = self.watch.observe(
+                    step=step,
+                    kl=self._figure("kl"),
+                    entropy=self._figure("entropy"),
+                    prompts=self.paid.prompts,
+                    answers=self.paid.answers,
+                    rewards=self.paid.rewards,
+                    disagreement=self.paid.disagreement,
+                    last=last,
+                )
+            except CaiError as found:
+                error = found
+        _paused_on(error, self.trainer)
+        self.paid.forget()
+        decision = _agreed(decision)
+        assert decision is not None
+        if decision.is_best:
+            self._save(step)
+        self._log(decision)
+        self.stopped = decision.stop
+        return decision.stop is not None
+
+    def end(self, step: int) -> None:
+        """Take the weights back to the best ones where the run was stopped, and say so."""
+        best = _agreed(None if self.watch is None else self.watch.best_step)
+        if self.stopped is not None:
+            _load(self.trainer, self._path(best))
+        if self.watch is not None:
+            self.watch.plot()
+            self.begun.counts["watch"] = {
+                "stopped_at": None if self.stopped is None else step,
+                "reason": self.stopped,
+                "weights_of_step": step if self.stopped is None else best,
+                "best_step": best,
+            }
+
+    def _answers(self) -> list[str]:
+        trainer = self.trainer
+        policy = Policy(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
+        found = sample(
+            policy,
+            self.asks,
+            max_tokens=self.config.max_answer,
+            temperature=self.config.temperature,
+            seed=self.config.seed,
+            batch_size=self.config.batch_size,
+        )
+        return [one.text for one in found]
+
+    def _figure(self, name: str) -> float | None:
+        """Return what TRL measured of the last update."""
+        values = self.trainer._metrics["train"].get(name, [])[-self.config.accumulate :]
+        return sum(values) / len(values) if values else None
+
+    def _log(self, decision: Decision) -> None:
+        if self.watch is None:
+            return
+        reading = self.watch.readings[-1]
+        figures = self.trainer._metrics["train"]
+        for name, value in asdict(reading).items():
+            if value is not None and name not in ("step", "kl", "entropy", "reward"):
+                figures[f"watch/{name}"].append(value)
+        figures["watch/best_step"] = [float(decision.best_step)]
+        for said in (*decision.warnings, *([decision.stop] if decision.stop else [])):
+            _log.warning("step %s: %s", reading.step, said)
+
+    def _path(self, step: int) -> Path:
+        return self.begun.work / f"best-{step}.safetensors"
+
+    def _save(self, step: int) -> None:
+        """Keep the trained weights of this step, and the last ones that an interrupt may take us back to."""
+        tensors = _trained(self.trainer)
+        if not self.trainer.accelerator.is_main_process:
+            return
+        from safetensors.torch import save_file
+
+        beside = self._path(step).with_suffix(".new")
+        save_file(tensors, beside)
+        os.replace(beside, self._path(step))
+        points = [int(path.name.rpartition("-")[2]) for path in self.begun.work.glob("checkpoint-*")]
+        kept = {int(path.stem.rpartition("-")[2]) for path in self.begun.work.glob("best-*.safetensors")}
+        reachable = max((one for one in kept if one <= max(points, default=0)), default=step)
+        for one in kept - {step, reachable}:
+            self._path(one).unlink()
+
+
+def _check_sharding(accelerator: Any) -> None:
+    from accelerate.utils import DistributedType
+
+    state = accelerator.state
+    plugin = getattr(state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ConfigError("the watch cannot go back to weights under ZeRO stage 3; use stage 2, or FSDP2")
+    if accelerator.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError("the watch cannot go back to weights under FSDP 1; set fsdp_version: 2")
+
+
+def _trained(trainer: Any) -> dict[str, torch.Tensor]:
+    """Return copies of the weights that are trained, whole and on the CPU; all processes call it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    found = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            found[name] = whole.detach().cpu().clone().contiguous()
+    return found
+
+
+def _load(trainer: Any, path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    trainer.accelerator.wait_for_everyone()
+    kept = load_file(path)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                whole = kept[name].to(weight.device)
+                if hasattr(weight, "full_tensor"):
+                    from torch.distributed.tensor import distribute_tensor
+
+                    whole = distribute_tensor(whole, weight.device_mesh, weight.placements)
+                weight.copy_(whole)
+
+
+# --- processes ----------------------------------------------------------------------------------------
+
+
+def _agreed(value: Any) -> Any:
+    """Return the main process's value in every process."""
+    from accelerate.utils import broadcast_object_list
+
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]
+
+
+def _gathered(value: Any) -> Sequence[Any]:
+    """Return the values of all processes in every process."""
+    from accelerate.utils import gather_object
+
+    found: list[Any] = gather_object([value])
+    return found
