@@ -4,9 +4,9 @@ A reply is read down a ladder: the provider's structured output or tool call, JS
 labelled line, one further question, and then UNREADABLE. Only the two words of the menu count, exactly;
 of several, the last. Nothing else is ever read as COMPLIES.
 
-Two critics stand here. `ModelCritic` asks a chat model, for all principles in one call. `ProbeCritic`
-reads probabilities of aims from the embedded model's hidden state, and has the model name principles
-only when an aim is violated.
+Two critics stand here; a third is `cai_graph.trained`. `ModelCritic` asks a chat model, for all principles
+in one call. `ProbeCritic` reads probabilities of aims from the embedded model's hidden state, and has the
+model name principles only when an aim is violated.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from langchain_core.language_models import BaseChatModel
@@ -32,6 +33,7 @@ from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.probe import MAX_WINDOWS, WHOLE_CHARACTERS, Probe
 from cai_graph.prompts import Exchange
+from cai_graph.trained import PREFIX, TrainedCritic
 from cai_graph.trajectory import Call, Critique, Label, Verdict, text_of
 
 __all__ = ["Critic", "ModelCritic", "ProbeCritic", "critic_for", "failed_principles", "read_verdicts"]
@@ -79,13 +81,17 @@ class Critic(Protocol):
 def critic_for(critic: str | BaseChatModel | Critic) -> Critic:
     """Return the critic behind a model spec or chat model; a Critic stays what it is.
 
-    The embedded model for which the package carries heads becomes a ProbeCritic.
+    The embedded model for which the package carries heads becomes a ProbeCritic, "trained:FOLDER" what
+    `cai train critic` wrote there.
 
     Raises:
         ConfigError: it is none of these.
+        DataError: the folder holds no critic.
     """
     if isinstance(critic, Critic):
         return critic
+    if isinstance(critic, str) and critic.startswith(PREFIX):
+        return TrainedCritic(Path(critic.removeprefix(PREFIX)).expanduser())
     model = models.load(critic) if isinstance(critic, str) else critic
     if not isinstance(model, BaseChatModel):
         raise ConfigError(f"critic is a chat model, a model spec or a Critic, found {type(model).__name__}")
@@ -529,4 +535,8 @@ def check_strategy(critic: Critic, strategy: str) -> None:
         raise ConfigError(
             f"the critic {critic.name!r} judges everything at once, so 'parallel' would repeat it; "
             "use strategy 'batched'"
+        )
+    if strategy == "sampled" and isinstance(critic, TrainedCritic):
+        raise ConfigError(
+            f"the critic {critic.name!r} writes no prose, which 'sampled' revises by; use strategy 'batched'"
         )

@@ -113,6 +113,10 @@ def cut_form(error: Exception) -> AIMessage | None:
 def _unknown(spec: str) -> ConfigError:
     kind, _, rest = spec.partition(":")
     known = {model.name: f"local:{model.name}" for model in local.CATALOGUE}
+    if kind == "trained":
+        return ConfigError(
+            f"{spec!r} is a critic and writes nothing; give it as the critic, not as the model"
+        )
     known |= {"local": "local", **{provider: f"{provider}:{rest or 'MODEL'}" for provider in _KEYS}}
     near = [known[match] for match in difflib.get_close_matches(kind, known, n=2, cutoff=0.6)]
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""

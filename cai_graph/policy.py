@@ -283,10 +283,13 @@ def accept(
 
 
 def _cost(critique: Critique) -> float:
-    """Return what a compliant answer still leaves to wish, by the probe's readings: harm and evasion.
+    """Return what a compliant answer still leaves to wish: by the probe's readings, harm and evasion.
 
-    To a request that is not benign an evasion is the lesser evil, so it counts a quarter.
+    To a request that is not benign an evasion is the lesser evil, so it counts a quarter. Of a critic without
+    readings it is the likeliest violation.
     """
+    if not critique.readings:
+        return max((verdict.probability or 0.0 for verdict in critique.verdicts), default=0.0)
     weight = 0.25 if critique.benign_request is False else 1.0
     return critique.readings.get("harm", 0.0) + weight * critique.readings.get("evasion", 0.0)
 

@@ -23,7 +23,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Vector = NDArray[np.float32]
 
-__all__ = ["HEADS", "Probe", "Reader", "Reading", "States", "cut_request", "windows"]
+__all__ = ["HEADS", "Heads", "Probe", "Reader", "Reading", "States", "cut_request", "windows"]
 
 HEADS = ("harm", "evasion", "request")
 
@@ -194,25 +194,70 @@ class Reader:
         return path
 
 
-class Probe:
-    """The heads of one model file. Any number of reads may be in flight.
+class Heads:
+    """Linear heads of one model file, and the forward passes that they read. Any number may be in flight.
 
     Args:
         folder: a folder of heads; see the module.
         weights: the model's GGUF file, or the name it has in the catalogue, fetched at the first read.
+        names: the heads that must be there; None for those that the card names.
 
     Raises:
         DataError: the folder's content is not what this release writes and reads.
         MissingExtra: the extra `local` is not installed.
     """
 
-    def __init__(self, folder: Path, weights: Path | str) -> None:
+    def __init__(self, folder: Path, weights: Path | str, names: Sequence[str] | None = None) -> None:
         self.folder = folder
         self.card = read_card(folder)
         self._weights = weights
-        self._heads = _read_heads(folder)
-        self._thresholds = MappingProxyType({name: _threshold(self.card, name, folder) for name in HEADS})
-        self._reader: Reader | None = None
+        found = tuple(self.card["heads"]) if names is None else names
+        self._heads = _read_heads(folder, found)
+        self._thresholds = MappingProxyType({name: _threshold(self.card, name, folder) for name in found})
+        self._opened: Reader | None = None
+
+    @property
+    def thresholds(self) -> Mapping[str, float]:
+        """Probability from which each head says yes, chosen by cross-validation (see the card)."""
+        return self._thresholds
+
+    async def passes(self, request: str, seen: Sequence[str]) -> list[States]:
+        """Return the states of a request and each window of its answer.
+
+        Raises:
+            ModelError: the model cannot be fetched, started or used.
+        """
+        if self._opened is None:
+            self._opened = await asyncio.to_thread(self.reader)
+        reader = self._opened
+        return await asyncio.gather(*(reader.read(request, window) for window in seen))
+
+    def probability(self, head: str, states: States) -> float:
+        """Return the calibrated probability that a head reads from one pass."""
+        weight, bias = self._heads[head]
+        if weight.shape != states.vectors.shape:
+            raise ModelError(f"{self.folder}: {head} has shape {weight.shape}, not {states.vectors.shape}")
+        logit = float((states.vectors * weight).sum()) + bias
+        return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
+
+    def reader(self) -> Reader:
+        """Return a reader of the hidden states that the heads read; its weights are fetched if need be."""
+        weights = local.weights(self._weights) if isinstance(self._weights, str) else self._weights
+        before, between = self.card["turns"]
+        return Reader(
+            weights,
+            self.card["model"]["sha256"],
+            self.card["blocks"],
+            (before, between),
+            self.card["shortened_sha256"],
+        )
+
+
+class Probe(Heads):
+    """The built-in heads of one model file; see `Heads`."""
+
+    def __init__(self, folder: Path, weights: Path | str) -> None:
+        super().__init__(folder, weights, HEADS)
 
     @classmethod
     def for_model(cls, spec: str | Path) -> Probe | None:
@@ -241,11 +286,6 @@ class Probe:
                 return cls(path.parent, weights)
         return None
 
-    @property
-    def thresholds(self) -> Mapping[str, float]:
-        """Probability from which each head says yes, chosen by cross-validation (see the card)."""
-        return self._thresholds
-
     async def read(self, request: str, answer: str) -> Reading:
         """Return what the heads say of an answer to a request.
 
@@ -257,11 +297,8 @@ class Probe:
             ModelError: the model cannot be fetched, started or used.
         """
         started = time.perf_counter()
-        if self._reader is None:
-            self._reader = await asyncio.to_thread(self.reader)
-        reader = self._reader
         seen = windows(answer)
-        passes = await asyncio.gather(*(reader.read(request, window) for window in seen or [""]))
+        passes = await self.passes(request, seen or [""])
         return Reading(
             harm=max(self.probability("harm", states) for states in passes) if seen else 0.0,
             evasion=self.probability("evasion", passes[0]) if seen else 1.0,
@@ -269,26 +306,6 @@ class Probe:
             forward_passes=len(passes),
             tokens=sum(states.tokens for states in passes),
             seconds=time.perf_counter() - started,
-        )
-
-    def probability(self, head: str, states: States) -> float:
-        """Return the calibrated probability that a head reads from one pass."""
-        weight, bias = self._heads[head]
-        if weight.shape != states.vectors.shape:
-            raise ModelError(f"{self.folder}: {head} has shape {weight.shape}, not {states.vectors.shape}")
-        logit = float((states.vectors * weight).sum()) + bias
-        return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
-
-    def reader(self) -> Reader:
-        """Return a reader of the hidden states that the heads read; its weights are fetched if need be."""
-        weights = local.weights(self._weights) if isinstance(self._weights, str) else self._weights
-        before, between = self.card["turns"]
-        return Reader(
-            weights,
-            self.card["model"]["sha256"],
-            self.card["blocks"],
-            (before, between),
-            self.card["shortened_sha256"],
         )
 
 
@@ -324,7 +341,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
-def _read_heads(folder: Path) -> dict[str, tuple[Vector, float]]:
+def _read_heads(folder: Path, names: Sequence[str]) -> dict[str, tuple[Vector, float]]:
     numpy = _numpy()
     try:
         from safetensors import SafetensorError
@@ -337,7 +354,7 @@ def _read_heads(folder: Path) -> dict[str, tuple[Vector, float]]:
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: cannot be read: {error}; train the heads again") from error
     heads = {}
-    for name in HEADS:
+    for name in names:
         weight, bias = tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
         if weight is None or bias is None:
             raise DataError(f"{path}: has no head {name!r}; train the heads again")

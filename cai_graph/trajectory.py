@@ -171,7 +171,7 @@ class Verdict(Base, frozen=True, kw_only=True):
     reason: str | None = None
     """The critic's words for this verdict, or what could not be read."""
     read_by: str | None = None
-    """The rung that read it: structured, tool, json, line, logprob, probe, human, imported."""
+    """The rung that read it: structured, tool, json, line, logprob, probe, classifier, human, imported."""
 
 
 class Critique(Base, frozen=True, kw_only=True):

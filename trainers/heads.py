@@ -186,6 +186,9 @@ def platt(name: str, found: Array, y: Array, counted: Array, false_alarms: float
         )
     logits = scale * found + shift
     cut = float(numpy.quantile(logits[(y == 0) & counted], 1 - false_alarms))
+    # Halfway to the next row that is to be flagged: where the labels stand apart, it is at neither's edge.
+    if (above := logits[(y == 1) & (logits > cut)]).size:
+        cut = (cut + float(above.min())) / 2
     return Platt(scale, shift, min(0.99, max(0.01, 1 / (1 + math.exp(-cut)))))
 
 

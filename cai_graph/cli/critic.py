@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from cai_graph.cli.console import DEFAULT_LOG, group, measured, note, out, print_json
-from cai_graph.cli.model import fetch, foreign, loaded, width
+from cai_graph.cli.model import fetch, foreign, judging, width
 from cai_graph.cli.options import AsJson, Concurrency, LogUrl, option
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def calibrate(
             with foreign(cheap), measured("judging", MofNCompleteColumn()) as tell:
                 work = calibration.rejudged(
                     opened,
-                    probabilistic(loaded(cheap)),
+                    probabilistic(judging(cheap)),
                     rules,
                     concurrency=concurrency or width(cheap),
                     filters=filters,

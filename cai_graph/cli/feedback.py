@@ -23,7 +23,7 @@ from cai_graph.cli.console import (
     print_json,
     this_command,
 )
-from cai_graph.cli.model import fetch, foreign, loaded, width
+from cai_graph.cli.model import fetch, foreign, judging, loaded, width
 from cai_graph.cli.options import AsJson, Concurrency, ConstitutionName, LogUrl, option
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def label(
             opened,
             Judge(loaded(judge), reasoning=reasoning, votes=votes)
             if critic is None
-            else critic_for(loaded(critic)),
+            else critic_for(judging(critic)),
             constitutions.load(constitution),
             Config(
                 pairs=tuple(pair.value for pair in pairs or [usual]),

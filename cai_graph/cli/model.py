@@ -122,10 +122,20 @@ def critic_of(critic: str, strong: str | None, threshold: float | None) -> Criti
     from cai_graph.critic import critic_for
 
     if strong is None and threshold is None:
-        return critic_for(loaded(critic))
+        return critic_for(judging(critic))
     if strong is None or threshold is None:
         raise typer.BadParameter("--strong and --threshold go together; `cai critic calibrate` finds one")
-    return cascade(loaded(critic), loaded(strong), threshold=threshold)
+    return cascade(judging(critic), judging(strong), threshold=threshold)
+
+
+def judging(spec: str) -> BaseChatModel | str:
+    """Return the model of a critic's spec; one of `cai train critic` stays a spec."""
+    return spec if is_trained(spec) else loaded(spec)
+
+
+def is_trained(spec: str) -> bool:
+    """Return whether a spec names a critic of one's own."""
+    return spec.partition(":")[0] == "trained"
 
 
 def is_local(spec: str) -> bool:
@@ -135,7 +145,7 @@ def is_local(spec: str) -> bool:
 
 def width(model: str) -> int:
     """Return how many rows are under way at once, unless the user says."""
-    return 4 if is_local(model) else 16
+    return 4 if is_local(model) or is_trained(model) else 16
 
 
 def fetch(*specs: str | None) -> None:

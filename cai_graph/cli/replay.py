@@ -26,7 +26,7 @@ from cai_graph.cli.console import (
     print_json,
     this_command,
 )
-from cai_graph.cli.model import fetch, foreign, loaded, width
+from cai_graph.cli.model import fetch, foreign, judging, width
 from cai_graph.cli.options import AsJson, Concurrency, LogUrl, option
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def replay(
     with open_log(log, read_only=True) as opened:
         job = Replay(
             opened,
-            critic_for(loaded(critic)),
+            critic_for(judging(critic)),
             rules,
             kept=output,
             filters={"outcome": outcome, "tag": tag, "source": source, "since": since},

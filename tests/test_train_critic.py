@@ -1,0 +1,321 @@
+"""Critics of one's own: trained from verdicts, calibrated, measured, and judging in the graph."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from replies import principle
+from tiny import tiny_model
+
+from cai_graph import constitutional
+from cai_graph.calls import Budget, Calls
+from cai_graph.cascades import cascade
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic, check_strategy, critic_for
+from cai_graph.errors import ConfigError, DataError, ModelError
+from cai_graph.probe import WHOLE_CHARACTERS
+from cai_graph.prompts import Exchange
+from cai_graph.testing import ScriptedModel
+from cai_graph.trained import TrainedCritic
+from cai_graph.trajectory import Critique, Label, Message, ToolCall
+from trainers import figures
+from trainers.critic import Config, train
+from trainers.rows import CriticRow, Source, Split, Turn, encode_row, line_of
+from trainers.stages import Lora
+from trainers.verdicts import read_labelled
+
+TOPICS = ["bread", "rain", "trains", "cats", "chess", "tea", "snow", "wool", "maps", "salt"]
+NO_POISON, BE_KIND = principle("no-poison", "harmless"), principle("be-kind", "harmless")
+RULES = Constitution(name="two", principles=(NO_POISON, BE_KIND))
+
+
+def row(
+    request: str,
+    answer: str,
+    violates: bool,
+    *,
+    about: str = "harmless",
+    judge: str = "people",
+    source: Source = "critique",
+    split: Split = "train",
+) -> bytes:
+    made = CriticRow(
+        trajectory_id="t",
+        source=source,
+        constitution="",
+        judge=judge,
+        principles=(about,),
+        p_violates=float(violates),
+        prompt=(Turn(role="user", content=request),),
+        completion=(Turn(role="assistant", content=answer),),
+        principle=about,
+        violates=violates,
+    )
+    return line_of(*encode_row("critic", made), split)
+
+
+def dataset(folder: Path, lines: list[bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in (b"train", b"test"):
+        mine = [line for line in lines if b'"split":"' + split in line]
+        (folder / f"{split.decode()}.jsonl").write_bytes(b"".join(mine))
+    return folder
+
+
+def poison(topics: list[str], **given: Any) -> list[bytes]:
+    return [
+        line
+        for topic in topics
+        for line in (
+            row(f"How about {topic}?", f"Poison kills: put poison into {topic}.", True, **given),
+            row(f"What is {topic}?", f"A nice day with {topic} and friends.", False, **given),
+        )
+    ]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two judges, a test part, and an aim with too few labels."""
+    lines = poison(TOPICS[:7]) + poison(["sand", "wind", "soup"], judge="others")
+    lines += poison(TOPICS[7:], split="test") + poison(["ink"], about="honest")
+    return dataset(tmp_path / "critic-rows", lines)
+
+
+def asked(answer: str, request: str = "How about soup?", **given: Any) -> Exchange:
+    return Exchange(
+        messages=(Message(role="user", content=request),),
+        answer=Message(role="assistant", content=answer, **given),
+    )
+
+
+def judge(critic: Critic, exchange: Exchange, rules: Constitution = RULES) -> Critique:
+    return asyncio.run(critic.critique(exchange, rules, Calls(Budget()), explain=True))
+
+
+# ---- labels
+
+
+def test_people_outrank_critics_and_a_tie_is_left_out(tmp_path: Path) -> None:
+    folder = dataset(
+        tmp_path / "rows",
+        [
+            row("a", "x", True),
+            row("a", "x", True, judge="again"),
+            row("a", "x", False, judge="ann", source="human"),
+            row("b", "x", True),
+            row("b", "x", False, judge="another"),
+            row("c", "x", True, split="test"),
+        ],
+    )
+
+    found, split = read_labelled(folder)
+
+    assert [(one.request, one.violates, one.judge, one.test) for one in found] == [
+        ("a", False, "ann", False),
+        ("c", True, "people", True),
+    ]
+    assert split == 1
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no train\.jsonl or train\.parquet"):
+        read_labelled(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"id":"1","prompt":[]}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl: row 1 is no row of the kind critic"):
+        read_labelled(tmp_path)
+
+
+def test_too_few_labels_and_an_unknown_judge_are_named(data: Path, tmp_path: Path) -> None:
+    few = dataset(tmp_path / "few", poison(TOPICS[:3]))
+    with pytest.raises(DataError, match="harmless: 3 requests with VIOLATES, 3 with COMPLIES"):
+        train(Config(model="local:smollm2", data=few, output=tmp_path / "out"))
+    with pytest.raises(ConfigError, match="unseen names the judges nobody, and the data have others, people"):
+        train(Config(model="local:smollm2", data=data, output=tmp_path / "out", unseen=("nobody",)))
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_model_of_the_wrong_kind_and_an_output_that_is_there_are_refused_first(
+    data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="'openai:gpt-5-mini' is no local model"):
+        train(Config(model="openai:gpt-5-mini", data=data, output=tmp_path / "out"))
+    with pytest.raises(ConfigError, match="is there already"):
+        train(Config(model="local:smollm2", data=data, output=data))
+
+
+# ---- a probe
+
+
+@pytest.mark.local
+def test_a_probe_is_trained_measured_and_judges_in_the_graph(
+    data: Path, tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(figures, "RESAMPLES", 20)
+    told: list[tuple[int, int]] = []
+    config = Config(
+        model=f"local:{tiny_weights}", data=data, output=tmp_path / "mine", blocks=4, unseen=("others",)
+    )
+
+    folder = train(config, lambda *counts: told.append(counts))
+
+    card = json.loads((folder / "card.json").read_text())
+    assert told[-1][0] == told[-1][1] == 26
+    assert card["left_out"]["too few"] == {"honest": "1 requests with VIOLATES, 1 with COMPLIES"}
+    settings = {figure["setting"] for figure in card["figures"]}
+    assert settings == {"5 folds by request", "the dataset's test part", "others, never trained on"}
+    assert {figure["measure"] for figure in card["figures"]} >= {"auc", "recall", "calibration error"}
+    assert [one["judge"] for one in card["data"] if one["trained"]] == ["people"]
+    assert "It judges nothing of honest" in (folder / "CARD.md").read_text()
+
+    critic = critic_for(f"trained:{folder}")
+    assert critic.name.startswith("trained:mine#")
+    bad = judge(critic, asked("Poison kills: put poison into soup."))
+    good = judge(critic, asked("A nice day with soup and friends."))
+    assert [(v.aim, v.label, v.read_by) for v in bad.verdicts] == [("harmless", Label.VIOLATES, "probe")]
+    assert [v.label for v in good.verdicts] == [Label.COMPLIES]
+    assert bad.verdicts[0].probability > 0.5 > good.verdicts[0].probability
+
+    app = constitutional(
+        ScriptedModel(replies=["Poison kills: put poison into soup.", "A nice day with soup and friends."]),
+        constitution=RULES,
+        critic=f"trained:{folder}",
+        log=None,
+        max_rounds=1,
+        candidates=1,
+    )
+    assert app.invoke("How about soup?").content == "A nice day with soup and friends."
+
+    strong = ScriptedModel(replies=[])  # it is not asked: the trained critic clears the answer
+    mixed = cascade(critic, strong, threshold=0.5)
+    assert judge(mixed, asked("A nice day with soup and friends.")).cascade.why == "cleared"
+
+
+# ---- a classifier
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier on a random model, trained on two principles that one word violates."""
+    place = tmp_path_factory.mktemp("classifier")
+    lines = [
+        row(f"ask {topic}", f"{word * 12} {topic}", word == "x", about=about)
+        for about in ("no-poison", "be-kind")
+        for topic in [*TOPICS, "sand", "wind", "soup", "ink", "oak"]
+        for word in ("x", "q")
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "RESAMPLES", 20)
+        return train(
+            Config(
+                model=str(tiny_model(place / "model", hidden=32)),
+                data=dataset(place / "rows", lines),
+                output=place / "mine",
+                kind="classifier",
+                lora=Lora(rank=8),
+                learning_rate=1e-2,
+                epochs=4,
+            )
+        )
+
+
+def test_a_classifier_gives_a_calibrated_verdict_under_each_principle(classifier: Path) -> None:
+    critic = TrainedCritic(classifier)
+
+    bad = judge(critic, asked("xxxxxxxxxxxx fog", "ask fog")).verdicts
+    good = judge(critic, asked("qqqqqqqqqqqq fog", "ask fog")).verdicts
+
+    assert [(v.principle, v.label) for v in bad] == [
+        ("no-poison", Label.VIOLATES),
+        ("be-kind", Label.VIOLATES),
+    ]
+    assert [v.label for v in good] == [Label.COMPLIES, Label.COMPLIES]
+    assert all(v.read_by == "classifier" for v in (*bad, *good))
+    assert min(v.probability for v in bad) > 0.5 > max(v.probability for v in good)
+    card = json.loads((classifier / "card.json").read_text())
+    aucs = [figure for figure in card["figures"] if figure["measure"] == "auc"]
+    assert [(one["head"], one["setting"], one["value"]) for one in aucs] == [
+        ("be-kind", "a fifth of the requests", 1.0),
+        ("no-poison", "a fifth of the requests", 1.0),
+    ]
+
+
+def test_a_classifiers_forward_passes_are_counted(classifier: Path) -> None:
+    calls = Calls(Budget())
+    exchange = asked("x" * 3000)
+
+    asyncio.run(TrainedCritic(classifier).critique(exchange, RULES, calls, explain=False))
+
+    assert calls.spent["forward"] == 2 * 3  # principles, windows
+    assert calls.spent["generation"] == 0
+    assert [(call.role, call.kind) for call in calls.made] == [("critique", "forward")]
+
+
+def test_what_it_cannot_read_is_never_said_to_comply(classifier: Path) -> None:
+    critic = TrainedCritic(classifier)
+    of_tools = principle("no-poison", "harmless", tools=True)
+    tools = Constitution(name="tools", principles=(of_tools, BE_KIND))
+
+    calling = asked("", tool_calls=(ToolCall(id="1", name="search", arguments={}),))
+    labels = {v.principle: v.label for v in judge(critic, calling, tools).verdicts}
+    assert labels["no-poison"] in (Label.UNREADABLE, Label.VIOLATES)
+
+    long = judge(critic, asked("z" * (WHOLE_CHARACTERS + 1)))
+    assert all(v.label is not Label.COMPLIES for v in long.verdicts)
+
+
+def test_a_principle_it_was_not_trained_on_is_an_error_that_names_it(classifier: Path) -> None:
+    rules = Constitution(name="three", principles=(*RULES.principles, principle("be-true", "harmless")))
+    with pytest.raises(ConfigError, match=r"trained on .*, and not on be-true \(aim harmless\)"):
+        judge(TrainedCritic(classifier), asked("x"), rules)
+
+
+def test_it_writes_no_prose(classifier: Path) -> None:
+    with pytest.raises(ConfigError, match="writes no prose"):
+        check_strategy(TrainedCritic(classifier), "sampled")
+
+
+def test_a_damaged_folder_is_named(classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere.*cannot be read"):
+        critic_for(f"trained:{tmp_path / 'nowhere'}")
+    folder = shutil.copytree(classifier, tmp_path / "mine")
+    (folder / "model" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded as a classifier"):
+        judge(TrainedCritic(folder), asked("x"))
+    card = json.loads((folder / "card.json").read_text())
+    card["heads"]["be-kind"]["threshold"] = 2.0
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(DataError, match=r"threshold of 'be-kind' is 2\.0"):
+        TrainedCritic(folder)
+    (folder / "card.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match=r"is no card of a critic"):
+        TrainedCritic(folder)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(classifier: Path, tmp_path: Path) -> None:
+    config = Config(
+        model=str(classifier.parent / "model"),
+        data=classifier.parent / "rows",
+        output=tmp_path / "out",
+        kind="classifier",
+        learning_rate=1e30,
+    )
+    with pytest.raises(ModelError, match=r"the loss is \w+ at update \d+ of \d+; lower learning_rate"):
+        train(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_opening_a_classifier_loads_no_torch(classifier: Path) -> None:
+    code = (
+        "import sys; from cai_graph.critic import critic_for; "
+        f"critic_for({f'trained:{classifier}'!r}); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,418 @@
+"""Trains a critic of one's own from verdicts: P(VIOLATES) by aim or principle, and no token written.
+
+    verdicts        the rows of a dataset of the kind `critic`: what critics and people found, people first
+    train           a probe (linear heads on a local model's hidden state) or a classifier (LoRA on a small
+                    torch model), calibrated, measured, in a folder that `cai_graph.trained` loads
+
+What is measured on is never trained on: the dataset's test part, other folds by request, and the judges that
+the config names as unseen. A judge is who gave the label: a critic, a reviewer, a source of labels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from cai_graph import constitution as constitutions
+from cai_graph.blocks import sha256_of
+from cai_graph.errors import ConfigError, MissingExtra
+from cai_graph.probe import windows
+from cai_graph.trained import TrainedCritic, classifier_text, logits_of
+from trainers import heads as fitting
+from trainers.config import plain
+from trainers.figures import (
+    Curve,
+    Figure,
+    calibration_error,
+    figures_of,
+    interval,
+    plot_reliability,
+    table,
+)
+from trainers.heads import FOLDS, Head, Platt
+from trainers.stages import Lora
+from trainers.states import CHATML, Passes, StateCache, check_local, reader_of
+from trainers.verdicts import Labels
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["Config", "train"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a run depends on; it is written whole into the card."""
+
+    model: str
+    """A local model ("local", "local:NAME", "local:FILE.gguf"); for a classifier also a folder with safetensors
+    and tokenizer, or a name on the hub."""
+    data: Path
+    """A folder of `cai dataset build --kind critic`, in the format jsonl or parquet."""
+    output: Path
+    """The folder to make: weights, `card.json`, `CARD.md`, `reliability.svg`."""
+    kind: Literal["probe", "classifier"] = "probe"
+    """Linear heads on the hidden state, or a sequence classifier."""
+    constitution: str | None = None
+    """Classifier: a constitution, by name or file, whose critique requests it reads for ids of principles;
+    None: it reads the id itself. Aims are read as they are."""
+    unseen: tuple[str, ...] = ()
+    """Judges whose rows are measured on and never trained on."""
+    false_alarms: float = 0.05
+    """Share of the answers that comply which a threshold may flag, in (0, 1)."""
+    seed: int = 0
+    """Of folds, bootstrap, order of rows and adapters."""
+    blocks: int | None = None
+    """Probe: blocks that a pass goes through; None for 9/14 of the model's."""
+    turns: tuple[str, str] = CHATML
+    """Probe: text before the request and between request and answer, in the model's chat template."""
+    penalty: float = 500.0
+    """Probe: L2 penalty on the weights of standardised dimensions (1/C of scikit-learn)."""
+    lora: Lora = field(default_factory=Lora)
+    """Classifier: its adapters; the head is trained whole."""
+    learning_rate: float = 2e-4
+    """Classifier: highest learning rate, of AdamW; it falls to zero in a line."""
+    epochs: int = 3
+    """Classifier: passes over the data."""
+    batch_size: int = 8
+    """Classifier: rows of an update."""
+    max_tokens: int = 512
+    """Classifier: longest text, in tokens; a longer one is cut at its end."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is a number from 1, found {getattr(self, name)!r}")
+        for name in ("learning_rate", "penalty"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is a number above 0, found {getattr(self, name)!r}")
+        if not 0 < self.false_alarms < 1:
+            raise ConfigError(f"false_alarms is a share between 0 and 1, found {self.false_alarms!r}")
+
+
+# ---- the run
+
+
+class _Fitted(NamedTuple):
+    """What a kind of critic gives."""
+
+    heads: dict[str, dict[str, Any]]
+    """The card's entry by aim or principle."""
+    model: dict[str, Any]
+    """The card's entries of the model."""
+    figures: list[Figure]
+    """What was measured."""
+    panels: dict[str, tuple[float, list[Curve]]]
+    """The reliability plot."""
+
+
+def train(config: Config, progress: Progress | None = None) -> Path:
+    """Train a critic, calibrate and measure it, and return its folder, which appears whole or not at all.
+
+    An interrupted probe resumes, since states stay in the cache; a classifier starts again.
+
+    Args:
+        config: see there.
+        progress: told (passes or updates done, all of them), from zero on.
+
+    Raises:
+        ConfigError: the output is there, the model is of the wrong kind, or `unseen` names an unknown judge.
+        DataError: the data cannot be read, or no aim or principle has enough labels of both kinds.
+        ModelError: the model cannot be used, or its loss is not finite.
+        MissingExtra: the extra `train` is not installed.
+    """
+    if config.output.exists():
+        raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
+    if config.kind == "probe":
+        check_local(config.model)
+    needed = ("numpy", "safetensors", "sklearn", "matplotlib")
+    for package in (*needed, *(("torch", "transformers", "peft") if config.kind == "classifier" else ())):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise MissingExtra("`cai train critic`", package, "train") from error
+    data = Labels(config.data, config.unseen)
+    with _whole(config.output) as folder:
+        fitted = (_probe if config.kind == "probe" else _classifier)(config, data, folder, progress)
+        card = {
+            "format": 1,
+            "kind": config.kind,
+            **fitted.model,
+            "heads": fitted.heads,
+            "settings": plain(
+                dataclasses.replace(config, data=Path(config.data.name), output=Path(config.output.name))
+            ),
+            "data": _counts(data),
+            "left_out": {"disagreement": data.disagreed, "too few": data.too_few},
+            "figures": [figure.rounded() for figure in fitted.figures],
+        }
+        (folder / "card.json").write_text(
+            json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (folder / "CARD.md").write_text(_card(card), encoding="utf-8")
+        plot_reliability(folder / "reliability.svg", fitted.panels)
+        TrainedCritic(folder)  # what cannot be loaded again is found now
+    return config.output
+
+
+def _measured(
+    about: str, setting: str, scores: Array, y: Array, groups: Array, platt: Platt, seed: int
+) -> list[Figure]:
+    """Return AUC, rates at the threshold and calibration error on some rows; none if they have one label."""
+    found = [
+        *figures_of(about, setting, scores, y, groups, seed=seed),
+        *figures_of(about, setting, scores, y, groups, cut=platt.cut, seed=seed),
+    ]
+    if found:
+        read = platt.probabilities(scores)
+        ends = interval(calibration_error, read, y, groups, seed)
+        error = calibration_error(read, y)
+        found.append(Figure(about, "calibration error", setting, len(y), int(y.sum()), error, *ends))
+    return found
+
+
+# ---- a probe
+
+
+def _probe(config: Config, data: Labels, folder: Path, progress: Progress | None) -> _Fitted:
+    import numpy
+
+    reader = reader_of(config.model, config.blocks, config.turns)
+    cache = StateCache(reader)
+    passes = [
+        Passes(one.request, tuple(windows(one.answer)[: 1 if trains else None]) or ("",))
+        for one, trains in zip(data.rows, data.trained, strict=True)
+    ]
+    asyncio.run(cache.extract(passes, progress))
+    states = cache.load(passes)
+
+    def of(rows: Array) -> list[Array]:
+        return [states[row] for row in rows]
+
+    def fitted(rows: Array) -> Head:
+        return fitting.fit(fitting.inputs(of(rows)), data.y[rows], data.judges[rows], config.penalty)
+
+    heads: dict[str, Head] = {}
+    figures: list[Figure] = []
+    panels: dict[str, tuple[float, list[Curve]]] = {}
+    for about in data.abouts:
+        rows = numpy.flatnonzero(data.trained & (data.about == about))
+        y, groups = data.y[rows], data.groups[rows]
+        scores = fitting.out_of_fold(
+            lambda kept, rows=rows: fitted(rows[kept]), of(rows), y, groups, largest=True, seed=config.seed
+        )
+        everything = numpy.ones(len(rows), bool)
+        head = fitting.calibrate(fitted(rows), about, scores, y, everything, config.false_alarms)
+        heads[about] = head
+        figures += _measured(about, f"{FOLDS} folds by request", scores, y, groups, head.platt, config.seed)
+        curves = [Curve("out of fold", head.platt.probabilities(scores), y)]
+        for setting, measured in data.settings(about):
+            found = fitting.scores(head, of(measured), largest=True) if len(measured) else numpy.zeros(0)
+            truth = data.y[measured]
+            figures += _measured(about, setting, found, truth, data.groups[measured], head.platt, config.seed)
+            if 0 < truth.sum() < len(truth):
+                curves.append(Curve(setting, head.platt.probabilities(found), truth))
+        panels[about] = head.platt.threshold, curves
+        for judge in sorted(set(data.judges[rows])):
+            here = data.judges[rows] == judge
+            kept, left = rows[~here & ~numpy.isin(groups, groups[here])], rows[here]
+            if len(set(data.y[kept])) == len(set(data.y[left])) == 2:
+                scores = fitting.scores(fitted(kept), of(left), largest=True)
+                setting = f"left out: {judge}"
+                figures += figures_of(
+                    about, setting, scores, data.y[left], data.groups[left], seed=config.seed
+                )
+    fitting.write_heads(folder / "heads.safetensors", heads)
+    model = {
+        "model": {
+            "spec": config.model,
+            "file": reader.weights.name,
+            "sha256": reader.sha256,
+            "size": reader.weights.stat().st_size,
+        },
+        "blocks": reader.blocks,
+        "shortened_sha256": sha256_of(reader.shorten()),
+        "turns": list(config.turns),
+    }
+    entries = {about: {"threshold": round(head.platt.threshold, 4)} for about, head in heads.items()}
+    return _Fitted(entries, model, figures, panels)
+
+
+# ---- a classifier
+
+
+def _classifier(config: Config, data: Labels, folder: Path, progress: Progress | None) -> _Fitted:
+    """Train on four fifths of the requests; calibration, thresholds and figures are of the last fifth."""
+    import numpy
+
+    from trainers.classifier import Texts, fit
+
+    texts = _texts(config, data.abouts)
+    rows = numpy.flatnonzero(data.trained)
+    kept, left = fitting.folds(data.y[rows], data.groups[rows], config.seed)[0]
+    kept, left = rows[kept], rows[left]
+
+    def read(row: int, window: str) -> str:
+        one = data.rows[row]
+        return classifier_text(texts[one.about], one.request, window)
+
+    # A row weighs within its aim or principle as in a probe, and these weigh alike.
+    weights = numpy.zeros(len(kept))
+    for about in data.abouts:
+        mine = data.about[kept] == about
+        if mine.any():
+            weights[mine] = fitting.weights(data.y[kept][mine], data.judges[kept][mine]) / mine.sum()
+    weights *= len(kept) / weights.sum()
+    first = [read(row, (windows(data.rows[row].answer) or [""])[0]) for row in kept]
+    model, tokenizer = fit(
+        Texts(first, data.y[kept].tolist(), weights.tolist()), config, folder / "model", progress
+    )
+
+    def scores(of: Array) -> Array:
+        """Return the largest logit over the windows of each row, as in use."""
+        seen = [(row, window) for row in of.tolist() for window in windows(data.rows[row].answer) or [""]]
+        logits, _ = logits_of(model, tokenizer, [read(*each) for each in seen], config.max_tokens)
+        largest = dict.fromkeys(of.tolist(), -numpy.inf)
+        for (row, _), logit in zip(seen, logits, strict=True):
+            largest[row] = max(largest[row], logit)
+        return numpy.array([largest[row] for row in of.tolist()])
+
+    held = scores(left)
+    # One calibration for all: the held-out fifth of one principle is small.
+    counted = numpy.ones(len(left), bool)
+    pooled = fitting.platt("all", held, data.y[left], counted, config.false_alarms)
+    heads: dict[str, dict[str, Any]] = {}
+    figures: list[Figure] = []
+    panels: dict[str, tuple[float, list[Curve]]] = {}
+    for about in data.abouts:
+        mine = data.about[left] == about
+        platt = pooled
+        if (mine & (data.y[left] == 0)).sum() >= 1 / config.false_alarms:
+            negatives = pooled.probabilities(held[mine & (data.y[left] == 0)])
+            cut = float(numpy.quantile(negatives, 1 - config.false_alarms))
+            platt = pooled._replace(threshold=min(0.99, max(0.01, cut)))
+        y, groups = data.y[left][mine], data.groups[left][mine]
+        figures += _measured(about, "a fifth of the requests", held[mine], y, groups, platt, config.seed)
+        curves = [Curve("a fifth of the requests", platt.probabilities(held[mine]), y)] if mine.any() else []
+        for setting, measured in data.settings(about):
+            truth = data.y[measured]
+            if not 0 < truth.sum() < len(truth):
+                continue
+            found = scores(measured)
+            figures += _measured(about, setting, found, truth, data.groups[measured], platt, config.seed)
+            curves.append(Curve(setting, platt.probabilities(found), truth))
+        panels[about] = platt.threshold, curves
+        heads[about] = {
+            "threshold": round(platt.threshold, 4),
+            "text": texts[about],
+            "scale": platt.scale,
+            "shift": platt.shift,
+        }
+    return _Fitted(
+        heads, {"model": {"base": config.model, "max_tokens": config.max_tokens}}, figures, panels
+    )
+
+
+def _texts(config: Config, abouts: Sequence[str]) -> dict[str, str]:
+    """Return what a classifier reads for each aim or principle."""
+    if config.constitution is None:
+        return {about: about for about in abouts}
+    rules = constitutions.load(config.constitution)
+    return {about: rules[about].critique_request if about in rules else about for about in abouts}
+
+
+# ---- the folder
+
+
+@contextmanager
+def _whole(output: Path) -> Iterator[Path]:
+    """Give a folder that becomes `output` when the body ends, or goes away."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = output.with_name(f".{output.name}.{os.getpid()}.part")
+    work.mkdir()
+    try:
+        yield work
+        os.replace(work, output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _counts(data: Labels) -> list[dict[str, Any]]:
+    """Return how many labels of both kinds each judge gave on each aim or principle, by use."""
+    counts: Counter[tuple[str, str, bool, bool]] = Counter()
+    for one, trains in zip(data.rows, data.trained, strict=True):
+        counts[one.about, one.judge, bool(trains), one.violates] += 1
+    return [
+        {
+            "head": about,
+            "judge": judge,
+            "trained": trained,
+            "violates": counts[about, judge, trained, True],
+            "complies": counts[about, judge, trained, False],
+        }
+        for about, judge, trained in sorted(
+            {key[:3] for key in counts}, key=lambda key: (key[0], not key[2], key[1])
+        )
+    ]
+
+
+def _card(card: Mapping[str, Any]) -> str:
+    """Return the card as Markdown."""
+    model = card["model"]
+    made = (
+        f"A probe: linear heads on the hidden state of `{model['spec']}` ({model['file']}, SHA-256 "
+        f"`{model['sha256']}`), of which a pass goes through the first {card['blocks']} blocks."
+        if card["kind"] == "probe"
+        else f"A classifier: LoRA on `{model['base']}`, trained on four fifths of the requests."
+    )
+    lines = [
+        "# Critic",
+        "",
+        made,
+        "Written by `cai train critic`.",
+        "",
+        "| aim or principle | VIOLATES from |",
+        "|---|---|",
+        *(f"| {about} | {head['threshold']:.3f} |" for about, head in card["heads"].items()),
+        "",
+        "## Labels",
+        "",
+        "| aim or principle | judge | used | violates | complies |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {one['head']} | {one['judge'] or 'unnamed'} "
+            f"| {'trained on' if one['trained'] else 'measured on'} "
+            f"| {one['violates']} | {one['complies']} |"
+            for one in card["data"]
+        ),
+        "",
+        f"{card['left_out']['disagreement']} labels were left out, since those who gave them disagree.",
+    ]
+    for about, said in card["left_out"]["too few"].items():
+        lines.append(f"It judges nothing of {about}, which has too few labels: {said}.")
+    lines += [
+        "",
+        "## Figures",
+        "",
+        "95 % intervals from 1000 resamples of whole requests. An AUC below 0.90 is in bold. Threshold and "
+        f"calibration are of the first setting, with {card['settings']['false_alarms']:.0%} false alarms.",
+        "",
+        *table(card["figures"]),
+        "",
+        "![Reliability](reliability.svg)",
+        "",
+    ]
+    return "\n".join(lines)

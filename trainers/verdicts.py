@@ -1,0 +1,138 @@
+"""Verdicts as labels: what critics and people found of answers, out of a dataset of the kind `critic`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from cai_graph.errors import ConfigError, DataError
+from trainers.export import read_rows
+from trainers.heads import FOLDS, groups_of
+from trainers.rows import CriticRow, Turn
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+__all__ = ["Labelled", "Labels", "read_labelled"]
+
+
+class Labelled(NamedTuple):
+    """One answer, and whether it violates one aim or principle."""
+
+    request: str
+    """The last message of the user, which is what a critic of this kind reads."""
+    answer: str
+    """The answer."""
+    about: str
+    """The aim or the id of the principle."""
+    violates: bool
+    """The label."""
+    judge: str
+    """Who gave it; the first of several."""
+    test: bool = False
+    """Whether it stands in the dataset's test part."""
+
+
+def read_labelled(folder: Path) -> tuple[list[Labelled], int]:
+    """Return the labels of a dataset, one for each answer and aim or principle, and how many were left out.
+
+    A person's label outranks a critic's; of several of the same rank the majority counts, and a label on
+    which there is none is left out.
+
+    Raises:
+        DataError: the folder holds no dataset of the kind `critic` in the rows' own form; names the row.
+    """
+    format_: Literal["jsonl", "parquet"] = "parquet" if (folder / "train.parquet").exists() else "jsonl"
+    if not (folder / f"train.{format_}").exists():
+        raise DataError(
+            f"{folder}: has no train.jsonl or train.parquet; `cai dataset build --kind critic` "
+            "makes such a folder"
+        )
+    cells: dict[tuple[str, str, str], list[CriticRow]] = {}
+    for row in read_rows(folder, "critic", format_):
+        assert isinstance(row, CriticRow)
+        cells.setdefault((_request(row.prompt), row.completion[0].content, row.principle), []).append(row)
+    found, split = [], 0
+    for (request, answer, about), rows in cells.items():
+        people = [row for row in rows if row.source == "human"]
+        counted = people or rows
+        votes = sum(1 if row.violates else -1 for row in counted)
+        if votes == 0:
+            split += 1
+            continue
+        agreeing = next(row for row in counted if row.violates == (votes > 0))
+        test = any(row.split == "test" for row in rows)
+        found.append(Labelled(request, answer, about, votes > 0, agreeing.judge, test))
+    return found, split
+
+
+def _request(prompt: Sequence[Turn]) -> str:
+    return next((turn.content for turn in reversed(prompt) if turn.role == "user"), "")
+
+
+class Labels:
+    """The labels of the aims and principles that have enough of them, with what is common to both kinds."""
+
+    def __init__(self, folder: Path, unseen: Sequence[str]) -> None:
+        import numpy
+
+        self.unseen = unseen
+        every, self.disagreed = read_labelled(folder)
+        counts = {
+            about: _requests(every, about, unseen) for about in sorted({labelled.about for labelled in every})
+        }
+        self.too_few = {
+            about: f"{len(yes)} requests with VIOLATES, {len(no)} with COMPLIES"
+            for about, (yes, no) in counts.items()
+            if min(len(yes), len(no)) < FOLDS
+        }
+        self.abouts = [about for about in counts if about not in self.too_few]
+        if not self.abouts:
+            listed = (
+                "; ".join(f"{about}: {said}" for about, said in self.too_few.items()) or "no labels at all"
+            )
+            raise DataError(f"{folder}: {FOLDS} folds need {FOLDS} requests of each label; found {listed}")
+        self.rows = [labelled for labelled in every if labelled.about in self.abouts]
+        self.y = numpy.array([int(labelled.violates) for labelled in self.rows])
+        self.judges = numpy.array([labelled.judge for labelled in self.rows])
+        self.about = numpy.array([labelled.about for labelled in self.rows])
+        self.groups = groups_of(
+            [labelled.request for labelled in self.rows], [labelled.answer for labelled in self.rows]
+        )
+        self.trained = numpy.array([_trains(labelled, unseen) for labelled in self.rows])
+        if missing := sorted(set(unseen) - set(self.judges)):
+            raise ConfigError(
+                f"unseen names the judges {', '.join(missing)}, and the data have "
+                f"{', '.join(sorted(set(self.judges)))}"
+            )
+        # A request that is measured on is trained on nowhere.
+        self.trained &= ~numpy.isin(self.groups, self.groups[~self.trained])
+
+    def settings(self, about: str) -> Iterator[tuple[str, Array]]:
+        """Yield what an about is measured on beyond the training data, with the rows."""
+        import numpy
+
+        mine = self.about == about
+        test = numpy.array([labelled.test for labelled in self.rows])
+        never = numpy.isin(self.judges, self.unseen)
+        yield "the dataset's test part", numpy.flatnonzero(mine & test & ~never)
+        for judge in self.unseen:
+            yield f"{judge}, never trained on", numpy.flatnonzero(mine & (self.judges == judge))
+
+
+def _trains(labelled: Labelled, unseen: Sequence[str]) -> bool:
+    return not labelled.test and labelled.judge not in unseen
+
+
+def _requests(every: Sequence[Labelled], about: str, unseen: Sequence[str]) -> tuple[set[str], set[str]]:
+    """Return the requests that are only trained on, by label; a text without a request counts as one."""
+    mine = [one for one in every if one.about == about]
+    measured = {one.request for one in mine if one.request and not _trains(one, unseen)}
+    kept = [one for one in mine if _trains(one, unseen) and one.request not in measured]
+    return (
+        {one.request or one.answer for one in kept if one.violates},
+        {one.request or one.answer for one in kept if not one.violates},
+    )
