@@ -432,7 +432,7 @@ class Review(Base, frozen=True, kw_only=True, tag_field="record", tag="review"):
     answer: Message | None = None
     """The person's own answer, where the decision is `edit`."""
     verdicts: tuple[Verdict, ...] = ()
-    """Labels that the person gave, by principle or aim."""
+    """Labels that the person gave the draft, by principle or aim."""
     note: str | None = None
     """The person's words."""
     schema: int = msgspec.field(default_factory=_current_version)

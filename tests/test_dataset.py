@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from cai_graph.trajectory import (
     Message,
     Outcome,
     Record,
+    Review,
     Revision,
     Round,
     Trajectory,
@@ -31,7 +33,7 @@ from cai_graph.trajectory import (
 )
 from trainers.dataset import Recipe, build, explain
 from trainers.ledger import Reason
-from trainers.rows import KINDS, Kind, PreferenceRow, Row, read_row
+from trainers.rows import KINDS, CriticRow, Kind, PreferenceRow, Row, read_row
 from trainers.split import normalise
 
 DOCS = Path(__file__).parents[1] / "docs" / "datasets.md"
@@ -278,6 +280,53 @@ def test_a_person_is_removed_and_the_rest_is_the_same(tmp_path: Path) -> None:
     every = rows_of(tmp_path / "all", "preference")
     assert rows_of(tmp_path / "rest", "preference") == [row for row in every if row.trajectory_id not in gone]
     assert without.ledger.dropped == {Reason.REMOVED: len(gone)}
+
+
+# --- critic -------------------------------------------------------------------------------------------
+
+
+def labels_of(tmp_path: Path, *reviews: Review) -> dict[tuple[str, str], tuple[bool, str, str]]:
+    record = revised()
+    about_it = [msgspec.structs.replace(each, trajectory_id=record.id) for each in reviews]
+    log = write(tmp_path / "log.jsonl", [record, *about_it])
+    build([log], tmp_path / "out", Recipe(kind="critic"))
+    found = {}
+    for row in rows_of(tmp_path / "out", "critic"):
+        assert isinstance(row, CriticRow)
+        found[row.completion[0].content, row.principle] = (row.violates, row.source, row.judge)
+    return found
+
+
+def test_a_critic_learns_every_verdict_and_a_persons_label_in_its_place(tmp_path: Path) -> None:
+    labels = (
+        Verdict(label=Label.COMPLIES, principle="no-harm", read_by="human"),
+        Verdict(label=Label.VIOLATES, aim="honest", read_by="human"),
+    )
+
+    found = labels_of(tmp_path, review("", reviewer="ann", verdicts=labels))
+
+    assert found == {
+        ("draft 0", "no-harm"): (False, "human", "ann"),
+        ("draft 0", "honest"): (True, "human", "ann"),
+        ("revised 0", "no-harm"): (False, "critique", "fake:critic"),
+    }
+
+
+def test_a_critic_does_not_learn_what_people_contradict(tmp_path: Path) -> None:
+    verdict = Verdict(label=Label.COMPLIES, principle="no-harm", read_by="human")
+    other = msgspec.structs.replace(verdict, label=Label.VIOLATES)
+
+    differ = labels_of(
+        tmp_path,
+        review("", id="1", reviewer="ann", verdicts=(verdict,)),
+        review("", id="2", reviewer="bob", verdicts=(other,)),
+    )
+
+    assert list(differ) == [("revised 0", "no-harm")]
+
+
+def test_a_draft_that_people_prefer_is_no_violation_to_learn_from(tmp_path: Path) -> None:
+    assert list(labels_of(tmp_path, review("", decision="flip"))) == [("revised 0", "no-harm")]
 
 
 # --- splits -------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from typing import Any
 import pytest
 from replies import principle
 from tiny import tiny_model
+from typer.testing import CliRunner
+from wire import serving
 
 from cai_graph import constitutional
 from cai_graph.calls import Budget, Calls
 from cai_graph.cascades import cascade
+from cai_graph.cli import app
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, check_strategy, critic_for
 from cai_graph.errors import ConfigError, DataError, ModelError
@@ -263,7 +268,7 @@ def test_what_it_cannot_read_is_never_said_to_comply(classifier: Path) -> None:
     of_tools = principle("no-poison", "harmless", tools=True)
     tools = Constitution(name="tools", principles=(of_tools, BE_KIND))
 
-    calling = asked("", tool_calls=(ToolCall(id="1", name="search", arguments={}),))
+    calling = asked("", tool_calls=(ToolCall(id="1", name="search", args={}),))
     labels = {v.principle: v.label for v in judge(critic, calling, tools).verdicts}
     assert labels["no-poison"] in (Label.UNREADABLE, Label.VIOLATES)
 
@@ -319,3 +324,41 @@ def test_opening_a_classifier_loads_no_torch(classifier: Path) -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- the page
+
+
+def test_the_blocks_of_the_page_run(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "critics.md").read_text()
+    (python,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    shutil.copytree(classifier, tmp_path / "my-critic")
+    rules = [each.model_dump(exclude_defaults=True) for each in RULES.principles]
+    (tmp_path / "rules.yaml").write_text(json.dumps({"name": "rules", "principles": rules}))
+    monkeypatch.chdir(tmp_path)
+
+    with serving(lambda body: "qqqqqqqqqqqq pan") as server:
+        monkeypatch.setenv("OPENAI_API_KEY", "unused")
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        exec(python, {})
+
+    assert capsys.readouterr().out == "qqqqqqqqqqqq pan\n"
+
+
+def test_the_commands_of_the_page_exist() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "critics.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for command in map(shlex.split, block.splitlines()):
+        words = [word for word in command[1:3] if re.fullmatch(r"[a-z]+", word)]
+        shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0
+        assert all(word in shown.output for word in command if word.startswith("-")), command
+
+
+def test_the_command_trains_and_names_what_is_missing(data: Path, tmp_path: Path) -> None:
+    arguments = ["train", "critic", "--set", "model=local:smollm2", "--set", f"data={data}"]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, ConfigError)
+    assert "'output'" in str(done.exception)

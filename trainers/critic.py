@@ -58,8 +58,8 @@ class Config:
     """What a run depends on; it is written whole into the card."""
 
     model: str
-    """A local model ("local", "local:NAME", "local:FILE.gguf"); for a classifier also a folder with safetensors
-    and tokenizer, or a name on the hub."""
+    """A local model ("local", "local:NAME", "local:FILE.gguf"); for a classifier also a folder with
+    safetensors and tokenizer, or a name on the hub."""
     data: Path
     """A folder of `cai dataset build --kind critic`, in the format jsonl or parquet."""
     output: Path
@@ -321,9 +321,7 @@ def _classifier(config: Config, data: Labels, folder: Path, progress: Progress |
             "scale": platt.scale,
             "shift": platt.shift,
         }
-    return _Fitted(
-        heads, {"model": {"base": config.model, "max_tokens": config.max_tokens}}, figures, panels
-    )
+    return _Fitted(heads, {"model": {"base": config.model, "max_tokens": config.max_tokens}}, figures, panels)
 
 
 def _texts(config: Config, abouts: Sequence[str]) -> dict[str, str]:

@@ -83,3 +83,27 @@ def train_probe(
     with measured("forward passes", MofNCompleteColumn()) as tell:
         folder = probe.train(config, tell)
     note(f"the heads are in {folder}; its CARD.md has the figures")
+
+
+@commands.command("critic", epilog="Example: cai train critic --set data=verdicts --set output=my-critic")
+def train_critic(
+    config: Annotated[Path | None, option("--config -c", "YAML with the critic's settings.", "FILE")] = None,
+    settings: Annotated[
+        list[str] | None,
+        option("--set -s", "A setting, over that of the file; may be repeated.", "KEY=VALUE"),
+    ] = None,
+) -> None:
+    """Train a critic of one's own from verdicts, calibrate and measure it.
+
+    The data are a folder of `cai dataset build --kind critic`. The critic is then `--critic trained:FOLDER`.
+    """
+    from rich.progress import MofNCompleteColumn
+
+    from trainers import critic
+    from trainers.config import read
+
+    made = read(critic.Config, config, settings or ())
+    fetch(made.model)
+    with measured("forward passes" if made.kind == "probe" else "updates", MofNCompleteColumn()) as tell:
+        folder = critic.train(made, tell)
+    note(f"the critic is in {folder}; its CARD.md has the figures. Use it: --critic trained:{folder}")

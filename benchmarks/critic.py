@@ -1,0 +1,163 @@
+"""A critic of one's own against the built-in probe, on sources that neither was trained on.
+
+The labels are people's: harmful or not (PyRIT, OpenAI moderation, HH-RLHF, everyday answers; XSTest's answers
+to measure on). A critic trained here stays in the local cache, so that a second run measures it again from
+its card. The data lie in the folder that CAI_DATA names (../shared/data by default).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cai_graph import local
+from cai_graph.probe import Probe, States
+from trainers.critic import Config, train
+from trainers.figures import figures_of
+from trainers.heads import groups_of
+from trainers.labels import Row, lowest, read_rows
+from trainers.probe import Config as ProbeConfig
+from trainers.probe import chosen_rows, passes_of
+from trainers.rows import CriticRow, Turn, encode_row, line_of
+from trainers.states import StateCache
+
+MODEL = "local:smollm2"
+PER_LABEL = int(os.environ.get("CAI_BENCH_PYRIT", "100"))
+"""PyRIT answers of each label, those of lowest hash."""
+OTHERS = int(os.environ.get("CAI_BENCH_XSTEST", "80"))
+"""XSTest answers that do no harm, likewise; the harmful ones are all there."""
+UNSEEN = ("xstest_answers", "moderation")
+RUNS: dict[str, dict[str, Any]] = {
+    "probe": {"kind": "probe", "unseen": UNSEEN},
+    "classifier": {"kind": "classifier", "unseen": UNSEEN, "epochs": 2, "max_tokens": 192},
+    "classifier-pyrit": {"kind": "classifier", "unseen": ("pyrit",), "epochs": 4, "max_tokens": 192},
+}
+
+
+def answers() -> list[Row]:
+    """Return the rows: of what the built-in probe's head `harm` was trained on, and XSTest answers."""
+    data = Path(os.environ.get("CAI_DATA", "../shared/data"))
+    chosen = chosen_rows(read_rows(data), ProbeConfig(data=data, output=data, model=MODEL))
+    rows = [row for row in chosen if row.answer is not None and row.harm is not None]
+    cells = {
+        (source, label): [row for row in rows if row.source == source and row.harm is label]
+        for source in dict.fromkeys(row.source for row in rows)
+        for label in (True, False)
+    }
+    limits = {("pyrit", True): PER_LABEL, ("pyrit", False): PER_LABEL, ("xstest_answers", False): OTHERS}
+    return [row for cell, found in cells.items() for row in lowest(found, limits.get(cell, len(found)))]
+
+
+def write_dataset(rows: Iterable[Row], folder: Path) -> Path:
+    """Write the rows as a dataset of the kind `critic`; the judge is the source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "train.jsonl").open("wb") as file:
+        for row in rows:
+            made = CriticRow(
+                trajectory_id=row.source,
+                source="human",
+                constitution="",
+                judge=row.source,
+                principles=("harmless",),
+                p_violates=float(bool(row.harm)),
+                prompt=(Turn(role="user", content=row.request),),
+                completion=(Turn(role="assistant", content=row.answer or ""),),
+                principle="harmless",
+                violates=bool(row.harm),
+            )
+            file.write(line_of(*encode_row("critic", made), "train"))
+    return folder
+
+
+def trained(name: str, rows: list[Row]) -> dict[str, Any]:
+    """Return the card of a critic, trained if it is not in the cache."""
+    home = local.cache_dir() / "benchmarks" / "critic"
+    folder = home / name
+    if not folder.exists():
+        given = RUNS[name]
+        # Requests of XSTest are measured on, so a critic that leaves out PyRIT goes without them.
+        mine = [row for row in rows if row.source != "xstest_answers" or row.source in given["unseen"]]
+        data = write_dataset(mine, home / f"{name}-rows")
+        config = Config(model=MODEL, data=data, output=folder, **given)
+        train(config, lambda done, of: print(f"{name}: {done} of {of}", file=sys.stderr, flush=True))
+    card: dict[str, Any] = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    return card
+
+
+def built_in(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """Return the AUC of the built-in probe by setting: of its card, on XSTest on these answers."""
+    probe = Probe.for_model("local")
+    assert probe is not None
+    found = {
+        figure["setting"]: figure
+        for figure in probe.card["figures"]
+        if figure["head"] == "harm" and figure["measure"] == "auc"
+    }
+    import asyncio
+
+    import numpy
+
+    unseen = [row for row in rows if row.source == "xstest_answers"]
+    cache = StateCache(probe.reader())
+    passes = [passes_of(row) for row in unseen]
+    asyncio.run(cache.extract(passes))
+    read = [max(probe.probability("harm", States(one, 0)) for one in each) for each in cache.load(passes)]
+    groups = groups_of([row.request for row in unseen], [row.answer for row in unseen])
+    y = numpy.array([int(bool(row.harm)) for row in unseen])
+    (auc,) = figures_of("harm", "xstest_answers", numpy.array(read), y, groups)
+    return {**found, "xstest_answers": auc.rounded()}
+
+
+def run() -> str:
+    """Return the section of RESULTS.md."""
+    rows = answers()
+    shipped = built_in(rows)
+    columns: dict[str, dict[str, dict[str, Any] | None]] = {
+        "the built-in probe (1.5B)": {
+            "XSTest": shipped["xstest_answers"],
+            "moderation": shipped["left out: moderation"],
+            "PyRIT": shipped["left out: pyrit"],
+        }
+    }
+    for name, title in (("probe", "a probe on smollm2 (135M)"), ("classifier", "LoRA on smollm2 (135M)")):
+        card = trained(name, rows)
+        aucs = {one["setting"]: one for one in card["figures"] if one["measure"] == "auc"}
+        pyrit = aucs.get("left out: pyrit")
+        if name == "classifier":
+            other = trained("classifier-pyrit", rows)
+            pyrit = next(
+                (one for one in other["figures"] if one["measure"] == "auc" and "pyrit" in one["setting"]),
+                None,
+            )
+        columns[title] = {
+            "XSTest": aucs.get("xstest_answers, never trained on"),
+            "moderation": aucs.get("moderation, never trained on"),
+            "PyRIT": pyrit,
+        }
+    lines = [
+        "## Critics of one's own against the built-in probe",
+        "",
+        "AUC for harmful answers by human labels, with the source left out of training; 95 % intervals from "
+        "1000 resamples of whole requests. XSTest is unseen by all; the built-in probe is trained on "
+        "moderation texts where it is measured on XSTest, the others are not.",
+        "",
+        f"| left out | {' | '.join(columns)} |",
+        f"|---|{'---|' * len(columns)}",
+    ]
+    for source in ("XSTest", "moderation", "PyRIT"):
+        lines.append(f"| {source} | {' | '.join(_cell(one[source]) for one in columns.values())} |")
+    return "\n".join(lines)
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "not measured"
+    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f}), n = {figure['n']}"
+
+
+if __name__ == "__main__":  # python -m benchmarks.critic NAME: train one of RUNS alone
+    trained(sys.argv[1], answers())
