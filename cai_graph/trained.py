@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from cai_graph.calls import Calls
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
@@ -123,14 +125,14 @@ class TrainedCritic:
                 unread = (
                     f"the answer has {len(text):,} characters, of which at most {WHOLE_CHARACTERS:,} are read"
                 )
-            names = {"principle": about} if about in constitution else {"aim": about}
             probability = scored.probabilities[about]
-            violates = probability >= self.thresholds[about]
-            if unread and not violates:
-                verdicts.append(Verdict(label=Label.UNREADABLE, reason=unread, **names))
-                continue
-            label = Label.VIOLATES if violates else Label.COMPLIES
-            verdicts.append(Verdict(label=label, probability=probability, read_by=self.kind, **names))
+            label = Label.VIOLATES if probability >= self.thresholds[about] else Label.COMPLIES
+            if unread and label is Label.COMPLIES:
+                verdict = Verdict(label=Label.UNREADABLE, reason=unread)
+            else:
+                verdict = Verdict(label=label, probability=probability, read_by=self.kind)
+            field = "principle" if about in constitution else "aim"
+            verdicts.append(msgspec.structs.replace(verdict, **{field: about}))
         return Critique(verdicts=tuple(verdicts), critic=self.name)
 
     async def discuss(
@@ -188,8 +190,8 @@ class Classifier:
 
     def __init__(self, folder: Path, card: Mapping[str, Any]) -> None:
         heads = card["heads"]
-        self._max_tokens = card["model"].get("max_tokens") if isinstance(card.get("model"), dict) else None
-        if not isinstance(self._max_tokens, int):
+        longest = card["model"].get("max_tokens") if isinstance(card.get("model"), dict) else None
+        if not isinstance(longest, int):
             raise DataError(f"{folder / 'card.json'}: has no model.max_tokens; train the critic again")
         for about, head in heads.items():
             numbers = [head.get("scale"), head.get("shift")]
@@ -200,6 +202,7 @@ class Classifier:
                     f"{folder / 'card.json'}: {about!r} has no scale, shift and text; train the critic again"
                 )
         self.folder = folder / "model"
+        self._max_tokens = longest
         self._heads = heads
         self._one = threading.Lock()
         self._loaded: tuple[Any, Any] | None = None

@@ -99,7 +99,7 @@ def fit(
                     f"the loss is {loss.item()} at update {done + 1} of {updates}; lower learning_rate "
                     f"({config.learning_rate:g})"
                 )
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(adapted.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -107,7 +107,8 @@ def fit(
             done += 1
             if progress is not None:
                 progress(done, updates)
-    merged = adapted.merge_and_unload().eval()
+    merged: Any = adapted.merge_and_unload()  # type: ignore[operator]
+    merged.eval()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return merged, tokenizer

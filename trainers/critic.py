@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -212,7 +213,7 @@ def _probe(config: Config, data: Labels, folder: Path, progress: Progress | None
         rows = numpy.flatnonzero(data.trained & (data.about == about))
         y, groups = data.y[rows], data.groups[rows]
         scores = fitting.out_of_fold(
-            lambda kept, rows=rows: fitted(rows[kept]), of(rows), y, groups, largest=True, seed=config.seed
+            partial(_fit_kept, fitted, rows), of(rows), y, groups, largest=True, seed=config.seed
         )
         everything = numpy.ones(len(rows), bool)
         head = fitting.calibrate(fitted(rows), about, scores, y, everything, config.false_alarms)
@@ -249,6 +250,10 @@ def _probe(config: Config, data: Labels, folder: Path, progress: Progress | None
     }
     entries = {about: {"threshold": round(head.platt.threshold, 4)} for about, head in heads.items()}
     return _Fitted(entries, model, figures, panels)
+
+
+def _fit_kept(fitted: Callable[[Array], Head], rows: Array, kept: Array) -> Head:
+    return fitted(rows[kept])
 
 
 # ---- a classifier
