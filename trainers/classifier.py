@@ -107,7 +107,7 @@ def fit(
             done += 1
             if progress is not None:
                 progress(done, updates)
-    merged: Any = adapted.merge_and_unload()  # type: ignore[operator]
+    merged: Any = adapted.merge_and_unload()
     merged.eval()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
