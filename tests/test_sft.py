@@ -95,3 +95,22 @@ def test_the_command_reads_yaml_and_settings_and_trains(tiny: Path, tmp_path: Pa
     manifest = Checkpoint.open(out).manifest
     assert manifest is not None
     assert (manifest.config["learning_rate"], manifest.config["max_steps"]) == (1e-5, 1)
+
+
+def test_packed_rows_do_not_see_one_another(tiny: Path, tmp_path: Path) -> None:
+    """The loss before training is the same, for each row stands as if it were alone."""
+    found = rows("sft", 8)
+    (tmp_path / "first").mkdir()
+    model = sft.train(config(tiny, tmp_path / "first", learning_rate=3e-2, epochs=5.0)).path
+    changes = {"data": write_rows(tmp_path / "rows.jsonl", found), "max_steps": 1}
+    plain = sft.train(config(model, tmp_path, output=tmp_path / "plain", batch_size=8, **changes))
+    changes |= {"batch_size": 2, "packing": True, "max_tokens": 300}
+    packed = sft.train(config(model, tmp_path, output=tmp_path / "packed", **changes))
+
+    assert figure(packed, "num_tokens") == figure(plain, "num_tokens")
+    assert losses(packed)[0] == pytest.approx(losses(plain)[0], abs=1e-4)
+
+
+def figure(made: Checkpoint, name: str) -> float:
+    assert made.manifest is not None
+    return made.manifest.metrics[name]
