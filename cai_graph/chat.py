@@ -304,11 +304,17 @@ class ConstitutionalChatModel(BaseChatModel):
         # What LangChain noted of this model's parameters is not the critic's.
         noted = run_manager.inheritable_metadata
         metadata = {key: value for key, value in noted.items() if key not in _PARAMETERS}
-        callbacks = AsyncCallbackManager(handlers=[], parent_run_id=run_manager.run_id)
-        callbacks.set_handlers(run_manager.inheritable_handlers)
-        callbacks.add_tags(run_manager.inheritable_tags)
-        callbacks.add_metadata(metadata)
-        return RunnableConfig(callbacks=callbacks, tags=run_manager.inheritable_tags, metadata=metadata)
+        tags, handlers = run_manager.inheritable_tags, run_manager.inheritable_handlers
+        callbacks = AsyncCallbackManager(
+            handlers=[*handlers],
+            inheritable_handlers=[*handlers],
+            parent_run_id=run_manager.run_id,
+            tags=[*tags],
+            inheritable_tags=[*tags],
+            metadata={**metadata},
+            inheritable_metadata={**metadata},
+        )
+        return RunnableConfig(callbacks=callbacks, tags=tags, metadata=metadata)
 
     # --- tools and configuration ---
 

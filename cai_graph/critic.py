@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable
 
 from cai_graph import models, prompts
@@ -106,6 +106,8 @@ def failed_principles(critique: Critique, constitution: Constitution) -> list[Pr
     named principle stands for all principles of that aim.
     """
     violated = [verdict for verdict in critique.verdicts if verdict.label is Label.VIOLATES]
+    if not violated:
+        return []
     named = {v.principle for v in violated if v.principle in constitution and _counts(v, constitution)}
     aims = {verdict.aim for verdict in violated if verdict.aim is not None}
     aims -= {constitution[identifier].aim for identifier in named if identifier is not None}
@@ -158,15 +160,14 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
     evades = evasions[-1].lower() == "true" if evasions else None
     objects, rest = _objects(text)
     found = _from_objects(objects, ids, "json")
-    for identifier, verdict in _from_lines(rest, ids).items():
+    for identifier, verdict in _from_lines(rest, ids).items() if rest else ():
         if verdict is None:
             found.pop(identifier, None)
         else:
             found[identifier] = verdict
-    probabilities = _label_probabilities(reply, ids)
-    return Reading(
-        {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}, evades
-    )
+    if probabilities := _label_probabilities(reply, ids):
+        found = {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}
+    return Reading(found, evades)
 
 
 def _objects(text: str) -> tuple[list[Any], str]:
@@ -245,7 +246,8 @@ def _with_probability(verdict: Verdict, probability: float | None) -> Verdict:
 
 def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, float]:
     """Return P(VIOLATES) by principle, from the log-probabilities of the tokens where labels begin."""
-    tokens = _scored_tokens(reply)
+    if not (tokens := _scored_tokens(reply)):
+        return {}
     texts = [token["token"] for token in tokens]
     starts = list(accumulate(map(len, texts), initial=0))
     found: dict[str, float] = {}
@@ -306,7 +308,7 @@ class ModelCritic:
     def __init__(self, model: BaseChatModel) -> None:
         self.model = on_any_loop(model)
         self.name = models.name_of(model)
-        self._forms: dict[tuple[str, tuple[str, ...]], tuple[str, Runnable[Any, Any]]] = {}
+        self._forms: dict[tuple[str, tuple[str, ...]], tuple[SystemMessage, Runnable[Any, Any]]] = {}
         self._plain_only = False
 
     async def critique(
@@ -359,7 +361,9 @@ class ModelCritic:
             critic=self.name,
         )
 
-    def _form(self, constitution: Constitution, ids: tuple[str, ...]) -> tuple[str, Runnable[Any, Any]]:
+    def _form(
+        self, constitution: Constitution, ids: tuple[str, ...]
+    ) -> tuple[SystemMessage, Runnable[Any, Any]]:
         key = (constitution.digest, ids)
         if key not in self._forms:
             instructions = prompts.critique_instructions(constitution.principles, constitution.examples)

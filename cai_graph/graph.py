@@ -13,7 +13,6 @@ as the run's context. `run.py` has it driven, and decides what leaves.
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -49,8 +48,13 @@ class State(TypedDict, total=False):
     """Draft."""
     rounds: list[dict[str, Any]]
     """Rounds so far; the last one may be open, its revisions not yet judged."""
+
+
+class _Joined(State, total=False):
+    """The state of `parallel`."""
+
     judged: Annotated[list[dict[str, Any]], operator.add]
-    """Of `parallel`: {"of": name of the answer, "critique": Critique}, in the order of the principles."""
+    """{"of": name of the answer, "critique": Critique}, in the order of the principles."""
 
 
 class _Task(TypedDict):
@@ -94,7 +98,7 @@ async def draft(state: State, runtime: Runtime[Run]) -> Command[str]:
         run.failed = error
         raise
     if request.asked is not None:
-        run.request = dataclasses.replace(request, messages=request.asked())
+        run.messages = request.asked()
     if before is not None:
         answered = msgspec.structs.replace(answered, blocks=before.draft.blocks)
     progress = Progress(answered, rounds)
@@ -122,7 +126,7 @@ def _after_draft(plan: Plan, progress: Progress) -> str:
     return "revise" if failed and plan.settings.rounds > 0 else END
 
 
-async def critique(state: State, runtime: Runtime[Run]) -> Command[str]:
+async def critique(state: _Joined, runtime: Runtime[Run]) -> Command[str]:
     """Judge the draft; in `sampled`, criticise what stands; in `parallel`, join what `judge` found."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
@@ -262,15 +266,20 @@ def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan, progress: 
 
 
 @cache
-def compiled() -> CompiledStateGraph[State, Run, State, State]:
-    """Return the graph, the same for every plan. It never writes into a caller's checkpoints."""
-    graph = StateGraph(State, context_schema=Run)
-    graph.add_node("draft", draft, destinations=("critique", "judge", "revise", END))
-    graph.add_node("judge", judge)
+def compiled(*, parallel: bool) -> CompiledStateGraph[Any, Run, Any, Any]:
+    """Return the graph, the same for every plan. It never writes into a caller's checkpoints.
+
+    Only `parallel` has `judge` in it: each step of LangGraph's looks at every node and channel there is.
+    """
+    graph: StateGraph[Any, Run, Any, Any] = StateGraph(_Joined if parallel else State, context_schema=Run)
+    fan_out = ("judge",) if parallel else ()
+    graph.add_node("draft", draft, destinations=("critique", *fan_out, "revise", END))
     graph.add_node("critique", critique, destinations=("draft", "revise", END))
-    graph.add_node("revise", revise, destinations=("revise", "judge", "critique", END))
+    graph.add_node("revise", revise, destinations=("revise", *fan_out, "critique", END))
     graph.add_edge(START, "draft")
-    graph.add_edge("judge", "critique")
+    if parallel:
+        graph.add_node("judge", judge)
+        graph.add_edge("judge", "critique")
     return graph.compile(checkpointer=False, name="cai_graph")
 
 
@@ -283,7 +292,8 @@ async def drive(run: Run, config: RunnableConfig) -> None:
     """
     with apart():
         # Without a stream mode nothing is made for readers: what the run reached is in its context.
-        async for _ in compiled().astream({}, config, context=run, stream_mode=[]):
+        steps = compiled(parallel=run.plan.settings.strategy == "parallel")
+        async for _ in steps.astream({}, config, context=run, stream_mode=[]):
             pass
     if run.paused is not None:
         raise run.paused

@@ -185,14 +185,14 @@ breaks the principle, with the words concerned; leave it empty when the answer c
 it."""
 
 
-def critique_instructions(principles: Sequence[Principle], examples: Sequence[Example] = ()) -> str:
+def critique_instructions(principles: Sequence[Principle], examples: Sequence[Example] = ()) -> SystemMessage:
     """Return the static part of the batched critique: instructions, principles, examples, reply form."""
     rules = "\n".join(f"{principle.id}: {principle.critique_request}" for principle in principles)
     parts = [_CRITIC, f"<rules>\n{rules}\n</rules>"]
     ids = [principle.id for principle in principles]
     parts += [_example(example, ids) for example in examples if example.principle in (None, *ids)]
     parts.append(_REPLY)
-    return "\n\n".join(parts)
+    return SystemMessage("\n\n".join(parts))
 
 
 def _example(example: Example, ids: Sequence[str]) -> str:
@@ -204,10 +204,10 @@ def _example(example: Example, ids: Sequence[str]) -> str:
     return "<example>\n" + "\n".join(shown) + "\n</example>"
 
 
-def critique_messages(instructions: str, exchange: Exchange) -> list[BaseMessage]:
+def critique_messages(instructions: SystemMessage, exchange: Exchange) -> list[BaseMessage]:
     """Return the batched critique of one answer; `instructions` is the static part."""
     return [
-        SystemMessage(instructions),
+        instructions,
         HumanMessage(_material(exchange) + "\n\nJudge the answer by the principles. JSON only."),
     ]
 

@@ -85,6 +85,8 @@ class Run:
     plan: Plan
     request: Request
     calls: Calls
+    messages: tuple[Message, ...]
+    """The conversation, as far as it is known."""
     reached: Progress | None = None
     """What the last node reached: what is logged when the next one fails."""
     paused: BaseException | None = None
@@ -98,13 +100,13 @@ class Run:
     def random(self) -> random.Random:
         """What draws for this request: the same again from the same seed, and another for each prompt."""
         seed = self.plan.settings.seed
-        asked = [text_of(message) for message in self.request.messages]
+        asked = [text_of(message) for message in self.messages]
         return random.Random(None if seed is None else ascii((seed, asked)))
 
     def exchange(self, answer: Message, *, unfinished: bool = False) -> Exchange:
         """Return an answer as critics and revisers are shown it."""
         context = self.request.context()
-        return Exchange(messages=self.request.messages, answer=answer, context=context, unfinished=unfinished)
+        return Exchange(messages=self.messages, answer=answer, context=context, unfinished=unfinished)
 
     async def tell(self, step: str) -> None:
         """Tell who listens which step is under way."""

@@ -50,7 +50,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
         Paused, GraphInterrupt: the app waits for a person.
         Exception: the app's own error; a critic's or reviser's where `on_error` is `raise`.
     """
-    under_way = Run(plan=plan, request=request, calls=Calls(plan.settings.budget))
+    under_way = Run(plan=plan, request=request, calls=Calls(plan.settings.budget), messages=request.messages)
     for call in request.made:
         under_way.calls.record(call)
         under_way.calls.spent[call.kind] += 1
@@ -130,7 +130,7 @@ def _trajectory(run: Run, decision: Decision, error: BaseException | None) -> Tr
         mode=request.mode,
         constitution=plan.constitution_ref,
         outcome=outcome,
-        messages=request.messages,
+        messages=run.messages,
         context=dict(request.context()),
         draft=request.written() if progress is None else progress.draft,
         rounds=() if progress is None else tuple(progress.rounds),

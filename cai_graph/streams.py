@@ -370,16 +370,22 @@ def progress(
 
 
 def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
-    """Return a copy of the callbacks without the handlers that feed streams, so that no draft shows in one.
+    """Return the callbacks without the handlers that feed streams, so that no draft shows in one.
 
     Tracers stay and see every inner call. https://github.com/langchain-ai/langchain/issues/35011
     So does what counts tokens. What neither follows chains nor hears a model end sees the one model that it
     always saw.
     """
+    dropped = [
+        handler
+        for handler in (*callbacks.handlers, *callbacks.inheritable_handlers)
+        if feeds_streams(handler) or not (_hears(handler, "on_chain_start") or _hears(handler, "on_llm_end"))
+    ]
+    if not dropped:
+        return callbacks  # nobody changes them below: LangChain makes copies of its own
     kept = callbacks.copy()
-    for handler in [*kept.handlers, *kept.inheritable_handlers]:
-        if feeds_streams(handler) or not (_hears(handler, "on_chain_start") or _hears(handler, "on_llm_end")):
-            kept.remove_handler(handler)
+    for handler in dropped:
+        kept.remove_handler(handler)
     return kept
 
 

@@ -115,13 +115,13 @@ def test_the_conversation_comes_before_the_answer_so_that_both_are_cached_as_pre
 def test_examples_of_other_principles_stay_out() -> None:
     kind = prompts.critique_instructions([RULES["be-kind"]], [EXAMPLE])
 
-    assert "burglar" not in kind
+    assert "burglar" not in kind.text
 
 
 def test_each_builtin_constitution_fits_one_critique() -> None:
     for name in ("balanced", "harmlessness", "human-rights", "technical-safety", "company-policy"):
         constitution = load(name)
-        text = prompts.critique_instructions(constitution.principles, constitution.examples)
+        text = prompts.critique_instructions(constitution.principles, constitution.examples).text
         assert len(text) < 40_000
         for principle in constitution.principles:
             assert f"\n{principle.id}: " in text
