@@ -20,7 +20,7 @@ from cai_graph.errors import ConfigError, DataError
 from trainers.dataset import MANIFEST, read_manifest
 from trainers.rows import Kind
 
-__all__ = ["Counts", "Encoder", "Hazard", "Shape", "Source", "encode", "open_data"]
+__all__ = ["Counts", "Encoder", "Hazard", "Shape", "Source", "encode", "open_data", "read_rows"]
 
 Hazard = Literal[
     "drop-long", "cut-long", "drop-unfit", "shifted-prompt", "endless-answers", "ignored-columns"
@@ -122,7 +122,7 @@ def _split(folder: Path, name: str) -> Path | None:
     return next((path for end in ("jsonl", "parquet") if (path := folder / f"{name}.{end}").exists()), None)
 
 
-def _read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each row with its number, from 1; fields that are null are left out, as templates expect."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
@@ -422,7 +422,7 @@ def encode(file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], 
                 writer.write_table(table)
                 batch.clear()
 
-        for number, row in _read(file):
+        for number, row in read_rows(file):
             counts.read += 1
             if isinstance(named := row.get("constitution"), str) and named:
                 counts.constitutions.add(named)

@@ -10,6 +10,7 @@ of its own tokenizer, so a policy and its reward model may come from different f
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError, MissingExtra
 from trainers.checkpoint import Checkpoint
+from trainers.weights import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -99,20 +101,26 @@ def device_of(name: str | None = None) -> torch.device:
     return found if found is not None else torch.device("cpu")
 
 
-def load_policy(model: str | Path, *, dtype: str = "auto", device: str | None = None) -> Policy:
+def load_policy(
+    model: str | Path, *, dtype: str = "auto", device: str | None = None, quantized: bool = False
+) -> Policy:
     """Load a causal language model and its tokenizer, in evaluation mode.
 
     Args:
-        model: a folder, or a local model's spec.
+        model: a folder with safetensors and tokenizer, or another name that `trainers.weights.resolve` knows.
         dtype: of the weights, such as "float32"; "auto" is float32 on a CPU and bfloat16 elsewhere.
         device: where it runs; None: the first accelerator that there is, else the CPU.
+        quantized: whether the weights are held in 4 bits (Dettmers et al. 2023); needs bitsandbytes.
 
     Raises:
         ConfigError: it is no model, or its tokenizer has no chat template or no token that ends an answer.
         ModelError: there are no weights or no tokenizer in the folder; says which.
         MissingExtra: torch or transformers is not installed.
     """
-    loaded, tokenizer = _load("AutoModelForCausalLM", model, dtype, device)
+    settings: dict[str, Any] = {}
+    if quantized:
+        settings = {"quantization_config": _four_bits(), "device_map": {"": device_of(device)}}
+    loaded, tokenizer = _load("AutoModelForCausalLM", model, dtype, device, **settings)
     policy = Policy(loaded, tokenizer)
     if not policy.stops:
         raise ConfigError(f"{model}: no token ends an answer; set eos_token in its tokenizer_config.json")
@@ -152,7 +160,7 @@ def _load(kind: str, model: str | Path, dtype: str, device: str | None, **settin
         import transformers
     except ImportError as error:
         raise MissingExtra("training", error.name or "torch", "train") from error
-    folder = _folder(model)
+    folder = resolve(model)
     where = device_of(device)
     if dtype == "auto":
         dtype = "float32" if where.type == "cpu" else "bfloat16"
@@ -169,14 +177,26 @@ def _load(kind: str, model: str | Path, dtype: str, device: str | None, **settin
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder}: its weights cannot be read: {error}") from error
-    return loaded.to(where).eval(), tokenizer
+    if "device_map" not in settings:
+        loaded = loaded.to(where)
+    return loaded.eval(), tokenizer
 
 
-def _folder(model: str | Path) -> Path:
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"{model}: is no folder; name a folder with a model's weights and tokenizer")
-    return folder
+def _four_bits() -> Any:
+    try:
+        importlib.import_module("bitsandbytes")
+        import torch
+        from transformers import BitsAndBytesConfig
+    except ImportError as error:
+        raise ConfigError(
+            "4 bits need bitsandbytes; pip install bitsandbytes, or leave quantized out"
+        ) from error
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
 
 
 # --- sampling -----------------------------------------------------------------------------------------
@@ -236,6 +256,7 @@ def sample(
     top_p: float = 1.0,
     seed: int,
     batch_size: int,
+    first: int = 0,
 ) -> list[Sample]:
     """Return one answer to each conversation, in order.
 
@@ -250,6 +271,7 @@ def sample(
         top_p: least probability mass that tokens are drawn from.
         seed: of the draw.
         batch_size: answers that are written at once.
+        first: number of the first batch, where others sample the batches before it with the same seed.
 
     Raises:
         DataError: a conversation does not fit the chat template, or leaves no room for an answer.
@@ -257,7 +279,7 @@ def sample(
     rows = [prompt_ids(policy.tokenizer, prompt) for prompt in prompts]
     return [
         answer
-        for number, start in enumerate(range(0, len(rows), batch_size))
+        for number, start in enumerate(range(0, len(rows), batch_size), first)
         for answer in _sample(
             policy,
             rows[start : start + batch_size],

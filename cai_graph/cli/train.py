@@ -32,6 +32,7 @@ STAGES = (
     Stage("dpo", "Prefer answers, by soft labels: DPO.", "--set data=preferences --set output=dpo"),
     Stage("kto", "Prefer answers that are labelled one by one: KTO.", "--set data=labelled --set output=kto"),
     Stage("online", "Learn by a reward, under a watch: RLOO and GRPO.", "--set output=better"),
+    Stage("ppo", "Learn from any reward, by PPO.", "--set data=prompts --set reward=reward --set output=ppo"),
 )
 
 

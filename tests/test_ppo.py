@@ -1,0 +1,451 @@
+"""PPO on the tiny random model: it learns, goes on where it was killed, and stops where it must."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import string
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_policy_model import reward_model
+from tiny import rows, tiny_model, turn, write_rows
+
+from cai_graph.errors import ConfigError, DataError, ModelError
+from trainers import config as configs
+from trainers import ppo
+from trainers.checkpoint import Checkpoint
+from trainers.policy import Messages
+from trainers.ppo_loop import Run
+from trainers.rewards import RewardError
+from trainers.stages import Lora
+from trainers.watch import WatchConfig
+
+LETTERS = set(string.ascii_lowercase)
+
+
+def lowercase(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+    """A toy reward: the share of lower-case letters in an answer."""
+    return [sum(c in LETTERS for c in answer) / max(1, len(answer)) for answer in answers]
+
+
+OUTAGE = 0
+"""Updates after which the reward below is out."""
+CALLS = 0
+
+
+def flaky(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+    global CALLS
+    CALLS += 1
+    if CALLS > OUTAGE:
+        raise OSError("the judge is away")
+    return lowercase(prompts, answers)
+
+
+def broken(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+    """A reward that is a number, and yet blows up what is trained on it."""
+    return [3e38 if CALLS else 0.1 * len(answer) for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "policy")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows("prompts", 20))
+
+
+@pytest.fixture
+def config(model: Path, data: Path, tmp_path: Path) -> ppo.Config:
+    return ppo.Config(
+        model=str(model),
+        data=data,
+        output=tmp_path / "out",
+        reward="test_ppo:lowercase",
+        watch=None,
+        learning_rate=1e-2,
+        value_learning_rate=1e-2,
+        rollout_size=16,
+        rollout_batch=16,
+        batch_size=8,
+        accumulate=1,
+        max_tokens=80,
+        max_answer=10,
+        max_steps=2,
+        save_steps=1,
+        schedule="constant",
+        missing_eos_penalty=0.0,
+    )
+
+
+def but(config: ppo.Config, **changes: Any) -> ppo.Config:
+    return dataclasses.replace(config, **changes)
+
+
+def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(checkpoint.path / "model.safetensors")
+    return found
+
+
+def log(checkpoint: Checkpoint) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (checkpoint.path / "log.jsonl").read_text().splitlines()]
+
+
+def differ(one: Checkpoint, other: Checkpoint) -> float:
+    """The greatest difference between two checkpoints' weights."""
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)
+
+
+# --- learning -----------------------------------------------------------------------------------------
+
+
+def test_the_reward_rises_and_the_kl_with_it(config: ppo.Config) -> None:
+    made = ppo.train(but(config, max_steps=12, rollout_size=32, kl_coefficient=0.01))
+    lines = log(made)
+
+    assert [line["update"] for line in lines] == list(range(1, 13))
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.3
+    assert lines[-1]["kl"] > 1
+    assert all(torch.tensor(list(line.values())).isfinite().all() for line in lines)
+    assert made.manifest is not None
+    assert made.manifest.stage == "ppo"
+    assert made.manifest.parents == (Checkpoint.open(config.model).digest,)
+    assert made.manifest.data["rows"] == 20
+    assert made.manifest.metrics["reward"] == lines[-1]["reward"]
+    assert not config.output.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=4)])
+def test_the_kl_is_zero_before_the_first_update(config: ppo.Config, lora: Lora | None) -> None:
+    run = Run(but(config, lora=lora))
+    first = run.rollout(1)
+
+    assert all(answer.logprobs == answer.ref_logprobs for answer in first)
+    assert all(set(answer.values) == {0.0} for answer in first)
+    run.improve(1, first)
+    second = run.rollout(2)
+    assert all(answer.logprobs != answer.ref_logprobs for answer in second)
+
+
+def test_the_reference_stays_what_training_began_with(config: ppo.Config) -> None:
+    full, adapted = Run(config), Run(but(config, lora=Lora(rank=4), output=config.output.with_name("b")))
+    first, same = full.rollout(1), adapted.rollout(1)
+    adapted.improve(1, same)
+
+    read = list(adapted._read([a.prompt for a in first], first))  # type: ignore[arg-type]
+
+    for answer, after in zip(first, read, strict=True):
+        assert after.ref_logprobs == pytest.approx(answer.ref_logprobs, abs=1e-5)
+        assert after.logprobs != pytest.approx(answer.logprobs, abs=1e-5)
+
+
+def test_the_log_probabilities_are_those_of_the_draw(config: ppo.Config) -> None:
+    run = Run(but(config, temperature=0.7))
+    answer = run.rollout(1)[0]
+    ids = torch.tensor([answer.prompt_ids + answer.ids])
+    with torch.no_grad():
+        logits = run.policy.model(input_ids=ids).logits[0, len(answer.prompt_ids) - 1 : -1] / 0.7
+    expected = logits.log_softmax(-1)[range(len(answer.ids)), answer.ids]
+
+    assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 8), (4, 2)])
+def test_a_minibatch_is_the_same_however_it_is_cut(
+    config: ppo.Config, batch_size: int, accumulate: int
+) -> None:
+    config = but(config, max_steps=1, learning_rate=1e-3, max_answer=40, max_tokens=120)
+    whole = ppo.train(config)
+    cut = ppo.train(
+        but(config, output=config.output.with_name("cut"), batch_size=batch_size, accumulate=accumulate)
+    )
+
+    assert log(whole)[0]["answer_tokens"] < 40  # some answers end early, so tokens differ between the parts
+    assert differ(whole, Checkpoint.open(config.model)) > 1e-3
+    assert differ(whole, cut) < 2e-5
+    for name in ("policy_loss", "value_loss", "clipped", "moved", "grad_norm"):
+        assert log(cut)[0][name] == pytest.approx(log(whole)[0][name], abs=1e-4, rel=1e-3)
+
+
+def test_a_missing_end_is_paid_for_once(config: ppo.Config) -> None:
+    run = Run(but(config, missing_eos_penalty=5.0, learning_rate=1e-9, value_learning_rate=1e-9))
+    answers = run.rollout(1)
+    for answer in answers:
+        answer.score = 1.0
+    seen: list[torch.Tensor] = []
+    loss = run._loss
+
+    def spy(batch: Any, *columns: torch.Tensor) -> Any:
+        seen.append(columns[-1][:, 0])  # the returns at the first token: γ = 1, the KL is 0
+        return loss(batch, *columns)
+
+    run._loss = spy  # type: ignore[method-assign]
+    run.config = but(run.config, lam=1.0, ppo_epochs=1)
+    run.improve(1, answers)
+    expected = sorted(1.0 if answer.ended else -4.0 for answer in answers)
+
+    assert sorted(torch.cat(seen).tolist()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_adaptive_coefficient_falls_while_the_kl_is_below_its_target(config: ppo.Config) -> None:
+    lines = log(ppo.train(but(config, max_steps=3, kl_target=50.0, kl_horizon=32, learning_rate=1e-5)))
+
+    assert [line["kl_coefficient"] for line in lines] == pytest.approx([0.05, 0.045, 0.0405])
+
+
+def test_adapters_train_and_come_out_merged(config: ppo.Config) -> None:
+    made = ppo.train(but(config, lora=Lora(rank=4), max_steps=3))
+
+    assert differ(made, Checkpoint.open(config.model)) > 1e-4
+    assert (made.path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_values_may_come_from_a_model_of_their_own(config: ppo.Config, tmp_path: Path) -> None:
+    rater = reward_model(tmp_path / "rm")
+    run = Run(but(config, value_model=str(rater), reward=str(rater)))
+    answers = run.rollout(1)
+    figures = run.improve(1, answers)
+
+    assert len({value for answer in answers for value in answer.values}) > 10
+    assert figures["value_loss"] > 0
+    assert "value_head" not in dict(run.actor.named_children())
+
+
+# --- a run that does not go through -------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+import torch; torch.set_num_threads(1)
+from pathlib import Path
+from trainers import config, ppo
+ppo.train(config.read(ppo.Config, Path({file!r})), lambda done, total: print(done, flush=True))
+"""
+
+
+def written(config: ppo.Config, folder: Path) -> Path:
+    import yaml
+
+    path = folder / f"{config.output.name}.yaml"
+    path.write_text(yaml.safe_dump(configs.plain(config)), encoding="utf-8")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def process(config: ppo.Config, folder: Path, *launcher: str) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[1]
+    script = folder / "train.py"
+    script.write_text(SCRIPT.format(path=[str(root), str(root / "tests")], file=str(written(config, folder))))
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_a_killed_run_goes_on_exactly_as_it_would_have(config: ppo.Config, tmp_path: Path) -> None:
+    config = but(config, max_steps=6, kl_target=0.1, kl_horizon=100, save_steps=2)
+    straight = ppo.train(config)
+    other = but(config, output=tmp_path / "killed")
+    running = process(other, tmp_path)
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.strip() == "3":  # one update beyond the last state
+            running.send_signal(signal.SIGKILL)
+            break
+    running.communicate()
+    partial = tmp_path / "killed.partial"
+    (partial / "unfinished").mkdir(exist_ok=True)  # as if it had died while it wrote a state
+    found = sorted(path.name for path in partial.glob("state-*"))
+
+    resumed = ppo.train(other)
+
+    assert running.returncode == -signal.SIGKILL
+    assert found in (["state-000002"], ["state-000004"])
+    assert differ(straight, resumed) == 0
+    timing = ("tokens_per_second",)
+    lines = [
+        [{k: v for k, v in one.items() if k not in timing} for one in log(c)] for c in (straight, resumed)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_two_processes_train_what_one_would_have(config: ppo.Config, tmp_path: Path) -> None:
+    config = but(config, learning_rate=1e-3, rollout_batch=8)
+    alone = ppo.train(config)
+    both = but(config, output=tmp_path / "both", batch_size=4)
+    running = process(
+        both,
+        tmp_path,
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())),
+    )
+    said, complaint = running.communicate(timeout=200)
+
+    assert running.returncode == 0, complaint[-3000:]
+    assert said.split() == ["1", "2"]
+    made = Checkpoint.open(both.output)
+    assert made.manifest is not None
+    assert "2 processes" in made.manifest.hardware
+    for name in ("reward", "kl", "policy_loss", "answer_tokens"):
+        found = [line[name] for line in log(made)]
+        assert found == pytest.approx([line[name] for line in log(alone)], abs=1e-4)
+    assert differ(alone, made) < 1e-4
+
+
+def test_a_reward_that_is_out_pauses_the_run_and_the_same_call_goes_on(
+    config: ppo.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.rewards.time.sleep", lambda seconds: None)
+    straight = ppo.train(but(config, max_steps=4))
+    other = but(
+        config, max_steps=4, reward="test_ppo:flaky", output=config.output.with_name("flaky"), save_steps=99
+    )
+    monkeypatch.setattr(sys.modules[flaky.__module__], "OUTAGE", 2)
+    monkeypatch.setattr(sys.modules[flaky.__module__], "CALLS", 0)
+    with pytest.raises(
+        RewardError, match=r"failed 4 times: OSError.*\nPaused before update 3 of 4"
+    ) as paused:
+        ppo.train(other)
+    assert "flaky.partial" in str(paused.value)
+    assert not other.output.exists()
+    monkeypatch.setattr(sys.modules[flaky.__module__], "OUTAGE", 100)
+
+    assert differ(straight, ppo.train(other)) == 0
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
+    config: ppo.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = but(config, reward="test_ppo:broken", value_clip=1e30)
+    monkeypatch.setattr(sys.modules[broken.__module__], "CALLS", 0)
+    run = Run(config)
+    with pytest.raises(
+        ppo.Diverged, match=r"update 2, pass 1: .* in the minibatch of rows [\d, ]+ of .*state-000001 is kept"
+    ):
+        run.train(lambda done, total: monkeypatch.setattr(sys.modules[broken.__module__], "CALLS", 1))
+    kept = next(run.states.folder.glob("state-*/model.safetensors"))
+
+    assert all(tensor.isfinite().all() for tensor in load_file(kept).values())
+    assert not config.output.exists()
+
+
+def test_a_disk_that_is_full_leaves_the_state_before(
+    config: ppo.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(config)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def after(done: int, total: int) -> None:
+        if done == 2:
+            monkeypatch.setattr(run.accelerator, "save_state", full)
+
+    with pytest.raises(ModelError, match=r"state-000002: cannot be written: .*No space left"):
+        run.train(after)
+    assert [path.name for path in run.states.folder.glob("*") if path.is_dir() and path.name != "record"] == [
+        "state-000001"
+    ]
+
+
+# --- the watch ----------------------------------------------------------------------------------------
+
+
+def shouting(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+    """A held-out judge that is against what the toy reward is for."""
+    return [-value for value in lowercase(prompts, answers)]
+
+
+def test_the_watch_stops_a_run_and_the_best_weights_come_out(config: ppo.Config, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", rows("prompts", 20))
+    write_rows(folder / "test.jsonl", rows("prompts", 24))
+    watched = but(
+        config,
+        data=folder,
+        max_steps=30,
+        watch=WatchConfig(judge="test_ppo:shouting", prompts=24, every=1),
+    )
+
+    made = ppo.train(watched)
+
+    assert made.manifest is not None
+    said = made.manifest.data["watch"]
+    assert "the reward pulls against the held-out score" in said["reason"]
+    best = said["weights_of_step"]
+    seen = [json.loads(line) for line in (made.path / "watch.jsonl").read_text().splitlines()]
+    assert best < said["stopped_at"] == seen[-1]["step"] < 30
+    assert max(seen, key=lambda one: one["heldout"])["step"] == best
+    assert (made.path / "watch.svg").exists()
+    if best == 0:
+        assert differ(made, Checkpoint.open(config.model)) == 0
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_not_taken_up_with_another_config(config: ppo.Config) -> None:
+    Run(config)
+    with pytest.raises(ConfigError, match=r"begun with another clip, seed; go on"):
+        Run(but(config, clip=0.1, seed=3))
+    Run(but(config, learning_rate=1.0, max_steps=9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_answer": 80}, "leaves no room for a prompt"),
+        ({"rollout_size": 12}, "no multiple of batch_size x accumulate"),
+        ({"kl_target": 0.0}, "kl_target is a number of nats above 0"),
+        ({"lam": 1.5}, "lam is a share from 0 to 1"),
+        ({"temperature": 0.0}, "temperature is a number above 0"),
+        ({"missing_eos_penalty": -1.0}, "missing_eos_penalty is a number from 0"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(config: ppo.Config, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        but(config, **changes)
+
+
+def test_prompts_that_are_too_long_are_named_or_left_out_as_allowed(
+    config: ppo.Config, tmp_path: Path
+) -> None:
+    long = {"prompt": [turn("user", "x" * 100)]}
+    path = write_rows(tmp_path / "mixed.jsonl", [*rows("prompts", 3), long, long])
+    config = but(config, data=path)
+    with pytest.raises(DataError, match=r"row 4: has \d+ tokens.* room for 70.* and 1 more.*allow drop-long"):
+        Run(config)
+
+    run = Run(but(config, allow=("drop-long",), output=config.output.with_name("b")))
+    assert run.prompts.rows == [1, 2, 3]
+    assert run.prompts.dropped == {"it is too long": 2}
+
+
+def test_a_value_model_with_another_vocabulary_is_refused(config: ppo.Config, tmp_path: Path) -> None:
+    other = reward_model(tmp_path / "other")
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"a"', '"@@a"'), encoding="utf-8")
+    with pytest.raises(ConfigError, match="has another vocabulary"):
+        Run(but(config, value_model=str(other)))

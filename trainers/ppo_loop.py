@@ -1,0 +1,506 @@
+"""The loop of PPO: draw answers, score them, improve on them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cai_graph.errors import CaiError, ConfigError
+from trainers import checkpoint
+from trainers.checkpoint import Checkpoint, Manifest
+from trainers.config import plain
+from trainers.policy import Messages, Sample, batch_of, sample
+from trainers.ppo import Config, Diverged
+from trainers.ppo_math import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
+from trainers.ppo_models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs
+from trainers.ppo_state import Progress, States
+from trainers.prompts import read_prompts
+from trainers.rewards import EnsembleReward, RewardError, parse
+from trainers.watch import Decision, Watch
+
+__all__ = ["Answer", "Run"]
+
+_log = logging.getLogger(__name__)
+
+ROLLOUT, SHUFFLE, PROMPTS, WATCH = range(4)
+"""What a seed is for."""
+SUMMED = ("policy_loss", "value_loss", "clipped", "moved")
+"""Figures of a minibatch that are sums over its tokens: the losses, the share of tokens whose ratio left
+1 ± clip, and the KL that the update itself has moved the policy by (Schulman's estimate (r - 1) - log r)."""
+
+
+@dataclass
+class Answer:
+    """One answer of a rollout, in plain numbers, so that processes can hand it to one another."""
+
+    prompt: int
+    """Place of its prompt among the prompts."""
+    prompt_ids: list[int]
+    """Tokens of the prompt."""
+    ids: list[int]
+    """Tokens of the answer."""
+    text: str
+    """The answer."""
+    ended: bool
+    """Whether it came to its end."""
+    logprobs: list[float]
+    """Of each token, by the policy that drew it."""
+    ref_logprobs: list[float]
+    """Of each token, by the reference."""
+    values: list[float]
+    """Before each token."""
+    entropy: float
+    """Mean over the tokens, in nats."""
+    score: float = math.nan
+    """What it is worth, before the penalty for a missing end."""
+    disagreement: float | None = None
+    """Standard deviation between the members of an ensemble."""
+
+
+class Run:
+    """One PPO run. Under `accelerate launch` every process has one, and they do the same steps."""
+
+    def __init__(self, config: Config) -> None:
+        """Check what is cheap, load models and prompts, and take up the last state."""
+        self.config = config
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=_precision(config),
+            log_with=list(config.report_to) or None,
+            project_dir=str(config.output.parent) if config.report_to else None,
+        )
+        self.share = _share(config, self.accelerator.num_processes)
+        self.minibatch = config.batch_size * config.accumulate * self.accelerator.num_processes
+        self.reward = parse(config.reward, device=str(self.accelerator.device))
+        self.states = States(config, self.accelerator)
+        set_seed(config.seed)
+        policy, actor, self.reference = load(config, self.accelerator.device)
+        self.policy = policy
+        room = config.max_tokens - config.max_answer
+        self.prompts = read_prompts(config.data, policy.tokenizer, room=room, allow=config.allow)
+        self.updates = config.max_steps or max(
+            1, math.floor(len(self.prompts.train) * config.epochs / config.rollout_size)
+        )
+        self.actor: Any
+        self.optimizer: Any
+        self.actor, self.optimizer = self.accelerator.prepare(
+            actor, torch.optim.AdamW(_groups(actor, config), eps=1e-5, weight_decay=0.0)
+        )
+        self.watch = self._watch()
+        self.stopped: dict[str, Any] | None = None
+        self.progress = self.states.load() or Progress(kl_coefficient=config.kl_coefficient)
+        if self.accelerator.is_main_process:
+            self.states.forget_after(self.progress.update)
+
+    # --- the loop -------------------------------------------------------------------------------------
+
+    def train(self, tell: Callable[[int, int], None]) -> Checkpoint:
+        """Run all updates that are left, and write the Checkpoint."""
+        if self.config.report_to:
+            self.accelerator.init_trackers("cai-ppo", config=_scalars(plain(self.config)))
+        if self.progress.update == 0:
+            self._observe([])
+        while self.progress.update < self.updates and self.stopped is None:
+            started = time.perf_counter()
+            update = self.progress.update + 1
+            answers = self.rollout(update)
+            figures = self.improve(update, answers)
+            self._take_note(update, answers, figures, time.perf_counter() - started)
+            self._observe(answers)
+            if self.accelerator.is_main_process:
+                tell(update, self.updates)
+            if update % self.config.save_steps == 0:
+                self.states.save(self.progress)
+        return self._finish()
+
+    def rollout(self, update: int) -> list[Answer]:
+        """Draw and score the answers of an update; every process returns all of them, in the same order."""
+        config, rank = self.config, self.accelerator.process_index
+        mine = [self._prompt_at(update, rank * self.share + place) for place in range(self.share)]
+        prompts = [self.prompts.train[number] for number in mine]
+        samples = self._sample(prompts, _seed(config.seed, update, ROLLOUT), first=rank * self.share)
+        answers: list[Answer] = []
+        for rows in _parts(torch.arange(self.share), config.batch_size):
+            answers += self._read([mine[row] for row in rows], [samples[row] for row in rows])
+        self._score(update, prompts, answers)
+        return list(gather_object(answers))
+
+    def improve(self, update: int, answers: list[Answer]) -> dict[str, float]:
+        """Take `ppo_epochs` passes over the answers of an update, minibatch by minibatch."""
+        config, accelerator = self.config, self.accelerator
+        old_logprobs = _column(answer.logprobs for answer in answers)
+        ref_logprobs = _column(answer.ref_logprobs for answer in answers)
+        old_values = _column(answer.values for answer in answers)
+        mask = _column([1.0] * len(answer.ids) for answer in answers)
+        scores = torch.tensor([a.score - config.missing_eos_penalty * (not a.ended) for a in answers])
+
+        rewards = kl_rewards(scores, old_logprobs, ref_logprobs, mask, self.progress.kl_coefficient)
+        advantages, returns = gae(rewards, old_values, mask, gamma=config.gamma, lam=config.lam)
+        advantages = whiten(advantages, mask)
+
+        self._set_rate(update)
+        sums = torch.zeros(len(SUMMED) + 1)
+        chance = torch.Generator().manual_seed(_seed(config.seed, update, SHUFFLE))
+        for epoch in range(config.ppo_epochs):
+            for minibatch in _parts(torch.randperm(len(answers), generator=chance), self.minibatch):
+                tokens = float(mask[minibatch].sum())
+                mine = minibatch[accelerator.process_index :: accelerator.num_processes]
+                total = torch.zeros(len(SUMMED), device=accelerator.device)
+                for rows, is_last in _with_last(_parts(mine, config.batch_size)):
+                    batch = self._batch([answers[row] for row in rows])
+                    old = [
+                        column[rows, : batch.mask.shape[1]].to(accelerator.device)
+                        for column in (old_logprobs, old_values, advantages, returns)
+                    ]
+                    # Processes add up their gradients once, at the end of the minibatch.
+                    with contextlib.nullcontext() if is_last else accelerator.no_sync(self.actor):
+                        loss, figures = self._loss(batch, *old)
+                        accelerator.backward(loss / tokens * accelerator.num_processes)
+                    total += figures
+                norm = accelerator.clip_grad_norm_(self.actor.parameters(), config.max_grad_norm)
+                means = torch.cat(
+                    [accelerator.reduce(total, "sum").cpu() / tokens, torch.tensor([float(norm)])]
+                )
+                if not means.isfinite().all():
+                    raise self._diverged(update, epoch, means, [answers[row].prompt for row in minibatch])
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                sums += means
+        steps = config.ppo_epochs * len(answers) // self.minibatch
+        figures_of = dict(zip((*SUMMED, "grad_norm"), (sums / steps).tolist(), strict=True))
+        return {**figures_of, "explained_variance": _explained(old_values, returns, mask)}
+
+    def _loss(
+        self, batch: Batch, old_logprobs: Tensor, old_values: Tensor, advantages: Tensor, returns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of a forward pass, summed over its tokens, and the figures of `SUMMED`."""
+        config = self.config
+        read = self.actor(batch, config.temperature)
+        policy = policy_loss(read.logprobs, old_logprobs, advantages, config.clip)
+        value = value_loss(read.values, old_values, returns, config.value_clip)
+        loss = ((policy + config.value_coefficient * value) * batch.mask).sum()
+        with torch.no_grad():
+            change = (read.logprobs - old_logprobs) * batch.mask
+            clipped = (change.exp() - 1).abs() > config.clip
+            moved = change.exp() - 1 - change
+            figures = torch.stack([(one * batch.mask).sum() for one in (policy, value, clipped, moved)])
+        return loss, figures
+
+    # --- parts of a rollout ---------------------------------------------------------------------------
+
+    def _prompt_at(self, update: int, place: int) -> int:
+        """Return the prompt at a place of an update: pass after pass over the data, each in its own order."""
+        at = (update - 1) * self.config.rollout_size + place
+        number, inside = divmod(at, len(self.prompts.train))
+        chance = torch.Generator().manual_seed(_seed(self.config.seed, number, PROMPTS))
+        return int(torch.randperm(len(self.prompts.train), generator=chance)[inside])
+
+    def _sample(self, prompts: Sequence[Messages], seed: int, first: int = 0) -> list[Sample]:
+        """Answer prompts, the first of which is the `first` of all processes.
+
+        Seeds go by batch over all processes, so that two processes draw what one would have drawn.
+        """
+        at_once = min(self.config.rollout_batch, self.share)
+        return sample(
+            self.policy,
+            prompts,
+            max_tokens=self.config.max_answer,
+            temperature=self.config.temperature,
+            seed=seed,
+            first=first // at_once,
+            batch_size=at_once,
+        )
+
+    @torch.no_grad()
+    def _read(self, numbers: Sequence[int], samples: Sequence[Sample]) -> Iterator[Answer]:
+        """Yield answers with what policy, values and reference say of their tokens."""
+        actor, temperature = self._unwrapped(), self.config.temperature
+        batch = self._batch(samples)
+        with self.accelerator.autocast(), as_reference(actor, self.reference) as reference:
+            ref_logprobs, _, _ = token_logprobs(reference, batch, temperature)
+        with self.accelerator.autocast():
+            read = actor(batch, temperature, entropy=True)
+        for row, (number, drawn) in enumerate(zip(numbers, samples, strict=True)):
+            length = len(drawn.ids)
+            yield Answer(
+                prompt=number,
+                prompt_ids=drawn.prompt_ids,
+                ids=drawn.ids,
+                text=drawn.text,
+                ended=drawn.ended,
+                logprobs=read.logprobs[row, :length].tolist(),
+                ref_logprobs=ref_logprobs[row, :length].tolist(),
+                values=read.values[row, :length].tolist(),
+                entropy=float(read.entropy[row, :length].mean()),
+            )
+
+    def _score(self, update: int, prompts: Sequence[Messages], answers: Sequence[Answer]) -> None:
+        """Score answers; where that fails in one process, all of them keep their state and stop."""
+        failed: RewardError | None = None
+        texts = [answer.text for answer in answers]
+        try:
+            scores = self.reward(prompts, texts)
+            for answer, score in zip(answers, scores, strict=True):
+                answer.score = score
+            if isinstance(self.reward, EnsembleReward):
+                for answer, spread in zip(answers, self.reward.disagreement(prompts, texts), strict=True):
+                    answer.disagreement = spread
+        except RewardError as error:
+            failed = error
+        said = [one for one in gather_object([None if failed is None else str(failed)]) if one is not None]
+        if said:
+            raise self._paused(said[0], f"before update {update}") from failed
+
+    def _batch(self, answers: Sequence[Answer] | Sequence[Sample]) -> Batch:
+        device, pad = self.accelerator.device, self.policy.pad
+        asked, of_asked = batch_of([one.prompt_ids for one in answers], pad=pad, left=True, device=device)
+        said, of_said = batch_of([one.ids for one in answers], pad=pad, left=False, device=device)
+        return Batch(torch.cat([asked, said], 1), torch.cat([of_asked, of_said], 1), of_said.float())
+
+    # --- around an update -----------------------------------------------------------------------------
+
+    def _unwrapped(self) -> ActorCritic:
+        actor: ActorCritic = self.accelerator.unwrap_model(self.actor)
+        return actor
+
+    def _set_rate(self, update: int) -> None:
+        """Set the learning rates of an update, counted from 1."""
+        warm = self.config.warmup * self.updates
+        done = max(0.0, (update - 1 - warm) / (self.updates - warm))
+        fall = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}
+        share = min(1.0, update / (warm + 1)) * fall[self.config.schedule]
+        of_policy, of_values = self.optimizer.param_groups
+        of_policy["lr"] = share * self.config.learning_rate
+        of_values["lr"] = share * self.config.value_learning_rate
+
+    def _take_note(
+        self, update: int, answers: Sequence[Answer], figures: dict[str, float], seconds: float
+    ) -> None:
+        """Keep the figures of an update, and set the KL coefficient of the next one."""
+        config, progress = self.config, self.progress
+        kl = _mean(sum(answer.logprobs) - sum(answer.ref_logprobs) for answer in answers)
+        tokens = sum(len(answer.ids) for answer in answers)
+        progress.metrics = {
+            "reward": _mean(answer.score for answer in answers),
+            "kl": kl,
+            "kl_coefficient": progress.kl_coefficient,
+            "entropy": _mean(answer.entropy for answer in answers),
+            "answer_tokens": tokens / len(answers),
+            "ended": _mean(float(answer.ended) for answer in answers),
+            **figures,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": tokens / seconds,
+        }
+        if (spread := _disagreement(answers)) is not None:
+            progress.metrics["disagreement"] = _mean(spread)
+        if config.kl_target is not None:
+            progress.kl_coefficient = adapted(
+                progress.kl_coefficient,
+                kl,
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                answers=len(answers),
+            )
+        progress.update = update
+        progress.seconds += seconds
+        if update % config.log_steps == 0 or update == self.updates:
+            self.accelerator.log(progress.metrics, step=update)
+            if self.accelerator.is_main_process:
+                self.states.log(update, progress.metrics)
+
+    def _diverged(self, update: int, epoch: int, means: Tensor, prompts: Sequence[int]) -> Diverged:
+        state = self.states.last()
+        kept = f"{state} is kept" if state else "no update was kept yet"
+        rows = ", ".join(str(self.prompts.rows[number]) for number in prompts[:8])
+        figures = ", ".join(
+            f"{name} {value:.3g}" for name, value in zip((*SUMMED, "grad_norm"), means.tolist(), strict=True)
+        )
+        return Diverged(
+            f"update {update}, pass {epoch + 1}: {figures}, in the minibatch of rows {rows}"
+            f"{', …' if len(prompts) > 8 else ''} of {self.prompts.source.train}; {kept}. Lower "
+            "learning_rate and run again, or look at these rows"
+        )
+
+    def _paused(self, said: str, when: str) -> RewardError:
+        self.states.save(self.progress)
+        return RewardError(
+            f"{said}\nPaused {when} of {self.updates}; the state is kept in {self.states.folder}, and the "
+            "same command goes on from it"
+        )
+
+    # --- the watch ------------------------------------------------------------------------------------
+
+    def _watch(self) -> Watch | None:
+        """Return what looks for Goodhart's law, in the first process."""
+        if self.config.watch is None or not self.accelerator.is_main_process:
+            return None
+        return Watch.of(
+            self.config.watch,
+            reward=self.reward,
+            heldout=self.prompts.heldout,
+            sample=self._sample_for_watch,
+            output=self.states.record,
+        )
+
+    def _sample_for_watch(self, prompts: Sequence[Messages]) -> list[str]:
+        seed = _seed(self.config.seed, self.progress.update, WATCH)
+        return [drawn.text for drawn in self._sample(prompts, seed)]
+
+    def _observe(self, answers: Sequence[Answer]) -> None:
+        """Show the watch what an update did; keep the best weights, and stop where it says so."""
+        if self.config.watch is None:
+            return
+        seen: list[Any] = [None, None]
+        progress = self.progress
+        if self.watch is not None:
+            try:
+                seen[0] = self.watch.observe(
+                    step=progress.update,
+                    kl=progress.metrics.get("kl"),
+                    entropy=progress.metrics.get("entropy"),
+                    prompts=[self.prompts.train[answer.prompt] for answer in answers],
+                    answers=[answer.text for answer in answers],
+                    rewards=[answer.score for answer in answers],
+                    disagreement=_disagreement(answers),
+                    last=progress.update == self.updates,
+                )
+            except CaiError as error:  # the other processes wait to hear of it
+                seen[1] = str(error)
+        broadcast_object_list(seen)
+        if seen[1] is not None:
+            raise self._paused(seen[1], f"after update {progress.update}")
+        decision: Decision = seen[0]
+        if self.accelerator.is_main_process:
+            for warning in decision.warnings:
+                _log.warning("update %d: %s", progress.update, warning)
+        if decision.is_best:
+            self.states.save(progress, "best")
+        if decision.stop is not None:
+            self.stopped = {"stopped_at": progress.update, "reason": decision.stop}
+            self.progress = self.states.load("best") or progress
+
+    # --- the end --------------------------------------------------------------------------------------
+
+    def _finish(self) -> Checkpoint:
+        config = self.config
+        data = self.prompts.to_json()
+        if config.watch is not None:
+            said = self.stopped or {"stopped_at": None, "reason": None}
+            data["watch"] = {**said, "weights_of_step": self.progress.update}
+        manifest = Manifest(
+            stage="ppo",
+            base=config.model,
+            parents=_parents(config),
+            config=plain(config),
+            data=data,
+            constitution_digests=self.prompts.source.constitutions,
+            seed=config.seed,
+            versions=checkpoint.versions(),
+            hardware=checkpoint.hardware(),
+            seconds=self.progress.seconds,
+            metrics=self.progress.metrics,
+        )
+        if self.accelerator.is_main_process:
+            model, tokenizer = self._unwrapped().policy, self.policy.tokenizer
+            with quiet():
+                checkpoint.save(config.output, model, tokenizer, manifest, beside=self.states.record)
+            shutil.rmtree(self.states.folder)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # of trackers and of processes that hear of one another
+        return Checkpoint(config.output, manifest)
+
+
+# --- small parts --------------------------------------------------------------------------------------
+
+
+def _share(config: Config, processes: int) -> int:
+    """Return the answers that each process draws for an update."""
+    minibatch = config.batch_size * config.accumulate * processes
+    if config.rollout_size % minibatch:
+        raise ConfigError(
+            f"rollout_size ({config.rollout_size}) is no multiple of batch_size x accumulate x processes "
+            f"({minibatch}); each update is cut into whole minibatches"
+        )
+    return config.rollout_size // processes
+
+
+def _precision(config: Config) -> str:
+    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if config.precision == "bf16" and not gpu:
+        raise ConfigError("precision bf16: this machine has no GPU that computes in it; leave precision out")
+    return "bf16" if gpu and config.precision != "fp32" else "no"
+
+
+def _groups(actor: ActorCritic, config: Config) -> list[dict[str, Any]]:
+    """Return what the optimizer trains: the policy, and the values."""
+    named = [(name, one) for name, one in actor.named_parameters() if one.requires_grad]
+    return [
+        {"params": [one for name, one in named if name.startswith("policy.")], "lr": config.learning_rate},
+        {
+            "params": [one for name, one in named if not name.startswith("policy.")],
+            "lr": config.value_learning_rate,
+        },
+    ]
+
+
+def _seed(seed: int, number: int, purpose: int) -> int:
+    """Return the seed of one draw, so that what is drawn depends on nothing that was drawn before."""
+    return (seed * 1_000_003 + number) * 7_919 + purpose
+
+
+def _column(rows: Iterable[Sequence[float]]) -> Tensor:
+    """Return (B, A) float32, each row filled up on the right with 0."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+def _parts(rows: Tensor, size: int) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = torch.split(rows, size)
+    return parts
+
+
+def _with_last(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    """Yield each part, and whether it is the last."""
+    for number, part in enumerate(parts, 1):
+        yield part, number == len(parts)
+
+
+def _explained(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """Return the share of the returns' variance that the values explain; 0 where they do not vary."""
+    chosen, guessed = returns[mask > 0], values[mask > 0]
+    variance = float(chosen.var(correction=0))
+    return 1 - float((chosen - guessed).var(correction=0)) / variance if variance > 0 else 0.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _disagreement(answers: Sequence[Answer]) -> list[float] | None:
+    found = [answer.disagreement for answer in answers if answer.disagreement is not None]
+    return found or None
+
+
+def _parents(config: Config) -> tuple[str, ...]:
+    """Return the digests of the checkpoints that a run comes from: policy, reward models, value model."""
+    rewards = [config.reward] if isinstance(config.reward, str) else list(config.reward)
+    named = [config.model, *rewards, config.value_model or ""]
+    folders = [path for name in named if name and (path := Path(name).expanduser()).is_dir()]
+    return tuple(dict.fromkeys(Checkpoint.open(path).digest for path in folders))
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, int | float | str | bool)}

@@ -1,0 +1,183 @@
+"""The models of PPO: a policy with its values, read in one pass, and the reference that it is held to.
+
+ActorCritic      log-probabilities and values of an answer's tokens
+token_logprobs   log-probabilities alone, which is all that is asked of the reference
+load             the three of them for a config
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cai_graph.errors import ConfigError
+from trainers.policy import Policy, load_policy, load_reward
+from trainers.ppo import Config
+
+__all__ = ["ActorCritic", "Batch", "Read", "as_reference", "load", "quiet", "token_logprobs"]
+
+
+class Read(NamedTuple):
+    """What one pass over a batch says of its answers."""
+
+    logprobs: Tensor
+    """(B, A) log-probability of each token, in nats, at the temperature of sampling."""
+    values: Tensor
+    """(B, A) V of the text before each token."""
+    entropy: Tensor | None
+    """(B, A) of the distribution that each token was drawn from, in nats, where it was asked for."""
+
+
+class Batch(NamedTuple):
+    """Answers with their prompts, as a model reads them."""
+
+    ids: Tensor
+    """(B, P + A) int64: prompts filled up on the left, then answers filled up on the right."""
+    text: Tensor
+    """(B, P + A) int64, 1 on text."""
+    mask: Tensor
+    """(B, A) float32, 1 on the tokens of an answer."""
+
+
+class ActorCritic(nn.Module):
+    """A policy with its values, from a head on its last hidden state or from a model of their own."""
+
+    def __init__(self, policy: nn.Module, value_model: nn.Module | None = None) -> None:
+        """Take a causal language model and, for separate values, a sequence classifier with one output."""
+        super().__init__()
+        self.policy = policy
+        if value_model is None:
+            config: Any = policy.config
+            head = nn.Linear(config.get_text_config().hidden_size, 1)
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)  # so that the first values are 0, whatever the hidden state's scale
+            self.value_head = head
+        self.value_model = value_model
+
+    def forward(self, batch: Batch, temperature: float, *, entropy: bool = False) -> Read:
+        """Return log-probabilities and values of the answers' tokens."""
+        width = batch.mask.shape[1]
+        logprobs, entropies, hidden = token_logprobs(self.policy, batch, temperature, entropy=entropy)
+        if self.value_model is None:
+            values = self.value_head(hidden.to(self.value_head.weight.dtype))
+        else:
+            critic: Any = self.value_model
+            trunk = getattr(critic, critic.base_model_prefix)
+            states = trunk(
+                input_ids=batch.ids,
+                attention_mask=batch.text,
+                position_ids=_positions(batch),
+                use_cache=False,
+            )
+            values = critic.score(states.last_hidden_state[:, -width - 1 : -1])
+        return Read(logprobs, values.squeeze(-1).float(), entropies)
+
+
+def token_logprobs(
+    policy: nn.Module, batch: Batch, temperature: float, *, entropy: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return log-probabilities and entropies (B, A), and the hidden states (B, A, H) that gave them."""
+    width = batch.mask.shape[1]
+    read = policy(
+        input_ids=batch.ids,
+        attention_mask=batch.text,
+        position_ids=_positions(batch),
+        logits_to_keep=width + 1,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    logits = read.logits[:, :-1].float() / temperature
+    chosen = logits.gather(-1, batch.ids[:, -width:, None]).squeeze(-1)
+    logprobs = chosen - logits.logsumexp(-1)
+    spread = torch.special.entr(logits.softmax(-1)).sum(-1) if entropy else None
+    return logprobs, spread, read.hidden_states[-1][:, -width - 1 : -1]
+
+
+def _positions(batch: Batch) -> Tensor:
+    return (batch.text.cumsum(1) - 1).clamp(min=0)
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+def load(config: Config, device: torch.device) -> tuple[Policy, ActorCritic, nn.Module | None]:
+    """Return the policy, the same with its values, and its frozen reference.
+
+    With an adapter there is no second copy: the reference is the policy without it, see `as_reference`.
+
+    Raises:
+        ConfigError, ModelError: a model cannot be read, or the value model has another vocabulary.
+    """
+    policy = _policy(config, device)
+    reference = None
+    if config.lora is None:
+        reference = _policy(config, device).model.requires_grad_(False)
+    else:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,
+            target_modules=list(config.lora.targets) or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+        with quiet():
+            policy = Policy(get_peft_model(policy.model, lora), policy.tokenizer)  # type: ignore[arg-type]
+    actor = ActorCritic(policy.model, _value_model(config, policy, device)).to(device)
+    _without_dropout(actor)
+    if config.recompute:
+        model: Any = policy.model
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return policy, actor.train(config.recompute), reference
+
+
+def _policy(config: Config, device: torch.device) -> Policy:
+    # Weights that are trained keep 32 bits, under autocast; beside an adapter they are only read.
+    dtype = "auto" if config.lora and config.precision != "fp32" else "float32"
+    return load_policy(config.model, dtype=dtype, device=str(device), quantized=config.quantized)
+
+
+def _value_model(config: Config, policy: Policy, device: torch.device) -> nn.Module | None:
+    if config.value_model is None:
+        return None
+    found = load_reward(config.value_model, dtype="float32", device=str(device))
+    if found.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise ConfigError(
+            f"value_model {config.value_model}: has another vocabulary than {config.model}, so it cannot "
+            "read the policy's tokens; leave it out, and the values come from a head on the policy"
+        )
+    return found.model
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Switch dropout off: with it, the policy that is trained is not the one that drew the answers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep to ourselves what transformers says to peft about names that it will drop."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+@contextlib.contextmanager
+def as_reference(actor: ActorCritic, reference: nn.Module | None) -> Iterator[nn.Module]:
+    """Give the policy that training began with: the frozen copy, or this one without its adapter."""
+    if reference is not None:
+        yield reference
+        return
+    policy: Any = actor.policy
+    with policy.disable_adapter():
+        yield policy
