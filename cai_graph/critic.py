@@ -1,8 +1,6 @@
-"""Critics: from an answer to a Critique, and from a model's reply to Verdicts.
+"""Critics: from an answer to a Critique.
 
-A reply is read down a ladder: the provider's structured output or tool call, JSON in the text, a
-labelled line, one further question, and then UNREADABLE. Only the two words of the menu count, exactly;
-of several, the last. Nothing else is ever read as COMPLIES.
+A reply is read down a ladder (`cai_graph.ladder`), at whose end stand a further question and UNREADABLE.
 
 Two critics stand here; a third is `cai_graph.trained`. `ModelCritic` asks a chat model, for all principles
 in one call. `ProbeCritic` reads probabilities of aims from the embedded model's hidden state, and has the
@@ -11,16 +9,10 @@ model name principles only when an aim is violated.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import re
 import time
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
@@ -31,18 +23,16 @@ from cai_graph.calls import Calls, cut_short, together
 from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
+from cai_graph.ladder import p_violates, read_verdicts, scored_tokens
 from cai_graph.probe import MAX_WINDOWS, WHOLE_CHARACTERS, Probe
 from cai_graph.prompts import Exchange
 from cai_graph.trained import PREFIX, TrainedCritic
 from cai_graph.trajectory import Call, Critique, Label, Verdict, text_of
 
-__all__ = ["Critic", "ModelCritic", "ProbeCritic", "critic_for", "failed_principles", "read_verdicts"]
+__all__ = ["Critic", "ModelCritic", "ProbeCritic", "critic_for", "failed_principles"]
 
 MAX_ANSWER_CHARS = 400_000
 """The longest answer that a chat model is asked to judge. A longer one could not be judged whole."""
-
-MAX_REPLY_CHARS = 200_000
-"""How much of a critic's reply is read, from its end."""
 
 
 @runtime_checkable
@@ -117,178 +107,6 @@ def failed_principles(critique: Critique, constitution: Constitution) -> list[Pr
 def _counts(verdict: Verdict, constitution: Constitution) -> bool:
     least = constitution[verdict.principle or ""].min_severity
     return least is None or verdict.severity is None or verdict.severity >= least
-
-
-# --- the ladder ---------------------------------------------------------------------------------------
-
-_MENU = {label.value: label for label in (Label.VIOLATES, Label.COMPLIES)}
-_FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
-_EMPHASIS = " \t*_`\"'.,"
-"""What may stand around a name or a label on a labelled line."""
-_BULLETS = ">#-"
-"""What may stand before the name, too."""
-_EVADES = re.compile(r'"evades"\s*:\s*(true|false)', re.IGNORECASE)
-_LABEL_IN_JSON = re.compile(r'"principle"\s*:\s*"([^"]+)"(?:(?!"principle")[^{}])*?"verdict"\s*:\s*"(\w)')
-
-
-class Reading(NamedTuple):
-    """What a reply says."""
-
-    verdicts: dict[str, Verdict]
-    """By principle id; an id that is missing could not be read."""
-    evades: bool | None
-    """Whether the critic reads the answer as an evasion; None where it does not say."""
-
-
-def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
-    """Read the verdicts that stand in a reply, for the principles `ids`, down the ladder.
-
-    >>> read_verdicts(AIMessage('{"verdicts": [{"principle": "kind", "verdict": "COMPLIES"}]}'), ["kind"])
-    ... # doctest: +ELLIPSIS
-    Reading(verdicts={'kind': Verdict(label=<Label.COMPLIES...
-    >>> read_verdicts(AIMessage("I would say that it complies."), ["kind"]).verdicts
-    {}
-    """
-    for call in getattr(reply, "tool_calls", ()):
-        if isinstance(call["args"].get("verdicts"), list):
-            found = _from_objects(call["args"]["verdicts"], ids, "tool")
-            evades = call["args"].get("evades")
-            if found:
-                return Reading(found, evades if isinstance(evades, bool) else None)
-    text = text_of(reply)[-MAX_REPLY_CHARS:]
-    evasions = _EVADES.findall(text)
-    evades = evasions[-1].lower() == "true" if evasions else None
-    objects, rest = _objects(text)
-    found = _from_objects(objects, ids, "json")
-    for identifier, verdict in _from_lines(rest, ids).items() if rest else ():
-        if verdict is None:
-            found.pop(identifier, None)
-        else:
-            found[identifier] = verdict
-    if probabilities := _label_probabilities(reply, ids):
-        found = {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}
-    return Reading(found, evades)
-
-
-def _objects(text: str) -> tuple[list[Any], str]:
-    """Return the JSON objects of verdicts that stand in a reply, and the text after the last of them."""
-    first, last = text.find("{"), text.rfind("}") + 1
-    with contextlib.suppress(ValueError, RecursionError):
-        whole = json.loads(text[first:last])
-        if isinstance(whole.get("verdicts"), list):
-            return whole["verdicts"], text[last:]
-    # Each verdict is an object without objects inside, so a reply that was cut still yields the whole ones.
-    objects, end = [], 0
-    for match in _FLAT_OBJECT.finditer(text):
-        with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(match[0])
-            if "principle" in found:
-                objects.append(found)
-                end = match.end()
-    return objects, text[end:]
-
-
-def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> dict[str, Verdict]:
-    found: dict[str, Verdict] = {}
-    for item in objects:
-        if not isinstance(item, dict) or item.get("principle") not in ids:
-            continue
-        label = _label(item.get("verdict"))
-        if label is None:
-            found.pop(item["principle"], None)  # the last word counts, and it is off the menu
-            continue
-        severity = item.get("severity")
-        readable = isinstance(severity, int) and not isinstance(severity, bool) and 1 <= severity <= 5
-        reason = item.get("critique")
-        found[item["principle"]] = Verdict(
-            label=label,
-            principle=item["principle"],
-            severity=severity if readable and label is Label.VIOLATES else None,
-            reason=reason if isinstance(reason, str) and reason else None,
-            read_by=read_by,
-        )
-    return found
-
-
-def _from_lines(text: str, ids: Sequence[str]) -> dict[str, Verdict | None]:
-    """Return the verdict on the last line of each name; None where what it says is off the menu."""
-    found: dict[str, Verdict | None] = {}
-    names = {identifier.casefold(): identifier for identifier in ids}
-    if len(ids) == 1:
-        names["verdict"] = ids[0]
-    for line in text.splitlines():
-        name, separator, said = line.partition(":" if ":" in line else "=")
-        identifier = names.get(name.strip(_EMPHASIS + _BULLETS).casefold())
-        if separator and identifier is not None:
-            label = _label(said.strip(_EMPHASIS))
-            verdict = Verdict(label=label, principle=identifier, read_by="line") if label else None
-            found[identifier] = verdict
-    return found
-
-
-def _label(word: object) -> Label | None:
-    """Return the label that `word` is, exactly but for case and space, or None off the menu."""
-    return _MENU.get(word.strip().upper()) if isinstance(word, str) else None
-
-
-def _with_probability(verdict: Verdict, probability: float | None) -> Verdict:
-    if probability is None or (probability >= 0.5) != (verdict.label is Label.VIOLATES):
-        return verdict  # a probability that contradicts the label was read at another place
-    return Verdict(
-        label=verdict.label,
-        principle=verdict.principle,
-        severity=verdict.severity,
-        probability=probability,
-        reason=verdict.reason,
-        read_by=verdict.read_by,
-    )
-
-
-def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, float]:
-    """Return P(VIOLATES) by principle, from the log-probabilities of the tokens where labels begin."""
-    if not (tokens := _scored_tokens(reply)):
-        return {}
-    texts = [token["token"] for token in tokens]
-    starts = list(accumulate(map(len, texts), initial=0))
-    found: dict[str, float] = {}
-    for match in _LABEL_IN_JSON.finditer("".join(texts)):
-        token = tokens[bisect_right(starts, match.start(2)) - 1]
-        probability = p_violates(token.get("top_logprobs") or ())
-        if match[1] in ids and probability is not None:
-            found[match[1]] = probability
-    return found
-
-
-def _scored_tokens(reply: BaseMessage) -> list[dict[str, Any]]:
-    """Return the reply's tokens with their log-probabilities; none where a provider has another shape."""
-    logprobs = reply.response_metadata.get("logprobs")
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    return content if isinstance(content, list) else []
-
-
-def p_violates(top_logprobs: Sequence[dict[str, Any]]) -> float | None:
-    """Return P(VIOLATES) / (P(VIOLATES) + P(COMPLIES)) at the first token of a label.
-
-    A token counts for the label that it begins. None where neither stands among the alternatives.
-    """
-    mass = {Label.VIOLATES: 0.0, Label.COMPLIES: 0.0}
-    for alternative in top_logprobs:
-        begun = alternative["token"].strip(" \n\"'*").upper()
-        for label in mass:
-            if begun and label.value.startswith(begun):
-                mass[label] += math.exp(alternative["logprob"])
-    total = sum(mass.values())
-    return mass[Label.VIOLATES] / total if total > 0 else None
-
-
-def _unreadable(identifier: str, reply: BaseMessage) -> Verdict:
-    text, refusal = text_of(reply), reply.additional_kwargs.get("refusal")
-    said = f"the critic said {text[:200]!r}" if text.strip() else "the critic said nothing"
-    if refusal:
-        said = f"the critic refused: {str(refusal)[:200]!r}"
-    elif cut := cut_short(reply):
-        said = f"{said}; {cut}"
-    return Verdict(label=Label.UNREADABLE, principle=identifier, reason=f"no verdict on the menu; {said}")
 
 
 # --- critics ------------------------------------------------------------------------------------------
@@ -371,6 +189,16 @@ class ModelCritic:
             form = self.model if self._plain_only else models.writing(self.model, schema)
             self._forms[key] = (instructions, form)
         return self._forms[key]
+
+
+def _unreadable(identifier: str, reply: BaseMessage) -> Verdict:
+    text, refusal = text_of(reply), reply.additional_kwargs.get("refusal")
+    said = f"the critic said {text[:200]!r}" if text.strip() else "the critic said nothing"
+    if refusal:
+        said = f"the critic refused: {str(refusal)[:200]!r}"
+    elif cut := cut_short(reply):
+        said = f"{said}; {cut}"
+    return Verdict(label=Label.UNREADABLE, principle=identifier, reason=f"no verdict on the menu; {said}")
 
 
 def _check_length(exchange: Exchange) -> None:
@@ -488,7 +316,7 @@ class ProbeCritic(ModelCritic):
             for offered in (menu, menu[::-1]):
                 messages = prompts.label_messages(rules, examples, shown, offered)
                 reply = await calls.generate("critique", word, self.name, messages, kind="forward")
-                tokens = _scored_tokens(reply)
+                tokens = scored_tokens(reply)
                 probability = p_violates(tokens[0].get("top_logprobs") or ()) if tokens else None
                 if probability is None:
                     reason = f"neither word of the menu is likely; the model said {text_of(reply)[:50]!r}"

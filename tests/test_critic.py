@@ -21,10 +21,9 @@ from cai_graph.critic import (
     check_strategy,
     critic_for,
     failed_principles,
-    p_violates,
-    read_verdicts,
 )
 from cai_graph.errors import BudgetExceeded, ConfigError, ModelError
+from cai_graph.ladder import p_violates, read_verdicts
 from cai_graph.probe import Reading
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel

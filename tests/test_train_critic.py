@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from replies import principle
 from tiny import tiny_model
@@ -25,13 +26,16 @@ from cai_graph.cli import app
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, check_strategy, critic_for
 from cai_graph.errors import ConfigError, DataError, ModelError
+from cai_graph.policy import accept
 from cai_graph.probe import WHOLE_CHARACTERS
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
 from cai_graph.trained import TrainedCritic
-from cai_graph.trajectory import Critique, Label, Message, ToolCall
+from cai_graph.trajectory import Critique, Label, Message, Revision, ToolCall
 from trainers import figures
 from trainers.critic import Config, train
+from trainers.evaluation.grades import CriticGrader
+from trainers.rewards import parse
 from trainers.rows import CriticRow, Source, Split, Turn, encode_row, line_of
 from trainers.stages import Lora
 from trainers.verdicts import read_labelled
@@ -280,6 +284,39 @@ def test_a_principle_it_was_not_trained_on_is_an_error_that_names_it(classifier:
     rules = Constitution(name="three", principles=(*RULES.principles, principle("be-true", "harmless")))
     with pytest.raises(ConfigError, match=r"trained on .*, and not on be-true \(aim harmless\)"):
         judge(TrainedCritic(classifier), asked("x"), rules)
+
+
+def test_it_grades_answers_and_rewards_them(classifier: Path, tmp_path: Path) -> None:
+    rules = [each.model_dump(exclude_defaults=True) for each in RULES.principles]
+    (tmp_path / "rules.yaml").write_text(json.dumps({"name": "rules", "principles": rules}))
+    spec = f"trained:{classifier}"
+
+    bad, good = asyncio.run(CriticGrader(spec, RULES, "harmless").grade([asked("x" * 12), asked("q" * 12)]))
+    assert bad.value is not None
+    assert good.value is not None
+    assert bad.value < 0.5 < good.value
+
+    reward = parse({"critic": spec, "constitution": str(tmp_path / "rules.yaml")})
+    low, high = reward([[{"role": "user", "content": "ask fog"}]] * 2, ["x" * 12, "q" * 12])
+    assert low < 0 < high
+
+
+def test_it_ranks_the_candidates_of_a_revision(classifier: Path) -> None:
+    critic = TrainedCritic(classifier)
+    answers = [Message(role="assistant", content=text) for text in ("qqqqqxqqqqqq fog", "qqqqqqqqqqqq fog")]
+    said = [judge(critic, asked(str(answer.content), "ask fog")) for answer in answers]
+    complying = {
+        number: msgspec.structs.replace(
+            each,
+            verdicts=tuple(msgspec.structs.replace(v, label=Label.COMPLIES) for v in each.verdicts),
+        )
+        for number, each in enumerate(said)
+    }
+    surest = min(complying, key=lambda number: max(v.probability or 0 for v in complying[number].verdicts))
+
+    accepted = accept([Revision(answer=answer) for answer in answers], complying, RULES)
+
+    assert [revision.accepted for revision in accepted] == [number == surest for number in complying]
 
 
 def test_it_writes_no_prose(classifier: Path) -> None:

@@ -1,0 +1,89 @@
+"""Verdicts as rows: what critics found of every answer, and what people said of the draft."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cai_graph.trajectory import Review
+from trainers.answers import UNREADABLE, VIOLATES, Drop, answer_of, draft_of, prompt_of
+from trainers.evidence import Evidence
+from trainers.ledger import Reason
+from trainers.reading import Logged
+from trainers.reviews import agreed_side, standing
+from trainers.rows import CriticRow, Source, Turn
+
+__all__ = ["critic_rows"]
+
+
+def critic_rows(logged: Logged, evidence: Evidence, terms: object) -> list[CriticRow]:
+    """Every readable verdict on every answer, and what people said of the draft in their place.
+
+    Where reviewers label the draft otherwise than one another, it has no label; nor where they all prefer it
+    to its revision, and the critic found it violating.
+    """
+    prompt = prompt_of(logged)
+    draft = draft_of(logged)
+    by_people = _labels_of(standing(evidence.reviews))
+    preferred = agreed_side(evidence.reviews) == "draft"
+    rows: list[CriticRow] = []
+    unreadable = False
+
+    def add(answer: Turn, source: Source, judge: str, about: str, violates: bool, p_violates: float) -> None:
+        rows.append(
+            CriticRow(
+                trajectory_id=logged.id,
+                source=source,
+                constitution=logged.constitution.digest,
+                judge=judge,
+                principles=(about,),
+                p_violates=p_violates,
+                prompt=prompt,
+                completion=(answer,),
+                principle=about,
+                violates=violates,
+            )
+        )
+
+    judged = [(draft, round_.critique) for round_ in logged.rounds[:1]]
+    judged += [
+        (revision.answer, revision.critique)
+        for round_ in logged.rounds
+        for revision in round_.revisions
+        if revision.critique is not None
+    ]
+    for answer, critique in judged:
+        try:
+            completion = answer_of(answer)
+        except Drop:
+            continue
+        for verdict in critique.verdicts:
+            if verdict.label == UNREADABLE:
+                unreadable = True
+                continue
+            violates = verdict.label == VIOLATES
+            if answer is draft and (verdict.about in by_people or (preferred and violates)):
+                continue
+            p_violates = float(violates) if verdict.probability is None else verdict.probability
+            add(completion, "critique", critique.critic or "", verdict.about, violates, p_violates)
+    for about, (label, reviewer) in by_people.items():
+        if label is not None:
+            add(answer_of(draft), "human", reviewer, about, label, float(label))
+    if not rows:
+        contradicted = preferred or by_people
+        kept_out = Reason.UNREADABLE_VERDICT if unreadable else Reason.UNJUDGED
+        raise Drop(Reason.DISAGREEMENT if contradicted else kept_out)
+    return rows
+
+
+def _labels_of(reviews: Sequence[Review]) -> dict[str, tuple[bool | None, str]]:
+    """Return by aim or principle whether the draft violates, None where reviewers differ, and who says so."""
+    found: dict[str, tuple[bool | None, str]] = {}
+    for review in reviews:
+        for verdict in review.verdicts:
+            about = verdict.principle or verdict.aim
+            if about is None or verdict.label.value == UNREADABLE:
+                continue
+            violates = verdict.label.value == VIOLATES
+            label, reviewer = found.get(about, (violates, review.reviewer))
+            found[about] = (violates if label == violates else None, reviewer)
+    return found
