@@ -7,7 +7,6 @@ page         report.html: the same figures as plots; every text in it is escaped
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import os
@@ -23,6 +22,7 @@ import yaml
 
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from cai_graph.trajectory import Comparison, decode
+from trainers import report as pages
 from trainers.dataset import read_manifest
 from trainers.export import Format, read_rows
 from trainers.labels import REFUSAL
@@ -319,50 +319,16 @@ def _cell(text: str) -> str:
 
 # --- the page -----------------------------------------------------------------------------------------
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-body { color: #1d2733 }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; margin: .6rem 0 } td { padding: .2rem 1.2rem .2rem 0; vertical-align: top }
-td:first-child { color: #566370 } td.n { text-align: right; font-variant-numeric: tabular-nums }
-figure { margin: 1rem 0 } figcaption { color: #566370; font-size: .9rem }
-svg { max-width: 100%; height: auto }
-"""
-
 
 def page(summary: Summary, title: str) -> str:
     """Return the page: one file, no script, nothing fetched."""
-    facts = "".join(
-        f"<tr><td>{html.escape(label)}</td><td>{html.escape(value)}</td></tr>"
-        for label, value in _facts(summary)
+    accounts = [(label, f"{count:,}") for label, count in _accounts(summary)]
+    figures = "".join(pages.figure(svg, caption) for svg, caption in _figures(summary))
+    return pages.document(
+        title,
+        f"{pages.table(_facts(summary))}<h2>Ledger: what became of every trajectory and every row</h2>\n"
+        f"{pages.table(accounts, numbers=(1,))}<h2>Figures</h2>\n{figures}",
     )
-    accounts = "".join(
-        f'<tr><td>{html.escape(label)}</td><td class="n">{count:,}</td></tr>'
-        for label, count in _accounts(summary)
-    )
-    figures = "".join(
-        f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for svg, caption in _figures(summary)
-    )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{html.escape(title)}</h1>
-<table>{facts}</table>
-<h2>Ledger: what became of every trajectory and every row</h2>
-<table>{accounts}</table>
-<h2>Figures</h2>
-{figures}
-</body>
-</html>
-"""
 
 
 def _figures(summary: Summary) -> Iterable[tuple[str, str]]:

@@ -17,6 +17,7 @@ from cai_graph.cli import (
     constitution,
     critic,
     dataset,
+    distill,
     doctor,
     feedback,
     judge,
@@ -36,7 +37,7 @@ app = group(
     epilog='Start with: cai demo, then cai ask "…". Exit status: 0 fine, 1 error, 2 usage, '
     "3 rows were skipped, 130 interrupted.",
 )
-for command in (ask, run, judge, replay, doctor):
+for command in (ask, run, judge, replay, distill, doctor):
     app.add_typer(command.commands)
 app.add_typer(log.commands, name="log")
 app.add_typer(feedback.commands, name="feedback")

@@ -1,0 +1,701 @@
+"""All of Constitutional AI from one config: from prompts or a log to a better model, and a report on it.
+
+    trajectories   prompts are answered, judged and revised under the constitution; logs are copied in
+    sft-data       what the constitution let pass, as rows
+    sft            the model learns to answer so at once (the supervised phase)
+    feedback       two answers a prompt from that model; an AI judge says which is better, in both orders
+    preferences    its soft labels, as rows
+    reward         a reward model learns them
+    prompts        what the policy practises on
+    ppo            … against the reward model; or rloo, grpo; or dpo, on the preferences without one
+    evaluation     the model before, after sft and after RL, on held-out prompts
+    model          the weights of the last one, also as GGUF; OUTPUT is then `local:OUTPUT`
+
+Each is a `Step` of `trainers.pipeline`: kept under the digest of what it depends on, resumed where it was
+interrupted, skipped where nothing changed. Source: Bai et al. 2022, arXiv:2212.08073, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from cai_graph import bulk, chain, local, models
+from cai_graph import constitution as constitutions
+from cai_graph.blocks import sha256_of
+from cai_graph.calls import Budget
+from cai_graph.chat import ConstitutionalChatModel
+from cai_graph.critic import critic_for
+from cai_graph.errors import ConfigError, DataError, ModelError
+from cai_graph.log import open_log, without_password
+from cai_graph.log.transfer import export as export_log
+from cai_graph.log.transfer import import_
+from trainers import dataset, weights
+from trainers.checkpoint import Checkpoint
+from trainers.config import plain, read
+from trainers.feedback import Config as Labels
+from trainers.feedback import Labelling, PairKind
+from trainers.judge import Judge
+from trainers.pipeline import DONE, Folders, Needs, Pipeline, Step, Tell
+from trainers.recipe import Recipe
+from trainers.sampler import Sampler
+from trainers.sizes import Size
+
+__all__ = ["Config", "Drafts", "Evaluation", "Feedback", "Method", "Rows", "pipeline", "train"]
+
+Method = Literal["ppo", "rloo", "grpo", "dpo"]
+Section = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]
+"""Told what is counted, how many are done, and of how many."""
+
+CHECKPOINT = "checkpoint"
+_LOG = "log.db"
+_ROW_SECONDS = 3600.0
+_API_RETRIES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafts:
+    """How prompts become trajectories."""
+
+    model: str | None = None
+    """Who drafts: a spec; null: the model that is trained."""
+    critic: str | None = None
+    """Who judges; null: who drafts. `local` reads hidden states and writes no word."""
+    reviser: str | None = None
+    """Who rewrites; null: who drafts."""
+    strategy: Literal["batched", "parallel", "sampled"] = "batched"
+    """How principles are asked; `sampled` is the paper's: one at random a round, always revised."""
+    max_rounds: int | None = None
+    """Rounds of critique and revision; null: the strategy's."""
+    max_tokens: int = 256
+    """Longest draft, in tokens; a revision may have twice as many."""
+    temperature: float = 1.0
+    """Of drafts and revisions."""
+    concurrency: int = 4
+    """Prompts under way at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """How trajectories become rows; see `cai dataset build`."""
+
+    test_share: float = 0.1
+    """Share of the prompts that are held out of training."""
+    near_duplicates: float | None = 0.8
+    """Similarity from which prompts stay on one side; null: none are looked for."""
+    kept_per_revised: float | None = None
+    """Kept drafts for each revision in the supervised phase, at most; null: all."""
+    per_user: int | None = None
+    """Most rows of one user."""
+    personal_data: Literal["drop", "keep"] = "drop"
+    """Rows that seem to hold personal data or a secret."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """How the policy's answers are drawn and compared."""
+
+    judge: str | None = None
+    """Who compares two answers."""
+    critic: str | None = None
+    """Who judges each answer alone instead, such as `local`."""
+    sampler: str | None = None
+    """Who answers: null: the checkpoint of sft, here; or the URL of the server that you run it on."""
+    pairs: tuple[PairKind, ...] = ("samples",)
+    """What is compared: `samples` of the policy, `revision` against draft, `rejected` candidates."""
+    samples: int = 2
+    """Answers drawn to each prompt."""
+    principles: int = 1
+    """Principles that a judge is asked about for each pair."""
+    max_tokens: int = 256
+    """Longest drawn answer."""
+    temperature: float = 1.0
+    """Of the draw."""
+    limit: int | None = None
+    """Trajectories that are labelled, from the first; null: all."""
+    concurrency: int = 16
+    """Trajectories under way at once."""
+
+    def __post_init__(self) -> None:
+        if (self.judge is None) == (self.critic is None):
+            raise ConfigError("feedback: name a judge or a critic, one of the two")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """On what, and by whom, the checkpoints are measured. None of the prompts is trained on."""
+
+    harmlessness: Path | None = None
+    """Red-team prompts."""
+    helpfulness: Path | None = None
+    """Benign prompts."""
+    over_refusal: Path | None = None
+    """Prompts that look unsafe; a column `label` says safe or unsafe, as in XSTest."""
+    limit: int | None = None
+    """Most prompts of a suite."""
+    max_tokens: int = 256
+    """Longest answer."""
+    batch_size: int = 16
+    """Answers written at once."""
+    critic: str | None = None
+    """Grades harmlessness and helpfulness by its verdicts."""
+    reward: tuple[str, ...] = ()
+    """Grade them by a number; a reward model should not be the one that was trained against."""
+    refusals: str | None = None
+    """Who says what a refusal is: pattern, probe, or a model's spec."""
+
+    @property
+    def suites(self) -> dict[str, Path]:
+        """Return the file of each suite that has one."""
+        files = {
+            "harmlessness": self.harmlessness,
+            "helpfulness": self.helpfulness,
+            "over-refusal": self.over_refusal,
+        }
+        return {name: path for name, path in files.items() if path is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `cai distill` is told."""
+
+    model: str
+    """The model to train: local:NAME, local:FILE.gguf, or a folder with safetensors."""
+    output: Path
+    """Folder for everything; the finished model is served as local:OUTPUT."""
+    prompts: Path | None = None
+    """Prompts to answer: JSONL, CSV or text."""
+    column: str | None = None
+    """Column or key of the prompt; null: `prompt` or `messages`."""
+    limit: int | None = None
+    """Only so many prompts, from the first."""
+    logs: tuple[str, ...] = ()
+    """Logs by URL, such as that of production. They are copied once."""
+    logs_as_of: str = ""
+    """A word of yours for the copy, such as a date: another one copies the logs anew."""
+    constitution: str = "balanced"
+    """A built-in name, or a file."""
+    seed: int = 0
+    """Of everything random, where a section does not set its own."""
+    launch: tuple[str, ...] = ()
+    """Command that starts a training stage in several processes, such as `accelerate launch --config_file
+    fsdp2.yaml`, word by word; empty: it runs in this one."""
+    drafts: Drafts = Drafts()
+    """Prompts to trajectories."""
+    rows: Rows = Rows()
+    """Trajectories to rows."""
+    sft: Section = field(default_factory=dict)
+    """Keys of `cai train sft`, but for model, data and output."""
+    feedback: Feedback = Feedback(critic="local")
+    """Whose answers are better."""
+    reward: Section = field(default_factory=dict)
+    """Keys of `cai train reward`; with `data` it learns from other labels than the feedback's."""
+    rl: Section = field(default_factory=lambda: {"method": "ppo"})
+    """`method` (ppo, rloo, grpo or dpo), and keys of that stage; with `reward` no reward model is trained."""
+    evaluation: Evaluation = Evaluation()
+    """What it came to."""
+
+    def __post_init__(self) -> None:
+        if self.prompts is None and not self.logs:
+            raise ConfigError("name prompts (a file) or logs (URLs); there is nothing to learn from")
+        if self.method not in get_args(Method):
+            raise ConfigError(f"rl.method is one of {', '.join(get_args(Method))}; found {self.method!r}")
+
+    @property
+    def method(self) -> str:
+        """The last stage of training."""
+        return str(self.rl.get("method", "ppo"))
+
+
+# --- the steps ----------------------------------------------------------------------------------------
+
+
+def pipeline(config: Config, progress: Progress = lambda what, done, total: None) -> Pipeline:
+    """Return the steps of a config; whatever can be checked without work is checked here.
+
+    Raises:
+        ConfigError: a section has an unknown key or a value that cannot work, or a file is missing.
+        ConstitutionError: the constitution cannot be read.
+        DataError: the prompts cannot be read.
+    """
+    return Pipeline(config.output, _Plan(config, progress).steps())
+
+
+def train(
+    config: Config, tell: Tell, progress: Progress = lambda what, done, total: None
+) -> tuple[Checkpoint, Path]:
+    """Do what is not done yet; return the trained model, which is `config.output`, and the report.
+
+    Raises:
+        StepFailed: a step ended with an error; names it. The next run goes on from there.
+        CaiError: what `pipeline` raises.
+    """
+    from trainers.report import report
+
+    steps = pipeline(config, progress)
+    done = steps.run(tell)
+    _publish(done["model"].path, config.output)
+    page = report(config.output, config, steps, done)
+    return Checkpoint.open(config.output), page
+
+
+class _Plan:
+    """The steps of one config, each with its work."""
+
+    def __init__(self, config: Config, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+        self.rules = constitutions.load(config.constitution)
+        self.base = {"model": _identity(config.model)}
+        missing = [str(path) for path in config.evaluation.suites.values() if not path.exists()]
+        if missing:
+            raise ConfigError(f"evaluation: {', '.join(missing)} is not there")
+        self.size = Size.of(config)
+
+    def steps(self) -> list[Step]:
+        config = self.config
+        trajectories = self._trajectories()
+        sft_data = self._dataset("sft-data", "sft", trajectories)
+        sft = self._trained("sft", "sft", config.sft, model=None, data=sft_data)
+        steps = [trajectories, sft_data, sft]
+        section = {key: value for key, value in config.rl.items() if key != "method"}
+        against_model = config.method != "dpo" and "reward" not in section
+        if config.method == "dpo" or (against_model and "data" not in config.reward):
+            feedback = self._feedback(trajectories, sft)
+            preferences = self._dataset("preferences", "preference", feedback)
+            steps += [feedback, preferences]
+        if config.method == "dpo":
+            last = self._trained("dpo", "dpo", section, model=sft, data=preferences)
+        else:
+            reward = None
+            if against_model:
+                data = None if "data" in config.reward else preferences
+                reward = self._trained("reward", "reward", config.reward, model=None, data=data)
+                steps.append(reward)
+            prompts = self._dataset("prompts", "prompts", trajectories)
+            steps.append(prompts)
+            module = "ppo" if config.method == "ppo" else "online"
+            if module == "online":
+                section["algorithm"] = config.method
+            last = self._trained(config.method, module, section, model=sft, data=prompts, reward=reward)
+        steps.append(last)
+        if config.evaluation.suites:
+            steps.append(self._evaluation(sft, last))
+        return [*steps, self._model(last)]
+
+    # --- trajectories ---
+
+    def _trajectories(self) -> Step:
+        config, drafts = self.config, self.config.drafts
+        settings: dict[str, Any] = {
+            "constitution": self.rules.digest,
+            "logs": [without_password(url) for url in config.logs],
+            "as_of": config.logs_as_of,
+        }
+        needs: tuple[Needs, ...] = ()
+        if config.prompts is not None:
+            shaping = {key: value for key, value in plain(drafts).items() if key != "concurrency"}
+            prompts = {"sha256": sha256_of(config.prompts), "column": config.column, "limit": config.limit}
+            settings |= {"prompts": prompts, "drafts": shaping, "seed": config.seed}
+            if drafts.model is None:
+                settings |= self.base
+            needs = self.size.drafts()
+
+        def work(folders: Folders) -> dict[str, Any]:
+            url = f"sqlite:///{folders.own / _LOG}"
+            copied = 0
+            for number, log in enumerate(config.logs):
+                copy = folders.own / f"copy-{number}.jsonl"
+                if not copy.exists():
+                    export_log(log, copy)
+                copied += (found := import_(url, copy)).records + found.present
+            summary = self._answer(url) if config.prompts is not None else None
+            for copy in folders.own.glob("copy-*.jsonl"):
+                copy.unlink()
+            with open_log(url, read_only=True) as opened:
+                stats = opened.stats()
+            if not stats.trajectories:
+                raise DataError("there is no trajectory to learn from")
+            if summary is None:
+                return {"trajectories": stats.trajectories, "copied": copied}
+            return {
+                "trajectories": stats.trajectories,
+                "copied": copied,
+                "outcomes": dict(summary.outcomes),
+                "input_tokens": summary.input_tokens,
+                "output_tokens": summary.output_tokens,
+                "skipped": len(summary.skipped),
+            }
+
+        return Step(name="trajectories", settings=settings, work=work, needs=needs)
+
+    def _answer(self, url: str) -> bulk.Summary:
+        """Answer the prompts that are not answered yet into the log."""
+        config, drafts = self.config, self.config.drafts
+        shaped = {"temperature": drafts.temperature, "seed": config.seed}
+        who = drafts.model or config.model
+        drafter = _chat(who, max_tokens=drafts.max_tokens, **shaped)
+        reviser = _chat(drafts.reviser or who, max_tokens=2 * drafts.max_tokens, **shaped)
+        rounds: dict[str, Any] = {} if drafts.max_rounds is None else {"max_rounds": drafts.max_rounds}
+        guarded: ConstitutionalChatModel = chain.constitutional(
+            drafter,
+            constitution=self.rules,
+            critic=drafts.critic,
+            reviser=reviser,
+            log=url,
+            strategy=drafts.strategy,
+            seed=config.seed,
+            on_log_error="raise",
+            budget=Budget(seconds=_ROW_SECONDS),
+            **rounds,
+        )
+        assert config.prompts is not None
+        assert guarded.plan.log is not None
+
+        async def work(job: bulk.Run) -> None:
+            self.progress("prompts", job.done, job.rows)
+            async with contextlib.aclosing(job.results(drafts.concurrency)) as results:
+                number = job.done
+                async for _ in results:
+                    number += 1
+                    self.progress("prompts", number, job.rows)
+
+        with contextlib.closing(bulk.Rows(str(config.prompts))) as rows, contextlib.closing(guarded.plan.log):
+            drafting = {"model": models.name_of(drafter), "max_tokens": drafts.max_tokens}
+            job = bulk.Run(guarded, rows, drafting=drafting, column=config.column, limit=config.limit)
+            asyncio.run(work(job))
+        if not job.summary.answered:
+            first = job.summary.skipped[0].why if job.summary.skipped else "the file holds none"
+            raise DataError(f"no prompt of {config.prompts} was answered: {first}")
+        return job.summary
+
+    # --- rows ---
+
+    def _dataset(self, name: str, kind: str, source: Step) -> Step:
+        rows = self.config.rows
+        held_out = {str(path): sha256_of(path) for path in self.config.evaluation.suites.values()}
+        recipe = Recipe(
+            kind=kind,  # type: ignore[arg-type]
+            test_share=rows.test_share,
+            near_duplicates=rows.near_duplicates,
+            kept_per_revised=rows.kept_per_revised if kind == "sft" else None,
+            per_user=rows.per_user,
+            personal_data=rows.personal_data,
+            held_out=tuple(held_out),
+        )
+        settings = {**plain(recipe), "held_out": sorted(held_out.values())}
+
+        def work(folders: Folders) -> dict[str, Any]:
+            target = folders.own / "rows"
+            if not target.exists():
+                dataset.build([f"sqlite:///{folders[source.name] / _LOG}"], target, recipe)
+            ledger = dataset.read_manifest(target)["ledger"]
+            return {"rows": sum(ledger["kept"].values()), "ledger": ledger}
+
+        return Step(name=name, settings=settings, inputs=(source,), work=work)
+
+    # --- training ---
+
+    def _trained(
+        self,
+        name: str,
+        module: str,
+        section: Section,
+        *,
+        model: Step | None,
+        data: Step | None,
+        reward: Step | None = None,
+    ) -> Step:
+        """Return the step of a training stage; `model` None: it starts from the base."""
+        given = {"seed": self.config.seed, **section}
+        part = "rl" if module not in ("sft", "reward") else module
+        for key in ("model", "output", *(("data",) if data is not None else ())):
+            if key in section:
+                raise ConfigError(f"{part}.{key}: is set by the pipeline; leave it out")
+
+        def config_of(base: Path, rows: Path, output: Path, rewards: Path | None) -> Any:
+            places = {"model": str(base), "data": str(rows), "output": str(output)}
+            if rewards is not None:
+                places["reward"] = str(rewards)
+            return _section(part, module, {**places, **given})
+
+        nowhere = Path("-")
+        checked = config_of(nowhere, nowhere, nowhere, None if reward is None else nowhere)
+        settings = {
+            key: value
+            for key, value in plain(checked).items()
+            if key not in ("model", "output") and (key != "data" or data is None)
+        }
+        if reward is not None:
+            del settings["reward"]
+        if data is None:
+            settings["data"] = _identity(str(section["data"]))
+        inputs = tuple(step for step in (model, data, reward) if step is not None)
+
+        def work(folders: Folders) -> dict[str, Any]:
+            output = folders.own / CHECKPOINT
+            if not output.exists():
+                base = (
+                    weights.resolve(self.config.model) if model is None else folders[model.name] / CHECKPOINT
+                )
+                rows = Path(section["data"]) if data is None else folders[data.name] / "rows"
+                rewards = None if reward is None else folders[reward.name] / CHECKPOINT
+                self._run(module, config_of(base, rows, output, rewards), folders.own / "config.yaml")
+            found = Checkpoint.open(output)
+            metrics = {} if found.manifest is None else dict(found.manifest.metrics)
+            return {"digest": found.digest, "metrics": metrics}
+
+        return Step(
+            name=name,
+            settings=settings if model is not None else {**settings, **self.base},
+            inputs=inputs,
+            work=work,
+            needs=self.size.training(module, checked),
+        )
+
+    def _run(self, module: str, config: Any, file: Path) -> None:
+        """Run a stage here, or as `cai train` under the command that launches processes."""
+        if not self.config.launch:
+            _stage(module).train(config)
+            return
+        file.write_text(json.dumps(plain(config), indent=2) + "\n", encoding="utf-8")  # JSON is YAML
+        command = [*self.config.launch, "-m", "cai_graph.cli", "train", module, "--config", str(file)]
+        try:
+            status = subprocess.run(command, check=False).returncode
+        except OSError as error:
+            raise ConfigError(f"launch: {command[0]!r} cannot be started: {error.strerror}") from error
+        if status:
+            raise ModelError(f"`{shlex.join(command)}` ended with status {status}; it says why above")
+
+    # --- feedback ---
+
+    def _feedback(self, trajectories: Step, sft: Step) -> Step:
+        config, feedback = self.config, self.config.feedback
+        settings = {
+            **{key: value for key, value in plain(feedback).items() if key != "concurrency"},
+            "constitution": self.rules.digest,
+            "seed": config.seed,
+        }
+
+        def work(folders: Folders) -> dict[str, Any]:
+            url = f"sqlite:///{folders.own / _LOG}"
+            with (
+                open_log(f"sqlite:///{folders[trajectories.name] / _LOG}", read_only=True) as source,
+                contextlib.closing(open_log(url)) as log,
+            ):
+                for record in source.read():
+                    log.append(record)
+                log.flush()
+                return self._label(log, folders[sft.name] / CHECKPOINT)
+
+        return Step(
+            name="feedback",
+            settings=settings,
+            inputs=(trajectories, sft),
+            work=work,
+            needs=self.size.feedback(),
+        )
+
+    def _label(self, log: Any, checkpoint: Path) -> dict[str, Any]:
+        config, feedback = self.config, self.config.feedback
+        sampler = None
+        if "samples" in feedback.pairs:
+            sampler = _chat(
+                feedback.sampler or str(checkpoint),
+                max_tokens=feedback.max_tokens,
+                temperature=feedback.temperature,
+                seed=config.seed,
+            )
+        spec = feedback.judge or feedback.critic
+        assert spec is not None
+        job = Labelling(
+            log,
+            Judge(_chat(spec)) if feedback.judge else critic_for(_chat(spec)),
+            self.rules,
+            Labels(
+                pairs=feedback.pairs,
+                principles=feedback.principles,
+                samples=feedback.samples,
+                seed=config.seed,
+                limit=feedback.limit,
+            ),
+            sampler=sampler,
+            sampling=f"{feedback.temperature:g}/{feedback.max_tokens}",
+        )
+        failures: list[str] = []
+
+        async def work() -> None:
+            self.progress("comparisons", job.done, job.total)
+            async with contextlib.aclosing(job.results(feedback.concurrency)) as results:
+                number = job.done
+                async for result in results:
+                    number += 1
+                    failures.extend([result.failed] if result.failed else [])
+                    self.progress("comparisons", number, job.total)
+
+        asyncio.run(work())
+        if failures and len(failures) * 10 > job.total:
+            raise DataError(
+                f"{len(failures)} of {job.total} trajectories could not be labelled, the first: "
+                f"{failures[0]}; the same command tries them again"
+            )
+        return {"failed": len(failures), "positions": job.positions.summary()}
+
+    # --- what it came to ---
+
+    def _evaluation(self, sft: Step, last: Step) -> Step:
+        wanted = self.config.evaluation
+        files = {name: sha256_of(path) for name, path in wanted.suites.items()}
+        settings = {
+            **plain(wanted),
+            "harmlessness": files.get("harmlessness"),
+            "helpfulness": files.get("helpfulness"),
+            "over_refusal": files.get("over-refusal"),
+            "reward": [_identity(spec) for spec in wanted.reward],
+            "constitution": self.rules.digest,
+            "seed": self.config.seed,
+            **self.base,
+        }
+
+        def work(folders: Folders) -> dict[str, Any]:
+            subjects = {
+                "base": weights.resolve(self.config.model),
+                sft.name: folders[sft.name] / CHECKPOINT,
+                last.name: folders[last.name] / CHECKPOINT,
+            }
+            return self._evaluate(folders.own / "evaluation", subjects)
+
+        return Step(
+            name="evaluation",
+            settings=settings,
+            inputs=(sft, last),
+            work=work,
+            needs=self.size.evaluation(),
+        )
+
+    def _evaluate(self, folder: Path, subjects: Mapping[str, Path]) -> dict[str, Any]:
+        from trainers.rewards import parse
+
+        kept_in, made_by, graded_by = (
+            _stage(f"evaluation.{part}") for part in ("folder", "generations", "grades")
+        )
+        wanted = self.config.evaluation
+        prompts = [
+            prompt
+            for suite, path in wanted.suites.items()
+            for prompt in _stage("evaluation.suites").read_suite(suite, path, wanted.limit)
+        ]
+        kept = kept_in.Evaluation.begin(folder, prompts)
+
+        async def work() -> None:
+            for name, path in subjects.items():
+                subject = made_by.CheckpointSubject(
+                    path,
+                    name=name,
+                    max_tokens=wanted.max_tokens,
+                    seed=self.config.seed,
+                    batch_size=wanted.batch_size,
+                )
+                await kept.generate(subject, progress=_about(self.progress, f"answers of {name}"))
+            for suite in kept.suites():
+                graders: list[Any] = []
+                if suite in kept_in.AIMS:
+                    if wanted.critic is not None:
+                        critic = critic_for(_chat(wanted.critic))
+                        graders.append(graded_by.CriticGrader(critic, self.rules, kept_in.AIMS[suite]))
+                    graders += [graded_by.RewardGrader(parse(spec)) for spec in wanted.reward]
+                elif wanted.refusals is not None:
+                    graders.append(_stage("evaluation.refusals").refusals_for(wanted.refusals))
+                for grader in graders:
+                    await kept.grade(suite, grader, _about(self.progress, f"{suite}, by {grader.name}"))
+
+        asyncio.run(work())
+        figures: dict[str, Any] = _stage("evaluation.summary").summarise(kept).json()
+        return figures
+
+    def _model(self, last: Step) -> Step:
+        def work(folders: Folders) -> dict[str, Any]:
+            made = folders[last.name] / CHECKPOINT
+            for path in made.iterdir():
+                if path.is_file():
+                    _link(path, folders.own / path.name)
+            try:
+                source = weights.source_of(weights.resolve(self.config.model))
+            except ConfigError:
+                return {"gguf": False}  # a model of safetensors alone: servers other than ours run it
+            weights.to_gguf(made, source, folders.own / local.EXPORTED)
+            return {"gguf": True}
+
+        return Step(name="model", settings=self.base, inputs=(last,), work=work)
+
+
+def _stage(module: str) -> Any:
+    return importlib.import_module(f"trainers.{module}")
+
+
+def _section(part: str, module: str, values: Section) -> Any:
+    """Return the config of a stage, with errors that name the section."""
+    try:
+        return read(_stage(module).Config, None, [f"{key}={json.dumps(v)}" for key, v in values.items()])
+    except ConfigError as error:
+        raise ConfigError(f"{part}: {str(error).removeprefix('--set: ')}") from error
+
+
+def _about(progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(what, done, total)
+
+
+def _chat(spec: str, **settings: Any) -> Any:
+    """Return the chat model of a spec; a folder of weights is sampled here."""
+    folder = Path(spec.removeprefix("local:")).expanduser()
+    if folder.is_dir() and not spec.startswith("local:"):
+        return Sampler(path=folder, **settings)
+    if spec.partition(":")[0] != "local":
+        settings.pop("seed", None)
+        settings["max_retries"] = _API_RETRIES
+    return models.load(spec, **settings)
+
+
+def _identity(spec: str) -> str:
+    """Return what names the bytes behind a model or a file: a digest where they are here."""
+    kind, _, name = spec.partition(":")
+    for model in local.CATALOGUE:
+        if kind == "local" and (name or local.DEFAULT_MODEL) == model.name:
+            return model.sha256
+    path = Path(name if kind == "local" else spec).expanduser()
+    if path.is_file():
+        return sha256_of(path)
+    if (path / "manifest.json").exists() and any(path.glob("*.safetensors")):
+        return Checkpoint.open(path).digest
+    if path.is_dir():
+        files = sorted(one for one in path.iterdir() if one.is_file())
+        return json.dumps([[one.name, sha256_of(one)] for one in files])
+    return spec
+
+
+def _link(source: Path, target: Path) -> None:
+    """Put a file in a second place, at no cost where the file system can; it appears whole."""
+    work = target.with_name(f".{target.name}.new")
+    work.unlink(missing_ok=True)
+    try:
+        os.link(source, work)
+    except OSError:
+        shutil.copyfile(source, work)
+    os.replace(work, target)
+
+
+def _publish(made: Path, output: Path) -> None:
+    """Show the finished model in the output folder itself."""
+    for path in sorted(made.iterdir()):
+        if path.is_file() and path.name != DONE:
+            _link(path, output / path.name)

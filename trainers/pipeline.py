@@ -1,0 +1,232 @@
+"""Steps whose outcome is kept under what it depends on, so that nothing is made twice.
+
+A step's folder is named by the digest of its settings and of its inputs' digests: OUT/stages/sft-3f2a…. What
+is changed in a config gives the steps behind it new names, and the others are found and skipped; going back
+to an older config finds the older folders. A step is finished when its `stage.json` is there, which is
+written last; until then its folder is one that the step goes on in.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from cai_graph.calls import describe
+from cai_graph.errors import CaiError, ConfigError, DataError
+
+__all__ = ["Done", "Needs", "Pipeline", "State", "Step", "StepFailed", "write_whole"]
+
+DONE = "stage.json"
+State = Literal["done", "begun", "new"]
+Figures = Mapping[str, Any]
+
+
+class StepFailed(CaiError):  # noqa: N818
+    """A step of a pipeline ended with an error; names the step, and says what its cause says."""
+
+    def __init__(self, step: str, why: str) -> None:
+        super().__init__(f"{step}: {why}")
+        self.step = step
+
+
+class Needs(NamedTuple):
+    """What a step is expected to take of one model, in tokens; all are estimates."""
+
+    who: str
+    """The model."""
+    parameters: float | None
+    """About how many weights it has; None where another machine computes."""
+    read: int = 0
+    """Tokens of prompts."""
+    written: int = 0
+    """Tokens generated."""
+    trained: int = 0
+    """Tokens of forward and backward passes, over all epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One piece of work in a folder of its own."""
+
+    name: str
+    """Unique in its pipeline."""
+    settings: Mapping[str, Any]
+    """All that shapes the outcome besides the inputs, as JSON; files by their digest."""
+    inputs: tuple[Step, ...] = ()
+    """Steps that it reads the folders of."""
+    work: Callable[[Folders], Figures] = field(compare=False)
+    """Does it in `folders.own`, goes on with what it finds there, and returns what is worth knowing."""
+    needs: tuple[Needs, ...] = ()
+    """What it is expected to take, of each model."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the settings and the inputs' digests, in hexadecimal."""
+        shaping = [self.name, self.settings, [one.digest for one in self.inputs]]
+        text = json.dumps(shaping, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where a step works, and where its inputs are."""
+
+    own: Path
+    """The step's folder; it exists."""
+    inputs: Mapping[str, Path]
+    """The finished folder of each input, by name."""
+    done: Mapping[str, Done]
+    """What is known of each input, by name."""
+
+    def __getitem__(self, name: str) -> Path:
+        return self.inputs[name]
+
+
+class Done(NamedTuple):
+    """A finished step."""
+
+    path: Path
+    """Its folder."""
+    figures: Figures
+    """What its work returned."""
+    seconds: float
+    """How long it took, interrupted parts not counted."""
+    skipped: bool
+    """Whether an earlier run made it."""
+
+
+Tell = Callable[[Step, Literal["skipped", "begins", "goes on", "done"], float], None]
+"""Told of each step as it comes; the number is seconds."""
+
+
+class Pipeline:
+    """Steps in an order in which each one stands behind its inputs."""
+
+    def __init__(self, folder: Path, steps: Sequence[Step]) -> None:
+        """Look at nothing yet.
+
+        Raises:
+            ConfigError: two steps have one name, or an input comes too late.
+        """
+        seen: list[Step] = []
+        for step in steps:
+            if step.name in {one.name for one in seen}:
+                raise ConfigError(f"two steps are called {step.name!r}")
+            if any(one not in seen for one in step.inputs):
+                raise ConfigError(f"step {step.name!r} stands before one of its inputs")
+            seen.append(step)
+        self.folder, self.steps = folder, tuple(steps)
+
+    def path(self, step: Step) -> Path:
+        """Return the folder of a step."""
+        return self.folder / "stages" / f"{step.name}-{step.digest[:12]}"
+
+    def state(self, step: Step) -> State:
+        """Return whether a step is done, was begun and interrupted, or is new."""
+        path = self.path(step)
+        if (path / DONE).exists():
+            return "done"
+        return "begun" if path.is_dir() else "new"
+
+    def done(self, step: Step) -> Done | None:
+        """Return a finished step, or None.
+
+        Raises:
+            DataError: its stage.json cannot be read.
+        """
+        path = self.path(step)
+        try:
+            found = json.loads((path / DONE).read_text(encoding="utf-8"))
+            return Done(path, found["figures"], found["seconds"], True)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path / DONE}: cannot be read ({error}); remove {path}") from error
+
+    def run(self, tell: Tell) -> dict[str, Done]:
+        """Do what is not done, in order, and return all steps by name.
+
+        Raises:
+            StepFailed: a step ended with an error. What it has is kept, and the next run goes on from there.
+            ConfigError: another run works in the folder.
+        """
+        finished: dict[str, Done] = {}
+        with self._alone():
+            for step in self.steps:
+                found = self.done(step)
+                if found is None:
+                    tell(step, "goes on" if self.state(step) == "begun" else "begins", 0.0)
+                    found = self._do(step, finished)
+                    tell(step, "done", found.seconds)
+                else:
+                    tell(step, "skipped", found.seconds)
+                finished[step.name] = found
+        return finished
+
+    def _do(self, step: Step, finished: Mapping[str, Done]) -> Done:
+        path = self.path(step)
+        started = time.monotonic()
+        inputs = {one.name: finished[one.name] for one in step.inputs}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            folders = Folders(path, {name: done.path for name, done in inputs.items()}, inputs)
+            figures = step.work(folders)
+            seconds = round(time.monotonic() - started, 3)
+            note = {
+                "step": step.name,
+                "digest": step.digest,
+                "settings": step.settings,
+                "inputs": {one.name: one.digest for one in step.inputs},
+                "seconds": seconds,
+                "figures": figures,
+            }
+            write_whole(path / DONE, json.dumps(note, indent=2, default=str) + "\n")
+        except CaiError as error:
+            raise StepFailed(step.name, str(error)) from error
+        except OSError as error:
+            raise StepFailed(step.name, f"{error}; what is done is kept, type the command again") from error
+        except Exception as error:
+            if type(error).__module__ == "builtins":  # a bug, which needs its traceback
+                error.add_note(f"in the step {step.name}, {path}")
+                raise
+            raise StepFailed(step.name, describe(error)) from error
+        return Done(path, figures, seconds, False)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: cannot be written: {error.strerror}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise ConfigError(f"{self.folder}: another run works here; wait for its end") from error
+            yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,227 @@
+"""Static pages: one file, no script, nothing fetched; every text of a model is escaped.
+
+document, table, figure    what pages are made of; the page of a dataset uses them, too
+report                     what a run of `cai distill` came to
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.checkpoint import Checkpoint
+from trainers.config import plain
+from trainers.pipeline import Done, Pipeline, write_whole
+
+if TYPE_CHECKING:
+    from trainers.distill import Config
+
+__all__ = ["document", "figure", "report", "table"]
+
+SAMPLES = 8
+"""Prompts whose answers are shown before and after."""
+_CUT = 700
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; margin: .6rem 0 } td { padding: .2rem 1.2rem .2rem 0; vertical-align: top }
+th { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #ccd5dd }
+td:first-child { color: #566370 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+td.text { white-space: pre-wrap; overflow-wrap: anywhere }
+figure { margin: 1rem 0 } figcaption { color: #566370; font-size: .9rem }
+svg, img { max-width: 100%; height: auto }
+"""
+
+
+def document(title: str, body: str) -> str:
+    """Return a page around a body that is HTML already."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+      content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+{body}</body>
+</html>
+"""
+
+
+def table(
+    rows: Iterable[Sequence[str]],
+    *,
+    header: Sequence[str] = (),
+    numbers: Sequence[int] = (),
+    text: bool = False,
+) -> str:
+    """Return a table of escaped cells; `numbers` are the columns that are aligned to the right."""
+
+    def cell(place: int, value: str) -> str:
+        kind = ' class="n"' if place in numbers else ' class="text"' if text and place else ""
+        return f"<td{kind}>{html.escape(value)}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(cell(n, value) for n, value in enumerate(row))}</tr>\n" for row in rows)
+    return f"<table>\n{f'<tr>{head}</tr>' if head else ''}{body}</table>\n"
+
+
+def figure(svg: str, caption: str) -> str:
+    """Return a plot with what it shows. It is an image, so that nothing in it can run."""
+    data = base64.b64encode(svg.encode()).decode()
+    return (
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+    )
+
+
+# --- a run of the pipeline ----------------------------------------------------------------------------
+
+
+def report(output: Path, config: Config, steps: Pipeline, done: Mapping[str, Done]) -> Path:
+    """Write what a run came to as `report.html` in its folder, and return its path.
+
+    It is written out of what the steps keep: figures side by side, plots of evaluation, reward model and
+    watch, answers before and after, and the way back from the model to logs and constitution.
+    """
+    sections = [
+        _section("Figures, side by side", _figures(done)),
+        _section("Answers before and after", _answers(done)),
+        _section("Plots", "".join(_plots(done))),
+        _section("Training", _training(done)),
+        _section("From the model back to the log", _lineage(config, steps, done)),
+        _section("Steps", _steps(steps, done)),
+        _section("Config", table([(key, _said(value)) for key, value in plain(config).items()], text=True)),
+    ]
+    page = output / "report.html"
+    write_whole(
+        page, document(f"{output.name}: {config.model} under {config.constitution}", "".join(sections))
+    )
+    return page
+
+
+def _section(heading: str, body: str) -> str:
+    return f"<h2>{html.escape(heading)}</h2>\n{body}\n" if body else ""
+
+
+def _figures(done: Mapping[str, Done]) -> str:
+    if "evaluation" not in done:
+        return "<p>Nothing was evaluated: the config names no suite.</p>"
+    found = done["evaluation"].figures
+    subjects: list[str] = found["subjects"]
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for one in found["figures"]:
+        about = (one["suite"], one["measure"], one["by"])
+        cells.setdefault(about, {})[one["subject"]] = _estimate(one)
+    rows = [[*about, *(values.get(subject, "") for subject in subjects)] for about, values in cells.items()]
+    numbers = range(3, 3 + len(subjects))
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in found["notes"])
+    said = "<p>Means with 95 % intervals and the number of prompts. Intervals that overlap show nothing.</p>"
+    return said + table(rows, header=("suite", "measure", "by", *subjects), numbers=numbers) + notes
+
+
+def _estimate(one: Mapping[str, Any]) -> str:
+    found = one.get("estimate", one)
+    if not found.get("n"):
+        return "none"
+    low, high = found.get("low"), found.get("high")
+    interval = f" ({low:.3g} to {high:.3g})" if low is not None and high is not None else ""
+    return f"{found['value']:.3g}{interval}, n {found['n']}"
+
+
+def _answers(done: Mapping[str, Done]) -> str:
+    if "evaluation" not in done:
+        return ""
+    from cai_graph.trajectory import text_of
+
+    kept = _kept(done)
+    answers = {name: {row["prompt"]: row["answer"] for row in kept.answers(name)} for name in kept.subjects}
+    shown = ""
+    # By id, which is a digest: a draw that nobody chose.
+    for id, prompt in sorted(kept.prompts.items())[:SAMPLES]:
+        asked = text_of(prompt.messages[-1])
+        rows = [(f"prompt ({prompt.suite})", _cut(asked))]
+        rows += [(name, _cut(given.get(id, "no answer"))) for name, given in answers.items()]
+        shown += table(rows, text=True)
+    return shown
+
+
+def _kept(done: Mapping[str, Done]) -> Any:
+    path = done["evaluation"].path / "evaluation"
+    return import_module("trainers.evaluation.folder").Evaluation.open(path)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _CUT else f"{text[:_CUT]} […]"
+
+
+def _plots(done: Mapping[str, Done]) -> Iterable[str]:
+    if "evaluation" in done:
+        kept = import_module("trainers.evaluation.folder").Evaluation.open(
+            done["evaluation"].path / "evaluation"
+        )
+        summary = import_module("trainers.evaluation.summary").summarise(kept)
+        plots = import_module("trainers.evaluation.plots")
+        for caption, svg in plots.svgs(summary).items():
+            yield figure(svg, caption)
+    for name, step in done.items():
+        for path in sorted((step.path / "checkpoint").glob("*.svg")):
+            yield figure(path.read_text(encoding="utf-8"), f"{name}: {path.stem}")
+
+
+def _training(done: Mapping[str, Done]) -> str:
+    rows = [
+        (name, metric, f"{value:.6g}")
+        for name, step in done.items()
+        for metric, value in sorted(step.figures.get("metrics", {}).items())
+    ]
+    return table(rows, header=("step", "figure", "last value"), numbers=(2,)) if rows else ""
+
+
+def _lineage(config: Config, steps: Pipeline, done: Mapping[str, Done]) -> str:
+    """Each checkpoint with its digest, what it came from, and the constitutions that judged its data."""
+    rows: list[tuple[str, str]] = []
+    for step in reversed(steps.steps):
+        found = done[step.name]
+        came_from = ", ".join(one.name for one in step.inputs) or "the config's prompts, logs and model"
+        said = [f"digest {step.digest[:16]}, from {came_from}"]
+        if (found.path / "checkpoint").is_dir():
+            checkpoint = Checkpoint.open(found.path / "checkpoint")
+            said.append(f"weights {checkpoint.digest[:16]}")
+            if checkpoint.manifest is not None:
+                manifest = checkpoint.manifest
+                said.append(
+                    f"{manifest.data.get('rows', 0):,} rows, digest {manifest.data.get('digest', '')}"[:60]
+                )
+                judged = ", ".join(one[:16] for one in manifest.constitution_digests)
+                said += [f"constitutions {judged}"] if judged else []
+        if step.name == "trajectories":
+            said.append(f"{found.figures['trajectories']:,} trajectories in {found.path / 'log.db'}")
+            said.append(f"constitution {step.settings['constitution'][:16]} ({config.constitution})")
+        rows.append((step.name, "\n".join(said)))
+    return table(rows, text=True)
+
+
+def _steps(steps: Pipeline, done: Mapping[str, Done]) -> str:
+    rows = []
+    for step in steps.steps:
+        found = done[step.name]
+        rows.append(
+            (step.name, f"{found.seconds:,.1f} s", "kept" if found.skipped else "made", found.path.name)
+        )
+    return table(rows, header=("step", "took", "by this run", "folder in stages/"), numbers=(1,))
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,123 @@
+"""A checkpoint as a chat model: what is asked at about the same time is answered in one batch.
+
+This is for sampling a policy between two stages of its training, where no server runs it. An
+OpenAI-compatible server (vLLM) does the same faster, and takes its place by its URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatResult
+from pydantic import PrivateAttr
+
+from cai_graph.trajectory import from_langchain, text_of
+from trainers.checkpoint import Checkpoint
+from trainers.policy import Policy, Sample, load_policy, sample
+
+__all__ = ["Sampler"]
+
+_GATHER_S = 0.02
+"""How long the first request of a batch waits for others."""
+
+
+class Sampler(BaseChatModel):
+    """Answers of a checkpoint, drawn in batches. The weights are loaded at the first request."""
+
+    path: Path
+    """Folder of the checkpoint."""
+    max_tokens: int = 256
+    """Longest answer."""
+    temperature: float = 1.0
+    """Of the draw; 0 takes the likeliest token."""
+    seed: int = 0
+    """Of the draw. What stands in a batch depends on when it was asked: a run is not repeated to the word."""
+    batch_size: int = 16
+    """Answers written at once, at most."""
+
+    _policy: Policy | None = PrivateAttr(default=None)
+    _waiting: list[tuple[list[dict[str, Any]], asyncio.Future[Sample]]] = PrivateAttr(default_factory=list)
+    _worker: asyncio.Task[None] | None = PrivateAttr(default=None)
+    _batches: int = PrivateAttr(default=0)
+
+    @property
+    def _llm_type(self) -> str:
+        return "checkpoint"
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        name = Checkpoint.open(self.path).digest[:12]
+        return LangSmithParams(ls_provider="checkpoint", ls_model_name=name, ls_model_type="chat")
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return _result(self._draw([_plain(messages)])[0])
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        answer: asyncio.Future[Sample] = asyncio.get_running_loop().create_future()
+        self._waiting.append((_plain(messages), answer))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._answer_all())
+        return _result(await answer)
+
+    async def _answer_all(self) -> None:
+        await asyncio.sleep(_GATHER_S)
+        while self._waiting:
+            batch, self._waiting = self._waiting[: self.batch_size], self._waiting[self.batch_size :]
+            batch = [(prompt, answer) for prompt, answer in batch if not answer.done()]
+            if not batch:
+                continue
+            try:
+                found = await asyncio.to_thread(self._draw, [prompt for prompt, _ in batch])
+            except Exception as error:
+                for _, answer in batch:
+                    if not answer.done():
+                        answer.set_exception(error)
+                continue
+            for (_, answer), one in zip(batch, found, strict=True):
+                if not answer.done():  # cancelled while it was written
+                    answer.set_result(one)
+
+    def _draw(self, prompts: list[list[dict[str, Any]]]) -> list[Sample]:
+        if self._policy is None:
+            self._policy = load_policy(self.path)
+        self._batches += 1
+        return sample(
+            self._policy,
+            prompts,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            seed=self.seed + self._batches,
+            batch_size=self.batch_size,
+        )
+
+
+def _plain(messages: list[BaseMessage]) -> list[dict[str, Any]]:
+    return [{"role": m.role, "content": text_of(m)} for m in map(from_langchain, messages)]
+
+
+def _result(found: Sample) -> ChatResult:
+    read, written = len(found.prompt_ids), len(found.ids)
+    message = AIMessage(
+        found.text,
+        response_metadata={"finish_reason": "stop" if found.ended else "length"},
+        usage_metadata=UsageMetadata(input_tokens=read, output_tokens=written, total_tokens=read + written),
+    )
+    return ChatResult(generations=[ChatGeneration(message=message)])

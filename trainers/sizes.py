@@ -1,0 +1,182 @@
+"""How much work a run of `cai distill` is, before it is done: tokens of each step, and about how long."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cai_graph import bulk, local
+from cai_graph.errors import ConfigError
+from cai_graph.log import open_log
+from trainers.pipeline import Needs, Pipeline
+
+if TYPE_CHECKING:
+    from trainers.distill import Config
+
+__all__ = ["Size", "estimate"]
+
+_CHARS_PER_TOKEN = 4.0
+_INSTRUCTIONS = 700
+"""Tokens of a critique's constitution and instructions, roughly."""
+
+
+class Size(NamedTuple):
+    """What is known before the work of how much of it there is. All figures are estimates."""
+
+    config: Config
+    prompts: int
+    prompt_tokens: int
+    """Of a prompt, in the mean."""
+
+    @classmethod
+    def of(cls, config: Config) -> Size:
+        """Count the prompts and read how long they are.
+
+        Raises:
+            ConfigError: the file is missing.
+            DataError, LogError: it, or a log, cannot be read.
+        """
+        texts: list[int] = []
+        if config.prompts is not None:
+            if not config.prompts.exists():
+                raise ConfigError(f"prompts: {config.prompts} is not there")
+            with contextlib.closing(bulk.Rows(str(config.prompts))) as rows:
+                read_rows = itertools.islice(rows.prompts(config.column), config.limit)
+                texts = [
+                    sum(len(str(message.content)) for message in row.messages)
+                    for row in read_rows
+                    if isinstance(row, bulk.Prompt)
+                ]
+        logged = 0
+        for url in config.logs:
+            with open_log(url, read_only=True) as log:
+                logged += log.stats().trajectories
+        mean = sum(texts) / len(texts) / _CHARS_PER_TOKEN if texts else 60
+        return cls(config, len(texts) + logged, round(mean) + 10)
+
+    @property
+    def new(self) -> int:
+        """Prompts that are to be answered."""
+        if self.config.prompts is None:
+            return 0
+        return self.prompts if not self.config.logs else min(self.prompts, self.config.limit or self.prompts)
+
+    def drafts(self) -> tuple[Needs, ...]:
+        """Return what drafting, judging and revising take."""
+        drafts = self.config.drafts
+        writer, critic = drafts.model or self.config.model, drafts.critic
+        judged = self.new * (self.prompt_tokens + drafts.max_tokens + _INSTRUCTIONS)
+        written = self.new * drafts.max_tokens * 2  # half of the drafts are revised, at twice the length
+        return (
+            _needs(writer, read=self.new * self.prompt_tokens * 2, written=written),
+            _needs(critic or writer, read=2 * judged),
+        )
+
+    def training(self, module: str, config: Any) -> tuple[Needs, ...]:
+        """Return what a stage of training takes."""
+        answer = {"sft": self.config.drafts.max_tokens}.get(module, self.config.feedback.max_tokens)
+        row = min(self.prompt_tokens + answer, config.max_tokens)
+        update = config.batch_size * config.accumulate
+        rows = update * config.max_steps if config.max_steps else round(self.prompts * config.epochs)
+        base = self.config.model
+        if module == "ppo":
+            drawn = config.rollout_size * (config.max_steps or 1)
+            longest = min(config.answer_tokens, row)
+            trained = drawn * row * config.ppo_epochs
+            return (_needs(base, read=3 * drawn * row, written=drawn * longest, trained=trained),)
+        if module == "online":
+            return (_needs(base, read=2 * rows * row, written=rows * config.max_answer, trained=rows * row),)
+        both = 2 if module in ("dpo", "reward") else 1
+        read_only = both * rows * row if module == "dpo" else 0
+        return (_needs(base, read=read_only, trained=both * rows * row),)
+
+    def feedback(self) -> tuple[Needs, ...]:
+        """Return what drawing and comparing answers take."""
+        feedback = self.config.feedback
+        count = min(self.prompts, feedback.limit or self.prompts)
+        drawn = count * feedback.samples if "samples" in feedback.pairs else 0
+        judge = feedback.judge or feedback.critic or "local"
+        orders = 2 * feedback.principles if feedback.judge else 1
+        asked = max(drawn, count) * orders * (self.prompt_tokens + feedback.max_tokens + _INSTRUCTIONS // 2)
+        sampler = feedback.sampler or self.config.model
+        return (
+            _needs(sampler, read=drawn * self.prompt_tokens, written=drawn * feedback.max_tokens),
+            _needs(judge, read=asked),
+        )
+
+    def evaluation(self) -> tuple[Needs, ...]:
+        """Return what answering the suites and grading the answers take."""
+        wanted = self.config.evaluation
+        count = 3 * len(wanted.suites) * (wanted.limit or 200)
+        made = _needs(self.config.model, read=count * self.prompt_tokens, written=count * wanted.max_tokens)
+        if wanted.critic is None:
+            return (made,)
+        return made, _needs(wanted.critic, read=count * (self.prompt_tokens + wanted.max_tokens + 350))
+
+
+def _needs(who: str, *, read: int = 0, written: int = 0, trained: int = 0) -> Needs:
+    return Needs(who=who, parameters=_parameters(who), read=read, written=written, trained=trained)
+
+
+def _parameters(spec: str) -> float | None:
+    """Return about how many weights compute here; None where a server does."""
+    kind, _, name = spec.partition(":")
+    for model in local.CATALOGUE:
+        if kind == "local" and (name or local.DEFAULT_MODEL) == model.name:
+            return model.size * 8 / 5  # about 5 bits a weight
+    path = Path(name if kind == "local" else spec).expanduser()
+    if path.is_file():
+        return path.stat().st_size * 8 / 5
+    if path.is_dir():
+        return sum(one.stat().st_size for one in path.glob("*.safetensors")) / 3  # between fp32 and bf16
+    return None
+
+
+def estimate(steps: Pipeline) -> dict[str, float | None]:
+    """Return about how many seconds each step takes that is not done; None where a server decides.
+
+    From floating-point operations (2 a weight and token read, 6 trained) and this machine's speed, which is
+    measured; a token written counts three times, for it waits for memory. Expect it to be wrong by a factor
+    of two or three.
+    """
+    speed = _speed()
+    found: dict[str, float | None] = {}
+    for step in steps.steps:
+        if steps.state(step) == "done":
+            found[step.name] = 0.0
+            continue
+        seconds: float | None = 5.0
+        for one in step.needs:
+            if one.parameters is None:
+                seconds = None
+                break
+            work = 2 * one.read + 6 * one.written + 6 * one.trained
+            seconds = (seconds or 0.0) + one.parameters * work / speed
+        found[step.name] = seconds
+    return found
+
+
+def _speed() -> float:
+    """Return floating-point operations a second that a model reaches here: half of a matrix product's."""
+    import numpy as np
+
+    with contextlib.suppress(ImportError):
+        import torch
+
+        if torch.cuda.is_available():
+            return _measured(lambda: torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16), 4096) / 3
+    return _measured(lambda: np.ones((768, 768), dtype=np.float32), 768) / 2
+
+
+def _measured(make: Callable[[], Any], size: int) -> float:
+    matrix = make()
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
