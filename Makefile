@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check bench soak clean
+.PHONY: demo test check bench soak consumers clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("cai_graph needs Python 3.11 or newer; set PYTHON=python3.12, say" if sys.version_info < (3, 11) else 0)'
@@ -27,9 +27,18 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts, fast tests
 bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
 
-soak: $(VENV)/.installed  ## long kill loops on the log, of its writers and of its server
+soak: $(VENV)/.installed consumers  ## long kill loops on the log; foreign trainers read our formats
 	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
 	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/test_log_postgres.py -k "killed or falls" --timeout 0
+	$(BIN)/python -m pytest tests/test_consumers.py
+
+consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory and axolotl beside the project, for `make soak`
+	test -d .consumers/venv || $(PYTHON) -m venv .consumers/venv
+	.consumers/venv/bin/python -m pip install --quiet torch==2.13.0 transformers==4.57.1 'datasets<5' peft accelerate \
+		omegaconf pylatexenc tensordict codetiming hydra-core tyro av ray pandas pyarrow trl==0.24.0 fire einops pillow
+	.consumers/venv/bin/python -m pip install --quiet --no-deps openrlhf==0.11.2 verl==0.9.1 llamafactory==0.9.5
+	$(BIN)/python -m pip install --quiet --no-deps --target .consumers/axolotl --upgrade axolotl==0.19.0 addict posthog \
+		numba llvmlite fastcore zstandard schedulefree backoff distro colorama art python-dotenv fire termcolor
 
 clean:
-	rm -rf $(VENV) cai.db cai.db-wal cai.db-shm
+	rm -rf $(VENV) .consumers cai.db cai.db-wal cai.db-shm

@@ -130,8 +130,8 @@ def _llama_factory_answer(row: SFTRow | CritiqueRow) -> dict[str, Any] | None:
 
 
 def _llama_factory_pair(row: PreferenceRow) -> dict[str, Any] | None:
-    if not _alternates(row.prompt + row.chosen):
-        return None
+    if not _alternates(row.prompt + row.chosen) or row.prompt[-1].role == "tool":
+        return None  # of a pair's prompt, it reads a tool's answer only when another turn follows
     return {
         "messages": _plain(row.prompt),
         "chosen": _plain(row.chosen)[0],
