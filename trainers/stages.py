@@ -305,8 +305,6 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _folder(config: StageConfig, stage: str, base: Checkpoint, source: Source) -> Iterator[Path]:
     """Give the folder of the run, which nobody else has; it stays when the body fails, to go on from."""
-    from accelerate import PartialState
-
     work = config.output.with_name(config.output.name + PARTIAL)
     plan = {
         "stage": stage,
@@ -314,7 +312,7 @@ def _folder(config: StageConfig, stage: str, base: Checkpoint, source: Source) -
         "base": base.digest,
         "data": source.digest,
     }
-    state = PartialState()
+    state = _processes()
     if not state.is_main_process:
         state.wait_for_everyone()
         yield work
@@ -331,6 +329,14 @@ def _folder(config: StageConfig, stage: str, base: Checkpoint, source: Source) -
         yield work
     finally:
         os.close(lock)
+
+
+def _processes() -> Any:
+    """Return accelerate's view of the processes that train together."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _hold(lock: int, work: Path) -> None:
@@ -367,10 +373,8 @@ def _same_plan(path: Path, plan: dict[str, Any]) -> None:
 
 
 def _begin(config: StageConfig, shape: Shape, base: Checkpoint, source: Source, work: Path) -> Run:
-    from accelerate import PartialState
-
     tokenizer = _tokenizer(base.path)
-    rows, state = work / "rows", PartialState()
+    rows, state = work / "rows", _processes()
     if state.is_main_process and not (rows / "counts.json").exists():
         _encode(
             config,
