@@ -29,6 +29,7 @@ ALL = (
     "feedback",
     "shadow",
     "cascade",
+    "training",
     "peers",
 )
 HEAD = """# Benchmark results
