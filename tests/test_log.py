@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import doctest
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,12 +122,12 @@ def test_a_tag_is_found_where_it_is_and_nowhere_else(log: Log, tags: list[list[s
 @pytest.mark.parametrize(
     ("filters", "index"),
     [
-        ({"outcome": "FAILED"}, "records_outcome"),
-        ({"constitution": "d2" * 32}, "records_constitution"),
+        ({"outcome": "FAILED"}, "records_outcome|records_filtered"),
+        ({"constitution": "d2" * 32}, "records_constitution|records_filtered"),
         ({"kind": "review"}, "records_kind"),
         ({"trajectory_id": "t"}, "records_trajectory"),
-        ({"tag": "rare"}, "records_tags"),
-        ({"kind": "trajectory", "outcome": "FAILED"}, "records_outcome"),
+        ({"tag": "rare"}, "records_tags|records_filtered"),
+        ({"kind": "trajectory", "outcome": "FAILED"}, "records_outcome|records_filtered"),
         ({"source": "run7:"}, None),
         ({"since": START + timedelta(minutes=1990)}, None),
     ],
@@ -160,7 +161,7 @@ def test_what_is_rare_is_found_without_reading_the_rest(
     else:
         how = "EXPLAIN " if log.name.startswith("postgresql") else "EXPLAIN QUERY PLAN "
         plan = " ".join(str(row) for row in store.rows(how + sql, bindings))
-        assert index in plan, plan
+        assert re.search(index, plan), plan  # as PostgreSQL has it, and as SQLite
         assert "Sort" not in plan
         assert "TEMP B-TREE" not in plan
 

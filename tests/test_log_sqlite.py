@@ -7,18 +7,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import apsw
 import pytest
-from log_support import fill, trajectory
+from log_support import START, fill, trajectory
 
 from cai_graph.errors import LogError
 from cai_graph.log import Log, open_log
 from cai_graph.log import sqlite as sqlite_store
 from cai_graph.log.sqlite import APPLICATION_ID, SCHEMA
+from cai_graph.log.store import Filters
 from cai_graph.log.upkeep import verify
-from cai_graph.trajectory import Trajectory
+from cai_graph.trajectory import Outcome, Trajectory
 
 
 @pytest.fixture
@@ -234,6 +236,37 @@ open_log(sys.argv[1])
     assert verify(path).ok
 
 
+@pytest.mark.parametrize("schema", range(1, SCHEMA))
+def test_filters_find_in_a_file_of_any_schema_what_they_find_in_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schema: int
+) -> None:
+    path = tmp_path / "cai.db"
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_store, "SCHEMA", schema)
+        with open_log(path) as log:
+            made = fill(log, 20)
+            rare = trajectory(outcome=Outcome.FAILED, tags=("rare",), started_at=START + timedelta(days=9))
+            log.append(rare).result()
+    filters: list[Filters] = [
+        {"outcome": "FAILED"},
+        {"tag": "rare"},
+        {"since": START + timedelta(days=9)},
+        {"constitution": rare.constitution.digest},
+        {"kind": "trajectory", "until": START},
+    ]
+    found = []
+    for read_only in (True, False):  # not migrated yet, and migrated
+        with open_log(path, read_only=read_only) as log:
+            assert list(log.read()) == [*made, rare]
+            found.append([list(log.read(**some)) for some in filters])
+    assert found[0] == found[1]
+    assert found[0][:4] == [[rare], [rare], [rare], [*made, rare]]
+    db = apsw.Connection(str(path))
+    assert db.execute("PRAGMA user_version").fetchall() == [(SCHEMA,)]
+    db.close()
+    assert verify(path).ok
+
+
 def test_the_golden_log_of_schema_1_reads_as_it_did(tmp_path: Path) -> None:
     golden = Path(__file__).parent / "golden"
     path = tmp_path / "log-v1.sqlite"
@@ -265,7 +298,7 @@ def test_a_full_database_fails_the_append_and_recovers_by_itself(
     assert isinstance(store, sqlite_store.SQLiteStore)
     pages = store.change(lambda db: db.execute("PRAGMA page_count").fetchall()[0][0])
     store.change(lambda db: db.execute(f"PRAGMA max_page_count = {pages + 2}").fetchall())
-    big = trajectory(metadata={"text": "x" * 200_000})
+    big = trajectory(metadata={"text": "x" * 1_000_000})
     lost = log.append(big)
     with pytest.raises(LogError, match=r"no space left to write; free some, the log goes on by itself"):
         lost.result()

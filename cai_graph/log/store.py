@@ -225,8 +225,8 @@ class Store(ABC):
     def raw(column: str) -> str:
         """Return the expression: the column as bytes, in whatever state it is; UTF-8 for text."""
 
-    def by_tag(self) -> str:
-        """Return what follows the table's name where it is searched by tag."""
+    def filtered(self) -> str:
+        """Return what follows the table's name where it is searched by time, outcome, constitution or tag."""
         return ""
 
     # --- reading --------------------------------------------------------------------------------------
@@ -234,15 +234,20 @@ class Store(ABC):
     def select(self, filters: Filters) -> Iterator[StoredPayload]:
         """Yield the payloads that pass the filters, as of the first one, in flat memory.
 
-        Read page by page in the order of positions: where a filter is for one value its index has that
-        order, and a range of sources or times is first turned into a range of positions.
+        Read page by page in the order of positions, which the indexes have, too; a range of sources or times
+        is first turned into a range of positions.
         """
         newest_first = filters.get("newest_first", False)
-        first, last = self._span(filters, newest_first)
+        first, last = self.span(filters)
         clauses, bindings = self._where(filters)
+        few = filters.get("trajectory_id") or filters.get("appended")  # they have indexes of their own
+        few = few or filters.get("kind") not in (None, "trajectory")
+        by = any(
+            filters.get(name) is not None for name in ("since", "until", "outcome", "constitution", "tag")
+        )
         sql = (
             "SELECT position, id, writer, sequence, digest, payload "
-            f"FROM records{'' if filters.get('tag') is None else self.by_tag()} "
+            f"FROM records{self.filtered() if by and not few else ''} "
             f"WHERE {' AND '.join(['position >= :first AND position <= :last', *clauses])} "
             f"ORDER BY position {'DESC' if newest_first else 'ASC'} LIMIT :wanted"
         )
@@ -346,8 +351,8 @@ class Store(ABC):
             bindings |= values
         return clauses, bindings
 
-    def _span(self, filters: Filters, newest_first: bool) -> tuple[int, int]:
-        """Return the first and the last position that may pass the filters."""
+    def span(self, filters: Filters) -> tuple[int, int]:
+        """Return the first and the last position that may pass the filters; the first is larger for none."""
         if (positions := filters.get("positions")) is not None:
             first, last = positions[0] + 1, positions[1]
         else:
@@ -358,13 +363,15 @@ class Store(ABC):
                 "SELECT position FROM tombstones WHERE id = :id"
             )
             for (position,) in self.rows(sql, {"id": column_text(after)}):
+                newest_first = filters.get("newest_first", False)
                 first, last = (first, position - 1) if newest_first else (position + 1, last)
                 break
             else:
                 raise self._missing(after)
         for column, clause, values in _ranges(filters):
             # Plus nothing, or PostgreSQL would look for the first position by walking through all.
-            sql = f"SELECT min(position + 0), max(position + 0) FROM records WHERE {clause.format(column)}"
+            table = f"records{self.filtered() if column == 'at' else ''}"
+            sql = f"SELECT min(position + 0), max(position + 0) FROM {table} WHERE {clause.format(column)}"
             ((low, high),) = self.rows(sql, values)
             first, last = (1, 0) if low is None else (max(first, low), min(last, high))
         return first, last

@@ -305,7 +305,8 @@ def gc(
     if place.path is not None and not place.path.exists():
         raise LogError(f"{place.name}: there is no log")
     store = open_store(url, read_only=dry_run)
-    bindings: dict[str, Any] = {"limit": micros(before)}
+    within: dict[str, Any] = {"limit": micros(before)}
+    bindings: dict[str, Any] = {}
     keep = ["1 = 0"]
     if keep_reviewed:
         keep.append("EXISTS (SELECT 1 FROM records r WHERE r.trajectory_id = t.id AND r.kind = 'review')")
@@ -313,11 +314,12 @@ def gc(
         keep.append(store.tagged)
         bindings["tag"] = json.dumps(keep_tag)
     kept = " OR ".join(keep)
-    old = "FROM records t WHERE t.kind = 'trajectory' AND t.at < :limit"
+    made = "{0}.at < :limit AND {0}.position BETWEEN :first AND :last"
+    old = f"FROM records t WHERE t.kind = 'trajectory' AND {made.format('t')}"
     doomed = f"{old} AND NOT ({kept})"
     about = f"FROM records WHERE {store.among('trajectory_id', 'ids')}"
     orphans = (
-        "FROM records o WHERE o.trajectory_id IS NOT NULL AND o.at < :limit "
+        f"FROM records o WHERE o.trajectory_id IS NOT NULL AND {made.format('o')} "
         "AND NOT EXISTS (SELECT 1 FROM records t WHERE t.id = o.trajectory_id)"
     )
 
@@ -344,18 +346,19 @@ def gc(
         return len(found), len(with_them)
 
     def remove_orphans(db: Database) -> int:
-        limit = {"limit": bindings["limit"]}
-        found = [row[0] for row in db.execute(f"SELECT o.position {orphans} LIMIT {_CHUNK}", limit)]
+        found = [row[0] for row in db.execute(f"SELECT o.position {orphans} LIMIT {_CHUNK}", within)]
         bury(db, found)
         return len(found)
 
     try:
+        within["first"], within["last"] = store.span({"until": before})
+        bindings |= within
         spared = count(f"{old} AND ({kept})", bindings)
         trajectories = others = 0
         if dry_run:
             trajectories = count(doomed, bindings)
             others = count(f"FROM records a WHERE a.trajectory_id IN (SELECT t.id {doomed})", bindings)
-            others += count(orphans, {"limit": bindings["limit"]})
+            others += count(orphans, within)
             return Removal(trajectories=trajectories, others=others, kept=spared, compacted=False)
         while (part := store.change(remove)) != (0, 0):
             trajectories += part[0]
