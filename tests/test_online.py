@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,7 +213,64 @@ def test_adapters_are_trained_watched_and_merged(talker: Path, prompts: Path, tm
     assert scored(made.path) != scored(talker)
 
 
+def test_two_processes_train_one_policy_under_one_watch(talker: Path, prompts: Path, tmp_path: Path) -> None:
+    watch = {**WATCH, "every": 1, "patience": 1}
+    config(
+        talker,
+        prompts,
+        tmp_path / "out",
+        reward="test_online:flawed",
+        watch=watch,
+        learning_rate=1e-2,
+        batch_size=8,
+        max_steps=8,
+    )
+    root = Path(__file__).parents[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "cai_graph.cli", "train", "online", "-c", str(tmp_path / "out.yaml")],
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest = Checkpoint.open(tmp_path / "out").manifest
+    assert manifest is not None
+    assert "2 processes" in manifest.hardware
+    said = manifest.data["watch"]
+    assert said["stopped_at"] is not None
+    assert said["weights_of_step"] == said["best_step"] < said["stopped_at"]
+    readings = [json.loads(line) for line in (tmp_path / "out" / "watch.jsonl").read_text().splitlines()]
+    assert [reading["step"] for reading in readings] == list(range(said["stopped_at"] + 1))
+
+
 # --- before training ----------------------------------------------------------------------------------
+
+
+def test_the_config_of_the_docs_is_one(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "online.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    block = next(block for block in blocks if "answers:" in block)
+    (tmp_path / "online.yaml").write_text(block)
+
+    found = read(Config, tmp_path / "online.yaml", ["max_steps=200"])
+    assert found.watch is not None
+    assert found.watch.judge == "judge:local"
 
 
 def test_answers_that_do_not_divide_an_update_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import typer
 
@@ -61,6 +61,36 @@ def _register(stage: Stage) -> None:
 
 for stage in STAGES:
     _register(stage)
+
+
+@commands.command("export", epilog="Example: cai train export ppo verl prompts-for-verl --config ppo.yaml")
+def train_export(
+    stage: Annotated[Literal["ppo", "online"], typer.Argument(help="The stage that the config is of.")],
+    engine: Annotated[Literal["verl", "openrlhf"], typer.Argument(help="Who is to train.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Prompts in that engine's format.")],
+    config: Annotated[Path | None, option("--config -c", "YAML with the stage's settings.", "FILE")] = None,
+    settings: Annotated[
+        list[str] | None,
+        option("--set -s", "A setting, over that of the file; may be repeated.", "KEY=VALUE"),
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+) -> None:
+    """Print the command by which verl or OpenRLHF trains what a config of ppo or online says.
+
+    What they do otherwise than the stage here is said on standard error.
+    """
+    import shlex
+    from importlib import import_module
+
+    from trainers.config import read
+    from trainers.elsewhere import command
+
+    told = read(import_module(f"trainers.{stage}").Config, config, settings or ())
+    made = command(told, engine, data, gpus=gpus, nodes=nodes)
+    typer.echo(shlex.join(made.arguments))
+    for said in made.differs:
+        note(said)
 
 
 @commands.command("probe", epilog="Example: cai train probe labels --output heads --model local")
