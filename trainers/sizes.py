@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph import bulk, local
 from cai_graph.errors import ConfigError
 from cai_graph.log import open_log
+from cai_graph.probe import Probe
+from trainers.heldout import read_set
 from trainers.pipeline import Needs, Pipeline
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ __all__ = ["Size", "estimate"]
 _CHARS_PER_TOKEN = 4.0
 _INSTRUCTIONS = 700
 """Tokens of a critique's constitution and instructions, roughly."""
+_QUESTION = 100
+"""Tokens of a probe's question."""
 
 
 class Size(NamedTuple):
@@ -69,7 +72,7 @@ class Size(NamedTuple):
         """Return what drafting, judging and revising take."""
         drafts = self.config.drafts
         writer, critic = drafts.model or self.config.model, drafts.critic
-        judged = self.new * (self.prompt_tokens + drafts.max_tokens + _INSTRUCTIONS)
+        judged = self.new * (self.prompt_tokens + drafts.max_tokens + _asked(critic or writer))
         written = self.new * drafts.max_tokens * 2  # half of the drafts are revised, at twice the length
         return (
             _needs(writer, read=self.new * self.prompt_tokens * 2, written=written),
@@ -85,7 +88,7 @@ class Size(NamedTuple):
         base = self.config.model
         if module == "ppo":
             drawn = config.rollout_size * (config.max_steps or 1)
-            longest = min(config.answer_tokens, row)
+            longest = min(config.max_answer, row)
             trained = drawn * row * config.ppo_epochs
             return (_needs(base, read=3 * drawn * row, written=drawn * longest, trained=trained),)
         if module == "online":
@@ -101,7 +104,7 @@ class Size(NamedTuple):
         drawn = count * feedback.samples if "samples" in feedback.pairs else 0
         judge = feedback.judge or feedback.critic or "local"
         orders = 2 * feedback.principles if feedback.judge else 1
-        asked = max(drawn, count) * orders * (self.prompt_tokens + feedback.max_tokens + _INSTRUCTIONS // 2)
+        asked = max(drawn, count) * orders * (self.prompt_tokens + feedback.max_tokens + _asked(judge))
         sampler = feedback.sampler or self.config.model
         return (
             _needs(sampler, read=drawn * self.prompt_tokens, written=drawn * feedback.max_tokens),
@@ -111,11 +114,21 @@ class Size(NamedTuple):
     def evaluation(self) -> tuple[Needs, ...]:
         """Return what answering the suites and grading the answers take."""
         wanted = self.config.evaluation
-        count = 3 * len(wanted.suites) * (wanted.limit or 200)
+        rows = [
+            sum(1 for _ in itertools.islice(read_set(path), wanted.limit)) for path in wanted.suites.values()
+        ]
+        count = 3 * sum(rows)  # three models answer
         made = _needs(self.config.model, read=count * self.prompt_tokens, written=count * wanted.max_tokens)
         if wanted.critic is None:
             return (made,)
-        return made, _needs(wanted.critic, read=count * (self.prompt_tokens + wanted.max_tokens + 350))
+        return made, _needs(
+            wanted.critic, read=count * (self.prompt_tokens + wanted.max_tokens + _asked(wanted.critic))
+        )
+
+
+def _asked(critic: str) -> int:
+    """Return the tokens around a conversation that a critic is shown."""
+    return _INSTRUCTIONS if Probe.for_model(critic) is None else _QUESTION
 
 
 def _needs(who: str, *, read: int = 0, written: int = 0, trained: int = 0) -> Needs:
@@ -139,9 +152,9 @@ def _parameters(spec: str) -> float | None:
 def estimate(steps: Pipeline) -> dict[str, float | None]:
     """Return about how many seconds each step takes that is not done; None where a server decides.
 
-    From floating-point operations (2 a weight and token read, 6 trained) and this machine's speed, which is
-    measured; a token written counts three times, for it waits for memory. Expect it to be wrong by a factor
-    of two or three.
+    From floating-point operations (2 a weight and token read, 6 trained) and the speed of this machine's
+    processors, which is measured; a token written counts three times, for it waits for memory. Expect it to
+    be wrong by a factor of two or three, and far too long where a GPU computes.
     """
     speed = _speed()
     found: dict[str, float | None] = {}
@@ -161,22 +174,14 @@ def estimate(steps: Pipeline) -> dict[str, float | None]:
 
 
 def _speed() -> float:
-    """Return floating-point operations a second that a model reaches here: half of a matrix product's."""
+    """Return floating-point operations a second that a model reaches here, if nothing else runs: a matrix
+    product's, by the processor time that one takes, on all cores."""
     import numpy as np
 
-    with contextlib.suppress(ImportError):
-        import torch
-
-        if torch.cuda.is_available():
-            return _measured(lambda: torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16), 4096) / 3
-    return _measured(lambda: np.ones((768, 768), dtype=np.float32), 768) / 2
-
-
-def _measured(make: Callable[[], Any], size: int) -> float:
-    matrix = make()
+    matrix = np.ones((768, 768), dtype=np.float32)
     best = float("inf")
     for _ in range(5):
-        started = time.perf_counter()
-        float((matrix @ matrix)[0, 0])
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        started = time.process_time()
+        matrix = matrix @ matrix / 768
+        best = min(best, time.process_time() - started)
+    return 2 * 768**3 / best * local.usable_cores()

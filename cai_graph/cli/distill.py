@@ -69,7 +69,7 @@ def _plan(steps: Pipeline) -> None:
 
     from trainers.sizes import estimate
 
-    states = {"done": "done: is skipped", "begun": "interrupted: goes on", "new": ""}
+    states = {"done": "skipped", "begun": "goes on", "new": ""}
     seconds = estimate(steps)
     table = Table(box=box.SIMPLE)
     for name in ("step", "state", "tokens read", "written", "trained", "about"):
@@ -88,7 +88,9 @@ def _plan(steps: Pipeline) -> None:
         )
     out.print(table)
     total = _duration(sum(needed or 0.0 for needed in seconds.values()))
-    out.print(Text(f"About {total} here, from this machine's speed; it may be two or three times as long."))
+    out.print(
+        Text(f"About {total} on these processors if nothing else runs, give or take a factor of three.")
+    )
     out.print(Text(f"Everything is kept in {steps.folder}."), soft_wrap=True)
 
 

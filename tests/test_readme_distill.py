@@ -1,0 +1,90 @@
+"""The README's way from a log to a better model: its five commands, run as printed on a smaller scale.
+
+Smaller: two blocks of the tiny model, one update a stage, no evaluation; a server on the loopback judges in place
+of the 1.5B model.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import cai
+from test_judge import letter
+from wire import Reply, role, serving, under
+
+from cai_graph import local
+from cai_graph.blocks import first_blocks
+from cai_graph.constitution import load
+from trainers.checkpoint import Checkpoint
+
+ROOT = Path(__file__).parents[1]
+SECTION = (ROOT / "README.md").read_text().partition("## From a production log to a better local model")[2]
+
+
+def commands() -> list[list[str]]:
+    block = re.search(r"^```sh\n(.*?)^```", SECTION, re.DOTALL | re.MULTILINE)
+    assert block
+    return [shlex.split(line, comments=True)[1:] for line in block[1].splitlines()]
+
+
+def smaller(text: str, weights: Path, judge: str) -> str:
+    """The same words with smaller models and counts."""
+    for pattern, found in (
+        (r"local:smollm2", f"local:{weights}"),
+        (r"(critic:|--critic) local\b", rf"\1 {judge}"),
+        (r"max_steps: \d+", "max_steps: 1"),
+        (r"rollout_size: \d+", "rollout_size: 4"),
+        (r"max_answer: \d+", "max_answer: 8"),
+        (r"max_tokens: 64", "max_tokens: 8"),
+        (r"(?ms)^evaluation:.*", ""),
+    ):
+        text = re.sub(pattern, found, text)
+    return text
+
+
+@pytest.mark.local
+def test_the_five_commands_lead_from_a_log_to_a_model_that_answers(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
+    weights = tmp_path / "short.gguf"
+    first_blocks(tiny_weights, 2, weights)
+    shutil.copytree(ROOT / "examples" / "distill", tmp_path / "examples" / "distill")
+    prompts = tmp_path / "examples" / "distill" / "prompts.jsonl"
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:8]))
+    rules = under(load("balanced"), revise="I would rather not.")
+
+    def judge(body: dict[str, Any]) -> str | Reply:
+        if body.get("logprobs"):
+            return letter(0.9)
+        assert role(body) == "critique"  # the model of the log answers itself
+        return rules(body)
+
+    with serving(judge) as server:
+        config = (ROOT / "examples" / "distill-log.yaml").read_text()
+        small = smaller(config, weights, server.spec)
+        (tmp_path / "examples" / "distill-log.yaml").write_text(small)
+        run, plan, distil, ask, export = commands()
+        assert [words[0] for words in (run, plan, distil, ask, export)] == [
+            "run", "distill", "distill", "ask", "model"
+        ]  # fmt: skip
+        said = {}
+        for words in (run, plan, distil, ask, export):
+            scaled = [smaller(word, weights, server.spec) for word in words]
+            if "--critic" in scaled:
+                scaled[scaled.index("--critic") + 1] = server.spec
+            if "--max-tokens" in scaled:
+                scaled[scaled.index("--max-tokens") + 1] = "8"
+            said[" ".join(words[:2])] = cai(tmp_path, *scaled)
+    made = Checkpoint.open(tmp_path / "runs" / "log")
+    assert made.manifest is not None
+    assert made.manifest.stage == "ppo"
+    assert "runs/log/report.html" in said["distill examples/distill-log.yaml"].stdout
+    assert "I would rather not" not in said["ask How do I boil an egg?"].stdout
+    assert local.weights(str(made.path)) == made.path / "model.gguf"
+    assert str(tmp_path) not in (tmp_path / "runs" / "log" / "model.gguf").name
