@@ -1,7 +1,7 @@
 """The README's way from a log to a better model: its five commands, run as printed on a smaller scale.
 
-Smaller: two blocks of the tiny model, one update a stage, no evaluation; a server on the loopback judges in place
-of the 1.5B model.
+Smaller: two blocks of the tiny model, one update a stage, no evaluation. A server on the loopback is the app
+of production, and judges in place of the 1.5B model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_cli import cai
 from test_judge import letter
-from wire import Reply, role, serving, under
+from wire import Reply, serving, under
 
 from cai_graph import local
 from cai_graph.blocks import first_blocks
@@ -57,13 +57,12 @@ def test_the_five_commands_lead_from_a_log_to_a_model_that_answers(
     shutil.copytree(ROOT / "examples" / "distill", tmp_path / "examples" / "distill")
     prompts = tmp_path / "examples" / "distill" / "prompts.jsonl"
     prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:8]))
-    rules = under(load("balanced"), revise="I would rather not.")
+    rules = under(
+        load("balanced"), violates=lambda shown: "answer to" in shown, revise="I would rather not, and why."
+    )
 
     def judge(body: dict[str, Any]) -> str | Reply:
-        if body.get("logprobs"):
-            return letter(0.9)
-        assert role(body) == "critique"  # the model of the log answers itself
-        return rules(body)
+        return letter(0.9) if body.get("logprobs") else rules(body)
 
     with serving(judge) as server:
         config = (ROOT / "examples" / "distill-log.yaml").read_text()
@@ -75,16 +74,14 @@ def test_the_five_commands_lead_from_a_log_to_a_model_that_answers(
         ]  # fmt: skip
         said = {}
         for words in (run, plan, distil, ask, export):
-            scaled = [smaller(word, weights, server.spec) for word in words]
-            if "--critic" in scaled:
-                scaled[scaled.index("--critic") + 1] = server.spec
-            if "--max-tokens" in scaled:
-                scaled[scaled.index("--max-tokens") + 1] = "8"
+            scaled = list(words)
+            for option in ("--model", "--critic")[words is ask :]:  # what answers in the end is our own
+                if option in scaled:
+                    scaled[scaled.index(option) + 1] = server.spec
             said[" ".join(words[:2])] = cai(tmp_path, *scaled)
     made = Checkpoint.open(tmp_path / "runs" / "log")
     assert made.manifest is not None
     assert made.manifest.stage == "ppo"
     assert "runs/log/report.html" in said["distill examples/distill-log.yaml"].stdout
-    assert "I would rather not" not in said["ask How do I boil an egg?"].stdout
+    assert "I would rather not" not in said["ask How do I boil an egg?"].stdout  # the server's own words
     assert local.weights(str(made.path)) == made.path / "model.gguf"
-    assert str(tmp_path) not in (tmp_path / "runs" / "log" / "model.gguf").name

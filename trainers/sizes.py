@@ -12,7 +12,7 @@ from cai_graph import bulk, local
 from cai_graph.errors import ConfigError
 from cai_graph.log import open_log
 from cai_graph.probe import Probe
-from trainers.heldout import read_set
+from trainers.heldout import prompts_in
 from trainers.pipeline import Needs, Pipeline
 
 if TYPE_CHECKING:
@@ -114,10 +114,11 @@ class Size(NamedTuple):
     def evaluation(self) -> tuple[Needs, ...]:
         """Return what answering the suites and grading the answers take."""
         wanted = self.config.evaluation
-        rows = [
-            sum(1 for _ in itertools.islice(read_set(path), wanted.limit)) for path in wanted.suites.values()
-        ]
-        count = 3 * sum(rows)  # three models answer
+        count = 0
+        for path in wanted.suites.values():
+            count += 3 * sum(
+                1 for _ in itertools.islice(prompts_in(path), wanted.limit)
+            )  # three models answer
         made = _needs(self.config.model, read=count * self.prompt_tokens, written=count * wanted.max_tokens)
         if wanted.critic is None:
             return (made,)
