@@ -179,7 +179,7 @@ def _speed() -> float:
     product's, by the processor time that one takes, on all cores."""
     import numpy as np
 
-    matrix = np.ones((768, 768), dtype=np.float32)
+    matrix: Any = np.ones((768, 768), dtype=np.float32)
     best = float("inf")
     for _ in range(5):
         started = time.process_time()
