@@ -114,3 +114,20 @@ def test_packed_rows_do_not_see_one_another(tiny: Path, tmp_path: Path) -> None:
 def figure(made: Checkpoint, name: str) -> float:
     assert made.manifest is not None
     return made.manifest.metrics[name]
+
+
+def test_nobody_is_told_that_a_model_is_trained_here(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL sends its makers a note of each trainer that is built, unless it is told not to."""
+    from huggingface_hub.utils import _telemetry
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(_telemetry.constants, "is_offline_mode", lambda: False)
+    sent: list[Any] = []
+    monkeypatch.setattr(_telemetry._TELEMETRY_QUEUE, "put", sent.append)
+
+    sft.train(config(tiny, tmp_path, max_steps=1))
+    assert not sent
+    _telemetry.send_telemetry("what would be sent")
+    assert len(sent) == 1

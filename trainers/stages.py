@@ -295,11 +295,17 @@ def _bf16(config: StageConfig) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to ourselves what TRL and transformers say to one another about names to come."""
-    with warnings.catch_warnings():
-        for category in (FutureWarning, DeprecationWarning):
-            warnings.simplefilter("ignore", category)
-        yield
+    """Keep to ourselves what TRL says: of names to come to us, and of what is trained here to its makers."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        constants.HF_HUB_DISABLE_TELEMETRY = before
 
 
 @contextlib.contextmanager
@@ -501,9 +507,6 @@ def _guarded(trainer: Any, run: Run) -> Any:
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Write none: the Checkpoint's own card says where it came from."""
-
-        def _send_telemetry(self) -> None:
-            """Tell nobody that a model is trained here."""
 
     trainer.__class__ = Guarded
     return trainer
