@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+from collections.abc import Iterator
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,9 +117,25 @@ def run(
             if job.done:
                 note(f"{job.done} of {job.rows} rows were answered before; going on with the others")
             fetch(model, critic, strong, reviser)
-            with foreign(model):
+            with foreign(model), _seldom_collecting():
                 interrupted = _drive(job, concurrency or width(model))
     _sum_up(job, log, interrupted)
+
+
+@contextlib.contextmanager
+def _seldom_collecting() -> Iterator[None]:
+    """Keep Python's collector from walking all that is loaded and in flight again and again.
+
+    A command may say so, as the process is its own; a library may not.
+    """
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def _drive(job: Run, concurrency: int) -> bool:
