@@ -30,6 +30,7 @@ ALL = (
     "shadow",
     "cascade",
     "training",
+    "reward",
     "peers",
 )
 HEAD = """# Benchmark results

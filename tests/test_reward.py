@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import rows, tiny_model, turn, write_rows
+from typer.testing import CliRunner
 
+from cai_graph import cli
 from cai_graph.errors import ConfigError, DataError
 
 torch = pytest.importorskip("torch")
@@ -343,3 +347,28 @@ def test_an_interrupted_ensemble_keeps_the_members_that_it_has(
 def test_a_config_that_cannot_work_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Config(model="m", data=Path("d"), output=Path("o"), **settings)
+
+
+# --- the page -----------------------------------------------------------------------------------------
+
+
+def test_the_blocks_of_the_page_run_as_they_stand(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    section = page[page.index("## Reward models") :]
+    section = section[: (section.find("\n## ", 1) + 1) or None]
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```", section, re.DOTALL | re.MULTILINE))
+    monkeypatch.chdir(tmp_path)
+    dataset(tmp_path / "pairs", polite(8), polite(4))
+    Path("reward.yaml").write_text(blocks["yaml"])
+
+    commands = [shlex.split(line)[1:] for line in blocks["sh"].splitlines()]
+    for command in commands:  # on a smaller model
+        done = CliRunner().invoke(cli.app, [*command, "--set", f"model={model}"])
+        assert done.exit_code == 0, done.output
+    exec(compile(blocks["python"], "docs/training.md", "exec"), {})
+
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])) == 2
+    assert len(members(Path("reward"))) == 3
+    assert load_reward("head").model.config.num_hidden_layers <= 3
