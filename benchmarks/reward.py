@@ -1,4 +1,7 @@
-"""A reward model on human labels: the embedded 135M model on Anthropic's HH-RLHF, harmless and helpful apart.
+"""Reward models on human labels: the embedded 135M model on Anthropic's HH-RLHF, harmless and helpful apart.
+
+One is trained on pairs that were compared for harmlessness, one on those compared for helpfulness, and one on
+both. Each is measured on the test pairs of both.
 
 CAI_BENCH_DATA names the folder that holds `hh_rlhf/*.pairs.jsonl.gz`. Its parts are cut from the official
 test splits, so the figures are as of this cut, never of the HH benchmark.
@@ -8,7 +11,7 @@ pair, kept as it is made, so that the same command goes on after an interrupt. C
 row in tokens (256), CAI_BENCH_LAYERS how many of the model's 30 layers are tried (10): what a CPU does in
 some minutes. CAI_BENCH_TOKENS=2048 CAI_BENCH_LAYERS=30 takes all rows and layers.
 
-The Checkpoint stays in the local cache, in `benchmarks/reward`.
+The Checkpoints stay in the local cache, in `benchmarks/reward`.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ FOLDER = local.cache_dir() / "benchmarks" / "reward"
 CHECKED = 32
 """Pairs whose rewards are computed again, by the loader that PPO and evaluation use."""
 
+AIMS = ("harmless", "helpful")
+
 Row = dict[str, Any]
 
 
@@ -58,26 +63,26 @@ def rows(part: str) -> list[Row]:
     return sorted(found, key=lambda row: hashlib.sha256(f"{row['id']}{part}".encode()).digest())
 
 
-def dataset(folder: Path) -> Path:
-    """Write the pairs as `cai train reward` reads them; return the folder."""
+def dataset(folder: Path, aims: Sequence[str]) -> Path:
+    """Write pairs as `cai train reward` reads them, those of all aims to measure on; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in ("train", "test"):
-        lines = "".join(json.dumps({**row, "p_chosen": 1.0}) + "\n" for row in rows(part))
+    for part, wanted in (("train", aims), ("test", AIMS)):
+        found = [row for row in rows(part) if row["aim"] in wanted]
+        lines = "".join(json.dumps({**row, "p_chosen": 1.0}) + "\n" for row in found)
         (folder / f"{part}.jsonl").write_text(lines, encoding="utf-8")
     return folder
 
 
-def trained() -> Checkpoint:
+def trained(aims: Sequence[str]) -> Checkpoint:
     """Return the reward model; what an earlier run has trained is taken."""
-    data = dataset(FOLDER / "hh_rlhf")
-    output = FOLDER / f"smollm2-hh-{TOKENS}-{LAYERS}"
-    if output.exists():
-        return Checkpoint.open(output)
+    name = f"{'-'.join(aims)}-{TOKENS}-{LAYERS}"
+    if (FOLDER / name).exists():
+        return Checkpoint.open(FOLDER / name)
     return reward.train(
         reward.Config(
             model=MODEL,
-            data=data,
-            output=output,
+            data=dataset(FOLDER / f"data-{name}", aims),
+            output=FOLDER / name,
             trains="head",
             layers=LAYERS,
             max_tokens=TOKENS,
@@ -156,48 +161,65 @@ def _share(right: Sequence[bool]) -> str:
     return f"{sum(right) / len(right):.3f} ({low:.3f} to {high:.3f})"
 
 
+def _cells(right: Sequence[bool], test: Sequence[Row]) -> str:
+    """Return the shares of the harmless and of the helpful pairs."""
+    return " | ".join(
+        _share([yes for yes, row in zip(right, test, strict=True) if row["aim"] == aim]) for aim in AIMS
+    )
+
+
 def run() -> str:
     """Return the section of RESULTS.md."""
-    made = trained()
-    assert made.manifest is not None
-    train, test = kept(made, rows("train")), kept(made, rows("test"))
-    metrics, counts = made.manifest.metrics, made.manifest.data
-    words = by_words(train, test)
-    longer = [len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in test]
-    lines = (made.path / reward.HELD_OUT).read_text(encoding="utf-8").splitlines()
-    right = [one["chosen"] > one["rejected"] for one in map(json.loads, lines)]
-    assert len(right) == len(test)
-    ways = {"reward model": right, "words of the answers": words, "the longer answer": longer}
-    left_out = counts["read"] - counts["rows"]
+    made = {aims: trained(aims) for aims in ((AIMS[0],), (AIMS[1],), AIMS)}
+    both = made[AIMS]
+    train, test = kept(both, rows("train")), kept(both, rows("test"))
     section = [
-        "## A reward model on HH-RLHF",
+        "## Reward models on HH-RLHF",
         "",
-        f"SmolLM2-135M, frozen, its first {metrics['cv_depth']:.0f} layers with a fitted head, on "
-        f"{counts['rows']:,} training pairs of at most {TOKENS} tokens ({left_out:,} longer ones left out); "
-        f"measured on {len(test):,} test pairs of the same length. Share of pairs in which the answer that "
-        "people chose has the higher reward, with 95 % intervals (Wilson):",
+        f"SmolLM2-135M, frozen, its lowest layers with a fitted head, on pairs of at most {TOKENS} tokens. "
+        f"Share of test pairs ({sum(row['aim'] == 'harmless' for row in test)} harmless, "
+        f"{sum(row['aim'] == 'helpful' for row in test)} helpful) in which the answer that people chose has "
+        "the higher reward, with 95 % intervals (Wilson):",
         "",
-        "| way | all | harmless | helpful |",
+        "| way | trained on | harmless | helpful |",
         "|---|---|---|---|",
     ]
-    for name, told in ways.items():
-        cells = [_share(told)]
-        for aim in ("harmless", "helpful"):
-            cells.append(_share([yes for yes, row in zip(told, test, strict=True) if row["aim"] == aim]))
-        section.append(f"| {name} | {' | '.join(cells)} |")
+    facts = []
+    for aims, one in made.items():
+        assert one.manifest is not None
+        lines = (one.path / reward.HELD_OUT).read_text(encoding="utf-8").splitlines()
+        right = [pair["chosen"] > pair["rejected"] for pair in map(json.loads, lines)]
+        metrics, counts = one.manifest.metrics, one.manifest.data
+        name = " and ".join(aims)
+        section.append(f"| reward model | {counts['rows']:,} {name} | {_cells(right, test)} |")
+        facts.append(
+            f"| {name} | {metrics['cv_depth']:.0f} | {metrics['cv_penalty']:g} "
+            f"| {metrics['cv_accuracy']:.3f} | "
+            + " | ".join(f"{metrics[f'eval_{aim}/ece']:.3f}" if aim in aims else "" for aim in AIMS)
+            + " | "
+            + " | ".join(f"{metrics[f'eval_{aim}/loss']:.4f}" if aim in aims else "" for aim in AIMS)
+            + f" | {again(one, test):.3f} | {one.digest[:12]} |"
+        )
+    for aims in made:
+        some = [row for row in train if row["aim"] in aims]
+        told = _cells(by_words(some, test), test)
+        section.append(f"| words of the answers | {len(some):,} {' and '.join(aims)} | {told} |")
+    longer = [len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in test]
+    section.append(f"| the longer answer | | {_cells(longer, test)} |")
     section += [
-        "",
-        f"n = {len(test)}: {sum(row['aim'] == 'harmless' for row in test)} harmless, "
-        f"{sum(row['aim'] == 'helpful' for row in test)} helpful. Calibration error of sigma(margin) "
-        f"{metrics['eval_ece']:.3f}, cross-entropy {metrics['eval_loss']:.4f} against {math.log(2):.4f} of "
-        f"no knowledge. Depth and penalty ({metrics['cv_penalty']:g}) by five folds over training prompts, "
-        f"where accuracy was {metrics['cv_accuracy']:.3f}.",
         "",
         "This is as of this cut of the official test splits, never the HH benchmark. Published small reward "
         "models, trained on the official training splits (GPT-2-large, 774M): about 0.74 harmless and 0.73 "
         "helpful by their model cards, unverified here.",
         "",
-        f"Margins by the ordinary loader (float32, {CHECKED} pairs) differ from those above by at most "
-        f"{again(made, test):.3f}. Weights of the checkpoint: sha256 {made.digest[:16]}.",
+        "Of the reward models: depth in layers and penalty, chosen by five folds over training prompts, with "
+        "the accuracy there; calibration error and cross-entropy of sigma(margin) on the test pairs of their "
+        f"own aim ({math.log(2):.4f} nats is no knowledge); how far the margins of {CHECKED} pairs differ at "
+        "most when the ordinary loader computes them, in float32; and how the weights' digest begins.",
+        "",
+        "| trained on | depth | penalty | folds | ece, harmless | ece, helpful | loss, harmless "
+        "| loss, helpful | loader | digest |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *facts,
     ]
     return "\n".join(section)
