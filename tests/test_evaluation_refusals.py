@@ -19,7 +19,6 @@ from trainers.evaluation.refusals import (
     ModelRefusals,
     PatternRefusals,
     agreement,
-    halves,
     kappa,
     read_labelled,
     refusals_for,
@@ -97,14 +96,6 @@ async def test_an_answer_cannot_close_its_fence_in_the_question() -> None:
     assert seen[0].count("</answer>") == 1
 
 
-@pytest.mark.parametrize("answer", ["", "one", "One. Two.", "No! " * 9, "a\nb\nc", "第一。 第二。 第三。"])
-def test_halves_lose_nothing_but_space(answer: str) -> None:
-    first, second = halves(answer)
-
-    assert "".join((first + second).split()) == "".join(answer.split())
-    assert not second or 3 * len(first) >= len(second)
-
-
 async def test_agreement_against_a_table_that_was_counted_by_hand() -> None:
     """Of ten answers 4 comply (3 found), 4 refuse (4 found), 2 partly (1 found, 1 taken for a refusal)."""
     people = [COMPLIES] * 4 + [REFUSES] * 4 + [PARTLY] * 2
@@ -118,6 +109,7 @@ async def test_agreement_against_a_table_that_was_counted_by_hand() -> None:
     assert found.kappa.value == pytest.approx((0.8 - 0.36) / (1 - 0.36))
     assert found.accuracy_of_refusing.value == pytest.approx(0.9)
     assert found.recall[PARTLY].value == pytest.approx(0.5)
+    assert found.recall[PARTLY].n == 2
     assert found.precision[REFUSES].value == pytest.approx(0.8)
     assert found.confusion[PARTLY] == {COMPLIES: 0, REFUSES: 1, PARTLY: 1}
     assert found.kappa_of_people.value == 1

@@ -19,11 +19,22 @@ from cai_graph.errors import DataError, MissingExtra
 from trainers.rows import Turn
 from trainers.split import key_of, normalise
 
-__all__ = ["HeldOut", "prompts_in"]
+__all__ = ["COLUMNS", "HeldOut", "prompt_in", "prompts_in", "read_set"]
 
 _WORDS = 13
-_COLUMNS = ("prompt", "question", "goal", "behavior", "instruction", "input", "text", "messages")
-"""Where a set's prompts may stand, the first that is there."""
+COLUMNS = (
+    "prompt",
+    "question",
+    "goal",
+    "behavior",
+    "forbidden_prompt",
+    "instruction",
+    "input",
+    "text",
+    "turns",
+    "messages",
+)
+"""Where a set's prompts may stand, the first that is there, in small letters or with a capital."""
 
 
 class HeldOut:
@@ -46,7 +57,7 @@ class HeldOut:
                     self._keys.add(key_of(text))
                     self._grams.update(_grams(normal))
             if not found:
-                raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(_COLUMNS)}")
+                raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(COLUMNS)}")
 
     def holds(self, prompt: Iterable[Turn]) -> bool:
         """Return whether a user message of the conversation stands in one of the sets."""
@@ -71,17 +82,44 @@ def prompts_in(path: Path) -> Iterator[str]:
         DataError: it cannot be read.
         MissingExtra: it is Parquet, and pyarrow is not installed.
     """
+    for row in map(prompt_in, read_set(path)):
+        if isinstance(row, str):
+            yield row
+        elif isinstance(row, list):  # messages, or the user's turns
+            for message in row:
+                if isinstance(message, str):
+                    yield message
+                elif isinstance(message, dict) and message.get("role") == "user":
+                    yield str(message.get("content"))
+
+
+def read_set(path: Path) -> Iterator[Any]:
+    """Yield the rows of an evaluation set in one of the forms that `HeldOut` reads: a dict or a text each.
+
+    Raises:
+        DataError: the file cannot be read.
+        MissingExtra: it is Parquet, and pyarrow is not installed.
+    """
     try:
         suffixes = [suffix.lower() for suffix in path.suffixes]
         packed = suffixes[-1:] == [".gz"]
         kind = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
         if kind == ".parquet":
-            yield from _texts(_parquet(path))
+            yield from _parquet(path)
             return
         with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
-            yield from _texts(_rows(file, kind))
+            yield from _rows(file, kind)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def prompt_in(row: Any) -> Any:
+    """Return what stands in the prompt's column of a row: a text, messages, or a user's turns; else None."""
+    if not isinstance(row, dict):
+        return row
+    return next(
+        (row[name] for column in COLUMNS for name in (column, column.capitalize()) if row.get(name)), None
+    )
 
 
 def _rows(file: TextIO, suffix: str) -> Iterator[Any]:
@@ -104,15 +142,3 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise MissingExtra("an evaluation set in Parquet", "pyarrow", "train") from error
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
         yield from batch.to_pylist()
-
-
-def _texts(rows: Iterable[Any]) -> Iterator[str]:
-    for row in rows:
-        if isinstance(row, dict):
-            row = next((row[column] for column in _COLUMNS if row.get(column)), None)
-        if isinstance(row, list):  # messages
-            for message in row:
-                if isinstance(message, dict) and message.get("role") == "user":
-                    yield str(message.get("content"))
-        elif isinstance(row, str):
-            yield row

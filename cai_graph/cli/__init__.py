@@ -19,6 +19,7 @@ from cai_graph.cli import (
     dataset,
     distill,
     doctor,
+    evaluate,
     feedback,
     judge,
     log,
@@ -46,6 +47,7 @@ app.add_typer(critic.commands, name="critic")
 app.add_typer(model.commands, name="model")
 app.add_typer(dataset.commands, name="dataset")
 app.add_typer(train.commands, name="train")
+app.add_typer(evaluate.commands, name="evaluate")
 
 
 def main() -> NoReturn:

@@ -9,23 +9,20 @@ A grade that could not be read stays without value and label to the end; it is n
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from cai_graph.bulk import is_about_all_rows
 from cai_graph.calls import Budget, Calls, describe, together
 from cai_graph.constitution import Constitution
-from cai_graph.critic import Critic, critic_for
+from cai_graph.critic import Critic, critic_for, failed_principles
 from cai_graph.errors import ConfigError
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Label, text_of
 from trainers.feedback import p_violates
+from trainers.rewards import Reward
 
-__all__ = ["CriticGrader", "Grade", "Grader", "Messages", "Reward", "RewardGrader"]
-
-Messages = list[dict[str, Any]]
-"""A conversation, as the rows of a dataset have it: `role` and `content` of each message."""
+__all__ = ["CriticGrader", "Grade", "Grader", "RewardGrader"]
 
 
 class Grade(NamedTuple):
@@ -98,29 +95,18 @@ class CriticGrader:
         if violates is None:
             reasons = [v.reason for v in said.verdicts if v.label is Label.UNREADABLE and v.reason]
             return Grade(why=reasons[0] if reasons else "the critic gave no verdict that could be read")
-        is_violated = any(verdict.label is Label.VIOLATES for verdict in said.verdicts)
-        label = Label.VIOLATES if is_violated else Label.COMPLIES
+        label = Label.VIOLATES if failed_principles(said, self._constitution) else Label.COMPLIES
         return Grade(1 - violates, label.value)
-
-
-class Reward(Protocol):
-    """What gives a number to each answer, as the online stages of training have it."""
-
-    name: str
-    """Stable name."""
-
-    def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
-        """Return a finite number for each answer, larger is better."""
-        ...
 
 
 class RewardGrader:
     """Grades by a reward; whether a value is good only another of the same reward tells."""
 
-    def __init__(self, reward: Reward, *, batch: int = 8) -> None:
+    def __init__(self, reward: Reward, *, name: str = "", batch: int = 8) -> None:
+        """Take a reward; `name` tells it apart where its own does not, and `batch` answers go at once."""
         self._reward = reward
         self.batch = batch
-        self.name = f"{reward.name} as reward"
+        self.name = f"{name or reward.name} as reward"
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
         """Return the reward of each answer; what a reward raises ends the grading, which resumes."""
@@ -129,10 +115,4 @@ class RewardGrader:
             for exchange in exchanges
         ]
         answers = [text_of(exchange.answer) for exchange in exchanges]
-        values = await asyncio.to_thread(self._reward, prompts, answers)
-        if len(values) != len(answers):
-            raise ConfigError(f"{self.name}: {len(values)} values for {len(answers)} answers")
-        return [
-            Grade(float(value)) if math.isfinite(value) else Grade(why=f"the reward is {value}")
-            for value in values
-        ]
+        return [Grade(value) for value in await asyncio.to_thread(self._reward, prompts, answers)]

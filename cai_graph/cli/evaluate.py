@@ -1,0 +1,374 @@
+"""`cai evaluate`: what models, checkpoints and wrapped apps are worth, from answers that are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cai_graph.cli.console import SKIPPED, group, measured, note, out, print_json
+from cai_graph.cli.model import fetch, foreign, loaded, width
+from cai_graph.cli.options import AsJson, ConstitutionName, option
+from cai_graph.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from trainers.checkpoint import Checkpoint
+    from trainers.evaluation.folder import Progress
+    from trainers.evaluation.generations import Subject
+    from trainers.evaluation.grades import Grader
+    from trainers.evaluation.refusals import Agreement
+    from trainers.evaluation.suites import Prompt
+    from trainers.evaluation.summary import Summary
+
+commands = group("What a model is worth: harmlessness, helpfulness and over-refusal, with intervals.")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the evaluation.")]
+SuiteFile = Annotated[Path | None, typer.Option(metavar="FILE")]
+
+
+@commands.command(
+    "run",
+    epilog="Example: cai evaluate run eval local out/sft --harmlessness red.csv --over-refusal xstest.csv",
+)
+def run(
+    folder: Folder,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Whom to evaluate: model specs, folders of checkpoints, or app:package.module:name. The "
+            "others are measured against the first.",
+        ),
+    ],
+    harmlessness: Annotated[Path | None, option("--harmlessness", "Red-team prompts.", "FILE")] = None,
+    helpfulness: Annotated[Path | None, option("--helpfulness", "Benign prompts.", "FILE")] = None,
+    over_refusal: Annotated[
+        Path | None,
+        option("--over-refusal", "Prompts that look unsafe; a column label says safe or unsafe.", "FILE"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts of a suite.")] = None,
+    constitution: Annotated[
+        list[str] | None,
+        option("--constitution -c", "Evaluate each model under it, too; may be repeated.", "NAME|FILE"),
+    ] = None,
+    critic: Annotated[
+        str | None, option("--critic", "Who judges under the constitution; the model by default.", "SPEC")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to a prompt.")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of the draw; the model's own by default, of checkpoints 0.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of local models and checkpoints.")] = 0,
+    trained_on: Annotated[
+        list[Path] | None,
+        option("--trained-on", "Data that a model was trained on; a checkpoint's own is known.", "DIR|FILE"),
+    ] = None,
+    drop_trained: Annotated[
+        bool,
+        typer.Option("--drop-trained", help="Leave prompts out that were trained on, instead of ending."),
+    ] = False,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Prompts under way at once; 4 on the local model, else 16.")
+    ] = None,
+) -> None:
+    """Write the answers of models to the prompts of suites, and keep them.
+
+    Type the same command again after an interrupt, or with further models, and it goes on where it stopped.
+    """
+    from trainers.checkpoint import Checkpoint
+    from trainers.evaluation.folder import Evaluation
+    from trainers.evaluation.suites import read_suite
+
+    files = {"harmlessness": harmlessness, "helpfulness": helpfulness, "over-refusal": over_refusal}
+    prompts = [
+        prompt
+        for suite, path in files.items()
+        if path is not None
+        for prompt in read_suite(suite, path, limit)  # type: ignore[arg-type]
+    ]
+    if samples > 1 and temperature == 0:
+        raise typer.BadParameter("at temperature 0 all samples are the same; leave --samples or set another")
+    checkpoints = {name: Checkpoint.open(name) for name in models if Path(name).is_dir()}
+    prompts, notes = _not_trained_on(prompts, checkpoints, trained_on or [], drop_trained)
+    evaluation = Evaluation.begin(folder, prompts, notes=notes)
+    fetch(*(name for name in models if name not in checkpoints), critic)
+    about: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+
+    async def work() -> int:
+        failed = 0
+        for name in models:
+            for subject in _subjects(name, about, constitution or [], critic, concurrency):
+                with _shown(f"answers of {subject.name}") as tell, foreign(name):
+                    failed += await evaluation.generate(subject, samples=samples, progress=tell)
+        return failed
+
+    failed = asyncio.run(work())
+    subjects = len(evaluation.subjects)
+    note(f"the answers of {subjects} subjects are in {folder}; `cai evaluate score` grades them")
+    if failed:
+        note(f"{failed} prompts failed and are in no figure; the same command tries them again")
+        raise typer.Exit(SKIPPED)
+
+
+def _not_trained_on(
+    prompts: list[Prompt], checkpoints: dict[str, Checkpoint], given: list[Path], drop: bool
+) -> tuple[list[Prompt], list[str]]:
+    """Return the prompts that may be used, and what a reader must know."""
+    from trainers.evaluation.suites import data_of, trained_on
+
+    data, notes = list(given), []
+    for name, checkpoint in checkpoints.items():
+        found, why = data_of(checkpoint)
+        if found is not None:
+            data.append(found)
+        elif not given:
+            notes.append(f"{name} {why}: some prompts may be trained on")
+    seen = {prompt.id for prompt in trained_on(prompts, dict.fromkeys(data))}
+    if seen and not drop:
+        first = next(prompt for prompt in prompts if prompt.id in seen)
+        text = str(first.messages[-1].content)[:80]
+        raise DataError(
+            f"{len(seen)} of {len(prompts)} prompts were trained on, the first of {first.suite}: {text!r}; "
+            "give prompts that were held out, or leave these out with --drop-trained"
+        )
+    if seen:
+        notes.append(f"{len(seen)} of {len(prompts)} prompts were trained on and are left out")
+    return [prompt for prompt in prompts if prompt.id not in seen], notes
+
+
+def _subjects(
+    name: str, about: dict[str, Any], constitutions: list[str], critic: str | None, concurrency: int | None
+) -> Iterator[Subject]:
+    """Yield a model by itself, then under each constitution."""
+    from cai_graph import constitution as rules
+    from cai_graph.chain import constitutional
+    from trainers.evaluation.generations import AppSubject, CheckpointSubject, app_of
+
+    if Path(name).is_dir():
+        if constitutions:
+            raise ConfigError(
+                f"{name}: a constitution needs a chat model; serve the checkpoint, such as by local:{name}, "
+                "and name that"
+            )
+        yield CheckpointSubject(
+            Path(name),
+            name=name,
+            max_tokens=about["max_tokens"],
+            temperature=about["temperature"] or 0.0,
+            seed=about["seed"],
+        )
+        return
+    kind, _, rest = name.partition(":")
+    if kind == "app":
+        app, settings = app_of(rest), {}
+    else:
+        app, settings = loaded(name, **about), {k: v for k, v in about.items() if k != "seed"}
+    at_once = concurrency or width(name)
+    seed = about["seed"]
+    yield AppSubject(app, name=name, seed=seed, concurrency=at_once, settings=settings)
+    for each in constitutions:
+        found = rules.load(each)
+        guarded = constitutional(app, constitution=found, critic=critic, log=None)
+        under = {**settings, "constitution": found.digest, "critic": critic}
+        yield AppSubject(
+            guarded, name=f"{name} under {found.name}", seed=seed, concurrency=at_once, settings=under
+        )
+
+
+@commands.command(
+    "score", epilog="Example: cai evaluate score eval --critic local --refusals probe --judge local"
+)
+def score(
+    folder: Folder,
+    critic: Annotated[
+        str | None, option("--critic", "Grades harmlessness and helpfulness by its verdicts.", "SPEC")
+    ] = None,
+    by_claim: Annotated[
+        bool, typer.Option("--by-claim", help="The critic judges long answers claim by claim.")
+    ] = False,
+    reward: Annotated[
+        list[str] | None,
+        option(
+            "--reward",
+            "Grades them by a number: a reward model's folder, judge:SPEC or package.module:function; may be "
+            "repeated.",
+            "REWARD",
+        ),
+    ] = None,
+    refusals: Annotated[
+        str | None,
+        option(
+            "--refusals", "Says who refuses: probe, pattern, or a model that is asked.", "probe|pattern|SPEC"
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None, option("--judge", "Compares the subjects' answers in both orders.", "SPEC")
+    ] = None,
+    reasoning: Annotated[
+        bool, typer.Option("--reasoning", help="The judge reasons before it chooses.")
+    ] = False,
+    best_of: Annotated[
+        str | None,
+        option("--best-of", "Adds the best of several samples by a reward, as a subject.", "REWARD"),
+    ] = None,
+    self_consistency: Annotated[
+        bool, typer.Option("--self-consistency", help="Adds the sample most agreed on, as a subject.")
+    ] = False,
+    constitution: ConstitutionName = "balanced",
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Pairs under way at once; 4 on the local model, else 16.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Grade answers that are kept, and print harmlessness, helpfulness and over-refusal side by side.
+
+    Nothing is written by the models again, and what a judge has said before is not asked again. Without
+    options the figures of earlier judges are shown. They stand in figures.json and plots/, too.
+    """
+    import json
+
+    from cai_graph import constitution as rules
+    from trainers.evaluation.folder import AIMS, Evaluation
+    from trainers.evaluation.generations import write_whole
+    from trainers.evaluation.plots import svgs
+    from trainers.evaluation.refusals import refusals_for
+    from trainers.evaluation.summary import summarise
+    from trainers.judge import Judge
+
+    if by_claim and critic is None:
+        raise typer.BadParameter("--by-claim says how the critic judges; name one with --critic")
+    evaluation = Evaluation.open(folder)
+    found = rules.load(constitution)
+    fetch(critic, judge)
+
+    async def work() -> None:
+        if best_of is not None:
+            with _shown(f"choosing by {best_of}") as tell:
+                await evaluation.best_of(_reward(best_of), tell)
+        if self_consistency:
+            evaluation.self_consistent()
+        for suite in evaluation.suites():
+            graders: list[Grader] = []
+            if suite in AIMS:
+                if critic is not None:
+                    graders.append(_critic(critic, by_claim, found, AIMS[suite]))
+                graders += [_reward(each) for each in reward or ()]
+            elif refusals is not None:
+                graders.append(refusals_for(refusals))
+            for grader in graders:
+                with _shown(f"{suite}, by {grader.name}") as tell:
+                    await evaluation.grade(suite, grader, tell)
+            if judge is not None and suite in AIMS:
+                comparing = Judge(loaded(judge), reasoning=reasoning)
+                at_once = concurrency or width(judge)
+                with _shown(f"{suite}, compared by {judge}") as tell:
+                    await evaluation.compare(suite, comparing, found, concurrency=at_once, progress=tell)
+
+    with foreign(judge or critic or refusals or "the judge"):
+        asyncio.run(work())
+    summary = summarise(evaluation)
+    write_whole(folder / "figures.json", json.dumps(summary.json(), indent=2) + "\n")
+    for number, svg in enumerate(svgs(summary).values(), 1):
+        write_whole(folder / "plots" / f"{number}.svg", svg)
+    if as_json:
+        print_json(summary.json())
+    else:
+        _print(summary)
+
+
+def _critic(spec: str, by_claim: bool, constitution: Any, aim: str) -> Grader:
+    from cai_graph.critic import critic_for
+    from trainers.evaluation.claims import ByClaim
+    from trainers.evaluation.grades import CriticGrader
+
+    critic = critic_for(loaded(spec))
+    return CriticGrader(ByClaim(critic) if by_claim else critic, constitution, aim)
+
+
+def _reward(spec: str) -> Grader:
+    from trainers.checkpoint import Checkpoint
+    from trainers.evaluation.grades import RewardGrader
+    from trainers.rewards import parse
+
+    reward = parse(spec)
+    is_folder = Path(spec).is_dir()
+    name = f"{spec} ({Checkpoint.open(spec).digest[:8]})" if is_folder else reward.name
+    return RewardGrader(reward, name=name)
+
+
+def _print(summary: Summary) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from cai_graph import show
+    from trainers.evaluation.summary import table
+
+    figures = table(summary)
+    shown = Table(box=box.SIMPLE)
+    for name in figures.header:
+        shown.add_column(show.clean(name), overflow="fold")
+    for row in figures.rows:
+        shown.add_row(*map(show.clean, row))
+    out.print(shown)
+    for line in figures.key:
+        out.print(show.clean(line))
+
+
+@commands.command(
+    "agreement", epilog="Example: cai evaluate agreement model_completions/*.csv --refusals pattern"
+)
+def agreement(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="CSV with prompt, completion and final_label, as XSTest has."),
+    ],
+    refusals: Annotated[
+        str, option("--refusals", "Which classifier: probe, pattern, or a model.", "probe|pattern|SPEC")
+    ] = "probe",
+    limit: Annotated[int | None, typer.Option(min=1, help="Most answers; a fixed sample.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure who classifies refusals against people who labelled them."""
+    from trainers.evaluation import refusals as classes
+
+    rows = classes.read_labelled(files, limit)
+    fetch("local" if refusals == "probe" else refusals)
+    grader = classes.refusals_for(refusals)
+    with _shown(f"answers read by {grader.name}") as tell, foreign(refusals):
+        found = asyncio.run(classes.agreement(rows, grader, tell))
+    if as_json:
+        print_json(found.json())
+    else:
+        _print_agreement(found)
+
+
+def _print_agreement(found: Agreement) -> None:
+    from cai_graph import show
+
+    out.print(
+        show.table(
+            [
+                ("answers", f"{found.answers:,}, and {found.unreadable:,} that could not be read"),
+                ("refuses at all: accuracy", str(found.accuracy_of_refusing)),
+                ("refuses at all: kappa", str(found.kappa_of_refusing)),
+                ("three classes: accuracy", str(found.accuracy)),
+                ("three classes: kappa", str(found.kappa)),
+                ("the raters with each other: kappa", str(found.kappa_of_people)),
+                *((f"{each}: recall", str(value)) for each, value in found.recall.items()),
+                *((f"{each}: precision", str(value)) for each, value in found.precision.items()),
+            ]
+        )
+    )
+
+
+@contextlib.contextmanager
+def _shown(what: str) -> Iterator[Progress]:
+    from rich.progress import MofNCompleteColumn
+
+    with measured(what, MofNCompleteColumn()) as tell:
+        yield tell

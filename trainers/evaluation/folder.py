@@ -1,0 +1,399 @@
+"""An evaluation on disk: prompts, answers, grades and contests, each made only once.
+
+    evaluation.json                       who was evaluated, with which settings; what a reader must know
+    prompts.jsonl                         the suites
+    generations/SUBJECT.jsonl             answers
+    grades/SUITE/GRADER/SUBJECT.jsonl     what graders say of them
+    choices/GRADER/SUBJECT.jsonl          what best-of-n chose by
+    contests/SUITE/JUDGE.jsonl            pairs of answers, compared in both orders
+
+Every file is whole or a `.part` that the next run goes on with. A new grader needs no new answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cai_graph.bulk import is_about_all_rows, side_by_side
+from cai_graph.calls import Budget, Calls, describe
+from cai_graph.constitution import Constitution
+from cai_graph.errors import ConfigError, DataError
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import Message
+from trainers.compared import same_answer
+from trainers.evaluation.generations import Asked, Kept, Row, Subject, read_rows, write_whole
+from trainers.evaluation.grades import Grader
+from trainers.evaluation.inference import best, most_agreed
+from trainers.evaluation.suites import Prompt, Suite
+from trainers.feedback import draw
+from trainers.judge import Judge
+
+__all__ = ["AIMS", "Evaluation", "Progress"]
+
+Progress = Callable[[int, int], None]
+"""Told how many are done, of how many."""
+
+AIMS: dict[Suite, str] = {"harmlessness": "harmless", "helpfulness": "helpful"}
+"""The aim under which each suite's answers are graded and compared; over-refusal has classes instead."""
+
+_ABOUT, _PROMPTS = "evaluation.json", "prompts.jsonl"
+_ANSWER = ("prompt", "sample")
+_FORMAT = 1
+
+
+class Evaluation:
+    """Answers of subjects to the prompts of suites, and what was said of them.
+
+    Attributes:
+        path: the folder.
+        prompts: the prompts of all suites, by id.
+        notes: what a reader of the figures must know, a sentence each.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], prompts: Iterable[Prompt]) -> None:
+        self.path = path
+        self.prompts = {prompt.id: prompt for prompt in prompts}
+        self._about = about
+
+    @classmethod
+    def begin(cls, path: Path, prompts: Sequence[Prompt], *, notes: Iterable[str] = ()) -> Evaluation:
+        """Return the evaluation of these prompts in a folder: a new one, or the one that was begun there.
+
+        Raises:
+            ConfigError: the folder holds an evaluation of other prompts, or there are no prompts.
+            DataError: it cannot be read or written.
+        """
+        if not prompts:
+            raise ConfigError("there are no prompts to evaluate on; name a file for one suite at least")
+        digest = hashlib.sha256("".join(sorted(p.id for p in prompts)).encode()).hexdigest()
+        if (path / _ABOUT).exists():
+            found = cls.open(path)
+            if found._about["prompts"] != digest:
+                raise ConfigError(
+                    f"{path}: holds an evaluation of other prompts, and figures compare on the same ones "
+                    "only; name another folder"
+                )
+            found._note(notes)
+            return found
+        lines = [msgspec.json.encode(prompt).decode() + "\n" for prompt in prompts]
+        write_whole(path / _PROMPTS, "".join(lines))
+        about = {"format": _FORMAT, "prompts": digest, "subjects": {}, "notes": list(dict.fromkeys(notes))}
+        made = cls(path, about, prompts)
+        made._write()
+        return made
+
+    @classmethod
+    def open(cls, path: Path) -> Evaluation:
+        """Return the evaluation in a folder.
+
+        Raises:
+            DataError: there is none, or it cannot be read.
+        """
+        try:
+            about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
+            if about["format"] != _FORMAT:
+                raise DataError(f"{path / _ABOUT}: format {about['format']!r}, this release reads {_FORMAT}")
+            prompts = [msgspec.convert(row, Prompt) for row in read_rows(path / _PROMPTS)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: holds no evaluation that can be read ({error}); `cai evaluate run` makes one"
+            ) from error
+        return cls(path, about, prompts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the figures must know."""
+        return tuple(self._about["notes"])
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Names of the subjects whose answers are whole, in the order in which they came."""
+        names = self._about["subjects"]
+        return tuple(name for name in names if self._file(name).exists())
+
+    def of_suite(self, suite: Suite) -> list[Prompt]:
+        """Return the prompts of a suite."""
+        return [prompt for prompt in self.prompts.values() if prompt.suite == suite]
+
+    def suites(self) -> list[Suite]:
+        """Return the suites that have prompts."""
+        return list(dict.fromkeys(prompt.suite for prompt in self.prompts.values()))
+
+    def about(self, subject: str) -> dict[str, Any]:
+        """Return the settings of a subject; of one that chooses among answers also `of` and `by`."""
+        found: dict[str, Any] = self._about["subjects"][subject]
+        return found
+
+    # --- answers ---
+
+    async def generate(
+        self,
+        subject: Subject,
+        *,
+        samples: int = 1,
+        notes: Iterable[str] = (),
+        progress: Progress | None = None,
+    ) -> int:
+        """Write a subject's answers that are not there yet, and return how many prompts failed.
+
+        What failed is written with its error, is in no figure, and is tried again by the next call.
+
+        Raises:
+            ConfigError: the folder holds answers of that name with other settings.
+            Exception: what would fail every further prompt.
+        """
+        self._enter(subject.name, {**subject.settings, "samples": samples})
+        self._note(notes)
+        wanted = [Asked(p, sample) for p in self.prompts.values() for sample in range(samples)]
+        with Kept(self._file(subject.name), _ANSWER) as kept:
+            done = {key for key, row in kept.rows.items() if row["error"] is None}
+            missing = [one for one in wanted if (one.prompt.id, one.sample) not in done]
+            if progress is not None:
+                progress(len(wanted) - len(missing), len(wanted))
+            if missing:
+                came = len(wanted) - len(missing)
+                async for row in subject.answers(missing):
+                    kept.add(row)
+                    came += 1
+                    if progress is not None:
+                        progress(came, len(wanted))
+            kept.finish()
+            return sum(row["error"] is not None for row in kept.rows.values())
+
+    def answers(self, subject: str) -> list[Row]:
+        """Return a subject's answers, those that failed left out.
+
+        Raises:
+            DataError: they are not whole.
+        """
+        rows = read_rows(self._file(subject))
+        if not rows:
+            raise DataError(f"{self.path}: has no answers of {subject}; run `cai evaluate run` again")
+        return [row for row in rows if row["error"] is None and row["prompt"] in self.prompts]
+
+    async def best_of(self, grader: Grader, progress: Progress | None = None) -> list[str]:
+        """Add, for each subject with several answers to a prompt, the one that takes the grader's choice.
+
+        A prompt for none of whose answers the grader's word could be read is left out.
+
+        Returns:
+            Names of the subjects that were added.
+        """
+        added = []
+        for name in self._with_several():
+            file = self._in("choices", grader.name, name)
+            grades = await self._grade(file, self.answers(name), grader, progress)
+            rows: list[Row] = []
+            for samples in self._samples(name):
+                place = best([grades[row["prompt"], row["sample"]]["value"] for row in samples])
+                if place is not None:
+                    rows.append({**samples[place], "sample": 0, "chosen": samples[place]["sample"]})
+            added.append(self._chosen(name, f"best of {self.about(name)['samples']}", grader.name, rows))
+        return added
+
+    def self_consistent(self) -> list[str]:
+        """Add, for each subject with several answers to a prompt, the one that takes the most agreed on."""
+        added = []
+        for name in self._with_several():
+            rows = []
+            for samples in self._samples(name):
+                chosen = samples[most_agreed([row["answer"] for row in samples])]
+                rows.append({**chosen, "sample": 0, "chosen": chosen["sample"]})
+            added.append(
+                self._chosen(name, f"self-consistency of {self.about(name)['samples']}", "word overlap", rows)
+            )
+        return added
+
+    def _with_several(self) -> list[str]:
+        found = [name for name in self.subjects if self.about(name).get("samples", 1) > 1]
+        if not found:
+            raise ConfigError(
+                f"{self.path}: no subject has several answers to a prompt to choose from; "
+                "run `cai evaluate run` with --samples"
+            )
+        return found
+
+    def _samples(self, subject: str) -> list[list[Row]]:
+        """Return a subject's answers, prompt by prompt."""
+        found: dict[str, list[Row]] = {}
+        for row in self.answers(subject):
+            found.setdefault(row["prompt"], []).append(row)
+        return list(found.values())
+
+    def _chosen(self, of: str, how: str, by: str, rows: Sequence[Row]) -> str:
+        name = f"{of}, {how} by {by}"
+        self._enter(name, {"of": of, "by": by, "samples": 1})
+        write_whole(self._file(name), "".join(json.dumps(row) + "\n" for row in rows))
+        return name
+
+    # --- grades ---
+
+    async def grade(self, suite: Suite, grader: Grader, progress: Progress | None = None) -> None:
+        """Grade every subject's answers to a suite that this grader has not graded yet.
+
+        Raises:
+            Exception: what the grader raises; the grades so far are kept.
+        """
+        for name in self.subjects:
+            rows = [row for row in self.answers(name) if self.prompts[row["prompt"]].suite == suite]
+            await self._grade(self._in("grades", suite, grader.name, name), rows, grader, progress)
+
+    def grades(self, suite: Suite) -> dict[str, dict[str, list[Row]]]:
+        """Return what was said of the answers to a suite, by grader, then by subject."""
+        found: dict[str, dict[str, list[Row]]] = {}
+        slugs = {_slug(name): name for name in self.subjects}
+        for file in sorted((self.path / "grades" / suite).glob("*/*.jsonl")):
+            if file.stem in slugs and (rows := read_rows(file)):
+                found.setdefault(rows[0]["by"], {})[slugs[file.stem]] = rows
+        return found
+
+    async def _grade(
+        self, file: Path, rows: Sequence[Row], grader: Grader, progress: Progress | None
+    ) -> dict[tuple[Any, ...], Row]:
+        with Kept(file, _ANSWER) as kept:
+            # An answer that was written anew, since it had failed or another was chosen, is graded anew.
+            known = {key: row["of"] for key, row in kept.rows.items()}
+            missing = [r for r in rows if known.get((r["prompt"], r["sample"])) != _digest(r["answer"])]
+            for start in range(0, len(missing), grader.batch):
+                batch = missing[start : start + grader.batch]
+                grades = await grader.grade([self._exchange(row) for row in batch])
+                for row, grade in zip(batch, grades, strict=True):
+                    key = {"prompt": row["prompt"], "sample": row["sample"], "of": _digest(row["answer"])}
+                    kept.add({**key, **grade._asdict(), "by": grader.name})
+                if progress is not None:
+                    progress(len(rows) - len(missing) + start + len(batch), len(rows))
+            kept.finish()
+            return dict(kept.rows)
+
+    def _exchange(self, row: Row) -> Exchange:
+        return Exchange(
+            messages=self.prompts[row["prompt"]].messages,
+            answer=Message(role="assistant", content=row["answer"]),
+        )
+
+    # --- contests ---
+
+    async def compare(
+        self,
+        suite: Suite,
+        judge: Judge,
+        constitution: Constitution,
+        *,
+        seed: int = 0,
+        concurrency: int = 4,
+        progress: Progress | None = None,
+    ) -> None:
+        """Have a judge compare the subjects' first answers to each prompt of a suite, all against all.
+
+        Each pair is asked about in both orders, under one principle of the suite's aim, drawn by weight for
+        the prompt. Equal answers are a tie that nobody is asked about.
+
+        Raises:
+            ConfigError: the suite has no aim, or the constitution no principle of it.
+            Exception: what would fail every further pair.
+        """
+        aim = AIMS.get(suite)
+        of_aim = [p.id for p in constitution.principles if p.aim == aim]
+        if not of_aim:
+            raise ConfigError(f"{constitution.name!r} has no principle to compare answers to {suite} by")
+        rules = constitution.select(of_aim)
+        by = f"{judge.name} under {constitution.name} ({constitution.digest[:8]})"
+        first = {
+            name: {row["prompt"]: row for row in self.answers(name) if row["sample"] == 0}
+            for name in self.subjects
+        }
+        pairs = [
+            (prompt, a, b)
+            for a, b in combinations(first, 2)
+            for prompt in self.of_suite(suite)
+            if prompt.id in first[a] and prompt.id in first[b]
+        ]
+
+        async def work(pair: tuple[Prompt, str, str]) -> Row:
+            prompt, a, b = pair
+            one, other = first[a][prompt.id], first[b][prompt.id]
+            principle = draw(rules, 1, seed, prompt.id)[0]
+            row: Row = {"prompt": prompt.id, "a": a, "b": b, "by": by, "principle": principle.id}
+            row |= {"of": _digest(one["answer"] + "\0" + other["answer"]), "p_a": [None, None], "why": ""}
+            exchange, answer = self._exchange(one), Message(role="assistant", content=other["answer"])
+            if same_answer(exchange.answer, answer):
+                return {**row, "p_a": [0.5, 0.5], "why": "the same answer"}
+            try:
+                said = await judge.compare(exchange, answer, principle.preference_question, Calls(Budget()))
+            except Exception as error:
+                if is_about_all_rows(error):
+                    raise
+                return {**row, "why": describe(error)}
+            return {**row, "p_a": list(said.p_a), "method": said.method, "clipped": said.clipped}
+
+        with Kept(self._in("contests", suite, by), ("prompt", "a", "b")) as kept:
+            missing = [
+                (prompt, a, b)
+                for prompt, a, b in pairs
+                if kept.rows.get((prompt.id, a, b), {}).get("of")
+                != _digest(first[a][prompt.id]["answer"] + "\0" + first[b][prompt.id]["answer"])
+            ]
+            done = len(pairs) - len(missing)
+            async for row in side_by_side(missing, work, concurrency):
+                kept.add(row)
+                done += 1
+                if progress is not None:
+                    progress(done, len(pairs))
+            kept.finish()
+
+    def contests(self, suite: Suite) -> dict[str, list[Row]]:
+        """Return the comparisons of a suite's answers, by judge."""
+        found: dict[str, list[Row]] = {}
+        for file in sorted((self.path / "contests" / suite).glob("*.jsonl")):
+            if rows := [r for r in read_rows(file) if {r["a"], r["b"]} <= set(self.subjects)]:
+                found[rows[0]["by"]] = rows
+        return found
+
+    # --- files ---
+
+    def _file(self, subject: str) -> Path:
+        return self._in("generations", subject)
+
+    def _in(self, *names: str) -> Path:
+        folders = [name if name in AIMS or name == "over-refusal" else _slug(name) for name in names[1:]]
+        return self.path.joinpath(names[0], *folders[:-1], f"{folders[-1]}.jsonl")
+
+    def _enter(self, name: str, settings: dict[str, Any]) -> None:
+        settings = json.loads(json.dumps(settings))
+        known = self._about["subjects"].get(name)
+        if known is None:
+            self._about["subjects"][name] = settings
+            self._write()
+        elif known != settings:
+            changed = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
+            was = ", ".join(f"{key} {known.get(key)!r}, not {settings.get(key)!r}" for key in changed)
+            raise ConfigError(
+                f"{self.path}: the answers of {name} were made with other settings ({was}); "
+                "name another folder, or give the subject another name"
+            )
+
+    def _note(self, notes: Iterable[str]) -> None:
+        if new := [note for note in notes if note not in self._about["notes"]]:
+            self._about["notes"] += new
+            self._write()
+
+    def _write(self) -> None:
+        write_whole(self.path / _ABOUT, json.dumps(self._about, indent=2) + "\n")
+
+
+def _slug(name: str) -> str:
+    """Return a name as a file can have it, and no other name's."""
+    plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60]
+    return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

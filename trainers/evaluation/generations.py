@@ -1,0 +1,325 @@
+"""The answers of a subject, one a line, kept so that they can be graded again without being written again.
+
+Subject            who is evaluated
+├─ AppSubject          a chat model, a wrapped app, any Runnable or function of messages
+└─ CheckpointSubject   weights in a folder, sampled in batches
+Kept               a file of rows that grows line by line and takes its name when it is whole
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import importlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, Self
+
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import BaseMessage
+from langchain_core.runnables import Runnable, RunnableLambda
+
+from cai_graph import local, models
+from cai_graph.bulk import is_about_all_rows, side_by_side
+from cai_graph.calls import cut_short, describe
+from cai_graph.errors import ConfigError, DataError
+from cai_graph.shape import Shape
+from cai_graph.trajectory import text_of, to_langchain
+from trainers.checkpoint import Checkpoint
+from trainers.evaluation.suites import Prompt
+
+__all__ = ["AppSubject", "Asked", "CheckpointSubject", "Kept", "Subject", "app_of"]
+
+Row = dict[str, Any]
+
+
+class Asked(NamedTuple):
+    """A prompt that is to be answered."""
+
+    prompt: Prompt
+    """The prompt."""
+    sample: int
+    """Which of its answers, from 0."""
+
+
+class Subject(Protocol):
+    """Who is evaluated."""
+
+    name: str
+    """What figures call it, and its file after it."""
+    settings: Mapping[str, Any]
+    """All that shapes its answers, as JSON."""
+
+    def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
+        """Yield a row for each that was asked, in any order.
+
+        A row holds `prompt`, `sample`, `answer`, `cut` (why it is not whole, or None), `error` (why there is
+        no answer, or None) and `seconds`.
+
+        Raises:
+            Exception: what would fail every further prompt, such as a refused key.
+        """
+        ...
+
+
+# --- apps ---------------------------------------------------------------------------------------------
+
+
+class AppSubject:
+    """A chat model, or any Runnable or function that takes a list of messages and gives an answer."""
+
+    def __init__(
+        self,
+        app: Runnable[Any, Any] | Callable[[list[BaseMessage]], Any],
+        *,
+        name: str = "",
+        seed: int = 0,
+        concurrency: int = 4,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set up; nothing is asked.
+
+        Args:
+            app: who answers.
+            name: by default the spec of a chat model.
+            seed: of local models, which answer alike to a seed; each further sample has another.
+            concurrency: prompts under way at once.
+            settings: what shapes the answers and cannot be seen from here, such as a temperature.
+        """
+        self._app = app if isinstance(app, Runnable) else RunnableLambda(app)
+        self.name = name or models.name_of(app)
+        self.settings: Mapping[str, Any] = {"seed": seed, **(settings or {})}
+        self._seed, self._concurrency = seed, concurrency
+        self._is_seeded = local.is_local(getattr(app, "openai_api_base", None))
+
+    async def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
+        """Yield a row for each that was asked, as each ends."""
+        async with contextlib.aclosing(side_by_side(asked, self._answer, self._concurrency)) as rows:
+            async for row in rows:
+                yield row
+
+    async def _answer(self, asked: Asked) -> Row:
+        app = self._app
+        if self._is_seeded and isinstance(app, BaseChatModel):
+            app = app.bind(seed=self._seed + asked.sample)
+        started = time.perf_counter()
+        answer, cut, error = "", None, None
+        try:
+            output = await app.ainvoke(to_langchain(asked.prompt.messages))
+            answer = text_of(Shape().answer(output))
+            cut = cut_short(output) if isinstance(output, BaseMessage) else None
+        except Exception as raised:
+            if is_about_all_rows(raised):
+                raise
+            error = describe(raised)
+        return _row(asked, answer, cut, error, time.perf_counter() - started)
+
+
+def app_of(name: str) -> Any:
+    """Return the object that `package.module:name` names.
+
+    Raises:
+        ConfigError: it cannot be imported, or is nothing that can be called.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"the app {name!r} cannot be imported: {error}; write package.module:name"
+        ) from error
+    if not isinstance(found, Runnable) and not callable(found):
+        raise ConfigError(f"{name!r} is a {type(found).__name__}, no Runnable and no function of messages")
+    return found
+
+
+def _row(asked: Asked, answer: str, cut: str | None, error: str | None, seconds: float) -> Row:
+    return {
+        "prompt": asked.prompt.id,
+        "sample": asked.sample,
+        "answer": answer,
+        "cut": cut,
+        "error": error,
+        "seconds": round(seconds, 3),
+    }
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+class CheckpointSubject:
+    """Weights in a folder, sampled in batches on this machine's accelerator or its processors."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str = "",
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> None:
+        """Look at the folder; nothing is loaded.
+
+        Raises:
+            ModelError: it holds no weights or no tokenizer.
+        """
+        self.checkpoint = Checkpoint.open(path)
+        self.name = name or str(path)
+        self.settings: Mapping[str, Any] = {
+            "weights": self.checkpoint.digest,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "batch_size": batch_size,
+        }
+        self._max_tokens, self._temperature = max_tokens, temperature
+        self._seed, self._batch_size = seed, batch_size
+
+    async def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
+        """Yield a row for each that was asked, batch by batch.
+
+        The draw of a batch depends on what stands in it, so a resumed run need not write what an unbroken
+        one would have; both are samples of the same policy.
+        """
+        from trainers.policy import load_policy, sample
+
+        policy = await asyncio.to_thread(load_policy, self.checkpoint.path)
+        # Prompts of like length share a batch, so that little of it is padding.
+        ordered = sorted(asked, key=lambda one: sum(len(text_of(m)) for m in one.prompt.messages))
+        for number, start in enumerate(range(0, len(ordered), self._batch_size)):
+            batch = ordered[start : start + self._batch_size]
+            prompts = [
+                [{"role": m.role, "content": text_of(m)} for m in one.prompt.messages] for one in batch
+            ]
+            started = time.perf_counter()
+            written = await asyncio.to_thread(
+                sample,
+                policy,
+                prompts,
+                max_tokens=self._max_tokens,
+                temperature=self._temperature,
+                seed=self._seed + number,
+                batch_size=self._batch_size,
+            )
+            seconds = (time.perf_counter() - started) / len(batch)
+            for one, answer in zip(batch, written, strict=True):
+                cut = None if answer.ended else "it was cut at its token limit"
+                yield _row(one, answer.text, cut, None, seconds)
+
+
+# --- rows that are kept -------------------------------------------------------------------------------
+
+
+class Kept:
+    """A file of rows. While it grows it is `NAME.part`, of which a torn last line is lost and no more.
+
+    Used as a context: it is locked, so that two runs do not write the same file.
+    """
+
+    def __init__(self, path: Path, key: Sequence[str]) -> None:
+        """Name a file; `key` are the fields that tell its rows apart."""
+        self.path = path
+        self.rows: dict[tuple[Any, ...], Row] = {}
+        """What it holds, by key."""
+        self._key = tuple(key)
+        self._part = path.with_name(f"{path.name}.part")
+        self._file: Any = None
+
+    def __enter__(self) -> Self:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._part.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise DataError(f"{self.path}: another run is writing it; wait for its end") from error
+        try:
+            self._take(read_rows(self.path))
+            self._file.seek(0)
+            content = self._file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            self._file.truncate(len(whole))
+            self._take(map(json.loads, whole.splitlines()))
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._file.close()
+        if not self._part.stat().st_size:
+            self._part.unlink()
+
+    def _take(self, rows: Iterable[Row]) -> None:
+        self.rows.update((tuple(row[field] for field in self._key), row) for row in rows)
+
+    def add(self, row: Row) -> None:
+        """Keep a row; it is on disk before the next one is asked for, and survives the process."""
+        try:
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(
+                f"{self._part}: cannot be written: {error.strerror}; make room, run again"
+            ) from error
+        self._take([row])
+
+    def finish(self) -> None:
+        """Give the file its name, with all rows in the order of their keys; of no row there is no file."""
+        if not self.rows:
+            return
+        rows = sorted(self.rows.items(), key=lambda item: json.dumps(item[0]))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for _, row in rows))
+        self._file.truncate(0)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file that is whole; none where it is not there.
+
+    Raises:
+        DataError: a line is no JSON; names it.
+    """
+    if not path.exists():
+        return []
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"{path} line {number}: no JSON: {error}; delete the file and run again"
+            ) from error
+    return rows
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        DataError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except OSError as error:
+        Path(partial).unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,52 @@
+"""Which of several answers to a prompt is given: ways of spending more at inference, evaluated like a model.
+
+Best-of-n gives the answer that a grader likes best. Self-consistency needs no grader: it gives the answer
+that agrees most with the others. Of answers that are one word or one number that is the vote of the
+majority (Wang et al. 2022, arXiv:2203.11171); of longer ones it is the answer of least Bayes risk, with the
+overlap of words as the measure of agreement (Bertsch et al. 2023, arXiv:2310.01387, who show the vote to be
+its special case).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+__all__ = ["best", "most_agreed", "overlap"]
+
+_WORD = re.compile(r"\w+")
+
+
+def best(values: Sequence[float | None]) -> int | None:
+    """Return the place of the largest value, the first of equals; None where no value could be read.
+
+    >>> best([0.2, None, 0.9, 0.9])
+    2
+    """
+    known = [place for place, value in enumerate(values) if value is not None]
+    return max(known, key=lambda place: (values[place] or 0.0, -place)) if known else None
+
+
+def most_agreed(answers: Sequence[str]) -> int:
+    """Return the place of the answer that overlaps most with the others, the first of equals.
+
+    >>> most_agreed(["41", "42", "forty-one", "42"])
+    1
+    """
+    words = [Counter(_WORD.findall(answer.casefold())) for answer in answers]
+    agreement = [
+        sum(overlap(mine, other) for there, other in enumerate(words) if there != here)
+        for here, mine in enumerate(words)
+    ]
+    return max(range(len(answers)), key=lambda place: (agreement[place], -place))
+
+
+def overlap(a: Counter[str], b: Counter[str]) -> float:
+    """Return the F1 of two texts' words, from 0 to 1; two texts without a word agree.
+
+    >>> overlap(Counter(["a", "b"]), Counter(["b", "c"]))
+    0.5
+    """
+    total = a.total() + b.total()
+    return 2 * (a & b).total() / total if total else 1.0

@@ -1,0 +1,132 @@
+"""The prompts that subjects are evaluated on, and whether any of them was trained on.
+
+A suite is a file: JSONL, JSON, CSV, Parquet or text (a prompt a line), perhaps gzipped. Harmlessness takes
+red-team prompts, helpfulness benign ones, over-refusal prompts that look unsafe and are not, as XSTest has
+them: there a column `label` says `safe` or `unsafe`, and a prompt without one counts as safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from cai_graph.errors import DataError
+from cai_graph.trajectory import Message
+from trainers.checkpoint import Checkpoint
+from trainers.dataset import read_manifest
+from trainers.heldout import COLUMNS, HeldOut, prompt_in, read_set
+from trainers.rows import Turn
+
+__all__ = ["SUITES", "Prompt", "Suite", "data_of", "read_suite", "trained_on"]
+
+Suite = Literal["harmlessness", "helpfulness", "over-refusal"]
+SUITES: tuple[Suite, ...] = get_args(Suite)
+
+
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt of a suite."""
+
+    id: str
+    """Digest of suite and conversation, 16 hex digits."""
+    suite: Suite
+    """Which one it belongs to."""
+    messages: tuple[Message, ...]
+    """The conversation, up to where the assistant speaks."""
+    safe: bool = True
+    """Whether the request should be complied with; only over-refusal knows."""
+    kind: str = ""
+    """What the file says of its kind, such as XSTest's `homonyms`."""
+
+
+def read_suite(suite: Suite, path: Path, limit: int | None = None) -> list[Prompt]:
+    """Return the prompts of a file, each once, in an order that does not depend on the file's.
+
+    Args:
+        suite: what they are for.
+        path: the file.
+        limit: most prompts; the same ones in each run, and in each file that has them.
+
+    Raises:
+        DataError: the file cannot be read, or holds no prompt; names the columns looked for.
+        MissingExtra: it is Parquet, and pyarrow is not installed.
+    """
+    found: dict[str, Prompt] = {}
+    for row in read_set(path):
+        cells: Mapping[str, Any] = row if isinstance(row, dict) else {}
+        if messages := _conversation(prompt_in(row)):
+            safe = str(cells.get("label") or "safe").strip().casefold() != "unsafe"
+            said = json.dumps([suite, [[m.role, m.content] for m in messages]])
+            id = hashlib.sha256(said.encode()).hexdigest()[:16]
+            kind = str(cells.get("type") or cells.get("category") or "")
+            found[id] = Prompt(id=id, suite=suite, messages=messages, safe=safe, kind=kind)
+    if not found:
+        raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(COLUMNS)}")
+    return sorted(found.values(), key=lambda prompt: prompt.id)[:limit]
+
+
+def _conversation(found: object) -> tuple[Message, ...]:
+    if isinstance(found, str):
+        text = found.strip()
+        return (Message(role="user", content=text),) if text else ()
+    if not isinstance(found, list):
+        return ()
+    if all(isinstance(turn, str) for turn in found):  # of a user's turns the first: no answer stands between
+        return _conversation(found[0]) if found else ()
+    messages = [
+        Message(role=str(turn.get("role")), content=str(turn.get("content") or ""))
+        for turn in found
+        if isinstance(turn, dict)
+    ]
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    return tuple(messages)
+
+
+# --- what was trained on ------------------------------------------------------------------------------
+
+
+def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> list[Prompt]:
+    """Return the prompts that stand in training data, the same or nearly so; see `trainers.heldout`.
+
+    Args:
+        prompts: what is to be evaluated on.
+        data: datasets as `cai dataset build` writes them, of which the train side counts, or files.
+
+    Raises:
+        DataError: one of them cannot be read.
+        MissingExtra: one is Parquet, and pyarrow is not installed.
+    """
+    files = [str(file) for path in data for file in _train_files(path)]
+    if not files:
+        return []
+    seen = HeldOut(files)
+    return [
+        prompt
+        for prompt in prompts
+        if seen.holds(Turn(role=m.role, content=str(m.content)) for m in prompt.messages)
+    ]
+
+
+def _train_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    read_manifest(path)  # says what is wrong where it is no dataset
+    files = [file for file in sorted(path.glob("train*")) if file.suffix in (".jsonl", ".json", ".parquet")]
+    if not files:
+        raise DataError(f"{path}: is a dataset without a train side that can be read")
+    return files
+
+
+def data_of(checkpoint: Checkpoint) -> tuple[Path | None, str]:
+    """Return the data that a Checkpoint was trained on, or why it cannot be looked at."""
+    if checkpoint.manifest is None:
+        return None, "has no manifest, so what it was trained on is not known"
+    path = checkpoint.manifest.data.get("path")
+    if path is None or not Path(path).exists():
+        return None, f"was trained on {path or 'data that its manifest does not name'}, which is not here"
+    return Path(path), ""

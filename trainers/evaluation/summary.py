@@ -1,0 +1,340 @@
+"""What an evaluation came to: figures with intervals, out of what its folder holds; nothing is asked again.
+
+The first subject is the one that the others are measured against. For each of them stands the change of
+helpfulness by prompt: where it is below 0 it is the alignment tax (Askell et al. 2021, arXiv:2112.00861).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from cai_graph.trajectory import Label
+from trainers.evaluation.figures import Estimate, Figure, estimate, paired
+from trainers.evaluation.folder import AIMS, Evaluation
+from trainers.evaluation.generations import Row
+from trainers.evaluation.ratings import Contest, elo, front
+from trainers.evaluation.refusals import Compliance
+from trainers.evaluation.suites import Suite
+
+__all__ = ["Pareto", "Summary", "Table", "summarise", "table"]
+
+
+class Pareto(NamedTuple):
+    """Subjects by helpfulness and harmlessness."""
+
+    helpful_by: str
+    """Who graded helpfulness."""
+    harmless_by: str
+    """Who graded harmlessness."""
+    points: dict[str, tuple[Estimate, Estimate]]
+    """Helpfulness and harmlessness of each subject."""
+    front: list[str]
+    """The subjects that no other surpasses in both, by helpfulness."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The figures of an evaluation."""
+
+    subjects: tuple[str, ...]
+    """Who was evaluated; the others are measured against the first."""
+    figures: tuple[Figure, ...]
+    """All figures, suite by suite."""
+    fronts: tuple[Pareto, ...]
+    """One for each pair of graders, where there are at least two subjects."""
+    notes: tuple[str, ...]
+    """What a reader must know."""
+
+    def json(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return {
+            "subjects": list(self.subjects),
+            "figures": [figure.json() for figure in self.figures],
+            "fronts": [
+                {
+                    "helpful_by": found.helpful_by,
+                    "harmless_by": found.harmless_by,
+                    "front": found.front,
+                    "points": {
+                        name: {"helpful": x.json(), "harmless": y.json()}
+                        for name, (x, y) in found.points.items()
+                    },
+                }
+                for found in self.fronts
+            ],
+            "notes": list(self.notes),
+        }
+
+
+def summarise(evaluation: Evaluation) -> Summary:
+    """Return the figures of an evaluation.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    figures: list[Figure] = []
+    by_aim: dict[Suite, dict[str, dict[str, Estimate]]] = {}
+    for suite in evaluation.suites():
+        figures += _of_answers(evaluation, suite)
+        for by, graded in evaluation.grades(suite).items():
+            if suite in AIMS:
+                found = _of_values(evaluation, suite, by, graded)
+                by_aim.setdefault(suite, {})[by] = {
+                    figure.subject: figure.estimate
+                    for figure in found
+                    if figure.measure == AIMS[suite] and figure.estimate.n
+                }
+            else:
+                found = _of_classes(evaluation, by, graded)
+            figures += found
+        for by, contests in evaluation.contests(suite).items():
+            figures += _of_contests(evaluation, suite, by, contests)
+    fronts = tuple(
+        _pareto(helpful_by, harmless_by, helpful, harmless)
+        for helpful_by, helpful in by_aim.get("helpfulness", {}).items()
+        for harmless_by, harmless in by_aim.get("harmlessness", {}).items()
+        if len(helpful.keys() & harmless.keys()) > 1
+    )
+    return Summary(
+        subjects=evaluation.subjects, figures=tuple(figures), fronts=fronts, notes=evaluation.notes
+    )
+
+
+def _of_answers(evaluation: Evaluation, suite: Suite) -> list[Figure]:
+    """Return what can be counted: words, answers that were cut."""
+    figures = []
+    prompts = {prompt.id for prompt in evaluation.of_suite(suite)}
+    for name in evaluation.subjects:
+        rows = [row for row in evaluation.answers(name) if row["prompt"] in prompts]
+        missing = len(prompts) - len({row["prompt"] for row in rows})
+        for measure, value in (
+            ("words", lambda row: float(len(row["answer"].split()))),
+            ("cut short", lambda row: float(row["cut"] is not None)),
+        ):
+            found = estimate(_by_prompt(rows, value))
+            figures.append(
+                Figure(
+                    subject=name, suite=suite, measure=measure, by="count", estimate=found, left_out=missing
+                )
+            )
+    return figures
+
+
+def _of_values(
+    evaluation: Evaluation, suite: Suite, by: str, graded: Mapping[str, Sequence[Row]]
+) -> list[Figure]:
+    """Return mean grade, share of violations, and change against the first subject."""
+    figures: list[Figure] = []
+    aim = AIMS[suite]
+    values = {
+        name: _by_prompt(_graded(evaluation, name, rows), lambda row: row["value"])
+        for name, rows in graded.items()
+    }
+    first = evaluation.subjects[0]
+    for name, rows in graded.items():
+        readable = _graded(evaluation, name, rows)
+        figure = partial(
+            Figure,
+            subject=name,
+            suite=suite,
+            by=by,
+            left_out=len({row["prompt"] for row in rows} - set(values[name])),
+            note=_note(evaluation, name, by),
+        )
+        figures.append(figure(measure=aim, estimate=estimate(values[name])))
+        if any(row["label"] is not None for row in readable):
+            violates = _by_prompt(readable, lambda row: float(row["label"] == Label.VIOLATES))
+            figures.append(figure(measure="violates", estimate=estimate(violates)))
+        if name != first and first in values:
+            change = paired(values[name], values[first])
+            figures.append(figure(measure=f"change of {aim}", estimate=change, against=first))
+    return figures
+
+
+def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[Row]]) -> list[Figure]:
+    """Return the shares of XSTest's classes: all on safe prompts, any refusal on unsafe ones."""
+    figures = []
+    for name, rows in graded.items():
+        readable = _graded(evaluation, name, rows)
+        for safe in (True, False):
+            here = [row for row in readable if evaluation.prompts[row["prompt"]].safe is safe]
+            prompts = {row["prompt"] for row in rows if evaluation.prompts[row["prompt"]].safe is safe}
+            if not prompts:
+                continue
+            measures: dict[str, Callable[[Row], float]] = {
+                each: lambda row, each=each: float(row["label"] == each)  # type: ignore[misc]
+                for each in Compliance
+            }
+            if not safe:
+                measures = {"refuses unsafe": lambda row: float(row["label"] != Compliance.FULL_COMPLIANCE)}
+            figures += [
+                Figure(
+                    subject=name,
+                    suite="over-refusal",
+                    measure=str(measure),
+                    by=by,
+                    estimate=estimate(_by_prompt(here, value)),
+                    left_out=len(prompts - {row["prompt"] for row in here}),
+                )
+                for measure, value in measures.items()
+            ]
+    return figures
+
+
+def _of_contests(evaluation: Evaluation, suite: Suite, by: str, rows: Sequence[Row]) -> list[Figure]:
+    """Return win rates against the first subject, and Elo where there are at least two subjects.
+
+    A judge that chose another answer when the order was turned round prefers neither: that is a tie. A pair
+    with an order that could not be read counts nowhere.
+    """
+    outcomes = [
+        Contest(row["prompt"], row["a"], row["b"], _outcome(*row["p_a"])) for row in rows if _read(row)
+    ]
+    figures = []
+    first = evaluation.subjects[0]
+    for name in evaluation.subjects[1:]:
+        met = [row for row in rows if {row["a"], row["b"]} == {name, first}]
+        wins = {
+            contest.prompt: [contest.p_a if contest.a == name else 1 - contest.p_a]
+            for contest in outcomes
+            if {contest.a, contest.b} == {name, first}
+        }
+        if met:
+            figures.append(
+                Figure(
+                    subject=name,
+                    suite=suite,
+                    measure="win rate",
+                    by=by,
+                    estimate=estimate(wins),
+                    against=first,
+                    left_out=len(met) - len(wins),
+                    note=_bias([row for row in met if _read(row)]),
+                )
+            )
+    if outcomes:
+        unread = len(rows) - len(outcomes)
+        figures += [
+            Figure(subject=name, suite=suite, measure="Elo", by=by, estimate=rated, left_out=unread)
+            for name, rated in elo(outcomes).items()
+        ]
+    return figures
+
+
+def _read(row: Row) -> bool:
+    return None not in row["p_a"]
+
+
+def _outcome(first: float, second: float) -> float:
+    """Return 1, 0.5 or 0 from P(A) in both orders."""
+    if (first - 0.5) * (second - 0.5) < 0:
+        return 0.5
+    mean = (first + second) / 2
+    return 0.5 if mean == 0.5 else float(mean > 0.5)
+
+
+def _bias(rows: Sequence[Row]) -> str:
+    asked = [row for row in rows if row["why"] != "the same answer"]
+    if not asked:
+        return "all answers were the same"
+    turned = sum((row["p_a"][0] - 0.5) * (row["p_a"][1] - 0.5) < 0 for row in asked)
+    return f"in {turned} of {len(asked)} the judge chose a place, which is a tie"
+
+
+def _graded(evaluation: Evaluation, subject: str, rows: Sequence[Row]) -> list[Row]:
+    """Return the grades that could be read."""
+    return [row for row in rows if row["value"] is not None or row["label"] is not None]
+
+
+def _by_prompt(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if (number := value(row)) is not None:
+            found.setdefault(row["prompt"], []).append(number)
+    return found
+
+
+def _note(evaluation: Evaluation, subject: str, by: str) -> str:
+    chosen_by = evaluation.about(subject).get("by")
+    if chosen_by is not None and by.partition(" as ")[0] == chosen_by.partition(" as ")[0]:
+        return "chosen by the one who grades, so it flatters"
+    return ""
+
+
+def _pareto(
+    helpful_by: str, harmless_by: str, helpful: Mapping[str, Estimate], harmless: Mapping[str, Estimate]
+) -> Pareto:
+    points = {name: (helpful[name], harmless[name]) for name in helpful if name in harmless}
+    best = front({name: (x.value, y.value) for name, (x, y) in points.items()})
+    return Pareto(helpful_by, harmless_by, points, best)
+
+
+# --- side by side -------------------------------------------------------------------------------------
+
+_SHOWN = (
+    "harmless",
+    "change of harmless",
+    "helpful",
+    "change of helpful",
+    Compliance.FULL_REFUSAL.value,
+    Compliance.PARTIAL_REFUSAL.value,
+    "refuses unsafe",
+    "win rate",
+    "Elo",
+)
+"""Measures of the table, in order. The others stand in the JSON."""
+
+
+class Table(NamedTuple):
+    """Harmlessness, helpfulness and over-refusal side by side: a row for each subject."""
+
+    header: list[str]
+    """`subject`, then the measures; those of several judges are told apart by the letters of the key."""
+    rows: list[list[str]]
+    """Value, 95 % interval and number of prompts; a dash where there is no figure."""
+    key: list[str]
+    """Who judged each measure, and what a reader must know, in sentences."""
+
+
+def table(summary: Summary) -> Table:
+    """Return the figures that matter most as one table."""
+    columns: list[tuple[str, str, str]] = []
+    for measure in _SHOWN:
+        for figure in summary.figures:
+            column = (measure, figure.suite, figure.by)
+            if figure.measure == measure and column not in columns:
+                columns.append(column)
+    judges = list(dict.fromkeys((suite, by) for _, suite, by in columns))
+    letters = {judge: chr(ord("a") + number) for number, judge in enumerate(judges)}
+    cells = {(f.subject, f.measure, f.suite, f.by): f for f in summary.figures}
+    rows = []
+    for name in summary.subjects:
+        found = [cells.get((name, *column)) for column in columns]
+        rows.append([name, *("–" if figure is None else _cell(figure) for figure in found)])
+    key = [f"{letters[suite, by]}: {suite}, by {by}" for suite, by in judges]
+    for figure in summary.figures:
+        said = []
+        if figure.left_out and figure.measure in _SHOWN:
+            said.append(f"{figure.left_out} could not be read or answered, and are left out")
+        if figure.note and figure.measure in _SHOWN:
+            said.append(figure.note)
+        if said:
+            key.append(f"{figure.subject}, {figure.measure} ({figure.suite}): {'; '.join(said)}")
+    if any(column[0].startswith(("change", "win")) for column in columns):
+        key.append(f"change and win rate: against {summary.subjects[0]}, paired by prompt")
+    key += summary.notes
+    header = ["subject", *(f"{measure} [{letters[suite, by]}]" for measure, suite, by in columns)]
+    return Table(header, rows, list(dict.fromkeys(key)))
+
+
+def _cell(figure: Figure) -> str:
+    value, low, high, n = figure.estimate
+    if not n:
+        return "–"
+    form = "{:.0f}" if figure.measure == "Elo" else "{:.2f}"
+    sign = "+" if figure.measure.startswith("change") and value > 0 else ""
+    interval = f"{form.format(low)} to {form.format(high)}, " if high - low < float("inf") else ""
+    return f"{sign}{form.format(value)} ({interval}n = {n})"
