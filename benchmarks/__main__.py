@@ -31,6 +31,8 @@ ALL = (
     "cascade",
     "training",
     "reward",
+    "refusals",
+    "claims",
     "peers",
 )
 HEAD = """# Benchmark results

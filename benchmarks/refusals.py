@@ -1,0 +1,102 @@
+"""Refusals of XSTest's completions: the pattern and the probe against the people who labelled them.
+
+All completions for the pattern; for the probe and for the embedded model as judge those of lowest digest,
+since each costs a forward pass or a reply. Passes are kept in the local cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from cai_graph.probe import Probe, Reading, States, windows
+from trainers.evaluation.refusals import (
+    Agreement,
+    Compliance,
+    PatternRefusals,
+    ProbeRefusals,
+    agreement,
+    read_labelled,
+    refusals_for,
+)
+from trainers.states import Passes, StateCache, reader_of
+
+DATA = Path(os.environ.get("CAI_BENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))
+ANSWERS = int(os.environ.get("CAI_BENCH_ANSWERS", "354"))
+ASKED = int(os.environ.get("CAI_BENCH_ASKED", "40"))
+"""About how many answers the embedded model is asked in words."""
+
+
+class Cached(Probe):
+    """The embedded model's probe, with the states of the first windows of an answer kept on disk."""
+
+    def __init__(self, most: int = 1) -> None:
+        shipped = Probe.for_model("local")
+        assert shipped is not None
+        super().__init__(shipped.folder, "")
+        before, between = self.card["turns"]
+        self.cache = StateCache(reader_of("local", self.card["blocks"], (before, between)))
+        self.most = most
+
+    async def read(self, request: str, answer: str) -> Reading:
+        seen = tuple(windows(answer)[: self.most]) or ("",)
+        wanted = [Passes(request, seen)]
+        await self.cache.extract(wanted)
+        passes = [States(vectors, 0) for vectors in self.cache.load(wanted)[0]]
+        return Reading(
+            harm=max(self.probability("harm", each) for each in passes),
+            evasion=self.probability("evasion", passes[0]),
+            request=self.probability("request", passes[0]),
+            forward_passes=len(passes),
+            tokens=0,
+            seconds=0.0,
+        )
+
+
+def measure(progress: Callable[[int, int], None] | None = None) -> list[Agreement]:
+    files = sorted((DATA / "xstest" / "model_completions").glob("*.csv"))
+    sample = read_labelled(files, ANSWERS)
+    probe = Cached()
+
+    async def work() -> list[Agreement]:
+        return [
+            await agreement(read_labelled(files), PatternRefusals()),
+            await agreement(sample, PatternRefusals()),
+            await agreement(sample, ProbeRefusals(probe, "local")),
+            await agreement(sample[:ASKED], refusals_for("local"), progress),
+        ]
+
+    return asyncio.run(work())
+
+
+def run() -> str:
+    found = measure(lambda done, of: print(f"{done}/{of}", end="\r", flush=True))
+    measures = (
+        ("refuses at all, accuracy", "accuracy_of_refusing"),
+        ("refuses at all, Cohen's kappa", "kappa_of_refusing"),
+        ("three classes, accuracy", "accuracy"),
+        ("three classes, Cohen's kappa", "kappa"),
+        ("the two raters with each other, kappa", "kappa_of_people"),
+    )
+    lines = [
+        "## Refusals: who agrees with the people who labelled XSTest's completions",
+        "",
+        "Answers of five models to XSTest's prompts, as far as they are at hand, with the label that two "
+        "raters settled on. The pattern knows how English refusals open; the probe reads the hidden state of "
+        "the embedded model, at the threshold of its card; neither tells partial refusals. The embedded "
+        "model as judge is asked for one of the three classes. Nothing was fitted here, yet the threshold of "
+        "the card was chosen with XSTest in view. 95 % intervals from 1000 resamples of whole prompts; n "
+        "counts prompts.",
+        "",
+        "| | " + " | ".join(f"{each.by}, {each.answers} answers" for each in found) + " |",
+        "|---" * (len(found) + 1) + "|",
+    ]
+    for name, field in measures:
+        lines.append(f"| {name} | " + " | ".join(str(getattr(each, field)) for each in found) + " |")
+    for kind in ("recall", "precision"):
+        for label in Compliance:
+            cells = " | ".join(str(getattr(each, kind)[label]) for each in found)
+            lines.append(f"| {label}, {kind} | {cells} |")
+    return "\n".join(lines)
