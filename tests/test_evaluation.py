@@ -12,10 +12,12 @@ import pytest
 from langchain_core.messages import AIMessage, BaseMessage
 from replies import RULES, by_role, flags
 from tiny import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cai_graph.critic import ModelCritic
 from cai_graph.errors import ConfigError, DataError, ModelError
 from cai_graph.testing import ScriptedModel
+from trainers.checkpoint import Checkpoint, Manifest, save
 from trainers.evaluation.claims import ByClaim, claims
 from trainers.evaluation.folder import Evaluation
 from trainers.evaluation.generations import AppSubject, CheckpointSubject, Kept, app_of
@@ -23,7 +25,7 @@ from trainers.evaluation.grades import CriticGrader, RewardGrader
 from trainers.evaluation.inference import most_agreed
 from trainers.evaluation.plots import svgs
 from trainers.evaluation.refusals import PatternRefusals
-from trainers.evaluation.suites import Prompt, Suite, read_suite, trained_on
+from trainers.evaluation.suites import Prompt, Suite, data_of, read_suite, trained_on
 from trainers.evaluation.summary import Summary, summarise, table
 from trainers.judge import Judge
 from trainers.rewards import FunctionReward
@@ -356,6 +358,25 @@ def test_prompts_that_were_trained_on_are_found_in_a_datasets_train_side(tmp_pat
     seen = trained_on(found, [data])
 
     assert {str(prompt.messages[0].content) for prompt in seen} == {"How  SO?", f"Hello, {long} at night"}
+
+
+def test_the_data_of_all_that_a_checkpoint_started_from_is_looked_at(tmp_path: Path) -> None:
+    def checkpoint(name: str, base: str, data: str) -> Checkpoint:
+        about = {"stage": "sft", "base": base, "config": {}, "data": {"path": data}, "seed": 0}
+        manifest = Manifest(**about, versions={}, hardware="cpu", seconds=0.0)  # type: ignore[arg-type]
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+        return save(tmp_path / name, model, tokenizer, manifest)
+
+    tiny_model(tmp_path / "base")
+    (tmp_path / "here.jsonl").write_text("{}\n")
+    checkpoint("sft", str(tmp_path / "base"), str(tmp_path / "here.jsonl"))
+
+    found, unknown = data_of(checkpoint("rl", str(tmp_path / "sft"), "gone.jsonl"))
+
+    assert found == [tmp_path / "here.jsonl"]
+    assert unknown == [f"{tmp_path / 'rl'} was trained on gone.jsonl, which is not here"]
+    assert data_of(Checkpoint.open(tmp_path / "base"))[1][0].endswith("is not known")
 
 
 # --- checkpoints and apps -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cai_graph.cli.console import SKIPPED, group, measured, note, out, print_json
-from cai_graph.cli.model import fetch, foreign, loaded, width
+from cai_graph.cli.model import fetch, foreign, judging, loaded, width
 from cai_graph.cli.options import AsJson, ConstitutionName, option
 from cai_graph.errors import ConfigError, DataError
 
@@ -122,12 +122,10 @@ def _not_trained_on(
     from trainers.evaluation.suites import data_of, trained_on
 
     data, notes = list(given), []
-    for name, checkpoint in checkpoints.items():
-        found, why = data_of(checkpoint)
-        if found is not None:
-            data.append(found)
-        elif not given:
-            notes.append(f"{name} {why}: some prompts may be trained on")
+    for checkpoint in checkpoints.values():
+        found, unknown = data_of(checkpoint)
+        data += found
+        notes += [] if given else [f"{why}: some prompts may be among it" for why in unknown]
     seen = {prompt.id for prompt in trained_on(prompts, dict.fromkeys(data))}
     if seen and not drop:
         first = next(prompt for prompt in prompts if prompt.id in seen)
@@ -286,7 +284,7 @@ def _critic(spec: str, by_claim: bool, constitution: Any, aim: str) -> Grader:
     from trainers.evaluation.claims import ByClaim
     from trainers.evaluation.grades import CriticGrader
 
-    critic = critic_for(loaded(spec))
+    critic = critic_for(judging(spec))
     return CriticGrader(ByClaim(critic) if by_claim else critic, constitution, aim)
 
 

@@ -122,11 +122,27 @@ def _train_files(path: Path) -> list[Path]:
     return files
 
 
-def data_of(checkpoint: Checkpoint) -> tuple[Path | None, str]:
-    """Return the data that a Checkpoint was trained on, or why it cannot be looked at."""
+def data_of(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
+    """Return the data that a Checkpoint and those it started from were trained on, and what is not known.
+
+    Raises:
+        DataError, ModelError: a folder that one of them started from is no Checkpoint any more.
+    """
+    found: list[Path] = []
     if checkpoint.manifest is None:
-        return None, "has no manifest, so what it was trained on is not known"
-    path = checkpoint.manifest.data.get("path")
-    if path is None or not Path(path).exists():
-        return None, f"was trained on {path or 'data that its manifest does not name'}, which is not here"
-    return Path(path), ""
+        return found, [f"{checkpoint.path} has no manifest, so what it was trained on is not known"]
+    unknown: list[str] = []
+    seen: set[Path] = set()
+    while checkpoint.manifest is not None and checkpoint.path.resolve() not in seen:
+        seen.add(checkpoint.path.resolve())
+        path = checkpoint.manifest.data.get("path")
+        if path is not None and Path(path).exists():
+            found.append(Path(path))
+        else:
+            data = path or "data that its manifest does not name"
+            unknown.append(f"{checkpoint.path} was trained on {data}, which is not here")
+        base = Path(checkpoint.manifest.base)
+        if not base.is_dir():
+            break
+        checkpoint = Checkpoint.open(base)
+    return found, unknown
