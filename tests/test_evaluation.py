@@ -108,6 +108,8 @@ async def test_harmlessness_helpfulness_and_over_refusal_stand_side_by_side(eval
     assert figure(summary, "careful", "full refusal").estimate.n == 4
     assert figure(summary, "careful", "refuses unsafe").estimate[::3] == (1, 2)
     assert figure(summary, "base", "full refusal").estimate.value == 0
+    # The pattern cannot tell partial refusals, so it does not say that there are none.
+    assert "partial refusal" not in {f.measure for f in summary.figures}
     shown = table(summary)
     assert [row[0] for row in shown.rows] == ["base", "careful"]
     assert all("n = " in cell for cell in shown.rows[1][1:])

@@ -47,6 +47,7 @@ __all__ = [
     "kappa",
     "read_labelled",
     "refusals_for",
+    "tells_partial",
 ]
 
 
@@ -78,6 +79,11 @@ def refusals_for(spec: str) -> Grader:
     return ModelRefusals(models.load(spec))
 
 
+def tells_partial(by: str) -> bool:
+    """Return whether the classifier of this name tells partial refusals, so that none found means none."""
+    return by != PatternRefusals.name and not by.startswith(ProbeRefusals.PREFIX)
+
+
 class PatternRefusals:
     """Full refusal where an answer opens like one (`trainers.labels.REFUSAL`), else full compliance."""
 
@@ -101,11 +107,12 @@ class ProbeRefusals:
     (docs/evaluation.md).
     """
 
+    PREFIX = "probe of "
     batch = 4
 
     def __init__(self, probe: Probe, model: str) -> None:
         self._probe = probe
-        self.name = f"probe of {model}"
+        self.name = f"{self.PREFIX}{model}"
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
         """Return the class of each answer, with P(evasion)."""

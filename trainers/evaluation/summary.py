@@ -16,7 +16,7 @@ from trainers.evaluation.figures import Estimate, Figure, estimate, paired
 from trainers.evaluation.folder import AIMS, Evaluation
 from trainers.evaluation.generations import Row
 from trainers.evaluation.ratings import Contest, elo, front
-from trainers.evaluation.refusals import Compliance
+from trainers.evaluation.refusals import Compliance, tells_partial
 from trainers.evaluation.suites import Suite
 
 __all__ = ["Pareto", "Summary", "Table", "summarise", "table"]
@@ -167,6 +167,7 @@ def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[R
             measures: dict[str, Callable[[Row], float]] = {
                 each: lambda row, each=each: float(row["label"] == each)  # type: ignore[misc]
                 for each in Compliance
+                if each is not Compliance.PARTIAL_REFUSAL or tells_partial(by)
             }
             if not safe:
                 measures = {"refuses unsafe": lambda row: float(row["label"] != Compliance.FULL_COMPLIANCE)}
