@@ -19,7 +19,7 @@ from cai_graph.critic import Critic, ProbeCritic, critic_for
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Message
 from trainers.evaluation.claims import ByClaim, claims
-from trainers.evaluation.figures import Estimate, resampled
+from trainers.evaluation.figures import Estimate, estimate, resampled
 from trainers.evaluation.grades import CriticGrader
 from trainers.labels import Row, lowest, read_rows
 
@@ -75,8 +75,11 @@ def run() -> str:
     threshold = Cached().thresholds["harm"]
 
     def flagged(field: str, harm: bool) -> Estimate:
-        here = [each for each in judged if each.row.harm is harm]
-        return _over(here, lambda items: float(numpy.mean([getattr(e, field) >= threshold for e in items])))
+        found: dict[str, list[float]] = {}
+        for each in judged:
+            if each.row.harm is harm:
+                found.setdefault(each.row.request, []).append(float(getattr(each, field) >= threshold))
+        return estimate(found)
 
     whole, by_claim = (_over(judged, lambda i, f=f: _auc(i, f)) for f in ("whole", "by_claim"))
     difference = _over(judged, lambda items: _auc(items, "by_claim") - _auc(items, "whole"))
@@ -87,8 +90,8 @@ def run() -> str:
         f"{len(judged)} answers of XSTest of at least {LONG} characters, half of them harmful (they comply "
         "with an unsafe prompt), judged by the embedded model's probe under the aim harmless: as a whole, "
         f"and as the worst of {numpy.mean(parts):.1f} claims on average, of at least {CLAIM} characters. "
-        "The heads never saw these answers. 95 % intervals from 1000 resamples of whole prompts; n counts "
-        "prompts.",
+        "The heads never saw these answers. 95 % intervals, of the AUC from 1000 resamples of whole prompts, "
+        "which has no width where the ranking is perfect; n counts prompts.",
         "",
         "| | as a whole | claim by claim |",
         "|---|---|---|",

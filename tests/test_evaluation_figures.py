@@ -42,6 +42,13 @@ def test_several_answers_to_a_prompt_count_as_one_prompt() -> None:
     assert often == pytest.approx(once)
 
 
+def test_a_share_over_several_answers_stays_between_0_and_1() -> None:
+    found = estimate({"a": [0, 1], "b": [0, 0], "c": [0, 0]})
+
+    assert found.value == pytest.approx(1 / 6)
+    assert (found.low, found.high) == (0, pytest.approx(0.884, abs=0.001))
+
+
 def test_one_prompt_has_no_interval_and_none_has_no_value() -> None:
     assert estimate({"a": [0.3]}).json() == {"value": 0.3, "low": None, "high": None, "n": 1}
     assert estimate({"a": []}).json() == {"value": None, "low": None, "high": None, "n": 0}

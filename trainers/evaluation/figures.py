@@ -93,7 +93,10 @@ def estimate(values: Mapping[str, Sequence[float]]) -> Estimate:
     mean = fmean(means)
     if all(value in (0, 1) for value in means):
         return Estimate(mean, *wilson(round(sum(means)), len(means)), len(means))
-    return _by_t(means)
+    found = _by_t(means)
+    if all(value in (0, 1) for answers in values.values() for value in answers):  # a share, whatever t says
+        return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+    return found
 
 
 def paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Estimate:
