@@ -27,10 +27,11 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts, fast tests
 bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
 
-soak: $(VENV)/.installed consumers  ## long kill loops on the log; foreign trainers read our formats
+soak: $(VENV)/.installed consumers  ## long kill loops on the log; foreign trainers read our formats; PPO against TRL's
 	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
 	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/test_log_postgres.py -k "killed or falls" --timeout 0
 	$(BIN)/python -m pytest tests/test_consumers.py
+	CAI_TRL_PPO=1 $(BIN)/python -m pytest tests/test_ppo_trl.py -s --timeout 0
 
 consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory and axolotl beside the project, for `make soak`
 	test -d .consumers/venv || $(PYTHON) -m venv .consumers/venv

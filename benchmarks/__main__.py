@@ -34,6 +34,7 @@ ALL = (
     "refusals",
     "claims",
     "peers",
+    "ppo",
 )
 HEAD = """# Benchmark results
 

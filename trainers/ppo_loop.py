@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -34,6 +34,8 @@ from trainers.watch import Decision, Watch
 __all__ = ["Answer", "Run"]
 
 _log = logging.getLogger(__name__)
+
+ONE_WHOLE_MODEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 ROLLOUT, SHUFFLE, PROMPTS, WATCH = range(4)
 """What a seed is for."""
@@ -82,6 +84,11 @@ class Run:
             log_with=list(config.report_to) or None,
             project_dir=str(config.output.parent) if config.report_to else None,
         )
+        if self.accelerator.distributed_type not in ONE_WHOLE_MODEL:
+            raise ConfigError(
+                f"PPO holds a whole model in every process, and {self.accelerator.distributed_type.value} "
+                "cuts it up; launch with --multi_gpu, and with lora where memory is short"
+            )
         self.share = _share(config, self.accelerator.num_processes)
         self.minibatch = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.reward = parse(config.reward, device=str(self.accelerator.device))
