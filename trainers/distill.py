@@ -28,7 +28,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from cai_graph import bulk, chain, local, models
 from cai_graph import constitution as constitutions
@@ -584,22 +584,25 @@ class _Plan:
         )
 
     def _evaluate(self, folder: Path, subjects: Mapping[str, Path]) -> dict[str, Any]:
+        from trainers.evaluation import folder as kept_in
+        from trainers.evaluation.generations import CheckpointSubject
+        from trainers.evaluation.grades import CriticGrader, Grader, RewardGrader
+        from trainers.evaluation.refusals import refusals_for
+        from trainers.evaluation.suites import Suite, read_suite
+        from trainers.evaluation.summary import summarise
         from trainers.rewards import parse
 
-        kept_in, made_by, graded_by = (
-            _stage(f"evaluation.{part}") for part in ("folder", "generations", "grades")
-        )
         wanted = self.config.evaluation
         prompts = [
             prompt
             for suite, path in wanted.suites.items()
-            for prompt in _stage("evaluation.suites").read_suite(suite, path, wanted.limit)
+            for prompt in read_suite(cast(Suite, suite), path, wanted.limit)
         ]
         kept = kept_in.Evaluation.begin(folder, prompts)
 
         async def work() -> None:
             for name, path in subjects.items():
-                subject = made_by.CheckpointSubject(
+                subject = CheckpointSubject(
                     path,
                     name=name,
                     max_tokens=wanted.max_tokens,
@@ -608,20 +611,19 @@ class _Plan:
                 )
                 await kept.generate(subject, progress=_about(self.progress, f"answers of {name}"))
             for suite in kept.suites():
-                graders: list[Any] = []
+                graders: list[Grader] = []
                 if suite in kept_in.AIMS:
                     if wanted.critic is not None:
                         critic = critic_for(_chat(wanted.critic))
-                        graders.append(graded_by.CriticGrader(critic, self.rules, kept_in.AIMS[suite]))
-                    graders += [graded_by.RewardGrader(parse(spec)) for spec in wanted.reward]
+                        graders.append(CriticGrader(critic, self.rules, kept_in.AIMS[suite]))
+                    graders += [RewardGrader(parse(spec)) for spec in wanted.reward]
                 elif wanted.refusals is not None:
-                    graders.append(_stage("evaluation.refusals").refusals_for(wanted.refusals))
+                    graders.append(refusals_for(wanted.refusals))
                 for grader in graders:
                     await kept.grade(suite, grader, _about(self.progress, f"{suite}, by {grader.name}"))
 
         asyncio.run(work())
-        figures: dict[str, Any] = _stage("evaluation.summary").summarise(kept).json()
-        return figures
+        return summarise(kept).json()
 
     def _model(self, last: Step) -> Step:
         def work(folders: Folders) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import base64
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from trainers.pipeline import Done, Pipeline, write_whole
 
 if TYPE_CHECKING:
     from trainers.distill import Config
+    from trainers.evaluation.folder import Evaluation
 
 __all__ = ["document", "figure", "report", "table"]
 
@@ -157,9 +157,11 @@ def _answers(done: Mapping[str, Done]) -> str:
     return shown
 
 
-def _kept(done: Mapping[str, Done]) -> Any:
+def _kept(done: Mapping[str, Done]) -> Evaluation:
+    from trainers.evaluation.folder import Evaluation
+
     path = done["evaluation"].path / "evaluation"
-    return import_module("trainers.evaluation.folder").Evaluation.open(path)
+    return Evaluation.open(path)
 
 
 def _cut(text: str) -> str:
@@ -168,12 +170,11 @@ def _cut(text: str) -> str:
 
 def _plots(done: Mapping[str, Done]) -> Iterable[str]:
     if "evaluation" in done:
-        kept = import_module("trainers.evaluation.folder").Evaluation.open(
-            done["evaluation"].path / "evaluation"
-        )
-        summary = import_module("trainers.evaluation.summary").summarise(kept)
-        plots = import_module("trainers.evaluation.plots")
-        for caption, svg in plots.svgs(summary).items():
+        from trainers.evaluation.plots import svgs
+        from trainers.evaluation.summary import summarise
+
+        kept = _kept(done)
+        for caption, svg in svgs(summarise(kept)).items():
             yield figure(svg, caption)
     for name, step in done.items():
         for path in sorted((step.path / "checkpoint").glob("*.svg")):
