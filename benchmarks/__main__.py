@@ -23,6 +23,7 @@ ALL = (
     "log",
     "log_postgres",
     "probe",
+    "critic",
     "engines",
     "dataset",
     "streaming",

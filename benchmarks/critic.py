@@ -7,6 +7,7 @@ its card. The data lie in the folder that CAI_DATA names (../shared/data by defa
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -31,11 +32,14 @@ PER_LABEL = int(os.environ.get("CAI_BENCH_PYRIT", "100"))
 OTHERS = int(os.environ.get("CAI_BENCH_XSTEST", "80"))
 """XSTest answers that do no harm, likewise; the harmful ones are all there."""
 UNSEEN = ("xstest_answers", "moderation")
+LORA: dict[str, Any] = {"kind": "classifier", "epochs": 2, "max_tokens": 192}
 RUNS: dict[str, dict[str, Any]] = {
-    "probe": {"kind": "probe", "unseen": UNSEEN},
-    "classifier": {"kind": "classifier", "unseen": UNSEEN, "epochs": 2, "max_tokens": 192},
-    "classifier-pyrit": {"kind": "classifier", "unseen": ("pyrit",), "epochs": 4, "max_tokens": 192},
+    "probe": {"unseen": UNSEEN},
+    "probe-pyrit": {"unseen": ("pyrit",)},
+    "classifier": {**LORA, "unseen": UNSEEN},
+    "classifier-pyrit": {**LORA, "unseen": ("pyrit",)},
 }
+"""What each critic leaves out; PyRIT has most of the harmful answers, so a critic of its own goes without."""
 
 
 def answers() -> list[Row]:
@@ -97,8 +101,6 @@ def built_in(rows: list[Row]) -> dict[str, dict[str, Any]]:
         for figure in probe.card["figures"]
         if figure["head"] == "harm" and figure["measure"] == "auc"
     }
-    import asyncio
-
     import numpy
 
     unseen = [row for row in rows if row.source == "xstest_answers"]
@@ -124,26 +126,21 @@ def run() -> str:
         }
     }
     for name, title in (("probe", "a probe on smollm2 (135M)"), ("classifier", "LoRA on smollm2 (135M)")):
-        card = trained(name, rows)
-        aucs = {one["setting"]: one for one in card["figures"] if one["measure"] == "auc"}
-        pyrit = aucs.get("left out: pyrit")
-        if name == "classifier":
-            other = trained("classifier-pyrit", rows)
-            pyrit = next(
-                (one for one in other["figures"] if one["measure"] == "auc" and "pyrit" in one["setting"]),
-                None,
-            )
+        figures = [*trained(name, rows)["figures"], *trained(f"{name}-pyrit", rows)["figures"]]
+        aucs = {one["setting"]: one for one in figures if one["measure"] == "auc"}
         columns[title] = {
             "XSTest": aucs.get("xstest_answers, never trained on"),
             "moderation": aucs.get("moderation, never trained on"),
-            "PyRIT": pyrit,
+            "PyRIT": aucs.get("pyrit, never trained on"),
         }
     lines = [
         "## Critics of one's own against the built-in probe",
         "",
         "AUC for harmful answers by human labels, with the source left out of training; 95 % intervals from "
         "1000 resamples of whole requests. XSTest is unseen by all; the built-in probe is trained on "
-        "moderation texts where it is measured on XSTest, the others are not.",
+        "moderation texts where it is measured on XSTest, the others are not. The built-in probe learns from "
+        "586 answers less those left out, the others from 340 less those; LoRA (2 epochs, 192 tokens) keeps "
+        "a fifth of them for its calibration.",
         "",
         f"| left out | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
