@@ -30,7 +30,7 @@ bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/
 soak: $(VENV)/.installed consumers  ## long kill loops on the log; foreign trainers read our formats; PPO against TRL's
 	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
 	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/test_log_postgres.py -k "killed or falls" --timeout 0
-	$(BIN)/python -m pytest tests/test_consumers.py
+	$(BIN)/python -m pytest tests/test_consumers.py tests/test_elsewhere.py
 	CAI_TRL_PPO=1 $(BIN)/python -m pytest tests/test_ppo_trl.py -s --timeout 0
 
 consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory and axolotl beside the project, for `make soak`
@@ -38,6 +38,8 @@ consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory and axolotl besi
 	.consumers/venv/bin/python -m pip install --quiet torch==2.13.0 transformers==4.57.1 'datasets<5' peft accelerate \
 		omegaconf pylatexenc tensordict codetiming hydra-core tyro av ray pandas pyarrow trl==0.24.0 fire einops pillow
 	.consumers/venv/bin/python -m pip install --quiet --no-deps openrlhf==0.11.2 verl==0.9.1 llamafactory==0.9.5
+	$(BIN)/python -m pip install --quiet --no-deps --target .consumers/configs --upgrade verl==0.9.1 openrlhf==0.11.2 \
+		hydra-core omegaconf antlr4-python3-runtime==4.9.3
 	$(BIN)/python -m pip install --quiet --no-deps --target .consumers/axolotl --upgrade axolotl==0.19.0 addict posthog \
 		numba llvmlite fastcore zstandard schedulefree backoff distro colorama art python-dotenv fire termcolor
 

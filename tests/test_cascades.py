@@ -261,7 +261,7 @@ def test_a_redaction_reaches_what_the_cheap_critic_said(tmp_path: Path) -> None:
     from cai_graph.log import redact_texts
     from cai_graph.trajectory import Cascaded, ConstitutionRef, Round, encode, new_id, now
 
-    cheap = Critique(verdicts=(), reasoning="the secret is 42", critic="cheap")
+    cheap = Critique(verdicts=(), reasoning="the secret is swordfish", critic="cheap")
     critique = Critique(cascade=Cascaded(why="above", threshold=0.1, cheap=cheap), critic="strong")
     trajectory = Trajectory(
         id=new_id(),
@@ -272,9 +272,9 @@ def test_a_redaction_reaches_what_the_cheap_critic_said(tmp_path: Path) -> None:
         outcome=Outcome.KEPT,
         rounds=(Round(critique=critique),),
     )
-    redacted = redact_texts(lambda text: text.replace("42", "…"))(trajectory)
+    redacted = redact_texts(lambda text: text.replace("swordfish", "…"))(trajectory)
 
-    assert b"42" not in encode(redacted).replace(trajectory.id.encode(), b"").replace(b"0" * 64, b"")
+    assert b"swordfish" not in encode(redacted)
     assert isinstance(redacted, Trajectory)
     assert redacted.rounds[0].critique.cascade is not None
     assert redacted.rounds[0].critique.cascade.why == "above"

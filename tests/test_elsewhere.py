@@ -22,8 +22,7 @@ from trainers.stages import Lora
 from trainers.watch import WatchConfig
 
 CONFIGS = Path(os.environ.get("CAI_CONSUMERS", ".consumers")).absolute() / "configs"
-"""`pip install --no-deps --target .consumers/configs verl==0.9.1 openrlhf==0.11.2 hydra-core omegaconf
-antlr4-python3-runtime==4.9.3`"""
+"""Filled by `make consumers`."""
 
 needs_consumers = pytest.mark.skipif(
     not CONFIGS.is_dir(), reason="verl and OpenRLHF are not beside the project"

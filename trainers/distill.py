@@ -590,7 +590,6 @@ class _Plan:
         from trainers.evaluation.refusals import refusals_for
         from trainers.evaluation.suites import Suite, read_suite
         from trainers.evaluation.summary import summarise
-        from trainers.rewards import parse
 
         wanted = self.config.evaluation
         prompts = [
@@ -616,7 +615,7 @@ class _Plan:
                     if wanted.critic is not None:
                         critic = critic_for(_chat(wanted.critic))
                         graders.append(CriticGrader(critic, self.rules, kept_in.AIMS[suite]))
-                    graders += [RewardGrader(parse(spec)) for spec in wanted.reward]
+                    graders += [RewardGrader.of(spec) for spec in wanted.reward]
                 elif wanted.refusals is not None:
                     graders.append(refusals_for(wanted.refusals))
                 for grader in graders:

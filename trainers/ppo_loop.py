@@ -104,7 +104,7 @@ class Run:
         self.actor: Any
         self.optimizer: Any
         self.actor, self.optimizer = self.accelerator.prepare(
-            actor, torch.optim.AdamW(_groups(actor, config), eps=1e-5, weight_decay=0.0)
+            actor, torch.optim.AdamW(_groups(actor, config), eps=1e-5, weight_decay=0.0, fused=True)
         )
         self.watch = self._watch()
         self.stopped: dict[str, Any] | None = None

@@ -273,8 +273,9 @@ def _known(name: str) -> bool:
 
 
 def _loadable(folder: Path) -> Path:
-    if not (folder / "config.json").exists() or not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{folder}: has no config.json and *.safetensors; a model's folder holds both")
+    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (*.safetensors)")):
+        if not any(folder.glob(pattern)):
+            raise ConfigError(f"{folder}: has no {what}; name the folder of a whole model")
     return folder
 
 

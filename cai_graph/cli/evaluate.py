@@ -233,6 +233,7 @@ def score(
     from cai_graph import constitution as rules
     from trainers.evaluation.folder import AIMS, Evaluation
     from trainers.evaluation.generations import write_whole
+    from trainers.evaluation.grades import RewardGrader
     from trainers.evaluation.plots import svgs
     from trainers.evaluation.refusals import refusals_for
     from trainers.evaluation.summary import summarise
@@ -247,7 +248,7 @@ def score(
     async def work() -> None:
         if best_of is not None:
             with _shown(f"choosing by {best_of}") as tell:
-                await evaluation.best_of(_reward(best_of), tell)
+                await evaluation.best_of(RewardGrader.of(best_of), tell)
         if self_consistency:
             evaluation.self_consistent()
         for suite in evaluation.suites():
@@ -255,7 +256,7 @@ def score(
             if suite in AIMS:
                 if critic is not None:
                     graders.append(_critic(critic, by_claim, found, AIMS[suite]))
-                graders += [_reward(each) for each in reward or ()]
+                graders += [RewardGrader.of(each) for each in reward or ()]
             elif refusals is not None:
                 graders.append(refusals_for(refusals))
             for grader in graders:
@@ -286,17 +287,6 @@ def _critic(spec: str, by_claim: bool, constitution: Any, aim: str) -> Grader:
 
     critic = critic_for(judging(spec))
     return CriticGrader(ByClaim(critic) if by_claim else critic, constitution, aim)
-
-
-def _reward(spec: str) -> Grader:
-    from trainers.checkpoint import Checkpoint
-    from trainers.evaluation.grades import RewardGrader
-    from trainers.rewards import parse
-
-    reward = parse(spec)
-    is_folder = Path(spec).is_dir()
-    name = f"{spec} ({Checkpoint.open(spec).digest[:8]})" if is_folder else reward.name
-    return RewardGrader(reward, name=name)
 
 
 def _print(summary: Summary) -> None:

@@ -20,6 +20,8 @@ class Stage(NamedTuple):
     name: str
     help: str
     example: str
+    tells: bool = False
+    """Whether `train` is given whom to tell of its updates; other stages show TRL's own bar."""
 
 
 STAGES = (
@@ -32,7 +34,12 @@ STAGES = (
     Stage("dpo", "Prefer answers, by soft labels: DPO.", "--set data=preferences --set output=dpo"),
     Stage("kto", "Prefer answers that are labelled one by one: KTO.", "--set data=labelled --set output=kto"),
     Stage("online", "Learn by a reward, under a watch: RLOO and GRPO.", "--set output=better"),
-    Stage("ppo", "Learn from any reward, by PPO.", "--set data=prompts --set reward=reward --set output=ppo"),
+    Stage(
+        "ppo",
+        "Learn from any reward, by PPO.",
+        "--set data=prompts --set reward=reward --set output=ppo",
+        tells=True,
+    ),
 )
 
 
@@ -48,10 +55,17 @@ def _register(stage: Stage) -> None:
     ) -> None:
         from importlib import import_module
 
+        from rich.progress import MofNCompleteColumn
+
         from trainers.config import read
 
         module = import_module(f"trainers.{stage.name}")
-        made = module.train(read(module.Config, config, settings or ()))
+        told = read(module.Config, config, settings or ())
+        if stage.tells:
+            with measured("updates", MofNCompleteColumn()) as tell:
+                made = module.train(told, tell)
+        else:
+            made = module.train(told)
         note(f"the checkpoint is in {made.path}; its README.md says how it came to be")
 
     again = "Type the same command again after an interrupt, and it goes on where it stopped."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from cai_graph.bulk import is_about_all_rows
@@ -19,8 +20,9 @@ from cai_graph.critic import Critic, critic_for, failed_principles
 from cai_graph.errors import ConfigError
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Label, text_of
+from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
-from trainers.rewards import Reward
+from trainers.rewards import Reward, Spec, parse
 
 __all__ = ["CriticGrader", "Grade", "Grader", "RewardGrader"]
 
@@ -107,6 +109,14 @@ class RewardGrader:
         self._reward = reward
         self.batch = batch
         self.name = f"{name or reward.name} as reward"
+
+    @classmethod
+    def of(cls, spec: Spec) -> RewardGrader:
+        """Read a reward's spec. The digest of weights is in the name: two folders never share grades."""
+        reward = parse(spec)
+        folders = [each for each in ([spec] if isinstance(spec, str) else list(spec)) if Path(each).is_dir()]
+        named = [f"{folder} ({Checkpoint.open(folder).digest[:8]})" for folder in folders]
+        return cls(reward, name=" and ".join(named))
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
         """Return the reward of each answer; what a reward raises ends the grading, which resumes."""
