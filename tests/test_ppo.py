@@ -25,7 +25,7 @@ from trainers import config as configs
 from trainers import ppo
 from trainers.checkpoint import Checkpoint
 from trainers.policy import Messages
-from trainers.ppo_loop import Run
+from trainers.ppo.loop import Run
 from trainers.rewards import RewardError
 from trainers.stages import Lora
 from trainers.watch import WatchConfig

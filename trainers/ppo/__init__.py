@@ -2,7 +2,7 @@
 
 A token is a step and an answer is an episode: the state is the text so far, the action the next token. One
 update draws `rollout_size` answers, scores them, and takes `ppo_epochs` passes over them in minibatches of
-batch_size x accumulate x processes answers. The mathematics stand in `ppo_math`, the loop in `ppo_loop`.
+batch_size x accumulate x processes answers. The mathematics stand in `formulas`, the loop in `loop`.
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2015 (GAE, arXiv:1506.02438), Ziegler
 et al. 2019 (KL in the reward of every token, adaptive coefficient, arXiv:1909.08593), Stiennon et al. 2020
@@ -135,7 +135,7 @@ def train(config: Config, tell: Callable[[int, int], None] = lambda done, total:
     if config.output.exists():
         raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
     try:
-        from trainers import ppo_loop
+        from trainers.ppo.loop import Run
     except ImportError as error:
         raise MissingExtra("`cai train ppo`", error.name or "torch", "train") from error
-    return ppo_loop.Run(config).train(tell)
+    return Run(config).train(tell)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainers.ppo_math import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
+from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
 
 MASK = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
 """An answer of three tokens, and one of one token."""

@@ -24,9 +24,9 @@ from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
 from trainers.policy import Messages, Sample, batch_of, sample
 from trainers.ppo import Config, Diverged
-from trainers.ppo_math import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
-from trainers.ppo_models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs
-from trainers.ppo_state import Progress, States
+from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
+from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs
+from trainers.ppo.state import Progress, States
 from trainers.prompts import read_prompts
 from trainers.rewards import EnsembleReward, RewardError, parse
 from trainers.watch import Decision, Watch
