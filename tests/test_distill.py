@@ -264,10 +264,16 @@ def test_the_models_are_measured_side_by_side(tmp_path: Path, server: Server, ba
     said, _, page = run(path)
     assert said[-4:] == ["evaluation begins", "evaluation done", "model begins", "model done"]
     shown = page.read_text()
-    for words in ("Figures, side by side", "Answers before and after", "Tell me lie number", "n 3"):
+    for words in (
+        "Figures, side by side",
+        "Answers before and after",
+        "Tell me lie number",
+        "n\N{NO-BREAK SPACE}3",
+    ):
         assert words in shown
     assert "<b>." not in shown
-    assert re.search(r"<th>base</th><th>sft</th><th>dpo</th>", shown)
+    heads = (f'<th class="n">{subject}</th>' for subject in ("base", "sft", "dpo"))
+    assert "".join(heads) in shown
     assert shown.count("<img ") >= 2
     assert run(path)[0][-2:] == ["evaluation skipped", "model skipped"]
     red.write_text(json.dumps({"prompt": "Another one."}) + "\n")

@@ -33,7 +33,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 60rem; m
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; margin: .6rem 0 } td { padding: .2rem 1.2rem .2rem 0; vertical-align: top }
 th { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #ccd5dd }
-td:first-child { color: #566370 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+td:first-child { color: #566370 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere }
 figure { margin: 1rem 0 } figcaption { color: #566370; font-size: .9rem }
 svg, img { max-width: 100%; height: auto }
@@ -68,11 +68,11 @@ def table(
 ) -> str:
     """Return a table of escaped cells; `numbers` are the columns that are aligned to the right."""
 
-    def cell(place: int, value: str) -> str:
+    def cell(place: int, value: str, tag: str = "td") -> str:
         kind = ' class="n"' if place in numbers else ' class="text"' if text and place else ""
-        return f"<td{kind}>{html.escape(value)}</td>"
+        return f"<{tag}{kind}>{html.escape(value)}</{tag}>"
 
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    head = "".join(cell(n, name, "th") for n, name in enumerate(header))
     body = "".join(f"<tr>{''.join(cell(n, value) for n, value in enumerate(row))}</tr>\n" for row in rows)
     return f"<table>\n{f'<tr>{head}</tr>' if head else ''}{body}</table>\n"
 
@@ -127,7 +127,7 @@ def _figures(done: Mapping[str, Done]) -> str:
     rows = [[*about, *(values.get(subject, "") for subject in subjects)] for about, values in cells.items()]
     numbers = range(3, 3 + len(subjects))
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in found["notes"])
-    said = "<p>Means with 95 % intervals and the number of prompts. Intervals that overlap show nothing.</p>"
+    said = "<p>Means, 95 % intervals, numbers of prompts. Where intervals overlap, nothing is shown.</p>"
     return said + table(rows, header=("suite", "measure", "by", *subjects), numbers=numbers) + notes
 
 
@@ -136,8 +136,9 @@ def _estimate(one: Mapping[str, Any]) -> str:
     if not found.get("n"):
         return "none"
     low, high = found.get("low"), found.get("high")
-    interval = f" ({low:.3g} to {high:.3g})" if low is not None and high is not None else ""
-    return f"{found['value']:.3g}{interval}, n {found['n']}"
+    between = f"({low:.3g} to {high:.3g}), " if low is not None and high is not None else ""
+    beside = f"{between}n {found['n']}".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{found['value']:.3g} {beside}"
 
 
 def _answers(done: Mapping[str, Done]) -> str:
