@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +21,7 @@ import yaml
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from cai_graph.trajectory import Comparison, decode
 from trainers import report as pages
+from trainers import whole
 from trainers.dataset import read_manifest
 from trainers.export import Format, read_rows
 from trainers.labels import REFUSAL
@@ -147,10 +146,10 @@ def report(folder: Path, *, licence: str, title: str | None = None) -> Report:
     """
     summary = summarise(folder)
     name = title or folder.name
-    return Report(
-        _written(folder / "README.md", card(summary, licence, name)),
-        _written(folder / "report.html", page(summary, name)),
-    )
+    made = Report(folder / "README.md", folder / "report.html")
+    whole.write(made.card, card(summary, licence, name))
+    whole.write(made.page, page(summary, name))
+    return made
 
 
 def summarise(folder: Path) -> Summary:
@@ -187,19 +186,6 @@ def _count_comparisons(log: str, positions: dict[str, Positions]) -> None:
             record = decode(payload)
             if isinstance(record, Comparison):
                 positions.setdefault(record.judge, Positions(record.judge)).add(record)
-
-
-def _written(path: Path, text: str) -> Path:
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-    return path
 
 
 # --- the figures in words -----------------------------------------------------------------------------

@@ -11,8 +11,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 from cai_graph.calls import describe
 from cai_graph.errors import CaiError, ConfigError, DataError
+from trainers import whole
 
-__all__ = ["Done", "Needs", "Pipeline", "State", "Step", "StepFailed", "write_whole"]
+__all__ = ["Done", "Needs", "Pipeline", "State", "Step", "StepFailed"]
 
 DONE = "stage.json"
 State = Literal["done", "begun", "new"]
@@ -190,7 +189,7 @@ class Pipeline:
                 "seconds": seconds,
                 "figures": figures,
             }
-            write_whole(path / DONE, json.dumps(note, indent=2, default=str) + "\n")
+            whole.write(path / DONE, json.dumps(note, indent=2, default=str) + "\n")
         except CaiError as error:
             raise StepFailed(step.name, str(error)) from error
         except OSError as error:
@@ -215,18 +214,3 @@ class Pipeline:
             except OSError as error:
                 raise ConfigError(f"{self.folder}: another run works here; wait for its end") from error
             yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
-from trainers.pipeline import Done, Pipeline, write_whole
+from trainers.pipeline import Done, Pipeline
 
 if TYPE_CHECKING:
     from trainers.distill import Config
@@ -105,7 +106,7 @@ def report(output: Path, config: Config, steps: Pipeline, done: Mapping[str, Don
         _section("Config", table([(key, _said(value)) for key, value in plain(config).items()], text=True)),
     ]
     page = output / "report.html"
-    write_whole(
+    whole.write(
         page, document(f"{output.name}: {config.model} under {config.constitution}", "".join(sections))
     )
     return page

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
-from trainers import checkpoint, weights
+from trainers import checkpoint, weights, whole
 from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
 from trainers.encoding import Counts, Encoder, Hazard, Shape, Source, encode, open_data
@@ -360,9 +360,7 @@ def _hold(lock: int, work: Path) -> None:
 
 def _same_plan(path: Path, plan: dict[str, Any]) -> None:
     if not path.exists():
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
-        os.replace(new, path)
+        whole.write(path, json.dumps(plan, indent=2) + "\n")
         return
     begun = json.loads(path.read_text(encoding="utf-8"))
     changed = [
@@ -414,9 +412,7 @@ def _encode(config: StageConfig, shape: Shape, source: Source, encoder: Encoder,
             found["test_rows"] = encode(source.test, shape, encoder, spare, rows / "test.arrow").rows
         if "test_rows" not in found:
             (rows / "test.arrow").unlink(missing_ok=True)
-    new = rows / "counts.new"
-    new.write_text(json.dumps(found), encoding="utf-8")
-    os.replace(new, rows / "counts.json")
+    whole.write(rows / "counts.json", json.dumps(found))
 
 
 def _encoded(path: Path) -> Dataset | None:
@@ -616,9 +612,7 @@ def _clear(work: Path, *, keep_marked: bool) -> None:
 
 def _mark(point: Path, begun: float) -> None:
     checkpoint.sync(point)
-    new = point / "whole.new"
-    new.write_text(json.dumps({"seconds": time.monotonic() - begun}), encoding="utf-8")
-    os.replace(new, point / _POINT)
+    whole.write(point / _POINT, json.dumps({"seconds": time.monotonic() - begun}))
 
 
 def _seconds(work: Path) -> float:

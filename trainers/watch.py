@@ -47,6 +47,7 @@ from xxhash import xxh3_128_hexdigest
 
 from cai_graph import bridge
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
+from trainers import whole
 from trainers.heldout import prompts_in
 from trainers.labels import REFUSAL
 from trainers.policy import Messages
@@ -562,10 +563,10 @@ class Watch:
         path = self._output / name
         if not path.exists():
             return []
-        whole, end, cut = path.read_bytes().rpartition(b"\n")
+        lines, end, cut = path.read_bytes().rpartition(b"\n")
         if cut:  # by an interrupt
-            os.truncate(path, len(whole) + len(end))
-        return [json.loads(line) for line in whole.splitlines()]
+            os.truncate(path, len(lines) + len(end))
+        return [json.loads(line) for line in lines.splitlines()]
 
     def _forget(self, step: int) -> None:
         """Drop what was seen at this step and later: the run went back to a checkpoint before it."""
@@ -577,9 +578,7 @@ class Watch:
         self.readings = [one for one in self.readings if one.step < step]
         for name in ("watch.jsonl", "heldout.jsonl"):
             lines = [json.dumps(record) + "\n" for record in self._records(name) if record["step"] < step]
-            beside = self._output / f".{name}"
-            beside.write_text("".join(lines), encoding="utf-8")
-            os.replace(beside, self._output / name)
+            whole.write(self._output / name, "".join(lines))
 
 
 def _mean(values: Sequence[Any]) -> float:

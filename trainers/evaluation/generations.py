@@ -13,8 +13,6 @@ import contextlib
 import fcntl
 import importlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from cai_graph.calls import cut_short, describe
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.shape import Shape
 from cai_graph.trajectory import text_of, to_langchain
+from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.evaluation.suites import Prompt
 
@@ -307,19 +306,6 @@ def write_whole(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        whole.write(path, text)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except OSError as error:
-        Path(partial).unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise

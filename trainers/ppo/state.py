@@ -22,6 +22,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from cai_graph.errors import ConfigError, ModelError
+from trainers import whole
 from trainers.checkpoint import sync
 from trainers.config import plain
 from trainers.ppo import Config
@@ -68,9 +69,7 @@ class States:
         if accelerator.is_main_process:
             self.record.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                beside = path.with_suffix(".new")
-                beside.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-                os.replace(beside, path)
+                whole.write(path, json.dumps(told, indent=2) + "\n")
         accelerator.wait_for_everyone()
         before = json.loads(path.read_text(encoding="utf-8"))
         other = sorted(key for key in told if key not in MAY_CHANGE and told[key] != before.get(key))
@@ -136,9 +135,7 @@ class States:
             with contextlib.suppress(ValueError):  # a line that was cut off
                 if json.loads(line)["update"] <= update:
                     kept.append(line + "\n")
-        beside = path.with_suffix(".new")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, path)
+        whole.write(path, "".join(kept))
 
 
 @contextlib.contextmanager
