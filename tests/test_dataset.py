@@ -27,6 +27,7 @@ from cai_graph.trajectory import (
     Review,
     Revision,
     Round,
+    ToolCall,
     Trajectory,
     Verdict,
     encode,
@@ -178,6 +179,20 @@ def test_what_is_no_pair_is_dropped_for_a_reason(
     log = write(tmp_path / "log.jsonl", [*records, revised(99)])
 
     assert build([log], tmp_path / "out", Recipe(kind="preference")).ledger.dropped == {reason: 1}
+
+
+def test_an_argument_of_a_tool_call_is_not_taken_for_the_outcome(tmp_path: Path) -> None:
+    call = ToolCall(name="close", args={"id": 1, "outcome": "KEPT", "by": "x"}, id="1")
+    asked = (
+        says("hi", "user"),
+        Message(role="assistant", content="", tool_calls=(call,)),
+        Message(role="tool", content="closed", tool_call_id="1"),
+    )
+    log = write(tmp_path / "log.jsonl", [revised(messages=asked), kept(1)])
+
+    ledger = build([log], tmp_path / "out", Recipe(kind="preference")).ledger
+
+    assert (ledger.rows, ledger.dropped) == (1, {Reason.NO_PAIR: 1})
 
 
 def test_a_review_outranks_the_critic_and_the_judge(tmp_path: Path) -> None:

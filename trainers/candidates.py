@@ -16,14 +16,14 @@ from xxhash import xxh3_64_digest, xxh3_64_intdigest, xxh3_128_intdigest
 
 from cai_graph.constitution import Constitution, builtin
 from cai_graph.constitution import load as load_constitution
-from trainers.conversion import Terms, Wording, rows_of
+from trainers.conversion import ROWLESS, Terms, Wording, rows_of
 from trainers.evidence import NO_EVIDENCE, Evidence, EvidenceFile
 from trainers.heldout import HeldOut
 from trainers.ledger import REASONS, Ledger, Reason
 from trainers.lengths import Lengths, Refused
 from trainers.near import PromptFile
 from trainers.privacy import personal
-from trainers.reading import Logged, Stretch, read_logged
+from trainers.reading import Head, Logged, Stretch, read_logged
 from trainers.recipe import Recipe
 from trainers.rows import RANKS, Dropped, Row, content_of, encode_row
 from trainers.split import prompt_key, prompt_text
@@ -107,9 +107,11 @@ class Candidates:
         """
         part, ledger, kind = self.part, self.part.ledger, self.recipe.kind
         number, digests = self._number, 0
+        # What people or judges said can make rows of any trajectory.
+        head_enough = ROWLESS.get(kind) if self.evidence is None else None
         for payload in payloads:
             digests += xxh3_128_intdigest(payload)
-            logged = read_logged(payload)
+            logged = read_logged(payload, head_enough)
             if logged is None:
                 if self.evidence is None:
                     raise Judged
@@ -154,7 +156,7 @@ class Candidates:
         ledger.read += number - self._number
         part.log_digest = digests % _DIGESTS
 
-    def _rows(self, logged: Logged) -> Sequence[Row] | Dropped:
+    def _rows(self, logged: Logged | Head) -> Sequence[Row] | Dropped:
         constitution = logged.constitution
         if constitution.digest not in self.part.constitutions:
             self.part.constitutions[constitution.digest] = constitution.name

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cai_graph.trajectory import Comparison, Message, Review
+from cai_graph.trajectory import Comparison, Message, Outcome, Review
 from trainers.answers import (
     UNREADABLE,
     VIOLATES,
@@ -35,7 +35,7 @@ from trainers.compared import judged_pairs
 from trainers.critic_rows import critic_rows
 from trainers.evidence import NO_EVIDENCE, Evidence
 from trainers.ledger import REASONS, Reason
-from trainers.reading import Logged, LoggedCritique, LoggedRevision
+from trainers.reading import Head, Logged, LoggedCritique, LoggedRevision
 from trainers.rows import (
     CritiqueRow,
     Dropped,
@@ -52,7 +52,7 @@ from trainers.rows import (
     margin_of,
 )
 
-__all__ = ["CONVERSIONS", "Terms", "Wording", "rows_of"]
+__all__ = ["CONVERSIONS", "ROWLESS", "Terms", "Wording", "rows_of"]
 
 
 class Wording(NamedTuple):
@@ -70,10 +70,23 @@ class Terms:
     """Principles' wordings by id, by the digest of their constitution; read by `critique-sft`."""
 
 
-def rows_of(kind: Kind, logged: Logged, evidence: Evidence, terms: Terms) -> Sequence[Row] | Dropped:
-    """Return the rows of one kind that a Trajectory gives, at least one, or the reason why there are none."""
+ROWLESS: Mapping[Kind, Outcome] = {"preference": Outcome.KEPT, "ranked": Outcome.KEPT}
+"""The outcome that gives no rows of a kind, for want of a pair, unless somebody spoke about it."""
+
+_ONE_ANSWER = Dropped(Reason.NO_PAIR)
+"""Most of a log, which is why it is not raised."""
+
+
+def rows_of(kind: Kind, logged: Logged | Head, evidence: Evidence, terms: Terms) -> Sequence[Row] | Dropped:
+    """Return the rows of one kind that a Trajectory gives, at least one, or the reason why there are none.
+
+    Of a Trajectory whose outcome is ROWLESS, and about which nobody spoke, the Head is enough.
+    """
     if logged.metadata and logged.metadata.get("redaction") == "failed":
         return Dropped(Reason.WITHHELD)
+    if evidence is NO_EVIDENCE and logged.outcome == ROWLESS.get(kind):
+        return _ONE_ANSWER
+    assert isinstance(logged, Logged)
     try:
         return CONVERSIONS[kind](logged, evidence, terms)
     except Drop as drop:
@@ -224,7 +237,7 @@ def privileged(logged: Logged, evidence: Evidence, terms: Terms) -> list[Privile
 # --- preference ---------------------------------------------------------------------------------------
 
 
-def preference(logged: Logged, evidence: Evidence, terms: Terms) -> list[PreferenceRow] | Dropped:
+def preference(logged: Logged, evidence: Evidence, terms: Terms) -> list[PreferenceRow]:
     """Pairs with evidence: a person's, an AI comparison's, or the critic's verdicts on draft and revision."""
     if evidence is not NO_EVIDENCE:
         if (review := review_of(evidence)) is not None:
@@ -297,14 +310,10 @@ def _compared(logged: Logged, comparisons: Sequence[Comparison], liking: float) 
     return rows
 
 
-_ONE_ANSWER = Dropped(Reason.NO_PAIR)
-"""Most of a log, which is why it is not raised."""
-
-
-def _revised(logged: Logged, liking: float) -> list[PreferenceRow] | Dropped:
+def _revised(logged: Logged, liking: float) -> list[PreferenceRow]:
     """The accepted revision over the draft, and over the candidates that the critic found worse."""
     if logged.outcome == "KEPT":
-        return _ONE_ANSWER
+        raise Drop(Reason.NO_PAIR)
     if logged.outcome == "UNJUDGED":
         raise Drop(Reason.UNJUDGED)
     draft = draft_of(logged)
@@ -461,10 +470,10 @@ def prompts(logged: Logged, evidence: Evidence, terms: Terms) -> list[PromptRow]
 
 def ranked(logged: Logged, evidence: Evidence, terms: Terms) -> list[RankedRow]:
     """Draft, middle and final revision, where the critic vouches for the final one."""
-    prompt = prompt_of(logged)
-    draft = draft_of(logged)
     if logged.outcome != "REVISED":
         raise Drop(Reason.NO_PAIR if logged.outcome == "KEPT" else Reason.NOT_ACCEPTED)
+    prompt = prompt_of(logged)
+    draft = draft_of(logged)
     accepted = accepted_of(logged)
     if len(accepted) < 2:
         raise Drop(Reason.NO_PAIR)
@@ -487,7 +496,7 @@ def ranked(logged: Logged, evidence: Evidence, terms: Terms) -> list[RankedRow]:
     ]
 
 
-CONVERSIONS: dict[Kind, Callable[[Logged, Evidence, Terms], Sequence[Row] | Dropped]] = {
+CONVERSIONS: dict[Kind, Callable[[Logged, Evidence, Terms], Sequence[Row]]] = {
     "sft": sft,
     "critique-sft": critique_sft,
     "preference": preference,

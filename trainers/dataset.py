@@ -135,8 +135,7 @@ def _written(sink: Sink, ledger: Ledger, selected: Iterable[Selected]) -> Ledger
         ledger.add(one.ledger)
         lost += one.lost
         for split, lines in one.lines.items():
-            if lines:
-                sink.write(split, lines)
+            sink.write(split, lines)
     return completed(ledger, lost)
 
 

@@ -218,7 +218,7 @@ SHAPES: dict[Format, dict[Kind, Shape]] = {
 class Sink(Protocol):
     """What writes a dataset's files in one format."""
 
-    def write(self, split: Split, lines: list[bytes]) -> None:
+    def write(self, split: Split, lines: bytes) -> None:
         """Write rows, each one line of JSON as `read_row` reads it, in the order of the dataset."""
 
     def close(self) -> None:
@@ -315,11 +315,11 @@ class _JsonLines:
         self.folder = folder
         self._files: dict[str, Any] = {}
 
-    def write(self, split: str, lines: list[bytes]) -> None:
+    def write(self, split: str, lines: bytes) -> None:
         file = self._files.get(split)
         if file is None:
             file = self._files[split] = (self.folder / f"{split}.jsonl").open("wb")
-        file.write(b"".join(lines))
+        file.write(lines)
 
     def close(self) -> None:
         for file in self._files.values():
@@ -347,11 +347,9 @@ class _Parquet(_JsonLines):
         except ImportError as error:
             raise MissingExtra("a dataset in Parquet", "pyarrow", "train") from error
 
-    def write(self, split: str, lines: list[bytes]) -> None:
-        for name in _OPTIONAL - self._occur:
-            key = f'"{name}":'.encode()  # inside a JSON string its quotes would be escaped
-            if any(key in line for line in lines):
-                self._occur.add(name)
+    def write(self, split: str, lines: bytes) -> None:
+        # Inside a JSON string the quotes would be escaped.
+        self._occur |= {name for name in _OPTIONAL - self._occur if f'"{name}":'.encode() in lines}
         super().write(split, lines)
 
     def close(self) -> None:
@@ -382,10 +380,11 @@ class _Shaped:
         self.files = files
         self._provenance = (folder / PROVENANCE).open("wb")
 
-    def write(self, split: Split, lines: list[bytes]) -> None:
-        shaped = [self.shape(read_row(self.kind, line)) for line in lines]
-        self.files.write(split, [msgspec.json.encode(row) + b"\n" for row in shaped])
-        self._provenance.write(b"".join(map(provenance_of, lines)))
+    def write(self, split: Split, lines: bytes) -> None:
+        each = lines.splitlines(keepends=True)  # JSON escapes whatever else ends a line
+        shaped = [self.shape(read_row(self.kind, line)) for line in each]
+        self.files.write(split, b"".join(msgspec.json.encode(row) + b"\n" for row in shaped))
+        self._provenance.write(b"".join(map(provenance_of, each)))
 
     def close(self) -> None:
         self.files.close()

@@ -1,6 +1,7 @@
 """Reading a log for training: of each Trajectory only what rows are made of, at the speed of the parser.
 
     Logged       what rows need of a Trajectory; other fields are skipped, not parsed
+    Head         of that what says whether there can be rows at all
     Stretch      a part of a log or of a JSONL file, which one worker reads
 
 Messages come as the rows hold them (`Turn`), since nearly every message needs no change for that.
@@ -23,6 +24,7 @@ from cai_graph.log import CURRENT_END, open_log
 from cai_graph.trajectory import (
     Critique,
     Message,
+    Outcome,
     Record,
     ToolCall,
     Trajectory,
@@ -32,6 +34,7 @@ from trainers.ledger import Reason
 from trainers.rows import Dropped, FunctionCall, ToolUse, Turn
 
 __all__ = [
+    "Head",
     "Logged",
     "LoggedCritique",
     "LoggedDraft",
@@ -53,6 +56,8 @@ _BUFFER = 1 << 18
 _RECORD = 4 << 10
 """About the bytes of a record."""
 _TRAJECTORY = b'{"record":"trajectory",'
+_BEFORE_TEXTS = 512
+"""Bytes in which the outcome stands, unless a name is very long."""
 
 
 # --- what is read of a record -------------------------------------------------------------------------
@@ -115,32 +120,49 @@ class LoggedConstitution(_Part, frozen=True):
     digest: str
 
 
-class Logged(_Part, frozen=True):
-    """A Trajectory, as far as rows are made of it."""
+class Head(_Part, frozen=True):
+    """What a Trajectory was, and what it came to, without its texts."""
 
     id: str
     mode: str
     constitution: LoggedConstitution
     outcome: str
+    metadata: dict[str, Any] = {}
+
+
+class Logged(Head, frozen=True):
+    """A Trajectory, as far as rows are made of it."""
+
     messages: tuple[Turn, ...] = ()
     draft: LoggedDraft | None = None
     rounds: tuple[LoggedRound, ...] = ()
     released: Turn | None = None
     released_from: str | None = None
-    metadata: dict[str, Any] = {}
 
 
 _decoder = msgspec.json.Decoder(Logged)
+_heads = msgspec.json.Decoder(Head)
+_MARKS = {outcome: b',"outcome":"%b",' % outcome.value.encode() for outcome in Outcome}
 
 
-def read_logged(payload: bytes) -> Logged | Dropped | None:
+def read_logged(payload: bytes, head_enough: Outcome | None = None) -> Logged | Head | Dropped | None:
     """Return what rows need of an encoded Trajectory; None for a record of another kind.
 
     Dropped as `not_text` where a message holds something other than text, and as `unreadable_record` where
     the payload is no record that this release reads.
+
+    Args:
+        payload: the record.
+        head_enough: the outcome of which the Head of a Trajectory is enough, at half the cost; one that is
+            hard to read comes whole all the same.
     """
     if payload.startswith(_TRAJECTORY) and payload.endswith(CURRENT_END):
         try:
+            # What is found may also be an argument of a tool call, in a message that follows closely.
+            if head_enough is not None and payload.find(_MARKS[head_enough], 0, _BEFORE_TEXTS) > 0:
+                head = _heads.decode(payload)
+                if head.outcome == head_enough:
+                    return head
             return _decoder.decode(payload)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             pass  # Lone surrogates, or a message that rows hold otherwise: tool calls, parts.

@@ -63,8 +63,8 @@ class Selected(NamedTuple):
     """The rows' accounts, and those of trajectories that made one candidate only."""
     lost: list[Lost]
     """Rows of trajectories that made several."""
-    lines: dict[Split, list[bytes]]
-    """The rows, as lines of JSON, of each split."""
+    lines: dict[Split, bytes]
+    """The rows of each split that has any, as lines of JSON, one block: a process hands it on at once."""
 
 
 def limits_of(recipe: Recipe, clusters: Clusters) -> Iterator[Limit]:
@@ -118,10 +118,12 @@ def select(decisions: Decisions, spooling: Iterable[Spooling]) -> Selected:
             ledger.drop(reason)
         else:
             lost.append(Lost(candidate.trajectory, candidate.siblings, reason))
+    blocks: dict[Split, bytes] = {}
     for split, rows in lines.items():
         if rows:
             ledger.keep(split, len(rows))
-    return Selected(ledger, lost, lines)
+            blocks[split] = b"".join(rows)
+    return Selected(ledger, lost, blocks)
 
 
 def select_spool(decisions: Decisions, spooled: Sequence[Spooled], number: int) -> Selected:
