@@ -155,6 +155,9 @@ def _left(run: Run) -> Message | None:
     return Message(role="assistant", content=frozen) if frozen else None
 
 
+_FULL_SECONDS = 0.01
+"""How long a task waits before it looks again whether the log has room."""
+
 log_failures = 0
 """How many records of this process could not be committed while their answers left all the same."""
 
@@ -184,6 +187,8 @@ async def commit(plan: Plan, record: Trajectory | Review, *, failed: bool = Fals
             alarm(error)
 
     try:
+        while plan.log.is_full and not failed:  # a disk that is slow holds up no other task of the loop
+            await asyncio.sleep(_FULL_SECONDS)
         committed = plan.log.append(record)
         if failed:  # a request that is being cancelled must not wait; the log drains at exit
             committed.add_done_callback(alarm_if_failed)

@@ -27,6 +27,7 @@ from cai_graph.chain import ConstitutionalRunnable, constitutional
 from cai_graph.constitution import Constitution
 from cai_graph.errors import ConfigError, DataError, RunError, Violation
 from cai_graph.log import open_log
+from cai_graph.log import writer as log_writer
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Outcome, Trajectory
 
@@ -466,6 +467,34 @@ def test_many_threads_are_answered_at_once(tmp_path: Path) -> None:
 
     assert {output.content for output in outputs} == {"better"}
     assert len(logged) == 64
+
+
+async def test_a_log_that_cannot_keep_up_holds_up_the_answers_and_not_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_writer, "MAX_PENDING_BYTES", 100_000)
+    may_write = threading.Event()
+    with open_log(tmp_path / "cai.db") as log:
+        store = log._shared.store
+        insert = store.insert
+        monkeypatch.setattr(store, "insert", lambda rows: may_write.wait() and insert(rows))
+        guarded = guard(by_role(critique=flags("no-harm")), log=log)
+        tasks = [asyncio.create_task(guarded.ainvoke("q" * 10_000)) for _ in range(40)]
+        try:
+            async with asyncio.timeout(20):
+                while not log.is_full:
+                    await asyncio.sleep(0)
+            for _ in range(100):  # all have their answers by now, and wait for room
+                await asyncio.sleep(0.001)
+            under_way = [not task.done() for task in tasks]
+        finally:
+            may_write.set()
+        outputs = await asyncio.gather(*tasks)
+        logged = list(log.read())
+
+    assert all(under_way)
+    assert {output.content for output in outputs} == {"better"}
+    assert len(logged) == 40
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

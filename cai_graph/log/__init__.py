@@ -229,6 +229,11 @@ class Log:
         """Records that this process could not write so far; the future of each says why."""
         return 0 if self._shared.writer is None else self._shared.writer.lost
 
+    @property
+    def is_full(self) -> bool:
+        """Whether so much is pending (32 MB) that `append` may wait; an event loop sleeps while it is."""
+        return self._shared.writer is not None and self._shared.writer.is_full
+
     def append(self, record: Record) -> Commit:
         """Queue a record, and return a future that resolves once it is committed; an event loop can await it.
 

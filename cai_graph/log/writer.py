@@ -110,6 +110,11 @@ class Writer:
                 self._start()
         return commit
 
+    @property
+    def is_full(self) -> bool:
+        """Whether an append may have to wait; true from half of MAX_PENDING_BYTES, since records differ."""
+        return self._pending_bytes > MAX_PENDING_BYTES // 2
+
     def flush(self) -> None:
         """Wait until everything appended before is committed or has failed."""
         with self._lock:
