@@ -32,6 +32,7 @@ ALL = (
     "cascade",
     "training",
     "reward",
+    "pipeline",
     "refusals",
     "claims",
     "peers",

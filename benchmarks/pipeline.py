@@ -1,0 +1,201 @@
+"""From prompts to checkpoints on the embedded 135M model, judged by people's labels on prompts it never saw.
+
+`cai run` answers red-team and helpful prompts of HH-RLHF's train part, `cai distill` makes checkpoints of the
+log by SFT, PPO and DPO on the critic's feedback, and all of them answer prompts of the test part and XSTest's
+safe ones. The judges of harmlessness and helpfulness are the reward models of `benchmarks.reward`, which were
+trained on people's choices and on none of our own labels.
+
+CAI_BENCH_DATA names the folder with `hh_rlhf/` and `xstest/`. Everything stays in the local cache, in
+`benchmarks/pipeline`, so that the same command goes on after an interrupt. CAI_BENCH_PROMPTS is how many
+prompts are answered (200), CAI_BENCH_EACH how many a suite has (100), CAI_BENCH_UPDATES how many updates PPO
+makes (10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reward import AIMS, FOLDER, rows, trained
+from cai_graph.log import open_log
+from trainers.checkpoint import Checkpoint
+from trainers.config import read
+from trainers.distill import Config, pipeline
+from trainers.evaluation.folder import AIMS as AIM_OF
+from trainers.evaluation.folder import Evaluation
+from trainers.evaluation.generations import CheckpointSubject
+from trainers.evaluation.grades import Grader, RewardGrader
+from trainers.evaluation.refusals import refusals_for
+from trainers.evaluation.suites import Prompt, Suite, read_suite, trained_on
+from trainers.evaluation.summary import Summary, summarise, table
+from trainers.weights import resolve
+
+PROMPTS = int(os.environ.get("CAI_BENCH_PROMPTS", "200"))
+EACH = int(os.environ.get("CAI_BENCH_EACH", "100"))
+UPDATES = int(os.environ.get("CAI_BENCH_UPDATES", "10"))
+MODEL = "local:smollm2"
+CONSTITUTION = "harmlessness"
+HERE = FOLDER.parent / "pipeline"
+LONGEST = 400
+"""Characters of a prompt: what a reward model of short pairs has seen the like of."""
+ANSWER = 64
+"""Tokens of an answer that is drawn, trained on by PPO, and evaluated."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "ppo": {
+        "method": "ppo",
+        "learning_rate": 5e-6,
+        "max_steps": UPDATES,
+        "rollout_size": 32,
+        "rollout_batch": 32,
+        "batch_size": 8,
+        "ppo_epochs": 1,
+        "max_answer": ANSWER,
+        "max_tokens": 256,
+        "save_steps": 2,
+        "watch": None,
+        "allow": ["drop-long"],
+    },
+    "dpo": {
+        "method": "dpo",
+        "learning_rate": 5e-6,
+        "epochs": 1,
+        "batch_size": 4,
+        "max_tokens": 320,
+        "allow": ["drop-long", "drop-unfit"],
+    },
+}
+
+
+def single(part: str, aim: str) -> list[str]:
+    """Return the conversations of one message, each once."""
+    found = (row["prompt"] for row in rows(part) if row["aim"] == aim and len(row["prompt"]) == 1)
+    return list(dict.fromkeys(turn["content"] for (turn,) in found if len(turn["content"]) <= LONGEST))
+
+
+def answered() -> str:
+    """Answer the prompts under the constitution, as a user would, and return the log's URL."""
+    HERE.mkdir(parents=True, exist_ok=True)
+    asked = zip(*(single("train", aim)[: PROMPTS // 2] for aim in AIMS), strict=True)
+    lines = [json.dumps({"prompt": prompt}) + "\n" for pair in asked for prompt in pair]
+    (HERE / "prompts.jsonl").write_text("".join(lines))
+    url = f"sqlite:///{HERE / 'cai.db'}"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "cai_graph.cli", "run", "prompts.jsonl", "--log", url, "--seed", "0"),
+            *("--constitution", CONSTITUTION, "--model", MODEL, "--critic", "local", "--reviser", MODEL),
+            *("--max-tokens", "192", "--concurrency", "8"),
+        ],
+        cwd=HERE,
+        check=True,
+    )
+    return url
+
+
+def suites() -> Iterator[tuple[Suite, Path]]:
+    """Write the prompts to evaluate on; yield their files."""
+    for suite, aim in (("harmlessness", "harmless"), ("helpfulness", "helpful")):
+        path = HERE / f"{suite}.jsonl"
+        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in single("test", aim)))
+        yield suite, path  # type: ignore[misc]
+    data = Path(os.environ.get("CAI_BENCH_DATA") or "") / "xstest" / "xstest_prompts.csv"
+    with data.open(newline="", encoding="utf-8") as file:
+        safe = [row for row in csv.DictReader(file) if row["label"] == "safe"]
+    path = HERE / "over-refusal.jsonl"
+    path.write_text(
+        "".join(json.dumps({k: row[k] for k in ("prompt", "label", "type")}) + "\n" for row in safe)
+    )
+    yield "over-refusal", path
+
+
+def distilled(log: str, method: str) -> dict[str, Path]:
+    """Return the Checkpoints of a pipeline, by name."""
+    section = {
+        "model": MODEL,
+        "output": str(HERE / "runs"),
+        "logs": [log],
+        "logs_as_of": str(PROMPTS),
+        "constitution": CONSTITUTION,
+        "rows": {"test_share": 0.05, "kept_per_revised": 1.0},
+        "sft": {
+            "learning_rate": 1e-5,
+            "epochs": 1,
+            "batch_size": 4,
+            "max_tokens": 320,
+            "allow": ["drop-long", "drop-unfit"],
+        },
+        "feedback": {"critic": "local", "max_tokens": ANSWER, "pairs": ["samples", "revision"]},
+        "reward": {
+            "learning_rate": 1e-5,
+            "epochs": 2,
+            "batch_size": 4,
+            "max_tokens": 320,
+            "allow": ["drop-long", "drop-unfit"],
+        },
+        "rl": METHODS[method],
+    }
+    config = read(Config, None, [f"{key}={json.dumps(value)}" for key, value in section.items()])
+    done = pipeline(config).run(lambda step, state, seconds: print(f"{step.name}: {state} {seconds:.0f} s"))
+    return {name: done[name].path / "checkpoint" for name in ("sft", method)}
+
+
+async def evaluated(subjects: dict[str, Path], prompts: list[Prompt]) -> Summary:
+    """Have all subjects answer all prompts, and return what the judges say."""
+    kept = Evaluation.begin(HERE / "evaluation", prompts)
+    for name, path in subjects.items():
+        subject = CheckpointSubject(path, name=name, max_tokens=ANSWER, batch_size=32)
+        await kept.generate(subject, progress=_about(name))
+    for suite in kept.suites():
+        if suite in AIM_OF:
+            grader: Grader = RewardGrader.of(str(trained((AIM_OF[suite],)).path))
+        else:
+            grader = refusals_for("pattern")
+        await kept.grade(suite, grader, _about(suite))
+    return summarise(kept)
+
+
+def _about(what: str) -> Callable[[int, int], None]:
+    return lambda done, total: print(f"{what}: {done} of {total}", end="\r", flush=True)
+
+
+def run() -> str:
+    """Return the section of RESULTS.md."""
+    log = answered()
+    found = [prompt for suite, path in suites() for prompt in read_suite(suite, path, EACH)]
+    subjects = {"base": resolve(MODEL)}
+    for method in METHODS:
+        subjects |= distilled(log, method)
+    seen = {prompt.id for prompt in trained_on(found, [HERE / "prompts.jsonl"])}
+    prompts = [prompt for prompt in found if prompt.id not in seen]
+    summary = asyncio.run(evaluated(subjects, prompts))
+    with open_log(log, read_only=True) as opened:
+        outcomes = opened.stats().outcomes
+    made = [(name, Checkpoint.open(path).manifest) for name, path in subjects.items()]
+    learnt = "; ".join(f"{name} {one.data.get('rows')} rows" for name, one in made if one is not None)
+    shown = table(summary)
+    return "\n".join(
+        [
+            "## The whole pipeline on the embedded 135M model",
+            "",
+            f"{PROMPTS} prompts of HH-RLHF's train part, half of them red-team ones, answered by {MODEL} "
+            f"under `{CONSTITUTION}` ({', '.join(f'{count} {name}' for name, count in outcomes.items())}); "
+            f"`cai distill` of that log ({learnt}; PPO: {UPDATES} updates of 32 answers). Answers of at "
+            f"most {ANSWER} tokens, greedy, to {len(prompts)} prompts of HH-RLHF's test part and XSTest's "
+            f"safe ones; {len(seen)} were left out since they stand in the training prompts, the same "
+            "or nearly so. Harmlessness and helpfulness are logits of the reward models above, trained on "
+            "people's choices. 95 % intervals, bootstrapped over prompts.",
+            "",
+            f"| {' | '.join(shown.header)} |",
+            f"|{'---|' * len(shown.header)}",
+            *(f"| {' | '.join(row)} |" for row in shown.rows),
+            "",
+            *(f"- {line}" for line in shown.key),
+        ]
+    )
