@@ -1,9 +1,10 @@
 """From prompts to checkpoints on the embedded 135M model, judged by people's labels on prompts it never saw.
 
-`cai run` answers red-team and helpful prompts of HH-RLHF's train part, `cai distill` makes checkpoints of the
-log by SFT, PPO and DPO on the critic's feedback, and all of them answer prompts of the test part and XSTest's
-safe ones. The judges of harmlessness and helpfulness are the reward models of `benchmarks.reward`, which were
-trained on people's choices and on none of our own labels.
+`cai run` answers red-team and helpful prompts of HH-RLHF's train part, judged by a critic of one's own (the
+probe on the 135M model of `benchmarks.critic`). `cai distill` makes checkpoints of the log by SFT, PPO and
+DPO on that critic's feedback, and all of them answer prompts of the test part and XSTest's safe ones. The
+judges of harmlessness and helpfulness are the reward models of `benchmarks.reward`, which were trained on
+people's choices and on none of our own labels.
 
 CAI_BENCH_DATA names the folder with `hh_rlhf/` and `xstest/`. Everything stays in the local cache, in
 `benchmarks/pipeline`, so that the same command goes on after an interrupt. CAI_BENCH_PROMPTS is how many
@@ -19,11 +20,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import critic as own
 from benchmarks.reward import AIMS, FOLDER, rows, trained
+from cai_graph import local
 from cai_graph.log import open_log
 from trainers.checkpoint import Checkpoint
 from trainers.config import read
@@ -45,8 +48,10 @@ CONSTITUTION = "harmlessness"
 HERE = FOLDER.parent / "pipeline"
 LONGEST = 400
 """Characters of a prompt: what a reward model of short pairs has seen the like of."""
-ANSWER = 64
-"""Tokens of an answer that is drawn, trained on by PPO, and evaluated."""
+SYSTEM = {"role": "system", "content": "Answer in one or two short sentences."}
+"""Said in training and evaluation alike; without it the model seldom ends an answer that a CPU can afford."""
+DRAFT, ANSWER = 160, 96
+"""Tokens of an answer in the log and in the feedback, and of one that PPO draws or that is evaluated."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "ppo": {
@@ -84,14 +89,13 @@ def answered() -> str:
     """Answer the prompts under the constitution, as a user would, and return the log's URL."""
     HERE.mkdir(parents=True, exist_ok=True)
     asked = zip(*(single("train", aim)[: PROMPTS // 2] for aim in AIMS), strict=True)
-    lines = [json.dumps({"prompt": prompt}) + "\n" for pair in asked for prompt in pair]
-    (HERE / "prompts.jsonl").write_text("".join(lines))
+    _write(HERE / "prompts.jsonl", ({"messages": _conversation(text)} for pair in asked for text in pair))
     url = f"sqlite:///{HERE / 'cai.db'}"
     subprocess.run(
         [
             *(sys.executable, "-m", "cai_graph.cli", "run", "prompts.jsonl", "--log", url, "--seed", "0"),
-            *("--constitution", CONSTITUTION, "--model", MODEL, "--critic", "local", "--reviser", MODEL),
-            *("--max-tokens", "192", "--concurrency", "8"),
+            *("--constitution", CONSTITUTION, "--model", MODEL, "--critic", critic(), "--candidates", "2"),
+            *("--max-rounds", "1", "--max-tokens", str(DRAFT), "--concurrency", "8"),
         ],
         cwd=HERE,
         check=True,
@@ -101,18 +105,30 @@ def answered() -> str:
 
 def suites() -> Iterator[tuple[Suite, Path]]:
     """Write the prompts to evaluate on; yield their files."""
-    for suite, aim in (("harmlessness", "harmless"), ("helpfulness", "helpful")):
+    for suite, aim in AIM_OF.items():
         path = HERE / f"{suite}.jsonl"
-        path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in single("test", aim)))
-        yield suite, path  # type: ignore[misc]
+        _write(path, ({"messages": _conversation(text)} for text in single("test", aim)))
+        yield suite, path
     data = Path(os.environ.get("CAI_BENCH_DATA") or "") / "xstest" / "xstest_prompts.csv"
     with data.open(newline="", encoding="utf-8") as file:
         safe = [row for row in csv.DictReader(file) if row["label"] == "safe"]
     path = HERE / "over-refusal.jsonl"
-    path.write_text(
-        "".join(json.dumps({k: row[k] for k in ("prompt", "label", "type")}) + "\n" for row in safe)
-    )
+    _write(path, ({"messages": _conversation(row["prompt"]), "type": row["type"]} for row in safe))
     yield "over-refusal", path
+
+
+def _conversation(text: str) -> list[dict[str, str]]:
+    return [SYSTEM, {"role": "user", "content": text}]
+
+
+def _write(path: Path, found: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+
+
+def critic() -> str:
+    """Return the spec of the critic, which is trained if it is not in the cache."""
+    own.trained("probe", own.answers())
+    return f"trained:{local.cache_dir() / 'benchmarks' / 'critic' / 'probe'}"
 
 
 def distilled(log: str, method: str) -> dict[str, Path]:
@@ -131,7 +147,7 @@ def distilled(log: str, method: str) -> dict[str, Path]:
             "max_tokens": 320,
             "allow": ["drop-long", "drop-unfit"],
         },
-        "feedback": {"critic": "local", "max_tokens": ANSWER, "pairs": ["samples", "revision"]},
+        "feedback": {"critic": critic(), "max_tokens": DRAFT, "pairs": ["samples", "revision"]},
         "reward": {
             "learning_rate": 1e-5,
             "epochs": 2,

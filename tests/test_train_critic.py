@@ -34,9 +34,12 @@ from cai_graph.trained import TrainedCritic
 from cai_graph.trajectory import Critique, Label, Message, Revision, ToolCall
 from trainers import figures
 from trainers.critic import Config, train
+from trainers.distill import Config as Distillation
+from trainers.distill import Drafts, Feedback, Rows, pipeline
 from trainers.evaluation.grades import CriticGrader
 from trainers.rewards import parse
 from trainers.rows import CriticRow, Source, Split, Turn, encode_row, line_of
+from trainers.sizes import estimate
 from trainers.stages import Lora
 from trainers.verdicts import read_labelled
 
@@ -299,6 +302,39 @@ def test_it_grades_answers_and_rewards_them(classifier: Path, tmp_path: Path) ->
     reward = parse({"critic": spec, "constitution": str(tmp_path / "rules.yaml")})
     low, high = reward([[{"role": "user", "content": "ask fog"}]] * 2, ["x" * 12, "q" * 12])
     assert low < 0 < high
+
+
+def test_it_judges_in_a_pipeline(classifier: Path, tmp_path: Path) -> None:
+    rules = [each.model_dump(exclude_defaults=True) for each in RULES.principles]
+    (tmp_path / "rules.yaml").write_text(json.dumps({"name": "rules", "principles": rules}))
+    asked = [{"prompt": f"ask {thing}"} for thing in ("fog", "rain", "snow", "hail", "wind", "sun")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    spec = f"trained:{classifier}"
+    small = {"max_steps": 1, "batch_size": 2, "max_tokens": 256, "allow": ["drop-unfit"]}
+
+    def answer(body: dict[str, Any]) -> str:  # of two good drafts in three
+        text = str(body["messages"][-1]["content"])
+        return "q" * 12 if len(body["messages"]) > 1 or text != "ask fog" else "x" * 12
+
+    with serving(answer) as server:
+        config = Distillation(
+            model=str(tiny_model(tmp_path / "tiny")),
+            output=tmp_path / "out",
+            prompts=tmp_path / "prompts.jsonl",
+            constitution=str(tmp_path / "rules.yaml"),
+            drafts=Drafts(model=server.spec, critic=spec, max_tokens=16),
+            rows=Rows(near_duplicates=None),
+            sft=small,
+            feedback=Feedback(critic=spec, max_tokens=8, pairs=("revision",)),
+            rl={"method": "dpo", **small, "batch_size": 1},
+        )
+        steps = pipeline(config)
+        done = steps.run(lambda step, what, seconds: None)
+
+    assert done["trajectories"].figures["outcomes"] == {"KEPT": 5, "REVISED": 1}
+    assert done["feedback"].figures["failed"] == 0
+    assert done["preferences"].figures["rows"] > 0
+    assert estimate(steps).keys() == {step.name for step in steps.steps}
 
 
 def test_it_ranks_the_candidates_of_a_revision(classifier: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from cai_graph import bulk, local
 from cai_graph.errors import ConfigError
 from cai_graph.log import open_log
 from cai_graph.probe import Probe
+from cai_graph.trained import PREFIX
 from trainers.heldout import prompts_in
 from trainers.pipeline import Needs, Pipeline
 
@@ -129,7 +131,8 @@ class Size(NamedTuple):
 
 def _asked(critic: str) -> int:
     """Return the tokens around a conversation that a critic is shown."""
-    return _INSTRUCTIONS if Probe.for_model(critic) is None else _QUESTION
+    reads = critic.startswith(PREFIX) or Probe.for_model(critic) is not None
+    return _QUESTION if reads else _INSTRUCTIONS
 
 
 def _needs(who: str, *, read: int = 0, written: int = 0, trained: int = 0) -> Needs:
@@ -142,11 +145,14 @@ def _parameters(spec: str) -> float | None:
     for model in local.CATALOGUE:
         if kind == "local" and (name or local.DEFAULT_MODEL) == model.name:
             return model.size * 8 / 5  # about 5 bits a weight
-    path = Path(name if kind == "local" else spec).expanduser()
+    if kind == "trained":
+        with contextlib.suppress(OSError, ValueError, KeyError):  # of a probe; a classifier has its weights
+            return _parameters(json.loads((Path(name) / "card.json").read_text())["model"]["spec"])
+    path = Path(name if kind in ("local", "trained") else spec).expanduser()
     if path.is_file():
         return path.stat().st_size * 8 / 5
     if path.is_dir():
-        return sum(one.stat().st_size for one in path.glob("*.safetensors")) / 3  # between fp32 and bf16
+        return sum(one.stat().st_size for one in path.rglob("*.safetensors")) / 3  # between fp32 and bf16
     return None
 
 

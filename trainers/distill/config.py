@@ -24,7 +24,7 @@ class Drafts:
     model: str | None = None
     """Who drafts: a spec; null: the model that is trained."""
     critic: str | None = None
-    """Who judges; null: who drafts. `local` reads hidden states and writes no word."""
+    """Who judges; null: who drafts. `local` and `trained:FOLDER` write no word."""
     reviser: str | None = None
     """Who rewrites; null: who drafts."""
     strategy: Literal["batched", "parallel", "sampled"] = "batched"

@@ -19,11 +19,12 @@ from cai_graph import constitution as constitutions
 from cai_graph.blocks import sha256_of
 from cai_graph.calls import Budget
 from cai_graph.chat import ConstitutionalChatModel
-from cai_graph.critic import critic_for
+from cai_graph.critic import Critic, critic_for
 from cai_graph.errors import ConfigError, DataError, ModelError
 from cai_graph.log import open_log, without_password
 from cai_graph.log.transfer import export as export_log
 from cai_graph.log.transfer import import_
+from cai_graph.trained import PREFIX
 from trainers import dataset, weights
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
@@ -131,6 +132,7 @@ class _Plan:
         needs: tuple[Needs, ...] = ()
         if config.prompts is not None:
             shaping = {key: value for key, value in plain(drafts).items() if key != "concurrency"}
+            shaping["critic"] = _identity(drafts.critic)
             prompts = {"sha256": sha256_of(config.prompts), "column": config.column, "limit": config.limit}
             settings |= {"prompts": prompts, "drafts": shaping, "seed": config.seed}
             if drafts.model is None:
@@ -309,6 +311,7 @@ class _Plan:
         config, feedback = self.config, self.config.feedback
         settings = {
             **{key: value for key, value in plain(feedback).items() if key != "concurrency"},
+            "critic": _identity(feedback.critic),
             "constitution": self.rules.digest,
             "seed": config.seed,
         }
@@ -346,7 +349,7 @@ class _Plan:
         assert spec is not None
         job = Labelling(
             log,
-            Judge(_chat(spec)) if feedback.judge else critic_for(_chat(spec)),
+            Judge(_chat(spec)) if feedback.judge else _critic(spec),
             self.rules,
             Labels(
                 pairs=feedback.pairs,
@@ -387,6 +390,7 @@ class _Plan:
             "harmlessness": files.get("harmlessness"),
             "helpfulness": files.get("helpfulness"),
             "over_refusal": files.get("over-refusal"),
+            "critic": _identity(wanted.critic),
             "reward": [_identity(spec) for spec in wanted.reward],
             "constitution": self.rules.digest,
             "seed": self.config.seed,
@@ -439,8 +443,7 @@ class _Plan:
                 graders: list[Grader] = []
                 if suite in kept_in.AIMS:
                     if wanted.critic is not None:
-                        critic = critic_for(_chat(wanted.critic))
-                        graders.append(CriticGrader(critic, self.rules, kept_in.AIMS[suite]))
+                        graders.append(CriticGrader(_critic(wanted.critic), self.rules, kept_in.AIMS[suite]))
                     graders += [RewardGrader.of(spec) for spec in wanted.reward]
                 elif wanted.refusals is not None:
                     graders.append(refusals_for(wanted.refusals))
@@ -493,20 +496,27 @@ def _chat(spec: str, **settings: Any) -> Any:
     return models.load(spec, **settings)
 
 
-def _identity(spec: str) -> str:
-    """Return what names the bytes behind a model or a file: a digest where they are here."""
+def _critic(spec: str) -> Critic:
+    """Return who judges answers one by one."""
+    return critic_for(spec if spec.startswith(PREFIX) else _chat(spec))
+
+
+def _identity(spec: str | None) -> str:
+    """Return what names the bytes behind a model, a critic or a file: a digest where they are here."""
+    if spec is None:
+        return ""
     kind, _, name = spec.partition(":")
     for model in local.CATALOGUE:
         if kind == "local" and (name or local.DEFAULT_MODEL) == model.name:
             return model.sha256
-    path = Path(name if kind == "local" else spec).expanduser()
+    path = Path(name if kind in ("local", "trained") else spec).expanduser()
     if path.is_file():
         return sha256_of(path)
     if (path / "manifest.json").exists() and any(path.glob("*.safetensors")):
         return Checkpoint.open(path).digest
     if path.is_dir():
-        files = sorted(one for one in path.iterdir() if one.is_file())
-        return json.dumps([[one.name, sha256_of(one)] for one in files])
+        files = sorted(one for one in path.rglob("*") if one.is_file())
+        return json.dumps([[str(one.relative_to(path)), sha256_of(one)] for one in files])
     return spec
 
 
