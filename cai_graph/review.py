@@ -35,6 +35,7 @@ from langgraph.types import Command, Interrupt, interrupt
 
 from cai_graph import bridge
 from cai_graph.calls import apart, describe
+from cai_graph.constitution import Constitution
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.form import Form
 from cai_graph.plan import Plan
@@ -47,6 +48,7 @@ from cai_graph.trajectory import (
     Outcome,
     Review,
     Trajectory,
+    Verdict,
     decode,
     encode,
     new_id,
@@ -62,6 +64,8 @@ T = TypeVar("T")
 
 DECISIONS = ("approve", "edit", "draft", "reject")
 """What a person may decide: release what is proposed, an answer of his own, the draft, or the refusal."""
+
+_LABELS = (Label.VIOLATES.value, Label.COMPLIES.value)
 
 TYPE = "constitutional_review"
 """Tells the question apart from what else an agent may ask a person."""
@@ -285,11 +289,12 @@ class Desk:
         output = self.shape.unpack(waiting["output"])
         if (decision := waiting.get("decision")) is None:
             question, required = waiting["question"], self.shape.form(output)
+            rules = self.plan.constitution
             if self.within is not None:
                 decision = await self._asked(question, required)
             elif not isinstance(input, Command):
                 raise AwaitsReview(question)
-            elif (problem := _problem(input.resume, required)) is not None:
+            elif (problem := _problem(input.resume, required, rules)) is not None:
                 raise DataError(problem)
             else:
                 decision = dict(cast("Mapping[str, Any]", input.resume))
@@ -306,11 +311,13 @@ class Desk:
     async def _asked(self, question: Mapping[str, Any], required: Form | None) -> dict[str, Any]:
         """Return what the outer graph was resumed with, or pause it."""
 
+        rules = self.plan.constitution
+
         def ask() -> dict[str, Any]:
             token = var_child_runnable_config.set(self.within)
             try:
                 said = interrupt(question)
-                while (problem := _problem(said, required)) is not None:
+                while (problem := _problem(said, required, rules)) is not None:
                     said = interrupt({**question, "problem": problem})
                 return dict(said)
             finally:
@@ -370,15 +377,30 @@ def _question(trajectory: Trajectory, proposed: str, reason: str) -> dict[str, A
     return shown
 
 
-def _problem(said: Any, required: Form | None) -> str | None:
+_FORM = (
+    '{"decision": "approve" | "edit" | "draft" | "reject", "answer": …, '
+    '"verdicts": {PRINCIPLE: "VIOLATES" | "COMPLIES"}, "reviewer": …, "note": …}'
+)
+_KEYS = ("decision", "answer", "verdicts", "reviewer", "note")
+
+
+def _problem(said: Any, required: Form | None, constitution: Constitution) -> str | None:
     """Return what is wrong with a decision, or None."""
-    form = '{"decision": "approve" | "edit" | "draft" | "reject", "answer": …, "reviewer": …, "note": …}'
     if not isinstance(said, Mapping):
-        return f"a decision is a dict, {form}; found {type(said).__name__}"
+        return f"a decision is a dict, {_FORM}; found {type(said).__name__}"
     if said.get("decision") not in DECISIONS:
         return f"decision is one of {', '.join(DECISIONS)}, found {said.get('decision')!r}"
-    if unknown := [key for key in said if key not in ("decision", "answer", "reviewer", "note")]:
-        return f"a decision has the form {form}; found also {', '.join(map(repr, unknown))}"
+    if unknown := [key for key in said if key not in _KEYS]:
+        return f"a decision has the form {_FORM}; found also {', '.join(map(repr, unknown))}"
+    verdicts = said.get("verdicts")
+    if verdicts is not None:
+        if not isinstance(verdicts, Mapping):
+            return f"verdicts is a dict of labels by principle or aim, found {verdicts!r}"
+        known = dict.fromkeys(name for p in constitution.principles for name in (p.id, p.aim))
+        if strange := [name for name in verdicts if name not in known]:
+            return f"verdicts: {constitution.name!r} has {', '.join(known)}, not {strange[0]!r}"
+        if wrong := [label for label in verdicts.values() if label not in _LABELS]:
+            return f"verdicts: a label is {' or '.join(_LABELS)}, found {wrong[0]!r}"
     for key in ("answer", "reviewer", "note"):
         if said.get(key) is not None and not (isinstance(said[key], str) and said[key].strip()):
             return f"{key} is text, found {said[key]!r}"
@@ -420,6 +442,17 @@ def _settled(waiting: Waiting, decision: Mapping[str, Any], plan: Plan) -> tuple
         reviewer=decision.get("reviewer") or "unnamed",
         decision=decision["decision"],
         answer=own,
+        verdicts=tuple(
+            _verdict(about, label, plan.constitution)
+            for about, label in (decision.get("verdicts") or {}).items()
+        ),
         note=decision.get("note"),
     )
     return msgspec.structs.replace(trajectory, **changes), record
+
+
+def _verdict(about: str, label: str, constitution: Constitution) -> Verdict:
+    """Return what a person says of the draft under a principle, or else an aim."""
+    if about in constitution:
+        return Verdict(label=Label(label), principle=about, read_by="human")
+    return Verdict(label=Label(label), aim=about, read_by="human")

@@ -22,8 +22,9 @@ from cai_graph import constitutional
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, LogError, RunError
 from cai_graph.log import Log, open_log
 from cai_graph.testing import ScriptedModel
-from cai_graph.trajectory import Outcome, Review, Trajectory
+from cai_graph.trajectory import Label, Outcome, Review, Trajectory
 from trainers.dataset import Recipe, build
+from trainers.rows import CriticRow, read_row
 
 THREAD: Any = {"configurable": {"thread_id": "1"}}
 
@@ -111,6 +112,32 @@ async def test_a_person_decides_what_leaves_and_nothing_is_paid_for_twice(
     assert review.note == decision.resume.get("note")
     assert (review.answer.content if review.answer else None) == decision.resume.get("answer")
     assert "the draft" not in stored(saver)  # its thread is gone
+
+
+def test_a_persons_labels_of_the_draft_are_what_a_critic_learns(
+    log: Log, saver: InMemorySaver, tmp_path: Path
+) -> None:
+    app = guard(model(), saver, log)
+    with pytest.raises(AwaitsReview):
+        app.invoke("hello", THREAD)
+    said = {"no-harm": "COMPLIES", "honest": "VIOLATES"}
+    app.invoke(decide("approve", verdicts=said, reviewer="ada"), THREAD)
+
+    (_, (review,)) = records(log)
+    assert [(v.principle, v.aim, v.label, v.read_by) for v in review.verdicts] == [
+        ("no-harm", None, Label.COMPLIES, "human"),
+        (None, "honest", Label.VIOLATES, "human"),
+    ]
+    made = build([log.name], tmp_path / "rows", Recipe(kind="critic", test_share=0.0))
+    rows = [read_row("critic", line) for line in (made.path / "train.jsonl").read_bytes().splitlines()]
+    of_the_draft = [
+        (row.principle, row.violates, row.source)
+        for row in rows
+        if isinstance(row, CriticRow) and row.completion[0].content == "the draft"
+    ]
+    assert ("no-harm", False, "human") in of_the_draft
+    assert ("honest", True, "human") in of_the_draft
+    assert ("no-harm", True, "critique") not in of_the_draft
 
 
 def test_the_question_says_all_that_a_person_needs(saver: InMemorySaver) -> None:
@@ -287,6 +314,15 @@ def test_what_a_pause_needs_is_checked_before_anything_is_paid_for() -> None:
         ({"decision": "approve", "answer": "mine"}, "the decision 'edit', and no other, comes with"),
         ({"decision": "edit", "answer": " "}, "answer is text, found ' '"),
         ({"decision": "approve", "by": "ada"}, "found also 'by'"),
+        ({"decision": "approve", "verdicts": "bad"}, "verdicts is a dict .* found 'bad'"),
+        (
+            {"decision": "approve", "verdicts": {"no-ham": "VIOLATES"}},
+            "verdicts: 'rules' has no-harm, harmless, be-kind, be-true, honest, not 'no-ham'",
+        ),
+        (
+            {"decision": "approve", "verdicts": {"no-harm": "bad"}},
+            "verdicts: a label is VIOLATES or COMPLIES, found 'bad'",
+        ),
     ],
 )
 def test_a_decision_that_cannot_be_read_is_named_and_the_request_goes_on_waiting(
