@@ -420,12 +420,14 @@ def test_ids_and_digests_of_a_row_are_no_personal_data(tmp_path: Path) -> None:
 # --- critiques ----------------------------------------------------------------------------------------
 
 
-def test_a_critique_is_asked_for_in_the_words_of_its_principle(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [(), (Verdict(label=Label.VIOLATES, aim="harmless", probability=0.9),)])
+def test_a_critique_is_asked_for_in_the_words_of_its_principle(
+    tmp_path: Path, read: tuple[Verdict, ...]
+) -> None:
     balanced = load("balanced")
     principle = balanced.principles[0]
-    failed = Critique(
-        verdicts=(Verdict(label=Label.VIOLATES, principle=principle.id, reason="It does harm."),), critic="c"
-    )
+    named = Verdict(label=Label.VIOLATES, principle=principle.id, reason="It does harm.")
+    failed = Critique(verdicts=(*read, named), critic="c")
     revision = Revision(answer=says("mended"), critique=COMPLIES, accepted=True)
     record = revised(
         constitution=ConstitutionRef(name="balanced", version="1", digest=balanced.digest),

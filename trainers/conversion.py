@@ -184,8 +184,12 @@ def critique_sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[Criti
         words = _words(round_.critique)
         if revision is None or not words:
             continue
-        about = abouts(round_.critique) if logged.mode == "sampled" else violated(round_.critique)
-        principles = tuple(principle for principle in about if principle)
+        # A verdict on an aim asks nothing; the critique in words that follows it names principles.
+        principles = tuple(
+            verdict.principle
+            for verdict in round_.critique.verdicts
+            if verdict.principle and (logged.mode == "sampled" or verdict.label == VIOLATES)
+        )
         wordings = _wordings(logged, terms, principles)
         asked = Turn(role="user", content="\n".join(wording.critique_request for wording in wordings))
         again = Turn(role="user", content="\n".join(wording.revision_request for wording in wordings))
