@@ -24,6 +24,7 @@ from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import config as configs
 from trainers import ppo
 from trainers.checkpoint import Checkpoint
+from trainers.partial import held
 from trainers.policy import Messages
 from trainers.ppo.loop import Run
 from trainers.rewards import RewardError
@@ -288,6 +289,18 @@ def test_a_killed_run_goes_on_exactly_as_it_would_have(config: ppo.Config, tmp_p
         [{k: v for k, v in one.items() if k not in timing} for one in log(c)] for c in (straight, resumed)
     ]
     assert lines[0] == lines[1]
+
+
+def test_two_runs_do_not_train_in_one_folder_and_what_cannot_begin_leaves_none(config: ppo.Config) -> None:
+    with held(config.output, is_main=True) as work:
+        (work / "config.json").touch()
+        with pytest.raises(ConfigError, match="another process trains there"):
+            ppo.train(config)
+        (work / "config.json").unlink()
+
+    with pytest.raises(ConfigError, match="nowhere"):
+        ppo.train(but(config, reward="nowhere:reward"))
+    assert not config.output.with_name("out.partial").exists()
 
 
 def test_two_processes_train_what_one_would_have(config: ppo.Config, tmp_path: Path) -> None:

@@ -4,18 +4,14 @@
     OUTPUT/             the Checkpoint; appears whole at the end
 
 A run that was interrupted, killed or stopped by an error goes on where it was when it is started again with
-the same config. A point counts from the moment that all of it is on the disk.
+the same config (`trainers.guarded`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
-from trainers import checkpoint, weights, whole
+from trainers import checkpoint, guarded, partial, weights, whole
 from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
 from trainers.encoding import Counts, Encoder, Hazard, Shape, Source, encode, open_data
@@ -33,9 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Hazard", "Lora", "Run", "StageConfig", "run"]
 
-PARTIAL = ".partial"
-_POINT = "whole.json"
-"""Marks a point that all of is on the disk, and says the seconds of training up to it."""
 _MAY_CHANGE = {"output", "log_steps", "save_steps", "report_to"}
 """Settings that an interrupted run may go on with otherwise."""
 
@@ -252,8 +245,8 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
 
         set_seed(config.seed)
         begun = _begin(config, shape, base, source, work)
-        trainer = _guarded(build(begun), begun)
-        _train(trainer, begun)
+        trainer = guarded.guard(build(begun), begun)
+        guarded.train(trainer, begun)
         return _finish(trainer, begun, source)
 
 
@@ -310,8 +303,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _folder(config: StageConfig, stage: str, base: Checkpoint, source: Source) -> Iterator[Path]:
-    """Give the folder of the run, which nobody else has; it stays when the body fails, to go on from."""
-    work = config.output.with_name(config.output.name + PARTIAL)
+    """Give the folder of the run, which was begun with the same config, or is new."""
     plan = {
         "stage": stage,
         "config": plain(config),
@@ -319,22 +311,11 @@ def _folder(config: StageConfig, stage: str, base: Checkpoint, source: Source) -
         "data": source.digest,
     }
     state = _processes()
-    if not state.is_main_process:
+    with partial.held(config.output, is_main=state.is_main_process) as work:
+        if state.is_main_process:
+            _same_plan(work / "plan.json", plan)
         state.wait_for_everyone()
         yield work
-        return
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / "lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise ConfigError(f"{work}: cannot be made: {error.strerror}") from error
-    try:
-        _hold(lock, work)
-        _same_plan(work / "plan.json", plan)
-        state.wait_for_everyone()
-        yield work
-    finally:
-        os.close(lock)
 
 
 def _processes() -> Any:
@@ -343,19 +324,6 @@ def _processes() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
-
-
-def _hold(lock: int, work: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(
-            f"{work}: another process trains there; wait for it, or name another output"
-        ) from error
 
 
 def _same_plan(path: Path, plan: dict[str, Any]) -> None:
@@ -449,192 +417,20 @@ def _ends(base: Checkpoint, tokenizer: Any) -> frozenset[int]:
     return frozenset(found - {None})
 
 
-# --- training -----------------------------------------------------------------------------------------
-
-
-class _NotFinite(Exception):  # noqa: N818
-    """The loss, or a weight, is no number any more."""
-
-
-class _Unwritten(Exception):  # noqa: N818
-    """A point could not be written."""
-
-
-def _guarded(trainer: Any, run: Run) -> Any:
-    """Make a trainer watch its loss, and mark the points that it has written whole."""
-    import torch
-    from accelerate.utils import DistributedType
-
-    kind = type(trainer)
-    begun = time.monotonic() - _seconds(run.work)
-    passes = {"update": -1, "number": 0}
-
-    class Guarded(kind):  # type: ignore[misc,valid-type]
-        """The stage's trainer, guarded."""
-
-        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            step = self.state.global_step
-            passes["number"] = passes["number"] + 1 if passes["update"] == step else 1
-            passes["update"] = step
-            loss = super().training_step(model, inputs, *args, **kwargs)
-            if not torch.isfinite(loss).all():
-                raise _NotFinite(
-                    f"the loss is {loss.item()} at update {step + 1}, forward pass {passes['number']}"
-                    + _beginnings(inputs, run.tokenizer)
-                )
-            return loss
-
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            split = (DistributedType.FSDP, DistributedType.DEEPSPEED)
-            if self.accelerator.distributed_type not in split:
-                for name, weight in self.model.named_parameters():
-                    if weight.requires_grad and not torch.isfinite(weight).all():
-                        raise _NotFinite(
-                            f"{name} is no number any more after update {self.state.global_step}"
-                        )
-            # torch and safetensors say a full disk each in their own way, and none of them as an OSError.
-            try:
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.accelerator.is_main_process:
-                    _mark(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", begun)
-            except (OSError, RuntimeError, _safetensors_error()) as error:
-                raise _Unwritten(str(error)) from error
-
-        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """Write none: the Checkpoint's own card says where it came from."""
-
-    trainer.__class__ = Guarded
-    return trainer
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    found: type[Exception] = SafetensorError
-    return found
-
-
-def _beginnings(inputs: Any, tokenizer: Any) -> str:
-    """Return how the rows of a batch begin, to find them by."""
-    ids = inputs.get("input_ids") if hasattr(inputs, "get") else None
-    if ids is None:
-        return ""
-    texts = [" ".join(tokenizer.decode(row, skip_special_tokens=True).split())[:60] for row in ids[:3]]
-    return f", whose rows begin {'; '.join(map(repr, texts))}"
-
-
-def _train(trainer: Any, run: Run) -> None:
-    last = _last_point(run.work, trainer.accelerator)
-    stop = _Interrupt()
-    if trainer.accelerator.num_processes == 1:
-        trainer.add_callback(stop.callback())
-    try:
-        with stop.heard(alone=trainer.accelerator.num_processes == 1):
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    except (_NotFinite, _Unwritten) as error:
-        _clear(run.work, keep_marked=True)
-        said = f"cannot write a point to go on from: {error}" if isinstance(error, _Unwritten) else str(error)
-        at = _points(run.work)
-        kept = f"the last good point is {at[-1]}" if at else "there is no point before it"
-        do = (
-            "free space and start it again"
-            if isinstance(error, _Unwritten)
-            else "lower learning_rate or look at these rows, and remove the folder to start again"
-        )
-        raise ModelError(f"{run.stage}: {said}; {kept}; {do}") from error
-    if stop.asked:
-        raise KeyboardInterrupt
-
-
-class _Interrupt:
-    """Ctrl-C or SIGTERM: the first writes a point after the update under way and ends, the second ends."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextlib.contextmanager
-    def heard(self, *, alone: bool) -> Iterator[None]:
-        """Hear signals in the body; only where one process trains, for several would stop apart."""
-        if not alone or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def interrupted(number: int, frame: Any) -> None:
-            if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
-
-        before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def callback(self) -> Any:
-        """Return what ends training after an update once it is asked."""
-        from transformers import TrainerCallback
-
-        stop = self
-
-        class Stop(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if stop.asked:
-                    control.should_save = control.should_training_stop = True
-
-        return Stop()
-
-
-# --- points -------------------------------------------------------------------------------------------
-
-
-def _points(work: Path) -> list[Path]:
-    """Return the points that are whole, in order."""
-    found = [path.parent for path in work.glob(f"checkpoint-*/{_POINT}")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _last_point(work: Path, accelerator: Any) -> Path | None:
-    if accelerator.is_main_process:
-        _clear(work, keep_marked=True)
-    accelerator.wait_for_everyone()
-    found = _points(work)
-    return found[-1] if found else None
-
-
-def _clear(work: Path, *, keep_marked: bool) -> None:
-    """Remove the points that were being written when the run ended."""
-    for path in work.glob("checkpoint-*"):
-        if not (keep_marked and (path / _POINT).exists()):
-            shutil.rmtree(path)
-
-
-def _mark(point: Path, begun: float) -> None:
-    checkpoint.sync(point)
-    whole.write(point / _POINT, json.dumps({"seconds": time.monotonic() - begun}))
-
-
-def _seconds(work: Path) -> float:
-    """Return the seconds of training up to the last point."""
-    points = _points(work)
-    return float(json.loads((points[-1] / _POINT).read_text(encoding="utf-8"))["seconds"]) if points else 0.0
-
-
 # --- after training -----------------------------------------------------------------------------------
 
 
 def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
     if run.test is not None:
         trainer.evaluate()
-    seconds, metrics = run.seconds or _seconds(run.work), _metrics(trainer.state.log_history)
+    seconds, metrics = run.seconds or guarded.seconds(run.work), _metrics(trainer.state.log_history)
     whole = run.work / "whole"
     if trainer.accelerator.is_main_process:
         shutil.rmtree(whole, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     try:
         trainer.save_model(str(whole))
-    except (OSError, RuntimeError, _safetensors_error()) as error:
+    except partial.unwritable() as error:
         raise ModelError(
             f"{run.config.output}: cannot be written: {error}; free space and start it again"
         ) from error

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
+from trainers import partial
 from trainers.checkpoint import Checkpoint
 from trainers.rewards import Spec
 from trainers.stages import StageConfig
@@ -135,7 +136,8 @@ def train(config: Config, tell: Callable[[int, int], None] = lambda done, total:
     if config.output.exists():
         raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
     try:
-        from trainers.ppo.loop import Run
+        from trainers.ppo.loop import Run, processes
     except ImportError as error:
         raise MissingExtra("`cai train ppo`", error.name or "torch", "train") from error
-    return Run(config).train(tell)
+    with partial.held(config.output, is_main=processes().is_main_process):
+        return Run(config).train(tell)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -31,7 +31,7 @@ from trainers.prompts import read_prompts
 from trainers.rewards import EnsembleReward, RewardError, parse
 from trainers.watch import Decision, Watch
 
-__all__ = ["Answer", "Run"]
+__all__ = ["Answer", "Run", "processes"]
 
 _log = logging.getLogger(__name__)
 
@@ -428,6 +428,11 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # of trackers and of processes that hear of one another
         return Checkpoint(config.output, manifest)
+
+
+def processes() -> PartialState:
+    """Return the processes that train together, as `Run` will have them."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 # --- small parts --------------------------------------------------------------------------------------

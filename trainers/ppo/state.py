@@ -17,12 +17,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from accelerate import Accelerator
 
 from cai_graph.errors import ConfigError, ModelError
-from trainers import whole
+from trainers import partial, whole
 from trainers.checkpoint import sync
 from trainers.config import plain
 from trainers.ppo import Config
@@ -61,7 +61,7 @@ class States:
         Raises:
             ConfigError: the run was begun with another config; names the keys.
         """
-        self.folder = config.output.with_name(f"{config.output.name}.partial")
+        self.folder = partial.folder(config.output)
         self.record = self.folder / "record"
         self._accelerator = accelerator
         told = json.loads(json.dumps(plain(config)))  # as it comes back from the file
@@ -115,7 +115,7 @@ class States:
                 os.replace(work, state)
                 for older in sorted(self.folder.glob(f"{which}-*"))[:-1]:
                     shutil.rmtree(older)
-        except (OSError, RuntimeError, _safetensors_error()) as error:
+        except partial.unwritable() as error:
             shutil.rmtree(work, ignore_errors=True)
             raise ModelError(f"{state}: cannot be written: {error}; the state before it is kept") from error
         accelerator.wait_for_everyone()
@@ -148,9 +148,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _safetensors_error() -> Any:
-    from safetensors import SafetensorError
-
-    return SafetensorError

@@ -1,0 +1,194 @@
+"""TRL's trainers, guarded: the loss is watched, points are whole or not there, Ctrl-C ends after an update.
+
+OUTPUT.partial/checkpoint-N/    a point after update N; it counts once its `whole.json` is there, which is
+                                written last and says the seconds of training up to it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cai_graph.errors import ModelError
+from trainers import checkpoint, partial, whole
+
+if TYPE_CHECKING:
+    from trainers.stages import Run
+
+__all__ = ["guard", "seconds", "train"]
+
+_POINT = "whole.json"
+
+
+class _NotFinite(Exception):  # noqa: N818
+    """The loss, or a weight, is no number any more."""
+
+
+class _Unwritten(Exception):  # noqa: N818
+    """A point could not be written."""
+
+
+def guard(trainer: Any, run: Run) -> Any:
+    """Make a trainer watch its loss, and mark the points that it has written whole."""
+    import torch
+    from accelerate.utils import DistributedType
+
+    kind = type(trainer)
+    begun = time.monotonic() - seconds(run.work)
+    passes = {"update": -1, "number": 0}
+
+    class Guarded(kind):  # type: ignore[misc,valid-type]
+        """The stage's trainer, guarded."""
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            step = self.state.global_step
+            passes["number"] = passes["number"] + 1 if passes["update"] == step else 1
+            passes["update"] = step
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            if not torch.isfinite(loss).all():
+                raise _NotFinite(
+                    f"the loss is {loss.item()} at update {step + 1}, forward pass {passes['number']}"
+                    + _beginnings(inputs, run.tokenizer)
+                )
+            return loss
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            split = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+            if self.accelerator.distributed_type not in split:
+                for name, weight in self.model.named_parameters():
+                    if weight.requires_grad and not torch.isfinite(weight).all():
+                        raise _NotFinite(
+                            f"{name} is no number any more after update {self.state.global_step}"
+                        )
+            try:
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.accelerator.is_main_process:
+                    _mark(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", begun)
+            except partial.unwritable() as error:
+                raise _Unwritten(str(error)) from error
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """Write none: the Checkpoint's own card says where it came from."""
+
+    trainer.__class__ = Guarded
+    return trainer
+
+
+def _beginnings(inputs: Any, tokenizer: Any) -> str:
+    """Return how the rows of a batch begin, to find them by."""
+    ids = inputs.get("input_ids") if hasattr(inputs, "get") else None
+    if ids is None:
+        return ""
+    texts = [" ".join(tokenizer.decode(row, skip_special_tokens=True).split())[:60] for row in ids[:3]]
+    return f", whose rows begin {'; '.join(map(repr, texts))}"
+
+
+def train(trainer: Any, run: Run) -> None:
+    """Train from the last point on.
+
+    Raises:
+        ModelError: the loss is no number any more, or no point can be written; says where the last one is.
+        KeyboardInterrupt: it was asked to stop, and has written a point.
+    """
+    last = _last_point(run.work, trainer.accelerator)
+    stop = _Interrupt()
+    if trainer.accelerator.num_processes == 1:
+        trainer.add_callback(stop.callback())
+    try:
+        with stop.heard(alone=trainer.accelerator.num_processes == 1):
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except (_NotFinite, _Unwritten) as error:
+        _clear(run.work, keep_marked=True)
+        said = f"cannot write a point to go on from: {error}" if isinstance(error, _Unwritten) else str(error)
+        at = _points(run.work)
+        kept = f"the last good point is {at[-1]}" if at else "there is no point before it"
+        do = (
+            "free space and start it again"
+            if isinstance(error, _Unwritten)
+            else "lower learning_rate or look at these rows, and remove the folder to start again"
+        )
+        raise ModelError(f"{run.stage}: {said}; {kept}; {do}") from error
+    if stop.asked:
+        raise KeyboardInterrupt
+
+
+class _Interrupt:
+    """Ctrl-C or SIGTERM: the first writes a point after the update under way and ends, the second ends."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def heard(self, *, alone: bool) -> Iterator[None]:
+        """Hear signals in the body; only where one process trains, for several would stop apart."""
+        if not alone or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupted(number: int, frame: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {number: signal.signal(number, interrupted) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def callback(self) -> Any:
+        """Return what ends training after an update once it is asked."""
+        from transformers import TrainerCallback
+
+        stop = self
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if stop.asked:
+                    control.should_save = control.should_training_stop = True
+
+        return Stop()
+
+
+# --- points -------------------------------------------------------------------------------------------
+
+
+def _points(work: Path) -> list[Path]:
+    """Return the points that are whole, in order."""
+    found = [path.parent for path in work.glob(f"checkpoint-*/{_POINT}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _last_point(work: Path, accelerator: Any) -> Path | None:
+    if accelerator.is_main_process:
+        _clear(work, keep_marked=True)
+    accelerator.wait_for_everyone()
+    found = _points(work)
+    return found[-1] if found else None
+
+
+def _clear(work: Path, *, keep_marked: bool) -> None:
+    """Remove the points that were being written when the run ended."""
+    for path in work.glob("checkpoint-*"):
+        if not (keep_marked and (path / _POINT).exists()):
+            shutil.rmtree(path)
+
+
+def _mark(point: Path, begun: float) -> None:
+    checkpoint.sync(point)
+    whole.write(point / _POINT, json.dumps({"seconds": time.monotonic() - begun}))
+
+
+def seconds(work: Path) -> float:
+    """Return the seconds of training up to the last point."""
+    points = _points(work)
+    return float(json.loads((points[-1] / _POINT).read_text(encoding="utf-8"))["seconds"]) if points else 0.0
