@@ -417,6 +417,21 @@ def test_ids_and_digests_of_a_row_are_no_personal_data(tmp_path: Path) -> None:
     assert build([log], tmp_path / "all", Recipe(kind="prompts", personal_data="keep")).ledger.rows == 2
 
 
+def test_an_answer_that_was_cut_off_is_never_a_desirable_one(tmp_path: Path) -> None:
+    cut = Draft(answer=says("cut o"), truncated=True)
+    log = write(tmp_path / "log.jsonl", [kept(1, draft=cut), kept(2), revised(3, draft=cut)])
+
+    ledger = build([log], tmp_path / "out", Recipe(kind="unpaired", test_share=0.0)).ledger
+
+    rows = rows_of(tmp_path / "out", "unpaired")
+    assert {(row.completion[0].content, row.label) for row in rows} == {  # type: ignore[union-attr]
+        ("draft 2", True),
+        ("cut o", False),
+        ("revised 3", True),
+    }
+    assert ledger.dropped == {Reason.TRUNCATED: 1}
+
+
 # --- critiques ----------------------------------------------------------------------------------------
 
 

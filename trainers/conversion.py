@@ -450,6 +450,8 @@ def _by_critic(logged: Logged) -> tuple[list[_Labelled], Reason]:
             labelled.append(_Labelled(answer, False, source, critique.critic, failed))
         elif any(verdict.label == UNREADABLE for verdict in critique.verdicts):
             reason = Reason.UNREADABLE_VERDICT
+        elif source == "draft" and logged.draft is not None and logged.draft.truncated:
+            reason = Reason.TRUNCATED  # nothing is wrong with it but its end, which would be learnt
         else:
             labelled.append(_Labelled(answer, True, source, critique.critic))
     return labelled, reason
