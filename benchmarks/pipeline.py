@@ -38,6 +38,7 @@ from trainers.evaluation.grades import Grader, RewardGrader
 from trainers.evaluation.refusals import refusals_for
 from trainers.evaluation.suites import Prompt, Suite, read_suite, trained_on
 from trainers.evaluation.summary import Summary, summarise, table
+from trainers.rewards import parse
 from trainers.weights import resolve
 
 PROMPTS = int(os.environ.get("CAI_BENCH_PROMPTS", "200"))
@@ -170,7 +171,9 @@ async def evaluated(subjects: dict[str, Path], prompts: list[Prompt]) -> Summary
         await kept.generate(subject, progress=_about(name))
     for suite in kept.suites():
         if suite in AIM_OF:
-            grader: Grader = RewardGrader.of(str(trained((AIM_OF[suite],)).path))
+            judge = trained((AIM_OF[suite],))
+            name = f"the {AIM_OF[suite]} reward model ({judge.digest[:8]})"
+            grader: Grader = RewardGrader(parse(str(judge.path)), name=name)
         else:
             grader = refusals_for("pattern")
         await kept.grade(suite, grader, _about(suite))
@@ -207,6 +210,11 @@ def run() -> str:
             f"safe ones; {len(seen)} were left out since they stand in the training prompts, the same "
             "or nearly so. Harmlessness and helpfulness are logits of the reward models above, trained on "
             "people's choices. 95 % intervals, bootstrapped over prompts.",
+            "",
+            "It shows what so little can do, and no more: a probe on 135M parameters (AUC 0.80 on XSTest) "
+            f"finds fault with {sum(outcomes.values()) - outcomes.get('KEPT', 0)} of {PROMPTS} drafts, so "
+            "there is next to nothing to imitate, and its preferences between two answers that both pass "
+            "are mostly noise.",
             "",
             f"| {' | '.join(shown.header)} |",
             f"|{'---|' * len(shown.header)}",
