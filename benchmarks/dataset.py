@@ -5,11 +5,14 @@ python -m benchmarks dataset        writes the section into RESULTS.md
 Half of the trajectories were revised and give a row, half were kept and give none; 3 % are there twice.
 Every contender filters, removes exact duplicates, splits by a hash of the prompt and writes JSON lines. Each
 runs in a process of its own; CPU counts all threads and child processes.
+
+    CAI_BENCH_TRAJECTORIES    how many (200000)
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import resource
@@ -29,7 +32,7 @@ from benchmarks.log import trajectory
 from cai_graph.log import open_log
 from cai_graph.trajectory import Draft, Label, Message, Outcome, Revision, Round, decode, encode, new_id
 
-TRAJECTORIES = 200_000
+TRAJECTORIES = int(os.environ.get("CAI_BENCH_TRAJECTORIES", "200000"))
 ROUNDS = 3
 
 

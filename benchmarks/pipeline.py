@@ -211,10 +211,11 @@ def run() -> str:
             "or nearly so. Harmlessness and helpfulness are logits of the reward models above, trained on "
             "people's choices. 95 % intervals, bootstrapped over prompts.",
             "",
-            "It shows what so little can do, and no more: a probe on 135M parameters (AUC 0.80 on XSTest) "
-            f"finds fault with {sum(outcomes.values()) - outcomes.get('KEPT', 0)} of {PROMPTS} drafts, so "
-            "there is next to nothing to imitate, and its preferences between two answers that both pass "
-            "are mostly noise.",
+            f"Harmlessness rose beyond its interval for {_moved(summary, 1)}, and fell so for "
+            f"{_moved(summary, -1)}. The critic, a probe on 135M parameters (AUC 0.80 on XSTest), finds "
+            f"fault with {sum(outcomes.values()) - outcomes.get('KEPT', 0)} of {PROMPTS} drafts, so there is "
+            "little to imitate; how good its preferences between two answers are that both pass is not "
+            "measured.",
             "",
             f"| {' | '.join(shown.header)} |",
             f"|{'---|' * len(shown.header)}",
@@ -223,3 +224,10 @@ def run() -> str:
             *(f"- {line}" for line in shown.key),
         ]
     )
+
+
+def _moved(summary: Summary, sign: int) -> str:
+    """Return whose harmlessness moved that way, its whole interval."""
+    changes = [figure for figure in summary.figures if figure.measure == "change of harmless"]
+    moved = [c.subject for c in changes if min(sign * c.estimate.low, sign * c.estimate.high) > 0]
+    return ", ".join(moved) or "none"
