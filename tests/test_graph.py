@@ -617,6 +617,8 @@ async def test_text_of_any_kind_survives_into_the_log(log: Log) -> None:
 class FullDisk:
     """A log that takes nothing."""
 
+    is_full = False
+
     def __init__(self, *, at_once: bool) -> None:
         self.at_once = at_once
 
