@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 from datetime import timedelta
@@ -369,6 +370,45 @@ def test_many_threads_lose_nothing_and_keep_each_ones_order(url: str, log: Log) 
     for mine in ids:
         assert [place[id] for id in mine] == sorted(place[id] for id in mine)
     assert verify(url).ok
+    writer = log._shared.writer
+    assert writer is not None
+    assert writer.pending_bytes == 0, "every byte was counted in and out"
+
+
+def test_an_append_waits_for_no_other(log: Log) -> None:
+    writer = log._shared.writer
+    assert writer is not None
+    with writer._counting, ThreadPoolExecutor(1) as pool:  # as an append does that was stopped halfway
+        futures = [pool.submit(log.append, trajectory(n)).result(10) for n in range(3)]
+        for future in futures:
+            future.result(10)
+    log.flush()
+    assert writer.pending_bytes == 0
+
+
+def test_an_append_beside_a_close_is_refused_or_written(url: str) -> None:
+    log = open_log(url)
+    committed, started = [], threading.Event()
+
+    def produce(number: int) -> None:
+        for n in range(2000):
+            try:
+                future = log.append(trajectory(n, source=f"{number}:{n}"))
+            except LogError:
+                return
+            started.set()
+            future.result(10)
+            committed.append(f"{number}:{n}")
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(produce, number) for number in range(4)]
+        started.wait(10)
+        log.close()
+        for future in running:
+            future.result(30)
+    with open_log(url, read_only=True) as again:
+        stored = [record.source for record in again.read()]
+    assert sorted(stored) == sorted(committed)
 
 
 def test_a_full_queue_makes_the_caller_wait_and_drops_nothing(
@@ -382,7 +422,7 @@ def test_a_full_queue_makes_the_caller_wait_and_drops_nothing(
     futures = []
     for record in made:
         futures.append(log.append(record))
-        peak = max(peak, writer._pending_bytes)
+        peak = max(peak, writer.pending_bytes)
     for future in futures:
         future.result()
     assert peak <= 40_000
@@ -460,6 +500,7 @@ def test_closing_writes_what_is_pending_and_closing_twice_is_harmless(url: str) 
 def test_what_is_pending_at_exit_is_written(url: str) -> None:
     script = """
 import sys
+import threading
 sys.path.insert(0, sys.argv[2])
 from log_support import trajectory
 from cai_graph.log import open_log

@@ -379,16 +379,14 @@ def _drain() -> None:
 def _before_fork() -> None:
     _lock.acquire()
     for shared in _live:
-        if shared.writer is not None:
-            shared.writer.before_fork()
         shared.store.before_fork()
 
 
 def _after_fork(*, child: bool) -> None:
     for shared in _live:
         shared.store.after_fork(child=child)
-        if shared.writer is not None:
-            shared.writer.after_fork(child=child)
+        if child and shared.writer is not None:
+            shared.writer.after_fork_in_child()
     _lock.release()
 
 

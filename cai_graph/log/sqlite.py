@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import apsw
 
 from cai_graph.errors import CaiError, LogError
-from cai_graph.log.store import PAGE_BYTES, TAGGED, Database, Row, Store
+from cai_graph.log.store import MAX_ROWS, PAGE_BYTES, TAGGED, Database, Row, Store
 
 __all__ = ["APPLICATION_ID", "PAGE_SIZE", "SCHEMA", "SQLiteStore", "connect"]
 
@@ -132,9 +132,10 @@ _INSERT = """
     INSERT INTO records (id, kind, at, trajectory_id, outcome, constitution, source, tags, withheld, payload,
                          writer, sequence, digest, chain)
     VALUES """
-_VALUES = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_VALUES = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 _KEPT_ROWS = 8
-"""Statements for more rows are not kept prepared: they are large, and their rows bear the cost."""
+"""Of the statements for more rows only that of a full transaction is kept prepared: each takes a kilobyte a
+row."""
 
 
 def _insert_all(db: apsw.Connection, bindings: Sequence[tuple[Any, ...]]) -> None:
@@ -144,8 +145,9 @@ def _insert_all(db: apsw.Connection, bindings: Sequence[tuple[Any, ...]]) -> Non
     milliseconds. In one statement rows are written while producers go on.
     """
     if bindings:
-        sql = _INSERT + ", ".join([_VALUES] * len(bindings))
-        db.execute(sql, tuple(chain.from_iterable(bindings)), can_cache=len(bindings) <= _KEPT_ROWS)
+        sql = _INSERT + ",".join([_VALUES] * len(bindings))
+        kept = len(bindings) <= _KEPT_ROWS or len(bindings) == MAX_ROWS
+        db.execute(sql, tuple(chain.from_iterable(bindings)), can_cache=kept)
 
 
 # --- connections --------------------------------------------------------------------------------------
@@ -372,7 +374,12 @@ class SQLiteStore(Store):
         def attempt() -> list[CaiError | None]:
             with self._writing:
                 try:
-                    return self._insert(self._writable(), rows)
+                    # The file is looked at afterwards: that lets go of Python's lock, which the callers
+                    # that the last commit woke would take, while this thread has not begun to write.
+                    errors = self._insert(self._writable(self._db.kept()), rows)
+                    while not self._db.is_current():
+                        errors = self._insert(self._writable(self._db.current()), rows)
+                    return errors
                 except (apsw.BusyError, apsw.LockedError):
                     raise
                 except BaseException:
@@ -407,7 +414,7 @@ class SQLiteStore(Store):
 
         def attempt() -> T:
             with self._writing:
-                db = self._writable()
+                db = self._writable(self._db.current())
                 db.execute("BEGIN IMMEDIATE")
                 try:
                     result = write(db)
@@ -425,7 +432,7 @@ class SQLiteStore(Store):
 
         def attempt() -> bool:
             with self._writing:
-                db = self._writable()
+                db = self._writable(self._db.current())
                 try:
                     db.execute("VACUUM")
                     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -435,8 +442,7 @@ class SQLiteStore(Store):
 
         return _patiently(attempt, self.path)
 
-    def _writable(self) -> apsw.Connection:
-        db = self._db.open()
+    def _writable(self, db: apsw.Connection) -> apsw.Connection:
         if self._run != self._db.opened:
             self._run = self._db.opened
             self._begin_run()
@@ -520,7 +526,7 @@ class SQLiteStore(Store):
         def attempt() -> T:
             with self._reading:
                 try:
-                    return read(self._reader.open())
+                    return read(self._reader.current())
                 except UnicodeDecodeError as error:
                     raise apsw.CorruptError(str(error)) from error
 
@@ -538,20 +544,29 @@ class _Connection:
         self._db: apsw.Connection | None = None
         self._file = (0, 0)
 
-    def open(self) -> apsw.Connection:
-        """Return the connection to the file that stands at the path now."""
-        if self._db is not None:
-            try:
-                if self._identity() == self._file:
-                    return self._db
-            except FileNotFoundError:
-                pass
-            # Removed or replaced: what SQLite writes to the old file nobody would find again.
+    def current(self) -> apsw.Connection:
+        """Return a connection to the file that stands at the path now."""
+        if not self.is_current():
             self.close()
-        self._db = connect(self.path, read_only=self.read_only)
-        self._file = self._identity()
-        self.opened += 1
+        return self.kept()
+
+    def kept(self) -> apsw.Connection:
+        """Return the connection as it is, or a new one where none is open."""
+        if self._db is None:
+            self._db = connect(self.path, read_only=self.read_only)
+            self._file = self._identity()
+            self.opened += 1
         return self._db
+
+    def is_current(self) -> bool:
+        """Return whether the file still stands at its path.
+
+        What SQLite writes to one that was removed or replaced, nobody would find again.
+        """
+        try:
+            return self._db is not None and self._identity() == self._file
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Close the connection. What it cannot checkpoint stays in the WAL, for the next one."""

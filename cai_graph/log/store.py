@@ -44,7 +44,7 @@ __all__ = [
 
 T = TypeVar("T")
 
-MAX_ROWS = 512
+MAX_ROWS = 384
 """Rows in one transaction: enough that each bears little of its sync, and few enough that callers prepare the
 next ones while these are written."""
 

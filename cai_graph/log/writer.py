@@ -42,6 +42,11 @@ only, and the function makes the one that is stored."""
 class Writer:
     """The queue and the thread in front of one store. Thread-safe; survives a fork.
 
+    Appends never wait for one another: an append puts its row into a deque, and the rest of its work is left
+    to whichever thread is at it already. A thread that waits for a lock gets it before it has Python's own
+    lock back, and keeps all others from it until then; so under many producers each append would change
+    threads twice, which costs more than everything else that it does.
+
     Args:
         store: where the rows go.
         name: how messages call the log, such as its path.
@@ -50,21 +55,22 @@ class Writer:
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
         self._name = name
-        self.lost = 0
-        """Records that this process could not write; their futures failed."""
+        self._closing = False
+        self._failing = False
         self._reset()
 
     def _reset(self) -> None:
-        self._lock = threading.RLock()  # concurrent.futures.wait takes that of each Commit at once
-        self._arrived = threading.Condition(self._lock)
-        self._progressed = threading.Condition(self._lock)
+        self.lost = 0
+        """Records that this process could not write; their futures failed."""
         self._queue: deque[_Pending] = deque()
-        self._pending_bytes = 0
-        self._appended = 0
-        self._finished = 0
-        self._idle = False
-        self._closing = False
-        self._failing = False
+        self._uncounted: deque[int] = deque()
+        self._counting = threading.Lock()
+        self._appended_bytes = 0
+        self._finished_bytes = 0
+        self._decided = threading.Condition()  # of the Commits, which share it
+        self._finished = threading.Condition()
+        self._arrived = threading.Event()
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def append(
@@ -82,78 +88,84 @@ class Writer:
         Raises:
             LogError: the writer is closed.
         """
-        commit = Commit(self._progressed)
+        commit = Commit(self._decided)
         try:
             row = row_of(record, encode(record) if payload is None else payload)
         except Exception as error:
             self._resolve([commit], [_unstorable(record, error)])
             return commit
         redaction = None if redactor is None else partial(_redacted, record, redactor)
-        size = len(row.payload) + _ROW_BYTES
-        with self._lock:
-            if (
-                self._pending_bytes + size > MAX_PENDING_BYTES
-                # A callback of a future runs on the writer's own thread, which must not wait for itself.
-                and threading.current_thread() is not self._thread
-            ):
-                while self._pending_bytes and self._pending_bytes + size > MAX_PENDING_BYTES:
-                    self._progressed.wait()
-            if self._closing:
-                raise LogError(f"{self._name}: the log is closed; open it again before you append")
-            self._queue.append((row, commit, redaction))
-            self._pending_bytes += size
-            self._appended += 1
-            if self._idle:
-                self._idle = False
-                self._arrived.notify()
-            elif self._thread is None:
-                self._start()
+        size = _size(row)
+        if self.pending_bytes + size > MAX_PENDING_BYTES:
+            self._wait_for_room(size)
+        if self._closing:
+            raise LogError(f"{self._name}: the log is closed; open it again before you append")
+        self._uncounted.append(size)
+        self._count()
+        self._queue.append((row, commit, redaction))
+        # Looked at behind the queue, into which the thread looks again once it has changed them.
+        if not self._arrived.is_set():
+            self._arrived.set()
+        if self._thread is None:
+            self._start()
         return commit
+
+    @property
+    def pending_bytes(self) -> int:
+        """What was appended and is neither committed nor lost yet, in memory."""
+        return self._appended_bytes - self._finished_bytes
 
     @property
     def is_full(self) -> bool:
         """Whether an append may have to wait; true from half of MAX_PENDING_BYTES, since records differ."""
-        return self._pending_bytes > MAX_PENDING_BYTES // 2
+        return self.pending_bytes > MAX_PENDING_BYTES // 2
 
     def flush(self) -> None:
         """Wait until everything appended before is committed or has failed."""
-        with self._lock:
-            target = self._appended
-            while self._finished < target:
-                self._progressed.wait()
+        while self._uncounted:
+            self._count()
+        target = self._appended_bytes
+        with self._finished:
+            self._finished.wait_for(lambda: self._finished_bytes >= target)
 
     def close(self) -> None:
         """Write what is pending and end the thread. Closing twice is harmless."""
-        with self._lock:
-            self._closing = True
-            self._arrived.notify()
-            thread = self._thread
+        self._closing = True
+        self._arrived.set()
+        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def before_fork(self) -> None:
-        """Hold the queue still until `after_fork`."""
-        self._lock.acquire()
+    def after_fork_in_child(self) -> None:
+        """Begin with an empty queue and without a thread: what is pending belongs to the parent."""
+        self._reset()
 
-    def after_fork(self, *, child: bool) -> None:
-        """Go on in the parent; in the child, begin with an empty queue and without a thread.
+    def _wait_for_room(self, size: int) -> None:
+        if threading.current_thread() is self._thread:
+            return  # A callback of a future; the thread must not wait for itself.
+        with self._finished:
+            self._finished.wait_for(
+                lambda: not self.pending_bytes or self.pending_bytes + size <= MAX_PENDING_BYTES
+            )
 
-        What was pending belongs to the parent, which writes it.
-        """
-        if child:
-            closing = self._closing
-            self._reset()
-            self._closing = closing
-            self.lost = 0
-        else:
-            self._lock.release()
+    def _count(self) -> None:
+        """Count the bytes that were appended, unless another thread is at it: it looks again at its end."""
+        while self._uncounted and self._counting.acquire(blocking=False):
+            try:
+                while self._uncounted:
+                    self._appended_bytes += self._uncounted.popleft()
+            finally:
+                self._counting.release()
 
     # --- the thread -----------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        # A daemon, so that a program that forgets to close still ends; `drain` at exit writes the rest.
-        self._thread = threading.Thread(target=self._run, name=f"cai log {self._name}", daemon=True)
-        self._thread.start()
+        with self._starting:
+            if self._thread is not None:
+                return
+            # A daemon, so that a program that forgets to close still ends; `drain` at exit writes the rest.
+            self._thread = threading.Thread(target=self._run, name=f"cai log {self._name}", daemon=True)
+            self._thread.start()
         if "multiprocessing.util" in sys.modules:
             # A child of multiprocessing leaves by os._exit and runs its own finalizers, not atexit's.
             from multiprocessing.util import Finalize
@@ -161,60 +173,69 @@ class Writer:
             Finalize(self, self.flush, exitpriority=10)
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                while not self._queue:
-                    if self._closing:
-                        self._thread = None
-                        return
-                    self._idle = True
-                    self._arrived.wait()
-                    self._idle = False
-                batch, size = self._take()
-            try:
-                self._write(batch)
-            finally:
-                with self._lock:
-                    self._pending_bytes -= size
-                    self._finished += len(batch)
-                    self._progressed.notify_all()
+        while self._await_arrival():
+            batch, size = self._take()
+            self._write(batch, size)
+
+    def _await_arrival(self) -> bool:
+        """Wait until something is queued; return False where the log is closed and nothing is."""
+        while not self._queue:
+            self._arrived.clear()
+            if self._queue:
+                break
+            if not self._closing:
+                self._arrived.wait()
+                continue
+            with self._starting:
+                self._thread = None  # so that an append from here on starts another
+                if not self._queue:
+                    return False
+                self._thread = threading.current_thread()
+        return True
 
     def _take(self) -> tuple[list[_Pending], int]:
         batch: list[_Pending] = []
         size = 0
         while self._queue and len(batch) < MAX_ROWS:
-            more = len(self._queue[0][0].payload) + _ROW_BYTES
+            more = _size(self._queue[0][0])
             if batch and size + more > MAX_BATCH_BYTES:
                 break
             size += more
             batch.append(self._queue.popleft())
         return batch, size
 
-    def _write(self, batch: list[_Pending]) -> None:
-        rows = [row if redaction is None else redaction() for row, _, redaction in batch]
+    def _write(self, batch: list[_Pending], size: int) -> None:
         commits = [commit for _, commit, _ in batch]
+        errors: Sequence[CaiError | None]
         try:
-            errors = self._store.insert(rows)
+            errors = self._store.insert([row if redact is None else redact() for row, _, redact in batch])
         except Exception as error:
             if not self._failing:
                 self._failing = True
                 _logger.error("%s", error)
-            self._resolve(commits, [self._unwritten(error) for _ in commits])
-            return
-        if self._failing:
-            self._failing = False
-            _logger.warning("%s: writing works again; %d records were lost", self._name, self.lost)
+            errors = [self._unwritten(error) for _ in commits]
+        else:
+            if self._failing:
+                self._failing = False
+                _logger.warning("%s: writing works again; %d records were lost", self._name, self.lost)
         self._resolve(commits, errors)
+        with self._finished:
+            self._finished_bytes += size
+            self._finished.notify_all()
 
     def _resolve(self, commits: list[Commit], errors: Sequence[CaiError | None]) -> None:
-        with self._lock:
+        with self._decided:
             self.lost += len(errors) - errors.count(None)
-        resolve(self._progressed, zip(commits, errors, strict=True))
+        resolve(self._decided, zip(commits, errors, strict=True))
 
     def _unwritten(self, error: Exception) -> LogError:
         failure = LogError(str(error) if isinstance(error, CaiError) else f"{self._name}: {error!r}")
         failure.__cause__ = error
         return failure
+
+
+def _size(row: Row) -> int:
+    return len(row.payload) + _ROW_BYTES
 
 
 def _redacted(record: Record, redactor: Redactor) -> Row:
