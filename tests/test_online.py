@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from processes import Way, launch
 from tiny import rows, tiny_model, write_rows
 
 from cai_graph.errors import CaiError, ConfigError, DataError
@@ -213,7 +210,10 @@ def test_adapters_are_trained_watched_and_merged(talker: Path, prompts: Path, tm
     assert scored(made.path) != scored(talker)
 
 
-def test_two_processes_train_one_policy_under_one_watch(talker: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", get_args(Way))
+def test_two_processes_train_one_policy_under_one_watch(
+    talker: Path, prompts: Path, tmp_path: Path, way: Way
+) -> None:
     watch = {**WATCH, "every": 1, "patience": 1}
     config(
         talker,
@@ -225,38 +225,18 @@ def test_two_processes_train_one_policy_under_one_watch(talker: Path, prompts: P
         batch_size=8,
         max_steps=8,
     )
-    root = Path(__file__).parents[1]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port)]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "cai_graph.cli", "train", "online", "-c", str(tmp_path / "out.yaml")],
-        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+    running = launch(tmp_path, way, "-m", "sharding", "train", "online", "-c", str(tmp_path / "out.yaml"))
+    _, said = running.communicate(timeout=250)
 
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert running.returncode == 0, said[-3000:]
     manifest = Checkpoint.open(tmp_path / "out").manifest
     assert manifest is not None
     assert "2 processes" in manifest.hardware
-    said = manifest.data["watch"]
-    assert said["stopped_at"] is not None
-    assert said["weights_of_step"] == said["best_step"] < said["stopped_at"]
+    found = manifest.data["watch"]
+    assert found["stopped_at"] is not None
+    assert found["weights_of_step"] == found["best_step"] < found["stopped_at"]
     readings = [json.loads(line) for line in (tmp_path / "out" / "watch.jsonl").read_text().splitlines()]
-    assert [reading["step"] for reading in readings] == list(range(said["stopped_at"] + 1))
+    assert [reading["step"] for reading in readings] == list(range(found["stopped_at"] + 1))
 
 
 # --- before training ----------------------------------------------------------------------------------

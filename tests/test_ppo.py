@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import string
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
 from test_policy_model import reward_model
 from tiny import rows, tiny_model, turn, write_rows
@@ -245,30 +245,24 @@ def written(config: ppo.Config, folder: Path) -> Path:
     return path
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def process(config: ppo.Config, folder: Path, *launcher: str) -> subprocess.Popen[str]:
+def script(config: ppo.Config, folder: Path) -> Path:
     root = Path(__file__).parents[1]
-    script = folder / "train.py"
-    script.write_text(SCRIPT.format(path=[str(root), str(root / "tests")], file=str(written(config, folder))))
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    path = folder / "train.py"
+    path.write_text(SCRIPT.format(path=[str(root), str(root / "tests")], file=str(written(config, folder))))
+    return path
 
 
 def test_a_killed_run_goes_on_exactly_as_it_would_have(config: ppo.Config, tmp_path: Path) -> None:
     config = but(config, max_steps=6, kl_target=0.1, kl_horizon=100, save_steps=2)
     straight = ppo.train(config)
     other = but(config, output=tmp_path / "killed")
-    running = process(other, tmp_path)
+    running = subprocess.Popen(
+        [sys.executable, str(script(other, tmp_path))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
     assert running.stdout is not None
     for line in running.stdout:
         if line.strip() == "3":  # one update beyond the last state
@@ -307,12 +301,7 @@ def test_two_processes_train_what_one_would_have(config: ppo.Config, tmp_path: P
     config = but(config, learning_rate=1e-3, rollout_batch=8)
     alone = ppo.train(config)
     both = but(config, output=tmp_path / "both", batch_size=4)
-    running = process(
-        both,
-        tmp_path,
-        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())),
-    )
+    running = launch(tmp_path, "ddp", str(script(both, tmp_path)))
     said, complaint = running.communicate(timeout=200)
 
     assert running.returncode == 0, complaint[-3000:]

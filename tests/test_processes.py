@@ -1,50 +1,47 @@
-"""Stages under `accelerate launch`: several processes train what one would have."""
+"""Stages under `accelerate launch`: several processes train what one would have, sharded or not."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import psutil
 import pytest
 import yaml
+from processes import Way, launch
 from tiny import rows, tiny_model, write_rows
 
-from trainers import dpo, kto, sft
+from trainers import dpo, kto, reward, sft
 from trainers.checkpoint import Checkpoint
-from trainers.config import plain
-from trainers.stages import StageConfig
+from trainers.config import plain, read
+from trainers.stages import Lora, StageConfig
 
-BOTH = """
+DATA = {sft: "sft", dpo: "preference", reward: "preference", kto: "unpaired"}
+
+ALL = """
 import sys
 from pathlib import Path
-from trainers import dpo, kto, sft
+import sharding
+from trainers import dpo, kto, reward, sft
 from trainers.config import read
-for module in (sft, dpo, kto):
-    module.train(read(module.Config, Path(sys.argv[1]) / f"{module.__name__.rpartition('.')[2]}.yaml"))
+for path in sorted(Path(sys.argv[1]).glob("*.yaml")):
+    module = globals()[path.stem.partition("-")[0]]
+    module.train(read(module.Config, path))
 """
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def settings(module: Any, model: Path, folder: Path, found: list[dict[str, Any]], size: int) -> StageConfig:
+def settings(module: Any, model: Path, folder: Path, name: str, **changes: Any) -> StageConfig:
     """Of one update over all the rows, so that it does not matter which process has which."""
-    name = module.__name__.rpartition(".")[2]
-    config: StageConfig = module.Config(
-        model=str(model),
-        data=write_rows(folder / f"{name}.jsonl", found),
-        output=folder / name,
-        batch_size=size,
-        learning_rate=1e-3,
-        max_steps=1,
-    )
+    told: dict[str, Any] = {
+        "model": str(model),
+        "data": write_rows(folder / f"{name}.jsonl", rows(DATA[module], 8)),  # type: ignore[arg-type]
+        "output": folder / name,
+        "learning_rate": 1e-3,
+        "max_steps": 1,
+    }
+    config: StageConfig = module.Config(**told | changes)
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(plain(config)))
     return config
 
 
@@ -57,35 +54,53 @@ def differ(one: Path, other: Path) -> float:
     return max((weight - right[name]).abs().max().item() for name, weight in left.items())
 
 
-def test_two_processes_train_what_one_would_have(tmp_path: Path) -> None:
-    """SFT and DPO alike; KTO pairs rows within a process's batch, so its update is another one."""
+@pytest.mark.parametrize("way", get_args(Way))
+def test_two_processes_train_what_one_would_have(tmp_path: Path, way: Way) -> None:
+    """All weights and adapters alike. KTO pairs rows within a batch, so its update is another one."""
     model = tiny_model(tmp_path / "model")
-    stages = [(sft, rows("sft", 8)), (dpo, rows("preference", 8)), (kto, rows("unpaired", 8))]
-    (tmp_path / "both").mkdir()
-    (tmp_path / "alone").mkdir()
-    for module, found in stages:
-        config = settings(module, model, tmp_path / "both", found, 4)
-        (tmp_path / "both" / f"{config.output.name}.yaml").write_text(yaml.safe_dump(plain(config)))
-    (tmp_path / "both.py").write_text(BOTH)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-            *("--main_process_port", str(free_port()), str(tmp_path / "both.py"), str(tmp_path / "both")),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    both = tmp_path / "both"
+    both.mkdir()
+    names = {
+        f"{module.__name__.rpartition('.')[2]}{lora}": module for module in DATA for lora in ("", "-lora")
+    }
+    for name, module in names.items():
+        adapter = {"lora": Lora(rank=4)} if name.endswith("-lora") else {}
+        settings(module, model, both, name, batch_size=4, **adapter)
+    (tmp_path / "all.py").write_text(ALL)
+    running = launch(both, way, str(tmp_path / "all.py"), str(both))
+    _, said = running.communicate(timeout=250)
+    assert running.returncode == 0, said[-3000:]
 
-    for module, found in stages:
-        both = Checkpoint.open(tmp_path / "both" / module.__name__.rpartition(".")[2])
-        assert both.manifest is not None
-        assert both.manifest.hardware.endswith("2 processes")
+    for name, module in names.items():
+        made = Checkpoint.open(both / name)
+        assert made.manifest is not None
+        assert made.manifest.hardware.endswith("2 processes")
         if module is not kto:
-            alone = module.train(settings(module, model, tmp_path / "alone", found, 8))
-            assert differ(alone.path, both.path) < 2e-5
-            assert differ(model, both.path) == pytest.approx(1e-3, rel=0.1)  # an update of AdamW
-    assert not list(tmp_path.glob("both/*.partial"))
+            changes = ["batch_size=8", f"output={tmp_path / 'alone' / name}"]
+            alone = module.train(read(module.Config, both / f"{name}.yaml", changes))
+            assert differ(alone.path, made.path) < 2e-5, name
+    assert differ(model, both / "sft") == pytest.approx(1e-3, rel=0.1), "an update of AdamW"
+    assert not list(both.glob("*.partial"))
+
+
+def test_a_sharded_run_that_was_killed_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model")
+    plan = {"batch_size": 2, "max_steps": 30, "save_steps": 2}
+    straight = sft.train(settings(sft, model, tmp_path, "straight", **plan | {"batch_size": 4}))
+    config = settings(sft, model, tmp_path, "killed", **plan)
+    command = ("-m", "sharding", "train", "sft", "--config", str(tmp_path / "killed.yaml"))
+    running = launch(tmp_path, "fsdp2", *command)
+    work = tmp_path / "killed.partial"
+    while not list(work.glob("checkpoint-*/whole.json")):
+        assert running.poll() is None, running.communicate()[1][-3000:]
+        time.sleep(0.01)
+    parent = psutil.Process(running.pid)
+    for one in (*parent.children(recursive=True), parent):
+        one.kill()
+    running.communicate()
+    assert not config.output.exists()
+
+    running = launch(tmp_path, "fsdp2", *command)
+    _, said = running.communicate(timeout=200)
+    assert running.returncode == 0, said[-3000:]
+    assert differ(straight.path, config.output) < 2e-5

@@ -75,6 +75,14 @@ def guard(trainer: Any, run: Run) -> Any:
             except partial.unwritable() as error:
                 raise _Unwritten(str(error)) from error
 
+        def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+            """Write tied weights once, which FSDP gathers apart."""
+            tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+            for name, same in tied.items():
+                if state_dict is not None and same in state_dict:
+                    state_dict.pop(name, None)
+            super()._save(output_dir, state_dict)
+
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """Write none: the Checkpoint's own card says where it came from."""
 
