@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import yaml
 
-__all__ = ["Way", "launch"]
+__all__ = ["Way", "kill", "launch"]
 
 ROOT = Path(__file__).parents[1]
 Way = Literal["ddp", "fsdp2"]
@@ -21,7 +22,7 @@ Way = Literal["ddp", "fsdp2"]
 
 
 def launch(folder: Path, way: Way, *command: str) -> subprocess.Popen[str]:
-    """Start a command, which begins with `-m MODULE` or a script; what it needs is written into `folder`."""
+    """Start `-m MODULE` or a script with its arguments; accelerate's config is written into `folder`."""
     if way == "ddp":
         config = {"distributed_type": "MULTI_GPU", "num_machines": 1}
     else:
@@ -43,6 +44,14 @@ def launch(folder: Path, way: Way, *command: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def kill(running: subprocess.Popen[str]) -> None:
+    """End a command and the processes that it started, at once."""
+    parent = psutil.Process(running.pid)
+    for one in (*parent.children(recursive=True), parent):
+        one.kill()
+    running.communicate()
 
 
 def _free_port() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import launch
+from processes import Way, kill, launch
 from safetensors.torch import load_file
 from test_policy_model import reward_model
 from tiny import rows, tiny_model, turn, write_rows
@@ -230,6 +230,7 @@ def test_values_may_come_from_a_model_of_their_own(config: ppo.Config, tmp_path:
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
+import sharding
 import torch; torch.set_num_threads(1)
 from pathlib import Path
 from trainers import config, ppo
@@ -297,11 +298,14 @@ def test_two_runs_do_not_train_in_one_folder_and_what_cannot_begin_leaves_none(c
     assert not config.output.with_name("out.partial").exists()
 
 
-def test_two_processes_train_what_one_would_have(config: ppo.Config, tmp_path: Path) -> None:
-    config = but(config, learning_rate=1e-3, rollout_batch=8)
+@pytest.mark.parametrize(("way", "lora"), [("ddp", None), ("fsdp2", Lora(rank=4))])
+def test_two_processes_train_what_one_would_have(
+    config: ppo.Config, tmp_path: Path, way: Way, lora: Lora | None
+) -> None:
+    config = but(config, learning_rate=1e-3, rollout_batch=8, lora=lora)
     alone = ppo.train(config)
     both = but(config, output=tmp_path / "both", batch_size=4)
-    running = launch(tmp_path, "ddp", str(script(both, tmp_path)))
+    running = launch(tmp_path, way, str(script(both, tmp_path)))
     said, complaint = running.communicate(timeout=200)
 
     assert running.returncode == 0, complaint[-3000:]
@@ -379,18 +383,17 @@ def shouting(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]
     return [-value for value in lowercase(prompts, answers)]
 
 
-def test_the_watch_stops_a_run_and_the_best_weights_come_out(config: ppo.Config, tmp_path: Path) -> None:
+@pytest.fixture
+def watched(config: ppo.Config, tmp_path: Path) -> ppo.Config:
     folder = tmp_path / "data"
     folder.mkdir()
     write_rows(folder / "train.jsonl", rows("prompts", 20))
     write_rows(folder / "test.jsonl", rows("prompts", 24))
-    watched = but(
-        config,
-        data=folder,
-        max_steps=30,
-        watch=WatchConfig(judge="test_ppo:shouting", prompts=24, every=1),
-    )
+    watch = WatchConfig(judge="test_ppo:shouting", prompts=24, every=1)
+    return but(config, data=folder, max_steps=30, rollout_batch=8, watch=watch)
 
+
+def test_the_watch_stops_a_run_and_the_best_weights_come_out(watched: ppo.Config) -> None:
     made = ppo.train(watched)
 
     assert made.manifest is not None
@@ -402,7 +405,32 @@ def test_the_watch_stops_a_run_and_the_best_weights_come_out(config: ppo.Config,
     assert max(seen, key=lambda one: one["heldout"])["step"] == best
     assert (made.path / "watch.svg").exists()
     if best == 0:
-        assert differ(made, Checkpoint.open(config.model)) == 0
+        assert differ(made, Checkpoint.open(watched.model)) == 0
+
+
+def test_a_sharded_run_that_was_killed_is_stopped_where_one_process_would_have_been(
+    watched: ppo.Config, tmp_path: Path
+) -> None:
+    alone = ppo.train(watched)
+    both = but(watched, output=tmp_path / "both", batch_size=4)
+    running = launch(tmp_path, "fsdp2", str(script(both, tmp_path)))
+    assert running.stdout is not None
+    for line in running.stdout:
+        if line.strip() == "1":
+            kill(running)
+            break
+    running.communicate()
+    assert not both.output.exists()
+
+    running = launch(tmp_path, "fsdp2", str(script(both, tmp_path)))
+    _, complaint = running.communicate(timeout=200)
+
+    assert running.returncode == 0, complaint[-3000:]
+    made = Checkpoint.open(both.output)
+    assert made.manifest is not None
+    assert alone.manifest is not None
+    assert made.manifest.data["watch"] == alone.manifest.data["watch"]
+    assert differ(alone, made) < 1e-4
 
 
 # --- bad input ----------------------------------------------------------------------------------------

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
-import psutil
 import pytest
 import yaml
-from processes import Way, launch
+from processes import Way, kill, launch
 from tiny import rows, tiny_model, write_rows
 
-from trainers import dpo, kto, reward, sft
+from cai_graph.errors import ConfigError
+from trainers import dpo, guarded, kto, reward, sft
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
 from trainers.stages import Lora, StageConfig
@@ -83,6 +84,15 @@ def test_two_processes_train_what_one_would_have(tmp_path: Path, way: Way) -> No
     assert not list(both.glob("*.partial"))
 
 
+def test_parts_of_weights_are_refused_before_training() -> None:
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    with pytest.raises(ConfigError, match=r"is SHARDED_STATE_DICT, .*: set FULL_STATE_DICT in accelerate"):
+        guarded.guard(trainer, None)  # type: ignore[arg-type]
+
+
 def test_a_sharded_run_that_was_killed_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     plan = {"batch_size": 2, "max_steps": 30, "save_steps": 2}
@@ -94,10 +104,7 @@ def test_a_sharded_run_that_was_killed_goes_on_to_the_same_weights(tmp_path: Pat
     while not list(work.glob("checkpoint-*/whole.json")):
         assert running.poll() is None, running.communicate()[1][-3000:]
         time.sleep(0.01)
-    parent = psutil.Process(running.pid)
-    for one in (*parent.children(recursive=True), parent):
-        one.kill()
-    running.communicate()
+    kill(running)
     assert not config.output.exists()
 
     running = launch(tmp_path, "fsdp2", *command)

@@ -122,7 +122,13 @@ class Checkpoint:
 
 
 def save(
-    folder: Path, model: Any, tokenizer: Any, manifest: Manifest, *, beside: Path | None = None
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    manifest: Manifest,
+    *,
+    weights: Mapping[str, Any] | None = None,
+    beside: Path | None = None,
 ) -> Checkpoint:
     """Write a checkpoint; the folder appears whole or not at all.
 
@@ -132,6 +138,7 @@ def save(
             stands in `adapter/`, too.
         tokenizer: written beside the weights.
         manifest: how it came to be.
+        weights: the model's own, where it has only a part of each; None: as they are in it.
         beside: a folder whose content goes along, such as logs and plots.
 
     Raises:
@@ -141,7 +148,7 @@ def save(
     with _whole(folder) as work:
         if beside is not None:
             shutil.copytree(beside, work, dirs_exist_ok=True)
-        model.save_pretrained(work)
+        model.save_pretrained(work, state_dict=weights)
         if hasattr(model, "peft_config"):
             merge(work, model)
         tokenizer.save_pretrained(work)

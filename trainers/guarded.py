@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cai_graph.errors import ModelError
+from cai_graph.errors import ConfigError, ModelError
 from trainers import checkpoint, partial, whole
 
 if TYPE_CHECKING:
@@ -36,10 +36,20 @@ class _Unwritten(Exception):  # noqa: N818
 
 
 def guard(trainer: Any, run: Run) -> Any:
-    """Make a trainer watch its loss, and mark the points that it has written whole."""
+    """Make a trainer watch its loss, and mark the points that it has written whole.
+
+    Raises:
+        ConfigError: its processes would write parts of weights, of which no Checkpoint can be made.
+    """
     import torch
     from accelerate.utils import DistributedType
 
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
+        raise ConfigError(
+            f"fsdp_state_dict_type is {plugin.state_dict_type.name}, which writes parts of weights; a "
+            "checkpoint is whole: set FULL_STATE_DICT in accelerate's config"
+        )
     kind = type(trainer)
     begun = time.monotonic() - seconds(run.work)
     passes = {"update": -1, "number": 0}

@@ -287,7 +287,7 @@ class _Watched:
 
     def observe(self, step: int, *, last: bool) -> bool:
         """Return whether the run is to stop after this step."""
-        if last or step % self.every == 0 or _agreed(self.watch is not None and not self.watch.readings):
+        if _agreed(self.watch is not None and self.watch.due(step, last)):
             self.texts = self._answers()
         decision: Decision | None = None
         error: CaiError | None = None

@@ -257,6 +257,7 @@ def sample(
     seed: int,
     batch_size: int,
     first: int = 0,
+    in_step: bool = False,
 ) -> list[Sample]:
     """Return one answer to each conversation, in order.
 
@@ -272,6 +273,7 @@ def sample(
         seed: of the draw.
         batch_size: answers that are written at once.
         first: number of the first batch, where others sample the batches before it with the same seed.
+        in_step: the processes share one sharded model, and go on until the longest answer of all is written.
 
     Raises:
         DataError: a conversation does not fit the chat template, or leaves no room for an answer.
@@ -287,12 +289,20 @@ def sample(
             temperature=temperature,
             top_p=top_p,
             seed=seed + 1_000_003 * number,
+            in_step=in_step,
         )
     ]
 
 
 def _sample(
-    policy: Policy, rows: list[list[int]], *, max_tokens: int, temperature: float, top_p: float, seed: int
+    policy: Policy,
+    rows: list[list[int]],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    in_step: bool,
 ) -> list[Sample]:
     import torch
     from transformers import GenerationConfig
@@ -316,7 +326,9 @@ def _sample(
     devices = [model.device] if model.device.type == "cuda" else []
     with _plain(model), torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(seed)
-        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
+        written = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=wanted, synced_gpus=in_step
+        )
     return [
         _answer(policy, row, tokens)
         for row, tokens in zip(rows, written[:, ids.shape[1] :].tolist(), strict=True)

@@ -424,9 +424,9 @@ class Watch:
         """The step with the best held-out score so far."""
         return _best(self._seen).step
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, last: bool) -> bool:
         """Return whether the held-out prompts are observed at a step."""
-        return step % self.config.every == 0
+        return last or step % self.config.every == 0 or all(one.step >= step for one in self._seen)
 
     def observe(
         self,
@@ -459,7 +459,7 @@ class Watch:
             Exception: whatever judge, reward and policy raise; nothing of the step is written then.
         """
         self._forget(step)
-        observed = last or self.due(step) or not self._seen
+        observed = self.due(step, last)
         found: dict[str, Any] = {}
         warnings: list[str] = []
         if observed:

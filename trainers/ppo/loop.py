@@ -9,13 +9,16 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 
 from cai_graph.errors import CaiError, ConfigError
@@ -25,7 +28,7 @@ from trainers.config import plain
 from trainers.policy import Messages, Sample, batch_of, sample
 from trainers.ppo import Config, Diverged
 from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
-from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs
+from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs, whole_weights
 from trainers.ppo.state import Progress, States
 from trainers.prompts import read_prompts
 from trainers.rewards import EnsembleReward, RewardError, parse
@@ -84,11 +87,7 @@ class Run:
             log_with=list(config.report_to) or None,
             project_dir=str(config.output.parent) if config.report_to else None,
         )
-        if self.accelerator.distributed_type not in ONE_WHOLE_MODEL:
-            raise ConfigError(
-                f"PPO holds a whole model in every process, and {self.accelerator.distributed_type.value} "
-                "cuts it up; launch with --multi_gpu, and with lora where memory is short"
-            )
+        self.is_sharded = _is_sharded(self.accelerator)
         self.share = _share(config, self.accelerator.num_processes)
         self.minibatch = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.reward = parse(config.reward, device=str(self.accelerator.device))
@@ -106,7 +105,12 @@ class Run:
         self.actor, self.optimizer = self.accelerator.prepare(
             actor, torch.optim.AdamW(_groups(actor, config), eps=1e-5, weight_decay=0.0, fused=True)
         )
+        if self.is_sharded:
+            register_fsdp_forward_method(self.actor, "around")
+            if self.reference is not None:
+                self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
         self.watch = self._watch()
+        self.watched: list[str] = []
         self.stopped: dict[str, Any] | None = None
         self.progress = self.states.load() or Progress(kl_coefficient=config.kl_coefficient)
         if self.accelerator.is_main_process:
@@ -221,7 +225,8 @@ class Run:
         Seeds go by batch over all processes, so that two processes draw what one would have drawn.
         """
         at_once = min(self.config.rollout_batch, self.share)
-        return sample(
+        draw = partial(
+            sample,
             self.policy,
             prompts,
             max_tokens=self.config.max_answer,
@@ -229,7 +234,9 @@ class Run:
             seed=seed,
             first=first // at_once,
             batch_size=at_once,
+            in_step=self.is_sharded,
         )
+        return self._unwrapped().around(draw)
 
     @torch.no_grad()
     def _read(self, numbers: Sequence[int], samples: Sequence[Sample]) -> Iterator[Answer]:
@@ -237,7 +244,7 @@ class Run:
         actor, temperature = self._unwrapped(), self.config.temperature
         batch = self._batch(samples)
         with self.accelerator.autocast(), as_reference(actor, self.reference) as reference:
-            ref_logprobs, _, _ = token_logprobs(reference, batch, temperature)
+            ref_logprobs, _, _ = actor.around(partial(token_logprobs, reference, batch, temperature))
         with self.accelerator.autocast():
             read = actor(batch, temperature, entropy=True)
         for row, (number, drawn) in enumerate(zip(numbers, samples, strict=True)):
@@ -358,13 +365,18 @@ class Run:
             self.config.watch,
             reward=self.reward,
             heldout=self.prompts.heldout,
-            sample=self._sample_for_watch,
+            sample=lambda _: self.watched,
             output=self.states.record,
         )
 
-    def _sample_for_watch(self, prompts: Sequence[Messages]) -> list[str]:
+    def _answer_watch(self, *, last: bool) -> None:
+        """Answer what the watch asks now, in every process, since a sharded policy speaks in all at once."""
+        asks: list[Any] = [
+            self.watch.asks if self.watch and self.watch.due(self.progress.update, last) else []
+        ]
+        broadcast_object_list(asks)
         seed = _seed(self.config.seed, self.progress.update, WATCH)
-        return [drawn.text for drawn in self._sample(prompts, seed)]
+        self.watched = [drawn.text for drawn in self._sample(asks[0], seed)] if asks[0] else []
 
     def _observe(self, answers: Sequence[Answer]) -> None:
         """Show the watch what an update did; keep the best weights, and stop where it says so."""
@@ -372,6 +384,8 @@ class Run:
             return
         seen: list[Any] = [None, None]
         progress = self.progress
+        last = progress.update == self.updates
+        self._answer_watch(last=last)
         if self.watch is not None:
             try:
                 seen[0] = self.watch.observe(
@@ -382,7 +396,7 @@ class Run:
                     answers=[answer.text for answer in answers],
                     rewards=[answer.score for answer in answers],
                     disagreement=_disagreement(answers),
-                    last=progress.update == self.updates,
+                    last=last,
                 )
             except CaiError as error:  # the other processes wait to hear of it
                 seen[1] = str(error)
@@ -397,6 +411,8 @@ class Run:
             self.states.save(progress, "best")
         if decision.stop is not None:
             self.stopped = {"stopped_at": progress.update, "reason": decision.stop}
+            if self.is_sharded:
+                self.actor.reshard()  # what was gathered to answer the watch
             self.progress = self.states.load("best") or progress
 
     # --- the end --------------------------------------------------------------------------------------
@@ -420,14 +436,32 @@ class Run:
             seconds=self.progress.seconds,
             metrics=self.progress.metrics,
         )
+        weights = whole_weights(self.actor, self.accelerator) if self.is_sharded else None
         if self.accelerator.is_main_process:
             model, tokenizer = self._unwrapped().policy, self.policy.tokenizer
             with quiet():
-                checkpoint.save(config.output, model, tokenizer, manifest, beside=self.states.record)
+                checkpoint.save(
+                    config.output, model, tokenizer, manifest, weights=weights, beside=self.states.record
+                )
             shutil.rmtree(self.states.folder)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # of trackers and of processes that hear of one another
         return Checkpoint(config.output, manifest)
+
+
+def _is_sharded(accelerator: Any) -> bool:
+    """Return whether each process has a part of the weights.
+
+    Raises:
+        ConfigError: in a way that a policy cannot both be sampled and trained in.
+    """
+    kind = accelerator.distributed_type
+    if kind not in ONE_WHOLE_MODEL and not (kind == DistributedType.FSDP and accelerator.is_fsdp2):
+        raise ConfigError(
+            f"PPO runs with the whole model in every process, or sharded by FSDP2, and not under {kind.value}"
+            f"{' 1' if kind == DistributedType.FSDP else ''}; set fsdp_version: 2, or launch with --multi_gpu"
+        )
+    return bool(accelerator.is_fsdp2)
 
 
 def processes() -> PartialState:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from cai_graph.errors import ConfigError
 from trainers.policy import Policy, load_policy, load_reward
 from trainers.ppo import Config
 
-__all__ = ["ActorCritic", "Batch", "Read", "as_reference", "load", "quiet", "token_logprobs"]
+__all__ = ["ActorCritic", "Batch", "Read", "as_reference", "load", "quiet", "token_logprobs", "whole_weights"]
+
+T = TypeVar("T")
 
 
 class Read(NamedTuple):
@@ -58,6 +61,16 @@ class ActorCritic(nn.Module):
                 nn.init.zeros_(parameter)  # so that the first values are 0, whatever the hidden state's scale
             self.value_head = head
         self.value_model = value_model
+        self._no_split_modules = getattr(policy, "_no_split_modules", None)  # the layers that FSDP cuts up
+
+    def tie_weights(self) -> None:
+        """Make one of the policy's tied weights again, as FSDP asks for where it moved them apart."""
+        tie: Any = self.policy.tie_weights
+        tie()
+
+    def around(self, work: Callable[[], T]) -> T:
+        """Do what reads the policy past `forward`; under FSDP its outermost weights are whole meanwhile."""
+        return work()
 
     def forward(self, batch: Batch, temperature: float, *, entropy: bool = False) -> Read:
         """Return log-probabilities and values of the answers' tokens."""
@@ -100,6 +113,15 @@ def token_logprobs(
 
 def _positions(batch: Batch) -> Tensor:
     return (batch.text.cumsum(1) - 1).clamp(min=0)
+
+
+def whole_weights(actor: Any, accelerator: Accelerator) -> dict[str, Tensor]:
+    """Return the policy's weights, gathered where they are sharded; all processes call it."""
+    found: dict[str, Tensor] = accelerator.get_state_dict(actor)
+    policy: Any = accelerator.unwrap_model(actor).policy
+    tied = getattr(policy, "all_tied_weights_keys", None) or {}
+    weights = {name.removeprefix("policy."): one for name, one in found.items() if name.startswith("policy.")}
+    return {name: one for name, one in weights.items() if tied.get(name) not in weights}
 
 
 # --- loading ------------------------------------------------------------------------------------------
