@@ -172,11 +172,12 @@ def cache_dir() -> Path:
 
 
 def find(name: str) -> LocalModel:
-    """Return the catalogue's entry of that name.
+    """Return the catalogue's entry of that name, or of that model spec (`local`, `local:NAME`).
 
     Raises:
         ConfigError: there is none; lists near names and the way to one's own file.
     """
+    name = DEFAULT_MODEL if name == "local" else name.removeprefix("local:")
     for model in CATALOGUE:
         if model.name == name:
             return model

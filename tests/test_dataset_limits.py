@@ -29,6 +29,7 @@ from cai_graph.trajectory import (
     Verdict,
     encode,
 )
+from trainers import spool
 from trainers.dataset import Recipe, build
 from trainers.ledger import Reason
 from trainers.near import PromptFile, clusters, fingerprints
@@ -255,7 +256,9 @@ def test_a_tokenizer_without_a_chat_template_is_named_before_anything_is_read(
 # --- workers and stores -------------------------------------------------------------------------------
 
 
-def test_workers_and_the_kind_of_log_do_not_change_a_byte(tmp_path: Path) -> None:
+def test_workers_the_kind_of_log_and_memory_do_not_change_a_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     records: list[Record] = [
         make(n % 50, metadata={"user": f"user {n % 7}"}, messages=asks(f"{LONG} {n % 40}"))
         for n in range(150)
@@ -271,9 +274,11 @@ def test_workers_and_the_kind_of_log_do_not_change_a_byte(tmp_path: Path) -> Non
     one = build([file], tmp_path / "one", recipe)
     three = build([file], tmp_path / "three", recipe, workers=3)
     stored = build([str(tmp_path / "cai.db")], tmp_path / "stored", recipe, workers=2)
+    monkeypatch.setattr(spool, "_PORTION_BYTES", 500)  # so that most spools are read in several portions
+    little = build([file], tmp_path / "little", recipe)
 
-    assert one.ledger == three.ledger == stored.ledger
-    assert bytes_of(one.path) == bytes_of(three.path) == bytes_of(stored.path)
+    assert one.ledger == three.ledger == stored.ledger == little.ledger
+    assert bytes_of(one.path) == bytes_of(three.path) == bytes_of(stored.path) == bytes_of(little.path)
     caps = {Reason.DUPLICATE, Reason.USER_CAP, Reason.NEAR_DUPLICATE, Reason.MIX}
     assert one.ledger.dropped_rows.keys() == caps
 

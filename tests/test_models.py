@@ -13,7 +13,7 @@ import pytest
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.runnables import RunnableLambda
 
-from cai_graph import models
+from cai_graph import local, models
 from cai_graph.errors import ConfigError, ModelError
 
 
@@ -162,3 +162,8 @@ def test_anything_has_a_name() -> None:
     assert models.name_of(Broken(responses=["a"])) == "Broken"
     assert models.name_of(RunnableLambda(len)) == "RunnableLambda"
     assert models.name_of(None) == "NoneType"
+
+
+@pytest.mark.parametrize(("name", "found"), [("local", "qwen2.5-1.5b"), ("local:smollm2", "smollm2")])
+def test_the_catalogue_is_asked_by_spec_too(name: str, found: str) -> None:
+    assert local.find(name) is local.find(found)

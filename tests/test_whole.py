@@ -1,8 +1,11 @@
-"""Text files are whole or not there."""
+"""Files and folders are whole or not there."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +28,59 @@ def test_a_write_that_fails_leaves_the_older_file_and_nothing_beside(
 
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_stands_there_once_the_body_has_ended_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "out"
+
+    def interrupted() -> None:
+        with whole.folder(path) as work:
+            (work / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(path.parent.iterdir())
+
+    with whole.folder(path) as work:
+        (work / "all").touch()
+        assert not path.exists()
+    assert [one.name for one in path.iterdir()] == ["all"]
+    assert list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o755
+
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from trainers import whole
+with whole.folder(Path(sys.argv[1])) as work:
+    (work / "half").write_text("half")
+    print(work.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_goes_away_and_what_is_under_way_stays(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    own = tmp_path / ".out.backup"
+    own.mkdir()  # a name like ours, of somebody else
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITES, str(path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    killed, alive = processes
+    try:
+        names = [process.stdout.readline().strip() for process in processes]  # type: ignore[union-attr]
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        assert (tmp_path / names[0] / "half").exists()
+
+        with whole.folder(path), whole.folder(path):
+            left = {one.name for one in tmp_path.iterdir()}
+            assert names[0] not in left
+            assert {names[1], ".out.backup"} < left
+            assert len(left) == 4
+    finally:
+        alive.kill()
+        alive.communicate()

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,8 +27,9 @@ import yaml
 
 from cai_graph.blocks import sha256_of
 from cai_graph.errors import ConfigError, DataError, ModelError
+from trainers import whole
 
-__all__ = ["Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "sync", "versions"]
+__all__ = ["Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "versions"]
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
@@ -168,9 +168,9 @@ def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
     _absent(folder)
     try:
         _describe(written, folder.name, manifest)
-        sync(written)
+        whole.sync(written)
         os.replace(written, folder)
-        _sync_folder(folder.parent)
+        whole.sync_folder(folder.parent)
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return Checkpoint(folder, manifest)
@@ -238,21 +238,12 @@ def _whole(folder: Path) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     _absent(folder)
-    work: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        work.chmod(0o755)
-        yield work
-        sync(work)
-        os.replace(work, folder)
-        _sync_folder(folder.parent)
+        with whole.folder(folder) as work:
+            yield work
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
         raise ModelError(f"{folder}: cannot be written: {said}; nothing of it was left behind") from error
-    finally:
-        if work is not None and work.exists():
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def _unquantized(config: Any) -> Any:
@@ -283,25 +274,6 @@ def _read(folder: Path) -> dict[str, Any]:
         return {"manifest": written["manifest"], "weights": written["weights"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as a manifest ({error}); remove it to go without") from error
-
-
-def sync(folder: Path) -> None:
-    """Put every file of a folder on the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            _sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- the card -----------------------------------------------------------------------------------------

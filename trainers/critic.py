@@ -13,11 +13,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +26,7 @@ from cai_graph.errors import ConfigError, MissingExtra
 from cai_graph.probe import windows
 from cai_graph.trained import TrainedCritic, classifier_text, logits_of
 from trainers import heads as fitting
+from trainers import whole
 from trainers.config import plain
 from trainers.figures import (
     Curve,
@@ -146,7 +144,7 @@ def train(config: Config, progress: Progress | None = None) -> Path:
         except ImportError as error:
             raise MissingExtra("`cai train critic`", package, "train") from error
     data = Labels(config.data, config.unseen)
-    with _whole(config.output) as folder:
+    with whole.folder(config.output) as folder:
         fitted = (_probe if config.kind == "probe" else _classifier)(config, data, folder, progress)
         card = {
             "format": 1,
@@ -337,20 +335,7 @@ def _texts(config: Config, abouts: Sequence[str]) -> dict[str, str]:
     return {about: rules[about].critique_request if about in rules else about for about in abouts}
 
 
-# ---- the folder
-
-
-@contextmanager
-def _whole(output: Path) -> Iterator[Path]:
-    """Give a folder that becomes `output` when the body ends, or goes away."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.with_name(f".{output.name}.{os.getpid()}.part")
-    work.mkdir()
-    try:
-        yield work
-        os.replace(work, output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+# ---- the card
 
 
 def _counts(data: Labels) -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
     candidates   a stretch of the log → candidate rows, in spools by the first bits of their id
     near         prompts that are nearly the same, to stand on one side
-    selection    spool by spool: of rows of the same content one stays, caps and mixes hold
+    selection    portion by portion: of rows of the same content one stays, caps and mixes hold
     export       rows in the order of their ids, which is no order of the log's: a shuffled set
 
-Spools bound the memory, and every decision is by content and not by order. So any number of workers, either
+Portions bound the memory, and every decision is by content and not by order. So any number of workers, either
 engine, and a log in any order give the same bytes.
 """
 
@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +30,7 @@ import msgspec
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import without_password
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
-from trainers import near
+from trainers import near, whole
 from trainers.candidates import Converted, Judged, Part, checked, convert
 from trainers.cluster import Cluster
 from trainers.evidence import Mapped, gather
@@ -41,8 +39,8 @@ from trainers.ledger import Ledger
 from trainers.reading import Stretch, about, stretches
 from trainers.recipe import Recipe
 from trainers.rows import Kind, Provenance, read_row
-from trainers.selection import Decisions, Lost, Selected, completed, select_spool, settle
-from trainers.spool import SPOOLS
+from trainers.selection import Decisions, Lost, Selected, completed, select_portion, settle
+from trainers.spool import portions
 
 __all__ = ["Dataset", "Engine", "Origin", "Recipe", "build", "explain", "read_manifest"]
 
@@ -103,7 +101,7 @@ def build(
         if engine == "ray":
             part, ledger = Cluster(recipe, logs).build(decisions, partial(_written, sink))
         else:
-            part, ledger = _local(logs, decisions, sink, workers, output.parent)
+            part, ledger = _local(logs, decisions, sink, workers, folder)
         sink.close()
         _check(ledger, logs)
         manifest = _manifest(part, recipe, format, ledger, logs)
@@ -112,24 +110,24 @@ def build(
 
 
 def _local(
-    logs: Sequence[str], decisions: Decisions, sink: Sink, workers: int, scratch: Path
+    logs: Sequence[str], decisions: Decisions, sink: Sink, workers: int, folder: Path
 ) -> tuple[Part, Ledger]:
-    """Build with processes of this machine, over files in a folder of `scratch`."""
+    """Build with processes of this machine, over files in `folder` that are gone at the end."""
     recipe = decisions.recipe
     parts = [stretch for log in logs for stretch in stretches(log, workers)]
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".spools.") as work, _mapping(workers) as mapped:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".spools.") as work, _mapping(workers) as mapped:
         part, converted = _converted(recipe, parts, Path(work), mapped)
         if recipe.near_duplicates is not None:
             prompts = [one.prompts for one in converted]
             decisions.clusters = near.clusters(mapped(near.fingerprints, prompts), recipe.near_duplicates)
         spooled = [one.spooled for one in converted]
         settle(decisions, spooled)
-        selected = mapped(partial(select_spool, decisions, spooled), range(SPOOLS))
+        selected = mapped(partial(select_portion, decisions), portions(spooled))
         return part, _written(sink, part.ledger, selected)
 
 
 def _written(sink: Sink, ledger: Ledger, selected: Iterable[Selected]) -> Ledger:
-    """Write what was selected, spool after spool, and return the whole ledger."""
+    """Write what was selected, portion after portion, and return the whole ledger."""
     lost: list[Lost] = []
     for one in selected:
         ledger.add(one.ledger)
@@ -167,17 +165,12 @@ def _whole(output: Path) -> Iterator[Path]:
     """Give a folder that becomes `output` when the body ends, or goes away."""
     if output.exists():
         raise ConfigError(f"{output}: is there already; name a new folder, or remove it first")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise ConfigError(f"{output}: cannot be made: {error.strerror}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(whole.folder(output))
+        except OSError as error:
+            raise ConfigError(f"{output}: cannot be made: {error.strerror}") from error
         yield folder
-        os.replace(folder, output)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
 
 
 @contextmanager

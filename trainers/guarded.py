@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_graph.errors import ConfigError, ModelError
-from trainers import checkpoint, partial, whole
+from trainers import partial, whole
 
 if TYPE_CHECKING:
     from trainers.stages import Run
@@ -202,7 +202,7 @@ def _clear(work: Path, *, keep_marked: bool) -> None:
 
 
 def _mark(point: Path, begun: float) -> None:
-    checkpoint.sync(point)
+    whole.sync(point)
     whole.write(point / _POINT, json.dumps({"seconds": time.monotonic() - begun}))
 
 

@@ -14,7 +14,7 @@ from trainers.near import Clusters
 from trainers.recipe import Recipe
 from trainers.rows import Split, line_of
 from trainers.split import test_keys
-from trainers.spool import SPOOLS, Candidate, Limit, Mix, Spooled, Spooling, decided, load
+from trainers.spool import Candidate, Limit, Mix, Portion, Spooled, Spooling, decided, load, portions
 
 __all__ = [
     "SPLITS",
@@ -24,7 +24,7 @@ __all__ = [
     "completed",
     "limits_of",
     "select",
-    "select_spool",
+    "select_portion",
     "settle",
 ]
 
@@ -57,7 +57,7 @@ class Lost(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """What selecting from one spool came to."""
+    """What selecting from some candidates came to."""
 
     ledger: Ledger
     """The rows' accounts, and those of trajectories that made one candidate only."""
@@ -86,8 +86,8 @@ def _cluster(clusters: Clusters, candidate: Candidate) -> bytes:
 def settle(decisions: Decisions, spooled: Sequence[Spooled]) -> None:
     """Decide the limits over all candidates."""
     for limit in limits_of(decisions.recipe, decisions.clusters):
-        for number in range(SPOOLS):
-            for candidate, _, reason in decided(load(spooled, number, bodies=False), decisions.limits):
+        for portion in portions(spooled):
+            for candidate, _, reason in decided(load(portion, bodies=False), decisions.limits):
                 if reason in (None, Reason.REMOVED):
                     limit.see(candidate)
         limit.settle()
@@ -95,7 +95,7 @@ def settle(decisions: Decisions, spooled: Sequence[Spooled]) -> None:
 
 
 def select(decisions: Decisions, spooling: Iterable[Spooling]) -> Selected:
-    """Return the rows of one spool that stay, and the account of those that go."""
+    """Return the rows that stay of all candidates of some ids, and the account of those that go."""
     recipe, clusters = decisions.recipe, decisions.clusters
     ledger = Ledger()
     lost: list[Lost] = []
@@ -126,9 +126,9 @@ def select(decisions: Decisions, spooling: Iterable[Spooling]) -> Selected:
     return Selected(ledger, lost, blocks)
 
 
-def select_spool(decisions: Decisions, spooled: Sequence[Spooled], number: int) -> Selected:
-    """Return what `select` makes of one spool."""
-    return select(decisions, load(spooled, number))
+def select_portion(decisions: Decisions, portion: Portion) -> Selected:
+    """Return what `select` makes of one portion."""
+    return select(decisions, load(portion))
 
 
 def completed(ledger: Ledger, lost: Iterable[Lost]) -> Ledger:

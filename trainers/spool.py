@@ -1,7 +1,8 @@
 """Candidate rows on disk, apart by the first bits of their id, and the decision which of them stay.
 
 Rows of the same content have the same id, so they meet in one spool and one of them stays: that of the best
-evidence, then of the least `order`. Spools bound the memory, and no decision depends on the order of reading.
+evidence, then of the least `order`. A spool is read again in portions that fit into memory however large the
+log is, and no decision depends on the order of reading.
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ __all__ = [
     "Candidate",
     "Limit",
     "Mix",
+    "Portion",
     "Spools",
     "candidate_of",
     "decided",
     "load",
+    "portions",
 ]
 
 SPOOLS = 64
 """How many parts; the spool of a row is the first six bits of its digest."""
 _SHIFT = 2
 _BUFFER = 64 << 10
+_PORTION_BYTES = 8 << 20
 
 KEPT_DRAFT, REMOVED = 1, 2
 """Flags of a candidate: its answer is a kept draft; it is of a person or tenant to remove."""
@@ -143,22 +147,51 @@ class Spools:
         self._blocks[number].append(block)
 
 
+class Portion(NamedTuple):
+    """Candidates that are decided on at once: of one spool, those in one of several equal ranges of ids."""
+
+    blocks: list[tuple[Path, list[Block]]]
+    """Where the spool is: in each file, its blocks."""
+    part: int
+    """Which range, …"""
+    parts: int
+    """… of how many."""
+
+    def holds(self, digest: bytes) -> bool:
+        """Return whether a candidate of the spool belongs here."""
+        return (int.from_bytes(digest[:4]) & _BEHIND_SPOOL) * self.parts >> 26 == self.part
+
+
+_BEHIND_SPOOL = (1 << 26) - 1
+"""Of the first 32 bits of a digest, those behind the number of its spool."""
+
+
+def portions(spooled: Sequence[Spooled]) -> Iterator[Portion]:
+    """Yield all portions, in the order of the ids."""
+    for number in range(SPOOLS):
+        blocks = [(path, blocks[number]) for path, blocks in spooled]
+        size = sum(block.heads + block.bodies for _, some in blocks for block in some)
+        parts = 1 + size // _PORTION_BYTES
+        for part in range(parts):
+            yield Portion(blocks, part, parts)
+
+
 Spooling = tuple[Candidate, bytes]
 """A candidate and its row, as `encode_row` gives it; empty where only the candidates were wanted."""
 
 
-def load(spooled: Sequence[Spooled], number: int, *, bodies: bool = True) -> list[Spooling]:
-    """Return the candidates of one spool, of all stretches, with or without their bodies."""
+def load(portion: Portion, *, bodies: bool = True) -> list[Spooling]:
+    """Return the candidates of a portion, with or without their bodies."""
     found: list[Spooling] = []
-    for path, blocks in spooled:
+    for path, blocks in portion.blocks:
         with path.open("rb", buffering=0) as file:
-            for block in blocks[number]:
+            for block in blocks:
                 data = os.pread(file.fileno(), block.heads + (block.bodies if bodies else 0), block.at)
-                candidates = map(Candidate._make, _HEADER.iter_unpack(data[: block.heads]))
                 at = block.heads
-                for candidate in candidates:
+                for candidate in map(Candidate._make, _HEADER.iter_unpack(data[: block.heads])):
                     end = at + candidate.length
-                    found.append((candidate, data[at:end]))
+                    if portion.parts == 1 or portion.holds(candidate.digest):
+                        found.append((candidate, data[at:end]))
                     at = end
     return found
 
@@ -230,7 +263,7 @@ class Mix(Limit):
 def decided(
     spooling: Iterable[Spooling], limits: Sequence[Limit]
 ) -> Iterator[tuple[Candidate, bytes, Reason | None]]:
-    """Yield the candidates of one spool in the order of their ids, each with why it goes, if it does."""
+    """Yield the candidates of one portion in the order of their ids, each with why it goes, if it does."""
     before = b""
     for candidate, body in sorted(spooling):
         reason = None

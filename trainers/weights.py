@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cai_graph import local
 from cai_graph.blocks import sha256_of
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
+from trainers import whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -214,10 +214,8 @@ def _dequantise(path: Path, folder: Path, sha256: str) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise MissingExtra("weights to train", "transformers", "train") from error
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    work.chmod(0o755)
     try:
-        with _quietly():
+        with whole.folder(folder) as work, _quietly():
             given: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
             model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **given)
             # transformers holds the model for quantised still, and would refuse to save it.
@@ -227,15 +225,10 @@ def _dequantise(path: Path, folder: Path, sha256: str) -> None:
             model.is_quantized = False
             model.save_pretrained(work)
             AutoTokenizer.from_pretrained(str(path.parent), **given).save_pretrained(work)
-        note = {"file": str(path.absolute()), "sha256": sha256}
-        (work / SOURCE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-        for file in work.iterdir():
-            _sync(file)
-        os.replace(work, folder)
+            note = {"file": str(path.absolute()), "sha256": sha256}
+            (work / SOURCE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ModelError(f"{path}: transformers cannot read this GGUF file: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager

@@ -45,7 +45,10 @@ def dataset_build(
     without_tenant: Annotated[
         list[str] | None, option("--without-tenant", "Remove this tenant's rows; may be repeated.", "ID")
     ] = None,
-    format: Annotated[FormatName, option("--format -f", "Whose loader is to read it.")] = "jsonl",
+    format: Annotated[
+        FormatName,
+        option("--format -f", "Whose loader is to read it; TRL reads jsonl and parquet."),
+    ] = "jsonl",
     near_duplicates: Annotated[
         float,
         option(

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 
 from cai_graph.errors import ConfigError, ModelError
 from trainers import partial, whole
-from trainers.checkpoint import sync
 from trainers.config import plain
 from trainers.ppo import Config
 
@@ -111,7 +110,7 @@ class States:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (work / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-                sync(work)
+                whole.sync(work)
                 os.replace(work, state)
                 for older in sorted(self.folder.glob(f"{which}-*"))[:-1]:
                     shutil.rmtree(older)
