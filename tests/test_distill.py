@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +159,41 @@ def test_a_judge_that_is_out_names_the_step_and_the_run_goes_on(tmp_path: Path, 
         said, _, _ = run(path)
     assert said[:4] == ["trajectories skipped", "sft-data skipped", "sft skipped", "feedback goes on"]
     assert said[-1] == "model done"
+
+
+RUNS = """
+import sys
+from pathlib import Path
+from trainers.config import read
+from trainers.distill import Config, train
+train(read(Config, Path(sys.argv[1])), lambda step, what, _: print(step.name, what, flush=True))
+"""
+
+
+def test_a_run_that_is_killed_in_one_step_after_another_makes_the_same_model(
+    tmp_path: Path, server: Server, base: Path
+) -> None:
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    _, straight, _ = run(written(tmp_path / "straight", server, base))
+    path = written(tmp_path / "killed", server, base)
+    command = [sys.executable, "-c", RUNS, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for step in ("trajectories", "feedback"):  # the stages of training have tests of their own
+        running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert running.stdout is not None
+        for line in running.stdout:
+            if line.split() in ([step, "begins"], [step, "goes", "on"]):
+                time.sleep(0.1)
+                break
+        running.kill()
+        running.communicate()
+        assert running.returncode < 0, f"ended before {step} was killed"
+    _, made, _ = run(path)
+    assert made.digest == straight.digest
+    (log,) = (tmp_path / "killed" / "out" / "stages").glob("trajectories-*/log.db")
+    with open_log(str(log), read_only=True) as opened:
+        assert opened.stats().trajectories == PROMPTS, "no prompt twice, none lost"
 
 
 @pytest.mark.parametrize(
