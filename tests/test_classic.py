@@ -33,7 +33,8 @@ from replies import answer_in, role_of, verdicts
 from wire import role, serving
 
 from cai_graph.classic import ConstitutionalChain, ConstitutionalPrinciple
-from cai_graph.constitution import DEFAULT_REFUSAL, load
+from cai_graph.constitution import load
+from cai_graph.constitution.principles import DEFAULT_REFUSAL
 from cai_graph.critic import ModelCritic
 from cai_graph.errors import ConfigError, ConstitutionError, DataError, RunError, Violation
 from cai_graph.log import open_log

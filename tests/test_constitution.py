@@ -32,6 +32,9 @@ from cai_graph.constitution import (
     lint,
     load,
 )
+from cai_graph.constitution.loading import _builtin_folder
+from cai_graph.constitution.principles import MAX_REQUEST_CHARS
+from cai_graph.constitution.source import MAX_FILE_BYTES
 from cai_graph.errors import ConstitutionError
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +106,7 @@ def test_builtin_is_clean_sourced_and_short(name: str) -> None:
     for p in loaded:
         assert p.source, p.id
         for text in (p.critique_request, p.revision_request, p.preference_question):
-            assert len(text) <= module.MAX_REQUEST_CHARS
+            assert len(text) <= MAX_REQUEST_CHARS
     assert {e.verdict for e in loaded.examples} == {"VIOLATES", "COMPLIES"}
 
 
@@ -187,7 +190,7 @@ def test_wheel_layout_finds_the_built_in_constitutions(tmp_path: Path) -> None:
 
 def test_missing_built_in_folder_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConstitutionError, match="install cai-graph again"):
-        module._builtin_folder(tmp_path / "cai_graph")
+        _builtin_folder(tmp_path / "cai_graph")
 
 
 # --- the records -----------------------------------------------------------------------------------------
@@ -646,7 +649,7 @@ def test_all_errors_of_a_file_are_told_at_once_up_to_ten(folder: Path) -> None:
 
 
 def test_file_that_cannot_be_a_constitution_is_not_read(folder: Path) -> None:
-    (folder / "big.yaml").write_bytes(b"#" * (module.MAX_FILE_BYTES + 1))
+    (folder / "big.yaml").write_bytes(b"#" * (MAX_FILE_BYTES + 1))
     with pytest.raises(ConstitutionError, match="larger than 1 MiB"):
         load("big.yaml")
     (folder / "latin.yaml").write_bytes("name: t\nx: café\n".encode("latin-1"))

@@ -1,0 +1,163 @@
+"""What is allowed in a constitution and probably not meant, how two differ, and the schema of the files."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cai_graph.constitution.principles import MAX_REQUEST_CHARS, Constitution, File, plain_question
+
+__all__ = ["KNOWN_AIMS", "Difference", "Finding", "diff", "json_schema", "lint"]
+
+KNOWN_AIMS = ("harmless", "helpful", "honest")
+_NEAR_DUPLICATE = 0.7  # share of words that two critique requests have in common
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a constitution that is allowed but probably not meant."""
+
+    message: str
+    """What was found and what to do."""
+    principle: str | None = None
+    """Id of the principle it is about; None for the constitution as a whole."""
+    field: str | None = None
+    """The field it is about."""
+
+
+def lint(constitution: Constitution) -> list[Finding]:
+    """Return what is allowed but probably not meant; an empty list is a clean bill.
+
+    Looks for principles that say the same (and contradict each other in weight), requests longer than a
+    batched critique bears, missing translations, preference questions that were made up for lack of one,
+    misspelt aims, and examples that show only one verdict.
+    """
+    return [
+        *_lint_wording(constitution),
+        *_lint_duplicates(constitution),
+        *_lint_languages(constitution),
+        *_lint_examples(constitution),
+    ]
+
+
+def _lint_wording(constitution: Constitution) -> Iterator[Finding]:
+    for principle in constitution:
+        for name in ("critique_request", "revision_request"):
+            length = len(getattr(principle, name))
+            if length > MAX_REQUEST_CHARS:
+                advice = f"{length} characters; keep it to {MAX_REQUEST_CHARS}, or split the principle"
+                yield Finding(advice, principle.id, name)
+        if principle.preference_question == plain_question(principle.critique_request):
+            yield Finding(
+                "made from the critique request; write which of two answers is better",
+                principle.id,
+                "preference_question",
+            )
+        if _words(principle.critique_request) == _words(principle.revision_request):
+            yield Finding("says the same as the critique request", principle.id, "revision_request")
+        close = difflib.get_close_matches(principle.aim.lower(), KNOWN_AIMS, n=1, cutoff=0.8)
+        if close and principle.aim not in KNOWN_AIMS:
+            yield Finding(f"{principle.aim!r}: did you mean {close[0]!r}?", principle.id, "aim")
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _lint_duplicates(constitution: Constitution) -> Iterator[Finding]:
+    words = [(principle, _words(principle.critique_request)) for principle in constitution]
+    for i, (first, first_words) in enumerate(words):
+        for second, second_words in words[i + 1 :]:
+            either = first_words | second_words
+            if not either or len(first_words & second_words) / len(either) < _NEAR_DUPLICATE:
+                continue
+            same = first.critique_request == second.critique_request
+            yield Finding(
+                f"{'the same as' if same else 'nearly the same as'} that of {first.id!r}; drop one of them",
+                second.id,
+                "critique_request",
+            )
+            if first.weight != second.weight:
+                yield Finding(
+                    f"{second.weight:g} contradicts {first.weight:g} of {first.id!r}, which says the same",
+                    second.id,
+                    "weight",
+                )
+
+
+def _lint_languages(constitution: Constitution) -> Iterator[Finding]:
+    languages = {language: None for principle in constitution for language in principle.translations}
+    for language in languages:
+        for principle in constitution:
+            if language not in principle.translations:
+                yield Finding(
+                    f"no {language!r} texts, which other principles have", principle.id, "translations"
+                )
+        if language not in constitution.refusal_translations:
+            yield Finding(f"no {language!r} text, which principles have", None, "refusal_translations")
+
+
+def _lint_examples(constitution: Constitution) -> Iterator[Finding]:
+    verdicts = {example.verdict for example in constitution.examples}
+    if len(verdicts) == 1:
+        only = verdicts.pop()
+        other = "COMPLIES" if only == "VIOLATES" else "VIOLATES"
+        yield Finding(
+            f"every example {only}; a critic learns to say so; add one that {other}", None, "examples"
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One way in which two constitutions differ."""
+
+    change: Literal["added", "removed", "moved", "changed"]
+    """What happened on the way from the first to the second."""
+    principle: str | None
+    """Id of the principle; None for a field of the constitution."""
+    field: str | None
+    """The field that changed; None where a whole principle was added, removed or moved."""
+    before: object
+    """Value in the first: of the field, the Principle removed, or its position among the common ones."""
+    after: object
+    """The same in the second."""
+
+
+def diff(a: Constitution, b: Constitution) -> list[Difference]:
+    """Return how `b` differs from `a`: constitution fields first, then principles in the order of `b`."""
+    found = [
+        Difference("changed", None, name, getattr(a, name), getattr(b, name))
+        for name in type(a).model_fields
+        if name not in ("principles", "extends") and getattr(a, name) != getattr(b, name)
+    ]
+    found += [Difference("removed", p.id, None, p, None) for p in a if p.id not in b]
+    order_a = [p.id for p in a if p.id in b]
+    order_b = [p.id for p in b if p.id in a]
+    for new in b:
+        if new.id not in a:
+            found.append(Difference("added", new.id, None, None, new))
+            continue
+        before, after = order_a.index(new.id), order_b.index(new.id)
+        if before != after:
+            found.append(Difference("moved", new.id, None, before, after))
+        old = a[new.id]
+        found += [
+            Difference("changed", new.id, name, getattr(old, name), getattr(new, name))
+            for name in type(new).model_fields
+            if getattr(old, name) != getattr(new, name)
+        ]
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of a constitution file, for editors to complete by."""
+    schema = File.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "Constitution",
+        "anyOf": [{"required": ["principles"]}, {"required": ["extends"]}],
+    }
