@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from cai_graph import local
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.local import HubFile, LocalModel, WheelPart
+from cai_graph.local import server as serving
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 HUB = HubFile("maker/tiny", "tiny.gguf")
@@ -180,7 +181,7 @@ def test_missing_file_on_the_hub_names_the_status(cache: Path, hub: Hub) -> None
 def test_full_disk_is_said_before_the_download(
     cache: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "_SPARE_DISK", 1 << 60)
+    monkeypatch.setattr("cai_graph.local.cache._SPARE_DISK", 1 << 60)
     with pytest.raises(ModelError, match=r"MB are needed and .* MB are free .*CAI_CACHE"):
         local.fetch(model(HUB))
     assert hub.paths == []
@@ -221,7 +222,7 @@ def test_tampered_file_in_the_cache_is_fetched_again(cache: Path, hub: Hub) -> N
 
 def test_verified_file_is_not_hashed_again(cache: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = local.fetch(model(HUB))
-    monkeypatch.setattr(local, "_sha256", None)
+    monkeypatch.setattr("cai_graph.local.cache._sha256", None)
     assert local.cached(model(HUB)) == path
 
 
@@ -317,10 +318,11 @@ def test_catalogue_sizes_add_up() -> None:
 def test_engine_starts_at_the_first_request_and_is_shared(tiny_weights: Path) -> None:
     program = (
         "from cai_graph import local\n"
+        "from cai_graph.local import server as serving\n"
         "first, second = (local.chat_model('smollm2', max_tokens=3) for _ in range(2))\n"
-        "assert not local._engines\n"
+        "assert not serving._engines\n"
         "first.invoke('Hello'); second.invoke('Hello')\n"
-        "assert len(local._engines) == 1\n"
+        "assert len(serving._engines) == 1\n"
         "print('done')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
@@ -393,7 +395,7 @@ async def test_engine_that_died_is_started_again(tiny_weights: Path) -> None:
 
 @pytest.mark.local
 async def test_event_loop_runs_on_while_the_weights_load(tiny_weights: Path) -> None:
-    for running in list(local._engines.values()):
+    for running in list(serving._engines.values()):
         running.close()
     loop = asyncio.get_running_loop()
     gaps: list[float] = []
@@ -434,7 +436,7 @@ def test_weights_that_llama_cpp_refuses_are_a_model_error(tmp_path: Path, tiny_w
 def test_thread_count_must_be_a_number(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAI_LOCAL_THREADS", "many")
     with pytest.raises(ConfigError, match="CAI_LOCAL_THREADS is 'many'"):
-        local._threads("chat")
+        serving._threads("chat")
 
 
 # ---- the chat model

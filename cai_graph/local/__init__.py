@@ -1,0 +1,36 @@
+"""The embedded local model: which weights exist, how they reach this machine, and the engine that runs them.
+
+catalogue   what can be fetched: name, hash, size, licence, sources in order
+cache       the user's cache: hash-checked, resumed, one download at a time
+server      llama.cpp's server on a loopback port: started on first use, gone with us
+chat        a plain ChatOpenAI in front of it
+"""
+
+from cai_graph.local.cache import EXPORTED, Progress, cache_dir, cached, fetch, only_one, weights
+from cai_graph.local.catalogue import CATALOGUE, DEFAULT_MODEL, HubFile, LocalModel, WheelPart, find
+from cai_graph.local.chat import chat_model, is_local
+from cai_graph.local.server import CONTEXT_TOKENS, CONVERSATIONS, Engine, Mode, engine, usable_cores
+
+__all__ = [
+    "CATALOGUE",
+    "CONTEXT_TOKENS",
+    "CONVERSATIONS",
+    "DEFAULT_MODEL",
+    "EXPORTED",
+    "Engine",
+    "HubFile",
+    "LocalModel",
+    "Mode",
+    "Progress",
+    "WheelPart",
+    "cache_dir",
+    "cached",
+    "chat_model",
+    "engine",
+    "fetch",
+    "find",
+    "is_local",
+    "only_one",
+    "usable_cores",
+    "weights",
+]

