@@ -238,8 +238,8 @@ async def _logging(folder: Path) -> list[str]:
         "",
         "### What the durable log adds, K = 4",
         "",
-        f"{middle:.0f} µs of CPU a request (95 % interval of the median: {low:.0f} to {high:.0f}; {PAIRS} pairs "
-        f"of {IN_FLIGHT} requests at once, with and without, in turn; goal at most 100).",
+        f"{middle:.0f} µs of CPU a request (95 % interval of the median: {low:.0f} to {high:.0f}; {PAIRS} "
+        f"pairs of {IN_FLIGHT} requests at once, with and without, in turn; goal at most 100).",
     ]
 
 
