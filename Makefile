@@ -31,6 +31,7 @@ soak: $(VENV)/.installed consumers  ## long kill loops on the log; foreign train
 	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
 	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/test_log_postgres.py -k "killed or falls" --timeout 0
 	$(BIN)/python -m pytest tests/test_consumers.py tests/test_elsewhere.py
+	$(BIN)/python -m pytest tests/test_processes.py tests/test_online.py -k zero --timeout 0
 	CAI_TRL_PPO=1 $(BIN)/python -m pytest tests/test_ppo_trl.py -s --timeout 0
 
 consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory and axolotl beside the project, for `make soak`
@@ -42,6 +43,8 @@ consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory and axolotl besi
 		hydra-core omegaconf antlr4-python3-runtime==4.9.3
 	$(BIN)/python -m pip install --quiet --no-deps --target .consumers/axolotl --upgrade axolotl==0.19.0 addict posthog \
 		numba llvmlite fastcore zstandard schedulefree backoff distro colorama art python-dotenv fire termcolor
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target .consumers/deepspeed \
+		--upgrade deepspeed==0.19.8 hjson py-cpuinfo einops ninja msgpack
 
 clean:
 	rm -rf $(VENV) .consumers cai.db cai.db-wal cai.db-shm

@@ -141,8 +141,8 @@ def run() -> str:
         "",
         f"{MODEL} in fp32, all weights, {STEPS} updates of {BATCH} rows, {ROUNDS} interleaved rounds; "
         "medians. Ratios are ours to TRL's, in brackets the least and the largest of a round. Of tokens/s "
-        "more is better, of CPU seconds of the whole process less. In the time of the loop is the point to go "
-        "on from that both write at its end, weights and optimizer; ours waits until it is on the disk.",
+        "more is better, of CPU seconds of the whole process less. In the time of the loop is the point to "
+        "go on from that both write at its end, weights and optimizer; ours waits until it is on the disk.",
         "",
         "| stage | tokens/s, ours | TRL | ratio | CPU s, ours | TRL | ratio | peak MB, ours | TRL |",
         "|---|---|---|---|---|---|---|---|---|",

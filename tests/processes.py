@@ -9,26 +9,39 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import psutil
+import pytest
 import yaml
 
-__all__ = ["Way", "kill", "launch"]
+__all__ = ["WAYS", "Way", "kill", "launch"]
 
 ROOT = Path(__file__).parents[1]
-Way = Literal["ddp", "fsdp2"]
+DEEPSPEED = ROOT / ".consumers" / "deepspeed"
+"""Where `make consumers` puts DeepSpeed, which the project does not need."""
+Way = Literal["ddp", "fsdp2", "zero2", "zero3"]
 """Each process holds the whole model, or a part of each layer."""
+WAYS = [
+    pytest.param(
+        way, marks=pytest.mark.skipif(not DEEPSPEED.exists(), reason="`make consumers` installs DeepSpeed")
+    )
+    if way.startswith("zero")
+    else way
+    for way in get_args(Way)
+]
 
 
 def launch(folder: Path, way: Way, *command: str) -> subprocess.Popen[str]:
     """Start `-m MODULE` or a script with its arguments; accelerate's config is written into `folder`."""
-    if way == "ddp":
-        config = {"distributed_type": "MULTI_GPU", "num_machines": 1}
-    else:
+    config: dict[str, Any] = {"distributed_type": "MULTI_GPU", "num_machines": 1}
+    if way != "ddp":
         page = (ROOT / "docs" / "distill.md").read_text(encoding="utf-8")
-        (block,) = re.findall(r"^```yaml\n(# fsdp2\.yaml\n.*?)^```", page, re.DOTALL | re.MULTILINE)
+        name = "fsdp2" if way == "fsdp2" else "zero3"
+        (block,) = re.findall(rf"^```yaml\n(# {name}\.yaml\n.*?)^```", page, re.DOTALL | re.MULTILINE)
         config = yaml.safe_load(block)
+    if way == "zero2":
+        config["deepspeed_config"]["zero_stage"] = 2
     config |= {"num_processes": 2, "mixed_precision": "no", "main_process_port": _free_port()}
     path = folder / f"{way}.json"
     path.write_text(json.dumps(config), encoding="utf-8")
@@ -38,7 +51,8 @@ def launch(folder: Path, way: Way, *command: str) -> subprocess.Popen[str]:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", DEEPSPEED))),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,7 +1,11 @@
-"""FSDP2 on CPUs: importing this has accelerate shard there. Torch can; accelerate starts it on GPUs only."""
+"""Sharded training on CPUs: importing this has accelerate start there what it would on GPUs alone.
+
+Torch shards by FSDP2 on CPUs, and DeepSpeed by ZeRO, as they do on GPUs.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from accelerate import PartialState
@@ -11,10 +15,12 @@ from accelerate.utils import DistributedType
 _begin = AcceleratorState.__init__
 
 
-def _sharded(self: Any, *args: Any, fsdp_plugin: Any = None, **settings: Any) -> None:
-    _begin(self, *args, fsdp_plugin=fsdp_plugin, **settings)
-    if fsdp_plugin is not None and self.distributed_type is DistributedType.MULTI_CPU:
-        self.fsdp_plugin = fsdp_plugin
+def _sharded(self: Any, mixed_precision: Any = None, cpu: bool = False, **settings: Any) -> None:
+    by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    _begin(self, mixed_precision, cpu and not by_deepspeed, **settings)
+    plugin = settings.get("fsdp_plugin")
+    if plugin is not None and self.distributed_type is DistributedType.MULTI_CPU:
+        self.fsdp_plugin = plugin
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 

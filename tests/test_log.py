@@ -382,6 +382,7 @@ def test_an_append_waits_for_no_other(log: Log) -> None:
         futures = [pool.submit(log.append, trajectory(n)).result(10) for n in range(3)]
         for future in futures:
             future.result(10)
+    log.append(trajectory(3))  # which counts what nobody counted
     log.flush()
     assert writer.pending_bytes == 0
 

@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -376,3 +377,23 @@ def test_a_file_held_for_too_long_is_reported_and_nothing_is_stored(
     holder.close()
     fill(log, 1)
     assert log.stats().trajectories == 2
+
+
+def test_a_log_that_was_replaced_while_open_is_not_written_over(log: Log, tmp_path: Path) -> None:
+    fill(log, 2)
+    path = tmp_path / "cai.db"
+    with apsw.Connection(str(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    with open_log(tmp_path / "other.db") as other:
+        ids = [record.id for record in fill(other, 3)]
+    (tmp_path / "other.db").replace(path)
+    second = apsw.Connection(str(path))  # another program has the new one open
+    assert second.execute("SELECT count(*) FROM records").get == 3
+    time.sleep(2 * sqlite_store._LOOKED_S)
+
+    record = trajectory()
+    log.append(record).result()
+    second.close()
+    assert [found.id for found in log.read()] == [*ids, record.id]
+    assert verify(str(path)).ok

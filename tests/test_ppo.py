@@ -408,21 +408,22 @@ def test_the_watch_stops_a_run_and_the_best_weights_come_out(watched: ppo.Config
         assert differ(made, Checkpoint.open(watched.model)) == 0
 
 
-def test_a_sharded_run_that_was_killed_is_stopped_where_one_process_would_have_been(
-    watched: ppo.Config, tmp_path: Path
+@pytest.mark.parametrize("ends", ["stopped", "killed"])
+def test_a_sharded_run_ends_where_one_process_would_have(
+    watched: ppo.Config, tmp_path: Path, ends: str
 ) -> None:
+    if ends == "killed":
+        assert watched.watch is not None
+        watched = but(watched, max_steps=4, watch=dataclasses.replace(watched.watch, stop=False))
     alone = ppo.train(watched)
     both = but(watched, output=tmp_path / "both", batch_size=4)
     running = launch(tmp_path, "fsdp2", str(script(both, tmp_path)))
-    assert running.stdout is not None
-    for line in running.stdout:
-        if line.strip() == "1":
-            kill(running)
-            break
-    running.communicate()
-    assert not both.output.exists()
-
-    running = launch(tmp_path, "fsdp2", str(script(both, tmp_path)))
+    if ends == "killed":
+        assert running.stdout is not None
+        assert any(line.strip() == "1" for line in running.stdout)
+        kill(running)
+        assert not both.output.exists()
+        running = launch(tmp_path, "fsdp2", str(script(both, tmp_path)))
     _, complaint = running.communicate(timeout=200)
 
     assert running.returncode == 0, complaint[-3000:]
@@ -431,6 +432,8 @@ def test_a_sharded_run_that_was_killed_is_stopped_where_one_process_would_have_b
     assert alone.manifest is not None
     assert made.manifest.data["watch"] == alone.manifest.data["watch"]
     assert differ(alone, made) < 1e-4
+    if ends == "killed":
+        assert differ(Checkpoint.open(watched.model), made) > 1e-3
 
 
 # --- bad input ----------------------------------------------------------------------------------------

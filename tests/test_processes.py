@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
-from processes import Way, kill, launch
+from processes import WAYS, Way, kill, launch
 from tiny import rows, tiny_model, write_rows
+from torch.distributed.fsdp import StateDictType
 
 from cai_graph.errors import ConfigError
 from trainers import dpo, guarded, kto, reward, sft
@@ -55,15 +56,14 @@ def differ(one: Path, other: Path) -> float:
     return max((weight - right[name]).abs().max().item() for name, weight in left.items())
 
 
-@pytest.mark.parametrize("way", get_args(Way))
+@pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_what_one_would_have(tmp_path: Path, way: Way) -> None:
     """All weights and adapters alike. KTO pairs rows within a batch, so its update is another one."""
     model = tiny_model(tmp_path / "model")
     both = tmp_path / "both"
     both.mkdir()
-    names = {
-        f"{module.__name__.rpartition('.')[2]}{lora}": module for module in DATA for lora in ("", "-lora")
-    }
+    adapters = ("",) if way == "zero3" else ("", "-lora")
+    names = {f"{module.__name__.rpartition('.')[2]}{lora}": module for module in DATA for lora in adapters}
     for name, module in names.items():
         adapter = {"lora": Lora(rank=4)} if name.endswith("-lora") else {}
         settings(module, model, both, name, batch_size=4, **adapter)
@@ -84,13 +84,22 @@ def test_two_processes_train_what_one_would_have(tmp_path: Path, way: Way) -> No
     assert not list(both.glob("*.partial"))
 
 
-def test_parts_of_weights_are_refused_before_training() -> None:
-    from accelerate import FullyShardedDataParallelPlugin
-
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
-    with pytest.raises(ConfigError, match=r"is SHARDED_STATE_DICT, .*: set FULL_STATE_DICT in accelerate"):
-        guarded.guard(trainer, None)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("name", "plugin", "said"),
+    [
+        ("fsdp_plugin", {"state_dict_type": StateDictType.SHARDED_STATE_DICT}, "set FULL_STATE_DICT"),
+        (
+            "deepspeed_plugin",
+            {"zero_stage": 3, "zero3_save_16bit_model": False},
+            "zero3_save_16bit_model: true",
+        ),
+    ],
+)
+def test_parts_of_weights_are_refused_before_training(name: str, plugin: dict[str, Any], said: str) -> None:
+    state = SimpleNamespace(**{name: SimpleNamespace(**plugin)})
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(state=state))
+    with pytest.raises(ConfigError, match=f"writes parts of weights; .*{said}"):
+        guarded.guard(trainer, SimpleNamespace(config=SimpleNamespace(lora=None)))  # type: ignore[arg-type]
 
 
 def test_a_sharded_run_that_was_killed_goes_on_to_the_same_weights(tmp_path: Path) -> None:

@@ -163,9 +163,11 @@ def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
 
     Raises:
         ConfigError: the folder is there already.
-        ModelError: it cannot be written.
+        ModelError: it cannot be written, or there are no weights.
     """
     _absent(folder)
+    if not _weights(written):
+        raise ModelError(f"{written}: no weights were written there, so no checkpoint can be made of it")
     try:
         _describe(written, folder.name, manifest)
         whole.sync(written)

@@ -39,7 +39,7 @@ from trainers.ledger import Ledger
 from trainers.reading import Stretch, about, stretches
 from trainers.recipe import Recipe
 from trainers.rows import Kind, Provenance, read_row
-from trainers.selection import Decisions, Lost, Selected, completed, select_portion, settle
+from trainers.selection import Decisions, Lost, Selected, completed, select_portion, settle, shared
 from trainers.spool import portions
 
 __all__ = ["Dataset", "Engine", "Origin", "Recipe", "build", "explain", "read_manifest"]
@@ -122,7 +122,8 @@ def _local(
             decisions.clusters = near.clusters(mapped(near.fingerprints, prompts), recipe.near_duplicates)
         spooled = [one.spooled for one in converted]
         settle(decisions, spooled)
-        selected = mapped(partial(select_portion, decisions), portions(spooled))
+        select = partial(select_portion, decisions) if workers == 1 else shared(decisions, Path(work))
+        selected = mapped(select, portions(spooled))
         return part, _written(sink, part.ledger, selected)
 
 
@@ -167,7 +168,7 @@ def _whole(output: Path) -> Iterator[Path]:
         raise ConfigError(f"{output}: is there already; name a new folder, or remove it first")
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(whole.folder(output))
+            folder = stack.enter_context(whole.folder(output, mode=0o700))  # users' texts
         except OSError as error:
             raise ConfigError(f"{output}: cannot be made: {error.strerror}") from error
         yield folder

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -61,7 +63,7 @@ Format = Literal["jsonl", "parquet", "openrlhf", "verl", "llama-factory", "axolo
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 PROVENANCE = "provenance.jsonl"
-"""Where rows came from, in the order of the files' rows, `train` before `test` within each stretch."""
+"""Where rows came from, in the order of the files' rows, all of `train` before `test`."""
 
 Shape = Callable[[Any], dict[str, Any] | None]
 """A row -> what the format holds of it, or None where the format's loader would not take it whole."""
@@ -379,16 +381,20 @@ class _Shaped:
         self.folder = folder
         self.files = files
         self._provenance = (folder / PROVENANCE).open("wb")
+        self._of_test = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed at the end
 
     def write(self, split: Split, lines: bytes) -> None:
         each = lines.splitlines(keepends=True)  # JSON escapes whatever else ends a line
         shaped = [self.shape(read_row(self.kind, line)) for line in each]
         self.files.write(split, b"".join(msgspec.json.encode(row) + b"\n" for row in shaped))
-        self._provenance.write(b"".join(map(provenance_of, each)))
+        file = self._provenance if split == "train" else self._of_test
+        file.write(b"".join(map(provenance_of, each)))
 
     def close(self) -> None:
         self.files.close()
-        with self._provenance as file:
+        with self._provenance as file, self._of_test as of_test:
+            of_test.seek(0)
+            shutil.copyfileobj(of_test, file)
             file.flush()
             os.fsync(file.fileno())
         splits = [split for split in ("train", "test") if any(self.folder.glob(f"{split}.*"))]

@@ -44,12 +44,7 @@ def guard(trainer: Any, run: Run) -> Any:
     import torch
     from accelerate.utils import DistributedType
 
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.state_dict_type.name != "FULL_STATE_DICT":
-        raise ConfigError(
-            f"fsdp_state_dict_type is {plugin.state_dict_type.name}, which writes parts of weights; a "
-            "checkpoint is whole: set FULL_STATE_DICT in accelerate's config"
-        )
+    _check_whole(trainer.accelerator.state, adapters=run.config.lora is not None)
     kind = type(trainer)
     begun = time.monotonic() - seconds(run.work)
     passes = {"update": -1, "number": 0}
@@ -98,6 +93,24 @@ def guard(trainer: Any, run: Run) -> Any:
 
     trainer.__class__ = Guarded
     return trainer
+
+
+def _check_whole(state: Any, *, adapters: bool) -> None:
+    fsdp, zero = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if fsdp is not None and fsdp.state_dict_type.name != "FULL_STATE_DICT":
+        raise ConfigError(
+            f"fsdp_state_dict_type is {fsdp.state_dict_type.name}, which writes parts of weights; a "
+            "checkpoint is whole: set FULL_STATE_DICT in accelerate's config"
+        )
+    if zero is not None and zero.zero_stage == 3 and not zero.zero3_save_16bit_model:
+        raise ConfigError(
+            "ZeRO stage 3 writes parts of weights; a checkpoint is whole: set zero3_save_16bit_model: true "
+            "in accelerate's config"
+        )
+    if zero is not None and zero.zero_stage == 3 and adapters:
+        raise ConfigError(
+            "lora under ZeRO stage 3 may wait for ever; set zero_stage: 2 or use FSDP2 in accelerate's config"
+        )
 
 
 def _beginnings(inputs: Any, tokenizer: Any) -> str:

@@ -28,6 +28,7 @@ from trainers.checkpoint import Checkpoint
 from trainers.encoding import Encoder, Row, Shape
 from trainers.policy import Messages, Policy, sample
 from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, parse
+from trainers.sharded import reshard
 from trainers.stages import Run, StageConfig, run
 from trainers.watch import Decision, Watch, WatchConfig, benign_prompts
 
@@ -330,6 +331,8 @@ class _Watched:
             }
 
     def _answers(self) -> list[str]:
+        from accelerate.utils import DistributedType
+
         trainer = self.trainer
         policy = Policy(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class)
         found = sample(
@@ -339,6 +342,7 @@ class _Watched:
             temperature=self.config.temperature,
             seed=self.config.seed,
             batch_size=self.config.batch_size,
+            in_step=trainer.accelerator.distributed_type == DistributedType.FSDP,
         )
         return [one.text for one in found]
 
@@ -393,6 +397,7 @@ def _check_sharding(accelerator: Any) -> None:
 def _trained(trainer: Any) -> dict[str, torch.Tensor]:
     """Return copies of the weights that are trained, whole and on the CPU; all processes call it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    reshard(model)
     found = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -408,6 +413,7 @@ def _load(trainer: Any, path: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     kept = load_file(path)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    reshard(model)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.requires_grad:

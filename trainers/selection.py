@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 from trainers.export import Format, fits_in
@@ -26,6 +28,7 @@ __all__ = [
     "select",
     "select_portion",
     "settle",
+    "shared",
 ]
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -129,6 +132,23 @@ def select(decisions: Decisions, spooling: Iterable[Spooling]) -> Selected:
 def select_portion(decisions: Decisions, portion: Portion) -> Selected:
     """Return what `select` makes of one portion."""
     return select(decisions, load(portion))
+
+
+def shared(decisions: Decisions, work: Path) -> Callable[[Portion], Selected]:
+    """Return `select_portion` for other processes of this machine, each of which reads the decisions once."""
+    path = work / "decisions"
+    path.write_bytes(pickle.dumps(decisions))
+    return partial(_select_by, path)
+
+
+def _select_by(path: Path, portion: Portion) -> Selected:
+    return select_portion(_decisions(path), portion)
+
+
+@cache
+def _decisions(path: Path) -> Decisions:
+    found: Decisions = pickle.loads(path.read_bytes())
+    return found
 
 
 def completed(ledger: Ledger, lost: Iterable[Lost]) -> Ledger:

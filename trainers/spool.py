@@ -1,8 +1,8 @@
 """Candidate rows on disk, apart by the first bits of their id, and the decision which of them stay.
 
 Rows of the same content have the same id, so they meet in one spool and one of them stays: that of the best
-evidence, then of the least `order`. A spool is read again in portions that fit into memory however large the
-log is, and no decision depends on the order of reading.
+evidence, then of the least `order`. A spool is read again in portions of some megabytes, up to 8 GB of rows
+in all, and no decision depends on the order of reading.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ SPOOLS = 64
 _SHIFT = 2
 _BUFFER = 64 << 10
 _PORTION_BYTES = 8 << 20
+_MOST_PORTIONS = 16
+"""Of one spool: each one reads all its headers."""
 
 KEPT_DRAFT, REMOVED = 1, 2
 """Flags of a candidate: its answer is a kept draft; it is of a person or tenant to remove."""
@@ -106,7 +108,7 @@ class Spools:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("xb", buffering=0)
+        self._file = path.open("xb")
         self._at = 0
         self._heads: list[list[bytes]] = [[] for _ in range(SPOOLS)]
         self._bodies: list[list[bytes]] = [[] for _ in range(SPOOLS)]
@@ -129,6 +131,7 @@ class Spools:
         for number, size in enumerate(self._sizes):
             if size:
                 self._flush(number)
+        self._file.flush()
         return Spooled(self.path, self._blocks)
 
     def close(self) -> None:
@@ -171,7 +174,7 @@ def portions(spooled: Sequence[Spooled]) -> Iterator[Portion]:
     for number in range(SPOOLS):
         blocks = [(path, blocks[number]) for path, blocks in spooled]
         size = sum(block.heads + block.bodies for _, some in blocks for block in some)
-        parts = 1 + size // _PORTION_BYTES
+        parts = min(_MOST_PORTIONS, 1 + size // _PORTION_BYTES)
         for part in range(parts):
             yield Portion(blocks, part, parts)
 
@@ -183,15 +186,20 @@ Spooling = tuple[Candidate, bytes]
 def load(portion: Portion, *, bodies: bool = True) -> list[Spooling]:
     """Return the candidates of a portion, with or without their bodies."""
     found: list[Spooling] = []
+    at_once = bodies and portion.parts == 1
     for path, blocks in portion.blocks:
         with path.open("rb", buffering=0) as file:
             for block in blocks:
-                data = os.pread(file.fileno(), block.heads + (block.bodies if bodies else 0), block.at)
+                data = os.pread(file.fileno(), block.heads + (block.bodies if at_once else 0), block.at)
                 at = block.heads
                 for candidate in map(Candidate._make, _HEADER.iter_unpack(data[: block.heads])):
                     end = at + candidate.length
                     if portion.parts == 1 or portion.holds(candidate.digest):
-                        found.append((candidate, data[at:end]))
+                        if at_once or not bodies:
+                            body = data[at:end]
+                        else:
+                            body = os.pread(file.fileno(), candidate.length, block.at + at)
+                        found.append((candidate, body))
                     at = end
     return found
 

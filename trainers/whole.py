@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["folder", "sync", "sync_folder", "write"]
 
 _MARK = ".unfinished"
-"""In a folder under way: the id of the process that writes it, which holds a lock on the file."""
+"""In a folder under way: a file that the process that writes it has locked."""
 
 
 def write(path: Path, text: str) -> None:
@@ -36,10 +36,14 @@ def write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def folder(path: Path) -> Iterator[Path]:
+def folder(path: Path, *, mode: int = 0o755) -> Iterator[Path]:
     """Give a folder that stands at `path` once the body has ended, on the disk, or goes away.
 
     What a process that was killed left of one for the same path goes away first.
+
+    Args:
+        path: the folder to make.
+        mode: who may read it.
 
     Raises:
         OSError: it cannot be made or written.
@@ -52,8 +56,8 @@ def folder(path: Path) -> Iterator[Path]:
     try:
         with _marked(work):
             yield work
-        work.chmod(0o755)
-        sync(work)
+            work.chmod(mode)
+            sync(work)
         os.replace(work, path)
         sync_folder(path.parent)
     finally:
@@ -69,7 +73,7 @@ def sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
-        else:
+        elif path not in _own:  # to close it would let go of its lock
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
@@ -84,34 +88,38 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+_own: set[Path] = set()
+"""Marks of this process: to open one would end its lock."""
+
+
 @contextmanager
 def _marked(work: Path) -> Iterator[None]:
     """Mark a folder as written by this process for as long as the body takes."""
-    mark = work / _MARK
-    with mark.with_suffix(".new").open("w") as file:
-        file.write(str(os.getpid()))
-        file.flush()
+    mark, new = work / _MARK, work / f"{_MARK}.new"
+    with new.open("w") as file:
         _lock(file.fileno())
-        os.rename(file.name, mark)  # so that nobody sees one that is not locked yet
+        _own.add(mark)
+        new.rename(mark)  # so that nobody sees one that is not locked yet
         try:
             yield
         finally:
             mark.unlink(missing_ok=True)
+            _own.discard(mark)
 
 
 def _is_abandoned(mark: Path) -> bool:
     """Return whether the process that wrote a folder is gone."""
-    with contextlib.suppress(OSError, ValueError), mark.open("r+") as file:
-        return int(file.read()) != os.getpid() and _lock(file.fileno())
+    if mark in _own:
+        return False
+    with contextlib.suppress(OSError), mark.open("r+") as file:
+        return _lock(file.fileno()) and mark.exists()  # which it does not where the folder was just finished
     return False
 
 
 def _lock(file: int) -> bool:
-    """Lock a file until it is closed, and return whether that worked; a child of a fork has no part in it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks, and what was left stays
-        return False
+    """Lock a file until this process closes it, and return whether that worked; children have no part."""
+    import fcntl
+
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

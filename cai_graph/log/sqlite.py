@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
@@ -33,6 +34,8 @@ SCHEMA = 3
 BUSY_S = 60.0
 """How long an operation waits for other processes before it gives up."""
 _BUSY_SLICE_MS = 500
+_LOOKED_S = 0.02
+"""How long it holds, while one transaction follows another, that the open file is the one at the path."""
 _SMALLEST_DATABASE = 512
 """Bytes; SQLite takes a smaller file for an empty one, and would write over it."""
 _NO_DATABASE = "{}: is no SQLite database, so no log of cai-graph; name another file"
@@ -374,9 +377,9 @@ class SQLiteStore(Store):
         def attempt() -> list[CaiError | None]:
             with self._writing:
                 try:
-                    # The file is looked at afterwards: that lets go of Python's lock, which the callers
-                    # that the last commit woke would take, while this thread has not begun to write.
-                    errors = self._insert(self._writable(self._db.kept()), rows)
+                    # One transaction after another looks at the file once: that lets go of Python's lock,
+                    # which the callers that the last commit woke take, before this thread has begun.
+                    errors = self._insert(self._writable(self._db.current(_LOOKED_S)), rows)
                     while not self._db.is_current():
                         errors = self._insert(self._writable(self._db.current()), rows)
                     return errors
@@ -543,15 +546,16 @@ class _Connection:
         """How many connections there have been."""
         self._db: apsw.Connection | None = None
         self._file = (0, 0)
+        self._looked = -math.inf
 
-    def current(self) -> apsw.Connection:
-        """Return a connection to the file that stands at the path now."""
-        if not self.is_current():
+    def current(self, looked_s: float = 0.0) -> apsw.Connection:
+        """Return a connection to the file that stands at the path now.
+
+        Args:
+            looked_s: seconds for which it is enough to have looked at the file.
+        """
+        if time.monotonic() - self._looked > looked_s and not self.is_current():
             self.close()
-        return self.kept()
-
-    def kept(self) -> apsw.Connection:
-        """Return the connection as it is, or a new one where none is open."""
         if self._db is None:
             self._db = connect(self.path, read_only=self.read_only)
             self._file = self._identity()
@@ -564,9 +568,11 @@ class _Connection:
         What SQLite writes to one that was removed or replaced, nobody would find again.
         """
         try:
-            return self._db is not None and self._identity() == self._file
+            found = self._db is not None and self._identity() == self._file
         except FileNotFoundError:
-            return False
+            found = False
+        self._looked = time.monotonic() if found else -math.inf
+        return found
 
     def close(self) -> None:
         """Close the connection. What it cannot checkpoint stays in the WAL, for the next one."""

@@ -3,7 +3,7 @@
 While a transaction is being written, the next appends gather; so a batch is as large as the disk is slow,
 and nobody waits for a timer. Redaction and the database work happen on this thread. A record is encoded by
 its caller, a few microseconds: what is stored is the record as it was then, whatever becomes of the dicts in
-it; the bytes that wait are counted exactly; and one thread less encodes while others wait for its commit.
+it; the bytes that wait are known; and one thread less encodes while others wait for its commit.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Writer:
     def _reset(self) -> None:
         self.lost = 0
         """Records that this process could not write; their futures failed."""
-        self._queue: deque[_Pending] = deque()
+        self._queue: deque[_Pending | threading.Event] = deque()
+        """What waits; an Event is set once all that stands before it is decided."""
         self._uncounted: deque[int] = deque()
         self._counting = threading.Lock()
         self._appended_bytes = 0
@@ -100,14 +101,13 @@ class Writer:
             self._wait_for_room(size)
         if self._closing:
             raise LogError(f"{self._name}: the log is closed; open it again before you append")
+        self._queue.append((row, commit, redaction))
         self._uncounted.append(size)
         self._count()
-        self._queue.append((row, commit, redaction))
-        # Looked at behind the queue, into which the thread looks again once it has changed them.
-        if not self._arrived.is_set():
-            self._arrived.set()
-        if self._thread is None:
-            self._start()
+        self._wake()
+        if self._closing and threading.current_thread() is not self._thread:
+            self.flush()  # Another thread closed the log meanwhile, and nobody else would see to it.
+            self._store.close()
         return commit
 
     @property
@@ -122,11 +122,12 @@ class Writer:
 
     def flush(self) -> None:
         """Wait until everything appended before is committed or has failed."""
-        while self._uncounted:
-            self._count()
-        target = self._appended_bytes
-        with self._finished:
-            self._finished.wait_for(lambda: self._finished_bytes >= target)
+        if self._thread is None and not self._queue:
+            return
+        reached = threading.Event()
+        self._queue.append(reached)
+        self._wake()
+        reached.wait()
 
     def close(self) -> None:
         """Write what is pending and end the thread. Closing twice is harmless."""
@@ -145,7 +146,7 @@ class Writer:
             return  # A callback of a future; the thread must not wait for itself.
         with self._finished:
             self._finished.wait_for(
-                lambda: not self.pending_bytes or self.pending_bytes + size <= MAX_PENDING_BYTES
+                lambda: self.pending_bytes <= 0 or self.pending_bytes + size <= MAX_PENDING_BYTES
             )
 
     def _count(self) -> None:
@@ -157,6 +158,13 @@ class Writer:
             finally:
                 self._counting.release()
 
+    def _wake(self) -> None:
+        """See that the thread looks at the queue; it looks again once it has changed what is asked here."""
+        if not self._arrived.is_set():
+            self._arrived.set()
+        if self._thread is None:
+            self._start()
+
     # --- the thread -----------------------------------------------------------------------------------
 
     def _start(self) -> None:
@@ -164,8 +172,13 @@ class Writer:
             if self._thread is not None:
                 return
             # A daemon, so that a program that forgets to close still ends; `drain` at exit writes the rest.
-            self._thread = threading.Thread(target=self._run, name=f"cai log {self._name}", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=f"cai log {self._name}", daemon=True)
+            self._thread = thread
+            try:
+                thread.start()
+            except BaseException:
+                self._thread = None
+                raise
         if "multiprocessing.util" in sys.modules:
             # A child of multiprocessing leaves by os._exit and runs its own finalizers, not atexit's.
             from multiprocessing.util import Finalize
@@ -174,8 +187,11 @@ class Writer:
 
     def _run(self) -> None:
         while self._await_arrival():
-            batch, size = self._take()
-            self._write(batch, size)
+            batch, size, reached = self._take()
+            if batch:
+                self._write(batch, size)
+            for event in reached:
+                event.set()
 
     def _await_arrival(self) -> bool:
         """Wait until something is queued; return False where the log is closed and nothing is."""
@@ -193,16 +209,23 @@ class Writer:
                 self._thread = threading.current_thread()
         return True
 
-    def _take(self) -> tuple[list[_Pending], int]:
+    def _take(self) -> tuple[list[_Pending], int, list[threading.Event]]:
+        """Take what one transaction writes, its bytes, and the events that are reached with it."""
         batch: list[_Pending] = []
         size = 0
+        reached: list[threading.Event] = []
         while self._queue and len(batch) < MAX_ROWS:
-            more = _size(self._queue[0][0])
-            if batch and size + more > MAX_BATCH_BYTES:
-                break
-            size += more
-            batch.append(self._queue.popleft())
-        return batch, size
+            item = self._queue[0]
+            if isinstance(item, threading.Event):
+                reached.append(item)
+            else:
+                more = _size(item[0])
+                if batch and size + more > MAX_BATCH_BYTES:
+                    break
+                size += more
+                batch.append(item)
+            self._queue.popleft()
+        return batch, size, reached
 
     def _write(self, batch: list[_Pending], size: int) -> None:
         commits = [commit for _, commit, _ in batch]

@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from trainers.policy import Messages, Sample, batch_of, sample
 from trainers.ppo import Config, Diverged
 from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
 from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs, whole_weights
-from trainers.ppo.state import Progress, States
+from trainers.ppo.state import Progress, States, Which
 from trainers.prompts import read_prompts
 from trainers.rewards import EnsembleReward, RewardError, parse
+from trainers.sharded import reshard
 from trainers.watch import Decision, Watch
 
 __all__ = ["Answer", "Run", "processes"]
@@ -100,6 +101,8 @@ class Run:
         self.updates = config.max_steps or max(
             1, math.floor(len(self.prompts.train) * config.epochs / config.rollout_size)
         )
+        if self.is_sharded:
+            _keep_precise(self.accelerator.state.fsdp_plugin)
         self.actor: Any
         self.optimizer: Any
         self.actor, self.optimizer = self.accelerator.prepare(
@@ -112,7 +115,7 @@ class Run:
         self.watch = self._watch()
         self.watched: list[str] = []
         self.stopped: dict[str, Any] | None = None
-        self.progress = self.states.load() or Progress(kl_coefficient=config.kl_coefficient)
+        self.progress = self._loaded("state") or Progress(kl_coefficient=config.kl_coefficient)
         if self.accelerator.is_main_process:
             self.states.forget_after(self.progress.update)
 
@@ -134,7 +137,7 @@ class Run:
             if self.accelerator.is_main_process:
                 tell(update, self.updates)
             if update % self.config.save_steps == 0:
-                self.states.save(self.progress)
+                self._save("state")
         return self._finish()
 
     def rollout(self, update: int) -> list[Answer]:
@@ -199,7 +202,8 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a forward pass, summed over its tokens, and the figures of `SUMMED`."""
         config = self.config
-        read = self.actor(batch, config.temperature)
+        with self.accelerator.autocast():
+            read = self.actor(batch, config.temperature)
         policy = policy_loss(read.logprobs, old_logprobs, advantages, config.clip)
         value = value_loss(read.values, old_values, returns, config.value_clip)
         loss = ((policy + config.value_coefficient * value) * batch.mask).sum()
@@ -286,6 +290,21 @@ class Run:
 
     # --- around an update -----------------------------------------------------------------------------
 
+    def _save(self, which: Which) -> None:
+        self.states.save(self.progress, which)
+        self._begin_unmoved(self.progress)
+
+    def _loaded(self, which: Which) -> Progress | None:
+        found = self.states.load(which)
+        if found is not None:
+            self._begin_unmoved(found)
+        return found
+
+    def _begin_unmoved(self, progress: Progress) -> None:
+        """Before the first update, forget the step that FSDP has the optimizer take so as to save a state."""
+        if progress.update == 0:
+            self.optimizer.state.clear()
+
     def _unwrapped(self) -> ActorCritic:
         actor: ActorCritic = self.accelerator.unwrap_model(self.actor)
         return actor
@@ -349,7 +368,7 @@ class Run:
         )
 
     def _paused(self, said: str, when: str) -> RewardError:
-        self.states.save(self.progress)
+        self._save("state")
         return RewardError(
             f"{said}\nPaused {when} of {self.updates}; the state is kept in {self.states.folder}, and the "
             "same command goes on from it"
@@ -408,12 +427,11 @@ class Run:
             for warning in decision.warnings:
                 _log.warning("update %d: %s", progress.update, warning)
         if decision.is_best:
-            self.states.save(progress, "best")
+            self._save("best")
         if decision.stop is not None:
             self.stopped = {"stopped_at": progress.update, "reason": decision.stop}
-            if self.is_sharded:
-                self.actor.reshard()  # what was gathered to answer the watch
-            self.progress = self.states.load("best") or progress
+            reshard(self.actor)
+            self.progress = self._loaded("best") or progress
 
     # --- the end --------------------------------------------------------------------------------------
 
@@ -462,6 +480,13 @@ def _is_sharded(accelerator: Any) -> bool:
             f"{' 1' if kind == DistributedType.FSDP else ''}; set fsdp_version: 2, or launch with --multi_gpu"
         )
     return bool(accelerator.is_fsdp2)
+
+
+def _keep_precise(plugin: Any) -> None:
+    """Have FSDP compute in 16 bits where that is asked for, and neither return nor add up in them."""
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def processes() -> PartialState:

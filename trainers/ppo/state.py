@@ -26,7 +26,7 @@ from trainers import partial, whole
 from trainers.config import plain
 from trainers.ppo import Config
 
-__all__ = ["Progress", "States"]
+__all__ = ["Progress", "States", "Which"]
 
 MAY_CHANGE = frozenset(
     {"learning_rate", "value_learning_rate", "schedule", "warmup", "epochs", "max_steps"}
