@@ -31,7 +31,8 @@ soak: $(VENV)/.installed consumers  ## long kill loops on the log; foreign train
 	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
 	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/test_log_postgres.py -k "killed or falls" --timeout 0
 	$(BIN)/python -m pytest tests/test_consumers.py tests/test_elsewhere.py
-	$(BIN)/python -m pytest tests/test_processes.py tests/test_online.py -k zero --timeout 0
+	CAI_SHARDED_KILLS=1 $(BIN)/python -m pytest tests/test_processes.py tests/test_online.py tests/test_ppo.py \
+		-k "zero or sharded" --timeout 0
 	CAI_TRL_PPO=1 $(BIN)/python -m pytest tests/test_ppo_trl.py -s --timeout 0
 
 consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory and axolotl beside the project, for `make soak`

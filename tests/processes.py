@@ -15,11 +15,14 @@ import psutil
 import pytest
 import yaml
 
-__all__ = ["WAYS", "Way", "kill", "launch"]
+__all__ = ["WAYS", "Way", "kill", "killed_too", "launch"]
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = ROOT / ".consumers" / "deepspeed"
 """Where `make consumers` puts DeepSpeed, which the project does not need."""
+killed_too = pytest.mark.skipif(
+    not os.environ.get("CAI_SHARDED_KILLS"), reason="`make soak` kills sharded runs, too"
+)
 Way = Literal["ddp", "fsdp2", "zero2", "zero3"]
 """Each process holds the whole model, or a part of each layer."""
 WAYS = [

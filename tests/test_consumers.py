@@ -25,7 +25,7 @@ from trainers.rows import Kind
 CONSUMERS = Path(os.environ.get("CAI_CONSUMERS", ".consumers")).absolute()
 
 pytestmark = [
-    pytest.mark.skipif(not CONSUMERS.is_dir(), reason="make consumers installs the trainers"),
+    pytest.mark.skipif(not (CONSUMERS / "venv").is_dir(), reason="make consumers installs the trainers"),
     pytest.mark.timeout(600),
 ]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Way, kill, launch
+from processes import Way, kill, killed_too, launch
 from safetensors.torch import load_file
 from test_policy_model import reward_model
 from tiny import rows, tiny_model, turn, write_rows
@@ -408,7 +408,7 @@ def test_the_watch_stops_a_run_and_the_best_weights_come_out(watched: ppo.Config
         assert differ(made, Checkpoint.open(watched.model)) == 0
 
 
-@pytest.mark.parametrize("ends", ["stopped", "killed"])
+@pytest.mark.parametrize("ends", ["stopped", pytest.param("killed", marks=killed_too)])
 def test_a_sharded_run_ends_where_one_process_would_have(
     watched: ppo.Config, tmp_path: Path, ends: str
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from processes import WAYS, Way, kill, launch
+from processes import WAYS, Way, kill, killed_too, launch
 from tiny import rows, tiny_model, write_rows
 from torch.distributed.fsdp import StateDictType
 
@@ -102,6 +102,7 @@ def test_parts_of_weights_are_refused_before_training(name: str, plugin: dict[st
         guarded.guard(trainer, SimpleNamespace(config=SimpleNamespace(lora=None)))  # type: ignore[arg-type]
 
 
+@killed_too
 def test_a_sharded_run_that_was_killed_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model")
     plan = {"batch_size": 2, "max_steps": 30, "save_steps": 2}
