@@ -27,7 +27,7 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts, fast tests
 bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
 
-soak: $(VENV)/.installed consumers  ## long kill loops on the log; foreign trainers read our formats; PPO against TRL's
+soak: $(VENV)/.installed consumers  ## long kill loops; foreign trainers read our formats; sharded training; PPO against TRL's
 	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
 	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/test_log_postgres.py -k "killed or falls" --timeout 0
 	$(BIN)/python -m pytest tests/test_consumers.py tests/test_elsewhere.py
@@ -35,7 +35,7 @@ soak: $(VENV)/.installed consumers  ## long kill loops on the log; foreign train
 		-k "zero or sharded" --timeout 0
 	CAI_TRL_PPO=1 $(BIN)/python -m pytest tests/test_ppo_trl.py -s --timeout 0
 
-consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory and axolotl beside the project, for `make soak`
+consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory, axolotl and DeepSpeed beside the project, for `make soak`
 	test -d .consumers/venv || $(PYTHON) -m venv .consumers/venv
 	.consumers/venv/bin/python -m pip install --quiet torch==2.13.0 transformers==4.57.1 'datasets<5' peft accelerate \
 		omegaconf pylatexenc tensordict codetiming hydra-core tyro av ray pandas pyarrow trl==0.24.0 fire einops pillow
