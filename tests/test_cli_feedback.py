@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from log_support import comparison, trajectory
+from log_support import comparison, contents, fill, trajectory
 from test_cli import cai, start
 from test_feedback import prefers_revisions
 from wire import Reply, serving
@@ -22,12 +22,16 @@ from cai_graph.trajectory import Comparison, Feedback, Record
 from trainers.feedback import PairKind
 
 
+def revised(url: str | Path) -> None:
+    """Fill a log with four revised trajectories."""
+    with open_log(url) as log:
+        fill(log, 4)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder whose log holds four revised trajectories."""
-    with open_log(tmp_path / "cai.db") as log:
-        for future in [log.append(trajectory(n)) for n in range(4)]:
-            future.result()
+    revised(tmp_path / "cai.db")
     return tmp_path
 
 
@@ -40,11 +44,13 @@ def test_the_menu_of_pairs_is_that_of_the_labelling() -> None:
     assert tuple(Pairs) == get_args(PairKind)
 
 
-def test_a_log_is_labelled_and_summed_up_once(folder: Path) -> None:
+def test_a_log_is_labelled_and_summed_up_once(url: str, tmp_path: Path) -> None:
+    revised(url)
     with serving(prefers_revisions) as server:
-        first = cai(folder, "feedback", "label", "--judge", server.spec)
+        label = ("feedback", "label", "--log", url, "--judge", server.spec)
+        first = cai(tmp_path, *label)
         asked = len(server.requests)
-        again = cai(folder, "feedback", "label", "--judge", server.spec, "--json")
+        again = cai(tmp_path, *label, "--json")
 
         assert len(server.requests) == asked == 8
     assert "revision preferred over draft  100%" in first.stdout
@@ -52,7 +58,7 @@ def test_a_log_is_labelled_and_summed_up_once(folder: Path) -> None:
     assert "4 of 4 trajectories were labelled before" in again.stderr
     summary = json.loads(again.stdout)
     assert (summary["comparisons"], summary["clear"], summary["position_bias"]["share"]) == (4, 4, 0)
-    assert len(records(folder, "comparison")) == 4
+    assert [type(record) for record in contents(url)].count(Comparison) == 4
 
 
 def test_each_judge_of_a_log_is_summed_up(folder: Path) -> None:

@@ -46,8 +46,8 @@ def said(text: str) -> Message:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[Log]:
-    with open_log(tmp_path / "cai.db") as opened:
+def log(url: str) -> Iterator[Log]:
+    with open_log(url) as opened:
         yield opened
 
 
@@ -447,10 +447,11 @@ async def test_a_judge_is_compared_with_the_people_who_reviewed_the_same_answers
 # --- what end users say -------------------------------------------------------------------------------
 
 
-def test_feedback_of_a_file_is_appended_and_broken_lines_are_reported(tmp_path: Path) -> None:
+def test_feedback_of_a_file_is_appended_and_broken_lines_are_reported(
+    log: Log, url: str, tmp_path: Path
+) -> None:
     about = trajectory()
-    with open_log(tmp_path / "cai.db") as log:
-        fill(log, about)
+    fill(log, about)
     lines = [
         {"trajectory_id": about.id, "score": 1, "user": "u1", "note": "thanks", "at": "2026-11-24T10:00:00"},
         {"trajectory_id": about.id, "score": -0.5},
@@ -464,16 +465,15 @@ def test_feedback_of_a_file_is_appended_and_broken_lines_are_reported(tmp_path: 
     ]
     path = tmp_path / "f.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n{cut")
-    done = import_feedback(tmp_path / "cai.db", path)
+    done = import_feedback(url, path)
 
     assert (done.added, done.present) == (2, 0)
     assert [line.line for line in done.broken] == [3, 4, 5, 6, 7, 8, 9, 11]
     assert done.broken[0].what == "there is no trajectory 'absent' in this log"
     assert done.broken[1].what == "'score' is a number from -1 (bad) to 1 (good), found 7"
-    again = import_feedback(tmp_path / "cai.db", path)
+    again = import_feedback(url, path)
     assert (again.added, again.present) == (0, 2)
-    with open_log(tmp_path / "cai.db", read_only=True) as log:
-        first, second = log.read(kind="feedback")
+    first, second = log.read(kind="feedback")
     assert isinstance(first, Feedback)
     assert isinstance(second, Feedback)
     assert (first.score, first.user, first.note, first.at.isoformat()) == (

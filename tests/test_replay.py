@@ -78,8 +78,8 @@ def critic(**violates: tuple[str, ...]) -> Critic:
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[Log]:
-    with open_log(tmp_path / "cai.db") as opened:
+def log(url: str) -> Iterator[Log]:
+    with open_log(url) as opened:
         yield opened
 
 
@@ -233,11 +233,16 @@ async def test_an_answer_that_cannot_be_judged_is_reported_and_tried_again(log: 
 # --- the command --------------------------------------------------------------------------------------
 
 
+def answered(log: Log) -> None:
+    """Fill a log with three answers that comply."""
+    ids = tuple(p.id for p in load("balanced"))
+    fill(log, *(kept(f"answer {n}", rounds=(Round(critique=critique(ids=ids)),)) for n in range(3)))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    ids = tuple(p.id for p in load("balanced"))
     with open_log(tmp_path / "cai.db") as log:
-        fill(log, *(kept(f"answer {n}", rounds=(Round(critique=critique(ids=ids)),)) for n in range(3)))
+        answered(log)
     return tmp_path
 
 
@@ -247,10 +252,11 @@ def stricter(body: dict[str, Any]) -> Reply:
     return Reply(verdicts(*found, ids=ids))
 
 
-def test_the_command_shows_what_changes_and_its_status_says_it(folder: Path) -> None:
+def test_the_command_shows_what_changes_and_its_status_says_it(url: str, log: Log, tmp_path: Path) -> None:
+    answered(log)
     with serving(stricter) as server:
-        args = ("replay", "--critic", server.spec, "-o", "kept.jsonl")
-        shown = cai(folder, *args).stdout
+        args = ("replay", "--log", url, "--critic", server.spec, "-o", "kept.jsonl")
+        shown = cai(tmp_path, *args).stdout
         asked = len(server.requests)
         for rule, status in (
             ("more-violations", 1),
@@ -258,15 +264,14 @@ def test_the_command_shows_what_changes_and_its_status_says_it(folder: Path) -> 
             ("fewer-violations", 0),
             ("unreadable", 0),
         ):
-            cai(folder, *args, "--fail-on", rule, status=status)
-        summary = json.loads(cai(folder, *args, "--json").stdout)
+            cai(tmp_path, *args, "--fail-on", rule, status=status)
+        summary = json.loads(cai(tmp_path, *args, "--json").stdout)
         assert len(server.requests) == asked == 3
     assert "3 answers judged again." in shown
     assert "1 newly violate, 0 are cleared, 0 are unreadable now." in shown
     assert "answer  answer 1" in shown
     assert summary["newly_violates"] == 1
-    with open_log(folder / "cai.db", read_only=True) as log:
-        assert log.stats().trajectories == 3
+    assert log.stats().trajectories == 3
 
 
 def test_a_log_without_answers_fails(tmp_path: Path) -> None:
