@@ -18,7 +18,7 @@ import torch
 from processes import Way, kill, killed_too, launch
 from safetensors.torch import load_file
 from test_policy_model import reward_model
-from tiny import rows, tiny_model, turn, write_rows
+from tiny import rows, tiny_model, tracked, turn, write_rows
 
 from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import config as configs
@@ -92,6 +92,14 @@ def config(model: Path, data: Path, tmp_path: Path) -> ppo.Config:
 
 def but(config: ppo.Config, **changes: Any) -> ppo.Config:
     return dataclasses.replace(config, **changes)
+
+
+def test_figures_go_to_the_trackers_once(config: ppo.Config) -> None:
+    made = ppo.train(but(config, report_to=("tensorboard",), max_steps=1))
+    assert {"reward", "kl", "policy_loss"} <= tracked(made.path / "runs")
+    assert {one.name for one in config.output.parent.iterdir()} == {"out"}
+    with pytest.raises(ConfigError, match="report_to: wandb is not installed"):
+        ppo.train(but(config, report_to=("wandb",), output=config.output.with_name("other")))
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

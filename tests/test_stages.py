@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 from test_dataset import write
 from test_export import revised
-from tiny import CHATML, rows, tiny_model, turn, write_rows
+from tiny import CHATML, rows, tiny_model, tracked, turn, write_rows
 
 from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import dpo, kto, sft
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
 from trainers.dataset import Recipe, build
-from trainers.stages import Lora, StageConfig
+from trainers.stages import Lora, StageConfig, check_machine
 
 
 def config(**changes: Any) -> StageConfig:
@@ -39,6 +39,10 @@ def config(**changes: Any) -> StageConfig:
         ({"allow": ("everything",)}, "allow takes drop-long, cut-long"),
         ({"allow": ("drop-long", "cut-long")}, "keep one"),
         ({"warmup": 1.0}, "warmup is a share"),
+        (
+            {"report_to": ("tensorbord",)},
+            "report_to takes tensorboard, wandb, mlflow, trackio; found 'tensorb",
+        ),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(changes: dict[str, Any], said: str) -> None:
@@ -52,6 +56,17 @@ def test_a_config_comes_back_from_its_yaml(tmp_path: Path) -> None:
     whole = config(lora=Lora(rank=4, targets=("q_proj",)), allow=("cut-long",), report_to=("tensorboard",))
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(plain(whole)))
     assert read(StageConfig, tmp_path / "x.yaml") == whole
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match="report_to: wandb is not installed; pip install wandb"):
+        check_machine(config(report_to=("tensorboard", "wandb")), "sft")
+
+
+def test_figures_go_to_the_trackers(tiny: Path, tmp_path: Path) -> None:
+    module, settings = stage("sft", tiny, tmp_path, rows("sft", 8), report_to=("tensorboard",), log_steps=1)
+    made = module.train(settings)
+    assert {"train/loss", "train/learning_rate"} <= tracked(made.path / "runs")
 
 
 @pytest.fixture(scope="module")

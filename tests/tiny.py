@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -86,3 +87,17 @@ def write_rows(path: Path, found: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows as JSON lines; return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     return path
+
+
+def tracked(folder: Path) -> set[str]:
+    """Return the names of the scalars in the files that a tracker wrote for TensorBoard."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    names: set[str] = set()
+    for path in folder.rglob("*tfevents*"):
+        with path.open("rb") as file:
+            while head := file.read(12):  # length and its checksum; the record's own checksum comes after it
+                event = Event.FromString(file.read(*struct.unpack("<Q", head[:8])))
+                file.read(4)
+                names |= {value.tag for value in event.summary.value}
+    return names

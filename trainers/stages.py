@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -27,7 +28,11 @@ from trainers.encoding import Counts, Encoder, Hazard, Shape, Source, encode, op
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Hazard", "Lora", "Run", "StageConfig", "run"]
+__all__ = ["Hazard", "Lora", "Run", "StageConfig", "Tracker", "check_machine", "computes_in_bf16", "run"]
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+_TRACKED_BY = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""Packages, any of which serves a tracker; otherwise the one of its name."""
 
 _MAY_CHANGE = {"output", "log_steps", "save_steps", "report_to"}
 """Settings that an interrupted run may go on with otherwise."""
@@ -91,8 +96,8 @@ class StageConfig:
     """Recompute activations in the backward pass (gradient checkpointing): less memory, more time."""
     allow: tuple[Hazard, ...] = ()
     """Hazards of the data that are known and wanted; each is refused otherwise."""
-    report_to: tuple[str, ...] = ()
-    """Trackers, as transformers names them: tensorboard, wandb, mlflow, trackio."""
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that get the figures; TensorBoard's files go into the Checkpoint's `runs`."""
     log_steps: int = 10
     """Updates between two lines of figures."""
     save_steps: int = 200
@@ -109,9 +114,10 @@ class StageConfig:
             raise ConfigError(f"warmup is a share from 0 to below 1, found {self.warmup!r}")
         if self.quantized and self.lora is None:
             raise ConfigError("quantized weights cannot be trained themselves; set lora, too")
-        for hazard in self.allow:
-            if hazard not in get_args(Hazard):
-                raise ConfigError(f"allow takes {', '.join(get_args(Hazard))}; found {hazard!r}")
+        for name, menu in (("allow", get_args(Hazard)), ("report_to", get_args(Tracker))):
+            for found in getattr(self, name):
+                if found not in menu:
+                    raise ConfigError(f"{name} takes {', '.join(menu)}; found {found!r}")
         if {"drop-long", "cut-long"} <= set(self.allow):
             raise ConfigError("allow says drop-long and cut-long; keep one")
 
@@ -158,7 +164,7 @@ class Run:
         import torch
         import transformers
 
-        bf16 = _bf16(self.config)
+        bf16 = computes_in_bf16(self.config)
         # All weights are trained in 32 bits, under autocast; beside an adapter they are only read.
         settings.setdefault("dtype", torch.bfloat16 if bf16 and self.config.lora else torch.float32)
         if self.config.quantized:
@@ -207,7 +213,7 @@ class Run:
             "per_device_eval_batch_size": config.batch_size,
             "gradient_accumulation_steps": config.accumulate,
             "activation_checkpointing": config.recompute,
-            "bf16": _bf16(config),
+            "bf16": computes_in_bf16(config),
             "use_cpu": not gpu,
             "dataloader_pin_memory": gpu,
             "report_to": list(config.report_to) or "none",
@@ -235,7 +241,7 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
         ModelError: the model cannot be read, the loss is no number any more, the disk is full. The run stays,
             with its last good point.
     """
-    _check_machine(config, shape.stage)
+    check_machine(config, shape.stage)
     if config.output.exists():
         raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
     base = Checkpoint.open(weights.resolve(config.model))
@@ -253,10 +259,19 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
 # --- before training ----------------------------------------------------------------------------------
 
 
-def _check_machine(config: StageConfig, stage: str) -> None:
-    needed_by = f"`cai train {stage}`"
+def check_machine(config: StageConfig, stage: str) -> None:
+    """Make sure that what a config asks for is there.
+
+    Raises:
+        ConfigError: the GPU or a package that a setting needs is not there.
+        MissingExtra: a package that every stage needs is not installed.
+    """
     for package in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"):
-        _needed(package, needed_by)
+        if find_spec(package) is None:
+            raise MissingExtra(f"`cai train {stage}`", package, "train")
+    for tracker in config.report_to:
+        if not any(map(find_spec, _TRACKED_BY.get(tracker, (tracker,)))):
+            raise ConfigError(f"report_to: {tracker} is not installed; pip install {tracker}")
     import torch
 
     if config.precision == "bf16" and not (torch.cuda.is_available() and torch.cuda.is_bf16_supported()):
@@ -267,20 +282,12 @@ def _check_machine(config: StageConfig, stage: str) -> None:
     if config.quantized:
         if not torch.cuda.is_available():
             raise ConfigError("quantized: 4 bits need a GPU, and there is none here; leave quantized out")
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise ConfigError("quantized: 4 bits need bitsandbytes; pip install bitsandbytes") from error
+        if find_spec("bitsandbytes") is None:
+            raise ConfigError("quantized: 4 bits need bitsandbytes; pip install bitsandbytes")
 
 
-def _needed(package: str, needed_by: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise MissingExtra(needed_by, package, "train")
-
-
-def _bf16(config: StageConfig) -> bool:
+def computes_in_bf16(config: StageConfig) -> bool:
+    """Return whether a config computes in bf16 on this machine."""
     import torch
 
     return config.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cai_graph.errors import CaiError, ConfigError, MissingExtra
+from cai_graph.errors import CaiError, ConfigError
 from trainers import partial
 from trainers.checkpoint import Checkpoint
 from trainers.rewards import Spec
-from trainers.stages import StageConfig
+from trainers.stages import StageConfig, check_machine
 from trainers.watch import WatchConfig
 
 __all__ = ["Config", "Diverged", "train"]
@@ -131,13 +131,12 @@ def train(config: Config, tell: Callable[[int, int], None] = lambda done, total:
         ModelError: models cannot be loaded, or the Checkpoint cannot be written.
         RewardError: the reward is out. The state is kept, and the same call goes on from it.
         Diverged: a loss or a gradient is no number. The last good state is kept.
-        MissingExtra: torch or accelerate is not installed.
+        MissingExtra: a package is not installed.
     """
+    check_machine(config, "ppo")
     if config.output.exists():
         raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
-    try:
-        from trainers.ppo.loop import Run, processes
-    except ImportError as error:
-        raise MissingExtra("`cai train ppo`", error.name or "torch", "train") from error
+    from trainers.ppo.loop import Run, processes
+
     with partial.held(config.output, is_main=processes().is_main_process):
         return Run(config).train(tell)

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -29,10 +35,11 @@ from trainers.policy import Messages, Sample, batch_of, sample
 from trainers.ppo import Config, Diverged
 from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
 from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs, whole_weights
-from trainers.ppo.state import Progress, States, Which
+from trainers.ppo.state import Progress, States, Which, record
 from trainers.prompts import read_prompts
 from trainers.rewards import EnsembleReward, RewardError, parse
 from trainers.sharded import reshard
+from trainers.stages import computes_in_bf16
 from trainers.watch import Decision, Watch
 
 __all__ = ["Answer", "Run", "processes"]
@@ -84,9 +91,9 @@ class Run:
         self.config = config
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=_precision(config),
+            mixed_precision="bf16" if computes_in_bf16(config) else "no",
             log_with=list(config.report_to) or None,
-            project_dir=str(config.output.parent) if config.report_to else None,
+            project_config=ProjectConfiguration(logging_dir=str(record(config.output) / "runs")),
         )
         self.is_sharded = _is_sharded(self.accelerator)
         self.share = _share(config, self.accelerator.num_processes)
@@ -455,6 +462,9 @@ class Run:
             metrics=self.progress.metrics,
         )
         weights = whole_weights(self.actor, self.accelerator) if self.is_sharded else None
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # before its files go into the Checkpoint
+        self.accelerator.trackers = []
         if self.accelerator.is_main_process:
             model, tokenizer = self._unwrapped().policy, self.policy.tokenizer
             with quiet():
@@ -463,7 +473,7 @@ class Run:
                 )
             shutil.rmtree(self.states.folder)
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()  # of trackers and of processes that hear of one another
+        self.accelerator.end_training()  # of processes that hear of one another
         return Checkpoint(config.output, manifest)
 
 
@@ -506,13 +516,6 @@ def _share(config: Config, processes: int) -> int:
             f"({minibatch}); each update is cut into whole minibatches"
         )
     return config.rollout_size // processes
-
-
-def _precision(config: Config) -> str:
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    if config.precision == "bf16" and not gpu:
-        raise ConfigError("precision bf16: this machine has no GPU that computes in it; leave precision out")
-    return "bf16" if gpu and config.precision != "fp32" else "no"
 
 
 def _groups(actor: ActorCritic, config: Config) -> list[dict[str, Any]]:

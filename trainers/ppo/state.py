@@ -26,7 +26,7 @@ from trainers import partial, whole
 from trainers.config import plain
 from trainers.ppo import Config
 
-__all__ = ["Progress", "States", "Which"]
+__all__ = ["Progress", "States", "Which", "record"]
 
 MAY_CHANGE = frozenset(
     {"learning_rate", "value_learning_rate", "schedule", "warmup", "epochs", "max_steps"}
@@ -51,6 +51,11 @@ class Progress:
     """Figures of the last update."""
 
 
+def record(output: Path) -> Path:
+    """Return the folder in a run's folder whose files go into the Checkpoint, beside its weights."""
+    return partial.folder(output) / "record"
+
+
 class States:
     """The folder of a run, and the states in it. All processes call the same methods."""
 
@@ -61,7 +66,7 @@ class States:
             ConfigError: the run was begun with another config; names the keys.
         """
         self.folder = partial.folder(config.output)
-        self.record = self.folder / "record"
+        self.record = record(config.output)
         self._accelerator = accelerator
         told = json.loads(json.dumps(plain(config)))  # as it comes back from the file
         path = self.folder / "config.json"
