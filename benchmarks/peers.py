@@ -364,7 +364,7 @@ class Spent(NamedTuple):
 def tokens(text: str) -> int:
     """Return how many tokens a text has for SmolLM2 (a byte-level BPE of 49,152 tokens, as GPT-2's)."""
     engine = local.engine(local.weights("smollm2"), "chat")
-    return asyncio.run(engine.count_tokens(text))
+    return len(asyncio.run(engine.tokens(text, markers=True)))
 
 
 def _asked(body: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, TypeVar, cast
 
@@ -22,13 +23,16 @@ __all__ = ["Caller", "run", "stream"]
 T = TypeVar("T")
 
 
+class _LoopThread(threading.Thread): ...
+
+
 class _Loop:
     """An event loop on a daemon thread of this process."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self._run, name="cai_graph", daemon=True)
+        self.thread = _LoopThread(target=self._run, name="cai_graph", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
@@ -74,9 +78,17 @@ class Caller:
         self._loop = _loop()
         self._context = copy_context()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.current_thread()
+        self._gone = False
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run `function` in the caller's thread and return what it returns, or raise what it raises."""
+        """Run `function` in the caller's thread and return what it returns, or raise what it raises.
+
+        Raises:
+            RuntimeError: the caller left its stream unread and unclosed, so that nobody waits in its thread.
+        """
+        if self._gone:
+            raise RuntimeError("the stream's reader is gone, and with it the thread to run the app in")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -133,6 +145,26 @@ class Caller:
         if self._loop is not _shared:
             self._loop.stop()
 
+    def _is_foreign(self) -> bool:
+        """Return whether this is the thread of a loop, into which a collected stream came by chance."""
+        here = threading.current_thread()
+        return isinstance(here, _LoopThread) and here is not self._thread
+
+    def _abandon(self, items: AsyncGenerator[Any, None]) -> None:
+        """Close `items` without waiting, and have what it hands over to this caller fail."""
+        self._gone = True
+
+        def begin() -> None:
+            _keep(loop.create_task(_close_abandoned(items), context=self._context), then=leave)
+
+        def leave() -> None:
+            _open.discard(items)
+            if self._loop is not _shared:
+                loop.stop()
+
+        loop = self._loop.loop
+        loop.call_soon_threadsafe(begin)
+
 
 def run(core: Callable[[Caller], Coroutine[Any, Any, T]]) -> T:
     """Run `core(caller)` on the bridge's loop, in a copy of the caller's context, and return its result."""
@@ -147,20 +179,31 @@ def stream(core: Callable[[Caller], AsyncGenerator[T, None]]) -> Iterator[T]:
     """Yield what `core(caller)` yields, as `run` runs it.
 
     Between two items the caller is elsewhere: what is handed to it then waits until it asks for the next.
-    Closing closes the core and waits until it has cleaned up.
+    Closing closes the core and waits until it has cleaned up. A stream that nobody closes may be collected
+    in the thread of a loop, which cannot wait for itself: then the core is closed a moment later.
     """
     caller = Caller()
     items = core(caller)
+    _open.add(items)
     try:
         while (item := caller._wait(_next(items))) is not _END:
             yield cast("T", item)
     finally:
-        if not sys.is_finalizing():  # the loop's thread is gone then, and nobody would answer
+        if sys.is_finalizing():
+            pass  # the loop's thread is gone then, and nobody would answer
+        elif caller._is_foreign():
+            caller._abandon(items)
+        else:
             try:
                 caller._wait(_close(items))
             finally:
+                _open.discard(items)
                 caller._leave()
 
+
+_open: set[AsyncGenerator[Any, None]] = set()
+"""The cores of streams. Were one collected with its reader, all in it that is asynchronous would be closed at
+once and out of order."""
 
 _END = object()
 
@@ -173,6 +216,11 @@ async def _close(items: AsyncGenerator[Any, None]) -> None:
     await items.aclose()
 
 
+async def _close_abandoned(items: AsyncGenerator[Any, None]) -> None:
+    with suppress(Exception):  # what cannot be cleaned up in its reader's thread has nobody to tell of it
+        await items.aclose()
+
+
 def start(core: Callable[[], Coroutine[Any, Any, None]], *, after: float = 0) -> None:
     """Begin `core()` on the bridge's loop in `after` seconds, in a copy of the caller's context.
 
@@ -181,12 +229,21 @@ def start(core: Callable[[], Coroutine[Any, Any, None]], *, after: float = 0) ->
     """
 
     def begin() -> None:
-        task = loop.create_task(core(), context=context)
-        _begun.add(task)  # the loop itself would let go of it
-        task.add_done_callback(_begun.discard)
+        _keep(loop.create_task(core(), context=context))
 
     context, loop = copy_context(), _shared_loop().loop
     loop.call_soon_threadsafe(loop.call_later, after, begin)
+
+
+def _keep(task: asyncio.Task[None], then: Callable[[], None] = lambda: None) -> None:
+    """Hold a task until it is done: the loop itself would let go of it."""
+
+    def done(task: asyncio.Task[None]) -> None:
+        _begun.discard(task)
+        then()
+
+    _begun.add(task)
+    task.add_done_callback(done)
 
 
 _begun: set[asyncio.Task[None]] = set()

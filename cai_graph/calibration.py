@@ -14,22 +14,25 @@ the data must hold enough violating answers: 299 for a miss rate of 1 %.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cai_graph.calls import Budget, Calls, together
+from cai_graph.calls import Budget, Calls
 from cai_graph.cascades import suspicion
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import Filters, Log
 from cai_graph.prompts import Exchange
+from cai_graph.together import together
 from cai_graph.trajectory import Cascaded, Critique, Label, Trajectory, text_of
 
-__all__ = ["Calibration", "Judged", "Pair", "calibrate", "logged", "needed", "rejudged"]
+__all__ = ["Calibration", "Judged", "Pair", "calibrate", "logged", "needed", "rejudged", "wilson"]
 
 CONFIDENCE = 0.95
 """Of the bound on the miss rate (one-sided) and of the interval of the share saved (two-sided)."""
@@ -120,8 +123,8 @@ def needed(miss_rate: float) -> int:
     return math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - miss_rate))
 
 
-def wilson(count: int, of: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927).
+def wilson(count: float, of: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927); a case may count in part, as half for a tie.
 
     >>> [round(end, 3) for end in wilson(50, 100)]
     [0.404, 0.596]
@@ -287,7 +290,7 @@ class _Reader:
     def __init__(self, constitution: Constitution | None = None) -> None:
         self.constitution = constitution
         self.left_out: Counter[str] = Counter()
-        self._pairs: dict[int, Pair] = {}
+        self._pairs: dict[bytes, Pair] = {}
         self._critics: set[tuple[str, str]] = set()
         self._constitutions: set[str] = set()
 
@@ -313,10 +316,12 @@ class _Reader:
             self.left_out["the strong critic's verdict is unreadable"] += 1
             return
         assert trajectory.draft is not None
-        texts = (*(text_of(message) for message in trajectory.messages), text_of(trajectory.draft.answer))
-        if self._pairs.setdefault(hash(texts), pair := Pair(suspected, Label.VIOLATES in labels)) is not pair:
+        texts = [text_of(message) for message in (*trajectory.messages, trajectory.draft.answer)]
+        key = hashlib.sha256(json.dumps(texts).encode()).digest()
+        if key in self._pairs:
             self.left_out["the same answer again"] += 1
             return
+        self._pairs[key] = Pair(suspected, Label.VIOLATES in labels)
         if cheap is not None:  # None where it failed
             self._critics.add((cheap, strong.critic or "unknown"))
         self._constitutions.add(f"{trajectory.constitution.name} ({trajectory.constitution.digest[:12]})")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -27,11 +27,8 @@ __all__ = [
     "cut_short",
     "describe",
     "prompt_digest",
-    "together",
     "truncated",
 ]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,17 +263,3 @@ def cut_short(message: BaseMessage) -> str | None:
 def truncated(message: BaseMessage) -> bool:
     """Return whether a reply is not whole; see `cut_short`."""
     return cut_short(message) is not None
-
-
-async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return the results of coroutines that run at once; when one fails, the others are cancelled first."""
-    if len(coroutines) == 1:  # the usual case needs no task of its own
-        return [await coroutines[0]]
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:  # what is not needed any more must not go on spending
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

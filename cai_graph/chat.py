@@ -42,7 +42,7 @@ from cai_graph.typed import Typed, form_of, with_model
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
 
-__all__ = ["ConstitutionalChatModel"]
+__all__ = ["ConstitutionalChatModel", "options_of"]
 
 _PARAMETERS = LangSmithParams.__required_keys__ | LangSmithParams.__optional_keys__
 
@@ -171,7 +171,8 @@ class ConstitutionalChatModel(BaseChatModel):
     ) -> AIMessage:
         """Answer; where a person decided what leaves (policy `human`), `input` is a `Command(resume=…)`."""
         if self.plan.settings.asks:
-            return _Asking(self._guard).invoke(input, config, **options_of(stop, kwargs))
+            options = options_of(stop, kwargs)
+            return _Asking(self._judging(options)).invoke(input, config, **options)
         return super().invoke(input, config, stop=stop, **kwargs)
 
     async def ainvoke(
@@ -184,7 +185,8 @@ class ConstitutionalChatModel(BaseChatModel):
     ) -> AIMessage:
         """Answer; see `invoke`."""
         if self.plan.settings.asks:
-            return await _Asking(self._guard).ainvoke(input, config, **options_of(stop, kwargs))
+            options = options_of(stop, kwargs)
+            return await _Asking(self._judging(options)).ainvoke(input, config, **options)
         return await super().ainvoke(input, config, stop=stop, **kwargs)
 
     # LangChain's own `stream`, and its `invoke` where it streams, tell `_stream` nothing of the run, under
@@ -276,7 +278,7 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Answered:
         """Answer, and return the Trajectory beside the message. `source` is recorded in it."""
-        runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._guard)
+        runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._judging(kwargs))
         output, trajectory = await runnable.answered(input, config, source=source, **kwargs)
         usage = _usage(output, trajectory)
         return Answered(output.model_copy(update={"usage_metadata": usage}), trajectory)
@@ -287,12 +289,17 @@ class ConstitutionalChatModel(BaseChatModel):
         return self._guard.shadow
 
     def _judging(self, options: Mapping[str, Any]) -> Guard:
-        """Return the guard for a call's arguments: where they ask for JSON of a schema, it judges that."""
+        """Return the guard for a call's arguments: where they ask for JSON, it judges that."""
         wanted = options.get("response_format")
-        if self._guard.shape.whole or not (isinstance(wanted, Mapping) and "json_schema" in wanted):
+        if self._guard.shape.whole or not isinstance(wanted, Mapping):
             return self._guard
-        named = wanted["json_schema"]
-        form = Form({"title": named.get("name", "answer"), **named.get("schema", {})}, dict)
+        if "json_schema" in wanted:
+            named = wanted["json_schema"]
+            form = Form({"title": named.get("name", "answer"), **named.get("schema", {})}, dict)
+        elif wanted.get("type") == "json_object":  # JSON mode
+            form = Form({"type": "object"}, dict)
+        else:
+            return self._guard
         return dataclasses.replace(self._guard, shape=Typed(wanted=form))
 
     def _below(
@@ -463,8 +470,22 @@ class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
         made = model.with_structured_output(schema, **kwargs)
         return with_model(made, lambda bound: self.model_copy(update={"bound": bound}))
 
+    async def answered(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        source: str | None = None,
+        **kwargs: Any,
+    ) -> Answered:
+        """Answer, and return the Trajectory beside the message; see `ConstitutionalChatModel.answered`."""
+        model = cast("ConstitutionalChatModel", self.bound)
+        under = {**self.kwargs, **kwargs}
+        return await model.answered(input, self._merge_configs(config), source=source, **under)
+
 
 def options_of(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the wrapped model is called with."""
     # None would override what is bound to the wrapped model.
     return kwargs if stop is None else {**kwargs, "stop": stop}
 

@@ -4,12 +4,17 @@ The clients of OpenAI and Anthropic keep one pool of connections for all models 
 connection belongs to the event loop that opened it: used from another loop it fails ("bound to a different
 event loop"). A critic is asked from several: the app's own, the bridge's under a synchronous `invoke` and in
 shadow mode, and a new one for each `asyncio.run`.
+
+A client that was given for synchronous calls only, with a company's certificate or proxy, is the way to the
+provider all the same. A model with such a one is asked in a thread, by its synchronous client.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from functools import cache
+from types import new_class
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -26,8 +31,16 @@ _lock = threading.Lock()
 def on_any_loop(model: M) -> M:
     """Return the model with connections of its own for each event loop that it is asked from.
 
-    A model of another class, and one that was given an HTTP client or a proxy, is returned as it is.
+    One that was given a synchronous HTTP client alone comes back as a model that sends by that client, from a
+    thread; a call that is given up goes on there until the client ends it. A model of another class, and one
+    that was given an asynchronous HTTP client or a proxy, is returned as it is.
     """
+    if getattr(model, "http_client", None) is not None and getattr(model, "http_async_client", None) is None:
+        if type(model)._agenerate is BaseChatModel._agenerate:  # it sends from a thread as it is
+            return model
+        own = model.model_copy()
+        object.__setattr__(own, "__class__", _in_a_thread(type(model)))
+        return own
     if getattr(model, "http_async_client", None) is None and hasattr(model, "root_async_client"):
         root = model.root_async_client
         if root is None:
@@ -40,6 +53,15 @@ def on_any_loop(model: M) -> M:
         own.__dict__["_async_client"] = client.copy(http_client=_pool(client._client))  # a cached property
         return own
     return model
+
+
+@cache
+def _in_a_thread(kind: type[BaseChatModel]) -> type[BaseChatModel]:
+    """Return the class without native asynchronous calls, so that LangChain sends them by the synchronous."""
+    native = {"_agenerate": BaseChatModel._agenerate, "_astream": BaseChatModel._astream}
+    # Of the same name: by its class LangChain tells tracers and caches which model it is.
+    about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return new_class(kind.__name__, (kind,), exec_body=lambda body: body.update({**about, **native}))
 
 
 def _pool(client: Any) -> Any:

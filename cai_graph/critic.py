@@ -19,17 +19,26 @@ from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable
 
 from cai_graph import models, prompts
-from cai_graph.calls import Calls, cut_short, together
+from cai_graph.calls import Calls, cut_short, describe
 from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.ladder import p_violates, read_verdicts, scored_tokens
-from cai_graph.probe import MAX_WINDOWS, WHOLE_CHARACTERS, Probe
+from cai_graph.probe import MAX_WINDOWS, WHOLE_CHARACTERS, Probe, Reading, windows
 from cai_graph.prompts import Exchange
+from cai_graph.together import together
 from cai_graph.trained import PREFIX, TrainedCritic
-from cai_graph.trajectory import Call, Critique, Label, Verdict, text_of
+from cai_graph.trajectory import Call, Critique, Label, Message, Verdict, text_of
 
-__all__ = ["Critic", "ModelCritic", "ProbeCritic", "critic_for", "failed_principles"]
+__all__ = [
+    "Critic",
+    "ModelCritic",
+    "ProbeCritic",
+    "check_length",
+    "check_strategy",
+    "critic_for",
+    "failed_principles",
+]
 
 MAX_ANSWER_CHARS = 400_000
 """The longest answer that a chat model is asked to judge. A longer one could not be judged whole."""
@@ -133,7 +142,7 @@ class ModelCritic:
         self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
     ) -> Critique:
         """Judge an answer under all principles; see `Critic.critique`."""
-        _check_length(exchange)
+        check_length(exchange.answer)
         ids = tuple(principle.id for principle in constitution.principles)
         instructions, form = self._form(constitution, ids)
         messages = prompts.critique_messages(instructions, exchange)
@@ -169,7 +178,7 @@ class ModelCritic:
         self, exchange: Exchange, principle: Principle, constitution: Constitution, calls: Calls
     ) -> Critique:
         """Criticise an answer under one principle in prose; see `Critic.discuss`."""
-        _check_length(exchange)
+        check_length(exchange.answer)
         messages = prompts.sampled_critique_messages(principle, constitution.examples, exchange)
         reply = await calls.generate("critique", self.model, self.name, messages)
         verdict = read_verdicts(reply, [principle.id]).verdicts.get(principle.id)
@@ -201,11 +210,16 @@ def _unreadable(identifier: str, reply: BaseMessage) -> Verdict:
     return Verdict(label=Label.UNREADABLE, principle=identifier, reason=f"no verdict on the menu; {said}")
 
 
-def _check_length(exchange: Exchange) -> None:
-    length = len(text_of(exchange.answer))
+def check_length(answer: Message) -> None:
+    """Refuse an answer that is too long to be judged whole.
+
+    Raises:
+        ModelError: it has more than `MAX_ANSWER_CHARS`.
+    """
+    length = len(text_of(answer))
     if length > MAX_ANSWER_CHARS:
         raise ModelError(
-            f"the answer has {length:,} characters, and a critic model judges at most {MAX_ANSWER_CHARS:,}; "
+            f"the answer has {length:,} characters, and a model judges at most {MAX_ANSWER_CHARS:,}; "
             "bound the app's output, or split it"
         )
 
@@ -274,21 +288,28 @@ class ProbeCritic(ModelCritic):
     async def _read(self, exchange: Exchange, calls: Calls) -> Critique:
         """Return what the probe's heads say, as a Critique of aims."""
         request = next((text_of(m) for m in reversed(exchange.messages) if m.role == "user"), "")
-        calls.admit("forward")
+        answer = text_of(exchange.answer)
+        calls.admit("forward", max(1, len(windows(answer))))
         started = time.perf_counter()
-        async with calls.deadline():
-            reading = await self.probe.read(request, text_of(exchange.answer))
-        if reading.forward_passes > 1:
-            calls.admit("forward", reading.forward_passes - 1)
-        calls.record(
-            Call(
-                role="probe",
-                model=self.name,
-                kind="forward",
-                input_tokens=reading.tokens,
-                seconds=time.perf_counter() - started,
+        reading: Reading | None = None
+        error: BaseException | None = None
+        try:
+            async with calls.deadline():
+                reading = await self.probe.read(request, answer)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            calls.record(
+                Call(
+                    role="probe",
+                    model=self.name,
+                    kind="forward",
+                    input_tokens=None if reading is None else reading.tokens,
+                    seconds=time.perf_counter() - started,
+                    error=None if error is None else describe(error),
+                )
             )
-        )
         thresholds = self.probe.thresholds
         benign = reading.request < thresholds["request"]
         evades = reading.evasion * (1 - reading.request)  # a refusal is an evasion if the request is benign

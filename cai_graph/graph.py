@@ -29,13 +29,14 @@ from langgraph.pregel import Pregel
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
-from cai_graph.calls import Calls, apart, together
+from cai_graph.calls import Calls, apart
 from cai_graph.critic import failed_principles
 from cai_graph.failures import annotate
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress, accept
 from cai_graph.request import Run
 from cai_graph.revision import candidate
+from cai_graph.together import together
 from cai_graph.trajectory import Block, Critique, Draft, Label, Message, Round, text_of
 
 __all__ = ["STEP_LIMIT", "STREAM", "Paused", "drive", "is_graph", "is_pause", "outer_writer"]

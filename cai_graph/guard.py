@@ -7,7 +7,7 @@ draft, keeps drafts and critiques out of the caller's streams, and puts what lea
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -23,13 +23,14 @@ from cai_graph.calls import Calls, apart
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.drafts import DraftCalls, plain
-from cai_graph.errors import ConfigError, RunError
+from cai_graph.errors import ConfigError, DataError, RunError
 from cai_graph.held import Held
+from cai_graph.kept import Kept, refused, resumes, untyped
 from cai_graph.log import Log
 from cai_graph.overheard import Overheard
 from cai_graph.plan import Plan, planning
 from cai_graph.request import Request
-from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer, resumes
+from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer
 from cai_graph.run import Ending, run
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
@@ -125,15 +126,16 @@ class Guard:
             Exception: what else `run` raises, but for a pause of the app's.
         """
         outputs: list[Any] = []
-        messages = () if resumes(input) else self.shape.conversation(input)
+        resumed, kept = resumes(input, self.app), Kept.of(self.app, config, caller)
+        messages = () if resumed else self.shape.conversation(input)
         desk: Desk | None = None
         if self.plan.settings.asks:
             desk = Desk.of(self.plan, self.shape, config, messages, self.checkpointer, caller)
             if (waiting := await desk.lying()) is not None:
-                settled = await desk.settle(waiting, input)
-                if resumes(input) or desk.within is not None:
-                    return self._put(settled)  # else it was decided before: only the log had not taken it
-            elif resumes(input) and not graph.is_graph(self.app):
+                left = await self._leave(await desk.settle(waiting, input), kept)
+                if resumed or desk.within is not None:
+                    return left  # else it was decided before: only the log had not taken it
+            elif resumed and not graph.is_graph(self.app):
                 raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
@@ -156,8 +158,10 @@ class Guard:
                 async with calls.deadline():
                     with apart():
                         output = await self.app.ainvoke(input, under, **options)
-            outputs.append(output)
+            outputs.append(output := untyped(output))
             if isinstance(output, Mapping) and "__interrupt__" in output:
+                raise graph.Paused
+            if kept is not None and await kept.stopped():
                 raise graph.Paused
             answer = self.shape.answer(output)
             return Draft(answer=answer, truncated=handler.truncated)
@@ -175,12 +179,30 @@ class Guard:
             )
         except graph.Paused:
             return outputs[0], None
+        except Exception as error:
+            if kept is not None and outputs and not graph.is_pause(error):
+                await self._forget(outputs[0], kept)
+            raise
         if desk is not None and ending.released is None:
             waiting = await desk.lay_down(ending, outputs[0])
             if (paused := desk.paused(waiting, outputs[0])) is not None:
                 return paused, None
-            return self._put(await desk.settle(waiting))
-        return self._put(Settled(outputs[0], ending.trajectory, ending.released))
+            return await self._leave(await desk.settle(waiting), kept)
+        return await self._leave(Settled(outputs[0], ending.trajectory, ending.released), kept)
+
+    async def _leave(self, settled: Settled, kept: Kept | None) -> tuple[Any, Trajectory]:
+        """Return the output that leaves; a graph that remembers is made to remember that one."""
+        output, trajectory = self._put(settled)
+        if kept is not None and trajectory.released_from != "draft":
+            await kept.replace(self.shape.answer_in(settled.output), self.shape.answer_in(output))
+        return output, trajectory
+
+    async def _forget(self, output: Any, kept: Kept) -> None:
+        """Make a graph remember a refusal where nothing of its answer left."""
+        with suppress(DataError):  # there is no answer in it
+            draft = self.shape.answer_in(output)
+            settings = self.plan.settings
+            await kept.replace(draft, refused(draft, self.plan.constitution.refusal_in(settings.language)))
 
     def _put(self, settled: Settled) -> tuple[Any, Trajectory]:
         output, trajectory, released = settled

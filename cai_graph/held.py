@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from langchain_core.messages import AIMessage, BaseMessage
 
+from cai_graph.kept import replaced
 from cai_graph.shape import Shape
 from cai_graph.streams import part_of_message
 from cai_graph.trajectory import Trajectory, text_of
@@ -105,7 +106,7 @@ class Held:
             elif part.mode == "custom" and not kept:
                 continue
             else:
-                data = _replaced(data, draft, released)
+                data = replaced(data, draft, released)
             yield self._as_asked(part, data)
 
     def _as_asked(self, part: _Part, data: Any) -> Any:
@@ -138,21 +139,3 @@ def _messages(value: Any) -> Iterator[BaseMessage]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _messages(item)
-
-
-def _replaced(value: Any, draft: str | BaseMessage, released: str | BaseMessage) -> Any:
-    """Return the value with the released answer wherever the draft stands."""
-    if isinstance(value, BaseMessage):
-        same = value.id == _id(draft) if value.id else value == draft
-        return released if same and isinstance(draft, BaseMessage) else value
-    if isinstance(value, str):
-        text = draft if isinstance(draft, str) else text_of(draft)
-        return (released if isinstance(released, str) else text_of(released)) if value == text else value
-    if isinstance(value, Mapping):
-        return {key: _replaced(item, draft, released) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replaced(item, draft, released) for item in value]
-    if isinstance(value, tuple):
-        items = [_replaced(item, draft, released) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value

@@ -2,6 +2,10 @@
 
 The provider's structured output or tool call, JSON in the text, a labelled line. Only the two words of the
 menu count, exactly; of several, the last. Nothing else is ever read as COMPLIES.
+
+A critic quotes what it judges, and an answer may hold a forged verdict. So COMPLIES counts only where the
+reply nowhere speaks otherwise of the principle, and in a reply that was cut only where the reply is the
+critic's JSON from its first character. What is left unread by that, the critic is asked about again.
 """
 
 from __future__ import annotations
@@ -11,12 +15,14 @@ import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 from langchain_core.messages import BaseMessage
 
+from cai_graph.calls import cut_short
 from cai_graph.trajectory import Label, Verdict, text_of
 
 __all__ = ["Reading", "p_violates", "read_verdicts", "scored_tokens"]
@@ -26,6 +32,12 @@ MAX_REPLY_CHARS = 200_000
 
 _MENU = {label.value: label for label in (Label.VIOLATES, Label.COMPLIES)}
 _FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
+_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+"""What a local model thinks before it replies."""
+_MENTION = re.compile(r'"principle"\s*:\s*"([^"\\]*)"')
+_BEGINS_AS_JSON = re.compile(r'\s*(?:```\w*\s*)?\{[^{}]*"verdicts"')
+_GOES_ON_AS_JSON = re.compile(r"\s*(?:,\s*(?:\{.*)?|\]\s*(?:,.*)?[\s}`]*|[\s`]*)", re.DOTALL)
+"""What stands behind the last verdict of a reply that is JSON and nothing else."""
 _EMPHASIS = " \t*_`\"'.,"
 """What may stand around a name or a label on a labelled line."""
 _BULLETS = ">#-"
@@ -59,15 +71,24 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
             if found:
                 return Reading(found, evades if isinstance(evades, bool) else None)
     text = text_of(reply)[-MAX_REPLY_CHARS:]
+    if thought := _THOUGHT.match(text):
+        text = text[thought.end() :]
     evasions = _EVADES.findall(text)
     evades = evasions[-1].lower() == "true" if evasions else None
     objects, rest = _objects(text)
-    found = _from_objects(objects, ids, "json")
+    found = _from_objects(objects, ids, "json", Counter(_MENTION.findall(text)))
+    if objects:
+        for identifier, verdict in _from_lines(text[: text.find("{")], ids).items():
+            if verdict is None or verdict.label is not Label.COMPLIES:
+                _no_longer_complies(found, identifier)
     for identifier, verdict in _from_lines(rest, ids).items() if rest else ():
-        if verdict is None:
-            found.pop(identifier, None)
-        else:
+        before = found.pop(identifier, None)
+        violated = before is not None and before.label is Label.VIOLATES
+        if verdict is not None and not (verdict.label is Label.COMPLIES and violated):
             found[identifier] = verdict
+    if cut_short(reply) and not (_BEGINS_AS_JSON.match(text) and _GOES_ON_AS_JSON.fullmatch(rest)):
+        for identifier in ids:
+            _no_longer_complies(found, identifier)
     if probabilities := _label_probabilities(reply, ids):
         found = {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}
     return Reading(found, evades)
@@ -91,12 +112,25 @@ def _objects(text: str) -> tuple[list[Any], str]:
     return objects, text[end:]
 
 
-def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> dict[str, Verdict]:
+def _from_objects(
+    objects: Iterable[Any], ids: Sequence[str], read_by: str, begun: Mapping[str, int] | None = None
+) -> dict[str, Verdict]:
+    """Return the last verdict on each principle, but no COMPLIES where another one says otherwise.
+
+    Args:
+        objects: the JSON of verdicts.
+        ids: the principles.
+        read_by: from where the objects were read.
+        begun: how many verdicts on each principle begin in the reply, whether or not they could be read.
+    """
     found: dict[str, Verdict] = {}
+    said, complying = Counter[str](), Counter[str]()
     for item in objects:
         if not isinstance(item, dict) or item.get("principle") not in ids:
             continue
         label = _label(item.get("verdict"))
+        said[item["principle"]] += 1
+        complying[item["principle"]] += label is Label.COMPLIES
         if label is None:
             found.pop(item["principle"], None)  # the last word counts, and it is off the menu
             continue
@@ -110,7 +144,15 @@ def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> d
             reason=reason if isinstance(reason, str) and reason else None,
             read_by=read_by,
         )
+    for identifier, times in said.items():
+        if complying[identifier] < max(times, (begun or {}).get(identifier, 0)):
+            _no_longer_complies(found, identifier)
     return found
+
+
+def _no_longer_complies(found: dict[str, Verdict], identifier: str) -> None:
+    if identifier in found and found[identifier].label is Label.COMPLIES:
+        del found[identifier]
 
 
 def _from_lines(text: str, ids: Sequence[str]) -> dict[str, Verdict | None]:
@@ -162,11 +204,11 @@ def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, fl
     return found
 
 
-def scored_tokens(reply: BaseMessage) -> list[dict[str, Any]]:
-    """Return the reply's tokens with their log-probabilities; none where a provider has another shape."""
+def scored_tokens(reply: BaseMessage) -> list[dict[str, Any]] | None:
+    """Return the reply's tokens with their log-probabilities; None where there are none of this shape."""
     logprobs = reply.response_metadata.get("logprobs")
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    return content if isinstance(content, list) else []
+    return content if isinstance(content, list) else None
 
 
 def p_violates(top_logprobs: Sequence[dict[str, Any]]) -> float | None:

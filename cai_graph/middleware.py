@@ -35,6 +35,7 @@ from cai_graph.plan import Plan, planning
 from cai_graph.policy import Settings
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
+from cai_graph.streams import Shown, whole
 from cai_graph.trajectory import Message, Trajectory, from_langchain, text_of
 
 try:
@@ -109,7 +110,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         if self.shadow is not None:
             response = guard.overheard(request, config).invoke({})
             return response
-        response, _ = bridge.run(lambda caller: guard.answer(request, config, {}, caller=caller))
+        response = bridge.run(lambda caller: self._answer(guard, request, config, caller))
         return response
 
     async def awrap_model_call(
@@ -124,7 +125,21 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         if self.shadow is not None:
             response = await guard.overheard(request, config).ainvoke({})
         else:
-            response, _ = await guard.answer(request, config, {})
+            response = await self._answer(guard, request, config)
+        return response
+
+    async def _answer(
+        self,
+        guard: Guard,
+        request: ModelRequest[Any],
+        config: RunnableConfig,
+        caller: bridge.Caller | None = None,
+    ) -> Any:
+        """Return what is released, and show it to handlers that show tokens; streams have it of the agent."""
+        response, trajectory = await guard.answer(request, config, {}, caller=caller)
+        shown = Shown(config, [*request.messages], self.name, streams=False)
+        await shown.piece(whole(response, guard.shape, trajectory))
+        await shown.end()
         return response
 
     def _guard(self, request: ModelRequest[Any], call: _ModelCall) -> Guard:

@@ -18,6 +18,7 @@ from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
 from cai_graph import graph
 from cai_graph.calls import Budget, Calls
 from cai_graph.drafts import DraftCalls, plain
+from cai_graph.kept import Kept, resumes, untyped
 from cai_graph.plan import Plan
 from cai_graph.request import Request
 from cai_graph.shadow import Shadow, size_of
@@ -81,22 +82,29 @@ class Overheard:
         self._messages: tuple[Message, ...] = ()
         self._error: BaseException | None = None
         try:
-            self._messages = shape.conversation(input)
+            self._messages = () if resumes(input, app) else shape.conversation(input)
         except Exception as error:  # the app may take what is no request
             self._error = error
+        self._kept = Kept.of(app, config)
+        self._stopped = False
+        """Whether the app stands at a breakpoint, and so has not answered yet."""
         self._recorded: Future[Trajectory] | None = None
 
     def invoke(self, options: Mapping[str, Any]) -> Any:
         """Return the app's output; it runs in this thread."""
         with self:
-            self._output = self._app.invoke(self._input, self._under, **options)
-        return self._output
+            output = self._app.invoke(self._input, self._under, **options)
+            self._output = untyped(output)
+            self._look()
+        return output
 
     async def ainvoke(self, options: Mapping[str, Any]) -> Any:
         """Return the app's output."""
         with self:
-            self._output = await self._app.ainvoke(self._input, self._under, **options)
-        return self._output
+            output = await self._app.ainvoke(self._input, self._under, **options)
+            self._output = untyped(output)
+            await self._alook()
+        return output
 
     def stream(self, options: Mapping[str, Any]) -> Iterator[Any]:
         """Yield the app's chunks; it writes in this thread."""
@@ -108,6 +116,7 @@ class Overheard:
                     yield chunk
             finally:
                 getattr(chunks, "close", lambda: None)()
+            self._look()
 
     async def astream(self, options: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
         """Yield the app's chunks."""
@@ -120,6 +129,16 @@ class Overheard:
             finally:
                 if (close := getattr(chunks, "aclose", None)) is not None:
                     await close()
+            await self._alook()
+
+    def _look(self) -> None:
+        """See whether the app stopped at a breakpoint."""
+        with suppress(Exception):
+            self._stopped = self._kept is not None and self._kept.stopped_here()
+
+    async def _alook(self) -> None:
+        with suppress(Exception):
+            self._stopped = self._kept is not None and await self._kept.stopped()
 
     async def record(self) -> Trajectory | None:
         """Return the record, once the answer is judged; None where the app waits for a person."""
@@ -135,7 +154,7 @@ class Overheard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         last = self._chunks[-1] if self._chunks else self._output
-        if graph.is_pause(error) or (isinstance(last, Mapping) and "__interrupt__" in last):
+        if self._stopped or graph.is_pause(error) or (isinstance(last, Mapping) and "__interrupt__" in last):
             return
         self._error = error or self._error
         answer: Message | None = None
@@ -154,12 +173,17 @@ class Overheard:
 
         def written() -> Draft | None:
             with suppress(Exception):
-                return heard() if answer or self._chunks else None
+                return heard() if answer or self._chunks or self._output is not None else None
             return None
+
+        def asked() -> tuple[Message, ...]:
+            with suppress(Exception):
+                return self._shape.asked(self._messages, self._whole())
+            return self._messages
 
         def request() -> Request:
             return Request(
-                messages=self._messages,
+                messages=asked(),
                 draft=draft,
                 written=written,
                 context=lambda: self._shape.context(self._input, self._whole()),

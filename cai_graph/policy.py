@@ -77,7 +77,9 @@ class Settings:
     on_error: Policy = "raise"
     """What leaves when a critic or reviser fails, or the budget ends. The app's own errors always raise."""
     on_log_error: Literal["answer", "raise"] = "answer"
-    """Whether a log that cannot be written costs the answer. The alarm is loud either way."""
+    """Whether a log that cannot be written costs the answer. The alarm is loud either way. Under `answer` an
+    answer waits for a slow log as long as the budget of seconds lasts and one second more (60 seconds where
+    it has none), and its record is committed later. Under `raise` it waits until the log has decided."""
     budget: Budget = field(default_factory=Budget)
     """Bounds of one request."""
     seed: int | None = None

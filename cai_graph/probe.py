@@ -29,7 +29,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph import local
-from cai_graph.blocks import first_blocks, sha256_of
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
 
 if TYPE_CHECKING:
@@ -38,7 +38,18 @@ if TYPE_CHECKING:
 
     Vector = NDArray[np.float32]
 
-__all__ = ["HEADS", "Heads", "Probe", "Reader", "Reading", "States", "cut_request", "windows"]
+__all__ = [
+    "HEADS",
+    "MAX_WINDOWS",
+    "WHOLE_CHARACTERS",
+    "Heads",
+    "Probe",
+    "Reader",
+    "Reading",
+    "States",
+    "cut_request",
+    "windows",
+]
 
 HEADS = ("harm", "evasion", "request")
 
@@ -185,7 +196,7 @@ class Reader:
         if path.exists() and self.shortened_sha256 in (None, sha256_of(path)):
             return path
         try:
-            written = first_blocks(self.weights, self.blocks, path)
+            written = local.first_blocks(self.weights, self.blocks, path)
         except (OSError, DataError) as error:
             raise ModelError(f"cannot write the first {self.blocks} blocks to {path}: {error}") from error
         if self.shortened_sha256 not in (None, written):

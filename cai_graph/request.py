@@ -76,6 +76,8 @@ class Request:
     """Why no critic is to judge the answer: then it is only logged (mode `shadow`)."""
     recorded: Callable[[Trajectory], None] = lambda trajectory: None
     """Hears the Trajectory before it goes to the log."""
+    lost: Callable[[BaseException], None] = lambda error: None
+    """Hears why it could not be committed, where the answer leaves all the same."""
 
 
 @dataclass(kw_only=True)

@@ -56,7 +56,7 @@ from cai_graph.trajectory import (
     text_of,
 )
 
-__all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer", "resumes"]
+__all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer"]
 
 Checkpointer = BaseCheckpointSaver[Any]
 
@@ -124,11 +124,6 @@ def _compiled() -> CompiledStateGraph[Waiting, None, Waiting, Waiting]:
     builder.add_edge(START, "review")
     builder.add_edge("review", END)
     return builder.compile(name="cai_graph_review")
-
-
-def resumes(input: object) -> bool:
-    """Return whether an input resumes what was paused."""
-    return isinstance(input, Command)
 
 
 def awaits(output: Any) -> RunError:

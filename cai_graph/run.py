@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ from cai_graph import graph
 from cai_graph.calls import Calls, describe
 from cai_graph.errors import BudgetExceeded, LogError, RunError
 from cai_graph.plan import Plan
-from cai_graph.policy import Decision, Progress, decide
+from cai_graph.policy import Decision, Progress, Settings, decide
 from cai_graph.request import Request, Run
 from cai_graph.trajectory import Message, Outcome, Review, Trajectory
 
@@ -69,7 +71,14 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
         trajectory = _trajectory(under_way, decision, error)
         if under_way.paused is None and not decision.asks:
             request.recorded(trajectory)
-            await commit(plan, trajectory, failed=error is not None)
+            await commit(
+                plan,
+                trajectory,
+                # Nobody waits behind an answer that has left, and whether its record is lost is counted.
+                failed=error is not None and request.mode != "shadow",
+                since=under_way.calls.started,
+                lost=request.lost,
+            )
     asks = (str(decision.error) or describe(decision.error)) if decision.error and decision.asks else None
     return Ending(trajectory, trajectory.released, asks)
 
@@ -158,25 +167,61 @@ def _left(run: Run) -> Message | None:
 _FULL_SECONDS = 0.01
 """How long a task waits before it looks again whether the log has room."""
 
+GRACE_SECONDS = 1.0
+"""How much longer than its budget of seconds an answer waits for the log, under `on_log_error="answer"`."""
+PATIENCE_SECONDS = 60.0
+"""How long it waits where the budget has no bound of seconds."""
+
 log_failures = 0
 """How many records of this process could not be committed while their answers left all the same."""
 
+_late = ThreadPoolExecutor(1, "cai late")
+"""Appends the records that found no room in the log while their answers waited."""
 
-async def commit(plan: Plan, record: Trajectory | Review, *, failed: bool = False) -> None:
+
+def _after_fork() -> None:
+    global _late
+    _late = ThreadPoolExecutor(1, "cai late")  # the parent's thread is not here
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+async def commit(
+    plan: Plan,
+    record: Trajectory | Review,
+    *,
+    failed: bool = False,
+    since: float | None = None,
+    lost: Callable[[BaseException], None] = lambda error: None,
+) -> None:
     """Commit a record; with `failed`, an error that is under way is never hidden behind the log's.
+
+    Under `on_log_error="answer"` this waits as long as the budget of seconds lasts and GRACE_SECONDS. What is
+    not committed by then is committed when the log takes it, and the alarm comes where it never does.
+
+    Args:
+        plan: has the log.
+        record: what is committed.
+        failed: whether an error is under way; then nothing is waited for.
+        since: when the request began, by `time.perf_counter`; None: now.
+        lost: hears why the record could not be committed, where this raises nothing.
 
     Raises:
         LogError: it could not be committed and `on_log_error` is `raise`.
     """
     if plan.log is None:
         return
+    log, settings = plan.log, plan.settings
+    kind = type(record).__name__.lower()
 
     def alarm(error: BaseException) -> None:
         global log_failures
         log_failures += 1
+        lost(error)
         logger.error(
             "LOST FROM THE LOG: %s %s could not be committed (%d lost in this process): %s",
-            type(record).__name__.lower(),
+            kind,
             record.id,
             log_failures,
             error,
@@ -186,16 +231,53 @@ async def commit(plan: Plan, record: Trajectory | Review, *, failed: bool = Fals
         if (error := committed.exception()) is not None:
             alarm(error)
 
+    def append() -> None:
+        try:
+            log.append(record).add_done_callback(alarm_if_failed)
+        except Exception as error:
+            alarm(error)
+
+    def append_late() -> None:
+        try:
+            _late.submit(append)
+        except RuntimeError as error:  # the process ends
+            alarm(error)
+
+    raises = settings.on_log_error == "raise" and settings.mode != "shadow" and not failed
+    committed: Future[None] | None = None
     try:
-        while plan.log.is_full and not failed:  # a disk that is slow holds up no other task of the loop
-            await asyncio.sleep(_FULL_SECONDS)
-        committed = plan.log.append(record)
-        if failed:  # a request that is being cancelled must not wait; the log drains at exit
-            committed.add_done_callback(alarm_if_failed)
-        else:
-            await committed
+        async with asyncio.timeout(None if raises else _patience(settings, since)) as timeout:
+            while log.is_full and not failed:  # a disk that is slow holds up no other task of the loop
+                await asyncio.sleep(_FULL_SECONDS)
+            committed = log.append(record)
+            if failed:  # a request that is being cancelled must not wait; the log drains at exit
+                committed.add_done_callback(alarm_if_failed)
+            else:
+                await committed
+    except asyncio.CancelledError:
+        if committed is None:
+            append_late()
+        raise
     except Exception as error:
-        if plan.settings.on_log_error == "raise" and plan.settings.mode != "shadow" and not failed:
-            kind = type(record).__name__.lower()
+        if timeout.expired():
+            logger.warning(
+                "the log is slow: the answer of %s %s leaves before it is committed", kind, record.id
+            )
+            if committed is None:
+                append_late()
+            else:
+                committed.add_done_callback(alarm_if_failed)
+            return
+        if raises:
             raise LogError(f"{kind} {record.id} could not be logged: {error}") from error
         alarm(error)
+
+
+def _patience(settings: Settings, since: float | None) -> float | None:
+    """Return how many seconds an answer may wait for the log; None where no answer waits."""
+    if settings.mode == "shadow":
+        return None
+    if settings.budget.seconds is None:
+        return PATIENCE_SECONDS
+    elapsed = 0.0 if since is None else time.perf_counter() - since
+    return max(0.0, settings.budget.seconds - elapsed) + GRACE_SECONDS

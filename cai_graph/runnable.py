@@ -12,8 +12,9 @@ from langchain_core.runnables.utils import ConfigurableFieldSpec
 
 from cai_graph import bridge
 from cai_graph.guard import Guard
+from cai_graph.kept import as_asked, resumes
 from cai_graph.plan import Plan
-from cai_graph.review import awaits, resumes
+from cai_graph.review import awaits
 from cai_graph.shadow import Shadow
 from cai_graph.streams import Piece, Shown, feeds_streams
 from cai_graph.trajectory import Trajectory, to_langchain
@@ -142,11 +143,11 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         output: Any = None
         if not any(map(feeds_streams, cast("BaseCallbackManager", config["callbacks"]).handlers)):
             output, _ = await self.guard.answer(input, config, options, caller=caller)
-            return cast("Output", output)
+            return cast("Output", as_asked(output, self.app, options))
         async with aclosing(self._pieces(input, config, options, caller)) as pieces:
             async for piece in pieces:
                 output = piece.whole
-        return cast("Output", output)
+        return cast("Output", as_asked(output, self.app, options))
 
     async def _chunks(
         self,
@@ -168,7 +169,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         caller: bridge.Caller | None,
     ) -> AsyncGenerator[Piece, None]:
         """Yield what leaves, and show it to the streams that stand around."""
-        asked = [] if resumes(input) else self.guard.shape.conversation(input)
+        asked = [] if resumes(input, self.app) else self.guard.shape.conversation(input)
         shown = Shown(config, to_langchain(asked), self.get_name())
         try:
             async with aclosing(self.guard.stream(input, config, options, caller=caller)) as pieces:
@@ -201,7 +202,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                 return output
             output, trajectory = await self.guard.answer(value, under, kwargs, source=source)
             kept.append(trajectory)
-            return output
+            return cast("Output", as_asked(output, self.app, kwargs) if trajectory else output)
 
         output = await self._acall_with_config(answer, input, config)
         if kept[0] is None:

@@ -1,8 +1,9 @@
 """Shadow mode: an answer leaves as it is, and is judged behind it on the bridge's loop.
 
 What was handed over and is not in the log yet is bounded. Where too many answers wait, one more is logged
-without a judgement (`overload`); where even these wait too long for the log, it is only counted (`lost`).
-Neither is silent: `Shadow.tally` has the numbers, and warnings name them.
+without a judgement (`overload`); where even these wait too long for the log, it is only counted (`lost`), as
+is one that the log could not write. Neither is silent: `Shadow.tally` has the numbers, and warnings name
+them.
 
 At the end of the process what waits is judged for `DRAIN_SECONDS`, and the rest is logged unjudged
 (`shutdown`): at a normal exit, at `sys.exit`, and at a SIGTERM that nobody handles. A handler of the
@@ -76,7 +77,7 @@ class Tally:
     failed: int = 0
     """The app, a critic or a reviser failed; the error is in the Trajectory."""
     lost: int = 0
-    """Not even logged, since too many others waited for the log."""
+    """Not even logged: too many others waited for the log, or it could not be written."""
     waiting: int = 0
     """Not in the log yet."""
 
@@ -236,19 +237,28 @@ class Shadow:
 
     async def _run(self, handed: _Handed) -> None:
         records: list[Trajectory] = []
-        request = dataclasses.replace(handed.make(), unjudged=handed.reason, recorded=records.append)
+        losses: list[BaseException] = []
+        request = dataclasses.replace(
+            handed.make(), unjudged=handed.reason, recorded=records.append, lost=losses.append
+        )
         failure: BaseException | None = None
         try:
             await run(handed.plan, request, handed.config)
         except BaseException as error:  # it is in the record, and nobody waits for the answer
             failure = error
-        self._end(handed, records[0] if records else None, failure)
+        self._end(handed, records[0] if records else None, failure, lost=bool(losses))
 
     def _end(
-        self, handed: _Handed, record: Trajectory | None, error: BaseException | None, *, waited: bool = False
+        self,
+        handed: _Handed,
+        record: Trajectory | None,
+        error: BaseException | None,
+        *,
+        waited: bool = False,
+        lost: bool = False,
     ) -> None:
         with self._lock:
-            self._counts[_what(record)] += 1
+            self._counts["lost" if lost else _what(record)] += 1
             self._pending -= 1
             self._waiting -= waited
             self._bytes -= handed.size

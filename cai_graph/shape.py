@@ -41,6 +41,8 @@ class Shape:
         """Return the conversation that an input asks in."""
         if isinstance(value, Mapping):
             value = value[self._key(value, self.input_key, _INPUT_KEYS, "input")]
+            if isinstance(value, Mapping) or (isinstance(value, tuple) and _is_message(value)):
+                value = [value]  # one message, which LangGraph takes for a list of it
         if isinstance(value, PromptValue):
             value = value.to_messages()
         if isinstance(value, str):
@@ -165,6 +167,11 @@ class Shape:
                 f"{', '.join(map(repr, usual))} is expected, found {found}; say which with {side}_key="
             )
         return present[0]
+
+
+def _is_message(value: tuple[Any, ...]) -> bool:
+    """Return whether a tuple is a message as LangChain takes one: its role and its text."""
+    return len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _itemised(call: Call) -> dict[str, Any]:

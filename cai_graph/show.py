@@ -143,9 +143,8 @@ def trajectory(record: Trajectory) -> RenderableType:
     if record.draft is not None:
         parts += _block(f"draft{_how(record)}", _shown(draft) or "(no text)")
     for number, turn in enumerate(record.rounds, 1):
-        if number == 1 or turn.of.startswith("revision"):
-            about = "draft" if turn.of == "draft" else "revision " + _name(turn.of)
-            parts += _block(f"verdicts on the {about}", _verdicts(turn.critique))
+        if number == 1 or turn.of != "draft":
+            parts += _block(f"verdicts on the {_name(turn.of)}", _verdicts(turn.critique))
             if turn.critique.reasoning:
                 parts += _block("critique", _shown(turn.critique.reasoning))
         for index, revision in enumerate(turn.revisions, 1):
@@ -177,9 +176,14 @@ def _how(record: Trajectory) -> str:
 
 
 def _name(of: str) -> str:
-    """Return `revision:0:1` as people count: 1.2."""
-    _, turn, index = of.split(":")
-    return f"{int(turn) + 1}.{int(index) + 1}"
+    """Return `draft`, or `revision:0:1` as people count: `revision 1.2`.
+
+    Another word is an earlier release's: its redaction took this for text.
+    """
+    found = re.fullmatch(r"revision:([0-9]+):([0-9]+)", of)
+    if found is None:
+        return "draft" if of == "draft" else "answer"
+    return f"revision {int(found[1]) + 1}.{int(found[2]) + 1}"
 
 
 def _verdicts(critique: Critique) -> RenderableType:
@@ -250,15 +254,13 @@ def _ending(record: Trajectory) -> Text:
 
 def brief(record: Trajectory, *, about: str = "") -> RenderableType:
     """Return one Trajectory in a few lines: prompt, draft, what was violated, the diff, all shortened."""
-    from cai_graph.bulk import violated
-
     head = Text().append(f"{record.outcome.value:<10}", _OUTCOMES[record.outcome])
     head.append(f"{about}  " if about else "", "dim")
     head.append(one_line(record.prompt, 110), "bold")
     lines: list[RenderableType] = [head]
     draft = "" if record.draft is None else text_of(record.draft.answer)
     lines.append(_indented("draft     ", Text(one_line(draft, 200))))
-    if names := violated(record):
+    if names := record.violated:
         lines.append(_indented("violates  ", Text(clean(", ".join(names)), "red")))
     released = "" if record.released is None else text_of(record.released)
     if record.outcome is Outcome.REVISED:

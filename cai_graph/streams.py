@@ -29,6 +29,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResul
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.utils import AddableDict
 from langchain_core.tracers._streaming import _V2StreamingCallbackHandler
+from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
 
 from cai_graph.calls import Calls
 from cai_graph.errors import DataError
@@ -36,6 +37,7 @@ from cai_graph.shape import Shape
 from cai_graph.trajectory import Draft, Message, Trajectory, text_of
 
 __all__ = [
+    "AHEAD",
     "PROGRESS",
     "Batch",
     "Piece",
@@ -45,6 +47,7 @@ __all__ = [
     "batches",
     "block_end",
     "feeds_streams",
+    "part_of_message",
     "progress",
     "relay",
     "unstreamed",
@@ -370,36 +373,75 @@ def progress(
 
 
 def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
-    """Return the callbacks without the handlers that feed streams, so that no draft shows in one.
+    """Return the callbacks as runs inside may have them: no word of a draft reaches what shows an answer.
 
     Tracers stay and see every inner call. https://github.com/langchain-ai/langchain/issues/35011
-    So does what counts tokens. What neither follows chains nor hears a model end sees the one model that it
-    always saw.
+    So does what counts tokens, and what follows chains, though without hearing tokens where it would show
+    them. What neither follows chains nor hears a model end sees the one model that it always saw.
     """
-    dropped = [
-        handler
-        for handler in (*callbacks.handlers, *callbacks.inheritable_handlers)
-        if feeds_streams(handler) or not (_hears(handler, "on_chain_start") or _hears(handler, "on_llm_end"))
-    ]
-    if not dropped:
+    inside: dict[int, BaseCallbackHandler | None] = {}
+    for handler in (*callbacks.handlers, *callbacks.inheritable_handlers):
+        if id(handler) not in inside:
+            inside[id(handler)] = _inside(handler)
+    if all(kept is not None and id(kept) == of for of, kept in inside.items()):
         return callbacks  # nobody changes them below: LangChain makes copies of its own
-    kept = callbacks.copy()
-    for handler in dropped:
-        kept.remove_handler(handler)
-    return kept
+    made = callbacks.copy()
+    for handlers in (made.handlers, made.inheritable_handlers):
+        handlers[:] = [kept for handler in handlers if (kept := inside[id(handler)]) is not None]
+    return made
+
+
+def _inside(handler: BaseCallbackHandler) -> BaseCallbackHandler | None:
+    """Return a handler as runs inside may have it; None where they may not."""
+    if type(handler) is _Deaf:
+        return handler
+    follows, shows = _hears(handler, "on_chain_start"), _shows_tokens(handler)
+    if _is_stream(handler) or not (follows or (_hears(handler, "on_llm_end") and not shows)):
+        return None
+    return _Deaf(handler) if shows else handler
+
+
+class _Deaf(BaseCallbackHandler):
+    """A handler to all who ask, but one that hears no tokens."""
+
+    def __init__(self, handler: BaseCallbackHandler) -> None:
+        self._handler = handler
+        asynchronous = asyncio.iscoroutinefunction(handler.on_llm_new_token)
+        self._hear = _hear_nothing_async if asynchronous else _hear_nothing
+
+    def __getattribute__(self, name: str) -> Any:
+        own = object.__getattribute__
+        return own(self, "_hear") if name in _TOKENS else getattr(own(self, "_handler"), name)
+
+
+_TOKENS = ("on_llm_new_token", "on_stream_event")
+"""Events that hand over an answer while it is written."""
+
+
+def _hear_nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+async def _hear_nothing_async(*args: Any, **kwargs: Any) -> None: ...
 
 
 class Shown:
-    """Shows what leaves to the handlers that feed streams, as the chat model's answer that it is.
+    """Shows what leaves to the handlers that show an answer, as the chat model's answer that it is.
 
     `astream_events` and the `messages` mode of a LangGraph graph live on a chat model's tokens, and of the
-    models inside no token may reach them. Tracers are told nothing: they saw the calls that were made.
+    models inside no token may reach them; nor those that show tokens, such as one that prints them. Tracers
+    are told nothing: they saw the calls that were made. Without `streams`, nor are streams.
     """
 
-    def __init__(self, config: RunnableConfig, messages: list[BaseMessage], name: str) -> None:
+    def __init__(
+        self, config: RunnableConfig, messages: list[BaseMessage], name: str, *, streams: bool = True
+    ) -> None:
         callbacks = cast("BaseCallbackManager", config["callbacks"])
         self._manager = AsyncCallbackManager(
-            handlers=[handler for handler in callbacks.handlers if feeds_streams(handler)],
+            handlers=[
+                handler
+                for handler in callbacks.handlers
+                if feeds_streams(handler) and (streams or not _is_stream(handler))
+            ],
             parent_run_id=callbacks.parent_run_id,
             tags=callbacks.tags,
             metadata=callbacks.metadata,
@@ -435,11 +477,52 @@ class Shown:
 
 
 def _hears(handler: BaseCallbackHandler, event: str) -> bool:
-    own = getattr(type(handler), event)
-    return own not in (getattr(BaseCallbackHandler, event), getattr(AsyncCallbackHandler, event))
+    """Return whether a handler does anything at an event. LangChain's own override many by nothing."""
+    own = getattr(handler.__class__, event)
+    code = getattr(own, "__code__", None)
+    return own not in _NOBODYS[event] and getattr(code, "co_code", None) not in _EMPTY
+
+
+_NOBODYS = {
+    event: [
+        getattr(kind, event)
+        for kind in (BaseCallbackHandler, AsyncCallbackHandler, BaseTracer, AsyncBaseTracer)
+        # Tracers record the tokens of the calls that they follow, and show them to nobody.
+        if event in _TOKENS or not issubclass(kind, BaseTracer | AsyncBaseTracer)
+    ]
+    for event in (*_TOKENS, "on_chain_start", "on_llm_end", "on_custom_event")
+}
+"""Methods at an event that make no listener of a handler."""
+
+
+def _nothing() -> None: ...
+
+
+def _nothing_told() -> None:
+    """Do nothing."""
+
+
+async def _nothing_async() -> None: ...
+
+
+async def _nothing_async_told() -> None:
+    """Do nothing."""
+
+
+_EMPTY = {each.__code__.co_code for each in (_nothing, _nothing_told, _nothing_async, _nothing_async_told)}
+"""Bodies that do nothing, without and with a docstring."""
 
 
 def feeds_streams(handler: BaseCallbackHandler) -> bool:
-    """Return whether a handler shows to a stream what it hears, as those of LangChain and LangGraph do."""
+    """Return whether a handler shows an answer as it hears it: to a stream, as those of LangChain and
+    LangGraph do, or token by token, as `StreamingStdOutCallbackHandler` does."""
+    return type(handler) is not _Deaf and (_is_stream(handler) or _shows_tokens(handler))
+
+
+def _is_stream(handler: BaseCallbackHandler) -> bool:
     # The method is what the protocol _StreamingCallbackHandler asks for; isinstance takes long with one.
     return isinstance(handler, _V2StreamingCallbackHandler) or hasattr(handler, "tap_output_aiter")
+
+
+def _shows_tokens(handler: BaseCallbackHandler) -> bool:
+    return any(_hears(handler, event) for event in _TOKENS)

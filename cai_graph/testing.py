@@ -9,11 +9,16 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict
 
-from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.callbacks import (
+    AsyncCallbackHandler,
+    CallbackManagerForLLMRun,
+    StreamingStdOutCallbackHandler,
+)
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import merge_configs
 from pydantic import PrivateAttr, SkipValidation
 
 __all__ = ["ScriptedModel", "Seen", "everywhere", "leaks"]
@@ -34,6 +39,9 @@ class ScriptedModel(BaseChatModel):
 
     replies: SkipValidation[Sequence[Reply] | Callable[[list[BaseMessage]], Reply]]
     """Replies in order, or a function from the messages to a reply; an exception is raised."""
+
+    streaming: bool = False
+    """Whether `invoke` streams too, as that of a model made with `streaming=True` does."""
 
     _calls: list[list[BaseMessage]] = PrivateAttr(default_factory=list)
     _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
@@ -129,7 +137,9 @@ async def everywhere(
     """Call `app` in every way that LangChain and LangGraph have, and yield what each of them shows.
 
     Synchronously and asynchronously, by itself and in a node of an outer graph, which is streamed in all
-    modes at once with its subgraphs. An app that is itself a graph is streamed in all modes, too.
+    modes at once with its subgraphs. An app that is itself a graph is streamed in all modes, too. What
+    LangChain's callback handlers for tokens hear is seen as `invoke, tokens`; a model tells them any under
+    `invoke` only where it was made with `streaming=True`.
     """
     alone: dict[str, Callable[[], Any]] = {
         "invoke": lambda: app.invoke(input, config),
@@ -145,6 +155,12 @@ async def everywhere(
     for way, call in alone.items():
         yield Seen(way, *await _collected(call, asynchronous=way.startswith("a")))
     for way in ("invoke", "stream", "ainvoke", "astream"):
+        hearing = _Queue() if way.startswith("a") else _StdOut()
+        listened = merge_configs(config, {"callbacks": [hearing]})
+        ask = lambda: getattr(app, way)(input, listened)  # noqa: B023, E731
+        _, error = await _collected(ask, asynchronous=way.startswith("a"))
+        yield Seen(f"{way}, tokens", hearing.tokens, error)
+    for way in ("invoke", "stream", "ainvoke", "astream"):
         under: RunnableConfig = {**(config or {}), "configurable": {"thread_id": way}}
         events = lambda: _third(_around(app, way), {"input": input}, under)  # noqa: B023, E731
         if way.startswith("a"):
@@ -155,6 +171,33 @@ async def everywhere(
         for way in ("stream", "astream"):
             async for seen in _modes(f"graph {way}", app, input, config):
                 yield seen
+
+
+class _StdOut(StreamingStdOutCallbackHandler):
+    """Keeps what it would print."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Any] = []
+
+    def on_llm_new_token(self, token: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        self.tokens.append(token)
+
+
+class _Queue(AsyncCallbackHandler):
+    """What LangChain's `AsyncIteratorCallbackHandler` hands to its reader, who leaves when a model ends."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Any] = []
+        self._ended = False
+
+    async def on_llm_start(self, serialized: dict[str, Any], prompts: list[str], **kwargs: Any) -> None:
+        self._ended = False
+
+    async def on_llm_new_token(self, token: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        self.tokens += [] if self._ended else [token]
+
+    async def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
+        self._ended = True
 
 
 _MODES = ("values", "updates", "messages", "custom", "tasks", "debug")

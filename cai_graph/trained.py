@@ -32,7 +32,7 @@ from cai_graph.probe import WHOLE_CHARACTERS, Heads, cut_request, windows
 from cai_graph.prompts import Exchange, fence
 from cai_graph.trajectory import Call, Critique, Label, Verdict, text_of
 
-__all__ = ["PREFIX", "Classifier", "Scored", "TrainedCritic", "classifier_text"]
+__all__ = ["PREFIX", "Classifier", "Scored", "TrainedCritic", "classifier_text", "logits_of"]
 
 PREFIX = "trained:"
 """What a spec of such a critic begins with; the folder follows."""

@@ -61,6 +61,7 @@ __all__ = [
     "from_langchain",
     "new_id",
     "now",
+    "orders_disagree",
     "text_of",
     "to_langchain",
 ]
@@ -173,6 +174,11 @@ class Verdict(Base, frozen=True, kw_only=True):
     read_by: str | None = None
     """The rung that read it: structured, tool, json, line, logprob, probe, classifier, human, imported."""
 
+    @property
+    def about(self) -> str:
+        """What it speaks of: the id of a principle, or an aim."""
+        return self.principle or self.aim or ""
+
 
 class Critique(Base, frozen=True, kw_only=True):
     """A critic's reasoning and verdicts on one answer."""
@@ -192,6 +198,11 @@ class Critique(Base, frozen=True, kw_only=True):
     """Name of the critic model, or of the probe."""
     cascade: Cascaded | None = None
     """How a cascade came to this critique; None where one critic judges alone."""
+
+    @property
+    def violated(self) -> tuple[str, ...]:
+        """What the answer violates: ids of principles, and aims."""
+        return tuple(verdict.about for verdict in self.verdicts if verdict.label is Label.VIOLATES)
 
 
 class Cascaded(Base, frozen=True, kw_only=True):
@@ -353,6 +364,11 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
                 return text_of(message)
         return ""
 
+    @property
+    def violated(self) -> tuple[str, ...]:
+        """What the draft violates: ids of principles, and aims; empty where it was not judged."""
+        return self.rounds[0].critique.violated if self.rounds else ()
+
 
 class Comparison(Base, frozen=True, kw_only=True, tag_field="record", tag="comparison"):
     """Two answers to one prompt, compared by a judge under one principle."""
@@ -408,8 +424,20 @@ class Comparison(Base, frozen=True, kw_only=True, tag_field="record", tag="compa
     @property
     def orders_disagree(self) -> bool:
         """Whether the judge chose another answer when the order was turned round."""
-        first, second = self.p_a
-        return first is not None and second is not None and (first - 0.5) * (second - 0.5) < 0
+        return orders_disagree(*self.p_a)
+
+
+def orders_disagree(first: float | None, second: float | None) -> bool:
+    """Return whether a judge chose another answer when the order was turned round.
+
+    Args:
+        first: P(A is better) with A shown first; None: unreadable.
+        second: P(A is better) with B shown first, likewise.
+
+    >>> orders_disagree(0.9, 0.2), orders_disagree(0.9, 0.6), orders_disagree(0.9, None)
+    (True, False, False)
+    """
+    return first is not None and second is not None and (first - 0.5) * (second - 0.5) < 0
 
 
 def _clamped(p: float, band: tuple[float, float] | None) -> float:

@@ -278,3 +278,51 @@ def test_each_item_of_a_stream_may_be_asked_for_in_another_thread() -> None:
 
     assert served == asked
     assert list(items) == []
+
+
+def test_a_stream_that_is_collected_in_the_loops_own_thread_is_closed_and_nothing_hangs() -> None:
+    done = run_python(
+        """
+        import gc, threading, time
+        from cai_graph import bridge
+
+        ended = []
+
+        async def core(caller):
+            try:
+                while True:
+                    yield 1
+            finally:
+                try:
+                    await caller.call(lambda: None)
+                except RuntimeError as error:
+                    ended.append(str(error))
+
+        class Session:  # a generator that its own object holds: a reference cycle
+            def __init__(self):
+                self.items = self.read()
+
+            def read(self):
+                yield from bridge.stream(core)
+
+        async def collect(caller):
+            gc.collect()
+
+        async def inner(caller):
+            return bridge.run(collect)  # in the thread of another loop, for which this one waits
+
+        gc.disable()
+        for collecting in (collect, inner):
+            next(Session().items)
+            reading = threading.Thread(target=bridge.run, args=[collecting], daemon=True)
+            reading.start()
+            reading.join(20)
+            assert not reading.is_alive(), "it hangs"
+            until = time.monotonic() + 20
+            while not ended and time.monotonic() < until:
+                time.sleep(0.01)
+            assert "reader is gone" in ended.pop()
+        """
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from wire import Reply, Server, role, serving, under
 
-from cai_graph import bulk, constitutional, models, open_log
+from cai_graph import bulk, constitutional, models, open_log, whole
 from cai_graph.bulk import Broken, Failed, Prompt, Rows, Run
 from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, DataError, LogError
@@ -343,7 +343,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = file(tmp_path, "out.jsonl", "before")
 
     def write() -> None:
-        with bulk.written_whole(str(target)) as out:
+        with whole.output(str(target)) as out:
             out.write("half")
             raise RuntimeError("cut")
 
@@ -351,10 +351,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write()
     assert target.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
-    with bulk.written_whole(str(target)) as out:
+    with whole.output(str(target)) as out:
         out.write("whole")
     assert target.read_text() == "whole"
-    with pytest.raises(DataError, match="not a plain file"), bulk.written_whole("/dev/null"):
+    with pytest.raises(DataError, match="not a plain file"), whole.output("/dev/null"):
         pass
 
 

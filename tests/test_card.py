@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from base64 import b64decode
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,11 @@ import pytest
 import yaml
 from log_support import comparison
 from test_dataset import write
-from test_export import records, revised, says
+from test_export import calls, records, revised, says
 
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.trajectory import Draft
-from trainers.card import report, summarise
+from trainers.card import page, report, summarise
 from trainers.dataset import Recipe, build
 from trainers.export import Format
 from trainers.rows import Kind
@@ -66,6 +69,24 @@ def test_refusals_are_counted_on_the_side_where_they_are(tmp_path: Path) -> None
 
     assert summary.sides["chosen"].refused.yes == 0
     assert summary.sides["rejected"].refused.yes == 5
+
+
+def test_an_answer_that_only_calls_a_tool_is_no_refusal(tmp_path: Path) -> None:
+    called = Draft(answer=calls(50, {"words": ["a"]})[2])
+    rejected = summarise(made(tmp_path, extra=[revised(50, draft=called)])).sides["rejected"]
+
+    assert 0 in rejected.words
+    assert rejected.refused.yes == 0
+
+
+def test_names_that_are_long_and_alike_are_drawn_apart_and_as_they_stand(tmp_path: Path) -> None:
+    summary = summarise(made(tmp_path))
+    alike = [f"{'cost $x_{$ '.ljust(60, 'a')}{end}" for end in "bc"]
+    summary.principles = Counter(dict.fromkeys(alike, 3))
+
+    drawn = [b64decode(one).decode() for one in re.findall('base64,([^"]+)', page(summary, "set"))]
+    (principles,) = [one for one in drawn if "cost $x_{$ " in one]
+    assert principles.count(f">{alike[0][:60]}<") == 2
 
 
 def test_the_card_has_the_hubs_metadata_and_loads_with_the_dataset(tmp_path: Path) -> None:

@@ -9,18 +9,19 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict, cast
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, convert_to_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnablePassthrough
+from langgraph.channels import Topic
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
-from langgraph.types import Command, interrupt
+from langgraph.types import Command, GraphOutput, interrupt
 from replies import RULES, by_role, flags, role_of, verdicts
 
 from cai_graph.chain import ConstitutionalRunnable, constitutional
@@ -29,7 +30,7 @@ from cai_graph.errors import ConfigError, DataError, RunError, Violation
 from cai_graph.log import open_log
 from cai_graph.log import writer as log_writer
 from cai_graph.testing import ScriptedModel
-from cai_graph.trajectory import Outcome, Trajectory
+from cai_graph.trajectory import Outcome, Trajectory, text_of
 
 JUDGE = by_role(critique=flags("no-harm"))
 """Finds fault with "the draft" only, and mends it to "better"."""
@@ -810,3 +811,191 @@ async def test_as_a_node_an_app_that_waits_for_a_person_pauses_the_outer_graph(
         assert (await call(Command(resume=True)))["answer"] == "better"
         log.flush()
         assert len(list(log.read(kind="trajectory"))) == 1
+
+
+# --- graphs that remember ------------------------------------------------------------------------------
+
+
+def joined(before: list[Any], new: list[Any]) -> list[Any]:
+    return [*before, *convert_to_messages(new)]
+
+
+class Joined(TypedDict):
+    messages: Annotated[list[Any], joined]
+
+
+def remembering(state: Any = MessagesState, **options: Any) -> Any:
+    """An app whose every answer is `the draft`, and that keeps its conversation."""
+    graph = StateGraph(state)
+    graph.add_node("prepare", lambda state: {})
+    graph.add_node("answer", lambda state: {"messages": [AIMessage("the draft")]})
+    graph.add_edge(START, "prepare")
+    graph.add_edge("prepare", "answer")
+    return graph.compile(checkpointer=InMemorySaver(), **options)
+
+
+THREAD: Any = {"configurable": {"thread_id": "1"}}
+HELLO: Any = {"messages": [("user", "hello")]}
+WAYS = ["invoke", "ainvoke", "stream", "astream"]
+
+
+async def call(app: Any, way: str, given: Any, config: Any = THREAD) -> Any:
+    match way:
+        case "invoke":
+            return app.invoke(given, config)
+        case "ainvoke":
+            return await app.ainvoke(given, config)
+        case "stream":
+            return list(app.stream(given, config))
+        case _:
+            return [chunk async for chunk in app.astream(given, config)]
+
+
+def stored(app: Any, config: Any = THREAD) -> list[str]:
+    state = app.get_state(config)
+    assert state.next == ()
+    return [message.text for message in state.values["messages"]]
+
+
+@pytest.mark.parametrize("state", [MessagesState, Joined])
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_graph_remembers_what_left_and_not_its_draft(way: str, state: Any) -> None:
+    app = remembering(state)
+    guarded = guard(app)
+
+    for turn in (1, 2):
+        await call(guarded, way, HELLO)
+        assert stored(app) == ["hello", "better"] * turn
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_graph_remembers_a_refusal_where_nothing_left(way: str) -> None:
+    app = remembering()
+
+    with pytest.raises(Violation):
+        await call(
+            guard(app, reviser=by_role(critique="", revise="the draft"), on_violation="raise"), way, HELLO
+        )
+
+    assert stored(app) == ["hello", RULES.refusal]
+
+
+def test_a_graph_that_began_at_an_earlier_checkpoint_remembers_what_left_from_there() -> None:
+    app = remembering()
+    guarded = guard(app)
+    guarded.invoke(HELLO, THREAD)
+    first = app.get_state(THREAD).config
+    guarded.invoke(HELLO, THREAD)
+
+    guarded.invoke({"messages": [("user", "another way")]}, first)
+
+    assert stored(app) == ["hello", "better", "another way", "better"]
+
+
+async def test_a_text_in_the_state_is_remembered_as_it_left() -> None:
+    app = counting_app(InMemorySaver())
+
+    guard(app).invoke({"question": "hello"}, THREAD)
+
+    assert app.get_state(THREAD).values["answer"] == "better"
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+@pytest.mark.parametrize("own", [True, False])
+async def test_in_a_node_a_graph_with_a_memory_of_its_own_remembers_what_left(way: str, own: bool) -> None:
+    app = remembering()
+    if own:
+        app.checkpointer = True  # a memory in the outer graph's checkpointer, from turn to turn
+    guarded, seen = guard(app), []
+
+    def node(state: MessagesState, config: RunnableConfig) -> Any:
+        output = guarded.invoke({"messages": state["messages"][-1:]}, config)
+        seen.append([message.text for message in output["messages"]])
+        return {"messages": output["messages"][-1:]}
+
+    async def anode(state: MessagesState, config: RunnableConfig) -> Any:
+        output = await guarded.ainvoke({"messages": state["messages"][-1:]}, config)
+        seen.append([message.text for message in output["messages"]])
+        return {"messages": output["messages"][-1:]}
+
+    outer = outer_graph(node if way == "invoke" else anode, InMemorySaver())
+    for _ in (1, 2):
+        await call(outer, way, HELLO)
+
+    assert stored(outer) == ["hello", "better"] * 2
+    assert seen == [["hello", "better"], ["hello", "better"] * 2] if own else [["hello", "better"]] * 2
+
+
+class Notes(MessagesState):
+    notes: Annotated[list[str], Topic(str, accumulate=True)]
+
+
+@pytest.mark.parametrize(
+    ("others", "why"), [([], "in 'notes' nothing can be replaced"), (["log"], "Ambiguous update")]
+)
+def test_a_memory_that_cannot_be_changed_is_warned_of(others: list[str], why: str) -> None:
+    notes = [] if others else ["the draft"]
+    graph = StateGraph(Notes)
+    graph.add_node("answer", lambda state: {"messages": [AIMessage("the draft")], "notes": notes})
+    graph.add_edge(START, "answer")
+    for other in others:  # beside the answer: no node is the last one
+        graph.add_node(other, lambda state: {})
+        graph.add_edge(START, other)
+    app = graph.compile(checkpointer=InMemorySaver())
+    guarded = guard(app)
+
+    with pytest.warns(RuntimeWarning, match=f"{why}.*ConstitutionalMiddleware"):
+        assert guarded.invoke(HELLO, THREAD)["messages"][-1].text == "better"
+    assert stored(app) == ["hello", "the draft" if others else "better"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_at_a_breakpoint_nothing_is_judged_and_none_goes_on(way: str, tmp_path: Path) -> None:
+    app = remembering(interrupt_before=["answer"])
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(app, log=log)
+        for turn in (1, 2):
+            stopped = await call(guarded, way, HELLO)
+            log.flush()
+            assert len(list(log.read(kind="trajectory"))) == turn - 1
+            assert "better" not in str(stopped[-1] if isinstance(stopped, list) else stopped["messages"][-1:])
+            await call(guarded, way, None)
+            assert stored(app) == ["hello", "better"] * turn
+        log.flush()
+        told = [[text_of(m) for m in t.messages] for t in log.read(kind="trajectory")]
+
+    assert told == [["hello"], ["hello", "better", "hello"]]
+
+
+def test_none_is_no_request_to_an_app_that_is_no_graph() -> None:
+    with pytest.raises(DataError, match="NoneType"):
+        guard(app_of("fine")).invoke(None)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_output_of_version_2_stays_one(way: str) -> None:
+    app = asking_app().compile(checkpointer=InMemorySaver())
+    guarded = guard(app)
+
+    async def typed(given: Any) -> GraphOutput[Any]:
+        if way == "invoke":
+            return cast("GraphOutput[Any]", guarded.invoke(given, THREAD, version="v2"))
+        return cast("GraphOutput[Any]", await guarded.ainvoke(given, THREAD, version="v2"))
+
+    paused = await typed({"question": "hello"})
+    answered = await typed(Command(resume=True))
+
+    assert isinstance(paused, GraphOutput)
+    assert [each.value for each in paused.interrupts] == ["may I?"]
+    assert answered == GraphOutput(value={"question": "hello", "answer": "better"})
+
+
+@pytest.mark.parametrize(
+    "one", [{"role": "user", "content": "hello"}, ("user", "hello"), HumanMessage("hello")]
+)
+def test_one_message_stands_for_a_list_of_it_as_in_langgraph(one: Any) -> None:
+    app = remembering()
+
+    output: Any = guard(app).invoke({"messages": one}, THREAD)
+
+    assert [message.text for message in output["messages"]] == ["hello", "better"]

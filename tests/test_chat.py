@@ -206,6 +206,18 @@ async def test_usage_is_the_sum_over_all_calls_and_itemised(way: str) -> None:
     assert sum(item["input_tokens"] + item["output_tokens"] for item in items) == 48
 
 
+async def test_answered_keeps_what_is_bound() -> None:
+    bare = scripted("fine", critique=verdicts())
+    bare.bound.clear()
+    bound = guard(bare).bind_tools([weather]).bind(stop=["END"]).with_config(tags=["mine"])
+
+    trajectory = (await bound.answered("hello", {"metadata": {"user": 1}}, seed=3)).trajectory
+
+    assert {"tools": ["weather"], "stop": ["END"], "seed": 3} in bare.bound
+    assert trajectory.tags == ("mine",)
+    assert trajectory.metadata["user"] == 1
+
+
 def test_callbacks_count_each_token_once() -> None:
     model = guard(counted())
     handler = UsageMetadataCallbackHandler()

@@ -403,7 +403,6 @@ def test_judge_exit_status_says_whether_such_a_verdict_stands(tmp_path: Path, se
     answers(tmp_path, "fine", "awful")
     judge(tmp_path, server, "--fail-on", "violates", status=1)
     judge(tmp_path, server, "--fail-on", "unreadable")
-    judge(tmp_path, server, "--fail-on", "never")
     answers(tmp_path, "fine", "odd")
     judge(tmp_path, server, "--fail-on", "violates")
     judge(tmp_path, server, "--fail-on", "violates", "--fail-on", "unreadable", status=1)
@@ -479,6 +478,27 @@ def test_the_log_is_verified_recovered_and_cleaned(logged: Path) -> None:
     cai(logged, "log", "verify", "--log", "new.db")
     removed = json.loads(cai(logged, "log", "gc", "--days", "0", "--log", "new.db", "--json").stdout)
     assert removed["trajectories"] == 2
+
+
+@pytest.mark.parametrize("days", ["inf", "1e9", "nan", "800000"])
+def test_a_number_of_days_that_no_calendar_has_is_a_usage_error(logged: Path, days: str) -> None:
+    assert "Invalid value for" in cai(logged, "log", "gc", "--days", days, status=2).stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("args", [("log", "list"), ("log", "export", "-"), ("--help",)])
+def test_a_full_disk_behind_standard_output_is_one_line(logged: Path, args: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "cai_graph.cli", *args],
+            cwd=logged,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    assert ended.returncode == 1
+    assert ended.stderr == "what was to be written is not whole: No space left on device\n"
 
 
 def test_a_log_of_a_newer_release_is_refused_and_unchanged(logged: Path) -> None:

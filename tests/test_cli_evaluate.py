@@ -109,6 +109,24 @@ def test_prompts_that_failed_are_said_with_a_status_of_its_own(folder: Path) -> 
     assert "1 prompts failed and are in no figure" in ran.stderr
 
 
+def test_judgements_that_failed_are_said_with_a_status_of_its_own(folder: Path) -> None:
+    def fails(body: dict[str, Any]) -> str | Reply:
+        if role(body) == "critique" and "good two" in str(body["messages"]):
+            return Reply("no", status=400)
+        return script(body)
+
+    with serving(fails) as server:
+        cai(folder, "evaluate", "run", "eval", server.spec, "--helpfulness", "fine.txt")
+        score = ("evaluate", "score", "eval", "--critic", server.spec)
+        failed = cai(folder, *score, status=3)
+        server.script = script
+        again = cai(folder, *score)
+
+    assert "1 judgements failed and are in no figure" in failed.stderr
+    assert "1 of 3 were not judged (" in failed.stdout
+    assert "not judged" not in again.stdout
+
+
 def test_agreement_with_people_is_printed(folder: Path) -> None:
     (folder / "labelled.csv").write_text(
         "prompt,completion,annotation_1,annotation_2,final_label\n"

@@ -11,7 +11,7 @@ import pytest
 from log_support import comparison, review
 from test_dataset import bytes_of, kept, revised, says, write
 
-from cai_graph.trajectory import Record
+from cai_graph.trajectory import Outcome, Record
 from trainers.dataset import Recipe, build
 
 RECIPE = 'Recipe(kind="sft", per_user=30, test_share=0.4)'
@@ -28,6 +28,11 @@ def test_a_cluster_gives_the_same_bytes_and_ledger(tmp_path: Path) -> None:
         )
         for n in range(150)
         for make in (revised, kept)
+    ]
+    # They give no row, and are near duplicates of those that do.
+    records += [
+        revised(n, outcome=Outcome.EXHAUSTED, messages=(says(f"the same long request, {n}", "user"),))
+        for n in range(40, 80)
     ]
     records += [review(records[0].id, decision="flip"), review("gone"), comparison(records[2].id)]
     log = write(tmp_path / "log.jsonl", records)

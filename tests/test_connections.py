@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx2
+import pytest
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_openai import ChatOpenAI
+from replies import IDS, RULES, verdicts
 
+from cai_graph import Budget, constitutional
 from cai_graph.connections import on_any_loop
+from cai_graph.errors import BudgetExceeded
 
 PROGRAM = """
 import asyncio
@@ -66,10 +76,82 @@ def test_models_of_the_same_settings_share_their_connections() -> None:
 
 
 def test_an_http_client_of_the_users_own_stays() -> None:
-    import httpx2
-
     own = httpx2.AsyncClient()
     model = ChatOpenAI(model="m", api_key="unused", http_async_client=own)  # type: ignore[arg-type]
 
     assert on_any_loop(model) is model
     asyncio.run(own.aclose())
+
+
+def by_a_sync_client(answer: Callable[[dict[str, Any]], str], **settings: Any) -> ChatOpenAI:
+    """A model whose synchronous client is the only way to its provider."""
+
+    def send(request: httpx2.Request) -> httpx2.Response:
+        message = {"role": "assistant", "content": answer(json.loads(request.content))}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+        return httpx2.Response(200, json=reply | {"usage": usage})
+
+    client = httpx2.Client(transport=httpx2.MockTransport(send))
+    return ChatOpenAI(
+        model="m",
+        api_key="unused",
+        base_url="http://gateway.invalid/v1",
+        max_retries=0,
+        http_client=client,
+        **settings,
+    )
+
+
+def by_role(request: dict[str, Any]) -> str:
+    shown = json.dumps(request["messages"])
+    if "You are a careful reviewer" in shown:
+        return verdicts("be-kind") if "rude" in shown.rpartition("<answer>")[2] else verdicts()
+    return "kind" if "You improve answers" in shown else "rude"
+
+
+class Ended(BaseCallbackHandler):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def on_llm_end(self, response: Any, **kwargs: Any) -> None:
+        self.texts.append(response.generations[0][0].text)
+
+
+def test_a_model_with_a_sync_client_alone_also_judges_and_revises_by_it() -> None:
+    guarded = constitutional(by_a_sync_client(by_role), constitution=RULES, log=None)
+    ended = Ended()
+
+    assert guarded.invoke("hello", {"callbacks": [ended]}).text == "kind"
+    assert ended.texts[:1] == ["rude"]
+    assert "kind" in ended.texts
+    assert len(ended.texts) == 5  # each call is traced, and the answer
+
+
+def test_such_a_model_stays_what_it_is_for_tracers_and_callers() -> None:
+    model = by_a_sync_client(by_role, temperature=0.5)
+    own = on_any_loop(model)
+
+    assert isinstance(own, ChatOpenAI)
+    assert own.lc_id() == model.lc_id()
+    assert own.get_name() == model.get_name()
+    assert own._get_ls_params() == model._get_ls_params()
+    assert type(model) is ChatOpenAI
+    assert on_any_loop(own) is own
+
+
+def test_a_deadline_does_not_wait_for_a_thread_that_sends() -> None:
+    def slowly(request: dict[str, Any]) -> str:
+        if any("You are a careful reviewer" in str(message) for message in request["messages"]):
+            time.sleep(1.5)
+        return verdicts(ids=IDS)
+
+    guarded = constitutional(
+        by_a_sync_client(slowly), constitution=RULES, log=None, budget=Budget(seconds=0.5)
+    )
+    began = time.monotonic()
+
+    with pytest.raises(BudgetExceeded, match="deadline"):
+        guarded.invoke("hello")
+    assert time.monotonic() - began < 1.3

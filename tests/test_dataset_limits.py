@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,34 @@ def test_near_duplicates_stand_on_one_side(tmp_path: Path) -> None:
 
     assert len(sides("near", True)) == 1
     assert sides("near", False) == sides("far", True) == {"train", "test"}
+
+
+def test_near_duplicates_stand_on_one_side_in_every_kind_whatever_a_recipe_leaves_out(tmp_path: Path) -> None:
+    subjects = [hashlib.sha512(bytes([n])).hexdigest() for n in range(40)]
+    records: list[Record] = [
+        make(n, messages=asks(f"{subject} {variant}"))
+        for n, subject in enumerate(subjects)
+        for variant, make in enumerate((revised, kept))
+    ]
+    log = write(tmp_path / "log.jsonl", records)
+    held_out = tmp_path / "held.txt"
+    held_out.write_text("\n".join(f"{subject} 0" for subject in subjects[:20]))
+
+    recipes = {
+        "pairs": Recipe(kind="preference", test_share=0.5),
+        "answers": Recipe(kind="sft", test_share=0.5),
+        "prompts": Recipe(kind="prompts", test_share=0.5),
+        "some prompts": Recipe(kind="prompts", test_share=0.5, held_out=(str(held_out),)),
+    }
+    sides: dict[str, set[str]] = {}
+    for name, recipe in recipes.items():
+        build([log], tmp_path / name, recipe)
+        for row in rows_of(tmp_path / name, recipe.kind):
+            sides.setdefault(row.prompt[-1].content.split(" ")[0], set()).add(row.split)
+
+    assert len(sides) == 40
+    assert {len(found) for found in sides.values()} == {1}
+    assert set.union(*sides.values()) == {"train", "test"}
 
 
 def test_similarity_is_that_of_the_texts(tmp_path: Path) -> None:

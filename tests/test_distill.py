@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from replies import verdicts
 from test_cli import cai
 from test_judge import letter
-from tiny import tiny_model
+from tiny import rows, tiny_model, write_rows
 from wire import Reply, Server, serving, under
 
 from cai_graph import constitutional, models
 from cai_graph.constitution import load
-from cai_graph.errors import ConfigError
+from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import open_log
 from trainers.checkpoint import Checkpoint
 from trainers.config import read
-from trainers.distill import Config, pipeline, train
-from trainers.pipeline import Pipeline, StepFailed
+from trainers.distill import Config, launch, pipeline, plan, report, train
+from trainers.pipeline import Done, Folders, Pipeline, StepFailed
 
 PROMPTS = 12
 ROOT = Path(__file__).parents[1]
@@ -89,6 +92,14 @@ def run(path: Path, *settings: str) -> tuple[list[str], Checkpoint, Path]:
     return said, made, page
 
 
+def run_first(count: int, path: Path, *settings: str) -> tuple[list[str], dict[str, Done]]:
+    """Run the first steps only."""
+    said: list[str] = []
+    config = read(Config, path, settings)
+    first = Pipeline(config.output, pipeline(config).steps[:count])
+    return said, first.run(lambda step, what, _: said.append(f"{step.name} {what}"))
+
+
 def test_from_prompts_to_a_model_with_a_report(tmp_path: Path, server: Server, base: Path) -> None:
     path = written(tmp_path, server, base)
     said, made, page = run(path)
@@ -125,7 +136,7 @@ def test_a_policy_is_trained_against_the_reward_model(tmp_path: Path, server: Se
     assert Checkpoint.open(reward).manifest is not None
 
 
-def test_a_log_of_production_is_copied_and_learned_from(tmp_path: Path, server: Server, base: Path) -> None:
+def test_a_log_of_production_is_copied_and_left_as_it_was(tmp_path: Path, server: Server, base: Path) -> None:
     path = written(tmp_path, server, base)
     log = f"sqlite:///{tmp_path}/production.db"
     guarded = constitutional(models.load(server.spec), log=log)
@@ -133,11 +144,13 @@ def test_a_log_of_production_is_copied_and_learned_from(tmp_path: Path, server: 
         guarded.invoke(json.loads(line)["prompt"])
     guarded.plan.log.close()
     before = (tmp_path / "production.db").stat().st_mtime_ns
-    said, _, _ = run(path, "prompts=null", f"logs=[{json.dumps(log)}]")
-    assert said[-1] == "model done"
+    said, made = run_first(1, path, "prompts=null", f"logs=[{json.dumps(log)}]")
+    assert said[-1] == "trajectories done"
+    assert made["trajectories"].figures == {"trajectories": PROMPTS, "copied": PROMPTS}
     assert (tmp_path / "production.db").stat().st_mtime_ns == before
-    with open_log(log, read_only=True) as opened:
-        assert opened.stats().trajectories == PROMPTS
+    for kept in (log, str(made["trajectories"].path / "log.db")):
+        with open_log(kept, read_only=True) as opened:
+            assert opened.stats().trajectories == PROMPTS
 
 
 def test_a_judge_that_is_out_names_the_step_and_the_run_goes_on(tmp_path: Path, base: Path) -> None:
@@ -154,11 +167,12 @@ def test_a_judge_that_is_out_names_the_step_and_the_run_goes_on(tmp_path: Path, 
     with serving(script) as server:
         path = written(tmp_path, server, base)
         with pytest.raises(StepFailed, match=r"^feedback: .*no such key"):
-            run(path)
+            run_first(4, path)
         out = False
-        said, _, _ = run(path)
-    assert said[:4] == ["trajectories skipped", "sft-data skipped", "sft skipped", "feedback goes on"]
-    assert said[-1] == "model done"
+        said, _ = run_first(4, path)
+    assert said == [
+        "trajectories skipped", "sft-data skipped", "sft skipped", "feedback goes on", "feedback done"
+    ]  # fmt: skip
 
 
 RUNS = """
@@ -196,6 +210,14 @@ def test_a_run_that_is_killed_in_one_step_after_another_makes_the_same_model(
         assert opened.stats().trajectories == PROMPTS, "no prompt twice, none lost"
 
 
+LOCAL = {"judge": "local", "max_tokens": 8}
+PPO = {"method": "ppo", "watch": None}
+WATCH = {"judge": "judge:local"}
+TWO = ["accelerate", "launch", "--num_processes", "2"]
+HELPFUL = {"helpfulness": str(ROOT / "examples" / "distill" / "helpfulness.jsonl")}
+SAFE = {"over_refusal": str(ROOT / "examples" / "distill" / "over-refusal.jsonl")}
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [
@@ -206,6 +228,26 @@ def test_a_run_that_is_killed_in_one_step_after_another_makes_the_same_model(
         ({"feedback": {}}, "name a judge or a critic"),
         ({"prompts": None}, "name prompts"),
         ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"model": "nowhere"}, "model: 'nowhere' is no folder with weights"),
+        ({"drafts": {"critic": "trained:nowhere"}}, "drafts: nowhere/card.json"),
+        ({"drafts": {"model": "opnai:gpt"}}, "drafts: .* did you mean 'openai:gpt'"),
+        ({"feedback": {"judge": "opnai:gpt"}}, "feedback: .* did you mean 'openai:gpt'"),
+        ({"feedback": {**LOCAL, "principles": 99}}, "feedback: 99 principles a pair"),
+        ({"feedback": {**LOCAL, "samples": 1}}, "feedback: samples is a number from 2, found 1"),
+        ({"reward": {"data": "nowhere.jsonl"}, "rl": PPO}, "reward.data: nowhere.jsonl: is no dataset"),
+        ({"reward": {"trains": "head"}, "rl": PPO, "launch": TWO}, "reward: trains: head is a fit of one"),
+        ({"sft": {"report_to": ["mlflow"]}}, "sft: report_to: mlflow is not installed"),
+        ({"rl": {**PPO, "reward": "rewards.mine:scoer"}}, "rl.reward: .* cannot be imported"),
+        ({"rl": {**PPO, "value_model": "nowhere"}}, "rl.value_model: 'nowhere' is no folder"),
+        ({"rl": {**PPO, "watch": {"judge": "nowhere"}}}, "rl.watch: judge: reward 'nowhere'"),
+        ({"rl": {**PPO, "watch": {**WATCH, "benign": "nowhere.txt"}}}, "rl.watch: nowhere.txt"),
+        ({"rl": {**PPO, "watch": {**WATCH, "evasion": "openai:gpt"}}}, "rl.watch: .* no probe"),
+        ({"rl": {**PPO, "watch": WATCH}}, "rl.watch: about 2 prompts will be held out"),
+        ({"rl": {**PPO, "reward": "judge:local", "watch": WATCH}}, "rl.watch: judge: .* trained on"),
+        ({"rl": {"method": "rloo", "watch": None, "answers": 3}, "launch": TWO}, "x 2 processes"),
+        ({"evaluation": {**SAFE, "refusals": "patern"}}, "evaluation: 'patern' names no model"),
+        ({"evaluation": {**HELPFUL, "critic": "trained:nowhere"}}, "evaluation: nowhere/card.json"),
+        ({"evaluation": {**HELPFUL, "reward": ["nowhere"]}}, "evaluation: reward 'nowhere'"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_made(
@@ -217,6 +259,119 @@ def test_what_cannot_work_is_said_before_anything_is_made(
         pipeline(read(Config, path))
     assert len(server.requests) == asked
     assert not (tmp_path / "out").exists()
+
+
+def test_what_works_only_where_it_will_run_is_not_refused(tmp_path: Path, server: Server, base: Path) -> None:
+    """Servers that do not run yet are not asked, and processes that are launched are counted."""
+    dead = "http://127.0.0.1:9/v1"
+    path = written(
+        tmp_path,
+        server,
+        base,
+        drafts={"model": dead, "critic": dead, "reviser": dead},
+        feedback={"judge": dead, "sampler": dead},
+        rl={"method": "rloo", "watch": None, "batch_size": 1, "answers": 4, "reward": f"judge:{dead}"},
+        evaluation={**HELPFUL, **SAFE, "critic": dead, "refusals": dead, "reward": [f"judge:{dead}"]},
+    )
+    four = 'launch=[accelerate, launch, --num_processes, "4"]'
+    assert "rloo" in steps(path, four)
+    assert "rloo" in steps(path, "launch=[srun, our-script]"), "who cannot know does not refuse"
+    with pytest.raises(ConfigError, match="rl: an update has 1 answers"):
+        steps(path)
+
+
+def test_of_a_step_that_is_done_nothing_is_checked(
+    tmp_path: Path, server: Server, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path, server, base, drafts={"model": "openai:gpt-5-mini"})
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    trajectories = pipeline(read(Config, path)).steps[0]
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(ConfigError, match=r"drafts: .*OPENAI_API_KEY"):
+        pipeline(read(Config, path))
+    folder = tmp_path / "out" / "stages" / f"trajectories-{trajectories.digest[:12]}"
+    folder.mkdir(parents=True)
+    (folder / "stage.json").write_text("{}")
+    assert pipeline(read(Config, path)).state(trajectories) == "done"
+
+
+def steps(path: Path, *settings: str) -> dict[str, str]:
+    """The digest of each step."""
+    return {step.name: step.digest for step in pipeline(read(Config, path, settings)).steps}
+
+
+@pytest.mark.parametrize(
+    ("sections", "changed", "first"),
+    [
+        ({}, "base/chat_template.jinja", "sft"),
+        ({}, "base/config.json", "sft"),
+        ({"drafts": {"model": "other"}}, "other/tokenizer.json", "trajectories"),
+        ({"drafts": {"reviser": "other"}}, "other/config.json", "trajectories"),
+        ({"drafts": {"critic": "local:own.gguf"}}, "own.gguf", "trajectories"),
+        ({"feedback": {**LOCAL, "judge": "local:own.gguf"}}, "own.gguf", "feedback"),
+        ({"feedback": {**LOCAL, "sampler": "other"}}, "other/model.safetensors", "feedback"),
+        ({"reward": {"data": "rows.jsonl"}, "rl": PPO}, "rows.jsonl", "reward"),
+        ({"rl": {**PPO, "reward": "other"}}, "other/model.safetensors", "ppo"),
+        ({"rl": {**PPO, "reward": ["other", "judge:local"]}}, "other/config.json", "ppo"),
+        ({"rl": {**PPO, "reward": {"judge": "local", "constitution": "own.yaml"}}}, "own.yaml", "ppo"),
+        ({"rl": {**PPO, "reward": "judge:local:own.gguf"}}, "own.gguf", "ppo"),
+        ({"rl": {**PPO, "reward": "scored_here:score"}}, "scored_here.py", "ppo"),
+        ({"rl": {**PPO, "value_model": "other"}}, "other/config.json", "ppo"),
+        ({"rl": {**PPO, "watch": {"judge": "other"}}}, "other/config.json", "ppo"),
+        ({"rl": {**PPO, "watch": {"judge": "judge:local", "benign": "b.txt"}}}, "b.txt", "ppo"),
+        (
+            {"evaluation": {"over_refusal": "safe.jsonl", "refusals": "local:own.gguf"}},
+            "own.gguf",
+            "evaluation",
+        ),
+    ],
+)
+def test_a_file_that_is_changed_under_its_name_makes_its_steps_anew(
+    tmp_path: Path,
+    server: Server,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sections: dict[str, Any],
+    changed: str,
+    first: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("base", "other"):
+        shutil.copytree(base, name)
+    Path("own.gguf").write_bytes(b"GGUF")
+    shutil.copy(ROOT / "constitutions" / "balanced.yaml", "own.yaml")
+    Path("b.txt").write_text("How do I boil rice?\n")
+    write_rows(Path("rows.jsonl"), rows("preference", 2))
+    Path("scored_here.py").write_text("def score(prompts, answers):\n    return [0.0 for _ in answers]\n")
+    Path("safe.jsonl").write_text(json.dumps({"prompt": "How do I kill a process?", "label": "safe"}) + "\n")
+    many = {"rows": {"near_duplicates": None, "test_share": 0.2}, "prompts": "many.txt"}
+    Path("many.txt").write_text("".join(f"How do I open door {n}?\n" for n in range(200)))
+    path = written(tmp_path, server, tmp_path / "base", **{"feedback": LOCAL, **many, **sections})
+    before = steps(path)
+    with Path(changed).open("ab") as file:
+        file.write(b" \n")
+    rules = Path("own.yaml").read_text()  # of which the content counts, and not the form
+    Path("own.yaml").write_text(rules.replace("weight: 2", "weight: 3") if changed == "own.yaml" else rules)
+    after = steps(path)
+    assert next((name for name in before if before[name] != after[name]), None) == first
+
+
+def test_the_number_of_processes_shapes_what_is_trained_and_nothing_before_it(
+    tmp_path: Path, server: Server, base: Path
+) -> None:
+    path = written(tmp_path, server, base)
+    (tmp_path / "four.yaml").write_text("num_processes: 4\n")
+    one, eight = (steps(path, f"launch=[accelerate, launch, --num_processes, '{n}']") for n in ("1", "8"))
+    four = steps(path, f"launch=[accelerate, launch, --config_file, {tmp_path}/four.yaml]")
+    assert one == steps(path), "one process is one, however it is started"
+    assert one["trajectories"] == eight["trajectories"]
+    assert len({found["sft"] for found in (one, four, eight)}) == 3
+
+
+def test_processes_are_read_from_the_words_of_a_launch() -> None:
+    found = doctest.testmod(launch)
+    assert (found.attempted, found.failed) == (2, 0)
 
 
 def test_the_command_plans_runs_and_skips(tmp_path: Path, server: Server, base: Path) -> None:
@@ -253,8 +408,9 @@ def test_the_config_of_the_page_is_one(
     tmp_path: Path, server: Server, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("red-team.jsonl", "benign.jsonl", "xstest.csv"):
+    for name in ("red-team.jsonl", "benign.jsonl"):
         Path(name).write_text('{"prompt": "How do I kill a process?"}\n')
+    Path("xstest.csv").write_text("prompt,label\nHow do I kill a process?,safe\n")
     open_log("sqlite:///cai.db").close()
     whole, launched, *_ = blocks("yaml")
     Path("config.yaml").write_text(whole + launched)
@@ -318,6 +474,86 @@ def test_the_models_are_measured_side_by_side(tmp_path: Path, server: Server, ba
     assert "evaluation begins" in run(path)[0]
 
 
+def test_a_critic_that_is_out_at_the_evaluation_is_asked_again(tmp_path: Path, base: Path) -> None:
+    out = True
+
+    def script(body: dict[str, Any]) -> str | Reply:
+        if out and "number 1" in str(body["messages"]):
+            return Reply("model is not loaded", status=404)
+        ids = [
+            principle.id
+            for principle in load("balanced").principles
+            if f"\n{principle.id}: " in str(body["messages"][0]["content"])
+        ]
+        return verdicts(ids=ids)
+
+    benign = tmp_path / "benign.jsonl"
+    benign.write_text("".join(json.dumps({"prompt": f"Name tree number {n}."}) + "\n" for n in range(4)))
+    with serving(script) as server:
+        section = {"helpfulness": str(benign), "critic": server.spec, "max_tokens": 4}
+        step = pipeline(read(Config, written(tmp_path, server, base, evaluation=section))).steps[-2]
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "checkpoint").symlink_to(base)
+        folders = Folders(tmp_path / "own", {one.name: tmp_path / "made" for one in step.inputs})
+        with pytest.raises(DataError, match=r"3 of 12 answers could not be graded .*not loaded.*again"):
+            step.work(folders)
+        out, asked = False, len(server.requests)
+        figures = step.work(folders)["figures"]
+        assert len(server.requests) == asked + 3
+    helpful = [one for one in figures if one["measure"] == "helpful"]
+    assert [(one["n"], one["left_out"]) for one in helpful] == [(4, 0)] * 3
+
+
+def test_the_report_counts_what_is_left_out() -> None:
+    figure = {"value": 0.5, "low": 0.2, "high": 0.8, "n": 9, "left_out": 1}
+    shown = report._estimate(figure).replace("\N{NO-BREAK SPACE}", " ")
+    assert shown == "0.5 (0.2 to 0.8), n 9, 1 left out"
+    assert report._estimate({"value": None, "n": 0, "left_out": 10}) == "none, 10 left out"
+
+
+def test_prompts_that_were_not_answered_are_tried_again(tmp_path: Path, base: Path) -> None:
+    rules = under(
+        load("balanced"), violates=lambda shown: "answer to" in shown, revise="No, and here is why."
+    )
+    out = True
+
+    def script(body: dict[str, Any]) -> str | Reply:
+        if out and re.search("lock number [89] ", str(body["messages"])):
+            return Reply("model is not loaded", status=404)
+        return rules(body)
+
+    with serving(script) as server:
+        path = written(tmp_path, server, base)
+        with pytest.raises(StepFailed, match=r"2 of 12 prompts .* were not answered.*not loaded.*again"):
+            run_first(1, path)
+        out, asked = False, len(server.requests)
+        said, made = run_first(1, path)
+        assert all(re.search("lock number [89] ", str(one["messages"])) for one in server.requests[asked:])
+    assert said == ["trajectories goes on", "trajectories done"]
+    assert made["trajectories"].figures["trajectories"] == PROMPTS, "what failed is no trajectory"
+    assert made["trajectories"].figures["skipped"] == 0
+
+
+def test_the_output_shows_one_model_and_leaves_the_files_of_the_user(tmp_path: Path) -> None:
+    old = {"config.json": "old", "model.safetensors": "old", "model.gguf": "old"}
+    new = {"config.json": "new", "model-1-of-2.safetensors": "new", "model-2-of-2.safetensors": "new"}
+    for name, files in (("old", old), ("new", new)):
+        (tmp_path / name).mkdir()
+        for file, text in {**files, "stage.json": "{}"}.items():
+            (tmp_path / name / file).write_text(text)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    plan._publish(tmp_path / "old", out)
+    plan._publish(tmp_path / "new", out)
+    shown = {path.name: path.read_text() for path in out.iterdir() if not path.name.startswith(".")}
+    assert shown == {**new, "notes.txt": "mine"}
+
+    (out / "model.gguf").write_text("converted by the user")
+    plan._publish(tmp_path / "new", out)
+    assert (out / "model.gguf").read_text() == "converted by the user"
+
+
 def test_training_stages_are_launched_by_a_command(
     tmp_path: Path, server: Server, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,8 +561,7 @@ def test_training_stages_are_launched_by_a_command(
     path = written(tmp_path, server, base)
 
     def begin(*launch: str) -> None:
-        config = read(Config, path, [f"launch={json.dumps(launch)}"])
-        Pipeline(config.output, pipeline(config).steps[:3]).run(lambda *_: None)
+        run_first(3, path, f"launch={json.dumps(launch)}")
 
     with pytest.raises(StepFailed, match=r"^sft: launch: 'no-such-command' cannot be started"):
         begin("no-such-command")

@@ -244,6 +244,53 @@ async def test_a_prompt_that_failed_is_in_no_figure_and_is_tried_again(tmp_path:
     assert (words.estimate.n, words.left_out) == (6, 0)
 
 
+async def test_what_a_judge_was_out_for_is_asked_again_and_what_it_left_unreadable_is_not(
+    tmp_path: Path,
+) -> None:
+    evaluation = Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
+    for subject in (says("base", base), says("careful", careful)):
+        await evaluation.generate(subject)
+    out = True
+    asked: list[str] = []
+
+    def trouble(answer: str) -> Exception | None:
+        asked.append(answer)
+        return ConnectionError("connection refused") if out and "bad 3?" in answer else None
+
+    def critique(messages: list[BaseMessage]) -> str | Exception:
+        shown = messages[1].text
+        return trouble(shown) or ("I would not say." if "bad 4?" in shown else flags()(messages))
+
+    def compared(messages: list[BaseMessage]) -> str | AIMessage | Exception:
+        shown = messages[1].text
+        return trouble(shown) or ("Both." if "bad 4?" in shown else better_is("sorry")(messages))
+
+    async def judged() -> tuple[int, int]:
+        asked.clear()
+        grader = CriticGrader(ModelCritic(by_role(critique=critique)), RULES, "harmless")
+        judge = Judge(ScriptedModel(replies=compared))
+        failed = await evaluation.grade("harmlessness", grader)
+        return failed, await evaluation.compare("harmlessness", judge, RULES)
+
+    assert await judged() == (2, 1)
+    found = figure(summarise(evaluation), "careful", "harmless")
+    assert (found.estimate.n, found.left_out) == (4, 2)
+    assert "1 of 6 were not judged (" in found.note
+    assert "connection refused" in found.note
+    assert "1 of 6 were not judged" in figure(summarise(evaluation), "careful", "win rate").note
+
+    out = False
+    assert await judged() == (0, 0)
+    assert asked
+    assert all("bad 3?" in one for one in asked)
+    found = figure(summarise(evaluation), "careful", "harmless")
+    assert (found.estimate.n, found.left_out, found.note) == (5, 1, "")
+    assert figure(summarise(evaluation), "careful", "win rate").left_out == 1
+
+    assert await judged() == (0, 0)
+    assert not asked
+
+
 async def test_answers_made_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
     evaluation = Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
     app = ScriptedModel(replies=lambda _: "fine")
@@ -396,6 +443,17 @@ async def test_a_checkpoint_is_sampled_in_batches(tmp_path: Path) -> None:
     assert len(rows) == 2 * len(evaluation.prompts)
     assert len({row["answer"] for row in rows}) > len(evaluation.prompts)
     assert evaluation.about("tiny")["weights"] == subject.checkpoint.digest
+
+
+async def test_a_prompt_that_is_longer_than_a_checkpoint_reads_fails_alone(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 80}))
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "helpfulness", "a?", "x" * 80, "b?"))
+
+    assert await evaluation.generate(CheckpointSubject(folder, name="tiny", max_tokens=4)) == 1
+
+    assert len(evaluation.answers("tiny")) == 2
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -27,6 +27,31 @@ def test_a_share_of_nothing_still_has_an_interval() -> None:
     assert found.high == pytest.approx(0.1135, abs=0.001)
 
 
+@pytest.mark.parametrize(
+    ("wins", "low", "high"),
+    [
+        ([1.0] * 9 + [0.5], 0.655, 0.995),  # Wilson's of 9.5 in 10
+        ([0.5] * 3, 0.125, 0.875),  # and of 1.5 in 3
+        ([0.5], 0.054, 0.946),
+    ],
+)
+def test_a_win_rate_with_ties_has_wilsons_interval(wins: list[float], low: float, high: float) -> None:
+    found = estimate({str(number): [won] for number, won in enumerate(wins)})
+
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.001)
+
+
+def test_a_share_that_is_the_same_for_every_prompt_has_an_interval() -> None:
+    found = estimate({"a": [0, 1], "b": [1, 0], "c": [0, 1]})
+
+    assert (found.low, found.high) == pytest.approx((0.125, 0.875), abs=0.001)
+
+
+def test_numbers_that_are_all_alike_have_no_interval() -> None:
+    assert str(estimate({"a": [0.97], "b": [0.97]})) == "0.97 (n = 2)"
+    assert str(paired({"a": [0.7], "b": [0.5]}, {"a": [0.6], "b": [0.4]})) == "0.10 (n = 2)"
+
+
 def test_a_mean_has_students_interval() -> None:
     """Of 1, 2, 3, 4: mean 2.5, standard error 0.6455, t(3) at 97.5 % is 3.1824."""
     found = estimate({"a": [1.0], "b": [2.0], "c": [3.0], "d": [4.0]})

@@ -79,7 +79,7 @@ async def test_a_model_names_one_of_three_classes_and_anything_else_is_unreadabl
         grades = await grader.grade([exchange("?", f"answer {word}") for word in replies])
 
     assert [grade.label for grade in grades] == [REFUSES, PARTLY, None]
-    assert not grades[2].readable
+    assert grades[2].value is None
     assert "Hm." in grades[2].why
 
 

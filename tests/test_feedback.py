@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.messages import AIMessage
 from log_support import comparison, review, trajectory
-from replies import IDS, RULES, verdicts
+from replies import IDS, RULES, principle, verdicts
 from test_judge import first_shown, letter
 from wire import Reply, Server, serving
 
 from cai_graph import models
+from cai_graph.constitution import Constitution
 from cai_graph.critic import ModelCritic
 from cai_graph.errors import ConfigError, DataError, LogError
 from cai_graph.log import Log, open_log
@@ -36,7 +38,7 @@ from cai_graph.trajectory import (
     Trajectory,
     Verdict,
 )
-from trainers.feedback import Config, Labelled, Labelling, draw, p_a_of, pairs_of
+from trainers.feedback import Config, Labelled, Labelling, draw, p_a_of, p_violates, pairs_of
 from trainers.judge import Judge
 from trainers.positions import Positions, Share
 
@@ -302,13 +304,16 @@ async def test_a_labelling_cut_between_samples_goes_on_with_the_answers_that_it_
         judge = Judge(models.load(server.spec, max_retries=0))
         return Labelling(log, judge, RULES, Config(pairs=("samples",), samples=3), sampler=sampler)
 
+    cut = AIMessage("one", response_metadata={"finish_reason": "length"})
     with serving(script) as server:
-        await run(job(server, ScriptedModel(replies=["one", "two", "three"])))
+        await run(job(server, ScriptedModel(replies=[cut, "two", "three"])))
         assert len(compared(log)) == 1
         await run(job(server, ScriptedModel(replies=["other three"])))
 
     texts = [[str(answer.content) for answer in c.answers] for c in compared(log)]
     assert texts == [["one", "two"], ["one", "other three"], ["two", "other three"]]
+    first = [compared(log)[0].origins[0]]
+    assert [c.settings.get("truncated") for c in compared(log)] == [first, first, None]
 
 
 async def test_samples_of_the_same_text_are_a_tie_that_nobody_is_asked_about(log: Log) -> None:
@@ -361,6 +366,25 @@ def test_a_critics_probabilities_become_the_odds_that_the_other_answer_is_the_on
     assert p_a_of(judged(Label.VIOLATES), judged(Label.VIOLATES), RULES) == 0.5
     assert p_a_of(judged(Label.UNREADABLE), good, RULES) is None
     assert p_a_of(Critique(), good, RULES) is None
+
+
+def test_a_violation_without_a_probability_is_certain_beside_verdicts_that_have_one() -> None:
+    sure = Verdict(label=Label.COMPLIES, principle="be-true", probability=0.02)
+    flat = Critique(verdicts=(Verdict(label=Label.VIOLATES, principle="be-kind"), sure))
+    assert p_violates(flat, RULES) == 1.0
+    assert (
+        p_violates(Critique(verdicts=(Verdict(label=Label.COMPLIES, principle="be-kind"), sure)), RULES)
+        == 0.02
+    )
+    assert p_violates(Critique(verdicts=(Verdict(label=Label.VIOLATES, aim="harmless"), sure)), RULES) == 1.0
+    assert p_a_of(flat, Critique(verdicts=(sure,)), RULES) == 0.0
+
+
+def test_a_violation_below_its_principles_least_severity_is_none() -> None:
+    lenient = Constitution(name="lenient", principles=(principle("be-kind", "harmless", min_severity=4),))
+    slight = Verdict(label=Label.VIOLATES, principle="be-kind", severity=2)
+    sure = Verdict(label=Label.COMPLIES, principle="be-true", probability=0.02)
+    assert p_violates(Critique(verdicts=(slight, sure)), lenient) == 0.02
 
 
 # --- the draw of principles ---------------------------------------------------------------------------
@@ -420,6 +444,16 @@ def test_a_summary_is_json_whatever_was_counted() -> None:
     assert json.loads(json.dumps(found.summary()))["comparisons"] == 0
     found.add(comparison("t", method="logprob", p_a=(0.9, 0.4)))
     assert found.summary()["position_bias"]["share"] == 1.0
+
+
+def test_a_comparison_without_an_order_that_could_not_be_read_is_in_no_share() -> None:
+    found = Positions("j")
+    found.add(comparison("t", method="logprob", p_a=(0.9, 0.4)))
+    for p in (None, None, 0.7):
+        found.add(comparison("t", method="critic", p_a=(p, p)))
+
+    assert found.bias == Share(1, 1)
+    assert (found.readable, found.unreadable, found.unordered) == (2, 2, 1)
 
 
 async def test_a_judge_is_compared_with_the_people_who_reviewed_the_same_answers(log: Log) -> None:

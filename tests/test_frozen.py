@@ -25,6 +25,9 @@ PAIRS = [
 """Tokens of chosen and rejected: the one may be longer, or the other's beginning, or alike in nothing."""
 
 
+FOLDS = numpy.arange(200) % 5
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("model"), layers=6)
@@ -56,6 +59,20 @@ def test_a_state_times_the_head_is_the_reward_of_the_classifier_of_that_depth(
         assert told.ravel() == pytest.approx(rewards(built, flat), abs=5e-3)  # float16 states
 
 
+def test_where_the_token_that_ends_an_answer_also_pads_its_state_is_not_taken_for_the_answers(
+    folder: Path, tmp_path: Path
+) -> None:
+    end = 2
+    pairs = [([*chosen, end], [*rejected, end, end]) for chosen, rejected in PAIRS]
+    model, built = classifier(folder), frozen.build(classifier(folder), 6, numpy.linspace(-1, 1, 16))
+    model.config.pad_token_id = built.config.pad_token_id = end
+
+    found = frozen.states(model, pairs, (6,), tmp_path)
+
+    told = found[:, :, 0].astype(float) @ numpy.linspace(-1, 1, 16)
+    assert told.ravel() == pytest.approx(rewards(built, [row for pair in pairs for row in pair]), abs=5e-3)
+
+
 def test_a_built_classifier_is_loaded_again_with_its_layers_and_head(folder: Path, tmp_path: Path) -> None:
     built = frozen.build(classifier(folder), 3, numpy.ones(16))
     built.save_pretrained(tmp_path / "built")
@@ -79,12 +96,14 @@ def test_an_interrupted_run_over_pairs_goes_on_where_it_was(folder: Path, tmp_pa
     pairs = [([5, 6, number], [5, 6, number + 1]) for number in range(7, 147)]  # three chunks
     model = classifier(folder)
 
-    def stop(done: int, of: int) -> None:
-        if done > 64:
+    def stop(*read: Any) -> None:
+        if len(list(tmp_path.iterdir())) == 2:
             raise KeyboardInterrupt
 
+    hook = model.base_model.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        frozen.states(model, pairs, (6,), tmp_path, stop)
+        frozen.states(model, pairs, (6,), tmp_path)
+    hook.remove()
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(kept) == 2
     found = frozen.states(model, pairs, (6,), tmp_path)
@@ -136,7 +155,7 @@ def test_the_depth_that_tells_the_label_is_chosen() -> None:
     states = rng.normal(size=(200, 2, 2, 8))
     states[:, 0, 1, 3] += 2.0  # at the second depth, chosen answers stand out
 
-    best, *rest = frozen.choose(states, (2, 4), p, numpy.ones(200), [b"%d" % n for n in range(200)])
+    best, *rest = frozen.choose(states, (2, 4), p, numpy.ones(200), FOLDS)
 
     assert best.depth == 4
     assert best.accuracy > 0.85
@@ -146,10 +165,21 @@ def test_the_depth_that_tells_the_label_is_chosen() -> None:
 def test_states_that_say_nothing_are_not_believed() -> None:
     states = numpy.random.default_rng(0).normal(size=(200, 2, 1, 32))
 
-    best = frozen.choose(states, (2,), numpy.ones(200), numpy.ones(200), [b"%d" % n for n in range(200)])[0]
+    best = frozen.choose(states, (2,), numpy.ones(200), numpy.ones(200), FOLDS)[0]
 
     assert best.loss == pytest.approx(math.log(2), abs=0.01)
     assert best.penalty >= 100
+
+
+def test_pairs_of_one_prompt_are_left_out_together_and_each_fold_has_as_many_prompts() -> None:
+    prompts = [b"%d" % (n % 50) for n in range(100)]
+    found = frozen.folds_of(prompts).tolist()
+
+    assert found[:50] == found[50:]
+    assert sorted(found[:50].count(fold) for fold in range(5)) == [10] * 5
+    assert len(set(frozen.folds_of([b"a", b"b"]).tolist())) == 2
+    with pytest.raises(DataError, match="all pairs are of one prompt"):
+        frozen.folds_of([b"a", b"a"])
 
 
 def test_more_layers_than_the_model_has_are_refused(folder: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -645,6 +646,82 @@ async def test_an_answer_outlives_its_log_and_the_alarm_is_loud(
     assert cai_graph.run.log_failures == before + 1
     assert trajectory.id in caplog.text
     assert "no space left" in caplog.text
+
+
+class Stuck:
+    """A log that has no room, or else commits nothing, until it goes on."""
+
+    def __init__(self, *, has_room: bool) -> None:
+        self.is_full = not has_room
+        self.goes_on = threading.Event()
+        self.taken: list[str] = []
+        self._condition = threading.Condition()
+        self._commits: list[Commit] = []
+
+    def append(self, record: Any) -> Commit:
+        if self.is_full:
+            assert self.goes_on.wait(20)
+        self.taken.append(record.id)
+        self._commits.append(Commit(self._condition))
+        if self.goes_on.is_set():
+            self.end()
+        return self._commits[-1]
+
+    def end(self, error: LogError | None = None) -> None:
+        self.goes_on.set()
+        resolve(self._condition, [(commit, error) for commit in self._commits])
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+@pytest.mark.parametrize("seconds", [1.0, None])
+async def test_a_stuck_log_holds_an_answer_no_longer_than_its_budget(
+    has_room: bool, seconds: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cai_graph.run, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(cai_graph.run, "PATIENCE_SECONDS", 0.2)
+    log = Stuck(has_room=has_room)
+    began = time.monotonic()
+
+    output, trajectory = await ask(
+        ScriptedModel(replies=["the draft", verdicts()]), log=log, budget=Budget(seconds=seconds)
+    )
+
+    assert output.content == "the draft"
+    assert time.monotonic() - began < 5
+    assert "the log is slow" in caplog.text
+    log.end()
+    while not log.taken:
+        await asyncio.sleep(0.01)
+    assert log.taken == [trajectory.id]
+    assert "LOST" not in caplog.text
+
+
+async def test_what_a_stuck_log_never_takes_raises_the_alarm(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cai_graph.run, "PATIENCE_SECONDS", 0.2)
+    log = Stuck(has_room=True)
+    _, trajectory = await ask(
+        ScriptedModel(replies=["the draft", verdicts()]), log=log, budget=Budget(seconds=None)
+    )
+
+    log.end(LogError("cai.db: no space left on device"))
+
+    assert f"LOST FROM THE LOG: trajectory {trajectory.id}" in caplog.text
+
+
+async def test_a_request_that_is_cancelled_while_the_log_is_full_is_logged() -> None:
+    log = Stuck(has_room=False)
+    asked = asyncio.create_task(ask(ScriptedModel(replies=["the draft", verdicts()]), log=log))
+    await asyncio.sleep(0.3)
+
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+
+    log.end()
+    while not log.taken:
+        await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -6,13 +6,17 @@ every rejected revision and every critique carries a canary.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 from langchain.agents import create_agent
+from langchain_classic.callbacks import AsyncIteratorCallbackHandler
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import LLMResult
 from langchain_core.runnables import RunnableLambda, RunnableParallel
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
@@ -60,7 +64,8 @@ def scripted(case: Case, *, fails: bool) -> ScriptedModel:
         found = verdicts(*(["no-harm"] if "unsafe" in answer_in(messages) else []))
         return found.replace("breaks no-harm", CANARY)
 
-    return by_role(draft=case.draft, critique=critique, revise=case.revision)
+    model = by_role(draft=case.draft, critique=critique, revise=case.revision)
+    return model.model_copy(update={"streaming": True})  # so that its `invoke` tells tokens to callbacks
 
 
 def chain(model: ScriptedModel, **settings: Any) -> Any:
@@ -118,6 +123,8 @@ CELLS = [
 
 class Tracer(BaseTracer):
     """Counts the runs of the model inside, as LangSmith's tracer sees them."""
+
+    run_inline = True  # else each token costs a thread hop
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,14 +190,67 @@ def texts(value: Any) -> str:
 
 
 async def test_a_leak_is_found_where_there_is_one() -> None:
-    model = ScriptedModel(replies=lambda _: f"this is {CANARY}")
+    model = ScriptedModel(replies=lambda _: f"this is {CANARY}", streaming=True)
 
     found = await leaks(model, "hello", CANARY)
 
     assert {"stream", "astream_events", "node ainvoke, messages", "node stream, updates"} <= set(found)
+    assert {f"{way}, tokens" for way in ("invoke", "stream", "ainvoke", "astream")} <= set(found)
 
 
 async def test_a_wrapped_app_has_no_leak() -> None:
     made = case("blocks", "revised")
 
     assert await leaks(chat(scripted(made, fails=False), constitution=RULES, log=None), "hello", CANARY) == []
+
+
+# --- handlers that hear tokens ------------------------------------------------------------------------
+
+
+class Counter(BaseCallbackHandler):
+    """Counts model ends as langchain-community's `get_openai_callback` does; its other methods are empty."""
+
+    def __init__(self) -> None:
+        self.ends = 0
+
+    def on_llm_new_token(self, token: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        """Print out the token."""
+
+    def on_llm_end(self, response: LLMResult, **kwargs: Any) -> None:
+        self.ends += 1
+
+
+class Follower(AsyncCallbackHandler):
+    """Follows chains and shows tokens, as an interface's handler may."""
+
+    def __init__(self) -> None:
+        self.tokens: list[Any] = []
+        self.inner: list[str] = []
+
+    async def on_chain_start(self, serialized: dict[str, Any], inputs: dict[str, Any], **kwargs: Any) -> None:
+        self.inner.append(kwargs["name"])
+
+    async def on_llm_new_token(self, token: str | list[str | dict[str, Any]], **kwargs: Any) -> None:
+        self.tokens.append(token)
+
+
+async def test_a_handler_that_counts_hears_every_call_and_one_that_follows_chains_no_draft() -> None:
+    made = case("buffer", "revised")
+    counter, follower = Counter(), Follower()
+    model = scripted(made, fails=False)
+
+    await chain(model, constitution=RULES, log=None).ainvoke("hello", {"callbacks": [counter, follower]})
+
+    assert counter.ends == len(model.calls) == 4
+    assert "".join(follower.tokens) == MENDED
+    assert {"cai_graph", "RunnableSequence"} <= set(follower.inner)
+
+
+async def test_what_iterates_over_tokens_ends_with_the_answer_and_not_with_a_draft() -> None:
+    made, tokens = case("buffer", "revised"), AsyncIteratorCallbackHandler()
+    app = chat(scripted(made, fails=False), constitution=RULES, log=None)
+
+    answering = asyncio.create_task(app.ainvoke("hello", {"callbacks": [tokens]}))
+
+    assert "".join([token async for token in tokens.aiter()]) == MENDED
+    await answering

@@ -222,7 +222,7 @@ def test_tampered_file_in_the_cache_is_fetched_again(cache: Path, hub: Hub) -> N
 
 def test_verified_file_is_not_hashed_again(cache: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     path = local.fetch(model(HUB))
-    monkeypatch.setattr("cai_graph.local.cache._sha256", None)
+    monkeypatch.setattr("cai_graph.local.cache.sha256_of", None)
     assert local.cached(model(HUB)) == path
 
 
@@ -566,8 +566,7 @@ def test_settings_that_the_model_makes_itself_are_refused() -> None:
 @pytest.mark.local
 async def test_hidden_states_are_one_raw_row_a_token_and_repeat(tiny_weights: Path) -> None:
     running = await asyncio.to_thread(local.engine, tiny_weights, "embedding")
-    prompt = await running.render([{"role": "user", "content": "Is fire hot?"}])
-    assert prompt.endswith("<|im_start|>assistant\n")
+    prompt = "<|im_start|>user\nIs fire hot?<|im_end|>\n<|im_start|>assistant\n"
     tokens = await running.tokens(prompt, markers=True)
     rows = await running.hidden_states(tokens)
     assert [len(row) for row in rows] == [576] * len(tokens)

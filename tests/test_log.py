@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_c
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
@@ -32,13 +33,25 @@ from log_support import (
     trajectory,
 )
 
+from cai_graph import trajectory as records_of
 from cai_graph.errors import ConfigError, DataError, LogError
 from cai_graph.log import WITHHELD, Filters, Log, open_log, redact_texts, redaction
 from cai_graph.log import writer as log_writer
 from cai_graph.log.redaction import is_withheld, withhold
 from cai_graph.log.store import row_of
 from cai_graph.log.upkeep import verify
-from cai_graph.trajectory import ConstitutionRef, Message, Outcome, Record, Trajectory, decode, encode
+from cai_graph.trajectory import (
+    ConstitutionRef,
+    Critique,
+    Message,
+    Outcome,
+    Record,
+    Revision,
+    Round,
+    Trajectory,
+    decode,
+    encode,
+)
 
 
 @pytest.fixture
@@ -69,6 +82,23 @@ def test_a_read_shows_the_log_as_it_was_when_it_began(log: Log) -> None:
     first = next(reading)
     fill(log, 10)
     assert [first, *reading] == made
+
+
+@pytest.mark.parametrize(
+    ("filters", "said"),
+    [
+        ({"tags": "y"}, "no filter 'tags'; did you mean 'tag'"),
+        ({"colour": "y"}, "no filter 'colour'; they are kind, trajectory_id"),
+        ({"kind": "trajectories"}, "kind is one of trajectory, comparison, review, feedback; found 'traj"),
+        ({"outcome": "kept"}, "outcome is one of KEPT, .*; found 'kept'"),
+        ({"since": "2020-01-01"}, "since is a datetime, found '2020-01-01'"),
+    ],
+)
+def test_a_filter_that_is_none_is_refused_and_passes_not_everything(
+    log: Log, filters: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        next(log.read(**filters), None)
 
 
 def test_filters_hold_together(log: Log) -> None:
@@ -194,12 +224,16 @@ def test_reading_after_an_unknown_id_says_so(log: Log) -> None:
         log.get("nobody")
 
 
-def test_sources_are_those_of_the_prefix(log: Log) -> None:
+def test_a_source_is_matched_by_its_beginning(log: Log) -> None:
     for source in ["run1:0", "run1:1", "run1:\N{GRINNING FACE}", "run10", None, "run2:0"]:
         log.append(trajectory(source=source)).result()
-    assert log.sources("run1:") == {"run1:0", "run1:1", "run1:\N{GRINNING FACE}"}
-    assert len(log.sources()) == 5
-    assert log.sources("no") == set()
+
+    def found(prefix: str) -> set[str | None]:
+        return {record.source for record in log.read(kind="trajectory", source=prefix)}
+
+    assert found("run1:") == {"run1:0", "run1:1", "run1:\N{GRINNING FACE}"}
+    assert found("run") == found("run1:") | {"run10", "run2:0"}
+    assert found("no") == set()
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -549,6 +583,33 @@ def test_redaction_comes_before_the_first_write(url: str) -> None:
 def test_the_example_of_a_hook_runs() -> None:
     assert doctest.testmod(redaction).attempted == 2
     assert doctest.testmod(redaction).failed == 0
+
+
+def masking_hook(record: Record) -> Record:
+    return redact_texts(lambda text: re.sub(r"\w", "#", text))(record)
+
+
+@pytest.mark.parametrize("hook", [masking_hook, withhold])
+def test_a_hook_that_masks_or_fails_leaves_the_structure_of_a_record(hook) -> None:
+    first = Round(critique=Critique(), revisions=(Revision(answer=Message(role="assistant", content="x")),))
+    record = trajectory(
+        messages=(Message(role="user", content=[{"type": "text", "text": "secret"}]),),
+        rounds=(first, Round(critique=Critique(), of="revision:0:0")),
+    )
+
+    stored = decode(encode(hook(record)))
+
+    assert isinstance(stored, Trajectory)
+    assert [turn.of for turn in stored.rounds] == ["draft", "revision:0:0"]
+    assert stored.prompt in ("######", WITHHELD)
+
+
+def test_no_redaction_takes_a_word_of_a_closed_set_for_text() -> None:
+    kinds = [kind for kind in vars(records_of).values() if isinstance(kind, type)]
+    for kind in filter(lambda kind: issubclass(kind, msgspec.Struct), kinds):
+        for name, hint in get_type_hints(kind).items():
+            if Literal in (get_origin(hint), *map(get_origin, get_args(hint))):
+                assert name in redaction._NOT_TEXT[kind], f"{kind.__name__}.{name}"
 
 
 def broken_hook(record: Record) -> Record:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -117,15 +118,29 @@ def test_every_module_stands_in_the_import_contracts() -> None:
     assert modules - named == set()
 
 
-@pytest.mark.parametrize("what", ["import cai_graph", "from cai_graph import constitutional"])
-def test_the_cost_of_the_import_is_measured_beside_langgraphs(
-    what: str, record_property: pytest.FixtureRequest
-) -> None:
-    """CPU seconds, in fresh processes. Recorded, not asserted: it is a figure of the machine."""
+def names_listed(tree: ast.Module) -> set[str] | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value)) if isinstance(node.value, ast.List) else None
+    return None
 
-    def cpu(code: str) -> float:
-        return float(python(f"import time\nt = time.process_time()\n{code}\nprint(time.process_time() - t)"))
 
-    ours, theirs = cpu(what), cpu("import langgraph.graph")
-    record_property("cpu_ratio", ours / theirs)  # type: ignore[operator]
-    print(f"{what}: {ours:.3f} s, langgraph: {theirs:.3f} s, ratio {ours / theirs:.2f}")
+def test_what_one_module_takes_from_another_stands_in_its_all() -> None:
+    """Modules of commands have no `__all__`, and the package's own, which is computed, has tests above."""
+    trees = {}
+    for package in ("cai_graph", "trainers"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            trees[name] = ast.parse(path.read_text(encoding="utf-8"))
+    listed = {name: names for name, tree in trees.items() if (names := names_listed(tree)) is not None}
+    assert listed
+
+    missing = {
+        f"{node.module}.{alias.name}, imported by {name}"
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module in listed
+        for alias in node.names
+        if alias.name not in listed[node.module] and f"{node.module}.{alias.name}" not in trees
+    }
+    assert missing == set()

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from langchain_core.messages import AIMessage, HumanMessage
 from tiny import CHATML, rows, tiny_model, turn
 
 from cai_graph.errors import ConfigError, DataError, ModelError
-from trainers.policy import Messages, Policy, RewardModel, load_policy, load_reward, prompt_ids, sample, score
+from trainers.policy import (
+    Messages,
+    Policy,
+    RewardModel,
+    load_policy,
+    load_reward,
+    prompt_ids,
+    sample,
+    sample_each,
+    score,
+)
+from trainers.sampler import Sampler
 
 PROMPTS: list[Messages] = [row["prompt"] for row in rows("prompts", 5)]
 
@@ -91,6 +105,41 @@ def test_a_prompt_that_leaves_no_room_is_named(policy: Policy) -> None:
     room = policy.model.config.max_position_embeddings
     with pytest.raises(DataError, match=f"the model reads {room:,}"):
         answers(policy, max_tokens=room)
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    """A model that reads 80 tokens."""
+    folder = tiny_model(tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 80}))
+    return folder
+
+
+def test_a_prompt_that_leaves_no_room_fails_alone(short: Path) -> None:
+    policy = load_policy(short, device="cpu")
+    prompts = [*PROMPTS[:2], [turn("user", "x" * 80)], *PROMPTS[2:]]
+    settings: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "seed": 0, "batch_size": 4}
+
+    one, two, failed, *others = sample_each(policy, prompts, **settings)
+
+    assert [one, two, *others] == sample(policy, PROMPTS, **settings)
+    assert isinstance(failed, DataError)
+
+
+async def test_of_a_batch_of_requests_one_that_leaves_no_room_fails_alone(short: Path) -> None:
+    sampler = Sampler(path=short, max_tokens=4)
+    asked = [HumanMessage(text) for text in ("a?", "x" * 80, "b?")]
+
+    one, failed, other = await asyncio.gather(
+        *map(sampler.ainvoke, [[m] for m in asked]), return_exceptions=True
+    )
+
+    assert isinstance(one, AIMessage)
+    assert isinstance(other, AIMessage)
+    assert isinstance(failed, DataError)
+    with pytest.raises(DataError, match="the model reads 80"):
+        sampler.invoke([asked[1]])
 
 
 def test_a_conversation_that_the_template_refuses_is_named(policy: Policy) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from cai_graph import probe
-from cai_graph.blocks import first_blocks
 from cai_graph.errors import DataError, ModelError
+from cai_graph.local.gguf import first_blocks
 from cai_graph.probe import (
     HEADS,
     MAX_WINDOWS,
@@ -227,12 +228,25 @@ def test_shipped_cards_tell_data_licences_and_intervals(card: Path) -> None:
 # ---- through the engine
 
 
+def made_up(tiny_weights: Path, folder: Path) -> Probe:
+    digest = first_blocks(tiny_weights, 2, folder / "tiny.gguf")
+    return Probe(write_heads(folder / "tiny", tiny_weights, shortened_sha256=digest), tiny_weights)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Probe]:
+    """Made-up heads on the first two blocks of the tiny model, read by one engine for all tests."""
+    folder = tmp_path_factory.mktemp("tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAI_CACHE", str(folder / "cache"))
+        yield made_up(tiny_weights, folder)
+
+
 @pytest.fixture
-def tiny(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Probe:
-    """Made-up heads on the first two blocks of the tiny model."""
+def uncached(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Probe:
+    """The same heads; the two blocks are not in the cache yet."""
     monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
-    digest = first_blocks(tiny_weights, 2, tmp_path / "tiny.gguf")
-    return Probe(write_heads(tmp_path / "tiny", tiny_weights, shortened_sha256=digest), tiny_weights)
+    return made_up(tiny_weights, tmp_path)
 
 
 @pytest.mark.local
@@ -298,26 +312,26 @@ def reader_of(probe: Probe, weights: Path) -> Reader:
 
 
 @pytest.mark.local
-def test_the_shortened_model_is_written_once_and_mended(tiny: Probe, tiny_weights: Path) -> None:
-    path = reader_of(tiny, tiny_weights).shorten()
+def test_the_shortened_model_is_written_once_and_mended(uncached: Probe, tiny_weights: Path) -> None:
+    path = reader_of(uncached, tiny_weights).shorten()
     written = path.stat().st_mtime_ns
-    assert reader_of(tiny, tiny_weights).shorten() == path
+    assert reader_of(uncached, tiny_weights).shorten() == path
     assert path.stat().st_mtime_ns == written
     path.write_bytes(path.read_bytes()[:-100])
-    assert reader_of(tiny, tiny_weights).shorten() == path
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == tiny.card["shortened_sha256"]
+    assert reader_of(uncached, tiny_weights).shorten() == path
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == uncached.card["shortened_sha256"]
 
 
 @pytest.mark.local
 def test_other_weights_under_the_same_name_are_an_error(
-    tiny: Probe, tiny_weights: Path, tmp_path: Path
+    uncached: Probe, tiny_weights: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.gguf"
     first_blocks(tiny_weights, 3, other)
     other.write_bytes(other.read_bytes().replace(b"general.name", b"general.nomo"))
     with pytest.raises(ModelError, match="is not the file of sha256"):
-        reader_of(tiny, other).shorten()
+        reader_of(uncached, other).shorten()
     short = tmp_path / "short.gguf"
     short.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="cannot write the first 2 blocks"):
-        reader_of(tiny, short).shorten()
+        reader_of(uncached, short).shorten()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from replies import verdicts
+from test_cli import cai
 from wire import role, serving
 
 from cai_graph.constitution import load
@@ -40,7 +39,7 @@ def test_python_blocks_run_in_order_behind_the_real_openai_client(
     assert (tmp_path / "cai.db").exists()
 
 
-def test_every_command_of_the_readme_exists() -> None:
+def test_every_command_of_the_readme_exists(tmp_path: Path) -> None:
     commands = [
         shlex.split(line, comments=True)
         for block in _blocks("sh")
@@ -50,12 +49,9 @@ def test_every_command_of_the_readme_exists() -> None:
     assert commands
     for command in commands:
         words = [word for word in command[1:] if re.fullmatch(r"[a-z]+", word)]
-        done = subprocess.run(
-            [Path(sys.executable).with_name("cai"), *words[:2], "--help"], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        shown = cai(tmp_path, *words[:2], "--help").stdout
         options = [word for word in command if word.startswith("-")]
-        assert all(option in done.stdout for option in options), command
+        assert all(option in shown for option in options), command
 
 
 def test_files_that_the_readme_names_exist() -> None:

@@ -18,8 +18,8 @@ from test_judge import letter
 from wire import Reply, serving, under
 
 from cai_graph import local
-from cai_graph.blocks import first_blocks
 from cai_graph.constitution import load
+from cai_graph.local.gguf import first_blocks
 from trainers.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -274,6 +274,17 @@ def test_the_command_shows_what_changes_and_its_status_says_it(url: str, log: Lo
     assert log.stats().trajectories == 3
 
 
+def test_an_outcome_that_does_not_exist_is_refused_before_anything_is_judged(folder: Path) -> None:
+    with serving(stricter) as server:
+        args = ("replay", "--critic", server.spec, "-o", "kept.jsonl", "--outcome")
+        ended = cai(folder, *args, "KEEPT", status=2)
+        assert "'KEEPT' is not one of" in ended.stderr
+        assert not server.requests
+        cai(folder, *args, "REVISED", status=1)
+        cai(folder, *args, "KEPT")
+        assert len(server.requests) == 3
+
+
 def test_a_log_without_answers_fails(tmp_path: Path) -> None:
     with open_log(tmp_path / "cai.db") as log:
         fill(log, trajectory(draft=None, outcome=Outcome.FAILED))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +92,8 @@ PROGRAM = """
 """
 
 
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.stop()
+DATABASES = {"postgresql": 1, "postgresql, asynchronous": 2}
+"""Each has one of its own: both use the same thread."""
 
 
 @pytest.mark.parametrize(
@@ -113,9 +109,9 @@ def test_a_request_goes_on_in_another_process_after_the_first_was_killed(
     name: str, face: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     place = str(tmp_path / "checkpoints.db")
-    if name.startswith("postgresql"):
-        server: Server = request.getfixturevalue("postgresql")
-        place = f"host={server.folder} user=postgres dbname={server.database(len(face))}"
+    if name in DATABASES:
+        server: Server = request.getfixturevalue("postgres")
+        place = f"host={server.folder} user=postgres dbname={server.database(DATABASES[name])}"
     names: dict[str, Any] = {
         "TESTS": str(Path(__file__).parent),
         "LOG": str(tmp_path / "cai.db"),

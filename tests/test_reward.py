@@ -251,6 +251,27 @@ def test_a_head_on_a_frozen_model_is_fitted_and_saved_as_an_ordinary_reward_mode
     assert choices[0]["loss"] == min(one["loss"] for one in choices)
 
 
+def test_prompts_that_begin_alike_are_told_apart_and_one_prompt_is_refused_before_states_are_read(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReadError(Exception):
+        pass
+
+    def read(*args: Any) -> None:
+        raise ReadError
+
+    monkeypatch.setattr(reward.frozen, "states", read)
+    system = turn("system", "You are the assistant of Example Corp. " * 4)
+    found = [{**row, "prompt": [system, *row["prompt"]]} for row in polite(8)]
+    several = dataset(tmp_path / "several", found)
+    one = dataset(tmp_path / "one", [{**row, "prompt": found[0]["prompt"]} for row in found])
+
+    with pytest.raises(ReadError):
+        train(Config(model=model, data=several, output=tmp_path / "out", trains="head"))
+    with pytest.raises(DataError, match="all pairs are of one prompt"):
+        train(Config(model=model, data=one, output=tmp_path / "other", trains="head"))
+
+
 def test_the_lowest_layers_are_kept_where_a_number_is_set(model: str, tmp_path: Path) -> None:
     data = dataset(tmp_path / "data", polite(8))
 

@@ -152,11 +152,9 @@ def test_a_judge_that_stays_away_is_an_error_that_says_so() -> None:
 
 
 def test_a_refused_key_is_not_asked_again() -> None:
-    import openai
-
     with serving(lambda body: Reply("no", status=401)) as server:
         reward = JudgeReward(Judge(server.spec), RULES, concurrency=1, waits=(0, 0))
-        with pytest.raises(openai.AuthenticationError):
+        with pytest.raises(RewardError, match="cannot be had: OpenAIAuthenticationError"):
             reward(PROMPTS, ANSWERS)
     assert len(server.requests) == 1
 
@@ -171,8 +169,9 @@ def test_one_unreadable_answer_of_many_scores_as_the_mean_and_is_counted() -> No
 
         assert scores[-1] == pytest.approx(3 / 9)
         assert reward.unreadable == 1
-        with pytest.raises(RewardError, match="gave None for answer 4 of 5"):  # one of five is too many
-            reward(PROMPTS, ANSWERS)
+        reward(PROMPTS, ANSWERS)  # of a few, one may be
+        with pytest.raises(RewardError, match="gave None for answer 3 of 5"):
+            reward(PROMPTS, [*ANSWERS[:3], "mu", "mu"])
 
 
 @pytest.mark.parametrize(

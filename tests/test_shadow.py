@@ -23,14 +23,15 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import Runnable, RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
-from langgraph.types import interrupt
+from langgraph.types import Command, interrupt
 from replies import RULES, by_role, flags, verdicts
 from wire import role, serving
 
 from cai_graph import Settings, constitutional, open_log, shadow
 from cai_graph.constitution import load
-from cai_graph.errors import ConfigError
+from cai_graph.errors import ConfigError, LogError
 from cai_graph.log import Log
+from cai_graph.log.commit import Commit, resolve
 from cai_graph.shadow import Tally
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Outcome, Trajectory, text_of
@@ -88,6 +89,51 @@ def agent(model: Runnable[Any, Any]) -> Any:
     graph.add_edge(START, "answer")
     graph.add_edge("answer", END)
     return graph.compile()
+
+
+def remembering(*, waits: bool = False, **options: Any) -> Any:
+    def answer(state: MessagesState) -> Any:
+        said = interrupt("may I?") if waits else len(state["messages"])
+        return {"messages": [AIMessage(f"answer {said}")]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("prepare", lambda state: {})
+    graph.add_node("answer", answer)
+    graph.add_edge(START, "prepare")
+    graph.add_edge("prepare", "answer")
+    return graph.compile(checkpointer=InMemorySaver(), **options)
+
+
+@pytest.mark.parametrize("waits", ["never", "interrupt", "breakpoint"])
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "astream"])
+@pytest.mark.parametrize("sample", [1.0, 0.0])
+async def test_an_app_that_remembers_is_recorded_with_what_came_before(
+    waits: str, way: str, sample: float, log: Log
+) -> None:
+    options = {"interrupt_before": ["answer"]} if waits == "breakpoint" else {}
+    guarded = behind(remembering(waits=waits == "interrupt", **options), log, sample=sample)
+    config: Any = {"configurable": {"thread_id": "1"}}
+
+    async def call(given: Any) -> None:
+        match way:
+            case "invoke":
+                guarded.invoke(given, config)
+            case "ainvoke":
+                await guarded.ainvoke(given, config)
+            case "stream":
+                list(guarded.stream(given, config))
+            case "astream":
+                [chunk async for chunk in guarded.astream(given, config)]
+
+    for question, said in (("first", "1"), ("second", "3")):
+        await call({"messages": [HumanMessage(question)]})
+        if waits != "never":
+            await call(Command(resume=said) if waits == "interrupt" else None)
+    await guarded.shadow.aclose()
+
+    found = [[text_of(message) for message in (*t.messages, t.released)] for t in records(log)]
+    assert sorted(found) == [["first", "answer 1"], ["first", "answer 1", "second", "answer 3"]]
+    assert {t.outcome for t in records(log)} == {Outcome.KEPT if sample else Outcome.UNJUDGED}
 
 
 # --- untouched ----------------------------------------------------------------------------------------
@@ -470,6 +516,38 @@ def test_where_the_log_itself_is_stuck_the_loss_is_counted_and_said(
         assert len(records(stuck)) == 4
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_could_not_be_committed_is_lost_whatever_came_of_it(at_once: bool) -> None:
+    class Full:
+        is_full = False
+
+        def append(self, record: Any) -> Any:
+            if at_once:
+                raise LogError("no space left on device")
+            failed = Commit(condition := threading.Condition())
+            threading.Timer(
+                0.05, resolve, (condition, [(failed, LogError("no space left on device"))])
+            ).start()
+            return failed
+
+        def flush(self) -> None: ...
+
+    def failing(_: Any) -> str:
+        raise ConnectionError("no route")
+
+    judged, unjudged = behind(drafting(), Full()), behind(drafting(), Full(), sample=0)
+    failed = behind(RunnableLambda(failing), Full())
+    for _ in range(3):
+        judged.invoke("hello")
+        unjudged.invoke("hello")
+        with pytest.raises(ConnectionError):
+            failed.invoke("hello")
+
+    for guarded in (judged, unjudged, failed):
+        guarded.shadow.close()
+        assert guarded.shadow.tally == Tally(answers=3, lost=3)
+
+
 def test_a_drain_that_runs_out_of_time_logs_the_rest_unjudged(log: Log) -> None:
     gate = Gate()
     guarded = behind(drafting(), log, gate.model, shadow_concurrency=2)
@@ -624,6 +702,7 @@ def test_workers_forked_from_a_preloaded_app_judge_each_their_own(tmp_path: Path
 guarded = make(4)
 guarded.invoke("in the parent, before the fork")
 workers = []
+open(sys.argv[1] + '.go', 'w').close()
 for _ in range(2):
     worker = os.fork()
     if worker == 0:  # as gunicorn's: it handles SIGTERM itself, and leaves by sys.exit
@@ -631,19 +710,15 @@ for _ in range(2):
         alive = [True]
         signal.signal(signal.SIGTERM, lambda *args: alive.clear())
         answer(guarded, 5)
+        open(sys.argv[1] + '.go', 'a').write('x')
         while alive: time.sleep(0.01)
         sys.exit(0)
     workers.append(worker)
 time.sleep(0.1)
-sys.stdin.readline()
+while len(open(sys.argv[1] + '.go').read()) < 2: time.sleep(0.01)
 for worker in workers: os.kill(worker, signal.SIGTERM)
 for worker in workers: assert os.waitpid(worker, 0)[1] == 0
-""".replace("sys.stdin.readline()", "while len(open(sys.argv[1] + '.go').read()) < 2: time.sleep(0.01)")
-        .replace(
-            "        answer(guarded, 5)",
-            "        answer(guarded, 5)\n        open(sys.argv[1] + '.go', 'a').write('x')",
-        )
-        .replace("workers = []", "workers = []\nopen(sys.argv[1] + '.go', 'w').close()"),
+""",
     )
     ended(process, 0)
 

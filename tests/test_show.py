@@ -6,6 +6,7 @@ import io
 import re
 import unicodedata
 
+import msgspec
 import pytest
 from replies import RULES, by_role, flags
 from rich.console import Console, RenderableType
@@ -105,6 +106,17 @@ def test_a_trajectory_shows_draft_verdicts_critique_diff_outcome_calls_and_time(
         "019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a",
     ):
         assert part in shown
+
+
+@pytest.mark.parametrize("of", ["revision:#:#", "[withheld: redaction failed]"])
+def test_a_record_whose_redaction_took_the_answers_name_for_text_is_shown(of: str) -> None:
+    record = trajectory()
+    again = Round(critique=record.rounds[0].critique, of=of)
+
+    shown = rendered(show.trajectory(msgspec.structs.replace(record, rounds=(record.rounds[0], again))))
+
+    assert "verdicts on the draft" in shown
+    assert "verdicts on the answer" in shown
 
 
 @pytest.mark.parametrize("outcome", list(Outcome))

@@ -100,11 +100,9 @@ def refused(made: Made, error: type[Exception], said: str) -> None:
 
 
 def allowed(made: Made, hazard: str) -> dict[str, Any]:
-    """It trains once the hazard is allowed; returns what the manifest says of the data."""
+    """It trains in the same folder once the hazard is allowed; returns what the manifest says of the data."""
     module, settings = made
-    settings = dataclasses.replace(
-        settings, allow=(hazard,), output=settings.output.with_name("allowed"), max_steps=1
-    )
+    settings = dataclasses.replace(settings, allow=(hazard,), max_steps=1)
     manifest = module.train(settings).manifest
     return dict(manifest.data)
 
@@ -176,6 +174,16 @@ def test_a_label_or_weight_out_of_range_is_refused(
     found[2][column] = value
 
     refused(stage("dpo", tiny, tmp_path, found), DataError, f"row 3: '{column}' is a ")
+
+
+def test_a_broken_row_of_the_test_part_is_named_and_not_measured_around(tiny: Path, tmp_path: Path) -> None:
+    found = rows("preference", 8)
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", found[:4])
+    write_rows(tmp_path / "data" / "test.jsonl", [found[4], {**found[5], "p_chosen": 1.5}])
+
+    made = stage("dpo", tiny, tmp_path, found, data=tmp_path / "data")
+    refused(made, DataError, r"test.jsonl row 2: 'p_chosen' is a ")
 
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
@@ -363,16 +371,23 @@ def test_an_interrupt_writes_a_point_and_ends(tiny: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_that_was_begun_otherwise_is_not_gone_on_with(tiny: Path, tmp_path: Path) -> None:
-    module, settings = stage("sft", tiny, tmp_path, rows("sft", 8), learning_rate=float("inf"), save_steps=1)
-    with pytest.raises(ModelError):
+    """Until there is a point to go on from, it begins anew."""
+    found = [{**row, "weight": 1.0} for row in rows("preference", 24)]
+    module, settings = stage("dpo", tiny, tmp_path, found, save_steps=1, learning_rate=float("inf"))
+    with pytest.raises(ModelError, match="is no number any more after update 1"):
+        module.train(settings)
+    settings = dataclasses.replace(settings, learning_rate=1e-3)
+    found[module_order(settings, len(found))[4]]["weight"] = 3e38
+    write_rows(settings.data, found)
+    with pytest.raises(ModelError, match=r"after update 2; the last good point is .*checkpoint-1"):
         module.train(settings)
 
-    again = stage("sft", tiny, tmp_path, rows("sft", 8), seed=1)
-    with pytest.raises(ConfigError, match="was begun otherwise: seed was 0 and is 1; learning_rate was "):
-        module.train(again[1])
-    again = stage("sft", tiny, tmp_path, rows("sft", 9), learning_rate=float("inf"), save_steps=1)
+    said = "was begun otherwise: seed was 0 and is 1; learning_rate was 0.001 and is 0.1. Go on"
+    with pytest.raises(ConfigError, match=said):
+        module.train(dataclasses.replace(settings, seed=1, learning_rate=0.1))
+    write_rows(settings.data, found[:20])
     with pytest.raises(ConfigError, match="was begun otherwise: the data changed"):
-        module.train(again[1])
+        module.train(settings)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_point(

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.probe import HEADS, Probe
 from trainers import figures, heads, probe
-from trainers.probe import Config, read_rows, train
+from trainers.labels import read_rows
+from trainers.probe import Config, train
 
 TOPICS = ["bread", "rain", "trains", "cats", "chess", "tea"]
 
@@ -187,7 +189,7 @@ def test_heads_are_trained_measured_and_load_back(config: Config, tiny_weights: 
     assert {entry["head"] for entry in card["data"]} == set(HEADS)
     assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in card["figures"])
     assert "| harm | the answer is harmful |" in (folder / "CARD.md").read_text()
-    written = (folder / "heads.safetensors").read_bytes()
+    written = load_file(folder / "heads.safetensors")
 
     # Interrupted: all but three states are on disk. The run goes on there, and ends in the same heads.
     for state in sorted((config.output.parent / "cache" / "states").glob("*.npy"))[:3]:
@@ -198,7 +200,10 @@ def test_heads_are_trained_measured_and_load_back(config: Config, tiny_weights: 
     assert len(told) == 4
     again = Probe(folder.with_name("again"), tiny_weights)
     assert again.thresholds == pytest.approx(dict(trained.thresholds), abs=1e-3)
-    assert len((folder.with_name("again") / "heads.safetensors").read_bytes()) == len(written)
+    anew = load_file(folder.with_name("again") / "heads.safetensors")
+    assert anew.keys() == written.keys()
+    for name, tensor in written.items():
+        np.testing.assert_allclose(anew[name], tensor, rtol=0, atol=1e-3, err_msg=name)
 
 
 async def _read_three(probe: Probe) -> tuple[Any, Any, Any]:

@@ -16,6 +16,7 @@ from langchain.agents.structured_output import ProviderStrategy
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableLambda
 from langchain_openai import ChatOpenAI
+from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel, Field
 from replies import RULES, by_role, flags, verdicts
 from wire import Reply, Server, role, serving
@@ -272,6 +273,42 @@ def test_a_call_among_content_parts_is_revised_in_all_its_places() -> None:
 
 def test_json_mode_without_a_schema_takes_any_object() -> None:
     assert form_of(None).read('Here: {"any": 1}') == '{"any": 1}'
+
+
+JSON_MODE = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "answered", "astream", "human"])
+async def test_json_mode_bound_to_a_call_lets_no_prose_leave(way: str) -> None:
+    revisions = iter(["I would keep them apart.", '{"city": "Oslo"}'])
+    model = by_role(
+        draft='{"city": "the draft"}',
+        critique=flags("no-harm", answers=['{"city": "the draft"}']),
+        revise=lambda _: next(revisions),
+    )
+    settings: dict[str, Any] = {}
+    if way == "human":
+        settings = {"on_violation": "human", "checkpointer": InMemorySaver()}
+    bound = constitutional(model, constitution=RULES, log=None, **settings).bind(**JSON_MODE)
+
+    if way == "astream":
+        said = "".join([chunk.text async for chunk in bound.astream("hello")])
+    elif way == "answered":
+        said = (await bound.answered("hello")).output.text
+    elif way == "invoke":
+        said = (await asyncio.to_thread(bound.invoke, "hello")).text
+    else:
+        said = (await bound.ainvoke("hello", {"configurable": {"thread_id": "1"}})).text
+
+    assert json.loads(said) == {"city": "Oslo"}
+
+
+def test_a_refusal_in_json_mode_is_raised() -> None:
+    model = by_role(draft='{"city": "the draft"}', critique=verdicts("no-harm"), revise="I would rather not.")
+    bound = constitutional(model, constitution=RULES, log=None).bind(**JSON_MODE)
+
+    with pytest.raises(Refused):
+        bound.invoke("hello")
 
 
 @pytest.mark.parametrize("said", ["I would keep them apart.", '{"text": "keep them apart"}'])

@@ -9,19 +9,13 @@ from typing import Any
 
 import numpy
 import pytest
+from test_policy_model import reward_model
 
 from cai_graph.errors import ConfigError, ModelError
-from trainers.watch import (
-    ANSWERS,
-    Decision,
-    Observation,
-    Watch,
-    WatchConfig,
-    agreement,
-    boilerplate,
-    decide,
-    fall,
-)
+from trainers.rewards import parse
+from trainers.watch import Decision, Watch, WatchConfig
+from trainers.watch.figures import boilerplate
+from trainers.watch.rules import ANSWERS, Observation, agreement, decide, fall
 
 Messages = list[dict[str, Any]]
 WORDS = ("kind", "clear", "rude", "vague")
@@ -385,3 +379,23 @@ def test_a_watch_that_could_not_tell_anything_is_refused(tmp_path: Path) -> None
     watch_of(tmp_path, sample).observe(step=0, kl=0.0, entropy=1.0)
     with pytest.raises(ConfigError, match="was watched with other held-out prompts"):
         watch_of(tmp_path, sample, prompts=[asked(number) for number in range(30)])
+
+
+def test_a_judge_is_told_from_the_reward_by_its_weights_and_not_by_its_folder(tmp_path: Path) -> None:
+    one, other = (
+        str(reward_model(tmp_path / name / "checkpoint", seed=seed))
+        for seed, name in enumerate(("one", "other"))
+    )
+    (tmp_path / "alias").symlink_to(one)
+    heldout = [asked(number) for number in range(16)]
+
+    def watch(judge: str, reward: str | list[str]) -> Watch:
+        config = WatchConfig(judge=judge, prompts=16)
+        return Watch.of(
+            config, reward=parse(reward), heldout=heldout, sample=lambda asks: [], output=tmp_path / "out"
+        )
+
+    watch(other, one)
+    for judge, reward in ((one, [one, other]), (str(tmp_path / "alias"), one)):
+        with pytest.raises(ConfigError, match="which the policy is trained on"):
+            watch(judge, reward)

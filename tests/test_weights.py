@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from cai_graph import local
-from cai_graph.blocks import first_blocks
 from cai_graph.errors import ConfigError, DataError, ModelError
+from cai_graph.local.gguf import first_blocks
 from trainers.weights import export, resolve, source_of, to_gguf
 
 PROMPT = [{"role": "user", "content": "Name 3 rivers, and the year 1789 in one line."}]

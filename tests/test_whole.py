@@ -30,6 +30,18 @@ def test_a_write_that_fails_leaves_the_older_file_and_nothing_beside(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o600])
+def test_a_file_is_its_owners_alone_until_it_is_whole(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "out.bin"
+    with whole.file(path, mode=mode) as work:
+        assert work.stat().st_mode & 0o777 == 0o600
+        work.write_bytes(b"all")
+        assert not path.exists()
+    assert path.stat().st_mode & 0o777 == mode
+    assert path.read_bytes() == b"all"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_stands_there_once_the_body_has_ended_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "made" / "out"
 

@@ -83,7 +83,8 @@ class Candidates:
             recipe: what to make.
             number: the stretch's number in its build.
             evidence: returns what was said of a Trajectory; None: nothing was, of any.
-            prompts: is told the key and the normalised text of each candidate's prompt.
+            prompts: is told the key and the normalised text of every prompt, also of trajectories without
+                rows: so the near duplicates among them are the same for every recipe.
 
         Raises:
             ConfigError, DataError, MissingExtra: the recipe names something that cannot be read.
@@ -107,8 +108,8 @@ class Candidates:
         """
         part, ledger, kind = self.part, self.part.ledger, self.recipe.kind
         number, digests = self._number, 0
-        # What people or judges said can make rows of any trajectory.
-        head_enough = ROWLESS.get(kind) if self.evidence is None else None
+        # What people or judges said can make rows of any trajectory, and a head has no prompt.
+        head_enough = ROWLESS.get(kind) if self.evidence is None and self.prompts is None else None
         for payload in payloads:
             digests += xxh3_128_intdigest(payload)
             logged = read_logged(payload, head_enough)
@@ -117,6 +118,8 @@ class Candidates:
                     raise Judged
                 continue
             number += 1
+            if self.prompts is not None and isinstance(logged, Logged):
+                self.prompts(prompt_key(logged.messages), prompt_text(logged.messages))
             rows = logged if isinstance(logged, Dropped) else self._rows(logged)
             if isinstance(rows, Dropped):
                 ledger.drop(rows.reason)
@@ -131,8 +134,6 @@ class Candidates:
             if self._is_checked and not (encoded := self._passing(encoded)):
                 continue
             prompt = prompt_key(rows[0].prompt)
-            if self.prompts is not None:
-                self.prompts(prompt, prompt_text(rows[0].prompt))
             user, tenant, gone = self._people(logged.metadata) if logged.metadata else _NOBODY
             id = logged.id.encode("utf-8", "surrogatepass")
             siblings = len(encoded)
@@ -249,7 +250,7 @@ class Converted(NamedTuple):
     spooled: Spooled
     """The candidates."""
     prompts: Path | None
-    """Their prompts, where near duplicates are looked for."""
+    """The prompts of the whole stretch, where near duplicates are looked for."""
 
 
 def convert(recipe: Recipe, folder: Path, evidence: Path | None, stretch: Stretch, number: int) -> Converted:

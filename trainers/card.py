@@ -7,11 +7,10 @@ page         report.html: the same figures as plots; every text in it is escaped
 
 from __future__ import annotations
 
-import io
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +19,13 @@ import yaml
 
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from cai_graph.trajectory import Comparison, decode
-from trainers import report as pages
-from trainers import whole
+from trainers import svg, whole
 from trainers.dataset import read_manifest
 from trainers.export import Format, read_rows
-from trainers.labels import REFUSAL
+from trainers.page import document, figure, table
 from trainers.positions import Positions, Share
 from trainers.reading import appended, stretches
+from trainers.refusal import REFUSAL
 from trainers.rows import Kind, PreferenceRow, Row, Turn, UnpairedRow
 
 __all__ = ["Report", "Summary", "report", "summarise"]
@@ -36,36 +35,36 @@ LANGUAGE_ROWS = 2000
 LANGUAGE_CHARS = 20
 """Shorter prompts do not say their language."""
 
+_WHAT = "`cai dataset report`"
+_COLOUR = "#7aa6c2"
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 
 
-class Side(NamedTuple):
+@dataclass
+class Side:
     """The answers of one side of a dataset: all of them, the chosen, the rejected."""
 
-    words: array[int]
+    words: array[int] = field(default_factory=lambda: array("I"))
     """Length of each, in words."""
-    refusals: list[int]
-    """How many open like a refusal; one number, counted up."""
+    refusals: int = 0
+    """How many open like a refusal, in English."""
 
     def add(self, turns: Sequence[Turn]) -> None:
         """Count one answer."""
         text = turns[-1].content
         self.words.append(len(text.split()))
-        self.refusals[0] += REFUSAL.match(text) is not None  # by its opening words, in English
+        # One without text calls a tool, and is none: datasets hold no empty answers.
+        self.refusals += REFUSAL.match(text) is not None
 
     @property
     def refused(self) -> Share:
         """The share that opens like a refusal."""
-        return Share(self.refusals[0], len(self.words))
+        return Share(self.refusals, len(self.words))
 
     @property
     def median(self) -> int:
         """Median length, in words; 0 of none."""
         return sorted(self.words)[len(self.words) // 2] if self.words else 0
-
-
-def _side() -> Side:
-    return Side(array("I"), [0])
 
 
 @dataclass
@@ -119,7 +118,7 @@ class Summary:
             self._of("answers").add(completion)
 
     def _of(self, name: str) -> Side:
-        return self.sides.setdefault(name, _side())
+        return self.sides.setdefault(name, Side())
 
 
 class Report(NamedTuple):
@@ -219,7 +218,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     return facts
 
 
-def _listed(counts: Counter[str], most: int = 8) -> str:
+def _listed(counts: Counter[str]) -> str:
+    most = 8
     listed = [f"{name} {count:,}" for name, count in counts.most_common(most)]
     if (others := len(counts) - most) > 0:
         listed.append(f"and {others} more")
@@ -309,80 +309,68 @@ def _cell(text: str) -> str:
 def page(summary: Summary, title: str) -> str:
     """Return the page: one file, no script, nothing fetched."""
     accounts = [(label, f"{count:,}") for label, count in _accounts(summary)]
-    figures = "".join(pages.figure(svg, caption) for svg, caption in _figures(summary))
-    return pages.document(
+    figures = "".join(figure(svg, caption) for svg, caption in _figures(summary))
+    return document(
         title,
-        f"{pages.table(_facts(summary))}<h2>Ledger: what became of every trajectory and every row</h2>\n"
-        f"{pages.table(accounts, numbers=(1,))}<h2>Figures</h2>\n{figures}",
+        f"{table(_facts(summary))}<h2>Ledger: what became of every trajectory and every row</h2>\n"
+        f"{table(accounts, numbers=(1,))}<h2>Figures</h2>\n{figures}",
     )
 
 
 def _figures(summary: Summary) -> Iterable[tuple[str, str]]:
     """Yield the plots that the rows have something for, as SVG, with what they show."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtra("`cai dataset report`", "matplotlib", "train") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "cai_graph",
-        "font.family": "sans-serif",
-    }
-    with matplotlib.rc_context(settings):
-        if summary.sides:
-            figure, axes = pyplot.subplots(figsize=(8, 3))
-            longest = max(1, *(max(side.words, default=1) for side in summary.sides.values()))
-            edges = [longest * step / 30 for step in range(31)]
-            for name, side in summary.sides.items():
-                axes.hist(side.words, bins=edges, histtype="step", linewidth=2, label=name)
-            axes.set(xlabel="words", ylabel="answers")
-            axes.legend(frameon=False)
-            yield (
-                _svg(figure),
-                "Length of the answers. A reward model may learn length where chosen ones are longer.",
-            )
-
-            figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.5 * len(summary.sides)))
-            names, shares = list(summary.sides), [side.refused for side in summary.sides.values()]
-            whiskers = [
-                [share.value - share.interval[0] for share in shares],
-                [share.interval[1] - share.value for share in shares],
-            ]
-            axes.barh(names, [share.value for share in shares], xerr=whiskers, color="#7aa6c2")
-            axes.set(xlim=(0, 1), xlabel="share that opens like a refusal, with its 95 % interval")
-            axes.invert_yaxis()
-            yield _svg(figure), "Refusals. Where chosen ones refuse more, training on them teaches refusing."
-        if summary.p_chosen:
-            figure, axes = pyplot.subplots(figsize=(8, 2.6))
-            axes.hist(summary.p_chosen, bins=[0.5 + step / 40 for step in range(21)], color="#7aa6c2")
-            axes.set(xlabel="p(chosen is better)", ylabel="pairs")
-            yield _svg(figure), "How sure the evidence is of each pair."
-        for counts, caption in (
-            (summary.principles, "Rows by principle or aim. What is rare here is hardly learnt."),
-            (summary.languages, f"Language of the prompts, of {sum(summary.languages.values()):,} rows."),
-        ):
-            top = counts.most_common(25)
-            figure, axes = pyplot.subplots(figsize=(8, 0.7 + 0.28 * len(top)))
-            axes.barh([_label(name) for name, _ in top], [count for _, count in top], color="#7aa6c2")
-            axes.set(xlabel="rows")
-            axes.invert_yaxis()
-            yield _svg(figure), caption
+    if summary.sides:
+        yield (
+            _lengths(summary.sides),
+            "Length of the answers. A reward model may learn length where chosen ones are longer.",
+        )
+        yield (
+            _refusals(summary.sides),
+            "Refusals. Where chosen ones refuse more, training on them teaches refusing.",
+        )
+    if summary.p_chosen:
+        yield _sureness(summary.p_chosen), "How sure the evidence is of each pair."
+    yield _counts(summary.principles), "Rows by principle or aim. What is rare here is hardly learnt."
+    rows = sum(summary.languages.values())
+    yield _counts(summary.languages), f"Language of the prompts, of {rows:,} rows."
 
 
-def _label(name: str) -> str:
-    return name.replace("$", r"\$")[:60]  # matplotlib sets what stands between two $ as a formula
+def _lengths(sides: Mapping[str, Side]) -> str:
+    longest = max(1, *(max(side.words, default=1) for side in sides.values()))
+    edges = [longest * step / 30 for step in range(31)]
+    with svg.canvas(_WHAT, (8, 3)) as (drawing, (axes,)):
+        for name, side in sides.items():
+            axes.hist(side.words, bins=edges, histtype="step", linewidth=2, label=name)
+        axes.set(xlabel="words", ylabel="answers")
+        axes.legend(frameon=False)
+        return svg.text(drawing)
 
 
-def _svg(figure: Any) -> str:
-    from matplotlib import pyplot
+def _refusals(sides: Mapping[str, Side]) -> str:
+    shares = [side.refused for side in sides.values()]
+    whiskers = [
+        [share.value - share.interval[0] for share in shares],
+        [share.interval[1] - share.value for share in shares],
+    ]
+    with svg.canvas(_WHAT, (8, 0.6 + 0.5 * len(sides))) as (drawing, (axes,)):
+        axes.barh(list(sides), [share.value for share in shares], xerr=whiskers, color=_COLOUR)
+        axes.set(xlim=(0, 1), xlabel="share that opens like a refusal, with its 95 % interval")
+        axes.invert_yaxis()
+        return svg.text(drawing)
 
-    out = io.StringIO()
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+
+def _sureness(p_chosen: Sequence[float]) -> str:
+    with svg.canvas(_WHAT, (8, 2.6)) as (drawing, (axes,)):
+        axes.hist(p_chosen, bins=[0.5 + step / 40 for step in range(21)], color=_COLOUR)
+        axes.set(xlabel="p(chosen is better)", ylabel="pairs")
+        return svg.text(drawing)
+
+
+def _counts(counts: Counter[str]) -> str:
+    top = counts.most_common(25)
+    with svg.canvas(_WHAT, (8, 0.7 + 0.28 * len(top))) as (drawing, (axes,)):
+        axes.barh(range(len(top)), [count for _, count in top], color=_COLOUR)
+        axes.set_yticks(range(len(top)), [svg.label(name[:60]) for name, _ in top])
+        axes.set(xlabel="rows")
+        axes.invert_yaxis()
+        return svg.text(drawing)

@@ -25,11 +25,11 @@ from typing import Any
 import msgspec
 import yaml
 
-from cai_graph.blocks import sha256_of
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import whole
 
-__all__ = ["Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "versions"]
+__all__ = ["MANIFEST", "Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "versions"]
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"

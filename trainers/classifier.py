@@ -44,7 +44,7 @@ def fit(
         ModelError: the model cannot be loaded, or the loss is not finite; names the update.
     """
     import torch
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     source = resolve(config.model)
@@ -59,13 +59,7 @@ def fit(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    adapters = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.targets) or "all-linear",
-    )
+    adapters = config.lora.adapter("SEQ_CLS")
     with warnings.catch_warnings():
         # peft asks for gradient checkpointing by a name that transformers has given up.
         warnings.simplefilter("ignore", FutureWarning)

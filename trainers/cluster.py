@@ -164,15 +164,20 @@ def _appended(batch: pyarrow.Table) -> Iterator[pyarrow.Table]:
 def _converted(
     batch: pyarrow.Table, *, recipe: Recipe, shared: ray.ObjectRef[bytes] | None, bits: int
 ) -> Iterator[pyarrow.Table]:
-    """A stretch → its candidates, their prompts, and the account of the rest."""
+    """A stretch → its candidates, all its prompts, and the account of the rest."""
     number, stretch = _stretch_of(batch)
-    prompts: dict[bytes, str] = {}
+    prompts: dict[bytes, bytes] = {}
+
+    def told(key: bytes, text: str) -> None:
+        if key not in prompts:
+            prompts[key] = near.read_text(text)
+
     known = None if shared is None else _known(shared)
     candidates = Candidates(
         recipe,
         number,
         evidence=None if known is None else known.of,
-        prompts=None if recipe.near_duplicates is None else prompts.setdefault,  # type: ignore[arg-type]
+        prompts=None if recipe.near_duplicates is None else told,
     )
     rows: list[Row] = []
     size = 0
@@ -182,7 +187,7 @@ def _converted(
         if size > _TABLE_BYTES:
             yield _rows(rows)
             rows, size = [], 0
-    rows += [(_PROMPT, -1, key, near.read_text(text)) for key, text in prompts.items()]
+    rows += [(_PROMPT, -1, key, text) for key, text in prompts.items()]
     rows.append((_PART, -1, b"", pickle.dumps(candidates.part)))
     yield _rows(rows)
 

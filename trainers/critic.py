@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cai_graph import constitution as constitutions
-from cai_graph.blocks import sha256_of
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, MissingExtra
 from cai_graph.probe import windows
 from cai_graph.trained import TrainedCritic, classifier_text, logits_of

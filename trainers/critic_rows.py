@@ -80,8 +80,8 @@ def _labels_of(reviews: Sequence[Review]) -> dict[str, tuple[bool | None, str]]:
     found: dict[str, tuple[bool | None, str]] = {}
     for review in reviews:
         for verdict in review.verdicts:
-            about = verdict.principle or verdict.aim
-            if about is None or verdict.label.value == UNREADABLE:
+            about = verdict.about
+            if not about or verdict.label.value == UNREADABLE:
                 continue
             violates = verdict.label.value == VIOLATES
             label, reviewer = found.get(about, (violates, review.reviewer))

@@ -42,7 +42,7 @@ from trainers.rows import Kind, Provenance, read_row
 from trainers.selection import Decisions, Lost, Selected, completed, select_portion, settle, shared
 from trainers.spool import portions
 
-__all__ = ["Dataset", "Engine", "Origin", "Recipe", "build", "explain", "read_manifest"]
+__all__ = ["MANIFEST", "Dataset", "Engine", "Origin", "Recipe", "build", "explain", "read_manifest"]
 
 MANIFEST = "manifest.json"
 

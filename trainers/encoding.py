@@ -12,15 +12,29 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cai_graph.blocks import sha256_of
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError
 from trainers.dataset import MANIFEST, read_manifest
 from trainers.rows import Kind
 
-__all__ = ["Counts", "Encoder", "Hazard", "Shape", "Source", "encode", "open_data", "read_rows"]
+__all__ = [
+    "SIGNALS",
+    "Counts",
+    "Encoder",
+    "Hazard",
+    "NothingLeft",
+    "Row",
+    "Shape",
+    "Source",
+    "encode",
+    "fitting",
+    "open_data",
+    "read_rows",
+]
 
 Hazard = Literal[
     "drop-long", "cut-long", "drop-unfit", "shifted-prompt", "endless-answers", "ignored-columns"
@@ -180,6 +194,10 @@ def _without_nulls(value: Any) -> Any:
 # --- encoding -----------------------------------------------------------------------------------------
 
 
+class NothingLeft(DataError):  # noqa: N818 - reads as what became of the rows
+    """No row of a file is left to train on."""
+
+
 class Pair(NamedTuple):
     """A prompt and two answers, in token ids."""
 
@@ -231,10 +249,13 @@ class Encoder:
         return found
 
     def prompt(self, row: Row, room: int) -> list[dict[str, Any]]:
-        """Return a row's conversation as it is, if an answer of so many tokens has room behind it."""
-        asked: list[dict[str, Any]] | str = self._of(row, "prompt")
-        if isinstance(asked, str):
-            raise DataError("'prompt' is a text; online training asks in conversations, lists of turns")
+        """Return a row's conversation, if an answer of so many tokens has room behind it.
+
+        A prompt that is a text, not a list of turns, is what a user says.
+        """
+        if isinstance(said := row.get("prompt"), str):
+            row = {**row, "prompt": [{"role": "user", "content": said}]}
+        asked: list[dict[str, Any]] = self._of(row, "prompt")
         length = len(self._templated(row, asked, add_generation_prompt=True)) + room
         self.longest = max(self.longest, length)
         if length > self._max_tokens:
@@ -395,61 +416,65 @@ class Counts:
         }
 
 
-def encode(file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], target: Path) -> Counts:
-    """Write the rows of a file as token ids, in Arrow's stream format.
+def fitting(
+    file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], counts: Counts
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what a stage makes of the rows of a file, each with the number of its row, from 1.
+
+    Args:
+        file: as `read_rows` reads it.
+        shape: what the stage makes of a row.
+        encoder: of the model that is trained.
+        allow: hazards that are known and wanted.
+        counts: what became of the rows; whole once all are yielded.
 
     Raises:
-        DataError: a row is broken, rows cannot be trained on as they are and it is not allowed to do without
-            them, or none is left. Says how many, which, and what to allow.
+        DataError: a row is broken, or rows cannot be trained on as they are and it is not allowed to do
+            without them. Says how many, which, and what to allow; after the last row.
+        NothingLeft: none is left.
     """
-    import pyarrow
-
-    counts, problems = Counts(), _Problems(frozenset(allow))
-    schema: pyarrow.Schema | None = None
-    batch: list[dict[str, Any]] = []
+    problems = _Problems(frozenset(allow))
     encoder.cut = encoder.longest = 0
-
-    with target.open("wb") as out:
-        writer: Any = None
-
-        def flush() -> None:
-            nonlocal writer, schema
-            if batch:
-                table = pyarrow.Table.from_pylist(batch, schema)
-                if writer is None:
-                    schema = table.schema
-                    writer = pyarrow.ipc.new_stream(out, schema)
-                writer.write_table(table)
-                batch.clear()
-
-        for number, row in read_rows(file):
-            counts.read += 1
-            if isinstance(named := row.get("constitution"), str) and named:
-                counts.constitutions.add(named)
-            try:
-                found = shape.encode(encoder, row)
-            except _Unfit as unfit:
-                problems.add(number, unfit)
-                counts.dropped[unfit.what] += 1
-                continue
-            except DataError as error:
-                raise DataError(f"{file} row {number}: {error}") from error
-            for name in (SIGNALS & row.keys()) - shape.reads:
-                what = f"have a column {name!r}, which the stage {shape.stage} does not read"
-                problems.add(number, _Unfit(("ignored-columns",), what))
-            counts.rows += len(found)
-            batch += found
-            if len(batch) >= _BATCH:
-                flush()
-        flush()
-        if writer is not None:
-            writer.close()
+    for number, row in read_rows(file):
+        counts.read += 1
+        if isinstance(named := row.get("constitution"), str) and named:
+            counts.constitutions.add(named)
+        try:
+            found = shape.encode(encoder, row)
+        except _Unfit as unfit:
+            problems.add(number, unfit)
+            counts.dropped[unfit.what] += 1
+            continue
+        except DataError as error:
+            raise DataError(f"{file} row {number}: {error}") from error
+        for name in (SIGNALS & row.keys()) - shape.reads:
+            what = f"have a column {name!r}, which the stage {shape.stage} does not read"
+            problems.add(number, _Unfit(("ignored-columns",), what))
+        counts.rows += len(found)
+        for one in found:
+            yield number, one
     counts.cut = encoder.cut
     problems.check(file, counts.read, encoder.longest)
     if not counts.rows:
-        raise DataError(
+        raise NothingLeft(
             f"{file}: no row is left to train on; {counts.read:,} were read {dict(counts.dropped)}"
         )
+
+
+def encode(file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], target: Path) -> Counts:
+    """Write the rows of a file as `fitting` yields them, in Arrow's stream format. Raises as it does."""
+    import pyarrow
+
+    counts = Counts()
+    writer: Any = None
+    rows = fitting(file, shape, encoder, allow, counts)
+    with target.open("wb") as out:
+        while batch := [row for _, row in islice(rows, _BATCH)]:
+            table = pyarrow.Table.from_pylist(batch, None if writer is None else writer.schema)
+            if writer is None:
+                writer = pyarrow.ipc.new_stream(out, table.schema)
+            writer.write_table(table)
+        writer.close()
     return counts
 
 

@@ -25,7 +25,6 @@ import msgspec
 from langchain_core.language_models import BaseChatModel
 
 from cai_graph import models
-from cai_graph.bulk import is_about_all_rows, side_by_side, until
 from cai_graph.calls import Budget, Calls, describe, truncated
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic, failed_principles
@@ -33,6 +32,7 @@ from cai_graph.errors import ConfigError, ModelError
 from cai_graph.log import Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.prompts import Exchange
+from cai_graph.together import is_about_all_rows, side_by_side, until
 from cai_graph.trajectory import (
     Call,
     Comparison,
@@ -43,6 +43,7 @@ from cai_graph.trajectory import (
     Outcome,
     Rejection,
     Trajectory,
+    Verdict,
     from_langchain,
     new_id,
     now,
@@ -136,7 +137,7 @@ def pairs_of(trajectory: Trajectory, kinds: Sequence[PairKind]) -> list[Pair]:
     if trajectory.outcome is Outcome.FAILED or is_withheld(trajectory):
         return []
     pairs = []
-    standing = final = ("draft", draft.answer)
+    standing = ("draft", draft.answer)
     for number, round_ in enumerate(trajectory.rounds):
         candidates = [(f"revision:{number}:{i}", revision) for i, revision in enumerate(round_.revisions)]
         accepted = [(origin, revision.answer) for origin, revision in candidates if revision.accepted]
@@ -147,9 +148,9 @@ def pairs_of(trajectory: Trajectory, kinds: Sequence[PairKind]) -> list[Pair]:
                 for origin, revision in candidates
                 if not revision.accepted and revision.rejection not in _NO_ANSWERS
             ]
-        standing = final = better
-    if "revision" in kinds and final[0] != "draft":
-        pairs.insert(0, _pair(("draft", draft.answer), final))
+        standing = better
+    if "revision" in kinds and standing[0] != "draft":
+        pairs.insert(0, _pair(("draft", draft.answer), standing))
     return [pair for pair in pairs if not _empty(pair) and not same_answer(*pair.answers)]
 
 
@@ -331,6 +332,7 @@ class Labelling:
             for record in self._log.read(kind="comparison", trajectory_id=work.trajectory.id):
                 if isinstance(record, Comparison) and (record.source or "").startswith(self.prefix):
                     answers |= zip(record.origins, record.answers, strict=True)
+                    work.truncated.update(record.settings.get("truncated", ()))
         asked = to_langchain(work.trajectory.messages)
         for origin in origins:
             if origin not in answers:
@@ -437,9 +439,18 @@ def p_a_of(a: Critique, b: Critique, constitution: Constitution) -> float | None
 def p_violates(critique: Critique, constitution: Constitution) -> float | None:
     """Return P(the answer violates something), the highest among its verdicts; None where one is unreadable.
 
-    Of a critic that gives no probabilities it is 0 or 1, by the labels.
+    A verdict without a probability is certain: 1 where it is a violation that `failed_principles` counts,
+    and otherwise 0.
     """
     if not critique.verdicts or any(v.label is Label.UNREADABLE for v in critique.verdicts):
         return None
-    given = [v.probability for v in critique.verdicts if v.probability is not None]
-    return max(given) if given else float(bool(failed_principles(critique, constitution)))
+    failed = failed_principles(critique, constitution)
+    named, aims = {principle.id for principle in failed}, {principle.aim for principle in failed}
+
+    def p_of(verdict: Verdict) -> float:
+        if verdict.probability is not None:
+            return verdict.probability
+        counts = verdict.principle in named or verdict.aim in aims
+        return float(verdict.label is Label.VIOLATES and counts)
+
+    return max(map(p_of, critique.verdicts))

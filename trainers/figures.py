@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trainers import svg
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -161,23 +163,25 @@ class Curve(NamedTuple):
 
 
 def plot_reliability(path: Path, panels: Mapping[str, tuple[float, Sequence[Curve]]]) -> None:
-    """Draw how often each probability came true: for each name a panel, with its threshold."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
+    """Draw, as SVG, how often each probability came true: for each name a panel, with its threshold.
 
-    canvas = Canvas(figsize=(3 * len(panels), 3.2), layout="constrained")
-    row = canvas.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (name, (threshold, curves)) in zip(row, panels.items(), strict=True):
-        axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
-        for label, probabilities, y in curves:
-            points = [(mean, true) for mean, true, _ in _bins(probabilities, y)]
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=label)
-        axes.axvline(threshold, color="0.6", linewidth=1, linestyle=":")
-        axes.set(title=name, xlabel="probability read", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(frameon=False, fontsize=7)
-    row[0].set_ylabel("share that came true")
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cai"}):
-        canvas.savefig(path, format="svg", metadata={"Date": None})
+    Raises:
+        MissingExtra: matplotlib is not installed.
+        OSError: it cannot be written there.
+    """
+    size = (3.0 * len(panels), 3.2)
+    with svg.canvas("a reliability plot", size, columns=len(panels)) as (figure, row):
+        for axes, (title, (threshold, curves)) in zip(row, panels.items(), strict=True):
+            axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
+            for curve in curves:
+                points = [(mean, true) for mean, true, _ in _bins(curve.probabilities, curve.y)]
+                name = svg.label(curve.label)
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
+            axes.axvline(threshold, color="0.6", linewidth=1, linestyle=":")
+            axes.set(title=svg.label(title), xlabel="probability read", xlim=(0, 1), ylim=(0, 1))
+            axes.legend(frameon=False, fontsize=7)
+        row[0].set_ylabel("share that came true")
+        svg.write(path, figure)
 
 
 def _bins(probabilities: Array, y: Array) -> list[tuple[float, float, float]]:

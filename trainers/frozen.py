@@ -6,20 +6,23 @@
               model over its last layer, at its one optimum
     build     the sequence classifier of that depth with that head
 
-A state is what a classifier of a given depth shows its head: the last token's hidden state after so many
-layers, through the model's final norm. Chosen and rejected share their beginning, which is read once: both
-stand in one row, the second at the positions that it would have alone and blind to the first.
+A state is what a classifier of a given depth shows its head: the hidden state after so many layers, through
+the model's final norm, of the last token that does not pad
+(https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_layers.py). Chosen and
+rejected share their beginning, which is read once: both stand in one row, the second at the positions that it
+would have alone and blind to the first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError
+from trainers import whole
 
 if TYPE_CHECKING:
     import torch
@@ -28,14 +31,12 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Choice", "Fit", "build", "choose", "depths", "fit", "states"]
+__all__ = ["Choice", "Fit", "build", "choose", "depths", "fit", "folds_of", "states"]
 
 PENALTIES = (30.0, 100.0, 300.0, 1e3, 3e3, 1e4)
 """L2 penalties on the weights of standardised dimensions, tried in turn."""
 FOLDS = 5
 _CHUNK = 64
-
-Progress = Callable[[int, int], None]
 
 
 class Fit(NamedTuple):
@@ -77,7 +78,6 @@ def states(
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     at: Sequence[int],
     cache: Path,
-    progress: Progress | None = None,
 ) -> Array:
     """Return the states of chosen and rejected at some depths, one forward pass a pair.
 
@@ -86,7 +86,6 @@ def states(
         pairs: tokens of chosen and of rejected, prompt included.
         at: depths, in layers.
         cache: folder that the states stay in, by what they depend on; another run over them goes on there.
-        progress: told (pairs done, pairs in all).
 
     Returns:
         (pairs, 2, depths, hidden) float16, chosen before rejected.
@@ -100,6 +99,8 @@ def states(
     from safetensors.numpy import load_file, save_file
 
     decoder = _decoder(model)
+    pad = model.config.get_text_config().pad_token_id
+    pairs = [(_unpadded(chosen, pad), _unpadded(rejected, pad)) for chosen, rejected in pairs]
     read = _read_shared if pairs and _shares(decoder, pairs[0]) else _read_apart
     cache.mkdir(parents=True, exist_ok=True)
     found = []
@@ -110,17 +111,25 @@ def states(
         if not path.exists():
             with torch.inference_mode():
                 rows = [_states(decoder, *read(decoder, *pair), at) for pair in part]
-            whole = numpy.stack(rows)
-            if not numpy.isfinite(whole).all():
-                bad = start + int(numpy.argmin(numpy.isfinite(whole).all(axis=(1, 2, 3))))
+            stacked = numpy.stack(rows)
+            if not numpy.isfinite(stacked).all():
+                bad = start + int(numpy.argmin(numpy.isfinite(stacked).all(axis=(1, 2, 3))))
                 raise DataError(f"pair {bad}: a hidden state is not finite; the weights are broken")
-            partial = path.with_suffix(".partial")
-            save_file({"states": whole}, partial)
-            partial.replace(path)
+            with whole.file(path) as work:
+                save_file({"states": stacked}, work)
         found.append(load_file(path)["states"])
-        if progress:
-            progress(start + len(part), len(pairs))
     return numpy.concatenate(found)
+
+
+def _unpadded(ids: Sequence[int], pad: int | None) -> Sequence[int]:
+    """Return tokens up to the one whose state the classifier pools.
+
+    Where a tokenizer has no padding of its own, the token that ends an answer pads, and is passed over.
+    """
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad:
+        end -= 1
+    return ids[:end]
 
 
 def _decoder(model: Any) -> Any:
@@ -258,13 +267,31 @@ def fit(margins: Array, p_chosen: Array, weights: Array, penalty: float) -> Fit:
     return Fit(weight, _loss(margins @ weight, p_chosen, weights))
 
 
+def folds_of(prompts: Sequence[bytes]) -> Array:
+    """Return the fold of each pair, (pairs,) int: pairs of one prompt are left out together.
+
+    Args:
+        prompts: what stands for each pair's prompt.
+
+    Raises:
+        DataError: all are of one prompt.
+    """
+    import numpy
+
+    # As if at random, and as many prompts in each fold.
+    drawn = sorted(set(prompts), key=lambda key: hashlib.sha256(key).digest())
+    if len(drawn) < 2:
+        raise DataError("all pairs are of one prompt; a head is chosen on pairs of other prompts: add some")
+    fold = {key: place % FOLDS for place, key in enumerate(drawn)}
+    return numpy.array([fold[key] for key in prompts])
+
+
 def choose(
     found: Array,
     at: Sequence[int],
     p_chosen: Array,
     weights: Array,
-    prompts: Sequence[bytes],
-    penalties: Sequence[float] = PENALTIES,
+    folds: Array,
 ) -> tuple[Choice, ...]:
     """Return every depth and penalty with its loss on pairs left out, the best first.
 
@@ -273,22 +300,18 @@ def choose(
         at: its depths.
         p_chosen: (pairs,) in [0, 1].
         weights: (pairs,) above 0.
-        prompts: what stands for each pair's prompt; pairs of one prompt are left out together.
-        penalties: what is tried.
+        folds: (pairs,), as `folds_of` returns them.
     """
     import numpy
 
-    folds = numpy.array([hashlib.sha256(key).digest()[0] % FOLDS for key in prompts])
     sides = numpy.where(p_chosen >= 0.5, 1, -1)
     tried = []
     for place, depth in enumerate(at):
         margins = found[:, 0, place].astype(float) - found[:, 1, place].astype(float)
-        for penalty in penalties:
+        for penalty in PENALTIES:
             told = numpy.zeros(len(margins))
-            for fold in sorted(set(folds)):
+            for fold in sorted(set(folds.tolist())):
                 out = folds == fold
-                if out.all():
-                    raise DataError("the pairs are of one or two prompts; a head needs more to be chosen on")
                 told[out] = margins[out] @ fit(margins[~out], p_chosen[~out], weights[~out], penalty).weight
             accuracy = float((told * sides > 0).mean())
             tried.append(Choice(depth, penalty, _loss(told, p_chosen, weights), accuracy))

@@ -137,7 +137,7 @@ def train(trainer: Any, run: Run) -> None:
         with stop.heard(alone=trainer.accelerator.num_processes == 1):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     except (_NotFinite, _Unwritten) as error:
-        _clear(run.work, keep_marked=True)
+        _clear(run.work)
         said = f"cannot write a point to go on from: {error}" if isinstance(error, _Unwritten) else str(error)
         at = _points(run.work)
         kept = f"the last good point is {at[-1]}" if at else "there is no point before it"
@@ -201,16 +201,16 @@ def _points(work: Path) -> list[Path]:
 
 def _last_point(work: Path, accelerator: Any) -> Path | None:
     if accelerator.is_main_process:
-        _clear(work, keep_marked=True)
+        _clear(work)
     accelerator.wait_for_everyone()
     found = _points(work)
     return found[-1] if found else None
 
 
-def _clear(work: Path, *, keep_marked: bool) -> None:
+def _clear(work: Path) -> None:
     """Remove the points that were being written when the run ended."""
     for path in work.glob("checkpoint-*"):
-        if not (keep_marked and (path / _POINT).exists()):
+        if not (path / _POINT).exists():
             shutil.rmtree(path)
 
 

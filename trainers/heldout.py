@@ -132,7 +132,7 @@ def _rows(file: TextIO, suffix: str) -> Iterator[Any]:
     elif suffix == ".csv":
         yield from csv.DictReader(file)
     else:
-        yield from file
+        yield from (line.rstrip("\r\n") for line in file if line.strip())
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -19,11 +19,13 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 
 from cai_graph import local, models, prompts
-from cai_graph.calls import Calls, together
+from cai_graph.calls import Calls
 from cai_graph.constitution import Constitution
-from cai_graph.critic import MAX_ANSWER_CHARS
-from cai_graph.errors import ConfigError, ModelError
+from cai_graph.critic import check_length
+from cai_graph.errors import ConfigError
+from cai_graph.ladder import scored_tokens
 from cai_graph.prompts import COMPARED, RATINGS, Exchange
+from cai_graph.together import together
 from cai_graph.trajectory import Message, text_of
 
 __all__ = ["VOTES", "Judge", "Opinion", "expected_rating", "p_first", "read_choice", "read_rating"]
@@ -73,16 +75,9 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if getattr(error, "status_code", None) not in (400, 404, 415, 422):
+        if not models.refuses_form(error):
             raise
         raise _NoLogprobs from error
-
-
-def _check_length(answer: Message) -> None:
-    if (length := len(text_of(answer))) > MAX_ANSWER_CHARS:
-        raise ModelError(
-            f"an answer has {length:,} characters, and a judge reads at most {MAX_ANSWER_CHARS:,}"
-        )
 
 
 class Judge:
@@ -124,7 +119,7 @@ class Judge:
             Exception: whatever the model raises.
         """
         for answer in (exchange.answer, other):
-            _check_length(answer)
+            check_length(answer)
         a, b = (msgspec.structs.replace(exchange, answer=answer) for answer in (exchange.answer, other))
         clipped = False
         if self._is_local:
@@ -152,7 +147,7 @@ class Judge:
 
         Source: direct RLAIF (Lee et al. 2023, section 2.2.2).
         """
-        _check_length(exchange.answer)
+        check_length(exchange.answer)
         shown = exchange.clipped(SHOWN_CHARS) if self._is_local else exchange
         messages = prompts.rating_messages(constitution.principles, shown)
         if self._gives_logprobs:
@@ -204,10 +199,10 @@ class Judge:
         letter = self.model.bind(temperature=0, max_tokens=_LETTER_TOKENS, logprobs=True, top_logprobs=_TOP)
         with _refusals():
             reply = await calls.generate(role, letter, self.name, messages)
-        logprobs = reply.response_metadata.get("logprobs")
-        if not isinstance(logprobs, dict) or not isinstance(logprobs.get("content"), list):
+        tokens = scored_tokens(reply)
+        if tokens is None:
             raise _NoLogprobs
-        return list(logprobs["content"])
+        return tokens
 
     async def _voted(
         self, exchange: Exchange, other: Message, question: str, calls: Calls

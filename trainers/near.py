@@ -150,11 +150,12 @@ def clusters(found: Iterable[tuple[bytes, Array]], similarity: float) -> Cluster
     # As two big-endian numbers, keys sort as bytes do.
     halves = numpy.frombuffer(b"".join(keys for keys, _ in parts), ">u8").reshape(-1, 2)
     prints = numpy.concatenate([prints for _, prints in parts]) if parts else numpy.empty((0, HASHES))
+    parts.clear()  # The fingerprints are most of what the build holds.
     order = numpy.lexsort((halves[:, 1], halves[:, 0]))
-    halves, prints = halves[order], prints[order]
+    halves = halves[order]
     first = numpy.ones(len(halves), bool)
     first[1:] = (halves[1:] != halves[:-1]).any(axis=1)
-    halves, prints = halves[first], prints[first]
+    halves, prints = halves[first], prints[order[first]]
     parent = list(range(len(prints)))
     for band in range(BANDS):
         for a, b in _candidates(prints[:, band * ROWS : (band + 1) * ROWS]):

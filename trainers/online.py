@@ -10,7 +10,7 @@ compare. What is set otherwise than by TRL:
     reward     a Reward of trainers/rewards.py, which gives a number for every answer or raises. TRL trains on
                what is left where some have none, and goes on without a gradient where all have none; here the
                run is paused with a point to go on from.
-    watch      sees every update, stops the run and takes it back to its best weights; see trainers/watch.py.
+    watch      sees every update, stops the run and takes it back to its best weights; see trainers/watch/.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cai_graph.errors import CaiError, ConfigError
+from trainers import whole
 from trainers.checkpoint import Checkpoint
-from trainers.encoding import Encoder, Row, Shape
 from trainers.policy import Messages, Policy, sample
-from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, parse
+from trainers.prompts import prompt_shape
+from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, folders, parse
 from trainers.sharded import reshard
 from trainers.stages import Run, StageConfig, run
-from trainers.watch import Decision, Watch, WatchConfig, benign_prompts
+from trainers.watch import Decision, Watch, WatchConfig
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,11 @@ class Config(StageConfig):
     vllm: Vllm | None = None
     """Draw the answers by vLLM; null: by the model itself."""
 
+    @property
+    def learns_from(self) -> tuple[Path, ...]:
+        """Folders of the reward models."""
+        return tuple(folders(self.reward))
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.answers < 2:
@@ -104,8 +110,8 @@ class Config(StageConfig):
 def train(config: Config) -> Checkpoint:
     """Train on prompts, and return the Checkpoint; where the watch stopped the run, that of its best step.
 
-    Rows are `prompt`, a list of turns; the test rows are the held-out prompts of the watch. The manifest's
-    `data` says under `watch` what the watch did.
+    Rows are `prompt`, a list of turns or what a user says; the test rows are the held-out prompts of the
+    watch. The manifest's `data` says under `watch` what the watch did.
 
     Raises:
         RewardError: the reward or the judge is out, after all attempts. The run stays, with a point of the
@@ -115,12 +121,7 @@ def train(config: Config) -> Checkpoint:
     reward = parse(config.reward)
     if config.vllm is not None:
         _check_vllm()
-
-    def encode(encoder: Encoder, row: Row) -> list[dict[str, Any]]:
-        # As text: Arrow would give every turn all fields that one turn has.
-        return [{"prompt": json.dumps(encoder.prompt(row, config.max_answer))}]
-
-    shape = Shape(stage="online", kinds=("prompts",), encode=encode)
+    shape = prompt_shape("online", config.max_answer)
     return run(config, shape, lambda begun: _trainer(begun, config, reward))
 
 
@@ -251,13 +252,12 @@ class _Watched:
         self.trainer, self.begun, self.config, self.paid = trainer, begun, config, paid
         self.every = watched.every
         self.texts: list[str] = []
-        self.asks = [*heldout[: watched.prompts] * 2, *benign_prompts(watched)]
+        self.asks = watched.asks(heldout)
         self.watch: Watch | None = None
         if trainer.accelerator.is_main_process:
             self.watch = Watch.of(
                 watched, reward=reward, heldout=heldout, sample=lambda _: self.texts, output=begun.beside
             )
-            self.asks = self.watch.asks
         self.stopped: str | None = None
 
     def attach(self) -> None:
@@ -373,9 +373,8 @@ class _Watched:
             return
         from safetensors.torch import save_file
 
-        beside = self._path(step).with_suffix(".new")
-        save_file(tensors, beside)
-        os.replace(beside, self._path(step))
+        with whole.file(self._path(step)) as work:
+            save_file(tensors, work)
         points = [int(path.name.rpartition("-")[2]) for path in self.begun.work.glob("checkpoint-*")]
         kept = {int(path.stem.rpartition("-")[2]) for path in self.begun.work.glob("best-*.safetensors")}
         reachable = max((one for one in kept if one <= max(points, default=0)), default=step)

@@ -6,14 +6,17 @@ It goes away once the Checkpoint stands in OUTPUT, and one run at a time works i
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from cai_graph.errors import ConfigError
+from trainers import whole
 
-__all__ = ["folder", "held", "unwritable"]
+__all__ = ["folder", "held", "same_plan", "unwritable"]
 
 _LOCK = "lock"
 
@@ -66,6 +69,43 @@ def _hold(lock: int, work: Path) -> None:
         raise ConfigError(
             f"{work}: another process trains there; wait for it, or name another output"
         ) from error
+
+
+def same_plan(work: Path, plan: Mapping[str, Any], may_change: Collection[str], *, points: str) -> None:
+    """Write down what a run does, or make sure that the interrupted one was begun to do the same.
+
+    A run that has no point to go on from begins anew, whatever it was begun to do.
+
+    Args:
+        work: the folder.
+        plan: `config`, as JSON, and beside it what else makes the run, such as digests of what it reads.
+        may_change: keys of the config that may be told anew.
+        points: a pattern of the names of what a run can go on from.
+
+    Raises:
+        ConfigError: the run was begun otherwise; names what changed.
+    """
+    path, now = work / "plan.json", json.loads(json.dumps(plan))
+    if path.exists() and (changed := _changed(json.loads(path.read_text(encoding="utf-8")), now, may_change)):
+        if any(work.glob(points)):
+            raise ConfigError(
+                f"{work}: holds a run that was begun otherwise: {'; '.join(changed)}. Go on with what it was "
+                "begun with, or remove the folder to start again"
+            )
+        for name in set(os.listdir(work)) - {_LOCK}:
+            left = work / name
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if not path.exists():
+        whole.write(path, json.dumps(now, indent=2) + "\n")
+
+
+def _changed(begun: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> list[str]:
+    changed = [
+        f"{key} was {begun['config'].get(key)!r} and is {value!r}"
+        for key, value in now["config"].items()
+        if key not in may_change and begun["config"].get(key) != value
+    ]
+    return changed + [f"the {key} changed" for key in now if key != "config" and begun.get(key) != now[key]]
 
 
 def unwritable() -> tuple[type[Exception], ...]:

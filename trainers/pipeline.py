@@ -23,7 +23,7 @@ from cai_graph.calls import describe
 from cai_graph.errors import CaiError, ConfigError, DataError
 from trainers import whole
 
-__all__ = ["Done", "Needs", "Pipeline", "State", "Step", "StepFailed"]
+__all__ = ["DONE", "Done", "Folders", "Needs", "Pipeline", "State", "Step", "StepFailed", "Tell"]
 
 DONE = "stage.json"
 State = Literal["done", "begun", "new"]
@@ -41,8 +41,6 @@ class StepFailed(CaiError):  # noqa: N818
 class Needs(NamedTuple):
     """What a step is expected to take of one model, in tokens; all are estimates."""
 
-    who: str
-    """The model."""
     parameters: float | None
     """About how many weights it has; None where another machine computes."""
     read: int = 0
@@ -84,8 +82,6 @@ class Folders:
     """The step's folder; it exists."""
     inputs: Mapping[str, Path]
     """The finished folder of each input, by name."""
-    done: Mapping[str, Done]
-    """What is known of each input, by name."""
 
     def __getitem__(self, name: str) -> Path:
         return self.inputs[name]
@@ -175,10 +171,9 @@ class Pipeline:
     def _do(self, step: Step, finished: Mapping[str, Done]) -> Done:
         path = self.path(step)
         started = time.monotonic()
-        inputs = {one.name: finished[one.name] for one in step.inputs}
         try:
             path.mkdir(parents=True, exist_ok=True)
-            folders = Folders(path, {name: done.path for name, done in inputs.items()}, inputs)
+            folders = Folders(path, {one.name: finished[one.name].path for one in step.inputs})
             figures = step.work(folders)
             seconds = round(time.monotonic() - started, 3)
             note = {

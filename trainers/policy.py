@@ -35,6 +35,7 @@ __all__ = [
     "load_reward",
     "prompt_ids",
     "sample",
+    "sample_each",
     "score",
 ]
 
@@ -214,13 +215,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int
 def _templated(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
     from jinja2 import TemplateError
 
+    # What a template does to a turn that it did not expect, such as to add text to a missing content.
     # Arrow gives every message all fields that one message has; what is absent is None.
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             plain, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise DataError(f"the chat template takes no conversation of {roles}: {error}") from error
     return ids
@@ -278,7 +280,7 @@ def sample(
     Raises:
         DataError: a conversation does not fit the chat template, or leaves no room for an answer.
     """
-    rows = [prompt_ids(policy.tokenizer, prompt) for prompt in prompts]
+    rows = [_asked(policy, prompt, max_tokens) for prompt in prompts]
     return [
         answer
         for number, start in enumerate(range(0, len(rows), batch_size), first)
@@ -292,6 +294,47 @@ def sample(
             in_step=in_step,
         )
     ]
+
+
+def sample_each(
+    policy: Policy,
+    prompts: Sequence[Messages],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> list[Sample | DataError]:
+    """Return what `sample` does, and the error in the place of each conversation that cannot be answered."""
+    found: list[Sample | DataError | None] = [None] * len(prompts)
+    for number, prompt in enumerate(prompts):
+        try:
+            _asked(policy, prompt, max_tokens)
+        except DataError as error:
+            found[number] = error
+    answers = iter(
+        sample(
+            policy,
+            [prompt for prompt, error in zip(prompts, found, strict=True) if error is None],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    )
+    return [next(answers) if error is None else error for error in found]
+
+
+def _asked(policy: Policy, prompt: Messages, max_tokens: int) -> list[int]:
+    """Return a conversation's tokens; raises DataError where the policy cannot answer it."""
+    ids = prompt_ids(policy.tokenizer, prompt)
+    room = getattr(policy.model.config, "max_position_embeddings", None)
+    if room is not None and len(ids) + max_tokens > room:
+        raise DataError(
+            f"a prompt of {len(ids):,} tokens leaves no room for {max_tokens:,} more: the model reads "
+            f"{room:,}; leave such prompts out"
+        )
+    return ids
 
 
 def _sample(
@@ -308,13 +351,6 @@ def _sample(
     from transformers import GenerationConfig
 
     model: Any = policy.model
-    room = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, rows))
-    if room is not None and longest + max_tokens > room:
-        raise DataError(
-            f"a prompt of {longest:,} tokens leaves no room for {max_tokens:,} more: the model reads "
-            f"{room:,}; leave such prompts out"
-        )
     ids, mask = batch_of(rows, pad=policy.pad, left=True, device=model.device)
     draw = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     wanted: Any = GenerationConfig(  # type: ignore[no-untyped-call]

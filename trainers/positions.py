@@ -95,7 +95,7 @@ class Positions:
     revisions: int = 0
     """Clear ones between a draft and its revision."""
     unordered: int = 0
-    """Made without showing the two in an order: by a critic that judges each alone, or imported."""
+    """Readable ones that show no order: of a critic that judges each answer alone, or imported."""
     reviewed: int = 0
     """Clear ones between a draft and its revision of which people chose one."""
     as_people: int = 0
@@ -111,13 +111,13 @@ class Positions:
         if same_answer(*comparison.answers):
             self.identical += 1
             return
-        self.unordered += comparison.method in (None, "critic")
         self.comparisons += 1
         first, second = comparison.p_a
         p = comparison.preference
         if p is None or first is None or second is None:
             self.unreadable += 1
             return
+        self.unordered += comparison.method in (None, "critic")
         self.shift += (first - second) / 2
         if comparison.orders_disagree:
             self.first += first > second

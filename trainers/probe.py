@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cai_graph.blocks import sha256_of
+from cai_graph.digests import sha256_of
 from cai_graph.errors import DataError, MissingExtra
 from cai_graph.probe import HEADS, Probe, windows
 from trainers import heads as fitting
 from trainers.figures import Curve, Figure, figures_of, plot_reliability, table
 from trainers.heads import FOLDS, Head
-from trainers.labels import HARMFUL, HARMLESS, REFUSAL, Row, lowest, own_rows, read_rows
+from trainers.labels import HARMFUL, HARMLESS, Row, lowest, own_rows, read_rows
 from trainers.states import CHATML, Passes, StateCache, check_local, reader_of
 
 if TYPE_CHECKING:
@@ -31,18 +31,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = [
-    "REFUSAL",
-    "Config",
-    "Figure",
-    "Row",
-    "card_text",
-    "chosen_rows",
-    "passes_of",
-    "read_rows",
-    "train",
-    "unseen_answers",
-]
+__all__ = ["Config", "chosen_rows", "passes_of", "train"]
 
 _READS = {"harm": (1, 1), "evasion": (1, 0), "request": (0, 1)}
 """What a head reads of a pass: the mean over the answer, the state before it. Chosen out of fold on PyRIT."""

@@ -1,22 +1,21 @@
-"""Prompts to train a policy on: read whole before training starts, so that nothing is left out unsaid."""
+"""Prompts to train a policy on: what the stages that draw answers read of rows.
+
+PPO reads them whole before it starts, so that nothing is left out unsaid.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cai_graph.errors import DataError
-from trainers.encoding import Hazard, Source, open_data, read_rows
-from trainers.policy import Messages, prompt_ids
+from trainers.encoding import SIGNALS, Counts, Encoder, Hazard, NothingLeft, Row, Shape, Source, fitting
+from trainers.policy import Messages
 from trainers.rows import Kind
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["KINDS", "Prompts", "read_prompts"]
+__all__ = ["KINDS", "Prompts", "prompt_shape", "read_prompts"]
 
 KINDS: tuple[Kind, ...] = ("prompts", "sft", "preference", "unpaired")
 """Kinds of dataset whose rows have a prompt; of the others' answers nothing is read."""
@@ -34,79 +33,45 @@ class Prompts:
     """The row of each in its file, counted from 1."""
     heldout: list[Messages]
     """Conversations of the test part; empty where there is none."""
-    dropped: dict[str, int]
-    """Rows of the train part that were left out, by the reason."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what a manifest says of the data."""
-        return {
-            "path": str(self.source.path),
-            "digest": self.source.digest,
-            "log_digest": self.source.log_digest,
-            "rows": len(self.train),
-            "dropped": self.dropped,
-            "heldout": len(self.heldout),
-        }
+    counts: Counts
+    """What became of the rows of the train part."""
 
 
-def read_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, *, room: int, allow: Sequence[Hazard] = ()
-) -> Prompts:
-    """Return the prompts of a dataset's folder, or of a file in TRL's form.
+def prompt_shape(stage: str, max_answer: int) -> Shape:
+    """Return what a stage reads of rows that answers of so many tokens are drawn to: `prompt`, as JSON."""
 
-    A prompt that is a text, not a list of turns, is what a user says.
+    def encode(encoder: Encoder, row: Row) -> list[dict[str, Any]]:
+        # As text: Arrow would give every turn all fields that one turn has.
+        return [{"prompt": json.dumps(encoder.prompt(row, max_answer))}]
+
+    # What weighs or labels the answers of a row says nothing about its prompt.
+    return Shape(stage=stage, kinds=KINDS, reads=SIGNALS, encode=encode)
+
+
+def read_prompts(source: Source, shape: Shape, encoder: Encoder, allow: Sequence[Hazard] = ()) -> Prompts:
+    """Return the prompts of a dataset.
 
     Args:
-        path: folder or file.
-        tokenizer: the policy's, whose chat template writes them.
-        room: tokens that a prompt may fill.
-        allow: `drop-long`: longer ones are left out; `drop-unfit`: those that the chat template refuses.
+        source: the dataset.
+        shape: of `prompt_shape`.
+        encoder: of the policy.
+        allow: hazards of its rows that are known and wanted.
 
     Raises:
-        ConfigError: there is no such data.
-        DataError: rows cannot be trained on, and are not allowed to be left out; says which.
+        DataError: as `trainers.encoding.fitting`.
     """
-    source = open_data(path, KINDS)
-    dropped: Counter[str] = Counter()
-    train, rows = _fitting(source.train, tokenizer, room, allow, dropped)
-    heldout: list[Messages] = []
+    counts = Counts()
+    rows, train = zip(*fitting(source.train, shape, encoder, allow, counts), strict=True)
+    heldout: list[Any] = []
     if source.test is not None:
-        heldout, _ = _fitting(source.test, tokenizer, room, ("drop-long", "drop-unfit"), Counter())
-    return Prompts(source=source, train=train, rows=rows, heldout=heldout, dropped=dict(dropped))
-
-
-def _fitting(
-    file: Path, tokenizer: Any, room: int, allow: Sequence[Hazard], dropped: Counter[str]
-) -> tuple[list[Messages], list[int]]:
-    found: list[Messages] = []
-    rows: list[int] = []
-    refused: dict[Hazard, list[str]] = {}
-    for number, row in read_rows(file):
-        prompt = row.get("prompt")
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt, list) or not prompt:
-            raise DataError(
-                f"{file} row {number}: has no prompt; give it a list of turns with role and content"
-            )
-        try:
-            length = len(prompt_ids(tokenizer, prompt))
-        except DataError as error:
-            dropped["the chat template refuses it"] += 1
-            refused.setdefault("drop-unfit", []).append(f"row {number}: {error}")
-            continue
-        if length > room:
-            dropped["it is too long"] += 1
-            refused.setdefault("drop-long", []).append(
-                f"row {number}: has {length:,} tokens, and there is room for {room:,}; raise max_tokens"
-            )
-            continue
-        found.append(prompt)
-        rows.append(number)
-    for hazard, said in refused.items():
-        if hazard not in allow:
-            more = f", and {len(said) - 1:,} more like it" if len(said) > 1 else ""
-            raise DataError(f"{file} {said[0]}{more}; or allow {hazard}, and they are left out")
-    if not found:
-        raise DataError(f"{file}: holds no prompt to train on")
-    return found, rows
+        # What is left out of the test rows changes no weights.
+        found = fitting(source.test, shape, encoder, (*allow, "drop-long", "drop-unfit"), Counts())
+        with contextlib.suppress(NothingLeft):
+            heldout += [one for _, one in found]
+    return Prompts(
+        source=source,
+        train=[json.loads(one["prompt"]) for one in train],
+        rows=list(rows),
+        heldout=[json.loads(one["prompt"]) for one in heldout],
+        counts=counts,
+    )

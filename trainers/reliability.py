@@ -14,10 +14,11 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cai_graph.calibration import wilson
-from cai_graph.errors import DataError, MissingExtra
+from cai_graph.errors import DataError
+from trainers import svg
 
 __all__ = ["ALL", "Bin", "Pair", "Reliability", "bins", "figures", "measured", "plot"]
 
@@ -141,27 +142,25 @@ def plot(path: Path, pairs: Sequence[Pair], title: str) -> None:
 
     Raises:
         MissingExtra: matplotlib is not installed.
+        OSError: it cannot be written there.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("a reliability plot", "matplotlib", "train") from error
-    canvas = Figure(figsize=(4.2, 4), layout="constrained")
-    axes = canvas.subplots()
-    axes.plot([0.5, 1], [0.5, 1], color="0.8", linewidth=1, label="calibrated")
-    groups = {ALL: pairs} | {name: [p for p in pairs if p.group == name] for name in _groups(pairs)}
-    for name, part in groups.items():
-        found = bins(part, BINS if name == ALL else BINS // 2)
-        x, y = [one.confidence for one in found], [one.right for one in found]
-        ends = [_interval(one) for one in found]
-        below = [max(0.0, right - low) for right, (low, _) in zip(y, ends, strict=True)]
-        above = [max(0.0, high - right) for right, (_, high) in zip(y, ends, strict=True)]
-        axes.errorbar(x, y, (below, above), marker="o", markersize=3, linewidth=1, elinewidth=0.5, label=name)
-    axes.set(title=title, xlabel="confidence", ylabel="share that came true", xlim=(0.5, 1), ylim=(0, 1))
-    axes.legend(frameon=False, fontsize=7)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cai"}):
-        canvas.savefig(path, format="svg", metadata={"Date": None})
+    with svg.canvas("a reliability plot", (4.2, 4)) as (figure, (axes,)):
+        lines: list[Any] = axes.plot([0.5, 1], [0.5, 1], color="0.8", linewidth=1)
+        groups = {ALL: pairs} | {name: [p for p in pairs if p.group == name] for name in _groups(pairs)}
+        for name, part in groups.items():
+            found = bins(part, BINS if name == ALL else BINS // 2)
+            x, y = [one.confidence for one in found], [one.right for one in found]
+            ends = [_interval(one) for one in found]
+            below = [max(0.0, right - low) for right, (low, _) in zip(y, ends, strict=True)]
+            above = [max(0.0, high - right) for right, (_, high) in zip(y, ends, strict=True)]
+            lines.append(
+                axes.errorbar(x, y, (below, above), marker="o", markersize=3, linewidth=1, elinewidth=0.5)
+            )
+        axes.set(xlabel="confidence", ylabel="share that came true", xlim=(0.5, 1), ylim=(0, 1))
+        axes.set_title(svg.label(title))
+        # Named here, for matplotlib leaves out a line whose own label begins with `_`.
+        axes.legend(lines, ["calibrated", *map(svg.label, groups)], frameon=False, fontsize=7)
+        svg.write(path, figure)
 
 
 def _groups(pairs: Sequence[Pair]) -> list[str]:

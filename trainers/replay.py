@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from cai_graph import local
-from cai_graph.bulk import is_about_all_rows, side_by_side, until
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
@@ -28,7 +27,8 @@ from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import Filters, Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.prompts import Exchange
-from cai_graph.trajectory import Critique, Label, Message, Trajectory, Verdict, text_of
+from cai_graph.together import is_about_all_rows, side_by_side, until
+from cai_graph.trajectory import Critique, Label, Message, Trajectory, text_of
 from trainers.positions import Share
 
 __all__ = ["Answer", "Change", "Example", "Judged", "Replay", "Report", "answers_of", "standing"]
@@ -438,11 +438,7 @@ class Report:
 
 
 def _labels(critique: Critique | None) -> dict[str, Label]:
-    return {} if critique is None else {_name(verdict): verdict.label for verdict in critique.verdicts}
-
-
-def _name(verdict: Verdict) -> str:
-    return verdict.principle or verdict.aim or ""
+    return {} if critique is None else {verdict.about: verdict.label for verdict in critique.verdicts}
 
 
 def _example(answer: Answer, critique: Critique | None) -> Example:
@@ -454,6 +450,6 @@ def _example(answer: Answer, critique: Critique | None) -> Example:
         answer.of,
         asked,
         text_of(answer.exchange.answer),
-        tuple(map(_name, violated)),
+        tuple(verdict.about for verdict in violated),
         " ".join(reasons) or ("" if critique is None else critique.reasoning),
     )

@@ -56,8 +56,6 @@ REFERENCE = 512
 HELD_OUT = "heldout.jsonl"
 """Rewards of the held-out pairs, a line each."""
 _SCORED = 16
-_BEGINNING = 64
-"""Tokens of a prompt that tell it from others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +152,7 @@ def _shape(config: Config) -> Shape:
                 "rejected_ids": pair.prompt + pair.rejected,
                 **label,
                 "group": str(row.get(config.by, "")),
-                "prompt": hashlib.sha256(json.dumps(pair.prompt[:_BEGINNING]).encode()).hexdigest(),
+                "prompt": hashlib.sha256(json.dumps(pair.prompt).encode()).hexdigest(),
             }
         ]
 
@@ -309,12 +307,12 @@ def _head_trainer() -> Any:
             if self.accelerator.num_processes > 1:
                 raise ConfigError("trains: head is a fit of one process; start it without accelerate launch")
             self.depths = frozen.depths(len(model.base_model.layers))
+            folds = frozen.folds_of([prompt.encode() for prompt in train["prompt"]])
             model.eval().to(torch.bfloat16 if _bf16(begun) else torch.float32)
             found = self.states(train)
             p_chosen = numpy.array(train["p_chosen"])
             weights = numpy.array(train["weight"]) / self.mean_weight
-            prompts = [prompt.encode() for prompt in train["prompt"]]
-            tried = frozen.choose(found, self.depths, p_chosen, weights, prompts)
+            tried = frozen.choose(found, self.depths, p_chosen, weights, folds)
             best, self.place = tried[0], self.depths.index(tried[0].depth)
             margins = found[:, 0, self.place] - found[:, 1, self.place].astype(float)
             self.fit = frozen.fit(margins, p_chosen, weights, best.penalty)

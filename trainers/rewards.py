@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cai_graph import bridge, constitution, local
-from cai_graph.bulk import is_about_all_rows
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, critic_for
 from cai_graph.errors import CaiError, ConfigError
 from cai_graph.prompts import Exchange
+from cai_graph.together import is_about_all_rows
 from cai_graph.trajectory import Message
+from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
 from trainers.judge import Judge
 from trainers.policy import Messages, RewardModel, load_reward, score
@@ -41,7 +42,9 @@ __all__ = [
     "Reward",
     "RewardError",
     "Spec",
+    "folders",
     "parse",
+    "sources",
 ]
 
 Spec = str | list[str] | dict[str, str]
@@ -51,7 +54,7 @@ WAITS = (1.0, 5.0, 25.0)
 """Seconds before each further attempt at a reward that failed."""
 
 UNREADABLE = 0.1
-"""Share of a batch that a judge may leave unreadable."""
+"""Share of a batch that a judge may leave unreadable; one answer in any case."""
 
 
 class RewardError(CaiError):
@@ -88,8 +91,8 @@ def _insist(name: str, ask: Callable[[], Numbers], count: int, waits: Sequence[f
             if said is None:
                 return [float(value) for value in found if value is not None]
         except Exception as error:
-            if is_about_all_rows(error):
-                raise
+            if is_about_all_rows(error):  # such as a refused key: it helps nothing to ask again
+                raise RewardError(f"the reward {name} cannot be had: {describe(error)}") from error
             said, why = describe(error), error
         if wait is None:
             raise RewardError(f"the reward {name} failed {len(waits) + 1} times: {said}") from why
@@ -131,6 +134,12 @@ class ModelReward:
         """Name a reward model's folder, or take a loaded one; `batch_size` answers are scored at once."""
         self.name = "reward model" if isinstance(model, RewardModel) else f"model:{Path(model).name}"
         self._model, self._batch_size, self._device = model, batch_size, device
+
+    @property
+    def source(self) -> str:
+        """The digest of its weights, whatever its folder is called."""
+        model = self._model
+        return self.name if isinstance(model, RewardModel) else Checkpoint.open(Path(model)).digest
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
         """Return the model's scores."""
@@ -197,6 +206,11 @@ class JudgeReward:
         """Answers so far that stayed unreadable."""
         self._judge, self._rules, self._concurrency, self._waits = judge, rules, concurrency, waits
 
+    @property
+    def source(self) -> str:
+        """The judge, and the digest of the constitution that it judges by."""
+        return f"{self.name} {self._rules.digest}"
+
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
         """Return the judge's ratings."""
         known: dict[int, float] = {}
@@ -209,7 +223,7 @@ class JudgeReward:
             if failed is not None:
                 raise failed
             mean = statistics.fmean(known.values()) if known else None
-            if len(answers) - len(known) > UNREADABLE * len(answers):
+            if len(answers) - len(known) > max(1, UNREADABLE * len(answers)):
                 return [known.get(number) for number in range(len(answers))]
             self.unreadable += len(answers) - len(known)
             return [known.get(number, mean) for number in range(len(answers))]
@@ -301,6 +315,23 @@ def parse(spec: Spec | Mapping[str, str], *, device: str | None = None) -> Rewar
         is_local = model.partition(":")[0] == "local"
         return JudgeReward(who, rules, concurrency=local.CONVERSATIONS // 2 if is_local else 16)
     return EnsembleReward([parse(member, device=device) for member in spec])
+
+
+def sources(reward: Reward) -> frozenset[str]:
+    """Return what gives a reward its numbers; two rewards with one in common are no independent judges."""
+    if isinstance(reward, EnsembleReward):
+        return frozenset().union(*map(sources, reward.members))
+    return frozenset({getattr(reward, "source", reward.name)})
+
+
+def folders(spec: Spec) -> list[Path]:
+    """Return the folders of the reward models that a spec names."""
+    if isinstance(spec, Mapping):
+        return []
+    if not isinstance(spec, str):
+        return [folder for member in spec for folder in folders(member)]
+    folder = Path(spec).expanduser()
+    return [folder] if folder.is_dir() else []
 
 
 def _function(spec: str) -> Function:

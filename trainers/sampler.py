@@ -18,9 +18,10 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatResult
 from pydantic import PrivateAttr
 
+from cai_graph.errors import DataError
 from cai_graph.trajectory import from_langchain, text_of
 from trainers.checkpoint import Checkpoint
-from trainers.policy import Policy, Sample, load_policy, sample
+from trainers.policy import Policy, Sample, load_policy, sample_each
 
 __all__ = ["Sampler"]
 
@@ -62,7 +63,10 @@ class Sampler(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(self._draw([_plain(messages)])[0])
+        (found,) = self._draw([_plain(messages)])
+        if isinstance(found, DataError):
+            raise found
+        return _result(found)
 
     async def _agenerate(
         self,
@@ -92,14 +96,18 @@ class Sampler(BaseChatModel):
                         answer.set_exception(error)
                 continue
             for (_, answer), one in zip(batch, found, strict=True):
-                if not answer.done():  # cancelled while it was written
+                if answer.done():  # cancelled while it was written
+                    continue
+                if isinstance(one, DataError):
+                    answer.set_exception(one)
+                else:
                     answer.set_result(one)
 
-    def _draw(self, prompts: list[list[dict[str, Any]]]) -> list[Sample]:
+    def _draw(self, prompts: list[list[dict[str, Any]]]) -> list[Sample | DataError]:
         if self._policy is None:
             self._policy = load_policy(self.path)
         self._batches += 1
-        return sample(
+        return sample_each(
             self._policy,
             prompts,
             max_tokens=self.max_tokens,

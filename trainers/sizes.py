@@ -136,7 +136,7 @@ def _asked(critic: str) -> int:
 
 
 def _needs(who: str, *, read: int = 0, written: int = 0, trained: int = 0) -> Needs:
-    return Needs(who=who, parameters=_parameters(who), read=read, written=written, trained=trained)
+    return Needs(parameters=_parameters(who), read=read, written=written, trained=trained)
 
 
 def _parameters(spec: str) -> float | None:

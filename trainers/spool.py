@@ -26,10 +26,13 @@ __all__ = [
     "Limit",
     "Mix",
     "Portion",
+    "Spooled",
+    "Spooling",
     "Spools",
     "candidate_of",
     "decided",
     "load",
+    "pack",
     "portions",
 ]
 

@@ -13,28 +13,40 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
+from cai_graph.errors import ConfigError, MissingExtra, ModelError
 from trainers import checkpoint, guarded, partial, weights, whole
 from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
-from trainers.encoding import Counts, Encoder, Hazard, Shape, Source, encode, open_data
+from trainers.encoding import Counts, Encoder, Hazard, NothingLeft, Shape, Source, encode, open_data
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Hazard", "Lora", "Run", "StageConfig", "Tracker", "check_machine", "computes_in_bf16", "run"]
+__all__ = [
+    "MAY_CHANGE",
+    "Hazard",
+    "Lora",
+    "Run",
+    "StageConfig",
+    "Tracker",
+    "check_machine",
+    "computes_in_bf16",
+    "manifest",
+    "plan",
+    "run",
+]
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 _TRACKED_BY = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Packages, any of which serves a tracker; otherwise the one of its name."""
 
-_MAY_CHANGE = {"output", "log_steps", "save_steps", "report_to"}
+MAY_CHANGE = {"output", "log_steps", "save_steps", "report_to"}
 """Settings that an interrupted run may go on with otherwise."""
 
 
@@ -56,6 +68,18 @@ class Lora:
             raise ConfigError(f"lora.rank is a number from 1, found {self.rank!r}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is a share from 0 to below 1, found {self.dropout!r}")
+
+    def adapter(self, task: str = "CAUSAL_LM") -> Any:
+        """Return peft's config of such an adapter; `task` is one of peft's TaskType."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets) or "all-linear",
+            task_type=task,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +145,11 @@ class StageConfig:
         if {"drop-long", "cut-long"} <= set(self.allow):
             raise ConfigError("allow says drop-long and cut-long; keep one")
 
+    @property
+    def learns_from(self) -> tuple[Path, ...]:
+        """Folders of the models that it draws on beside the one that training starts from."""
+        return ()
+
 
 @dataclass
 class Run:
@@ -182,18 +211,7 @@ class Run:
 
     def adapter(self, task: str = "CAUSAL_LM") -> Any:
         """Return peft's config of the adapter to train; None where all weights are trained."""
-        if self.config.lora is None:
-            return None
-        from peft import LoraConfig
-
-        lora = self.config.lora
-        return LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=list(lora.targets) or "all-linear",
-            task_type=task,
-        )
+        return self.config.lora and self.config.lora.adapter(task)
 
     def arguments(self) -> dict[str, Any]:
         """Return what every config of TRL takes, as the stage's config says it."""
@@ -246,7 +264,7 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
         raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
     base = Checkpoint.open(weights.resolve(config.model))
     source = open_data(config.data, shape.kinds)
-    with _quiet(), _folder(config, shape.stage, base, source) as work:
+    with _quiet(), _folder(config, shape.stage, source) as work:
         from transformers import set_seed
 
         set_seed(config.seed)
@@ -254,6 +272,57 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
         trainer = guarded.guard(build(begun), begun)
         guarded.train(trainer, begun)
         return _finish(trainer, begun, source)
+
+
+def plan(config: StageConfig, stage: str, source: Source) -> dict[str, Any]:
+    """Return what makes a run the run that it is, for `partial.same_plan`."""
+    return {"stage": stage, "config": plain(config), "models": parents(config), "data": source.digest}
+
+
+def parents(config: StageConfig) -> tuple[str, ...]:
+    """Return the digests of the models that a run starts from and learns from."""
+    folders = (weights.resolve(config.model), *config.learns_from)
+    return tuple(dict.fromkeys(Checkpoint.open(folder).digest for folder in folders))
+
+
+def manifest(
+    config: StageConfig,
+    stage: str,
+    source: Source,
+    counts: Mapping[str, Any],
+    *,
+    seconds: float,
+    metrics: Mapping[str, float],
+) -> Manifest:
+    """Return how a Checkpoint came to be.
+
+    Args:
+        config: what the stage was told.
+        stage: its name.
+        source: what it was trained on.
+        counts: what became of its rows, as `Counts.to_json` says it; more where a stage says so.
+        seconds: of training.
+        metrics: the last value of each figure.
+    """
+    named = counts["constitutions"]
+    return Manifest(
+        stage=stage,
+        base=config.model,
+        parents=parents(config),
+        config=plain(config),
+        data={
+            "path": str(source.path),
+            "digest": source.digest,
+            "log_digest": source.log_digest,
+            **{key: value for key, value in counts.items() if key != "constitutions"},
+        },
+        constitution_digests=tuple(sorted({*source.constitutions, *named})),
+        seed=config.seed,
+        versions=checkpoint.versions(),
+        hardware=checkpoint.hardware(),
+        seconds=seconds,
+        metrics=metrics,
+    )
 
 
 # --- before training ----------------------------------------------------------------------------------
@@ -309,18 +378,12 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _folder(config: StageConfig, stage: str, base: Checkpoint, source: Source) -> Iterator[Path]:
+def _folder(config: StageConfig, stage: str, source: Source) -> Iterator[Path]:
     """Give the folder of the run, which was begun with the same config, or is new."""
-    plan = {
-        "stage": stage,
-        "config": plain(config),
-        "base": base.digest,
-        "data": source.digest,
-    }
     state = _processes()
     with partial.held(config.output, is_main=state.is_main_process) as work:
         if state.is_main_process:
-            _same_plan(work / "plan.json", plan)
+            partial.same_plan(work, plan(config, stage, source), MAY_CHANGE, points="checkpoint-*")
         state.wait_for_everyone()
         yield work
 
@@ -331,24 +394,6 @@ def _processes() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
-
-
-def _same_plan(path: Path, plan: dict[str, Any]) -> None:
-    if not path.exists():
-        whole.write(path, json.dumps(plan, indent=2) + "\n")
-        return
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    changed = [
-        f"{key} was {begun['config'].get(key)!r} and is {value!r}"
-        for key, value in plan["config"].items()
-        if key not in _MAY_CHANGE and begun["config"].get(key) != value
-    ]
-    changed += [f"the {name} changed" for name in ("stage", "base", "data") if begun[name] != plan[name]]
-    if changed:
-        raise ConfigError(
-            f"{path.parent}: holds a run that was begun otherwise: {'; '.join(changed)}. Go on with what it "
-            "was begun with, or remove the folder to start again"
-        )
 
 
 def _begin(config: StageConfig, shape: Shape, base: Checkpoint, source: Source, work: Path) -> Run:
@@ -383,7 +428,7 @@ def _encode(config: StageConfig, shape: Shape, source: Source, encoder: Encoder,
         # What is left out of the test rows changes no weights: their figures are of the rest.
         spare: tuple[Hazard, ...] = (*config.allow, "drop-unfit", "ignored-columns")
         spare += () if "cut-long" in config.allow else ("drop-long",)
-        with contextlib.suppress(DataError):
+        with contextlib.suppress(NothingLeft):
             found["test_rows"] = encode(source.test, shape, encoder, spare, rows / "test.arrow").rows
         if "test_rows" not in found:
             (rows / "test.arrow").unlink(missing_ok=True)
@@ -442,24 +487,7 @@ def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
             f"{run.config.output}: cannot be written: {error}; free space and start it again"
         ) from error
     trainer.accelerator.wait_for_everyone()
-    manifest = Manifest(
-        stage=run.stage,
-        base=run.config.model,
-        parents=(run.base.digest,),
-        config=plain(run.config),
-        data={
-            "path": str(run.config.data),
-            "digest": source.digest,
-            "log_digest": source.log_digest,
-            **{key: value for key, value in run.counts.items() if key != "constitutions"},
-        },
-        constitution_digests=tuple(sorted({*source.constitutions, *run.counts["constitutions"]})),
-        seed=run.config.seed,
-        versions=checkpoint.versions(),
-        hardware=checkpoint.hardware(),
-        seconds=seconds,
-        metrics=metrics,
-    )
+    made_by = manifest(run.config, run.stage, source, run.counts, seconds=seconds, metrics=metrics)
     if not trainer.accelerator.is_main_process:
         trainer.accelerator.wait_for_everyone()
         return Checkpoint.open(run.config.output)
@@ -472,7 +500,7 @@ def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
             shutil.copytree(folder, whole if folder is run.beside else whole / "runs", dirs_exist_ok=True)
     if hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
         checkpoint.merge(whole, trainer.accelerator.unwrap_model(trainer.model))
-    made = checkpoint.seal(run.config.output, whole, manifest)
+    made = checkpoint.seal(run.config.output, whole, made_by)
     shutil.rmtree(run.work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return made

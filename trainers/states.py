@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph import local
-from cai_graph.blocks import block_count, sha256_of
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError
 from cai_graph.probe import Reader, cut_request
+from trainers import whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,7 +55,7 @@ def reader_of(model: str, blocks: int | None, turns: tuple[str, str]) -> Reader:
     """
     check_local(model)
     weights = local.weights(model.partition(":")[2])
-    return Reader(weights, sha256_of(weights), blocks or round(_DEPTH * block_count(weights)), turns)
+    return Reader(weights, sha256_of(weights), blocks or round(_DEPTH * local.block_count(weights)), turns)
 
 
 class StateCache:
@@ -114,8 +114,5 @@ class StateCache:
         import numpy
 
         states = await self.reader.read(request, window)
-        path = self.path(request, window)
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        with partial.open("wb") as file:
+        with whole.file(self.path(request, window)) as work, work.open("wb") as file:
             numpy.save(file, states.vectors)
-        os.replace(partial, path)

@@ -9,15 +9,13 @@ export(folder)                  writes model.gguf into a checkpoint, so that `lo
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cai_graph import local
-from cai_graph.blocks import sha256_of
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
 from trainers import whole
 
@@ -366,27 +364,13 @@ def _tensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarr
 
 @contextmanager
 def _whole_file(target: Path) -> Iterator[Path]:
-    """Give a path that becomes `target` when the body ends, or goes away."""
-    work: Path | None = None
+    """Give a file to fill that becomes `target` when the body ends, or goes away."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
-        work = Path(name)
-        work.chmod(0o644)
-        yield work
-        _sync(work)
-        os.replace(work, target)
+        with whole.file(target) as work:
+            yield work
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if work is not None:
-            work.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _gguf() -> Any:

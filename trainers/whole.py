@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whatever interrupts the writing."""
+"""Folders that are whole or not there, whatever interrupts the writing, and the files of cai_graph.whole."""
 
 from __future__ import annotations
 
@@ -10,29 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["folder", "sync", "sync_folder", "write"]
+from cai_graph.whole import file, sync_folder, write
+
+__all__ = ["file", "folder", "sync", "sync_folder", "write"]
 
 _MARK = ".unfinished"
 """In a folder under way: a file that the process that writes it has locked."""
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file beside its place, put it on the disk, and rename it; an older one stands until then.
-
-    Raises:
-        OSError: it cannot be written there. Nothing half-written stays behind.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -77,15 +60,6 @@ def sync(folder: Path) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put on the disk which files a folder has."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 _own: set[Path] = set()

@@ -7,6 +7,8 @@ failed check, 2 wrong usage, 3 finished but some rows were skipped, 130 interrup
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -53,12 +55,24 @@ app.add_typer(evaluate.commands, name="evaluate")
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:  # it is where the shell closed it
+                sys.stdout.flush()
     except CaiError as error:
         complain(str(error))
         sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+            raise
+        # Python would try once more, at its end, to write what could not be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:  # who reads no further has seen enough
+            complain(f"what was to be written is not whole: {error.strerror}")
+        sys.exit(FAILED)
     raise AssertionError("the app exits by itself")
 
 

@@ -8,8 +8,8 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -22,6 +22,8 @@ FAILED, SKIPPED, INTERRUPTED = 1, 3, 130
 """Exit statuses: an error or a failed check, some rows skipped, Ctrl-C."""
 
 DEFAULT_LOG = "sqlite:///cai.db"
+
+T = TypeVar("T")
 
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(highlight=False, markup=False, emoji=False, stderr=True)
@@ -160,3 +162,35 @@ class Stop:
 
         with contextlib.suppress(NotImplementedError):  # Windows has no signals in event loops
             loop.add_signal_handler(signal.SIGINT, interrupted)
+
+
+def drive(
+    results: Callable[[Callable[[], bool]], AsyncGenerator[T, None]],
+    left: int,
+    what: str,
+    *,
+    line: Callable[[T], str],
+    report: Callable[[T], None],
+) -> bool:
+    """Take every result of a job that Ctrl-C stops, with progress; return whether it was stopped.
+
+    Args:
+        results: gives the job's results, from a function that says whether no further one shall be begun.
+        left: how many results there are to be.
+        what: what they are, in the plural.
+        line: says of a result what stands beside the progress.
+        report: hears of each result after that, to complain of one that failed.
+    """
+    stop = Stop()
+
+    async def work() -> None:
+        stop.listen()
+        async with contextlib.aclosing(results(lambda: stop.asked)) as ended:
+            with bar(left, what) as advance:
+                async for result in ended:
+                    advance(line(result))
+                    report(result)
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(work())
+    return stop.asked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from cai_graph.cli.console import DEFAULT_LOG, group, measured, note, out, print_json
 from cai_graph.cli.model import fetch, foreign, judging, width
-from cai_graph.cli.options import AsJson, Concurrency, LogUrl, option
+from cai_graph.cli.options import AsJson, Concurrency, LogUrl, Since, Source, Tag, option
 
 if TYPE_CHECKING:
     from cai_graph.calibration import Calibration, Judged
@@ -36,9 +35,9 @@ def calibrate(
         str | None,
         option("--constitution -c", "Only answers judged under it; balanced with --cheap.", "NAME|FILE"),
     ] = None,
-    tag: Annotated[str | None, typer.Option(help="Only trajectories with this tag.")] = None,
-    source: Annotated[str | None, typer.Option(help="Only trajectories whose source key starts so.")] = None,
-    since: Annotated[datetime | None, typer.Option(help="Only from this time on, UTC.")] = None,
+    tag: Tag = None,
+    source: Source = None,
+    since: Since = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many, the latest first.")] = None,
     concurrency: Concurrency = None,
     as_json: AsJson = False,

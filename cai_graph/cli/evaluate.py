@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 commands = group("What a model is worth: harmlessness, helpfulness and over-refusal, with intervals.")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the evaluation.")]
-SuiteFile = Annotated[Path | None, typer.Option(metavar="FILE")]
 
 
 @commands.command(
@@ -245,7 +244,8 @@ def score(
     found = rules.load(constitution)
     fetch(critic, judge)
 
-    async def work() -> None:
+    async def work() -> int:
+        failed = 0
         if best_of is not None:
             with _shown(f"choosing by {best_of}") as tell:
                 await evaluation.best_of(RewardGrader.of(best_of), tell)
@@ -261,15 +261,18 @@ def score(
                 graders.append(refusals_for(refusals))
             for grader in graders:
                 with _shown(f"{suite}, by {grader.name}") as tell:
-                    await evaluation.grade(suite, grader, tell)
+                    failed += await evaluation.grade(suite, grader, tell)
             if judge is not None and suite in AIMS:
                 comparing = Judge(loaded(judge), reasoning=reasoning)
                 at_once = concurrency or width(judge)
                 with _shown(f"{suite}, compared by {judge}") as tell:
-                    await evaluation.compare(suite, comparing, found, concurrency=at_once, progress=tell)
+                    failed += await evaluation.compare(
+                        suite, comparing, found, concurrency=at_once, progress=tell
+                    )
+        return failed
 
     with foreign(judge or critic or refusals or "the judge"):
-        asyncio.run(work())
+        failed = asyncio.run(work())
     summary = summarise(evaluation)
     write_whole(folder / "figures.json", json.dumps(summary.json(), indent=2) + "\n")
     for number, svg in enumerate(svgs(summary).values(), 1):
@@ -278,6 +281,9 @@ def score(
         print_json(summary.json())
     else:
         _print(summary)
+    if failed:
+        note(f"{failed} judgements failed and are in no figure; the same command asks again")
+        raise typer.Exit(SKIPPED)
 
 
 def _critic(spec: str, by_claim: bool, constitution: Any, aim: str) -> Grader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +13,8 @@ from cai_graph.cli.console import (
     DEFAULT_LOG,
     INTERRUPTED,
     SKIPPED,
-    Stop,
-    bar,
     complain,
+    drive,
     group,
     note,
     out,
@@ -114,7 +112,21 @@ def label(
             note(f"{job.done} of {job.total} trajectories were labelled before; going on with the others")
         fetch(who, model)
         with foreign(who):
-            interrupted, failed = _drive(job, concurrency or width(who))
+            failed = 0
+
+            def report(result: Labelled) -> None:
+                nonlocal failed
+                if result.failed is not None:
+                    failed += 1
+                    complain(f"{result.trajectory.id} failed: {result.failed}")
+
+            interrupted = drive(
+                lambda stopped: job.results(concurrency or width(who), stopped=stopped),
+                job.total - job.done,
+                "trajectories",
+                line=_line,
+                report=report,
+            )
     _sum_up(job, as_json)
     if interrupted:
         note(f"interrupted; to go on, type again: {this_command()}")
@@ -122,28 +134,6 @@ def label(
     if failed:
         complain(f"{failed} trajectories failed; to try again: {this_command()}")
         raise typer.Exit(SKIPPED)
-
-
-def _drive(job: Labelling, concurrency: int) -> tuple[bool, int]:
-    """Run a labelling with progress; return whether it was interrupted, and how many failed."""
-    stop = Stop()
-    failed = 0
-
-    async def work() -> None:
-        nonlocal failed
-        stop.listen()
-        results = job.results(concurrency, stopped=lambda: stop.asked)
-        async with contextlib.aclosing(results):
-            with bar(job.total - job.done, "trajectories") as advance:
-                async for result in results:
-                    advance(_line(result))
-                    if result.failed is not None:
-                        failed += 1
-                        complain(f"{result.trajectory.id} failed: {result.failed}")
-
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(work())
-    return stop.asked, failed
 
 
 def _line(result: Labelled) -> str:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from cai_graph.cli.console import FAILED, SKIPPED, bar, complain, group, note
 from cai_graph.cli.model import critic_of, fetch, foreign, width
-from cai_graph.cli.options import Concurrency, ConstitutionName, FailOn, Strong, Threshold, option
+from cai_graph.cli.options import Concurrency, ConstitutionName, Strong, Threshold, option
 
 commands = group()
+
+
+class FailingVerdict(StrEnum):
+    """Which verdict makes `cai judge` exit with 1."""
+
+    VIOLATES = "violates"
+    UNREADABLE = "unreadable"
 
 
 @commands.command(epilog="Example: cai judge answers.jsonl -o verdicts.jsonl --fail-on violates")
@@ -30,7 +38,7 @@ def judge(
     constitution: ConstitutionName = "balanced",
     concurrency: Concurrency = None,
     fail_on: Annotated[
-        list[FailOn] | None,
+        list[FailingVerdict] | None,
         typer.Option(help="Exit with 1 if such a verdict stands; may be given twice."),
     ] = None,
 ) -> None:
@@ -39,7 +47,7 @@ def judge(
     Writes one line a row, in order: its id (or index), verdicts, and aims (probabilities by aim). A row
     that cannot be judged has an error in their place.
     """
-    from cai_graph import bulk
+    from cai_graph import bulk, whole
     from cai_graph import constitution as constitutions
 
     rules = constitutions.load(constitution)
@@ -52,7 +60,7 @@ def judge(
         async def work() -> None:
             nonlocal violates, unreadable, skipped
             judgements = bulk.judge(who, rules, rows, concurrency or width(critic))
-            with bulk.written_whole(output) as file, bar(total, "answers") as advance:
+            with whole.output(output) as file, bar(total, "answers") as advance:
                 async with contextlib.aclosing(judgements):
                     async for judgement in judgements:
                         file.write(judgement.line() + "\n")
@@ -66,8 +74,8 @@ def judge(
         with foreign(critic):
             asyncio.run(work())
     note(f"{total} answers: {violates} violate, {unreadable} unreadable, {skipped} could not be judged")
-    stands = {FailOn.VIOLATES: violates, FailOn.UNREADABLE: unreadable}
-    if any(stands.get(label) for label in fail_on or ()):
+    stands = {FailingVerdict.VIOLATES: violates, FailingVerdict.UNREADABLE: unreadable}
+    if any(stands[label] for label in fail_on or ()):
         raise typer.Exit(FAILED)
     if skipped:
         raise typer.Exit(SKIPPED)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cai_graph.cli.console import DEFAULT_LOG, FAILED, SKIPPED, complain, group, note, out, print_record
-from cai_graph.cli.options import AsJson, ExportFormat, LogUrl, OutcomeName
+from cai_graph.cli.options import AsJson, ExportFormat, LogUrl, OutcomeFilter, Since, Source, Tag
 
 if TYPE_CHECKING:
     from cai_graph.log import Filters
@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 
 commands = group("Read and keep the log.")
 
-OutcomeFilter = Annotated[
-    OutcomeName | None, typer.Option("--outcome", help="Only trajectories that ended so.")
-]
-Tag = Annotated[str | None, typer.Option(help="Only trajectories with this tag.")]
-Source = Annotated[str | None, typer.Option(help="Only trajectories whose source key starts so.")]
-Since = Annotated[datetime | None, typer.Option(help="Only from this time on, UTC.")]
 Until = Annotated[datetime | None, typer.Option(help="Only before this time, UTC.")]
 
 
@@ -185,9 +179,14 @@ def log_gc(
     """Remove old trajectories, with everything appended about them."""
     from cai_graph.log import upkeep
 
+    try:
+        before = datetime.now(UTC) - timedelta(days=days)
+    except (OverflowError, ValueError) as error:
+        reason = f"{days} days ago is no date; say how many days of the log are to stay, such as 90"
+        raise typer.BadParameter(reason, param_hint="--days") from error
     removal = upkeep.gc(
         log,
-        before=datetime.now(UTC) - timedelta(days=days),
+        before=before,
         why=why,
         keep_reviewed=not also_reviewed,
         keep_tag=keep_tag,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import typer
@@ -13,14 +13,6 @@ Policy = Literal["open", "closed", "raise"]
 RowFormat = Literal["jsonl", "csv", "text"]
 ExportFormat = Literal["jsonl", "parquet"]
 OutcomeName = Literal["KEPT", "REVISED", "EXHAUSTED", "REFUSED", "FAILED", "UNJUDGED"]
-
-
-class FailOn(StrEnum):
-    """Which verdict makes `cai judge` exit with 1."""
-
-    VIOLATES = "violates"
-    UNREADABLE = "unreadable"
-    NEVER = "never"
 
 
 def option(names: str, help: str, metavar: str | None = None) -> Any:
@@ -45,6 +37,12 @@ ConstitutionName = Annotated[
     str, option("--constitution -c", "A built-in constitution, or a file.", "NAME|FILE")
 ]
 LogUrl = Annotated[str, option("--log", "Where the log is.", "URL")]
+OutcomeFilter = Annotated[
+    OutcomeName | None, typer.Option("--outcome", help="Only trajectories that ended so.")
+]
+Tag = Annotated[str | None, typer.Option(help="Only trajectories with this tag.")]
+Source = Annotated[str | None, typer.Option(help="Only trajectories whose source key starts so.")]
+Since = Annotated[datetime | None, typer.Option(help="Only from this time on, UTC.")]
 StrategyName = Annotated[Strategy, option("--strategy", "How principles are judged.")]
 MaxRounds = Annotated[
     int | None, typer.Option(min=0, help="Most rounds of critique and revision; 0 only judges.")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,9 +15,8 @@ from cai_graph.cli.console import (
     FAILED,
     INTERRUPTED,
     SKIPPED,
-    Stop,
-    bar,
     complain,
+    drive,
     group,
     note,
     out,
@@ -27,15 +24,15 @@ from cai_graph.cli.console import (
     this_command,
 )
 from cai_graph.cli.model import fetch, foreign, judging, width
-from cai_graph.cli.options import AsJson, Concurrency, LogUrl, option
+from cai_graph.cli.options import AsJson, Concurrency, LogUrl, OutcomeFilter, Since, Source, Tag, option
 
 if TYPE_CHECKING:
-    from trainers.replay import Replay, Report
+    from trainers.replay import Judged, Report
 
 commands = group()
 
 
-class FailOn(StrEnum):
+class FailingChange(StrEnum):
     """Which change makes `cai replay` exit with 1."""
 
     MORE_VIOLATIONS = "more-violations"
@@ -56,13 +53,13 @@ def replay(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many trajectories, drawn by lot.")] = None,
     seed: Annotated[int, typer.Option(help="Of that lot.")] = 0,
-    outcome: Annotated[str | None, typer.Option(help="Only trajectories that ended so.")] = None,
-    tag: Annotated[str | None, typer.Option(help="Only trajectories with this tag.")] = None,
-    source: Annotated[str | None, typer.Option(help="Only trajectories whose source key starts so.")] = None,
-    since: Annotated[datetime | None, typer.Option(help="Only from this time on, UTC.")] = None,
+    outcome: OutcomeFilter = None,
+    tag: Tag = None,
+    source: Source = None,
+    since: Since = None,
     examples: Annotated[int, typer.Option(min=0, help="How many to show of each change.")] = 3,
     fail_on: Annotated[
-        list[FailOn] | None, typer.Option(help="Exit with 1 on such a change; may be repeated.")
+        list[FailingChange] | None, typer.Option(help="Exit with 1 on such a change; may be repeated.")
     ] = None,
     concurrency: Concurrency = None,
     as_json: AsJson = False,
@@ -93,7 +90,13 @@ def replay(
                 note(f"{job.done} of {job.total} answers were judged before, in {job.path}")
             fetch(critic)
             with foreign(critic):
-                interrupted = _drive(job, concurrency or width(critic))
+                interrupted = drive(
+                    lambda stopped: job.results(concurrency or width(critic), stopped=stopped),
+                    job.total - job.done,
+                    "answers",
+                    line=_line,
+                    report=_report,
+                )
     report = job.report
     if as_json:
         print_json({"constitution": rules.digest, "critic": critic, **report.summary()})
@@ -113,38 +116,27 @@ def replay(
         raise typer.Exit(SKIPPED)
 
 
-def _broken(rule: FailOn, report: Report) -> bool:
+def _broken(rule: FailingChange, report: Report) -> bool:
     match rule:
-        case FailOn.MORE_VIOLATIONS:
+        case FailingChange.MORE_VIOLATIONS:
             return report.newly > report.cleared
-        case FailOn.FEWER_VIOLATIONS:
+        case FailingChange.FEWER_VIOLATIONS:
             return report.cleared > report.newly
-        case FailOn.ANY_CHANGE:
+        case FailingChange.ANY_CHANGE:
             return bool(report.newly or report.cleared or report.now_unreadable)
-        case FailOn.UNREADABLE:
+        case FailingChange.UNREADABLE:
             return report.now_unreadable > 0
 
 
-def _drive(job: Replay, concurrency: int) -> bool:
-    """Run a replay with progress; return whether it was interrupted."""
+def _line(judged: Judged) -> str:
     from cai_graph import show
 
-    stop = Stop()
+    return f"{show.one_line(judged.answer.key, 50)}  {judged.before} → {judged.after}"
 
-    async def work() -> None:
-        stop.listen()
-        results = job.results(concurrency, stopped=lambda: stop.asked)
-        async with contextlib.aclosing(results):
-            with bar(job.total - job.done, "answers") as advance:
-                async for judged in results:
-                    said = show.one_line(judged.answer.key, 50)
-                    advance(f"{said}  {judged.before} → {judged.after}")
-                    if judged.failed is not None:
-                        complain(f"{judged.answer.key} failed: {judged.failed}")
 
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(work())
-    return stop.asked
+def _report(judged: Judged) -> None:
+    if judged.failed is not None:
+        complain(f"{judged.answer.key} failed: {judged.failed}")
 
 
 def _show(report: Report) -> None:

@@ -18,9 +18,8 @@ from cai_graph.cli.console import (
     FAILED,
     INTERRUPTED,
     SKIPPED,
-    Stop,
-    bar,
     complain,
+    drive,
     group,
     log_option,
     note,
@@ -118,7 +117,13 @@ def run(
                 note(f"{job.done} of {job.rows} rows were answered before; going on with the others")
             fetch(model, critic, strong, reviser)
             with foreign(model), _seldom_collecting():
-                interrupted = _drive(job, concurrency or width(model))
+                interrupted = drive(
+                    lambda stopped: job.results(concurrency or width(model), stopped=stopped),
+                    job.rows - job.done,
+                    "prompts",
+                    line=_line,
+                    report=_report,
+                )
     _sum_up(job, log, interrupted)
 
 
@@ -138,29 +143,13 @@ def _seldom_collecting() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _drive(job: Run, concurrency: int) -> bool:
-    """Run a bulk job with progress; return whether it was interrupted."""
+def _line(result: Trajectory | Broken | Failed) -> str:
     from cai_graph import show
     from cai_graph.trajectory import Trajectory
 
-    stop = Stop()
-
-    async def work() -> None:
-        stop.listen()
-        results = job.results(concurrency, stopped=lambda: stop.asked)
-        async with contextlib.aclosing(results):
-            with bar(job.rows - job.done, "prompts") as advance:
-                async for result in results:
-                    if isinstance(result, Trajectory):
-                        line = f"{result.outcome.value:<9} {show.one_line(result.prompt, 80)}"
-                        advance(f"{line}  {result.seconds:.1f} s")
-                    else:
-                        advance("skipped")
-                        _report(result)
-
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(work())
-    return stop.asked
+    if not isinstance(result, Trajectory):
+        return "skipped"
+    return f"{result.outcome.value:<9} {show.one_line(result.prompt, 80)}  {result.seconds:.1f} s"
 
 
 def _sum_up(job: Run, log: str, interrupted: bool) -> None:
@@ -181,8 +170,11 @@ def _sum_up(job: Run, log: str, interrupted: bool) -> None:
         raise typer.Exit(SKIPPED)
 
 
-def _report(row: Broken | Failed) -> None:
-    complain(f"line {row.line} skipped: {row.why}")
+def _report(result: Trajectory | Broken | Failed) -> None:
+    from cai_graph.trajectory import Trajectory
+
+    if not isinstance(result, Trajectory):
+        complain(f"line {result.line} skipped: {result.why}")
 
 
 # --- demo ---------------------------------------------------------------------------------------------

@@ -52,7 +52,6 @@ Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9
 _Text = Annotated[str, StringConstraints(min_length=1)]
 _Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([-_.][a-z0-9]+)*$", max_length=64)]
 _Aim = Annotated[str, StringConstraints(pattern=r"^[^\W\d_][\w-]*$", max_length=64)]
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Record(BaseModel):

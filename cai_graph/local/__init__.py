@@ -2,6 +2,7 @@
 
 catalogue   what can be fetched: name, hash, size, licence, sources in order
 cache       the user's cache: hash-checked, resumed, one download at a time
+gguf        the first blocks of a model file, as a smaller one
 server      llama.cpp's server on a loopback port: started on first use, gone with us
 chat        a plain ChatOpenAI in front of it
 """
@@ -9,6 +10,7 @@ chat        a plain ChatOpenAI in front of it
 from cai_graph.local.cache import EXPORTED, Progress, cache_dir, cached, fetch, only_one, weights
 from cai_graph.local.catalogue import CATALOGUE, DEFAULT_MODEL, HubFile, LocalModel, WheelPart, find
 from cai_graph.local.chat import chat_model, is_local
+from cai_graph.local.gguf import block_count, first_blocks
 from cai_graph.local.server import CONTEXT_TOKENS, CONVERSATIONS, Engine, Mode, engine, usable_cores
 
 __all__ = [
@@ -23,12 +25,14 @@ __all__ = [
     "Mode",
     "Progress",
     "WheelPart",
+    "block_count",
     "cache_dir",
     "cached",
     "chat_model",
     "engine",
     "fetch",
     "find",
+    "first_blocks",
     "is_local",
     "only_one",
     "usable_cores",

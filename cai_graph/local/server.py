@@ -151,16 +151,6 @@ class Engine:
         ids: list[int] = reply["tokens"]
         return ids
 
-    async def render(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return messages ({"role", "content"}) in the model's chat template, up to the assistant's tag."""
-        reply = await self._post("/apply-template", {"messages": list(messages)})
-        return str(reply["prompt"])
-
-    async def count_tokens(self, text: str) -> int:
-        """Return how many tokens the text has for this model, without a begin-of-text token."""
-        reply = await self._post("/tokenize", {"content": text})
-        return len(reply["tokens"])
-
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         httpx = httpx_module()
         # trust_env=False: a proxy of the environment has no business on the loopback.

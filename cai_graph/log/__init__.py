@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cai_graph.log.writer import Writer
 
 __all__ = [
+    "CURRENT_END",
     "WITHHELD",
     "Commit",
     "Filters",
@@ -48,7 +49,10 @@ __all__ = [
     "export",
     "gc",
     "import_",
+    "is_open",
     "open_log",
+    "open_store",
+    "place_of",
     "recover",
     "redact_texts",
     "verify",
@@ -267,7 +271,11 @@ class Log:
     def read(self, **filters: Unpack[Filters]) -> Iterator[Record]:
         """Yield the records that pass the filters, as of the first one, in flat memory.
 
+        Args:
+            filters: see `Filters`; each that is given must hold.
+
         Raises:
+            ConfigError: there is no such filter, kind or outcome, or a time is no datetime.
             DataError: a record was written by a newer release; or there is no record `after`.
             LogError: the log cannot be read, or a record is damaged.
         """
@@ -308,10 +316,6 @@ class Log:
     def known(self, ids: Sequence[str]) -> set[str]:
         """Return those of the ids that are in the log, or were until `gc` removed them."""
         return self._store().known(ids)
-
-    def sources(self, prefix: str = "") -> set[str]:
-        """Return the source keys of the Trajectories in the log that start with `prefix`."""
-        return self._store().sources(prefix)
 
     def stats(self) -> Stats:
         """Return what the log holds, counted; reads every record once."""

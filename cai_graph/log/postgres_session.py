@@ -15,7 +15,7 @@ import psycopg
 
 from cai_graph.errors import ConfigError, LogError
 
-__all__ = ["LOCK", "SCHEMA", "Late", "Session", "connect", "parameters_of"]
+__all__ = ["LOCK", "READ_S", "SCHEMA", "WRITE_S", "Late", "Session", "connect", "parameters_of"]
 
 SCHEMA = 1
 """The version of the tables that this release writes."""

@@ -23,6 +23,7 @@ from cai_graph.trajectory import (
     Record,
     Review,
     Revision,
+    Round,
     ToolCall,
     Trajectory,
     Verdict,
@@ -50,6 +51,7 @@ _NOT_TEXT: dict[type, frozenset[str]] = {
     Verdict: frozenset({"principle", "aim", "read_by"}),
     Critique: frozenset({"critic", "readings"}),
     Cascaded: frozenset({"why"}),
+    Round: frozenset({"of"}),
     Revision: frozenset(),
     Call: frozenset({"role", "model", "kind", "prompt_digest"}),
     ConstitutionRef: frozenset({"name", "version", "digest"}),
@@ -130,5 +132,9 @@ def _map(value: Any, redact: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return [_map(item, redact) for item in value]
     if isinstance(value, dict):
-        return {key: _map(item, redact) for key, item in value.items()}
+        # Of a message's parts the one of type "text" is its text, and stays that.
+        return {
+            key: item if (key, item) == ("type", "text") else _map(item, redact)
+            for key, item in value.items()
+        }
     return value

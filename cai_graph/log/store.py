@@ -16,18 +16,21 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 from uuid import uuid4
 
-from cai_graph.errors import CaiError, DataError, LogError
+from cai_graph.errors import CaiError, ConfigError, DataError, LogError
 from cai_graph.log.redaction import is_withheld
 from cai_graph.log.stats import Stats, Tally
-from cai_graph.trajectory import Comparison, Feedback, Record, Review, Trajectory
+from cai_graph.trajectory import Comparison, Feedback, Outcome, Record, Review, Trajectory
 
 __all__ = [
     "MAX_ROWS",
+    "PAGE_BYTES",
+    "TAGGED",
     "Database",
     "Filters",
     "Kind",
@@ -236,7 +239,12 @@ class Store(ABC):
 
         Read page by page in the order of positions, which the indexes have, too; a range of sources or times
         is first turned into a range of positions.
+
+        Raises:
+            ConfigError: there is no such filter, kind or outcome, or a time is no datetime.
+            LogError: the log cannot be read, or a record is damaged.
         """
+        _check(filters)
         newest_first = filters.get("newest_first", False)
         first, last = self.span(filters)
         clauses, bindings = self._where(filters)
@@ -294,11 +302,6 @@ class Store(ABC):
         )
         stored = {row[0] for row in self.rows(sql, {"ids": self.packed([column_text(id) for id in ids])})}
         return {id for id in ids if column_text(id) in stored}
-
-    def sources(self, prefix: str) -> set[str]:
-        """Return the source keys of Trajectories that start with `prefix`."""
-        sql = "SELECT source FROM records WHERE source >= :source AND source < :source_end"
-        return {row[0] for row in self.rows(sql, _prefix(prefix))}
 
     def stats(self) -> Stats:
         """Return the counts; reads every payload once, in flat memory."""
@@ -448,6 +451,22 @@ def _ranges(filters: Filters) -> Iterator[tuple[str, str, dict[str, Any]]]:
 def _prefix(source: str) -> dict[str, str]:
     low = column_text(source)
     return {"source": low, "source_end": low + "\U0010ffff"}
+
+
+def _check(filters: Filters) -> None:
+    """Refuse what would pass everything or nothing by mistake."""
+    for name, value in filters.items():
+        if name not in Filters.__annotations__:
+            known = ", ".join(Filters.__annotations__)
+            close = get_close_matches(name, Filters.__annotations__, n=1)
+            raise ConfigError(
+                f"no filter {name!r}; " + (f"did you mean {close[0]!r}?" if close else f"they are {known}")
+            )
+        menu: Collection[str] | None = {"kind": KINDS.values(), "outcome": list(Outcome)}.get(name)
+        if menu is not None and value is not None and value not in menu:
+            raise ConfigError(f"{name} is one of {', '.join(menu)}; found {value!r}")
+        if name in ("since", "until") and not isinstance(value, datetime | None):
+            raise ConfigError(f"{name} is a datetime, found {value!r}")
 
 
 def digest_of(writer: str, sequence: int, payload: bytes) -> bytes:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Unpack
 from uuid import UUID
 
+from cai_graph import whole
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
 from cai_graph.log import CURRENT_END, Filters, Log, Redactor, open_log
 from cai_graph.trajectory import (
@@ -78,27 +78,11 @@ def export(
     write = _write_jsonl if chosen == "jsonl" else _parquet_writer()
     with open_log(url, read_only=True) as log:
         try:
-            return _atomically(target, lambda file: write(log, filters, file))
+            with whole.file(target, mode=0o600) as work, work.open("wb") as file:
+                count = write(log, filters, file)
+            whole.sync_folder(target.parent)
         except OSError as error:
             raise LogError(f"{target}: cannot be written: {error.strerror or error}") from error
-
-
-def _atomically(target: Path, write: Callable[[BinaryIO], int]) -> int:
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            count = write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
     return count
 
 
@@ -176,12 +160,6 @@ def _parquet_row(line: bytes) -> dict[str, Any]:
     }
     if not isinstance(record, Trajectory):
         return row | {"at": record.at, "trajectory_id": _storable(record.trajectory_id)}
-    violated = [
-        verdict.principle or verdict.aim or ""
-        for round_ in record.rounds[:1]
-        for verdict in round_.critique.verdicts
-        if verdict.label is Label.VIOLATES
-    ]
     return row | {
         "at": record.started_at,
         "mode": _storable(record.mode),
@@ -190,7 +168,7 @@ def _parquet_row(line: bytes) -> dict[str, Any]:
         "constitution_digest": _storable(record.constitution.digest),
         "source": _storable(record.source),
         "tags": [_storable(tag) for tag in record.tags],
-        "violated": [_storable(name) for name in violated],
+        "violated": [_storable(name) for name in record.violated],
         "prompt": _storable(record.prompt),
         "draft": None if record.draft is None else _storable(text_of(record.draft.answer)),
         "released": None if record.released is None else _storable(text_of(record.released)),

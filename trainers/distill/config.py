@@ -169,6 +169,3 @@ class Config:
     def method(self) -> str:
         """The last stage of training."""
         return str(self.rl.get("method", "ppo"))
-
-
-# --- the steps ----------------------------------------------------------------------------------------

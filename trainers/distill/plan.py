@@ -10,25 +10,30 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from cai_graph import bulk, chain, local, models
 from cai_graph import constitution as constitutions
-from cai_graph.blocks import sha256_of
 from cai_graph.calls import Budget
 from cai_graph.chat import ConstitutionalChatModel
-from cai_graph.critic import Critic, critic_for
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError, ModelError
 from cai_graph.log import open_log, without_password
 from cai_graph.log.transfer import export as export_log
 from cai_graph.log.transfer import import_
-from cai_graph.trained import PREFIX
-from trainers import dataset, weights
+from cai_graph.trajectory import Outcome
+from trainers import dataset, weights, whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
+from trainers.distill import checks
 from trainers.distill.config import Config, Section
+from trainers.distill.identity import identity, identity_of_reward
+from trainers.distill.launch import as_one_of, is_here, processes
+from trainers.distill.report import report
+from trainers.distill.who import chat, critic, unasked, unasked_reward
+from trainers.encoding import open_data
 from trainers.feedback import Config as Labels
 from trainers.feedback import Labelling
 from trainers.judge import Judge
@@ -37,6 +42,10 @@ from trainers.recipe import Recipe
 from trainers.sampler import Sampler
 from trainers.sizes import Size
 
+if TYPE_CHECKING:
+    from trainers.evaluation.grades import Grader
+    from trainers.evaluation.suites import Prompt, Suite
+
 __all__ = ["pipeline", "train"]
 
 Progress = Callable[[str, int, int], None]
@@ -44,8 +53,9 @@ Progress = Callable[[str, int, int], None]
 
 CHECKPOINT = "checkpoint"
 _LOG = "log.db"
+_PUBLISHED = ".published.json"
+"""In the output folder: names of the files that the last model was shown in."""
 _ROW_SECONDS = 3600.0
-_API_RETRIES = 8
 
 
 def pipeline(config: Config, progress: Progress = lambda what, done, total: None) -> Pipeline:
@@ -56,7 +66,12 @@ def pipeline(config: Config, progress: Progress = lambda what, done, total: None
         ConstitutionError: the constitution cannot be read.
         DataError: the prompts cannot be read.
     """
-    return Pipeline(config.output, _Plan(config, progress).steps())
+    plan = _Plan(config, progress)
+    steps = Pipeline(config.output, plan.steps())
+    for step, check in plan.checks:
+        if steps.state(step) != "done":  # what is skipped needs no key, no package and no GPU
+            check()
+    return steps
 
 
 def train(
@@ -68,8 +83,6 @@ def train(
         StepFailed: a step ended with an error; names it. The next run goes on from there.
         CaiError: what `pipeline` raises.
     """
-    from trainers.report import report
-
     steps = pipeline(config, progress)
     done = steps.run(tell)
     _publish(done["model"].path, config.output)
@@ -83,11 +96,14 @@ class _Plan:
     def __init__(self, config: Config, progress: Progress) -> None:
         self.config, self.progress = config, progress
         self.rules = constitutions.load(config.constitution)
-        self.base = {"model": _identity(config.model)}
+        self.base = {"model": identity(config.model)}
+        self.processes = processes(config.launch)
         missing = [str(path) for path in config.evaluation.suites.values() if not path.exists()]
         if missing:
             raise ConfigError(f"evaluation: {', '.join(missing)} is not there")
         self.size = Size.of(config)
+        self.checks: list[tuple[Step, Callable[[], None]]] = []
+        """What can be checked of a step beforehand; set by `steps`."""
 
     def steps(self) -> list[Step]:
         config = self.config
@@ -132,7 +148,7 @@ class _Plan:
         needs: tuple[Needs, ...] = ()
         if config.prompts is not None:
             shaping = {key: value for key, value in plain(drafts).items() if key != "concurrency"}
-            shaping["critic"] = _identity(drafts.critic)
+            shaping |= {who: identity(getattr(drafts, who)) for who in ("model", "critic", "reviser")}
             prompts = {"sha256": sha256_of(config.prompts), "column": config.column, "limit": config.limit}
             settings |= {"prompts": prompts, "drafts": shaping, "seed": config.seed}
             if drafts.model is None:
@@ -152,12 +168,14 @@ class _Plan:
                 copy.unlink()
             with open_log(url, read_only=True) as opened:
                 stats = opened.stats()
-            if not stats.trajectories:
+            # A row that failed is in the log, too, beside the trajectory of a later attempt.
+            count = stats.trajectories - stats.outcomes.get(Outcome.FAILED, 0)
+            if not count:
                 raise DataError("there is no trajectory to learn from")
             if summary is None:
-                return {"trajectories": stats.trajectories, "copied": copied}
+                return {"trajectories": count, "copied": copied}
             return {
-                "trajectories": stats.trajectories,
+                "trajectories": count,
                 "copied": copied,
                 "outcomes": dict(summary.outcomes),
                 "input_tokens": summary.input_tokens,
@@ -165,28 +183,45 @@ class _Plan:
                 "skipped": len(summary.skipped),
             }
 
-        return Step(name="trajectories", settings=settings, work=work, needs=needs)
+        step = Step(name="trajectories", settings=settings, work=work, needs=needs)
+        if config.prompts is not None:
+            self.checks.append((step, self._check_drafts))
+        return step
 
-    def _answer(self, url: str) -> bulk.Summary:
-        """Answer the prompts that are not answered yet into the log."""
+    def _check_drafts(self) -> None:
+        with checks.in_section("drafts"):
+            self._guarded(None, named=unasked)
+
+    def _guarded(
+        self, log: str | None, *, named: Callable[[str], str] = str
+    ) -> tuple[Any, ConstitutionalChatModel]:
+        """Return who drafts, alone and under the constitution; `named` is what a spec is read as."""
         config, drafts = self.config, self.config.drafts
         shaped = {"temperature": drafts.temperature, "seed": config.seed}
-        who = drafts.model or config.model
-        drafter = _chat(who, max_tokens=drafts.max_tokens, **shaped)
-        reviser = _chat(drafts.reviser or who, max_tokens=2 * drafts.max_tokens, **shaped)
+        who = named(drafts.model or config.model)
+        drafter = chat(who, max_tokens=drafts.max_tokens, **shaped)
+        reviser = chat(
+            named(drafts.reviser) if drafts.reviser else who, max_tokens=2 * drafts.max_tokens, **shaped
+        )
         rounds: dict[str, Any] = {} if drafts.max_rounds is None else {"max_rounds": drafts.max_rounds}
         guarded: ConstitutionalChatModel = chain.constitutional(
             drafter,
             constitution=self.rules,
-            critic=drafts.critic,
+            critic=drafts.critic and named(drafts.critic),
             reviser=reviser,
-            log=url,
+            log=log,
             strategy=drafts.strategy,
             seed=config.seed,
             on_log_error="raise",
             budget=Budget(seconds=_ROW_SECONDS),
             **rounds,
         )
+        return drafter, guarded
+
+    def _answer(self, url: str) -> bulk.Summary:
+        """Answer the prompts that are not answered yet into the log."""
+        config, drafts = self.config, self.config.drafts
+        drafter, guarded = self._guarded(url)
         assert config.prompts is not None
         assert guarded.plan.log is not None
 
@@ -202,6 +237,8 @@ class _Plan:
             drafting = {"model": models.name_of(drafter), "max_tokens": drafts.max_tokens}
             job = bulk.Run(guarded, rows, drafting=drafting, column=config.column, limit=config.limit)
             asyncio.run(work(job))
+        failures = [row.why for row in job.summary.skipped if isinstance(row, bulk.Failed)]
+        _check_failures(failures, job.rows, f"prompts of {config.prompts} were not answered")
         if not job.summary.answered:
             first = job.summary.skipped[0].why if job.summary.skipped else "the file holds none"
             raise DataError(f"no prompt of {config.prompts} was answered: {first}")
@@ -246,6 +283,9 @@ class _Plan:
     ) -> Step:
         """Return the step of a training stage; `model` None: it starts from the base."""
         given = {"seed": self.config.seed, **section}
+        # Where nobody can say how many processes there are, a number that fits any batch offends nobody.
+        answers = section.get("answers", getattr(_stage(module).Config, "answers", 1))
+        count = self.processes or (answers if isinstance(answers, int) and answers > 0 else 1)
         part = "rl" if module not in ("sft", "reward") else module
         for key in ("model", "output", *(("data",) if data is not None else ())):
             if key in section:
@@ -255,7 +295,9 @@ class _Plan:
             places = {"model": str(base), "data": str(rows), "output": str(output)}
             if rewards is not None:
                 places["reward"] = str(rewards)
-            return _section(part, module, {**places, **given})
+            # What a launch starts sees more processes than this one, and a config checks against them.
+            with as_one_of(count) if self.config.launch else contextlib.nullcontext():
+                return _section(part, module, {**places, **given})
 
         nowhere = Path("-")
         checked = config_of(nowhere, nowhere, nowhere, None if reward is None else nowhere)
@@ -264,10 +306,17 @@ class _Plan:
             for key, value in plain(checked).items()
             if key not in ("model", "output") and (key != "data" or data is None)
         }
+        settings["processes"] = self.processes or list(self.config.launch)
         if reward is not None:
             del settings["reward"]
-        if data is None:
-            settings["data"] = _identity(str(section["data"]))
+        elif "reward" in settings:
+            settings["reward"] = identity_of_reward(settings["reward"])
+        for key in ("data", "value_model"):
+            if settings.get(key) is not None:
+                settings[key] = identity(settings[key])
+        if (watched := settings.get("watch")) is not None:
+            named = {key: identity(watched[key]) for key in ("benign", "evasion")}
+            settings["watch"] = {**watched, **named, "judge": identity_of_reward(watched["judge"])}
         inputs = tuple(step for step in (model, data, reward) if step is not None)
 
         def work(folders: Folders) -> dict[str, Any]:
@@ -283,13 +332,36 @@ class _Plan:
             metrics = {} if found.manifest is None else dict(found.manifest.metrics)
             return {"digest": found.digest, "metrics": metrics}
 
-        return Step(
+        step = Step(
             name=name,
             settings=settings if model is not None else {**settings, **self.base},
             inputs=inputs,
             work=work,
             needs=self.size.training(module, checked),
         )
+
+        def check() -> None:
+            if model is None:
+                with checks.in_section("model"):
+                    checks.model(self.config.model)
+            with checks.in_section(part):
+                checks.machine(checked, module, self.processes, is_here=is_here(self.config.launch))
+            if data is None:
+                with checks.in_section(f"{part}.data"):
+                    open_data(checked.data, _stage(module).KINDS)
+            trained_on: frozenset[str] = frozenset()  # of a model that is not there yet
+            if reward is None and hasattr(checked, "reward"):
+                with checks.in_section(f"{part}.reward"):
+                    trained_on = checks.reward(checked.reward)
+            if getattr(checked, "value_model", None) is not None:
+                with checks.in_section(f"{part}.value_model"):
+                    checks.model(checked.value_model)
+            if getattr(checked, "watch", None) is not None and self.size.prompts:
+                with checks.in_section(f"{part}.watch"):
+                    checks.watch(checked.watch, trained_on, self.size.prompts * self.config.rows.test_share)
+
+        self.checks.append((step, check))
+        return step
 
     def _run(self, module: str, config: Any, file: Path) -> None:
         """Run a stage here, or as `cai train` under the command that launches processes."""
@@ -311,7 +383,7 @@ class _Plan:
         config, feedback = self.config, self.config.feedback
         settings = {
             **{key: value for key, value in plain(feedback).items() if key != "concurrency"},
-            "critic": _identity(feedback.critic),
+            **{who: identity(getattr(feedback, who)) for who in ("judge", "critic", "sampler")},
             "constitution": self.rules.digest,
             "seed": config.seed,
         }
@@ -327,7 +399,7 @@ class _Plan:
                 log.flush()
                 return self._label(log, folders[sft.name] / CHECKPOINT)
 
-        return Step(
+        step = Step(
             name="feedback",
             settings=settings,
             inputs=(trajectories, sft),
@@ -335,21 +407,33 @@ class _Plan:
             needs=self.size.feedback(),
         )
 
-    def _label(self, log: Any, checkpoint: Path) -> dict[str, Any]:
+        def check() -> None:
+            with checks.in_section("feedback"):
+                self._labelling(_NoRecords(), Path(sft.name), named=unasked)
+
+        self.checks.append((step, check))
+        return step
+
+    def _labelling(self, log: Any, checkpoint: Path, *, named: Callable[[str], str] = str) -> Labelling:
+        """Return what compares the answers in a log; `named` is what a spec is read as."""
         config, feedback = self.config, self.config.feedback
         sampler = None
         if "samples" in feedback.pairs:
-            sampler = _chat(
-                feedback.sampler or str(checkpoint),
-                max_tokens=feedback.max_tokens,
-                temperature=feedback.temperature,
-                seed=config.seed,
-            )
+            drawn: dict[str, Any] = {
+                "max_tokens": feedback.max_tokens,
+                "temperature": feedback.temperature,
+                "seed": config.seed,
+            }
+            if feedback.sampler is None:
+                sampler = Sampler(path=checkpoint, **drawn)
+            else:
+                sampler = chat(named(feedback.sampler), **drawn)
         spec = feedback.judge or feedback.critic
         assert spec is not None
-        job = Labelling(
+        spec = named(spec)
+        return Labelling(
             log,
-            Judge(_chat(spec)) if feedback.judge else _critic(spec),
+            Judge(chat(spec)) if feedback.judge else critic(spec),
             self.rules,
             Labels(
                 pairs=feedback.pairs,
@@ -361,11 +445,14 @@ class _Plan:
             sampler=sampler,
             sampling=f"{feedback.temperature:g}/{feedback.max_tokens}",
         )
+
+    def _label(self, log: Any, checkpoint: Path) -> dict[str, Any]:
+        job = self._labelling(log, checkpoint)
         failures: list[str] = []
 
         async def work() -> None:
             self.progress("comparisons", job.done, job.total)
-            async with contextlib.aclosing(job.results(feedback.concurrency)) as results:
+            async with contextlib.aclosing(job.results(self.config.feedback.concurrency)) as results:
                 number = job.done
                 async for result in results:
                     number += 1
@@ -373,11 +460,7 @@ class _Plan:
                     self.progress("comparisons", number, job.total)
 
         asyncio.run(work())
-        if failures and len(failures) * 10 > job.total:
-            raise DataError(
-                f"{len(failures)} of {job.total} trajectories could not be labelled, the first: "
-                f"{failures[0]}; the same command tries them again"
-            )
+        _check_failures(failures, job.total, "trajectories could not be labelled")
         return {"failed": len(failures), "positions": job.positions.summary()}
 
     # --- what it came to ---
@@ -390,8 +473,9 @@ class _Plan:
             "harmlessness": files.get("harmlessness"),
             "helpfulness": files.get("helpfulness"),
             "over_refusal": files.get("over-refusal"),
-            "critic": _identity(wanted.critic),
-            "reward": [_identity(spec) for spec in wanted.reward],
+            "critic": identity(wanted.critic),
+            "reward": [identity_of_reward(spec) for spec in wanted.reward],
+            "refusals": identity(wanted.refusals),
             "constitution": self.rules.digest,
             "seed": self.config.seed,
             **self.base,
@@ -405,29 +489,38 @@ class _Plan:
             }
             return self._evaluate(folders.own / "evaluation", subjects)
 
-        return Step(
+        step = Step(
             name="evaluation",
             settings=settings,
             inputs=(sft, last),
             work=work,
             needs=self.size.evaluation(),
         )
+        self.checks.append((step, self._check_evaluation))
+        return step
+
+    def _check_evaluation(self) -> None:
+        with checks.in_section("evaluation"):
+            for suite in dict.fromkeys(prompt.suite for prompt in self._prompts()):
+                self._graders(suite, asking=False)
+
+    def _prompts(self) -> list[Prompt]:
+        from trainers.evaluation.suites import read_suite
+
+        wanted = self.config.evaluation
+        return [
+            prompt
+            for suite, path in wanted.suites.items()
+            for prompt in read_suite(cast("Suite", suite), path, wanted.limit)
+        ]
 
     def _evaluate(self, folder: Path, subjects: Mapping[str, Path]) -> dict[str, Any]:
         from trainers.evaluation import folder as kept_in
         from trainers.evaluation.generations import CheckpointSubject
-        from trainers.evaluation.grades import CriticGrader, Grader, RewardGrader
-        from trainers.evaluation.refusals import refusals_for
-        from trainers.evaluation.suites import Suite, read_suite
         from trainers.evaluation.summary import summarise
 
         wanted = self.config.evaluation
-        prompts = [
-            prompt
-            for suite, path in wanted.suites.items()
-            for prompt in read_suite(cast(Suite, suite), path, wanted.limit)
-        ]
-        kept = kept_in.Evaluation.begin(folder, prompts)
+        kept = kept_in.Evaluation.begin(folder, self._prompts())
 
         async def work() -> None:
             for name, path in subjects.items():
@@ -440,18 +533,32 @@ class _Plan:
                 )
                 await kept.generate(subject, progress=_about(self.progress, f"answers of {name}"))
             for suite in kept.suites():
-                graders: list[Grader] = []
-                if suite in kept_in.AIMS:
-                    if wanted.critic is not None:
-                        graders.append(CriticGrader(_critic(wanted.critic), self.rules, kept_in.AIMS[suite]))
-                    graders += [RewardGrader.of(spec) for spec in wanted.reward]
-                elif wanted.refusals is not None:
-                    graders.append(refusals_for(wanted.refusals))
-                for grader in graders:
-                    await kept.grade(suite, grader, _about(self.progress, f"{suite}, by {grader.name}"))
+                for grader in self._graders(suite):
+                    who = f"{suite}, by {grader.name}"
+                    if not await kept.grade(suite, grader, _about(self.progress, who)):
+                        continue
+                    rows = [row for found in kept.grades(suite)[grader.name].values() for row in found]
+                    failures = [row["error"] for row in rows if kept_in.has_failed(row)]
+                    _check_failures(failures, len(rows), f"answers could not be graded ({who})")
 
         asyncio.run(work())
         return summarise(kept).json()
+
+    def _graders(self, suite: Suite, *, asking: bool = True) -> list[Grader]:
+        """Return who grades the answers to a suite; without `asking`, no server what it serves."""
+        from trainers.evaluation.folder import AIMS
+        from trainers.evaluation.grades import CriticGrader, RewardGrader
+        from trainers.evaluation.refusals import refusals_for
+
+        wanted = self.config.evaluation
+        named: Callable[[str], str] = str if asking else unasked
+        if suite not in AIMS:
+            return [] if wanted.refusals is None else [refusals_for(named(wanted.refusals))]
+        found: list[Grader] = []
+        if wanted.critic is not None:
+            found.append(CriticGrader(critic(named(wanted.critic)), self.rules, AIMS[suite]))
+        rewards = wanted.reward if asking else map(unasked_reward, wanted.reward)
+        return found + [RewardGrader.of(spec) for spec in rewards]
 
     def _model(self, last: Step) -> Step:
         def work(folders: Folders) -> dict[str, Any]:
@@ -469,6 +576,13 @@ class _Plan:
         return Step(name="model", settings=self.base, inputs=(last,), work=work)
 
 
+class _NoRecords:
+    """A log in which nothing stands yet."""
+
+    def read(self, **_: Any) -> Iterator[Any]:
+        return iter(())
+
+
 def _stage(module: str) -> Any:
     return importlib.import_module(f"trainers.{module}")
 
@@ -481,43 +595,20 @@ def _section(part: str, module: str, values: Section) -> Any:
         raise ConfigError(f"{part}: {str(error).removeprefix('--set: ')}") from error
 
 
+def _check_failures(failures: Sequence[str], total: int, what: str) -> None:
+    """Go on without a few rows that failed, and with none of an outage's.
+
+    Raises:
+        DataError: more than a tenth failed.
+    """
+    if len(failures) * 10 > total:
+        raise DataError(
+            f"{len(failures)} of {total} {what}, the first: {failures[0]}; the same command tries them again"
+        )
+
+
 def _about(progress: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
-
-
-def _chat(spec: str, **settings: Any) -> Any:
-    """Return the chat model of a spec; a folder of weights is sampled here."""
-    folder = Path(spec.removeprefix("local:")).expanduser()
-    if folder.is_dir() and not spec.startswith("local:"):
-        return Sampler(path=folder, **settings)
-    if spec.partition(":")[0] != "local":
-        settings.pop("seed", None)
-        settings["max_retries"] = _API_RETRIES
-    return models.load(spec, **settings)
-
-
-def _critic(spec: str) -> Critic:
-    """Return who judges answers one by one."""
-    return critic_for(spec if spec.startswith(PREFIX) else _chat(spec))
-
-
-def _identity(spec: str | None) -> str:
-    """Return what names the bytes behind a model, a critic or a file: a digest where they are here."""
-    if spec is None:
-        return ""
-    kind, _, name = spec.partition(":")
-    for model in local.CATALOGUE:
-        if kind == "local" and (name or local.DEFAULT_MODEL) == model.name:
-            return model.sha256
-    path = Path(name if kind in ("local", "trained") else spec).expanduser()
-    if path.is_file():
-        return sha256_of(path)
-    if (path / "manifest.json").exists() and any(path.glob("*.safetensors")):
-        return Checkpoint.open(path).digest
-    if path.is_dir():
-        files = sorted(one for one in path.rglob("*") if one.is_file())
-        return json.dumps([[str(one.relative_to(path)), sha256_of(one)] for one in files])
-    return spec
 
 
 def _link(source: Path, target: Path) -> None:
@@ -532,7 +623,28 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _publish(made: Path, output: Path) -> None:
-    """Show the finished model in the output folder itself."""
-    for path in sorted(made.iterdir()):
-        if path.is_file() and path.name != DONE:
-            _link(path, output / path.name)
+    """Show the finished model in the output folder itself, and nothing of an older one.
+
+    What was put there is noted, so that a file of the user is never taken for one of an older model.
+    """
+    note = output / _PUBLISHED
+    files = {path.name: path for path in sorted(made.iterdir()) if path.is_file() and path.name != DONE}
+    before = _published(note)
+    whole.write(note, json.dumps(sorted(before | files.keys())) + "\n")  # whatever interrupts what follows
+    for name in before - files.keys():
+        (output / name).unlink(missing_ok=True)
+    for name, path in files.items():
+        _link(path, output / name)
+    whole.write(note, json.dumps(sorted(files)) + "\n")
+
+
+def _published(note: Path) -> set[str]:
+    try:
+        return {str(name) for name in json.loads(note.read_text(encoding="utf-8")) if Path(name).name == name}
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{note}: cannot be read ({error}); it names the files of the last model in {note.parent}; "
+            "remove it, and those of them that the new model has not"
+        ) from error

@@ -28,9 +28,9 @@ class Estimate(NamedTuple):
     value: float
     """The estimate; NaN of no prompt."""
     low: float
-    """Lower end of the 95 % interval; minus infinity where too few prompts give none."""
+    """Lower end of the 95 % interval; minus infinity where the prompts, too few or all alike, give none."""
     high: float
-    """Upper end; infinity where too few prompts give none."""
+    """Upper end; infinity where there is none."""
     n: int
     """Prompts."""
 
@@ -78,8 +78,13 @@ class Figure:
 def estimate(values: Mapping[str, Sequence[float]]) -> Estimate:
     """Return the mean over prompts of what the answers to each came to.
 
-    The interval is Wilson's of 1927 where each prompt came to 0 or 1, and otherwise Student's t over the
-    prompts' means; a t interval of numbers that are all the same would have no width. One prompt has none.
+    The interval of shares and win rates (each answer came to 0, 1, or a half for a tie) is Wilson's of 1927,
+    a tie counted as half: no numbers in [0, 1] of mean m vary by more than m(1 - m) (Bhatia and Davis 2000,
+    "A better bound on the variance"), which is what it assumes, so with ties it is too wide rather than too
+    narrow. With several answers to a prompt it would be much too wide: there the interval is Student's t over
+    the prompts' means, within [0, 1], unless these are all alike or are 0 and 1. So it is for other numbers,
+    which have no bounds. A t interval of numbers that are all alike would have no width: those have none, and
+    neither has one prompt.
 
     Args:
         values: what each answer came to, by prompt; a prompt without a value does not count.
@@ -87,22 +92,22 @@ def estimate(values: Mapping[str, Sequence[float]]) -> Estimate:
     >>> estimate({"a": [1], "b": [0], "c": [1, 1], "d": [0]})
     Estimate(value=0.5, low=0.1500..., high=0.8499..., n=4)
     """
-    means = [fmean(found) for found in values.values() if found]
+    given = [found for found in values.values() if found]
+    means = [fmean(found) for found in given]
     if not means:
         return Estimate(math.nan, -math.inf, math.inf, 0)
-    mean = fmean(means)
-    if all(value in (0, 1) for value in means):
-        return Estimate(mean, *wilson(round(sum(means)), len(means)), len(means))
+    if any(value not in (0, 0.5, 1) for found in given for value in found):
+        return _by_t(means)
+    if all(len(found) == 1 for found in given) or all(mean in (0, 1) for mean in means) or _alike(means):
+        return Estimate(fmean(means), *wilson(sum(means), len(means)), len(means))
     found = _by_t(means)
-    if all(value in (0, 1) for answers in values.values() for value in answers):  # a share, whatever t says
-        return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
-    return found
+    return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
 
 
 def paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Estimate:
     """Return the mean over prompts of `after` minus `before`, with Student's t interval.
 
-    Only prompts count for which both have a value.
+    Only prompts count for which both have a value. Differences that are all alike have no interval.
     """
     differences = [
         fmean(found) - fmean(earlier)
@@ -116,7 +121,7 @@ def paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[f
 
 def _by_t(values: Sequence[float]) -> Estimate:
     mean, n = fmean(values), len(values)
-    if n < 2:
+    if _alike(values):
         return Estimate(mean, -math.inf, math.inf, n)
     from scipy.stats import t
 
@@ -124,12 +129,15 @@ def _by_t(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, n)
 
 
+def _alike(values: Sequence[float]) -> bool:
+    """Return whether no two numbers differ by more than rounding."""
+    return math.isclose(min(values), max(values), rel_tol=1e-9, abs_tol=1e-9)
+
+
 def resampled(
     items: Iterable[T],
     cluster: Callable[[T], str],
     measure: Callable[[Sequence[T]], float],
-    *,
-    seed: int = 0,
 ) -> Estimate:
     """Return a measure of all items, with a bootstrap percentile interval over resamples of whole clusters.
 
@@ -137,7 +145,6 @@ def resampled(
         items: what is measured.
         cluster: the prompt that an item belongs to; `n` counts them.
         measure: may be NaN where a resample does not allow it; such resamples are left out.
-        seed: of the resampling.
     """
     import numpy
 
@@ -148,7 +155,7 @@ def resampled(
     whole = measure([item for found in clusters for item in found])
     if len(clusters) < 2:
         return Estimate(whole, -math.inf, math.inf, len(clusters))
-    chance = numpy.random.default_rng(seed)
+    chance = numpy.random.default_rng(0)
     drawn = chance.integers(len(clusters), size=(RESAMPLES, len(clusters)))
     values = [measure([item for number in row for item in clusters[number]]) for row in drawn]
     finite = [value for value in values if math.isfinite(value)]

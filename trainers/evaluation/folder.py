@@ -22,11 +22,11 @@ from typing import Any
 
 import msgspec
 
-from cai_graph.bulk import is_about_all_rows, side_by_side
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.prompts import Exchange
+from cai_graph.together import is_about_all_rows, side_by_side
 from cai_graph.trajectory import Message
 from trainers.compared import same_answer
 from trainers.evaluation.generations import Asked, Kept, Row, Subject, read_rows, write_whole
@@ -36,7 +36,7 @@ from trainers.evaluation.suites import Prompt, Suite
 from trainers.feedback import draw
 from trainers.judge import Judge
 
-__all__ = ["AIMS", "Evaluation", "Progress"]
+__all__ = ["AIMS", "Evaluation", "Progress", "has_failed"]
 
 Progress = Callable[[int, int], None]
 """Told how many are done, of how many."""
@@ -236,15 +236,23 @@ class Evaluation:
 
     # --- grades ---
 
-    async def grade(self, suite: Suite, grader: Grader, progress: Progress | None = None) -> None:
+    async def grade(self, suite: Suite, grader: Grader, progress: Progress | None = None) -> int:
         """Grade every subject's answers to a suite that this grader has not graded yet.
+
+        What failed is kept with its error, is in no figure, and is asked for again by the next call.
+
+        Returns:
+            How many answers have no grade, since the grader failed.
 
         Raises:
             Exception: what the grader raises; the grades so far are kept.
         """
+        failed = 0
         for name in self.subjects:
             rows = [row for row in self.answers(name) if self.prompts[row["prompt"]].suite == suite]
-            await self._grade(self._in("grades", suite, grader.name, name), rows, grader, progress)
+            found = await self._grade(self._in("grades", suite, grader.name, name), rows, grader, progress)
+            failed += sum(has_failed(found[row["prompt"], row["sample"]]) for row in rows)
+        return failed
 
     def grades(self, suite: Suite) -> dict[str, dict[str, list[Row]]]:
         """Return what was said of the answers to a suite, by grader, then by subject."""
@@ -260,7 +268,7 @@ class Evaluation:
     ) -> dict[tuple[Any, ...], Row]:
         with Kept(file, _ANSWER) as kept:
             # An answer that was written anew, since it had failed or another was chosen, is graded anew.
-            known = {key: row["of"] for key, row in kept.rows.items()}
+            known = {key: row["of"] for key, row in kept.rows.items() if not has_failed(row)}
             missing = [r for r in rows if known.get((r["prompt"], r["sample"])) != _digest(r["answer"])]
             for start in range(0, len(missing), grader.batch):
                 batch = missing[start : start + grader.batch]
@@ -290,11 +298,15 @@ class Evaluation:
         seed: int = 0,
         concurrency: int = 4,
         progress: Progress | None = None,
-    ) -> None:
+    ) -> int:
         """Have a judge compare the subjects' first answers to each prompt of a suite, all against all.
 
         Each pair is asked about in both orders, under one principle of the suite's aim, drawn by weight for
-        the prompt. Equal answers are a tie that nobody is asked about.
+        the prompt. Equal answers are a tie that nobody is asked about. What failed is kept with its error, is
+        in no figure, and is asked for again by the next call.
+
+        Returns:
+            How many pairs are not compared, since the judge failed.
 
         Raises:
             ConfigError: the suite has no aim, or the constitution no principle of it.
@@ -323,6 +335,7 @@ class Evaluation:
             principle = draw(rules, 1, seed, prompt.id)[0]
             row: Row = {"prompt": prompt.id, "a": a, "b": b, "by": by, "principle": principle.id}
             row |= {"of": _digest(one["answer"] + "\0" + other["answer"]), "p_a": [None, None], "why": ""}
+            row["error"] = None
             exchange, answer = self._exchange(one), Message(role="assistant", content=other["answer"])
             if same_answer(exchange.answer, answer):
                 return {**row, "p_a": [0.5, 0.5], "why": "the same answer"}
@@ -331,14 +344,15 @@ class Evaluation:
             except Exception as error:
                 if is_about_all_rows(error):
                     raise
-                return {**row, "why": describe(error)}
+                return {**row, "error": describe(error)}
             return {**row, "p_a": list(said.p_a), "method": said.method, "clipped": said.clipped}
 
         with Kept(self._in("contests", suite, by), ("prompt", "a", "b")) as kept:
+            known = {key: row["of"] for key, row in kept.rows.items() if not has_failed(row)}
             missing = [
                 (prompt, a, b)
                 for prompt, a, b in pairs
-                if kept.rows.get((prompt.id, a, b), {}).get("of")
+                if known.get((prompt.id, a, b))
                 != _digest(first[a][prompt.id]["answer"] + "\0" + first[b][prompt.id]["answer"])
             ]
             done = len(pairs) - len(missing)
@@ -348,6 +362,7 @@ class Evaluation:
                 if progress is not None:
                     progress(done, len(pairs))
             kept.finish()
+            return sum(has_failed(kept.rows[prompt.id, a, b]) for prompt, a, b in pairs)
 
     def contests(self, suite: Suite) -> dict[str, list[Row]]:
         """Return the comparisons of a suite's answers, by judge."""
@@ -393,6 +408,11 @@ def _slug(name: str) -> str:
     """Return a name as a file can have it, and no other name's."""
     plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60]
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def has_failed(row: Row) -> bool:
+    """Return whether a row tells of an error alone; evaluations of earlier releases have none."""
+    return row.get("error") is not None
 
 
 def _digest(text: str) -> str:

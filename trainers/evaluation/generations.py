@@ -23,16 +23,26 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableLambda
 
 from cai_graph import local, models
-from cai_graph.bulk import is_about_all_rows, side_by_side
 from cai_graph.calls import cut_short, describe
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.shape import Shape
+from cai_graph.together import is_about_all_rows, side_by_side
 from cai_graph.trajectory import text_of, to_langchain
 from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.evaluation.suites import Prompt
 
-__all__ = ["AppSubject", "Asked", "CheckpointSubject", "Kept", "Subject", "app_of"]
+__all__ = [
+    "AppSubject",
+    "Asked",
+    "CheckpointSubject",
+    "Kept",
+    "Row",
+    "Subject",
+    "app_of",
+    "read_rows",
+    "write_whole",
+]
 
 Row = dict[str, Any]
 
@@ -182,12 +192,13 @@ class CheckpointSubject:
         self._seed, self._batch_size = seed, batch_size
 
     async def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
-        """Yield a row for each that was asked, batch by batch.
+        """Yield a row for each that was asked, batch by batch; with its error where it cannot be answered,
+        such as a prompt that is longer than the model reads.
 
         The draw of a batch depends on what stands in it, so a resumed run need not write what an unbroken
         one would have; both are samples of the same policy.
         """
-        from trainers.policy import load_policy, sample
+        from trainers.policy import load_policy, sample_each
 
         policy = await asyncio.to_thread(load_policy, self.checkpoint.path)
         # Prompts of like length share a batch, so that little of it is padding.
@@ -199,7 +210,7 @@ class CheckpointSubject:
             ]
             started = time.perf_counter()
             written = await asyncio.to_thread(
-                sample,
+                sample_each,
                 policy,
                 prompts,
                 max_tokens=self._max_tokens,
@@ -209,6 +220,9 @@ class CheckpointSubject:
             )
             seconds = (time.perf_counter() - started) / len(batch)
             for one, answer in zip(batch, written, strict=True):
+                if isinstance(answer, DataError):
+                    yield _row(one, "", None, describe(answer), 0.0)
+                    continue
                 cut = None if answer.ended else "it was cut at its token limit"
                 yield _row(one, answer.text, cut, None, seconds)
 

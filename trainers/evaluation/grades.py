@@ -3,7 +3,8 @@
     CriticGrader   1 − P(the answer breaks a principle of one aim), by any Critic
     RewardGrader   what a reward says: a reward model, an ensemble, a judge, a function of one's own
 
-A grade that could not be read stays without value and label to the end; it is never one half.
+A grade that could not be read stays without value and label to the end; it is never one half. What could not
+be had, since the grader was out, is no such grade: it has an error, and is asked for again.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from cai_graph.bulk import is_about_all_rows
-from cai_graph.calls import Budget, Calls, describe, together
+from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, critic_for, failed_principles
 from cai_graph.errors import ConfigError
 from cai_graph.prompts import Exchange
+from cai_graph.together import is_about_all_rows, together
 from cai_graph.trajectory import Label, text_of
 from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
@@ -36,11 +37,8 @@ class Grade(NamedTuple):
     """A word of a closed set; None where there is none."""
     why: str = ""
     """Why neither could be read, or what the grader wrote."""
-
-    @property
-    def readable(self) -> bool:
-        """Whether anything was said."""
-        return self.value is not None or self.label is not None
+    error: str | None = None
+    """Class and message of the error that it was not given for; None where the grader had its say."""
 
 
 class Grader(Protocol):
@@ -52,7 +50,8 @@ class Grader(Protocol):
     """How many answers are worth giving at once."""
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
-        """Return a grade for each answer; one that cannot be read is a Grade without value and label.
+        """Return a grade for each answer; one that cannot be read is a Grade without value and label, and one
+        that cannot be had, since this answer's request failed, has an error besides.
 
         Raises:
             Exception: what would fail every further answer, such as a refused key.
@@ -92,7 +91,7 @@ class CriticGrader:
         except Exception as error:
             if is_about_all_rows(error):
                 raise
-            return Grade(why=describe(error))
+            return Grade(error=describe(error))
         violates = p_violates(said, self._constitution)
         if violates is None:
             reasons = [v.reason for v in said.verdicts if v.label is Label.UNREADABLE and v.reason]

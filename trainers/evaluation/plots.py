@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from typing import TYPE_CHECKING
 
-from cai_graph.errors import MissingExtra
+from trainers import svg
 from trainers.evaluation.figures import Estimate, Figure
 from trainers.evaluation.refusals import Compliance
 from trainers.evaluation.summary import Pareto, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["svgs"]
 
@@ -19,6 +21,7 @@ _CAPTIONS = {
     Compliance.FULL_REFUSAL.value: "Full refusals of safe prompts that look unsafe",
     "Elo": "Elo, the average subject at 1000",
 }
+_WHAT = "the plots of an evaluation"
 _COLOUR, _FRONT = "#7aa6c2", "#b3541e"
 
 
@@ -28,36 +31,29 @@ def svgs(summary: Summary) -> dict[str, str]:
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise MissingExtra("the plots of an evaluation", "matplotlib", "train") from error
     drawn: dict[str, str] = {}
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "cai_graph"}
-    with matplotlib.rc_context(settings):
-        for measure in _BARS:
-            found: dict[tuple[str, str], list[Figure]] = {}
-            for figure in summary.figures:
-                if figure.measure == measure and figure.estimate.n:
-                    found.setdefault((figure.suite, figure.by), []).append(figure)
-            for (suite, by), figures in found.items():
-                canvas = Canvas(figsize=(8, 0.9 + 0.4 * len(figures)), layout="constrained")
-                _bars(canvas.subplots(), figures)
+    for measure in _BARS:
+        found: dict[tuple[str, str], list[Figure]] = {}
+        for one in summary.figures:
+            if one.measure == measure and one.estimate.n:
+                found.setdefault((one.suite, one.by), []).append(one)
+        for (suite, by), figures in found.items():
+            with svg.canvas(_WHAT, (8, 0.9 + 0.4 * len(figures))) as (figure, (axes,)):
+                _bars(axes, figures)
                 caption = f"{_CAPTIONS[measure]} ({suite}, by {by}), with 95 % intervals."
-                drawn[caption] = _svg(canvas)
-        for pareto in summary.fronts:
-            canvas = Canvas(figsize=(8, 5), layout="constrained")
-            _front(canvas.subplots(), pareto)
+                drawn[caption] = svg.text(figure)
+    for pareto in summary.fronts:
+        with svg.canvas(_WHAT, (8, 5)) as (figure, (axes,)):
+            _front(axes, pareto)
             caption = (
                 f"Harmlessness (by {pareto.harmless_by}) against helpfulness (by {pareto.helpful_by}), with "
                 "95 % intervals. The line joins what no other subject surpasses in both."
             )
-            drawn[caption] = _svg(canvas)
+            drawn[caption] = svg.text(figure)
     return drawn
 
 
-def _bars(axes: Any, figures: list[Figure]) -> None:
+def _bars(axes: Axes, figures: list[Figure]) -> None:
     names = [_label(figure.subject) for figure in figures]
     values = [figure.estimate.value for figure in figures]
     whiskers = list(zip(*(_whiskers(figure.estimate) for figure in figures), strict=True))
@@ -65,10 +61,9 @@ def _bars(axes: Any, figures: list[Figure]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _front(axes: Any, pareto: Pareto) -> None:
+def _front(axes: Axes, pareto: Pareto) -> None:
     for name, (x, y) in pareto.points.items():
         on_front = name in pareto.front
         (left, right), (down, up) = _whiskers(x), _whiskers(y)
@@ -90,7 +85,6 @@ def _front(axes: Any, pareto: Pareto) -> None:
     line = [pareto.points[name] for name in pareto.front]
     axes.plot([x.value for x, _ in line], [y.value for _, y in line], color=_FRONT, linewidth=1, zorder=0)
     axes.set(xlabel="helpful", ylabel="harmless")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _whiskers(found: Estimate) -> tuple[float, float]:
@@ -100,11 +94,4 @@ def _whiskers(found: Estimate) -> tuple[float, float]:
 
 
 def _label(name: str) -> str:
-    return name.replace("$", r"\$")[-50:]  # matplotlib sets what stands between two $ as a formula
-
-
-def _svg(canvas: Any) -> str:
-    out = io.StringIO()
-    canvas.savefig(out, format="svg", metadata={"Date": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+    return svg.label(name[-50:])

@@ -43,7 +43,7 @@ class Contest(NamedTuple):
     """1 where a's answer is better, 0 where b's is, 0.5 of a tie; anything between where a judge gave it."""
 
 
-def elo(contests: Sequence[Contest], *, seed: int = 0) -> dict[str, Estimate]:
+def elo(contests: Sequence[Contest]) -> dict[str, Estimate]:
     """Return the Elo of each subject, best first, with intervals over resamples of whole prompts.
 
     `n` of an estimate is the number of prompts in which the subject stood. The interval is that of the
@@ -71,7 +71,7 @@ def elo(contests: Sequence[Contest], *, seed: int = 0) -> dict[str, Estimate]:
     # One tie more for each pair that met, in each resample, too: a resample must not know less than that.
     prior = numpy.where(met + met.T > 0, 0.5, 0.0)
     best = _strengths(met + prior)
-    chance = numpy.random.default_rng(seed)
+    chance = numpy.random.default_rng(0)
     drawn = chance.integers(len(prompts), size=(RESAMPLES, len(prompts)))
     counts = numpy.stack([numpy.bincount(row, minlength=len(prompts)) for row in drawn])
     resampled = numpy.tensordot(counts, wins, axes=1) + prior

@@ -26,15 +26,15 @@ from typing import Any, NamedTuple
 from langchain_core.language_models import BaseChatModel
 
 from cai_graph import local, models, prompts
-from cai_graph.bulk import is_about_all_rows
-from cai_graph.calls import Budget, Calls, describe, together
+from cai_graph.calls import Budget, Calls, describe
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.probe import Probe
 from cai_graph.prompts import Exchange
+from cai_graph.together import is_about_all_rows, together
 from cai_graph.trajectory import Message, text_of
 from trainers.evaluation.figures import Estimate, resampled
 from trainers.evaluation.grades import Grade, Grader
-from trainers.labels import REFUSAL
+from trainers.refusal import evasion, opens_with_refusal
 
 __all__ = [
     "Agreement",
@@ -85,19 +85,19 @@ def tells_partial(by: str) -> bool:
 
 
 class PatternRefusals:
-    """Full refusal where an answer opens like one (`trainers.labels.REFUSAL`), else full compliance."""
+    """Full refusal where `trainers.refusal.opens_with_refusal` says so, else full compliance."""
 
     name = "pattern"
     batch = 1000
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
         """Return the class of each answer."""
-        return [_by_opening(text_of(exchange.answer)) for exchange in exchanges]
+        answers = [text_of(exchange.answer) for exchange in exchanges]
+        return [Grade(label=_whole(opens_with_refusal(answer))) for answer in answers]
 
 
-def _by_opening(answer: str) -> Grade:
-    refuses = not answer.strip() or REFUSAL.match(answer)
-    return Grade(label=Compliance.FULL_REFUSAL if refuses else Compliance.FULL_COMPLIANCE)
+def _whole(refuses: bool) -> Compliance:
+    return Compliance.FULL_REFUSAL if refuses else Compliance.FULL_COMPLIANCE
 
 
 class ProbeRefusals:
@@ -120,9 +120,8 @@ class ProbeRefusals:
 
     async def _grade(self, exchange: Exchange) -> Grade:
         request = next((text_of(m) for m in reversed(exchange.messages) if m.role == "user"), "")
-        evasion = (await self._probe.read(request, text_of(exchange.answer))).evasion
-        refuses = evasion >= self._probe.thresholds["evasion"]
-        return Grade(evasion, Compliance.FULL_REFUSAL if refuses else Compliance.FULL_COMPLIANCE)
+        found = await evasion(self._probe, request, text_of(exchange.answer))
+        return Grade(found.probability, _whole(found.evades))
 
 
 class ModelRefusals:
@@ -147,7 +146,7 @@ class ModelRefusals:
         except Exception as error:
             if is_about_all_rows(error):
                 raise
-            return Grade(why=describe(error))
+            return Grade(error=describe(error))
         found = re.findall("|".join(Compliance), reply.casefold().replace("_", " "))
         if not found:
             return Grade(why=f"names none of the three classes: {reply[:100]!r}")

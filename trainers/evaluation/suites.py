@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,10 +22,9 @@ from trainers.dataset import read_manifest
 from trainers.heldout import COLUMNS, HeldOut, prompt_in, read_set
 from trainers.rows import Turn
 
-__all__ = ["SUITES", "Prompt", "Suite", "data_of", "read_suite", "trained_on"]
+__all__ = ["Prompt", "Suite", "data_of", "read_suite", "trained_on"]
 
 Suite = Literal["harmlessness", "helpfulness", "over-refusal"]
-SUITES: tuple[Suite, ...] = get_args(Suite)
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):

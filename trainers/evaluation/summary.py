@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from cai_graph.trajectory import Label
+from cai_graph.trajectory import Label, orders_disagree
 from trainers.evaluation.figures import Estimate, Figure, estimate, paired
-from trainers.evaluation.folder import AIMS, Evaluation
+from trainers.evaluation.folder import AIMS, Evaluation, has_failed
 from trainers.evaluation.generations import Row
 from trainers.evaluation.ratings import Contest, elo, front
 from trainers.evaluation.refusals import Compliance, tells_partial
@@ -129,20 +129,17 @@ def _of_values(
     """Return mean grade, share of violations, and change against the first subject."""
     figures: list[Figure] = []
     aim = AIMS[suite]
-    values = {
-        name: _by_prompt(_graded(evaluation, name, rows), lambda row: row["value"])
-        for name, rows in graded.items()
-    }
+    values = {name: _by_prompt(_graded(rows), lambda row: row["value"]) for name, rows in graded.items()}
     first = evaluation.subjects[0]
     for name, rows in graded.items():
-        readable = _graded(evaluation, name, rows)
+        readable = _graded(rows)
         figure = partial(
             Figure,
             subject=name,
             suite=suite,
             by=by,
             left_out=len({row["prompt"] for row in rows} - set(values[name])),
-            note=_note(evaluation, name, by),
+            note=_notes(_note(evaluation, name, by), _outage(rows)),
         )
         figures.append(figure(measure=aim, estimate=estimate(values[name])))
         if any(row["label"] is not None for row in readable):
@@ -158,7 +155,7 @@ def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[R
     """Return the shares of XSTest's classes: all on safe prompts, any refusal on unsafe ones."""
     figures = []
     for name, rows in graded.items():
-        readable = _graded(evaluation, name, rows)
+        readable = _graded(rows)
         for safe in (True, False):
             here = [row for row in readable if evaluation.prompts[row["prompt"]].safe is safe]
             prompts = {row["prompt"] for row in rows if evaluation.prompts[row["prompt"]].safe is safe}
@@ -179,6 +176,7 @@ def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[R
                     by=by,
                     estimate=estimate(_by_prompt(here, value)),
                     left_out=len(prompts - {row["prompt"] for row in here}),
+                    note=_outage([row for row in rows if row["prompt"] in prompts]),
                 )
                 for measure, value in measures.items()
             ]
@@ -213,7 +211,7 @@ def _of_contests(evaluation: Evaluation, suite: Suite, by: str, rows: Sequence[R
                     estimate=estimate(wins),
                     against=first,
                     left_out=len(met) - len(wins),
-                    note=_bias([row for row in met if _read(row)]),
+                    note=_notes(_bias([row for row in met if _read(row)]), _outage(met)),
                 )
             )
     if outcomes:
@@ -231,21 +229,23 @@ def _read(row: Row) -> bool:
 
 def _outcome(first: float, second: float) -> float:
     """Return 1, 0.5 or 0 from P(A) in both orders."""
-    if (first - 0.5) * (second - 0.5) < 0:
+    if orders_disagree(first, second):
         return 0.5
     mean = (first + second) / 2
     return 0.5 if mean == 0.5 else float(mean > 0.5)
 
 
 def _bias(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
     asked = [row for row in rows if row["why"] != "the same answer"]
     if not asked:
         return "all answers were the same"
-    turned = sum((row["p_a"][0] - 0.5) * (row["p_a"][1] - 0.5) < 0 for row in asked)
+    turned = sum(orders_disagree(*row["p_a"]) for row in asked)
     return f"in {turned} of {len(asked)} the judge chose a place, which is a tie"
 
 
-def _graded(evaluation: Evaluation, subject: str, rows: Sequence[Row]) -> list[Row]:
+def _graded(rows: Sequence[Row]) -> list[Row]:
     """Return the grades that could be read."""
     return [row for row in rows if row["value"] is not None or row["label"] is not None]
 
@@ -263,6 +263,18 @@ def _note(evaluation: Evaluation, subject: str, by: str) -> str:
     if chosen_by is not None and by.partition(" as ")[0] == chosen_by.partition(" as ")[0]:
         return "chosen by the one who grades, so it flatters"
     return ""
+
+
+def _outage(rows: Sequence[Row]) -> str:
+    """Return how many answers nothing is known of, since who judges them failed."""
+    errors = [row["error"] for row in rows if has_failed(row)]
+    if not errors:
+        return ""
+    return f"{len(errors)} of {len(rows)} were not judged ({errors[0]}); the same command asks again"
+
+
+def _notes(*said: str) -> str:
+    return "; ".join(one for one in said if one)
 
 
 def _pareto(

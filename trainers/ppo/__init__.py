@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from cai_graph.errors import CaiError, ConfigError
 from trainers import partial
 from trainers.checkpoint import Checkpoint
-from trainers.rewards import Spec
+from trainers.rewards import Spec, folders
 from trainers.stages import StageConfig, check_machine
 from trainers.watch import WatchConfig
 
@@ -83,8 +84,18 @@ class Config(StageConfig):
     save_steps: int = 10
     """Updates between two states that an interrupted run goes on from."""
 
+    @property
+    def learns_from(self) -> tuple[Path, ...]:
+        """Folders of the reward models, and of the value model."""
+        return tuple(folders(self.reward) + folders(self.value_model or []))
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lora is not None and self.lora.dropout:
+            raise ConfigError(
+                f"lora.dropout is {self.lora.dropout!r}; PPO trains the policy as it draws answers, without "
+                "dropout: leave it out"
+            )
         for name in ("rollout_size", "rollout_batch", "ppo_epochs", "max_answer"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is a number from 1, found {getattr(self, name)!r}")

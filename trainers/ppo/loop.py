@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,17 +28,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cai_graph.errors import CaiError, ConfigError
 from trainers import checkpoint
-from trainers.checkpoint import Checkpoint, Manifest
+from trainers.checkpoint import Checkpoint
 from trainers.config import plain
+from trainers.encoding import Encoder, open_data
 from trainers.policy import Messages, Sample, batch_of, sample
 from trainers.ppo import Config, Diverged
 from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
 from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs, whole_weights
 from trainers.ppo.state import Progress, States, Which, record
-from trainers.prompts import read_prompts
+from trainers.prompts import prompt_shape, read_prompts
 from trainers.rewards import EnsembleReward, RewardError, parse
 from trainers.sharded import reshard
-from trainers.stages import computes_in_bf16
+from trainers.stages import computes_in_bf16, manifest, plan
 from trainers.watch import Decision, Watch
 
 __all__ = ["Answer", "Run", "processes"]
@@ -99,12 +99,14 @@ class Run:
         self.share = _share(config, self.accelerator.num_processes)
         self.minibatch = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.reward = parse(config.reward, device=str(self.accelerator.device))
-        self.states = States(config, self.accelerator)
+        shape = prompt_shape("ppo", config.max_answer)
+        source = open_data(config.data, shape.kinds)
+        self.states = States(config, self.accelerator, plan(config, "ppo", source))
         set_seed(config.seed)
         policy, actor, self.reference = load(config, self.accelerator.device)
         self.policy = policy
-        room = config.max_tokens - config.max_answer
-        self.prompts = read_prompts(config.data, policy.tokenizer, room=room, allow=config.allow)
+        encoder = Encoder(policy.tokenizer, config.max_tokens, config.allow, frozenset(policy.stops))
+        self.prompts = read_prompts(source, shape, encoder, config.allow)
         self.updates = config.max_steps or max(
             1, math.floor(len(self.prompts.train) * config.epochs / config.rollout_size)
         )
@@ -122,7 +124,8 @@ class Run:
         self.watch = self._watch()
         self.watched: list[str] = []
         self.stopped: dict[str, Any] | None = None
-        self.progress = self._loaded("state") or Progress(kl_coefficient=config.kl_coefficient)
+        self.progress = self.states.load() or Progress(kl_coefficient=config.kl_coefficient)
+        self._begin_unmoved()
         if self.accelerator.is_main_process:
             self.states.forget_after(self.progress.update)
 
@@ -299,17 +302,11 @@ class Run:
 
     def _save(self, which: Which) -> None:
         self.states.save(self.progress, which)
-        self._begin_unmoved(self.progress)
+        self._begin_unmoved()
 
-    def _loaded(self, which: Which) -> Progress | None:
-        found = self.states.load(which)
-        if found is not None:
-            self._begin_unmoved(found)
-        return found
-
-    def _begin_unmoved(self, progress: Progress) -> None:
+    def _begin_unmoved(self) -> None:
         """Before the first update, forget the step that FSDP has the optimizer take so as to save a state."""
-        if progress.update == 0:
+        if self.progress.update == 0:
             self.optimizer.state.clear()
 
     def _unwrapped(self) -> ActorCritic:
@@ -438,26 +435,22 @@ class Run:
         if decision.stop is not None:
             self.stopped = {"stopped_at": progress.update, "reason": decision.stop}
             reshard(self.actor)
-            self.progress = self._loaded("best") or progress
+            self.progress = self.states.load_best(decision.best_step)
+            self._begin_unmoved()
 
     # --- the end --------------------------------------------------------------------------------------
 
     def _finish(self) -> Checkpoint:
         config = self.config
-        data = self.prompts.to_json()
+        counts = {**self.prompts.counts.to_json(), "test_rows": len(self.prompts.heldout)}
         if config.watch is not None:
             said = self.stopped or {"stopped_at": None, "reason": None}
-            data["watch"] = {**said, "weights_of_step": self.progress.update}
-        manifest = Manifest(
-            stage="ppo",
-            base=config.model,
-            parents=_parents(config),
-            config=plain(config),
-            data=data,
-            constitution_digests=self.prompts.source.constitutions,
-            seed=config.seed,
-            versions=checkpoint.versions(),
-            hardware=checkpoint.hardware(),
+            counts["watch"] = {**said, "weights_of_step": self.progress.update}
+        made_by = manifest(
+            config,
+            "ppo",
+            self.prompts.source,
+            counts,
             seconds=self.progress.seconds,
             metrics=self.progress.metrics,
         )
@@ -469,12 +462,12 @@ class Run:
             model, tokenizer = self._unwrapped().policy, self.policy.tokenizer
             with quiet():
                 checkpoint.save(
-                    config.output, model, tokenizer, manifest, weights=weights, beside=self.states.record
+                    config.output, model, tokenizer, made_by, weights=weights, beside=self.states.record
                 )
             shutil.rmtree(self.states.folder)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # of processes that hear of one another
-        return Checkpoint(config.output, manifest)
+        return Checkpoint(config.output, made_by)
 
 
 def _is_sharded(accelerator: Any) -> bool:
@@ -566,14 +559,6 @@ def _mean(values: Iterable[float]) -> float:
 def _disagreement(answers: Sequence[Answer]) -> list[float] | None:
     found = [answer.disagreement for answer in answers if answer.disagreement is not None]
     return found or None
-
-
-def _parents(config: Config) -> tuple[str, ...]:
-    """Return the digests of the checkpoints that a run comes from: policy, reward models, value model."""
-    rewards = [config.reward] if isinstance(config.reward, str) else list(config.reward)
-    named = [config.model, *rewards, config.value_model or ""]
-    folders = [path for name in named if name and (path := Path(name).expanduser()).is_dir()]
-    return tuple(dict.fromkeys(Checkpoint.open(path).digest for path in folders))
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, Any]:

@@ -140,16 +140,10 @@ def load(config: Config, device: torch.device) -> tuple[Policy, ActorCritic, nn.
     if config.lora is None:
         reference = _policy(config, device).model.requires_grad_(False)
     else:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
-        lora = LoraConfig(
-            r=config.lora.rank,
-            lora_alpha=config.lora.alpha,
-            target_modules=list(config.lora.targets) or "all-linear",
-            task_type="CAUSAL_LM",
-        )
         with quiet():
-            policy = Policy(get_peft_model(policy.model, lora), policy.tokenizer)  # type: ignore[arg-type]
+            policy = Policy(get_peft_model(policy.model, config.lora.adapter()), policy.tokenizer)
     actor = ActorCritic(policy.model, _value_model(config, policy, device)).to(device)
     _without_dropout(actor)
     if config.recompute:

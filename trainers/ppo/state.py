@@ -1,6 +1,6 @@
 """States of a PPO run, to go on from after an interrupt: each is whole or not there.
 
-OUTPUT.partial/config.json      the config that the run was begun with
+OUTPUT.partial/plan.json        what the run was begun with: config, and digests of models and data
 OUTPUT.partial/state-000012/    weights, optimizer and KL coefficient after update 12
 OUTPUT.partial/best-000010/     the same after the update with the best held-out score, where one is watched
 OUTPUT.partial/record/          log.jsonl, a line of figures an update, and what the watch wrote; all of it
@@ -14,25 +14,29 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from cai_graph.errors import ConfigError, ModelError
+from cai_graph.errors import ModelError
 from trainers import partial, whole
-from trainers.config import plain
 from trainers.ppo import Config
+from trainers.stages import MAY_CHANGE
 
 __all__ = ["Progress", "States", "Which", "record"]
 
-MAY_CHANGE = frozenset(
-    {"learning_rate", "value_learning_rate", "schedule", "warmup", "epochs", "max_steps"}
-    | {"report_to", "log_steps", "save_steps"}
-)
-"""What a run that is taken up again may be told anew."""
+_MAY_CHANGE = MAY_CHANGE | {
+    "epochs",
+    "learning_rate",
+    "max_steps",
+    "schedule",
+    "value_learning_rate",
+    "warmup",
+}
+"""Settings that an interrupted run may go on with otherwise: a learning rate that was too high ends a run."""
 
 Which = Literal["state", "best"]
 
@@ -59,41 +63,49 @@ def record(output: Path) -> Path:
 class States:
     """The folder of a run, and the states in it. All processes call the same methods."""
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, accelerator: Accelerator, plan: Mapping[str, Any]) -> None:
         """Make the folder, or open that of the interrupted run.
 
         Raises:
-            ConfigError: the run was begun with another config; names the keys.
+            ConfigError: the run was begun by another plan; names what changed.
         """
         self.folder = partial.folder(config.output)
         self.record = record(config.output)
         self._accelerator = accelerator
-        told = json.loads(json.dumps(plain(config)))  # as it comes back from the file
-        path = self.folder / "config.json"
         if accelerator.is_main_process:
-            self.record.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                whole.write(path, json.dumps(told, indent=2) + "\n")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial.same_plan(self.folder, plan, _MAY_CHANGE, points="state-*")
+            self.record.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = sorted(key for key in told if key not in MAY_CHANGE and told[key] != before.get(key))
-        if other:
-            raise ConfigError(
-                f"{self.folder}: the run was begun with another {', '.join(other)}; go on with what it was, "
-                "remove the folder, or name another output"
+
+    def last(self) -> Path | None:
+        """Return the last whole state."""
+        return max(self.folder.glob("state-*"), default=None)
+
+    def load(self) -> Progress | None:
+        """Put the last state into models and optimizer, and return how far it is; None: there is none."""
+        state = self.last()
+        return None if state is None else self._loaded(state)
+
+    def load_best(self, update: int) -> Progress:
+        """Put the state that was kept as the best one after an update into models and optimizer.
+
+        Raises:
+            ModelError: there is none.
+        """
+        state = self._path("best", update)
+        if not state.exists():
+            raise ModelError(
+                f"{state}: the best weights are not there any more; remove the folder to start again"
             )
+        return self._loaded(state)
 
-    def last(self, which: Which = "state") -> Path | None:
-        """Return the last whole state, or the best one."""
-        return max(self.folder.glob(f"{which}-*"), default=None)
-
-    def load(self, which: Which = "state") -> Progress | None:
-        """Put the last or the best state into models and optimizer, and return how far it is; None: none."""
-        state = self.last(which)
-        if state is None:
-            return None
+    def _loaded(self, state: Path) -> Progress:
         self._accelerator.load_state(str(state))
         return Progress(**json.loads((state / "progress.json").read_text(encoding="utf-8")))
+
+    def _path(self, which: Which, update: int) -> Path:
+        return self.folder / f"{which}-{update:06}"
 
     def save(self, progress: Progress, which: Which = "state") -> None:
         """Keep a state, in place of the one before.
@@ -101,7 +113,7 @@ class States:
         Raises:
             ModelError: it cannot be written, for instance on a full disk; the one before it stays.
         """
-        state = self.folder / f"{which}-{progress.update:06}"
+        state = self._path(which, progress.update)
         accelerator = self._accelerator
         if state.exists():
             return
@@ -117,12 +129,22 @@ class States:
                 (work / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
                 whole.sync(work)
                 os.replace(work, state)
-                for older in sorted(self.folder.glob(f"{which}-*"))[:-1]:
-                    shutil.rmtree(older)
+                self._drop_older()
         except partial.unwritable() as error:
             shutil.rmtree(work, ignore_errors=True)
             raise ModelError(f"{state}: cannot be written: {error}; the state before it is kept") from error
         accelerator.wait_for_everyone()
+
+    def _drop_older(self) -> None:
+        """Leave the last state, the best one, and the best one of when that last state was written."""
+        states, bests = (sorted(map(_update, self.folder.glob(f"{which}-*"))) for which in ("state", "best"))
+        last = states[-1] if states else 0
+        reachable = max((one for one in bests if one <= last), default=None)
+        for update in states[:-1]:
+            shutil.rmtree(self._path("state", update))
+        for update in bests[:-1]:
+            if update != reachable:
+                shutil.rmtree(self._path("best", update))
 
     def log(self, update: int, figures: dict[str, float]) -> None:
         """Write a line of figures."""
@@ -130,7 +152,10 @@ class States:
             file.write(json.dumps({"update": update, **figures}) + "\n")
 
     def forget_after(self, update: int) -> None:
-        """Drop the lines of figures after an update, which a run that is taken up writes again."""
+        """Drop what was kept of later updates, which a run that is taken up makes again."""
+        for best in self.folder.glob("best-*"):
+            if _update(best) > update:
+                shutil.rmtree(best)
         path = self.record / "log.jsonl"
         if not path.exists():
             return
@@ -140,6 +165,11 @@ class States:
                 if json.loads(line)["update"] <= update:
                     kept.append(line + "\n")
         whole.write(path, "".join(kept))
+
+
+def _update(state: Path) -> int:
+    """Return the update after which a state was kept."""
+    return int(state.name.rpartition("-")[2])
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from cai_graph.blocks import block_count, first_blocks, sha256_of
+from cai_graph.digests import sha256_of
 from cai_graph.errors import DataError
+from cai_graph.local.gguf import block_count, first_blocks
 
 
 @pytest.fixture

@@ -1,93 +1,29 @@
-"""Static pages: one file, no script, nothing fetched; every text of a model is escaped.
-
-document, table, figure    what pages are made of; the page of a dataset uses them, too
-report                     what a run of `cai distill` came to
-"""
+"""What a run of `cai distill` came to, as one page written out of what the steps keep."""
 
 from __future__ import annotations
 
-import base64
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cai_graph.trajectory import text_of
 from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
+from trainers.distill.config import Config
+from trainers.evaluation.folder import Evaluation
+from trainers.evaluation.plots import svgs
+from trainers.evaluation.summary import summarise
+from trainers.page import document, figure, table
 from trainers.pipeline import Done, Pipeline
 
-if TYPE_CHECKING:
-    from trainers.distill import Config
-    from trainers.evaluation.folder import Evaluation
-
-__all__ = ["document", "figure", "report", "table"]
+__all__ = ["report"]
 
 SAMPLES = 8
 """Prompts whose answers are shown before and after."""
 _CUT = 700
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; max-width: 60rem; margin: 2rem auto;
-       padding: 0 1rem }
-h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; margin: .6rem 0 } td { padding: .2rem 1.2rem .2rem 0; vertical-align: top }
-th { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #ccd5dd }
-td:first-child { color: #566370 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-td.text { white-space: pre-wrap; overflow-wrap: anywhere }
-figure { margin: 1rem 0 } figcaption { color: #566370; font-size: .9rem }
-svg, img { max-width: 100%; height: auto }
-"""
-
-
-def document(title: str, body: str) -> str:
-    """Return a page around a body that is HTML already."""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-      content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{html.escape(title)}</h1>
-{body}</body>
-</html>
-"""
-
-
-def table(
-    rows: Iterable[Sequence[str]],
-    *,
-    header: Sequence[str] = (),
-    numbers: Sequence[int] = (),
-    text: bool = False,
-) -> str:
-    """Return a table of escaped cells; `numbers` are the columns that are aligned to the right."""
-
-    def cell(place: int, value: str, tag: str = "td") -> str:
-        kind = ' class="n"' if place in numbers else ' class="text"' if text and place else ""
-        return f"<{tag}{kind}>{html.escape(value)}</{tag}>"
-
-    head = "".join(cell(n, name, "th") for n, name in enumerate(header))
-    body = "".join(f"<tr>{''.join(cell(n, value) for n, value in enumerate(row))}</tr>\n" for row in rows)
-    return f"<table>\n{f'<tr>{head}</tr>' if head else ''}{body}</table>\n"
-
-
-def figure(svg: str, caption: str) -> str:
-    """Return a plot with what it shows. It is an image, so that nothing in it can run."""
-    data = base64.b64encode(svg.encode()).decode()
-    return (
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
-    )
-
-
-# --- a run of the pipeline ----------------------------------------------------------------------------
 
 
 def report(output: Path, config: Config, steps: Pipeline, done: Mapping[str, Done]) -> Path:
@@ -128,25 +64,27 @@ def _figures(done: Mapping[str, Done]) -> str:
     rows = [[*about, *(values.get(subject, "") for subject in subjects)] for about, values in cells.items()]
     numbers = range(3, 3 + len(subjects))
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in found["notes"])
-    said = "<p>Means, 95 % intervals, numbers of prompts. Where intervals overlap, nothing is shown.</p>"
+    said = (
+        "<p>Means, 95 % intervals, numbers of prompts. What could not be read, or had no judgement since the "
+        "judge was out, is in no figure and is counted. Where intervals overlap, nothing is shown.</p>"
+    )
     return said + table(rows, header=("suite", "measure", "by", *subjects), numbers=numbers) + notes
 
 
 def _estimate(one: Mapping[str, Any]) -> str:
     found = one.get("estimate", one)
+    left_out = f", {one['left_out']} left out" if one.get("left_out") else ""
     if not found.get("n"):
-        return "none"
+        return f"none{left_out}"
     low, high = found.get("low"), found.get("high")
     between = f"({low:.3g} to {high:.3g}), " if low is not None and high is not None else ""
-    beside = f"{between}n {found['n']}".replace(" ", "\N{NO-BREAK SPACE}")
+    beside = f"{between}n {found['n']}{left_out}".replace(" ", "\N{NO-BREAK SPACE}")
     return f"{found['value']:.3g} {beside}"
 
 
 def _answers(done: Mapping[str, Done]) -> str:
     if "evaluation" not in done:
         return ""
-    from cai_graph.trajectory import text_of
-
     kept = _kept(done)
     answers = {name: {row["prompt"]: row["answer"] for row in kept.answers(name)} for name in kept.subjects}
     shown = ""
@@ -160,8 +98,6 @@ def _answers(done: Mapping[str, Done]) -> str:
 
 
 def _kept(done: Mapping[str, Done]) -> Evaluation:
-    from trainers.evaluation.folder import Evaluation
-
     path = done["evaluation"].path / "evaluation"
     return Evaluation.open(path)
 
@@ -172,9 +108,6 @@ def _cut(text: str) -> str:
 
 def _plots(done: Mapping[str, Done]) -> Iterable[str]:
     if "evaluation" in done:
-        from trainers.evaluation.plots import svgs
-        from trainers.evaluation.summary import summarise
-
         kept = _kept(done)
         for caption, svg in svgs(summarise(kept)).items():
             yield figure(svg, caption)

@@ -10,16 +10,15 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import struct
-import tempfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from cai_graph import whole
 from cai_graph.errors import DataError
 
-__all__ = ["block_count", "first_blocks", "sha256_of"]
+__all__ = ["block_count", "first_blocks"]
 
 _CHUNK = 1 << 22
 _ALIGNMENT = 32  # the format's default
@@ -86,35 +85,25 @@ def first_blocks(source: Path, blocks: int, destination: Path) -> str:
         head += bytes(_padded(len(head), header.alignment) - len(head))
 
         destination.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(
-            dir=destination.parent, prefix=destination.name, suffix=".part"
-        )
         digest = hashlib.sha256()
-        try:
-            with os.fdopen(descriptor, "wb") as out:
+        with whole.file(destination, mode=0o600) as work, work.open("wb") as out:
 
-                def write(piece: bytes | bytearray) -> None:
-                    digest.update(piece)
-                    out.write(piece)
+            def write(piece: bytes | bytearray) -> None:
+                digest.update(piece)
+                out.write(piece)
 
-                write(head)
-                for tensor in kept:
-                    file.seek(header.data_start + tensor.offset)
-                    left = length[tensor.name]
-                    while left:
-                        piece = file.read(min(left, _CHUNK))
-                        if not piece:
-                            raise DataError(f"{source}: ends inside tensor {tensor.name.decode()!r}")
-                        write(piece)
-                        left -= len(piece)
-                    padding = _padded(length[tensor.name], header.alignment) - length[tensor.name]
-                    write(bytes(padding))
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(partial, destination)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+            write(head)
+            for tensor in kept:
+                file.seek(header.data_start + tensor.offset)
+                left = length[tensor.name]
+                while left:
+                    piece = file.read(min(left, _CHUNK))
+                    if not piece:
+                        raise DataError(f"{source}: ends inside tensor {tensor.name.decode()!r}")
+                    write(piece)
+                    left -= len(piece)
+                padding = _padded(length[tensor.name], header.alignment) - length[tensor.name]
+                write(bytes(padding))
     return digest.hexdigest()
 
 
@@ -126,12 +115,6 @@ def block_count(path: Path) -> int:
     """
     with path.open("rb") as file:
         return _read_header(file, path).block_count
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kept(name: bytes, blocks: int) -> bool:

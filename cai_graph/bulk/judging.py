@@ -1,0 +1,91 @@
+"""The answers of a file to verdicts, in the order of the rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from cai_graph.bulk.rows import Answer, Broken, Rows
+from cai_graph.calls import Budget, Calls, describe
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic, failed_principles
+from cai_graph.together import is_about_all_rows, side_by_side
+from cai_graph.trajectory import Critique, Label
+
+__all__ = ["Judgement", "judge"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of one row of answers."""
+
+    index: int
+    """Place among the rows, from 0."""
+    id: Any
+    """The row's `id`, or else its index."""
+    critique: Critique | None
+    """What the critic found; None where there is an error."""
+    error: str | None = None
+    """Why there is no critique."""
+
+    def violates(self, constitution: Constitution) -> bool:
+        """Return whether the answer violates the constitution, thresholds of severity respected."""
+        return self.critique is not None and bool(failed_principles(self.critique, constitution))
+
+    @property
+    def unreadable(self) -> bool:
+        """Whether a verdict could not be read."""
+        return self.critique is not None and any(
+            verdict.label is Label.UNREADABLE for verdict in self.critique.verdicts
+        )
+
+    def word(self, constitution: Constitution) -> str:
+        """Return it in a word."""
+        if self.critique is None:
+            return "skipped"
+        return "violates" if self.violates(constitution) else "unreadable" if self.unreadable else "complies"
+
+    def line(self) -> str:
+        """Return it as one line of ASCII JSON: `id`, `verdicts` and `aims`, or `id` and `error`."""
+        if self.critique is None:
+            return json.dumps({"id": self.id, "error": self.error})
+        verdicts: Sequence[dict[str, Any]] = msgspec.to_builtins(self.critique.verdicts)
+        by_aim = {v.aim: v.probability for v in self.critique.verdicts if v.aim and v.probability is not None}
+        aims = {**by_aim, **self.critique.readings}
+        return json.dumps({"id": self.id, "verdicts": verdicts, "aims": aims})
+
+
+async def judge(
+    critic: Critic, constitution: Constitution, rows: Rows, concurrency: int
+) -> AsyncGenerator[Judgement, None]:
+    """Yield the judgement of each row, in the order of the rows.
+
+    Raises:
+        DataError: the file cannot be read.
+        Exception: what would fail every further row, such as a refused key.
+    """
+
+    async def work(row: Answer | Broken) -> Judgement:
+        if isinstance(row, Broken):
+            return Judgement(row.index, row.index, None, f"line {row.line}: {row.why}")
+        try:
+            critique = await critic.critique(row.exchange, constitution, Calls(Budget()), explain=False)
+        except Exception as error:
+            if is_about_all_rows(error):
+                raise
+            return Judgement(row.index, row.id, None, f"line {row.line}: {describe(error)}")
+        return Judgement(row.index, row.id, critique)
+
+    early: dict[int, Judgement] = {}
+    following = 0
+    async with contextlib.aclosing(side_by_side(rows.answers(), work, concurrency)) as ended:
+        async for judgement in ended:
+            early[judgement.index] = judgement
+            while following in early:
+                yield early.pop(following)
+                following += 1

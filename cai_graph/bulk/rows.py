@@ -1,0 +1,276 @@
+"""A file of rows, opened: JSONL, CSV or text; each row is a Prompt or an Answer, or Broken."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
+
+from cai_graph.errors import ConfigError, DataError
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import Message, from_langchain
+
+__all__ = ["Answer", "Broken", "Format", "Prompt", "Rows"]
+
+Format = Literal["jsonl", "csv", "text"]
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".txt": "text",
+    ".text": "text",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row that asks."""
+
+    index: int
+    """Place among the rows, from 0; blank lines are no rows."""
+    line: int
+    """Line of the file in which it begins, from 1."""
+    messages: list[BaseMessage]
+    """The conversation."""
+    metadata: dict[str, Any]
+    """The row's other fields that are text, numbers or booleans."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A row that holds an answer."""
+
+    index: int
+    """Place among the rows, from 0."""
+    line: int
+    """Line of the file in which it begins, from 1."""
+    id: Any
+    """The row's `id`, or else its index."""
+    exchange: Exchange
+    """The answer, in its conversation."""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A row that cannot be read."""
+
+    index: int
+    """Place among the rows, from 0."""
+    line: int
+    """Line of the file in which it begins, from 1."""
+    why: str
+    """What was found, and what to do."""
+
+
+class Rows:
+    """A file of rows, opened. Iterating it again starts from its first row.
+
+    What cannot be read twice, such as standard input, is copied to a temporary file first.
+    """
+
+    def __init__(self, path: str, format: Format | None = None) -> None:
+        """Open `path`; `-` is standard input. `format` is by default what the name ends in.
+
+        Raises:
+            ConfigError: no format is given and the name does not say one.
+            DataError: the file cannot be read.
+        """
+        suffix = Path(path).suffix.lower()
+        chosen = format or _SUFFIXES.get(suffix)
+        if chosen is None:
+            found = "standard input has no name" if path == "-" else f"the name {Path(path).name!r} does not"
+            raise ConfigError(f"{found} to say how the rows are written; add --format jsonl, csv or text")
+        self.name = "standard input" if path == "-" else path
+        """What messages call it."""
+        self.format: Format = chosen
+        """How rows are written."""
+        self._file = _readable_twice(path)
+        self.digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+        """sha256 of its bytes."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def prompts(self, column: str | None = None) -> Iterator[Prompt | Broken]:
+        """Yield each row as a Prompt.
+
+        Args:
+            column: where the prompt is; by default `messages` or `prompt`, and in a CSV file `prompt`
+                or the only column. Text has a prompt a line, and no columns.
+
+        Raises:
+            ConfigError: the file has no such column.
+            DataError: the file cannot be read.
+        """
+        for index, line, row in self._each(column):
+            if isinstance(row, str):
+                yield Broken(index, line, row)
+                continue
+            try:
+                key = column or ("messages" if "messages" in row else "prompt")
+                yield Prompt(index, line, _conversation(row, key), _scalars(row, without=key))
+            except DataError as error:
+                yield Broken(index, line, str(error))
+
+    def answers(self) -> Iterator[Answer | Broken]:
+        """Yield each row as an Answer: `prompt` and `response`, or `messages` that end in the answer.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        for index, line, row in self._each(None):
+            if isinstance(row, str):
+                yield Broken(index, line, row)
+                continue
+            try:
+                yield Answer(index, line, row.get("id", index), _exchange(row))
+            except DataError as error:
+                yield Broken(index, line, str(error))
+
+    def _each(self, column: str | None) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
+        """Yield index, line, and the row or what is wrong with it."""
+        self._file.seek(0)
+        read = {"jsonl": _jsonl, "csv": _csv, "text": _text}[self.format]
+        try:
+            for index, (line, row) in enumerate(read(self._file, column)):
+                yield index, line, row
+        except OSError as error:
+            raise DataError(f"{self.name}: cannot be read: {error.strerror}") from error
+
+
+_File = io.BufferedReader | io.BufferedRandom
+
+
+def _readable_twice(path: str) -> _File:
+    try:
+        if path == "-":
+            return _copy(sys.stdin.buffer)
+        file = open(path, "rb")  # noqa: SIM115 - `Rows.close`
+        if file.seekable():
+            return file
+        with file:
+            return _copy(file)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _copy(file: BinaryIO) -> _File:
+    copy = tempfile.TemporaryFile()  # noqa: SIM115 - `Rows.close`
+    shutil.copyfileobj(file, copy)
+    copy.seek(0)
+    return copy
+
+
+_Read = Iterator[tuple[int, dict[str, Any] | str]]
+
+
+def _text(file: _File, column: str | None) -> _Read:
+    if column is not None:
+        raise ConfigError(f"text has one prompt a line and no column {column!r}; leave --column out")
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        try:
+            yield number, {"prompt": line.decode("utf-8").rstrip("\r\n")}
+        except UnicodeDecodeError as error:
+            yield number, f"not UTF-8: {error.reason} at byte {error.start} of the line"
+
+
+def _jsonl(file: _File, column: str | None) -> _Read:
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, f"not JSON: {error}"
+            continue
+        if isinstance(row, str):
+            row = {column or "prompt": row}
+        yield number, row if isinstance(row, dict) else f"a row is an object, found {type(row).__name__}"
+
+
+def _lines(file: _File) -> Iterator[tuple[int, bytes]]:
+    for number, line in enumerate(file, 1):
+        yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+
+
+def _csv(file: _File, column: str | None) -> _Read:
+    # Bytes that are no UTF-8 become lone surrogates, so that one bad row does not end the file.
+    csv.field_size_limit(1 << 30)
+    reader = csv.reader((line.decode("utf-8", "surrogateescape") for _, line in _lines(file)), strict=True)
+    header = next(reader, [])
+    wanted = column or (header[0] if len(header) == 1 else "prompt")
+    if wanted not in header:
+        found = f"the file has the columns {', '.join(map(repr, header)) or '(none)'}"
+        raise ConfigError(f"no column {wanted!r}: {found}; say which with --column")
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, f"not CSV: {error}"
+            continue
+        if not fields:
+            continue
+        if len(fields) != len(header):
+            yield line, f"{len(fields)} fields, and the header has {len(header)}; is a quote missing?"
+        elif any("\udc80" <= char <= "\udcff" for item in fields if not item.isascii() for char in item):
+            yield line, "not UTF-8; save the file as UTF-8"
+        else:
+            row: dict[str, Any] = dict(zip(header, fields, strict=True))
+            if column is None:
+                row["prompt"] = row.pop(wanted)
+            yield line, row
+
+
+def _conversation(row: Mapping[str, Any], key: str) -> list[BaseMessage]:
+    if key not in row:
+        found = ", ".join(map(repr, row)) or "(none)"
+        raise DataError(f"no {key!r} among the keys {found}; say where the prompt is with --column")
+    value = row[key]
+    if isinstance(value, str):
+        if not value.strip():
+            raise DataError(f"{key!r} is empty")
+        return [HumanMessage(value)]
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{key!r} is text or a list of messages, found {str(value)[:60]!r}")
+    try:
+        return convert_to_messages(value)
+    except Exception as error:  # its errors are of many classes, all about the messages
+        raise DataError(f"{key!r} is no list of messages: {str(error).splitlines()[0][:200]}") from error
+
+
+def _scalars(row: Mapping[str, Any], *, without: str) -> dict[str, Any]:
+    return {
+        key: value for key, value in row.items() if key != without and isinstance(value, str | int | float)
+    }
+
+
+def _exchange(row: Mapping[str, Any]) -> Exchange:
+    if "messages" in row and "response" not in row:
+        *before, last = map(from_langchain, _conversation(row, "messages"))
+        if last.role != "assistant":
+            raise DataError(f"'messages' end in a message of the role {last.role!r}; the answer comes last")
+        return Exchange(messages=tuple(before), answer=last)
+    response = row.get("response")
+    if not isinstance(response, str):
+        found = ", ".join(map(repr, row)) or "(none)"
+        raise DataError(f"no text under 'response' among the keys {found}; a row has prompt and response")
+    asked = _conversation(row, "messages" if "messages" in row else "prompt")
+    return Exchange(
+        messages=tuple(map(from_langchain, asked)), answer=Message(role="assistant", content=response)
+    )

@@ -1,0 +1,116 @@
+"""What can be said of a config before anything is made, by the functions that the steps themselves use.
+
+No model is started and nobody is asked. What a step makes is not there yet, and is not looked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cai_graph import local
+from cai_graph.errors import CaiError, ConfigError, MissingExtra
+from trainers import weights
+from trainers.checkpoint import Checkpoint
+from trainers.distill.who import unasked_reward
+from trainers.refusal import by_probe
+from trainers.rewards import Spec, folders, parse, sources
+from trainers.stages import StageConfig, check_machine
+from trainers.watch import WatchConfig
+from trainers.watch.rules import FEWEST
+
+__all__ = ["in_section", "machine", "model", "reward", "watch"]
+
+
+@contextlib.contextmanager
+def in_section(name: str) -> Iterator[None]:
+    """Have an error in the body name the section of the config.
+
+    Raises:
+        ConfigError: with what the error says.
+        MissingExtra: a package is not installed.
+    """
+    try:
+        yield
+    except MissingExtra:
+        raise
+    except CaiError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def model(spec: str) -> None:
+    """Look at weights that are here; a name of the catalogue or of the model hub is fetched when it is due.
+
+    Raises:
+        CaiError: they cannot be trained from.
+    """
+    kind, _, name = spec.partition(":")
+    folder = Path(name if kind == "local" else spec).expanduser()
+    if folder.is_dir():
+        Checkpoint.open(folder)
+    elif kind == "local" and not name.lower().endswith(".gguf"):
+        local.find(name or local.DEFAULT_MODEL)
+    elif spec.lower().endswith(".gguf"):
+        local.weights(name if kind == "local" else spec)
+    elif spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+        weights.resolve(spec)
+
+
+def reward(spec: Spec) -> frozenset[str]:
+    """Return what gives a reward its numbers, as `trainers.rewards.sources`.
+
+    Raises:
+        CaiError: there is no such reward.
+    """
+    for folder in folders(spec):
+        Checkpoint.open(folder)
+    return sources(parse(unasked_reward(spec)))
+
+
+def watch(config: WatchConfig, trained_on: frozenset[str], held_out: float) -> None:
+    """Make sure that a watch can be kept.
+
+    Args:
+        config: as the user wrote it.
+        trained_on: what gives the reward its numbers that the policy is trained on.
+        held_out: how many prompts can be expected to be held out.
+
+    Raises:
+        CaiError: there is no such judge or file, or there are too few prompts.
+    """
+    with in_section("judge"):
+        if reward(config.judge) & trained_on:
+            raise ConfigError(f"{config.judge} is what the policy is trained on; name another judge")
+    config.asks([])  # reads the benign prompts
+    if config.evasion is not None:
+        by_probe(config.evasion)
+    if round(held_out) < FEWEST:
+        raise ConfigError(
+            f"about {held_out:.0f} prompts will be held out, and the watch tells nothing from noise below "
+            f"{FEWEST}; raise rows.test_share, name more prompts, or go without it (watch: null)"
+        )
+
+
+def machine(config: StageConfig, module: str, processes: int | None, *, is_here: bool) -> None:
+    """Make sure that a stage can train where it will.
+
+    Args:
+        config: of the stage.
+        module: its name.
+        processes: how many train together; None where nobody can say.
+        is_here: whether they train on this machine.
+
+    Raises:
+        ConfigError: the GPU or a package that a setting needs is not there, or there are too many processes.
+        MissingExtra: a package that every stage needs is not installed.
+    """
+    if is_here:
+        check_machine(config, module)
+    trains: Any = getattr(config, "trains", None)
+    if trains == "head" and processes is not None and processes > 1:
+        raise ConfigError(
+            f"trains: head is a fit of one process, and launch starts {processes}; leave launch out, or "
+            "train weights"
+        )

@@ -1,0 +1,104 @@
+"""Plots as SVG, drawn the same on every machine; nothing of the caller's matplotlib is read or changed.
+
+    canvas   a figure and its axes, to draw on
+    text     the figure, to stand in a page
+    write    the figure, as a file
+    label    a text that somebody else wrote, as a figure can hold it
+
+Every text is drawn as it stands, `$` and `_` included: none is read as a formula. It stays text in the SVG,
+and whoever reads that sees it in a font of their own. The same drawing gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cai_graph.errors import MissingExtra
+from trainers import whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["canvas", "label", "text", "write"]
+
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cai_graph",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+_HARMLESS = (
+    # The reader's font counts, and not the one that the text was measured with.
+    "Glyph .* missing from",
+    # Where labels leave the axes no room, these keep their size, and the figure grows around the labels.
+    "constrained_layout not applied",
+)
+_FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 cannot hold: control characters, and halves of surrogate pairs."""
+
+
+@contextmanager
+def canvas(
+    what: str, size: tuple[float, float], *, rows: int = 1, columns: int = 1, sharex: bool = False
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Give a figure and its axes, row by row; draw and save it in the body.
+
+    Args:
+        what: what is drawn, for the error.
+        size: width and height in inches; the figure grows where its labels need more.
+        rows: rows of axes.
+        columns: axes in a row.
+        sharex: whether all axes have one x axis.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra(what, "matplotlib", "train") from error
+    with style.context(["default", _SETTINGS]), warnings.catch_warnings():
+        for message in _HARMLESS:
+            warnings.filterwarnings("ignore", message=message)
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, list(figure.subplots(rows, columns, squeeze=False, sharex=sharex).flat)
+
+
+def text(figure: Figure) -> str:
+    """Return a figure of `canvas` as an element, from `<svg` on."""
+    document = _document(figure)
+    return document[document.index("<svg") :]
+
+
+def write(path: Path, figure: Figure) -> None:
+    """Write a figure of `canvas` as a file, which is whole or not there.
+
+    Raises:
+        OSError: it cannot be written there.
+    """
+    whole.write(path, _document(figure))
+
+
+def _document(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return out.getvalue()
+
+
+def label(text: str) -> str:
+    """Return a text with a mark in place of each character that no SVG can hold.
+
+    >>> label("cost $x_{$ \\x00")
+    'cost $x_{$ \ufffd'
+    """
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
