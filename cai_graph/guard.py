@@ -74,10 +74,10 @@ class Guard:
         if not isinstance(app, Runnable):
             raise ConfigError(f"constitutional() wraps a LangChain Runnable, found {type(app).__name__}")
         inner = app if isinstance(app, BaseChatModel) else None
-        for role, given in (("critic", critic), ("reviser", reviser)):
+        for role, deed, given in (("critic", "judge", critic), ("reviser", "revise", reviser)):
             if given is None and inner is None:
                 raise ConfigError(
-                    f"{type(app).__name__} is no chat model, so who {role}s must be said: "
+                    f"{type(app).__name__} is not a chat model and cannot {deed} itself; name a {role}: "
                     f'constitutional(app, critic=…, reviser=…), for example {role}="openai:gpt-5-mini"'
                 )
         if isinstance(context_keys, str):

@@ -26,8 +26,8 @@ from cai_graph.errors import ConfigError, MissingExtra, ModelError
 __all__ = ["cut_form", "load", "name_of", "refuses_form", "writing"]
 
 _FORMS = (
-    "openai:MODEL, anthropic:MODEL, local, local:NAME, local:PATH.gguf, http://HOST:PORT/v1 "
-    "or http://HOST:PORT/v1#MODEL"
+    "openai:MODEL, anthropic:MODEL, local, local:NAME, local:PATH.gguf, local:FOLDER, "
+    "http://HOST:PORT/v1 or http://HOST:PORT/v1#MODEL"
 )
 _KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 """The variable that holds the key of each provider that has an extra of ours."""
@@ -119,8 +119,8 @@ def _unknown(spec: str) -> ConfigError:
         )
     known |= {"local": "local", **{provider: f"{provider}:{rest or 'MODEL'}" for provider in _KEYS}}
     near = [known[match] for match in difflib.get_close_matches(kind, known, n=2, cutoff=0.6)]
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return ConfigError(f"{spec!r} names no model; {hint}The forms are: {_FORMS}")
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return ConfigError(f"{spec!r} names no model. {hint}The forms are: {_FORMS}")
 
 
 def _from_provider(spec: str, provider: str, name: str, settings: dict[str, Any]) -> BaseChatModel:

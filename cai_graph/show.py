@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cai_graph.bulk import Summary
 
-__all__ = ["brief", "clean", "one_line", "progress", "summary", "table", "trajectory", "word_diff"]
+__all__ = ["brief", "clean", "count", "one_line", "progress", "summary", "table", "trajectory", "word_diff"]
 
 MAX_CHARS = 20_000
 """How much of one text is shown; the rest is in the JSON."""
@@ -236,7 +236,8 @@ def _revision(name: str, revision: Revision, draft: str) -> list[RenderableType]
 def _ending(record: Trajectory) -> Text:
     generations = sum(call.kind == "generation" for call in record.calls)
     forward = len(record.calls) - generations
-    facts = [f"{generations} calls" + (f" and {forward} forward passes" if forward else "")]
+    passes = f" and {count(forward, 'forward pass', 'forward passes')}" if forward else ""
+    facts = [f"{count(generations, 'call')}{passes}"]
     read = sum(call.input_tokens or 0 for call in record.calls)
     written = sum(call.output_tokens or 0 for call in record.calls)
     if read or written:
@@ -283,17 +284,22 @@ def summary(run: Summary) -> RenderableType:
     """Return what a run came to."""
     outcomes = ", ".join(f"{count} {name}" for name, count in run.outcomes.most_common()) or "none"
     most = ", ".join(f"{clean(name)} ({count})" for name, count in run.violated.most_common(5)) or "nothing"
-    calls = f"{run.calls:,} generations"
+    calls = count(run.calls, "generation")
     if run.forward_passes:
-        calls += f", {run.forward_passes:,} forward passes"
+        calls += f", {count(run.forward_passes, 'forward pass', 'forward passes')}"
     rows = [
         ("outcomes", f"{outcomes}; {run.revised_share:.0%} revised"),
         ("violated most", most),
         ("calls", f"{calls}; {run.input_tokens:,} tokens read, {run.output_tokens:,} written"),
     ]
     if run.skipped:
-        rows.append(("not answered", f"{len(run.skipped)} rows"))
+        rows.append(("not answered", count(len(run.skipped), "row")))
     return table(rows)
+
+
+def count(number: int, thing: str, things: str = "") -> str:
+    """Return a number with its noun, whose plural has an s unless it is given: "1 row", "2,000 rows"."""
+    return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
 def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> Table:

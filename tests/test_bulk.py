@@ -108,12 +108,40 @@ def test_jsonl_with_a_lone_surrogate_is_read_as_it_stands(tmp_path: Path) -> Non
 
 
 def test_a_name_that_says_no_format_is_an_error_that_names_the_option(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--format"):
-        Rows(str(file(tmp_path, "prompts", "hello")))
+    with pytest.raises(
+        ConfigError, match=r"the name 'p\.dat' does not say how the rows are written; add --format"
+    ):
+        Rows(str(file(tmp_path, "p.dat", "hello")))
     with pytest.raises(ConfigError, match="--format"):
         Rows("-")
     with pytest.raises(DataError, match="No such file"):
         Rows(str(tmp_path / "absent.txt"))
+
+
+def test_a_directory_is_no_file_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"^\. is a directory; name a file"):
+        Rows(".")
+
+
+@pytest.mark.parametrize(
+    ("content", "column"),
+    [('{"a": "b"}\n', "a"), ('"text"\n', "a"), ('{"messages": []}\n{"x": 1}\n', None), ("{broken\n", "a")],
+)
+def test_one_of_the_first_rows_with_the_key_is_enough(
+    tmp_path: Path, content: str, column: str | None
+) -> None:
+    with closing(Rows(str(file(tmp_path, "p.jsonl", content)))) as rows:
+        rows.check(column)
+
+
+@pytest.mark.parametrize(("name", "content"), [("p.jsonl", " \n"), ("p.csv", ""), ("q.csv", "prompt\n")])
+def test_a_file_without_a_row_is_an_error(tmp_path: Path, name: str, content: str) -> None:
+    with (
+        closing(Rows(str(file(tmp_path, name, content)))) as rows,
+        pytest.raises(DataError, match="holds no row"),
+    ):
+        rows.check()
 
 
 def test_standard_input_can_be_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:

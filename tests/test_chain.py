@@ -259,7 +259,8 @@ def test_around_another_runnable_the_critic_and_the_reviser_must_be_said(missing
     arguments: Any = {"critic": JUDGE, "reviser": JUDGE}
     del arguments[missing]
 
-    with pytest.raises(ConfigError, match=rf"RunnableLambda is no chat model.*{missing}=\"openai:"):
+    said = rf"RunnableLambda is not a chat model.*name a {missing}: .*{missing}=\"openai:"
+    with pytest.raises(ConfigError, match=said):
         constitutional(app_of("x"), log=None, **arguments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -24,7 +25,10 @@ from wire import Reply, Script, Server, role, serving, under
 
 from cai_graph import cli, open_log, policy
 from cai_graph.cli import console, options
+from cai_graph.cli import log as log_commands
+from cai_graph.cli.model import foreign
 from cai_graph.constitution import load
+from cai_graph.errors import ModelError
 from cai_graph.trajectory import Trajectory
 
 BALANCED = load("balanced")
@@ -216,6 +220,23 @@ def test_a_missing_extra_is_one_sentence_with_the_pip_command(tmp_path: Path) ->
     assert len(err.splitlines()) == 1
 
 
+def piped(folder: Path, *args: str, **env: str) -> str:
+    process = start(folder, *args, env=env)
+    said, _ = process.communicate(timeout=60)
+    return said
+
+
+def test_what_is_piped_is_not_folded_unless_columns_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    whole = piped(tmp_path, "doctor").splitlines()
+    folded = piped(tmp_path, "doctor", COLUMNS="40").splitlines()
+    assert max(map(len, folded)) <= 40 < max(map(len, whole))
+    assert len(whole) < len(folded)
+    assert not [line for line in whole if line != line.rstrip()]
+
+
 # --- run ----------------------------------------------------------------------------------------------
 
 
@@ -237,6 +258,7 @@ def test_a_broken_row_is_reported_by_its_line_and_the_rest_runs(tmp_path: Path, 
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{broken\n{"prompt": "c"}\n')
     ended = cai(tmp_path, "run", "p.jsonl", "--model", server.spec, status=3)
     assert "line 2 skipped: not JSON" in ended.stderr
+    assert "1 row skipped; to try again: cai run p.jsonl" in ended.stderr
     assert "2 of 3 prompts are answered." in ended.stdout
     assert sorted(t.prompt for t in trajectories(tmp_path)) == ["a", "c"]
 
@@ -250,6 +272,28 @@ def test_a_lone_surrogate_that_no_api_takes_fails_its_row_and_is_logged_as_it_st
     assert "line 2 skipped: UnicodeEncodeError" in ended.stderr
     outcomes = {t.prompt: t.outcome.value for t in trajectories(tmp_path)}
     assert outcomes == {"a": "KEPT", "c \ud800": "FAILED"}
+
+
+@pytest.mark.parametrize(
+    ("content", "args", "said"),
+    [
+        ("", (), "p.jsonl holds no row"),
+        (
+            '{"ask": "a", "id": 1}\n' * 30,
+            ("--column", "asked"),
+            "no key 'asked': .* keys 'ask', 'id'; say which",
+        ),
+        ('{"ask": "a"}\n', (), "no key 'messages' or 'prompt': .* keys 'ask'; say which with --column"),
+    ],
+)
+def test_a_file_that_cannot_be_meant_is_one_error_and_no_log(
+    tmp_path: Path, content: str, args: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    ended = cai(tmp_path, "run", "p.jsonl", "--model", "http://127.0.0.1:9/v1#m", *args, status=1)
+    assert re.search(said, ended.stderr)
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (tmp_path / "cai.db").exists()
 
 
 def test_standard_input_is_resumable_too(tmp_path: Path, serve: Any) -> None:
@@ -430,6 +474,28 @@ def test_judge_output_file_appears_whole_or_not_at_all(tmp_path: Path, serve: An
     assert not [path for path in tmp_path.iterdir() if "w.jsonl" in path.name]
 
 
+@pytest.mark.parametrize("code", [errno.EPIPE, errno.ENOSPC])
+def test_what_our_own_writing_meets_is_not_said_of_the_critic(code: int) -> None:
+    with pytest.raises(OSError) as found, foreign("openai:x"):
+        raise OSError(code, "not written")
+    assert found.value.errno == code
+    with pytest.raises(ModelError, match="openai:x"), foreign("openai:x"):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+
+def test_a_reader_who_has_seen_enough_ends_judge_without_a_word_of_it(tmp_path: Path, serve: Any) -> None:
+    server = serve(under(BALANCED))
+    answers(tmp_path, *map(str, range(20)))
+    process = start(tmp_path, "judge", "a.jsonl", "--critic", server.spec, env={"PYTHONUNBUFFERED": "1"})
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(60) == 1
+    process.stderr.close()
+    assert "Broken pipe" not in said
+
+
 # --- log ----------------------------------------------------------------------------------------------
 
 
@@ -478,6 +544,33 @@ def test_the_log_is_verified_recovered_and_cleaned(logged: Path) -> None:
     cai(logged, "log", "verify", "--log", "new.db")
     removed = json.loads(cai(logged, "log", "gc", "--days", "0", "--log", "new.db", "--json").stdout)
     assert removed["trajectories"] == 2
+
+
+def test_what_is_removed_is_named_and_asked_about_on_a_terminal(
+    logged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gc = ("log", "gc", "--days", "0")
+    dry = cai(logged, *gc, "--dry-run").stdout
+    assert re.search(r"would be removed: trajectories +3 *\nwould be removed: about them +0 *\n", dry)
+    monkeypatch.setattr(log_commands, "is_attended", lambda: True)
+    refused = cai(logged, *gc, input=b"n\n", status=1)
+    assert "Remove 3 trajectories for good, and 0 records about them?" in refused.stderr
+    assert len(trajectories(logged)) == 3
+    removed = cai(logged, *gc, "--yes")
+    assert "Remove" not in removed.stderr
+    assert re.search(r"^removed: trajectories +3 *\nremoved: about them +0 *\nkept: reviewed", removed.stdout)
+    assert "Remove" not in cai(logged, *gc).stderr  # nothing is left to ask about
+
+
+def test_a_dataset_without_a_test_part_says_so_and_errors_name_options(logged: Path) -> None:
+    build = ("dataset", "build", "--kind", "sft", "--near-duplicates", "0")
+    made = cai(logged, *build, "-o", "made", "--test-share", "1e-6")
+    assert "no prompt fell to the test part; raise --test-share (now 1e-06)" in made.stderr
+    assert not (logged / "made" / "test.jsonl").exists()
+    assert "no prompt fell" not in cai(logged, *build, "-o", "all", "--test-share", "0").stderr
+    assert "--test-share is a share" in cai(logged, *build, "-o", "x", "--test-share", "2", status=1).stderr
+    said = cai(logged, *build, "-o", "x", "--max-tokens", "9", status=1).stderr
+    assert "--tokenizer and --max-tokens belong together" in said
 
 
 @pytest.mark.parametrize("days", ["inf", "1e9", "nan", "800000"])

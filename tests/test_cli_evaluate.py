@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from test_cli import cai
 from tiny import tiny_model
 from wire import Reply, role, serving
 
+from cai_graph.cli import evaluate
 from cai_graph.constitution import load
 
 IDS = [principle.id for principle in load("balanced").principles]
@@ -69,6 +71,27 @@ def test_answers_are_kept_and_graded_by_judge_after_judge(folder: Path) -> None:
     assert (folder / "eval" / "plots" / "1.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.parametrize("columns", ["60", "80", "300"])
+def test_a_measure_is_a_row_and_no_number_is_folded(folder: Path, columns: str) -> None:
+    subjects = [f"name of subject {letter} that is long" for letter in "abc"]
+    header = ["subject", "harmless [a]", "change of harmless [a]"]
+    cells = ["0.44 (0.41 to 0.50, n = 200)", "+0.10 (-0.01 to 0.20, n = 200)"]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate.out, "_width", int(columns))
+        patch.setattr(evaluate.out, "_file", printed)
+        evaluate._print_turned([header, *([name, *cells] for name in subjects)], int(columns))
+    said = printed.getvalue()
+
+    assert max(map(len, said.splitlines())) <= int(columns)
+    for part in ("0.44", "(0.41 to 0.50,", "n = 200)", "+0.10", "(-0.01 to 0.20,"):
+        assert said.count(part) == 3 * sum(part in cell for cell in cells)
+    assert (said.count(cells[0]) == 3) == (columns == "300")
+    rows = [line for line in said.splitlines() if "harmless [a]" in line]
+    assert len(rows) == {"60": 4, "80": 2, "300": 2}[columns]
+    assert (subjects[2] in said) == (columns == "300")
+
+
 def test_prompts_that_were_trained_on_end_the_run_or_are_left_out(folder: Path) -> None:
     (folder / "train.jsonl").write_text('{"prompt": "Good  TWO"}\n')
     told = ("--helpfulness", "fine.txt", "--trained-on", "train.jsonl")
@@ -106,7 +129,7 @@ def test_prompts_that_failed_are_said_with_a_status_of_its_own(folder: Path) -> 
     with serving(fails) as server:
         ran = cai(folder, "evaluate", "run", "eval", server.spec, "--helpfulness", "fine.txt", status=3)
 
-    assert "1 prompts failed and are in no figure" in ran.stderr
+    assert "1 prompt failed, in no figure" in ran.stderr
 
 
 def test_judgements_that_failed_are_said_with_a_status_of_its_own(folder: Path) -> None:
@@ -122,7 +145,7 @@ def test_judgements_that_failed_are_said_with_a_status_of_its_own(folder: Path) 
         server.script = script
         again = cai(folder, *score)
 
-    assert "1 judgements failed and are in no figure" in failed.stderr
+    assert "1 judgement failed, in no figure" in failed.stderr
     assert "1 of 3 were not judged (" in failed.stdout
     assert "not judged" not in again.stdout
 

@@ -14,11 +14,12 @@ import pytest
 from log_support import comparison, contents, fill
 from test_cli import cai, start
 from test_feedback import prefers_revisions
-from wire import Reply, serving
+from wire import Reply, serving, under
 
 from cai_graph.cli.feedback import Pairs
+from cai_graph.constitution import load
 from cai_graph.log import open_log
-from cai_graph.trajectory import Comparison, Feedback, Record
+from cai_graph.trajectory import Comparison, Feedback, Record, Trajectory
 from trainers.feedback import PairKind
 
 
@@ -97,7 +98,7 @@ def test_a_trajectory_that_fails_is_reported_and_the_status_says_so(folder: Path
     with serving(script) as server:
         ended = cai(folder, "feedback", "label", "--judge", server.spec, status=3)
     assert "cannot" in ended.stderr
-    assert "1 trajectories failed; to try again: cai feedback label" in ended.stderr
+    assert "1 trajectory failed; to try again: cai feedback label" in ended.stderr
     assert len(records(folder, "comparison")) == 3
 
 
@@ -128,6 +129,14 @@ def test_what_was_finished_before_an_interrupt_stays_and_is_not_asked_again(fold
         cai(folder, *args)
         assert len(records(folder, "comparison")) == 4
         assert len(server.requests) == 8
+
+
+@pytest.mark.parametrize("named", [(), ("--judge", "local", "--critic", "local")])
+def test_who_compares_must_be_named_one_way(folder: Path, named: tuple[str, ...]) -> None:
+    said = cai(folder, "feedback", "label", *named, status=2).stderr
+    assert "--judge" in said
+    assert "--critic" in said
+    assert ("docs/feedback.md" in said) == (not named)
 
 
 def test_labelling_a_log_that_is_not_there_makes_none(tmp_path: Path) -> None:
@@ -171,11 +180,24 @@ def test_the_local_model_labels_a_log(folder: Path, tiny_weights: Path) -> None:
     assert (found.judge, found.method) == ("local:smollm2", "logprob")
 
 
-def test_the_page_about_feedback_holds_what_it_says(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_the_page_about_feedback_holds_what_it_says(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = (Path(__file__).parents[1] / "docs" / "feedback.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    block, thumb = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     exec(block, {})
     assert capsys.readouterr().out == "(1.0, 1.0) votes\n"
+    (application := tmp_path / "application").mkdir()
+    with serving(under(load("balanced"), draft=lambda _: "Say that you are sorry.")) as server:
+        monkeypatch.chdir(application)
+        monkeypatch.setenv("OPENAI_API_KEY", "unused")
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        exec(thumb, {})
+    (answered,), (said,) = records(application, "trajectory"), records(application, "feedback")
+    assert isinstance(answered, Trajectory)
+    assert isinstance(said, Feedback)
+    assert answered.metadata.items() >= {"user": "u-17", "tenant": "shop-3"}.items()
+    assert (said.trajectory_id, said.score, said.user) == (answered.id, 1.0, "u-17")
     (line,) = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     about = records(folder, "trajectory")[0].id
     (folder / "f.jsonl").write_text(json.dumps(json.loads(line) | {"trajectory_id": about}))

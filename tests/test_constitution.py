@@ -979,10 +979,12 @@ def test_every_public_name_is_there() -> None:
 def test_page_on_writing_constitutions_runs(folder: Path) -> None:
     page = (ROOT / "docs" / "constitutions.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["yaml", "python"]
-    write(folder, shop=blocks[0][1])
+    assert [language for language, _ in blocks] == ["yaml", "python", "yaml", "python"]
+    write(folder, shop=blocks[0][1], desk=blocks[2][1])
     names: dict[str, Any] = {}
-    exec(compile(blocks[1][1], "docs/constitutions.md", "exec"), names)
-    shop = names["shop"]
-    assert shop["no-promises"].texts("de").critique_request.startswith("Suche Zusagen")
+    for _, block in blocks[1::2]:
+        exec(compile(block, "docs/constitutions.md", "exec"), names)
+    shop, desk = names["shop"], names["desk"]
+    assert lint(shop) == lint(desk) == []
+    assert desk["no-promises"].texts("de").critique_request.startswith("Suche Zusagen")
     assert "says-how-sure" not in shop

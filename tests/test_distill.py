@@ -230,8 +230,8 @@ SAFE = {"over_refusal": str(ROOT / "examples" / "distill" / "over-refusal.jsonl"
         ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"model": "nowhere"}, "model: 'nowhere' is no folder with weights"),
         ({"drafts": {"critic": "trained:nowhere"}}, "drafts: nowhere/card.json"),
-        ({"drafts": {"model": "opnai:gpt"}}, "drafts: .* did you mean 'openai:gpt'"),
-        ({"feedback": {"judge": "opnai:gpt"}}, "feedback: .* did you mean 'openai:gpt'"),
+        ({"drafts": {"model": "opnai:gpt"}}, "drafts: .* Did you mean 'openai:gpt'"),
+        ({"feedback": {"judge": "opnai:gpt"}}, "feedback: .* Did you mean 'openai:gpt'"),
         ({"feedback": {**LOCAL, "principles": 99}}, "feedback: 99 principles a pair"),
         ({"feedback": {**LOCAL, "samples": 1}}, "feedback: samples is a number from 2, found 1"),
         ({"reward": {"data": "nowhere.jsonl"}, "rl": PPO}, "reward.data: nowhere.jsonl: is no dataset"),
@@ -394,6 +394,10 @@ def test_the_command_names_a_wrong_key(tmp_path: Path, server: Server, base: Pat
     written(tmp_path, server, base)
     said = cai(tmp_path, "distill", "config.yaml", "--set", "drafts.max_token=3", status=1).stderr
     assert "did you mean 'drafts.max_tokens'" in said
+    for key in ("methd", "qqqqqq"):
+        said = cai(tmp_path, "distill", "config.yaml", "--set", f"rl.{key}=dpo", status=1).stderr
+        assert "method" in said
+        assert not re.search(r"\b(model|data|output)\b", said)
 
 
 # --- the page and the example -------------------------------------------------------------------------

@@ -276,6 +276,6 @@ def test_the_command_reports_broken_lines_and_adds_nothing_twice(tmp_path: Path)
     path = file(tmp_path, SHAPES["HH-RLHF"], {"prompt": "x"})
     first = cai(tmp_path, "dataset", "import", str(path), "--log", "hh.db", "--name", "hh", status=3)
     assert "line 2 skipped: neither a pair" in first.stderr
-    assert "1 pairs and 0 labelled answers added; 0 were there already; 1 lines skipped" in first.stderr
+    assert "1 pair and 0 labelled answers added; 0 were there already; 1 line skipped" in first.stderr
     again = cai(tmp_path, "dataset", "import", str(path), "--log", "hh.db", "--name", "hh", status=3)
     assert "0 pairs and 0 labelled answers added; 1 were there already" in again.stderr

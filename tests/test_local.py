@@ -296,6 +296,11 @@ def test_unknown_name_lists_near_ones() -> None:
         local.chat_model("smolm2")
 
 
+def test_a_name_with_a_slash_is_a_folder_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="there is no folder runs/none here"):
+        local.chat_model("runs/none")
+
+
 def test_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04 and so on")
     with pytest.raises(ConfigError, match=r"begins with b'PK.*no GGUF file"):

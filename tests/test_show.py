@@ -102,7 +102,7 @@ def test_a_trajectory_shows_draft_verdicts_critique_diff_outcome_calls_and_time(
         "revision 1.1: rejected, evasive (evades)",
         "Mix flour with [-lye,-] {+salt,+} then bake it.",
         "REVISED",
-        "1 calls, 10 tokens read, 5 written, 3.2 s, constitution rules 1",
+        "1 call, 10 tokens read, 5 written, 3.2 s, constitution rules 1",
         "019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a",
     ):
         assert part in shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,14 @@ __all__ = ["plain", "read"]
 C = TypeVar("C")
 
 
-def read(cls: type[C], path: Path | None, settings: Sequence[str] = ()) -> C:
+def read(
+    cls: type[C],
+    path: Path | None,
+    settings: Sequence[str] = (),
+    *,
+    hidden: Collection[str] = (),
+    further: Sequence[str] = (),
+) -> C:
     """Return a config out of a YAML file and settings.
 
     Args:
@@ -27,6 +34,8 @@ def read(cls: type[C], path: Path | None, settings: Sequence[str] = ()) -> C:
         path: the YAML file; None: the settings say everything.
         settings: each "key=value", the value in YAML; "lora.rank=8" sets a key of a section. They come after
             the file.
+        hidden: keys that the caller sets itself, which no error offers.
+        further: keys that the caller reads itself, which an error offers, too.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown (names the nearest known one), set twice or
@@ -41,7 +50,7 @@ def read(cls: type[C], path: Path | None, settings: Sequence[str] = ()) -> C:
         key, value = _setting(setting)
         _put(values, key, value)
         places[key] = "--set: "
-    _check_keys(cls, values, "", places)
+    _check_keys(cls, values, "", places, hidden=hidden, further=further)
     try:
         # Not strict: YAML 1.1 reads 1e-5 as text, for want of a dot.
         return msgspec.convert(values, cls, strict=False, dec_hook=_custom)
@@ -127,14 +136,23 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
 # --- checks -------------------------------------------------------------------------------------------
 
 
-def _check_keys(cls: Any, values: Mapping[Any, Any], before: str, places: Mapping[str, str]) -> None:
+def _check_keys(
+    cls: Any,
+    values: Mapping[Any, Any],
+    before: str,
+    places: Mapping[str, str],
+    *,
+    hidden: Collection[str] = (),
+    further: Sequence[str] = (),
+) -> None:
     hints = typing.get_type_hints(cls)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
     for key, value in values.items():
         name = f"{before}{key}"
         if key not in known:
-            near = _nearest(str(key), known)
-            hint = f"did you mean {before + near!r}?" if near else f"the keys are {', '.join(known)}"
+            offered = [*further, *(one for one in known if one not in hidden)]
+            near = _nearest(str(key), offered)
+            hint = f"did you mean {before + near!r}?" if near else f"the keys are {', '.join(offered)}"
             raise ConfigError(f"{places.get(name, '')}unknown key {name!r}; {hint}")
         inner = _dataclass_in(hints[key])
         if inner is not None and isinstance(value, dict):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -30,6 +31,9 @@ _SUFFIXES: dict[str, Format] = {
     ".txt": "text",
     ".text": "text",
 }
+
+_FIRST = 20
+"""Rows that are looked at for the column of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,15 @@ class Rows:
             ConfigError: no format is given and the name does not say one.
             DataError: the file cannot be read.
         """
+        if path != "-" and Path(path).is_dir():
+            raise DataError(f"{path} is a directory; name a file")
         suffix = Path(path).suffix.lower()
         chosen = format or _SUFFIXES.get(suffix)
         if chosen is None:
-            found = "standard input has no name" if path == "-" else f"the name {Path(path).name!r} does not"
-            raise ConfigError(f"{found} to say how the rows are written; add --format jsonl, csv or text")
+            found = (
+                "standard input has no name to" if path == "-" else f"the name {Path(path).name!r} does not"
+            )
+            raise ConfigError(f"{found} say how the rows are written; add --format jsonl, csv or text")
         self.name = "standard input" if path == "-" else path
         """What messages call it."""
         self.format: Format = chosen
@@ -101,6 +109,28 @@ class Rows:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
+
+    def check(self, column: str | None = None) -> None:
+        """Read the first rows only, for a prompt file that cannot be meant.
+
+        Raises:
+            ConfigError: the column or key of the prompt is in none of them; names what is there.
+            DataError: the file holds no row, or cannot be read.
+        """
+        self._file.seek(0)
+        if all(not line.strip() for _, line in _lines(self._file)):
+            raise DataError(f"{self.name} holds no row; give it a prompt at least")
+        first = [row for _, _, row in islice(self._each(column), _FIRST)]
+        if not first:
+            raise DataError(f"{self.name} holds no row; give it a prompt at least")
+        rows = [row for row in first if not isinstance(row, str)]
+        wanted = ("messages", "prompt") if column is None else (column,)
+        if rows and not any(key in row for row in rows for key in wanted):
+            found = ", ".join(map(repr, dict.fromkeys(key for row in rows for key in row))) or "(none)"
+            named = " or ".join(map(repr, wanted))
+            raise ConfigError(
+                f"no key {named}: the file's rows have the keys {found}; say which with --column"
+            )
 
     def prompts(self, column: str | None = None) -> Iterator[Prompt | Broken]:
         """Yield each row as a Prompt.

@@ -30,7 +30,7 @@ from cai_graph.cli import (
     run,
     train,
 )
-from cai_graph.cli.console import FAILED, INTERRUPTED, complain, group
+from cai_graph.cli.console import FAILED, INTERRUPTED, UNWRITTEN, complain, group
 from cai_graph.errors import CaiError
 
 __all__ = ["main"]
@@ -66,7 +66,7 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EPIPE):
+        if error.errno not in UNWRITTEN:
             raise
         # Python would try once more, at its end, to write what could not be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

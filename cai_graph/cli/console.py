@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import shlex
 import signal
 import sys
@@ -12,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -21,12 +23,46 @@ if TYPE_CHECKING:
 FAILED, SKIPPED, INTERRUPTED = 1, 3, 130
 """Exit statuses: an error or a failed check, some rows skipped, Ctrl-C."""
 
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
+"""What the system says where output cannot be written: the disk is full, or nobody reads on."""
+
 DEFAULT_LOG = "sqlite:///cai.db"
 
 T = TypeVar("T")
 
-out = Console(highlight=False, markup=False, emoji=False)
-err = Console(highlight=False, markup=False, emoji=False, stderr=True)
+UNFOLDED = 10_000
+"""Width in columns where no terminal has one: a row or a path stays in one line for `grep` and `cut`."""
+
+
+class _Streamed(Console):
+    """A console that folds at a terminal's width, or at COLUMNS, and into a pipe or a file not at all."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        found = super().size
+        return found if self._folds else ConsoleDimensions(UNFOLDED, found.height)
+
+    @size.setter
+    def size(self, new: tuple[int, int]) -> None:
+        self._width, self._height = new
+
+    @property
+    def _folds(self) -> bool:
+        return self.is_terminal or self._width is not None or os.environ.get("COLUMNS", "").isdigit()
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        if self._folds:
+            super().print(*objects, **settings)
+            return
+        with self.capture() as caught:
+            super().print(*objects, **settings)
+        # Cells are filled up to the width of their column, and that is the longest line there is.
+        self.file.write("\n".join(line.rstrip(" ") for line in caught.get().split("\n")))
+        self.file.flush()
+
+
+out = _Streamed(highlight=False, markup=False, emoji=False)
+err = _Streamed(highlight=False, markup=False, emoji=False, stderr=True)
 
 
 def group(help: str = "", **settings: Any) -> typer.Typer:
@@ -74,6 +110,11 @@ def complain(sentence: str) -> None:
     from cai_graph import show
 
     err.print(Text(show.clean(sentence), "red"), soft_wrap=True)
+
+
+def is_attended() -> bool:
+    """Return whether somebody sits at a terminal, who can be asked."""
+    return err.is_terminal and sys.stdin is not None and sys.stdin.isatty()
 
 
 def log_option(log: str) -> str:

@@ -50,7 +50,7 @@ def calibrate(
     """
     from rich.progress import MofNCompleteColumn
 
-    from cai_graph import calibration
+    from cai_graph import calibration, show
     from cai_graph import constitution as constitutions
     from cai_graph.cascades import probabilistic
     from cai_graph.log import open_log
@@ -76,7 +76,7 @@ def calibrate(
                 judged = asyncio.run(work)
     found = calibration.calibrate(judged.pairs, miss_rate)
     for why, count in judged.left_out.items():
-        note(f"{count} drafts are left out: {why}")
+        note(f"{show.count(count, 'draft')} left out: {why}")
     if as_json:
         names = {"cheap": judged.cheap, "strong": judged.strong, "left_out": judged.left_out}
         print_json({**asdict(found), "miss_rate": miss_rate, **names})

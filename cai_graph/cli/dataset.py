@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,6 +12,7 @@ import typer
 
 from cai_graph.cli.console import DEFAULT_LOG, SKIPPED, complain, group, note, out, print_json
 from cai_graph.cli.options import AsJson, LogUrl, option
+from cai_graph.errors import ConfigError
 
 if TYPE_CHECKING:
     from trainers.ledger import Ledger
@@ -78,30 +82,48 @@ def dataset_build(
     as_json: AsJson = False,
 ) -> None:
     """Turn logs into rows for training, with a ledger of what became of every trajectory."""
+    from cai_graph import show
     from trainers import dataset
 
-    recipe = dataset.Recipe(
-        kind=kind,
-        test_share=test_share,
-        per_user=per_user,
-        per_tenant=per_tenant,
-        kept_per_revised=kept_per_revised,
-        without_users=tuple(without_user or ()),
-        without_tenants=tuple(without_tenant or ()),
-        near_duplicates=near_duplicates or None,
-        per_cluster=per_cluster,
-        held_out=tuple(held_out or ()),
-        personal_data=personal_data,
-        tokenizer=tokenizer,
-        max_tokens=max_tokens,
-        constitutions=tuple(constitution or ()),
-    )
+    with _named_as_options():
+        recipe = dataset.Recipe(
+            kind=kind,
+            test_share=test_share,
+            per_user=per_user,
+            per_tenant=per_tenant,
+            kept_per_revised=kept_per_revised,
+            without_users=tuple(without_user or ()),
+            without_tenants=tuple(without_tenant or ()),
+            near_duplicates=near_duplicates or None,
+            per_cluster=per_cluster,
+            held_out=tuple(held_out or ()),
+            personal_data=personal_data,
+            tokenizer=tokenizer,
+            max_tokens=max_tokens,
+            constitutions=tuple(constitution or ()),
+        )
     built = dataset.build(log or [DEFAULT_LOG], output, recipe, format=format, workers=workers, engine=engine)
     if as_json:
         print_json(built.ledger.to_json())
     else:
         _print(built.ledger)
-    note(f"{built.ledger.rows:,} rows are in {output}")
+    rows = built.ledger.rows
+    note(f"{show.count(rows, 'row')} {'is' if rows == 1 else 'are'} in {output}")
+    if test_share and not built.ledger.kept.get("test"):
+        note(f"no prompt fell to the test part; raise --test-share (now {test_share:g})")
+
+
+@contextlib.contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Name in errors the options that were typed, not the fields of the recipe."""
+    try:
+        yield
+    except ConfigError as error:
+        fields = (
+            "test_share|per_user|per_tenant|per_cluster|kept_per_revised|near_duplicates|max_tokens|tokenizer"
+        )
+        said = re.sub(rf"\b({fields})\b", lambda found: f"--{found[0].replace('_', '-')}", str(error))
+        raise ConfigError(said) from error
 
 
 def _print(ledger: Ledger) -> None:
@@ -157,14 +179,15 @@ def dataset_import(
 
     A row has chosen and rejected (and prompt), in HH-RLHF's or TRL's form, or prompt, completion and label.
     """
+    from cai_graph import show
     from trainers import imports
 
     done = imports.import_preferences(log, file, name=name)
     for broken in done.broken:
         complain(f"line {broken.line} skipped: {broken.what}")
     note(
-        f"{done.pairs:,} pairs and {done.answers:,} labelled answers added; {done.present:,} were there "
-        f"already; {len(done.broken):,} lines skipped"
+        f"{show.count(done.pairs, 'pair')} and {show.count(done.answers, 'labelled answer')} added; "
+        f"{done.present:,} were there already; {show.count(len(done.broken), 'line')} skipped"
     )
     if done.broken:
         raise typer.Exit(SKIPPED)

@@ -79,6 +79,7 @@ def run(
 
     Type the same command again after an interrupt, or with further models, and it goes on where it stopped.
     """
+    from cai_graph import show
     from trainers.checkpoint import Checkpoint
     from trainers.evaluation.folder import Evaluation
     from trainers.evaluation.suites import read_suite
@@ -108,9 +109,11 @@ def run(
 
     failed = asyncio.run(work())
     subjects = len(evaluation.subjects)
-    note(f"the answers of {subjects} subjects are in {folder}; `cai evaluate score` grades them")
+    note(
+        f"the answers of {show.count(subjects, 'subject')} are in {folder}; `cai evaluate score` grades them"
+    )
     if failed:
-        note(f"{failed} prompts failed and are in no figure; the same command tries them again")
+        note(f"{show.count(failed, 'prompt')} failed, in no figure; the same command tries again")
         raise typer.Exit(SKIPPED)
 
 
@@ -230,6 +233,7 @@ def score(
     import json
 
     from cai_graph import constitution as rules
+    from cai_graph import show
     from trainers.evaluation.folder import AIMS, Evaluation
     from trainers.evaluation.generations import write_whole
     from trainers.evaluation.grades import RewardGrader
@@ -282,7 +286,7 @@ def score(
     else:
         _print(summary)
     if failed:
-        note(f"{failed} judgements failed and are in no figure; the same command asks again")
+        note(f"{show.count(failed, 'judgement')} failed, in no figure; the same command asks again")
         raise typer.Exit(SKIPPED)
 
 
@@ -296,21 +300,46 @@ def _critic(spec: str, by_claim: bool, constitution: Any, aim: str) -> Grader:
 
 
 def _print(summary: Summary) -> None:
-    from rich import box
-    from rich.table import Table
-
     from cai_graph import show
     from trainers.evaluation.summary import table
 
     figures = table(summary)
-    shown = Table(box=box.SIMPLE)
-    for name in figures.header:
-        shown.add_column(show.clean(name), overflow="fold")
-    for row in figures.rows:
-        shown.add_row(*map(show.clean, row))
-    out.print(shown)
+    _print_turned([list(map(show.clean, row)) for row in (figures.header, *figures.rows)], out.width)
     for line in figures.key:
         out.print(show.clean(line))
+
+
+def _print_turned(rows: list[list[str]], width: int) -> None:
+    """Print a table with its rows as columns, and no number folded.
+
+    Where they do not all fit, a cell stands on three lines, and what still has no place in a table below.
+    """
+    import textwrap
+
+    from rich.table import Table
+
+    (_, *measures), *subjects = rows
+    gap = 2
+    left = width - max(map(len, measures), default=0) - gap
+    if sum(gap + max(map(len, subject)) for subject in subjects) > left:
+        subjects = [
+            [name, *(cell.replace(" (", "\n(").replace(", n", ",\nn") for cell in cells)]
+            for name, *cells in subjects
+        ]
+        wide = max(12, *(len(line) for _, *cells in subjects for cell in cells for line in cell.split("\n")))
+        abreast = max(1, left // (wide + gap))
+    else:
+        wide, abreast = width, max(1, len(subjects))
+    for start in range(0, len(subjects), abreast):
+        shown = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
+        shown.add_column("", no_wrap=True)
+        found = subjects[start : start + abreast]
+        for name, *_ in found:
+            shown.add_column("\n".join(textwrap.wrap(name, wide)), no_wrap=True)
+        for row in zip(measures, *(cells for _, *cells in found), strict=True):
+            shown.add_row(*row)
+        out.print(shown)
+        out.print()
 
 
 @commands.command(

@@ -43,7 +43,9 @@ commands = group("Which of two answers is better: ask a judge, or record what pe
 @commands.command("label", epilog="Example: cai feedback label --judge openai:gpt-5-mini --principles 2")
 def label(
     log: LogUrl = DEFAULT_LOG,
-    judge: Annotated[str, option("--judge", "Who compares.", "SPEC")] = "local",
+    judge: Annotated[
+        str | None, option("--judge", "Who compares: a model that reads both answers.", "SPEC")
+    ] = None,
     critic: Annotated[
         str | None, option("--critic", "Compare by a critic instead, which judges each answer alone.", "SPEC")
     ] = None,
@@ -81,19 +83,28 @@ def label(
     Type the same command again after an interrupt, and it goes on where it stopped.
     """
     from cai_graph import constitution as constitutions
+    from cai_graph import show
     from cai_graph.critic import critic_for
     from cai_graph.log import open_log
     from trainers.feedback import Config, Labelling
     from trainers.judge import Judge
 
-    who = critic or judge
+    if judge is None and critic is None:
+        raise typer.BadParameter(
+            "name who compares: --judge SPEC, a large model that reads both answers, or --critic SPEC, which "
+            "judges each alone (--critic local: the embedded model's probe); docs/feedback.md says what they "
+            "are worth"
+        )
+    if judge is not None and critic is not None:
+        raise typer.BadParameter("--judge and --critic are two ways to compare; name one of them")
+    who = critic or judge or ""
     usual = Pairs.REVISION if model is None else Pairs.SAMPLES
     with open_log(log, read_only=True):
         pass  # an absent log is an error, since there is nothing to compare
     with contextlib.closing(open_log(log)) as opened:
         job = Labelling(
             opened,
-            Judge(loaded(judge), reasoning=reasoning, votes=votes)
+            Judge(loaded(who), reasoning=reasoning, votes=votes)
             if critic is None
             else critic_for(judging(critic)),
             constitutions.load(constitution),
@@ -132,7 +143,8 @@ def label(
         note(f"interrupted; to go on, type again: {this_command()}")
         raise typer.Exit(INTERRUPTED)
     if failed:
-        complain(f"{failed} trajectories failed; to try again: {this_command()}")
+        count = show.count(failed, "trajectory", "trajectories")
+        complain(f"{count} failed; to try again: {this_command()}")
         raise typer.Exit(SKIPPED)
 
 

@@ -32,7 +32,7 @@ def judge(
         ),
     ],
     output: Annotated[str | None, typer.Option("--output", "-o", help="Where the verdicts go.")] = None,
-    critic: Annotated[str, option("--critic", "Who judges.", "SPEC")] = "local",
+    critic: Annotated[str, option("--critic", "Who judges: a model, or trained:FOLDER.", "SPEC")] = "local",
     strong: Strong = None,
     threshold: Threshold = None,
     constitution: ConstitutionName = "balanced",
@@ -47,7 +47,7 @@ def judge(
     Writes one line a row, in order: its id (or index), verdicts, and aims (probabilities by aim). A row
     that cannot be judged has an error in their place.
     """
-    from cai_graph import bulk, whole
+    from cai_graph import bulk, show, whole
     from cai_graph import constitution as constitutions
 
     rules = constitutions.load(constitution)
@@ -73,7 +73,10 @@ def judge(
 
         with foreign(critic):
             asyncio.run(work())
-    note(f"{total} answers: {violates} violate, {unreadable} unreadable, {skipped} could not be judged")
+    note(
+        f"{show.count(total, 'answer')}: {violates} violate, {unreadable} unreadable, "
+        f"{skipped} could not be judged"
+    )
     stands = {FailingVerdict.VIOLATES: violates, FailingVerdict.UNREADABLE: unreadable}
     if any(stands[label] for label in fail_on or ()):
         raise typer.Exit(FAILED)

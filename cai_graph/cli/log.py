@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import sys
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cai_graph.cli.console import DEFAULT_LOG, FAILED, SKIPPED, complain, group, note, out, print_record
+from cai_graph.cli.console import (
+    DEFAULT_LOG,
+    FAILED,
+    SKIPPED,
+    complain,
+    group,
+    is_attended,
+    note,
+    out,
+    print_record,
+)
 from cai_graph.cli.options import AsJson, ExportFormat, LogUrl, OutcomeFilter, Since, Source, Tag
 
 if TYPE_CHECKING:
     from cai_graph.log import Filters
+    from cai_graph.log.upkeep import Removal
     from cai_graph.trajectory import Trajectory
 
 commands = group("Read and keep the log.")
@@ -101,6 +113,7 @@ def log_export(
     until: Until = None,
 ) -> None:
     """Write the log's records to a file, each whole."""
+    from cai_graph import show
     from cai_graph.log import open_log, transfer
 
     filters: Filters = {"outcome": outcome, "tag": tag, "source": source, "since": since, "until": until}
@@ -110,7 +123,7 @@ def log_export(
                 sys.stdout.write(line.decode("ascii"))
         return
     count = transfer.export(log, file, format=format, **filters)
-    note(f"{count} records written to {file}")
+    note(f"{show.count(count, 'record')} written to {file}")
 
 
 @commands.command("import", epilog="Example: cai log import demonstrations.jsonl")
@@ -123,13 +136,14 @@ def log_import(
     A demonstration is an object with prompt and draft, and where they apply critique, revision, principle
     and label. What is in the log already is not added again.
     """
+    from cai_graph import show
     from cai_graph.log import transfer
 
     done = transfer.import_(log, file)
     for broken in done.broken:
         complain(f"line {broken.line} skipped: {broken.what}")
     note(
-        f"{done.records} records and {done.demonstrations} demonstrations added; "
+        f"{show.count(done.records, 'record')} and {show.count(done.demonstrations, 'demonstration')} added; "
         f"{done.present} were there already, {done.removed} had been removed"
     )
     if done.broken:
@@ -174,9 +188,13 @@ def log_gc(
     ] = False,
     keep_tag: Annotated[str | None, typer.Option(help="Keep trajectories with this tag.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask on a terminal.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove old trajectories, with everything appended about them."""
+    """Remove old trajectories, with everything appended about them.
+
+    On a terminal it says how many, and asks. Without one it goes on by itself.
+    """
     from cai_graph.log import upkeep
 
     try:
@@ -184,12 +202,41 @@ def log_gc(
     except (OverflowError, ValueError) as error:
         reason = f"{days} days ago is no date; say how many days of the log are to stay, such as 90"
         raise typer.BadParameter(reason, param_hint="--days") from error
-    removal = upkeep.gc(
-        log,
-        before=before,
-        why=why,
-        keep_reviewed=not also_reviewed,
-        keep_tag=keep_tag,
-        dry_run=dry_run,
+    sweep = partial(
+        upkeep.gc, log, before=before, why=why, keep_reviewed=not also_reviewed, keep_tag=keep_tag
     )
-    print_record(removal, as_json)
+    if not (dry_run or yes) and is_attended():
+        _ask(sweep(dry_run=True))
+    removal = sweep(dry_run=dry_run)
+    if as_json:
+        print_record(removal, as_json)
+    else:
+        _show_removal(removal, dry_run)
+
+
+def _ask(found: Removal) -> None:
+    """Go on where nothing is removed, or the user agrees.
+
+    Raises:
+        typer.Abort: he does not.
+    """
+    from cai_graph import show
+
+    if found.trajectories or found.others:
+        old = show.count(found.trajectories, "trajectory", "trajectories")
+        others = show.count(found.others, "record")
+        typer.confirm(f"Remove {old} for good, and {others} about them?", abort=True, err=True)
+
+
+def _show_removal(removal: Removal, dry_run: bool) -> None:
+    from cai_graph import show
+
+    done = "would be removed" if dry_run else "removed"
+    rows: list[tuple[str, object]] = [
+        (f"{done}: trajectories", removal.trajectories),
+        (f"{done}: about them", removal.others),
+        ("kept: reviewed or tagged", removal.kept),
+    ]
+    if not dry_run:
+        rows.append(("space given back to the disk", "yes" if removal.compacted else "no"))
+    out.print(show.table(rows))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cai_graph.cli.console import group, measured, out, print_json
+from cai_graph.cli.console import UNWRITTEN, group, measured, out, print_json
 from cai_graph.cli.options import AsJson, option
 from cai_graph.errors import CaiError, ModelError
 
@@ -167,7 +167,10 @@ def fetched(name: str) -> str:
 
 @contextlib.contextmanager
 def foreign(model: str) -> Iterator[None]:
-    """Translate what a provider's client raises; a builtin exception is a bug and keeps its traceback."""
+    """Translate what a provider's client raises; a builtin exception is a bug and keeps its traceback.
+
+    An error of our own writing is none of the provider's, whose client wraps what its connection does.
+    """
     from cai_graph.failures import meaning, note_of
 
     try:
@@ -176,6 +179,8 @@ def foreign(model: str) -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__module__ == "builtins" and not isinstance(error, OSError):
+            raise
+        if isinstance(error, OSError) and error.errno in UNWRITTEN:
             raise
         said = note_of(error) or meaning(error)
         plain = f"{type(error).__name__}: {error}"

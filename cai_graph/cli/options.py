@@ -22,9 +22,15 @@ def option(names: str, help: str, metavar: str | None = None) -> Any:
 
 Model = Annotated[
     str,
-    option("--model -m", "Who drafts: local, local:FILE.gguf, openai:…, anthropic:…, http://…/v1#…", "SPEC"),
+    option(
+        "--model -m",
+        "Who drafts: local, local:NAME, local:FILE.gguf, local:FOLDER, openai:…, anthropic:…, http://…/v1#…",
+        "SPEC",
+    ),
 ]
-Critic = Annotated[str | None, option("--critic", "Who judges; the model by default.", "SPEC")]
+Critic = Annotated[
+    str | None, option("--critic", "Who judges: a model, or trained:FOLDER; the model by default.", "SPEC")
+]
 Strong = Annotated[
     str | None, option("--strong", "Judges only what the critic cannot clear; needs --threshold.", "SPEC")
 ]

@@ -46,7 +46,7 @@ def replay(
     constitution: Annotated[
         str, option("--constitution -c", "Judge by this built-in constitution, or file.", "NAME|FILE")
     ] = "balanced",
-    critic: Annotated[str, option("--critic", "Who judges.", "SPEC")] = "local",
+    critic: Annotated[str, option("--critic", "Who judges: a model, or trained:FOLDER.", "SPEC")] = "local",
     log: LogUrl = DEFAULT_LOG,
     output: Annotated[
         Path | None, option("--output -o", "File that keeps the judgements; by default one in the cache.")
@@ -69,6 +69,7 @@ def replay(
     The log is only read. Type the same command again after an interrupt, and it goes on where it stopped.
     """
     from cai_graph import constitution as constitutions
+    from cai_graph import show
     from cai_graph.critic import critic_for
     from cai_graph.log import open_log
     from trainers.replay import Replay
@@ -112,7 +113,7 @@ def replay(
         complain(f"failed: {', '.join(found)}")
         raise typer.Exit(FAILED)
     if report.failed:
-        complain(f"{report.failed} answers could not be judged; to try again: {this_command()}")
+        complain(f"{show.count(report.failed, 'answer')} could not be judged; to try again: {this_command()}")
         raise typer.Exit(SKIPPED)
 
 
@@ -143,7 +144,7 @@ def _show(report: Report) -> None:
     from cai_graph import show
 
     before, after = report.share("before"), report.share("after")
-    out.print(Text(f"{report.judged} answers judged again."))
+    out.print(Text(f"{show.count(report.judged, 'answer')} judged again."))
     out.print(Text(f"Violate: {before} in the log, {after} now."))
     out.print(
         Text(

@@ -91,6 +91,7 @@ def run(
     from cai_graph.calls import Budget
 
     with contextlib.closing(bulk.Rows(prompts, format)) as rows:
+        rows.check(column)  # before the log, which opening makes
         guarded = guard(
             model,
             critic,
@@ -157,7 +158,8 @@ def _sum_up(job: Run, log: str, interrupted: bool) -> None:
     from cai_graph.log import without_password
 
     summary = job.summary
-    out.print(Text(f"{summary.answered} of {job.rows} prompts are answered."))
+    are = "is" if job.rows == 1 else "are"
+    out.print(Text(f"{summary.answered} of {show.count(job.rows, 'prompt')} {are} answered."))
     out.print(show.summary(summary))
     option = log_option(log)
     out.print(Text(f"The log is {without_password(log)}. Next:"))
@@ -166,7 +168,7 @@ def _sum_up(job: Run, log: str, interrupted: bool) -> None:
         note(f"interrupted; to go on, type again: {this_command()}")
         raise typer.Exit(INTERRUPTED)
     if summary.skipped:
-        complain(f"{len(summary.skipped)} rows were skipped; to try again: {this_command()}")
+        complain(f"{show.count(len(summary.skipped), 'row')} skipped; to try again: {this_command()}")
         raise typer.Exit(SKIPPED)
 
 

@@ -68,7 +68,11 @@ def _register(stage: Stage) -> None:
             made = module.train(told)
         note(f"the checkpoint is in {made.path}; its README.md says how it came to be")
 
-    again = "Type the same command again after an interrupt, and it goes on where it stopped."
+    page = "docs/online.md" if stage.name == "online" else "docs/training.md"
+    again = (
+        "Type the same command again after an interrupt, and it goes on where it stopped. "
+        f"{page} says which settings there are."
+    )
     example = f"Example: cai train {stage.name} --config {stage.name}.yaml {stage.example}"
     commands.command(stage.name, help=f"{stage.help}\n\n{again}", epilog=example)(command)
 

@@ -95,6 +95,10 @@ def find(name: str) -> LocalModel:
     for model in CATALOGUE:
         if model.name == name:
             return model
+    if "/" in name:
+        raise ConfigError(
+            f"there is no folder {name} here; local:FOLDER is one that `cai model export` wrote a file into"
+        )
     names = [model.name for model in CATALOGUE]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names
     raise ConfigError(

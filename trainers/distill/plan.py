@@ -287,7 +287,8 @@ class _Plan:
         answers = section.get("answers", getattr(_stage(module).Config, "answers", 1))
         count = self.processes or (answers if isinstance(answers, int) and answers > 0 else 1)
         part = "rl" if module not in ("sft", "reward") else module
-        for key in ("model", "output", *(("data",) if data is not None else ())):
+        ours = ("model", "output", *(("data",) if data is not None else ()))
+        for key in ours:
             if key in section:
                 raise ConfigError(f"{part}.{key}: is set by the pipeline; leave it out")
 
@@ -297,7 +298,7 @@ class _Plan:
                 places["reward"] = str(rewards)
             # What a launch starts sees more processes than this one, and a config checks against them.
             with as_one_of(count) if self.config.launch else contextlib.nullcontext():
-                return _section(part, module, {**places, **given})
+                return _section(part, module, {**places, **given}, hidden=ours)
 
         nowhere = Path("-")
         checked = config_of(nowhere, nowhere, nowhere, None if reward is None else nowhere)
@@ -587,10 +588,12 @@ def _stage(module: str) -> Any:
     return importlib.import_module(f"trainers.{module}")
 
 
-def _section(part: str, module: str, values: Section) -> Any:
-    """Return the config of a stage, with errors that name the section."""
+def _section(part: str, module: str, values: Section, *, hidden: Sequence[str]) -> Any:
+    """Return the config of a stage, with errors that name the section; `hidden` keys are no user's."""
+    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    further = ("method",) if part == "rl" else ()
     try:
-        return read(_stage(module).Config, None, [f"{key}={json.dumps(v)}" for key, v in values.items()])
+        return read(_stage(module).Config, None, settings, hidden=hidden, further=further)
     except ConfigError as error:
         raise ConfigError(f"{part}: {str(error).removeprefix('--set: ')}") from error
 

@@ -66,7 +66,8 @@ def _figures(done: Mapping[str, Done]) -> str:
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in found["notes"])
     said = (
         "<p>Means, 95 % intervals, numbers of prompts. What could not be read, or had no judgement since the "
-        "judge was out, is in no figure and is counted. Where intervals overlap, nothing is shown.</p>"
+        "judge was out, is in no figure and is counted. Read the rows &quot;change of …&quot;, which are "
+        "paired by prompt; a change is shown only where its interval leaves out 0.</p>"
     )
     return said + table(rows, header=("suite", "measure", "by", *subjects), numbers=numbers) + notes
 
