@@ -14,15 +14,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## prompts go through the embedded model; the log is cai.db
 	$(BIN)/cai demo
 
-test: $(VENV)/.installed  ## the whole test suite, with the tiny model only
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed  ## the whole test suite, with the tiny model only; two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.installed  ## format, lint, types, import contracts, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m 'not local'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not local'
 
 bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks

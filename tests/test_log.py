@@ -421,6 +421,28 @@ def test_an_append_waits_for_no_other(log: Log) -> None:
     assert writer.pending_bytes == 0
 
 
+def test_a_close_waits_for_a_writer_that_is_just_being_started(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, starting, go = open_log(url), threading.Event(), threading.Event()
+    start = threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        if thread.name.startswith("cai log"):
+            starting.set()
+            go.wait(10)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        appended = pool.submit(lambda: log.append(trajectory()).result(10))
+        assert starting.wait(10)
+        closed = pool.submit(log.close)
+        go.set()
+        closed.result(10)
+        appended.result(10)
+
+
 def test_an_append_beside_a_close_is_refused_or_written(url: str) -> None:
     log = open_log(url)
     committed, started = [], threading.Event()

@@ -133,7 +133,8 @@ class Writer:
         """Write what is pending and end the thread. Closing twice is harmless."""
         self._closing = True
         self._arrived.set()
-        thread = self._thread
+        with self._starting:  # an append may be about to start it
+            thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
