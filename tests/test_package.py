@@ -144,3 +144,15 @@ def test_what_one_module_takes_from_another_stands_in_its_all() -> None:
         if alias.name not in listed[node.module] and f"{node.module}.{alias.name}" not in trees
     }
     assert missing == set()
+
+
+def test_every_benchmark_can_be_imported() -> None:
+    script = (
+        "import importlib\n"
+        "from benchmarks.__main__ import ALL\n"
+        "for name in ALL: importlib.import_module(f'benchmarks.{name}')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
