@@ -21,7 +21,7 @@ from cai_graph import bridge, graph
 from cai_graph.calls import apart
 from cai_graph.trajectory import text_of
 
-__all__ = ["Kept", "as_asked", "refused", "replaced", "resumes", "untyped"]
+__all__ = ["Kept", "as_asked", "as_owner", "refused", "replaced", "resumes", "untyped"]
 
 T = TypeVar("T")
 
@@ -49,6 +49,27 @@ def as_asked(output: Any, app: Runnable[Any, Any], options: Mapping[str, Any]) -
     if interrupts:
         output = {key: value for key, value in output.items() if key != "__interrupt__"}
     return GraphOutput(value=output, interrupts=tuple(interrupts))
+
+
+async def as_owner(
+    caller: bridge.Caller | None, directly: Callable[[], T], awaited: Callable[[], Awaitable[T]]
+) -> T:
+    """Use a checkpointer as its owner does: from the caller's thread, or in this event loop.
+
+    Args:
+        caller: the thread that waits for the answer, where it is a synchronous one.
+        directly: what to do in the caller's thread.
+        awaited: the same in an event loop.
+    """
+
+    def alone() -> T:
+        with apart():
+            return directly()
+
+    if caller is not None:
+        return await caller.call(alone)
+    with apart():
+        return await awaited()
 
 
 # --- the thread ---------------------------------------------------------------------------------------
@@ -103,7 +124,8 @@ class Kept:
         if not update:
             return
         try:
-            await self._do(
+            await as_owner(
+                self.caller,
                 lambda: self.app.update_state(self.config, update),
                 lambda: self.app.aupdate_state(self.config, update),
             )
@@ -111,21 +133,11 @@ class Kept:
             _warn(str(error))
 
     async def _state(self) -> Any:
-        return await self._do(
-            lambda: self.app.get_state(self.config), lambda: self.app.aget_state(self.config)
+        return await as_owner(
+            self.caller,
+            lambda: self.app.get_state(self.config),
+            lambda: self.app.aget_state(self.config),
         )
-
-    async def _do(self, directly: Callable[[], T], awaited: Callable[[], Awaitable[T]]) -> T:
-        """Use the checkpointer as the graph does: from the caller's thread, or in this event loop."""
-
-        def alone() -> T:
-            with apart():
-                return directly()
-
-        if self.caller is not None:
-            return await self.caller.call(alone)
-        with apart():
-            return await awaited()
 
 
 def _warn(why: str) -> None:

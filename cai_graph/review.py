@@ -17,12 +17,12 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from typing import Any, NamedTuple, TypedDict, TypeVar, cast
+from typing import Any, NamedTuple, TypedDict, cast
 from uuid import UUID, uuid5
 
 import msgspec
@@ -34,10 +34,11 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Interrupt, interrupt
 
 from cai_graph import bridge
-from cai_graph.calls import apart, describe
+from cai_graph.calls import describe
 from cai_graph.constitution import Constitution
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.form import Form
+from cai_graph.kept import as_owner
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress
 from cai_graph.run import Ending, commit
@@ -60,7 +61,6 @@ __all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer"]
 
 Checkpointer = BaseCheckpointSaver[Any]
 
-T = TypeVar("T")
 
 DECISIONS = ("approve", "edit", "draft", "reject")
 """What a person may decide: release what is proposed, an answer of his own, the draft, or the refusal."""
@@ -213,7 +213,9 @@ class Desk:
     async def lying(self) -> Waiting | None:
         """Return the request that waits here, or None."""
         machine, config = self._machine, self._config
-        snapshot = await self._do(lambda: machine.get_state(config), lambda: machine.aget_state(config))
+        snapshot = await as_owner(
+            self.caller, lambda: machine.get_state(config), lambda: machine.aget_state(config)
+        )
         return cast("Waiting", snapshot.values) if snapshot.values.get("question") else None
 
     async def lay_down(self, ending: Ending, output: Any) -> Waiting:
@@ -299,7 +301,9 @@ class Desk:
         await commit(self.plan, trajectory)
         await commit(self.plan, record)
         keeper = self.checkpointer
-        await self._do(lambda: keeper.delete_thread(self.key), lambda: keeper.adelete_thread(self.key))
+        await as_owner(
+            self.caller, lambda: keeper.delete_thread(self.key), lambda: keeper.adelete_thread(self.key)
+        )
         assert trajectory.released is not None
         return Settled(output, trajectory, trajectory.released)
 
@@ -330,23 +334,11 @@ class Desk:
 
     async def _run(self, given: Waiting | Command[Any]) -> None:
         machine, config = self._machine, self._config
-        await self._do(
+        await as_owner(
+            self.caller,
             lambda: machine.invoke(given, config, durability="sync"),
             lambda: machine.ainvoke(given, config, durability="sync"),
         )
-
-    async def _do(self, directly: Callable[[], T], awaited: Callable[[], Any]) -> T:
-        """Use the checkpointer as its owner does: from the caller's thread, or in his event loop."""
-
-        def alone() -> T:
-            with apart():
-                return directly()
-
-        if self.caller is not None:
-            return await self.caller.call(alone)
-        with apart():
-            result: T = await awaited()
-            return result
 
 
 def _question(trajectory: Trajectory, proposed: str, reason: str) -> dict[str, Any]:
