@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from cai_graph.calibration import Pair, calibrate, needed
 from cai_graph.errors import DataError
 from cai_graph.probe import HEADS, Probe, States
-from trainers.labels import lowest, read_rows
-from trainers.probe import passes_of
-from trainers.states import StateCache
+from trainers.critic.labels import lowest, read_rows
+from trainers.critic.probe import passes_of
+from trainers.critic.states import StateCache
 
 if TYPE_CHECKING:
-    from trainers.states import Array
+    from trainers.critic.states import Array
 
 OTHERS = 230
 RATES = (0.01, 0.02, 0.05, 0.1)

@@ -18,10 +18,10 @@ from cai_graph.constitution import load
 from cai_graph.critic import Critic, ProbeCritic, critic_for
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Message
+from trainers.critic.labels import Row, lowest, read_rows
 from trainers.evaluation.claims import ByClaim, claims
 from trainers.evaluation.figures import Estimate, estimate, resampled
 from trainers.evaluation.grades import CriticGrader
-from trainers.labels import Row, lowest, read_rows
 
 EACH = int(os.environ.get("CAI_BENCH_EACH", "12"))
 """Harmful answers, and harmless ones."""

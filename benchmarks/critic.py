@@ -18,13 +18,13 @@ from typing import Any
 from cai_graph import local
 from cai_graph.probe import Probe, States
 from trainers.critic import Config, train
-from trainers.figures import figures_of
-from trainers.heads import groups_of
-from trainers.labels import Row, lowest, read_rows
-from trainers.probe import Config as ProbeConfig
-from trainers.probe import chosen_rows, passes_of
+from trainers.critic.figures import figures_of
+from trainers.critic.heads import groups_of
+from trainers.critic.labels import Row, lowest, read_rows
+from trainers.critic.probe import Config as ProbeConfig
+from trainers.critic.probe import chosen_rows, passes_of
+from trainers.critic.states import StateCache
 from trainers.rows import CriticRow, Turn, encode_row, line_of
-from trainers.states import StateCache
 
 MODEL = "local:smollm2"
 PER_LABEL = int(os.environ.get("CAI_BENCH_PYRIT", "100"))

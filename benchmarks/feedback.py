@@ -37,8 +37,8 @@ from cai_graph.errors import ConfigError
 from cai_graph.prompts import Exchange, comparison_messages
 from cai_graph.trajectory import Comparison, Message, new_id, now
 from trainers.feedback import BAND, draw, p_a_of
-from trainers.judge import Judge
-from trainers.positions import Share
+from trainers.feedback.judge import Judge
+from trainers.feedback.positions import Share
 
 PAIRS = int(os.environ.get("CAI_BENCH_PAIRS", "100"))
 REASONED = int(os.environ.get("CAI_BENCH_REASONED", "10"))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cai_graph.probe import Probe, Reading, States, windows
+from trainers.critic.states import Passes, StateCache, reader_of
 from trainers.evaluation.refusals import (
     Agreement,
     Compliance,
@@ -21,7 +22,6 @@ from trainers.evaluation.refusals import (
     read_labelled,
     refusals_for,
 )
-from trainers.states import Passes, StateCache, reader_of
 
 DATA = Path(os.environ.get("CAI_BENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ANSWERS = int(os.environ.get("CAI_BENCH_ANSWERS", "354"))

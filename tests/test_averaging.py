@@ -8,7 +8,7 @@ from cai_graph.errors import DataError
 
 torch = pytest.importorskip("torch")
 
-from trainers.averaging import averaged  # noqa: E402
+from trainers.reward.averaging import averaged  # noqa: E402
 
 
 def test_the_average_is_the_mean_of_each_tensor() -> None:

@@ -17,8 +17,8 @@ from test_export import calls, records, revised, says
 
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.trajectory import Draft
-from trainers.card import page, report, summarise
 from trainers.dataset import Recipe, build
+from trainers.dataset.card import page, report, summarise
 from trainers.export import Format
 from trainers.rows import Kind
 

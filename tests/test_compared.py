@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from log_support import comparison, feedback, trajectory
 
 from cai_graph.trajectory import Comparison, Message, encode
-from trainers.compared import Judged, judged_pairs
-from trainers.conversion import Terms, rows_of
-from trainers.evidence import Evidence
+from trainers.dataset.conversion import Terms, rows_of
+from trainers.dataset.evidence import Evidence
+from trainers.dataset.reading import Logged, read_logged
+from trainers.feedback.compared import Judged, judged_pairs
 from trainers.ledger import Reason
-from trainers.reading import Logged, read_logged
 from trainers.rows import Dropped, PreferenceRow, Row
 
 

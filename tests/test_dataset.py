@@ -33,9 +33,9 @@ from cai_graph.trajectory import (
     encode,
 )
 from trainers.dataset import Recipe, build, explain
+from trainers.dataset.split import normalise
 from trainers.ledger import Reason
 from trainers.rows import KINDS, CriticRow, Kind, PreferenceRow, Row, read_row
-from trainers.split import normalise
 
 DOCS = Path(__file__).parents[1] / "docs" / "datasets.md"
 

@@ -30,12 +30,11 @@ from cai_graph.trajectory import (
     Verdict,
     encode,
 )
-from trainers import spool
-from trainers.dataset import Recipe, build
+from trainers.dataset import Recipe, build, spool
+from trainers.dataset.near import PromptFile, clusters, fingerprints
+from trainers.dataset.privacy import personal
+from trainers.dataset.split import key_of, normalise
 from trainers.ledger import Reason
-from trainers.near import PromptFile, clusters, fingerprints
-from trainers.privacy import personal
-from trainers.split import key_of, normalise
 
 LONG = "How do I get the red wine stain out of my grandmother's white table cloth before the guests arrive"
 

@@ -30,7 +30,7 @@ from cai_graph.log import open_log
 from trainers.checkpoint import Checkpoint
 from trainers.config import read
 from trainers.distill import Config, launch, pipeline, plan, report, train
-from trainers.pipeline import Done, Folders, Pipeline, StepFailed
+from trainers.distill.pipeline import Done, Folders, Pipeline, StepFailed
 
 PROMPTS = 12
 ROOT = Path(__file__).parents[1]

@@ -12,8 +12,8 @@ from tiny import rows, tiny_model, write_rows
 
 from trainers import dpo, sft
 from trainers.checkpoint import Checkpoint
-from trainers.soft import soft_loss
 from trainers.stages import Lora
+from trainers.stages.soft import soft_loss
 
 ENTROPY = -(0.6 * math.log(0.6) + 0.4 * math.log(0.4))
 """H(0.6) = 0.6730 nats."""

@@ -27,7 +27,7 @@ from trainers.evaluation.plots import svgs
 from trainers.evaluation.refusals import PatternRefusals
 from trainers.evaluation.suites import Prompt, Suite, data_of, read_suite, trained_on
 from trainers.evaluation.summary import Summary, summarise, table
-from trainers.judge import Judge
+from trainers.feedback.judge import Judge
 from trainers.rewards import FunctionReward
 
 REFUSAL = "I'm sorry, I can't help with that."

@@ -39,8 +39,8 @@ from cai_graph.trajectory import (
     Verdict,
 )
 from trainers.feedback import Config, Labelled, Labelling, draw, p_a_of, p_violates, pairs_of
-from trainers.judge import Judge
-from trainers.positions import Positions, Share
+from trainers.feedback.judge import Judge
+from trainers.feedback.positions import Positions, Share
 
 
 def said(text: str) -> Message:

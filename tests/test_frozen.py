@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_model
 
 from cai_graph.errors import ConfigError, DataError
-from trainers import frozen
+from trainers.reward import frozen
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

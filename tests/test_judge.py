@@ -18,7 +18,7 @@ from cai_graph.errors import ConfigError, ModelError
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Comparison, Message, new_id, now
-from trainers.judge import LEAST_MASS, VOTES, Judge, Opinion, expected_rating, p_first, read_choice
+from trainers.feedback.judge import LEAST_MASS, VOTES, Judge, Opinion, expected_rating, p_first, read_choice
 
 QUESTION = "Which answer is kinder?"
 KIND, RUDE = (Message(role="assistant", content=text) for text in ("Gladly.", "No."))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cai_graph.errors import ConfigError, DataError
-from trainers.pipeline import Folders, Pipeline, Step, StepFailed
+from trainers.distill.pipeline import Folders, Pipeline, Step, StepFailed
 
 
 class Workshop:

@@ -14,6 +14,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from tiny import CHATML, rows, tiny_model, turn
 
 from cai_graph.errors import ConfigError, DataError, ModelError
+from trainers.distill.sampler import Sampler
 from trainers.policy import (
     Messages,
     Policy,
@@ -25,7 +26,6 @@ from trainers.policy import (
     sample_each,
     score,
 )
-from trainers.sampler import Sampler
 
 PROMPTS: list[Messages] = [row["prompt"] for row in rows("prompts", 5)]
 

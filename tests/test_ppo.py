@@ -25,11 +25,11 @@ from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import config as configs
 from trainers import ppo
 from trainers.checkpoint import Checkpoint
-from trainers.partial import held
 from trainers.policy import Messages
 from trainers.ppo.loop import Run
 from trainers.rewards import RewardError
 from trainers.stages import Lora
+from trainers.stages.partial import held
 from trainers.watch import WatchConfig
 
 LETTERS = set(string.ascii_lowercase)

@@ -14,10 +14,10 @@ from tiny import rows, tiny_model, write_rows
 from torch.distributed.fsdp import StateDictType
 
 from cai_graph.errors import ConfigError
-from trainers import dpo, guarded, kto, reward, sft
+from trainers import dpo, kto, reward, sft
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
-from trainers.stages import Lora, StageConfig
+from trainers.stages import Lora, StageConfig, guarded
 
 DATA = {sft: "sft", dpo: "preference", reward: "preference", kto: "unpaired"}
 

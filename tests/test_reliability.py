@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from cai_graph.errors import DataError
-from trainers.reliability import ALL, Pair, bins, figures, measured, plot
+from trainers.reward.reliability import ALL, Pair, bins, figures, measured, plot
 
 LOGIT_08 = math.log(0.8 / 0.2)
 

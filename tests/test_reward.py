@@ -18,12 +18,11 @@ from cai_graph.errors import ConfigError, DataError
 
 torch = pytest.importorskip("torch")
 
-from trainers import reward  # noqa: E402
 from trainers.checkpoint import Checkpoint  # noqa: E402
 from trainers.policy import load_reward, score  # noqa: E402
-from trainers.reward import Config, members, train  # noqa: E402
-from trainers.soft import label_of, soft_loss  # noqa: E402
+from trainers.reward import Config, frozen, members, reward, train  # noqa: E402  # noqa: E402
 from trainers.stages import Lora  # noqa: E402
+from trainers.stages.soft import label_of, soft_loss  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -260,7 +259,7 @@ def test_prompts_that_begin_alike_are_told_apart_and_one_prompt_is_refused_befor
     def read(*args: Any) -> None:
         raise ReadError
 
-    monkeypatch.setattr(reward.frozen, "states", read)
+    monkeypatch.setattr(frozen, "states", read)
     system = turn("system", "You are the assistant of Example Corp. " * 4)
     found = [{**row, "prompt": [system, *row["prompt"]]} for row in polite(8)]
     several = dataset(tmp_path / "several", found)

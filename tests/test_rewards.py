@@ -13,7 +13,7 @@ from wire import Reply, serving
 
 from cai_graph import constitution
 from cai_graph.errors import ConfigError
-from trainers.judge import Judge
+from trainers.feedback.judge import Judge
 from trainers.policy import Messages, load_reward, score
 from trainers.rewards import (
     EnsembleReward,

@@ -58,7 +58,7 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(tiny: Path, tmp_pa
 def test_the_last_turn_alone_is_learned(tiny: Path) -> None:
     from transformers import AutoTokenizer
 
-    from trainers.encoding import Encoder
+    from trainers.stages.encoding import Encoder
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     encoder = Encoder(tokenizer, 100, (), frozenset({tokenizer.eos_token_id}))

@@ -13,11 +13,12 @@ import numpy
 import pytest
 
 from cai_graph.errors import MissingExtra
-from trainers import reliability, svg
+from trainers import svg
+from trainers.critic.figures import Curve, plot_reliability
 from trainers.evaluation.figures import Estimate, Figure
 from trainers.evaluation.plots import svgs
 from trainers.evaluation.summary import Pareto, Summary
-from trainers.figures import Curve, plot_reliability
+from trainers.reward import reliability
 from trainers.watch import Reading
 from trainers.watch.plot import plot as plot_watch
 

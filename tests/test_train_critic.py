@@ -32,16 +32,15 @@ from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
 from cai_graph.trained import TrainedCritic
 from cai_graph.trajectory import Critique, Label, Message, Revision, ToolCall
-from trainers import figures
-from trainers.critic import Config, train
+from trainers.critic import Config, figures, train
+from trainers.critic.verdicts import read_labelled
 from trainers.distill import Config as Distillation
 from trainers.distill import Drafts, Feedback, Rows, pipeline
+from trainers.distill.sizes import estimate
 from trainers.evaluation.grades import CriticGrader
 from trainers.rewards import parse
 from trainers.rows import CriticRow, Source, Split, Turn, encode_row, line_of
-from trainers.sizes import estimate
 from trainers.stages import Lora
-from trainers.verdicts import read_labelled
 
 TOPICS = ["bread", "rain", "trains", "cats", "chess", "tea", "snow", "wool", "maps", "salt"]
 NO_POISON, BE_KIND = principle("no-poison", "harmless"), principle("be-kind", "harmless")

@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score
 
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.probe import HEADS, Probe
-from trainers import figures, heads, probe
-from trainers.labels import read_rows
-from trainers.probe import Config, train
+from trainers.critic import figures, heads, probe
+from trainers.critic.labels import read_rows
+from trainers.critic.probe import Config, train
 
 TOPICS = ["bread", "rain", "trains", "cats", "chess", "tea"]
 

@@ -1,8 +1,8 @@
 """Direct preference optimisation on soft labels, over TRL's DPOTrainer.
 
 The loss of a pair (Rafailov et al. 2023, eq. 7), with the margin d = beta (log-ratio of chosen − log-ratio of
-rejected), is here the cross-entropy against P(chosen is better); see `trainers.soft`. With p = 1 it is the
-paper's.
+rejected), is here the cross-entropy against P(chosen is better); see `trainers.stages.soft`. With p = 1 it is
+the paper's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from cai_graph.errors import ConfigError
 from trainers.checkpoint import Checkpoint
-from trainers.encoding import Encoder, Row, Shape
-from trainers.soft import READS, Labelled, label_of, soft_loss
 from trainers.stages import Run, StageConfig, run
+from trainers.stages.encoding import Encoder, Row, Shape
+from trainers.stages.soft import READS, Labelled, label_of, soft_loss
 
 __all__ = ["Config", "train"]
 

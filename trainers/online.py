@@ -27,10 +27,10 @@ from cai_graph.errors import CaiError, ConfigError
 from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.policy import Messages, Policy, sample
-from trainers.prompts import prompt_shape
 from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, folders, parse
-from trainers.sharded import reshard
 from trainers.stages import Run, StageConfig, run
+from trainers.stages.prompts import prompt_shape
+from trainers.stages.sharded import reshard
 from trainers.watch import Decision, Watch, WatchConfig
 
 if TYPE_CHECKING:

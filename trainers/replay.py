@@ -29,7 +29,7 @@ from cai_graph.log.redaction import is_withheld
 from cai_graph.prompts import Exchange
 from cai_graph.together import is_about_all_rows, side_by_side, until
 from cai_graph.trajectory import Critique, Label, Message, Trajectory, text_of
-from trainers.positions import Share
+from trainers.feedback.positions import Share
 
 __all__ = ["Answer", "Change", "Example", "Judged", "Replay", "Report", "answers_of", "standing"]
 

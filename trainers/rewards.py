@@ -31,7 +31,7 @@ from cai_graph.together import is_about_all_rows
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
-from trainers.judge import Judge
+from trainers.feedback.judge import Judge
 from trainers.policy import Messages, RewardModel, load_reward, score
 
 __all__ = [

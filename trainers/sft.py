@@ -11,8 +11,8 @@ from typing import Any
 
 from cai_graph.errors import DataError
 from trainers.checkpoint import Checkpoint
-from trainers.encoding import Encoder, Row, Shape
 from trainers.stages import Run, StageConfig, run
+from trainers.stages.encoding import Encoder, Row, Shape
 
 __all__ = ["Config", "train"]
 

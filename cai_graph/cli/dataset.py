@@ -163,7 +163,7 @@ def dataset_report(
     title: Annotated[str | None, typer.Option(help="Heading of the card; else the folder's name.")] = None,
 ) -> None:
     """Write a dataset's card (README.md, in the hub's format) and a page with plots (report.html)."""
-    from trainers import card
+    from trainers.dataset import card
 
     written = card.report(data, licence=licence, title=title)
     note(f"the card is {written.card}, and the page is {written.page}")

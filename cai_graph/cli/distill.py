@@ -16,7 +16,7 @@ from cai_graph.cli.options import option
 
 if TYPE_CHECKING:
     from trainers.distill import Config
-    from trainers.pipeline import Pipeline
+    from trainers.distill.pipeline import Pipeline
 
 commands = group()
 
@@ -67,7 +67,7 @@ def _plan(steps: Pipeline) -> None:
     from rich import box
     from rich.table import Table
 
-    from trainers.sizes import estimate
+    from trainers.distill.sizes import estimate
 
     states = {"done": "skipped", "begun": "goes on", "new": ""}
     seconds = estimate(steps)

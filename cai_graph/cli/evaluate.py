@@ -240,7 +240,7 @@ def score(
     from trainers.evaluation.plots import svgs
     from trainers.evaluation.refusals import refusals_for
     from trainers.evaluation.summary import summarise
-    from trainers.judge import Judge
+    from trainers.feedback.judge import Judge
 
     if by_claim and critic is None:
         raise typer.BadParameter("--by-claim says how the critic judges; name one with --critic")

@@ -26,11 +26,11 @@ from cai_graph.cli.options import AsJson, Concurrency, ConstitutionName, LogUrl,
 
 if TYPE_CHECKING:
     from trainers.feedback import Labelled, Labelling
-    from trainers.positions import Positions
+    from trainers.feedback.positions import Positions
 
 
 class Pairs(StrEnum):
-    """What is compared; the set stands in trainers/feedback.py, which is too heavy to import for --help."""
+    """What is compared; the set stands in trainers/feedback, which is too heavy to import for --help."""
 
     REVISION = "revision"
     REJECTED = "rejected"
@@ -87,7 +87,7 @@ def label(
     from cai_graph.critic import critic_for
     from cai_graph.log import open_log
     from trainers.feedback import Config, Labelling
-    from trainers.judge import Judge
+    from trainers.feedback.judge import Judge
 
     if judge is None and critic is None:
         raise typer.BadParameter(
@@ -191,7 +191,7 @@ def _show(found: Positions) -> None:
 def stats(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
     """Say of each judge in the log what its comparisons are worth."""
     from cai_graph.log import open_log
-    from trainers.positions import positions
+    from trainers.feedback.positions import positions
 
     with open_log(log, read_only=True) as opened:
         found = positions(opened)

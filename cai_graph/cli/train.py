@@ -125,7 +125,7 @@ def train_probe(
     """
     from rich.progress import MofNCompleteColumn
 
-    from trainers import probe
+    from trainers.critic import probe
 
     config = probe.Config(data=Path(data), output=Path(output), model=model)
     fetch(model)

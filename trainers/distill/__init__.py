@@ -11,7 +11,7 @@
     evaluation     the model before, after sft and after RL, on held-out prompts
     model          the weights of the last one, also as GGUF; OUTPUT is then `local:OUTPUT`
 
-Each is a `Step` of `trainers.pipeline`: kept under the digest of what it depends on, resumed where it was
+Each is a `Step` of `pipeline`: kept under the digest of what it depends on, resumed where it was
 interrupted, skipped where nothing changed. Source: Bai et al. 2022, arXiv:2212.08073, sections 3 and 4.
 """
 

@@ -27,20 +27,20 @@ from cai_graph.trajectory import Outcome
 from trainers import dataset, weights, whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
+from trainers.dataset.recipe import Recipe
 from trainers.distill import checks
 from trainers.distill.config import Config, Section
 from trainers.distill.identity import identity, identity_of_reward
 from trainers.distill.launch import as_one_of, is_here, processes
+from trainers.distill.pipeline import DONE, Folders, Needs, Pipeline, Step, Tell
 from trainers.distill.report import report
+from trainers.distill.sampler import Sampler
+from trainers.distill.sizes import Size
 from trainers.distill.who import chat, critic, unasked, unasked_reward
-from trainers.encoding import open_data
 from trainers.feedback import Config as Labels
 from trainers.feedback import Labelling
-from trainers.judge import Judge
-from trainers.pipeline import DONE, Folders, Needs, Pipeline, Step, Tell
-from trainers.recipe import Recipe
-from trainers.sampler import Sampler
-from trainers.sizes import Size
+from trainers.feedback.judge import Judge
+from trainers.stages.encoding import open_data
 
 if TYPE_CHECKING:
     from trainers.evaluation.grades import Grader

@@ -13,11 +13,11 @@ from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
 from trainers.distill.config import Config
+from trainers.distill.pipeline import Done, Pipeline
 from trainers.evaluation.folder import Evaluation
 from trainers.evaluation.plots import svgs
 from trainers.evaluation.summary import summarise
 from trainers.page import document, figure, table
-from trainers.pipeline import Done, Pipeline
 
 __all__ = ["report"]
 

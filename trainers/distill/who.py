@@ -9,8 +9,8 @@ from typing import Any
 from cai_graph import models
 from cai_graph.critic import Critic, critic_for
 from cai_graph.trained import PREFIX
+from trainers.distill.sampler import Sampler
 from trainers.rewards import Spec
-from trainers.sampler import Sampler
 
 __all__ = ["chat", "critic", "unasked", "unasked_reward"]
 

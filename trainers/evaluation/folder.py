@@ -28,13 +28,13 @@ from cai_graph.errors import ConfigError, DataError
 from cai_graph.prompts import Exchange
 from cai_graph.together import is_about_all_rows, side_by_side
 from cai_graph.trajectory import Message
-from trainers.compared import same_answer
 from trainers.evaluation.generations import Asked, Kept, Row, Subject, read_rows, write_whole
 from trainers.evaluation.grades import Grader
 from trainers.evaluation.inference import best, most_agreed
 from trainers.evaluation.suites import Prompt, Suite
 from trainers.feedback import draw
-from trainers.judge import Judge
+from trainers.feedback.compared import same_answer
+from trainers.feedback.judge import Judge
 
 __all__ = ["AIMS", "Evaluation", "Progress", "has_failed"]
 

@@ -19,7 +19,7 @@ from cai_graph.errors import DataError
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
 from trainers.dataset import read_manifest
-from trainers.heldout import COLUMNS, HeldOut, prompt_in, read_set
+from trainers.dataset.heldout import COLUMNS, HeldOut, prompt_in, read_set
 from trainers.rows import Turn
 
 __all__ = ["Prompt", "Suite", "data_of", "read_suite", "trained_on"]
@@ -90,7 +90,7 @@ def _conversation(found: object) -> tuple[Message, ...]:
 
 
 def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> list[Prompt]:
-    """Return the prompts that stand in training data, the same or nearly so; see `trainers.heldout`.
+    """Return the prompts that stand in training data, the same or nearly so; see `trainers.dataset.heldout`.
 
     Args:
         prompts: what is to be evaluated on.

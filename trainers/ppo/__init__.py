@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cai_graph.errors import CaiError, ConfigError
-from trainers import partial
 from trainers.checkpoint import Checkpoint
 from trainers.rewards import Spec, folders
-from trainers.stages import StageConfig, check_machine
+from trainers.stages import StageConfig, check_machine, partial
 from trainers.watch import WatchConfig
 
 __all__ = ["Config", "Diverged", "train"]

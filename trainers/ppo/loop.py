@@ -30,16 +30,16 @@ from cai_graph.errors import CaiError, ConfigError
 from trainers import checkpoint
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
-from trainers.encoding import Encoder, open_data
 from trainers.policy import Messages, Sample, batch_of, sample
 from trainers.ppo import Config, Diverged
 from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
 from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs, whole_weights
 from trainers.ppo.state import Progress, States, Which, record
-from trainers.prompts import prompt_shape, read_prompts
 from trainers.rewards import EnsembleReward, RewardError, parse
-from trainers.sharded import reshard
 from trainers.stages import computes_in_bf16, manifest, plan
+from trainers.stages.encoding import Encoder, open_data
+from trainers.stages.prompts import prompt_shape, read_prompts
+from trainers.stages.sharded import reshard
 from trainers.watch import Decision, Watch
 
 __all__ = ["Answer", "Run", "processes"]

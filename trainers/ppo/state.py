@@ -22,9 +22,9 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from cai_graph.errors import ModelError
-from trainers import partial, whole
+from trainers import whole
 from trainers.ppo import Config
-from trainers.stages import MAY_CHANGE
+from trainers.stages import MAY_CHANGE, partial
 
 __all__ = ["Progress", "States", "Which", "record"]
 

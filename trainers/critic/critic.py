@@ -25,10 +25,10 @@ from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, MissingExtra
 from cai_graph.probe import windows
 from cai_graph.trained import TrainedCritic, classifier_text, logits_of
-from trainers import heads as fitting
 from trainers import whole
 from trainers.config import plain
-from trainers.figures import (
+from trainers.critic import heads as fitting
+from trainers.critic.figures import (
     Curve,
     Figure,
     calibration_error,
@@ -37,10 +37,10 @@ from trainers.figures import (
     plot_reliability,
     table,
 )
-from trainers.heads import FOLDS, Head, Platt
+from trainers.critic.heads import FOLDS, Head, Platt
+from trainers.critic.states import CHATML, Passes, StateCache, check_local, reader_of
+from trainers.critic.verdicts import Labels
 from trainers.stages import Lora
-from trainers.states import CHATML, Passes, StateCache, check_local, reader_of
-from trainers.verdicts import Labels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -261,7 +261,7 @@ def _classifier(config: Config, data: Labels, folder: Path, progress: Progress |
     """Train on four fifths of the requests; calibration, thresholds and figures are of the last fifth."""
     import numpy
 
-    from trainers.classifier import Texts, fit
+    from trainers.critic.classifier import Texts, fit
 
     texts = _texts(config, data.abouts)
     rows = numpy.flatnonzero(data.trained)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError
+from trainers.critic.heads import FOLDS, groups_of
 from trainers.export import read_rows
-from trainers.heads import FOLDS, groups_of
 from trainers.rows import CriticRow, Turn
 
 if TYPE_CHECKING:

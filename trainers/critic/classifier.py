@@ -13,7 +13,7 @@ from cai_graph.errors import ModelError
 from trainers.weights import resolve
 
 if TYPE_CHECKING:
-    from trainers.critic import Config
+    from trainers.critic.critic import Config
 
 __all__ = ["Texts", "batches", "fit"]
 

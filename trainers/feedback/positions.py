@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from cai_graph.calibration import wilson
 from cai_graph.log import Log
 from cai_graph.trajectory import Comparison, Review
-from trainers.compared import same_answer
-from trainers.reviews import Side, agreed_side
+from trainers.dataset.reviews import Side, agreed_side
+from trainers.feedback.compared import same_answer
 
 __all__ = ["Positions", "Share", "decided", "positions"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cai_graph.trajectory import Review
-from trainers.answers import UNREADABLE, VIOLATES, Drop, answer_of, draft_of, prompt_of
-from trainers.evidence import Evidence
+from trainers.dataset.answers import UNREADABLE, VIOLATES, Drop, answer_of, draft_of, prompt_of
+from trainers.dataset.evidence import Evidence
+from trainers.dataset.reading import Logged
+from trainers.dataset.reviews import agreed_side, standing
 from trainers.ledger import Reason
-from trainers.reading import Logged
-from trainers.reviews import agreed_side, standing
 from trainers.rows import CriticRow, Source, Turn
 
 __all__ = ["critic_rows"]

@@ -4,7 +4,8 @@
     head       the head alone, fitted to the states of the frozen model, which are computed once: for a CPU
 
 The loss of a pair whose rewards differ by d is its cross-entropy against P(chosen is better)
-(`trainers.soft`), plus a pull of all rewards towards 0 (Eisenstein et al. 2023, arXiv:2312.09244, sec. 4).
+(`trainers.stages.soft`), plus a pull of all rewards towards 0 (Eisenstein et al. 2023, arXiv:2312.09244,
+section 4).
 
 Afterwards rewards are moved so that their mean over a reference set is 0: the held-out answers, or else those
 trained on. The move stands as `reward_shift` in the model's config.json, where `trainers.policy.load_reward`
@@ -12,7 +13,7 @@ takes it off every reward. Another loader's rewards are higher by it, all alike:
 them every preference, are the same.
 
 Several members start from the same weights, head included, and differ in seed and order of rows. The
-Checkpoint is then their average (WARM, see `trainers.averaging`), and OUTPUT/members/0, 1, … are Checkpoints
+Checkpoint is then their average (WARM, see `averaging`), and OUTPUT/members/0, 1, … are Checkpoints
 themselves, to be used as an ensemble: the mean of their rewards, and how far they disagree.
 """
 
@@ -33,18 +34,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError
-from trainers import frozen, reliability
-from trainers.averaging import averaged
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
-from trainers.encoding import Encoder, Row, Shape, open_data
 from trainers.policy import batch_of
-from trainers.reliability import Pair
+from trainers.reward import frozen, reliability
+from trainers.reward.averaging import averaged
+from trainers.reward.reliability import Pair
 from trainers.rows import Kind
-from trainers.soft import READS, Labelled, label_of, soft_loss
 from trainers.stages import Run, StageConfig, run
+from trainers.stages.encoding import Encoder, Row, Shape, open_data
+from trainers.stages.soft import READS, Labelled, label_of, soft_loss
 
-__all__ = ["MEMBERS", "Config", "members", "train"]
+__all__ = ["HELD_OUT", "KINDS", "MEMBERS", "Config", "members", "train"]
 
 KINDS: tuple[Kind, ...] = ("preference",)
 """Of datasets that are read."""

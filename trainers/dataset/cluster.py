@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_graph.errors import MissingExtra
-from trainers import near
-from trainers.candidates import Candidates, Part
-from trainers.evidence import EvidenceFile
+from trainers.dataset import near
+from trainers.dataset.candidates import Candidates, Part
+from trainers.dataset.evidence import EvidenceFile
+from trainers.dataset.reading import Stretch, appended, stretches
+from trainers.dataset.recipe import Recipe
+from trainers.dataset.selection import Decisions, Selected, limits_of, select
+from trainers.dataset.spool import Spooling, candidate_of, decided
 from trainers.ledger import Ledger, Reason
-from trainers.reading import Stretch, appended, stretches
-from trainers.recipe import Recipe
-from trainers.selection import Decisions, Selected, limits_of, select
-from trainers.spool import Spooling, candidate_of, decided
 
 if TYPE_CHECKING:
     import pyarrow

@@ -16,8 +16,8 @@ from typing import Any, TextIO
 from xxhash import xxh3_64_intdigest
 
 from cai_graph.errors import DataError, MissingExtra
+from trainers.dataset.split import key_of, normalise
 from trainers.rows import Turn
-from trainers.split import key_of, normalise
 
 __all__ = ["COLUMNS", "HeldOut", "prompt_in", "prompts_in", "read_set"]
 

@@ -16,18 +16,18 @@ from xxhash import xxh3_64_digest, xxh3_64_intdigest, xxh3_128_intdigest
 
 from cai_graph.constitution import Constitution, builtin
 from cai_graph.constitution import load as load_constitution
-from trainers.conversion import ROWLESS, Terms, Wording, rows_of
-from trainers.evidence import NO_EVIDENCE, Evidence, EvidenceFile
-from trainers.heldout import HeldOut
+from trainers.dataset.conversion import ROWLESS, Terms, Wording, rows_of
+from trainers.dataset.evidence import NO_EVIDENCE, Evidence, EvidenceFile
+from trainers.dataset.heldout import HeldOut
+from trainers.dataset.lengths import Lengths, Refused
+from trainers.dataset.near import PromptFile
+from trainers.dataset.privacy import personal
+from trainers.dataset.reading import Head, Logged, Stretch, read_logged
+from trainers.dataset.recipe import Recipe
+from trainers.dataset.split import prompt_key, prompt_text
+from trainers.dataset.spool import KEPT_DRAFT, NOBODY, REMOVED, Spooled, Spools, pack
 from trainers.ledger import REASONS, Ledger, Reason
-from trainers.lengths import Lengths, Refused
-from trainers.near import PromptFile
-from trainers.privacy import personal
-from trainers.reading import Head, Logged, Stretch, read_logged
-from trainers.recipe import Recipe
 from trainers.rows import RANKS, Dropped, Row, content_of, encode_row
-from trainers.split import prompt_key, prompt_text
-from trainers.spool import KEPT_DRAFT, NOBODY, REMOVED, Spooled, Spools, pack
 
 __all__ = ["Candidates", "Converted", "Judged", "Part", "checked", "convert"]
 

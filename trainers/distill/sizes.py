@@ -14,8 +14,8 @@ from cai_graph.errors import ConfigError
 from cai_graph.log import open_log
 from cai_graph.probe import Probe
 from cai_graph.trained import PREFIX
-from trainers.heldout import prompts_in
-from trainers.pipeline import Needs, Pipeline
+from trainers.dataset.heldout import prompts_in
+from trainers.distill.pipeline import Needs, Pipeline
 
 if TYPE_CHECKING:
     from trainers.distill import Config

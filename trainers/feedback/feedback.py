@@ -50,9 +50,9 @@ from cai_graph.trajectory import (
     text_of,
     to_langchain,
 )
-from trainers.compared import same_answer
-from trainers.judge import Judge, Opinion
-from trainers.positions import Positions, decided
+from trainers.feedback.compared import same_answer
+from trainers.feedback.judge import Judge, Opinion
+from trainers.feedback.positions import Positions, decided
 
 __all__ = [
     "BAND",

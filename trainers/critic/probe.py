@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cai_graph.digests import sha256_of
 from cai_graph.errors import DataError, MissingExtra
 from cai_graph.probe import HEADS, Probe, windows
-from trainers import heads as fitting
-from trainers.figures import Curve, Figure, figures_of, plot_reliability, table
-from trainers.heads import FOLDS, Head
-from trainers.labels import HARMFUL, HARMLESS, Row, lowest, own_rows, read_rows
-from trainers.states import CHATML, Passes, StateCache, check_local, reader_of
+from trainers.critic import heads as fitting
+from trainers.critic.figures import Curve, Figure, figures_of, plot_reliability, table
+from trainers.critic.heads import FOLDS, Head
+from trainers.critic.labels import HARMFUL, HARMLESS, Row, lowest, own_rows, read_rows
+from trainers.critic.states import CHATML, Passes, StateCache, check_local, reader_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

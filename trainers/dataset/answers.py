@@ -12,10 +12,10 @@ from typing import NamedTuple
 import msgspec
 
 from cai_graph.trajectory import Label, Message, Review
-from trainers.evidence import NO_EVIDENCE, Evidence
+from trainers.dataset.evidence import NO_EVIDENCE, Evidence
+from trainers.dataset.reading import Logged, LoggedCritique, LoggedRevision, NotText, turn
+from trainers.dataset.reviews import SIDES, standing
 from trainers.ledger import Reason
-from trainers.reading import Logged, LoggedCritique, LoggedRevision, NotText, turn
-from trainers.reviews import SIDES, standing
 from trainers.rows import Turn
 
 __all__ = [

@@ -10,13 +10,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from trainers.dataset.near import Clusters
+from trainers.dataset.recipe import Recipe
+from trainers.dataset.split import test_keys
+from trainers.dataset.spool import Candidate, Limit, Mix, Portion, Spooled, Spooling, decided, load, portions
 from trainers.export import Format, fits_in
 from trainers.ledger import REASONS, Ledger, Reason
-from trainers.near import Clusters
-from trainers.recipe import Recipe
 from trainers.rows import Split, line_of
-from trainers.split import test_keys
-from trainers.spool import Candidate, Limit, Mix, Portion, Spooled, Spooling, decided, load, portions
 
 __all__ = [
     "SPLITS",

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_graph.errors import ConfigError, ModelError
-from trainers import partial, whole
+from trainers import whole
+from trainers.stages import partial
 
 if TYPE_CHECKING:
-    from trainers.stages import Run
+    from trainers.stages.stages import Run
 
 __all__ = ["guard", "seconds", "train"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cai_graph.trajectory import Comparison, Message, Outcome, Review
-from trainers.answers import (
+from trainers.dataset.answers import (
     UNREADABLE,
     VIOLATES,
     Drop,
@@ -31,11 +31,11 @@ from trainers.answers import (
     violated,
     vouching,
 )
-from trainers.compared import judged_pairs
-from trainers.critic_rows import critic_rows
-from trainers.evidence import NO_EVIDENCE, Evidence
+from trainers.dataset.critic_rows import critic_rows
+from trainers.dataset.evidence import NO_EVIDENCE, Evidence
+from trainers.dataset.reading import Head, Logged, LoggedCritique, LoggedRevision
+from trainers.feedback.compared import judged_pairs
 from trainers.ledger import REASONS, Reason
-from trainers.reading import Head, Logged, LoggedCritique, LoggedRevision
 from trainers.rows import (
     CritiqueRow,
     Dropped,

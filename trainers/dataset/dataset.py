@@ -30,17 +30,18 @@ import msgspec
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import without_password
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
-from trainers import near, whole
-from trainers.candidates import Converted, Judged, Part, checked, convert
-from trainers.cluster import Cluster
-from trainers.evidence import Mapped, gather
+from trainers import whole
+from trainers.dataset import near
+from trainers.dataset.candidates import Converted, Judged, Part, checked, convert
+from trainers.dataset.cluster import Cluster
+from trainers.dataset.evidence import Mapped, gather
+from trainers.dataset.reading import Stretch, about, stretches
+from trainers.dataset.recipe import Recipe
+from trainers.dataset.selection import Decisions, Lost, Selected, completed, select_portion, settle, shared
+from trainers.dataset.spool import portions
 from trainers.export import Format, Sink, provenances, sink_for
 from trainers.ledger import Ledger
-from trainers.reading import Stretch, about, stretches
-from trainers.recipe import Recipe
 from trainers.rows import Kind, Provenance, read_row
-from trainers.selection import Decisions, Lost, Selected, completed, select_portion, settle, shared
-from trainers.spool import portions
 
 __all__ = ["MANIFEST", "Dataset", "Engine", "Origin", "Recipe", "build", "explain", "read_manifest"]
 

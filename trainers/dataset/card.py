@@ -20,11 +20,11 @@ import yaml
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from cai_graph.trajectory import Comparison, decode
 from trainers import svg, whole
-from trainers.dataset import read_manifest
+from trainers.dataset.dataset import read_manifest
+from trainers.dataset.reading import appended, stretches
 from trainers.export import Format, read_rows
+from trainers.feedback.positions import Positions, Share
 from trainers.page import document, figure, table
-from trainers.positions import Positions, Share
-from trainers.reading import appended, stretches
 from trainers.refusal import REFUSAL
 from trainers.rows import Kind, PreferenceRow, Row, Turn, UnpairedRow
 
@@ -72,7 +72,7 @@ class Summary:
     """What was counted over a dataset's rows."""
 
     manifest: dict[str, Any]
-    """How the dataset was made; see trainers/dataset.py."""
+    """How the dataset was made; see `trainers.dataset.dataset`."""
     splits: Counter[str] = field(default_factory=Counter)
     """Rows by split."""
     sources: Counter[str] = field(default_factory=Counter)

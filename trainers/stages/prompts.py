@@ -11,9 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.encoding import SIGNALS, Counts, Encoder, Hazard, NothingLeft, Row, Shape, Source, fitting
 from trainers.policy import Messages
 from trainers.rows import Kind
+from trainers.stages.encoding import (
+    SIGNALS,
+    Counts,
+    Encoder,
+    Hazard,
+    NothingLeft,
+    Row,
+    Shape,
+    Source,
+    fitting,
+)
 
 __all__ = ["KINDS", "Prompts", "prompt_shape", "read_prompts"]
 
@@ -58,7 +68,7 @@ def read_prompts(source: Source, shape: Shape, encoder: Encoder, allow: Sequence
         allow: hazards of its rows that are known and wanted.
 
     Raises:
-        DataError: as `trainers.encoding.fitting`.
+        DataError: as `trainers.stages.encoding.fitting`.
     """
     counts = Counts()
     rows, train = zip(*fitting(source.train, shape, encoder, allow, counts), strict=True)

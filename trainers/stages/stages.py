@@ -4,7 +4,7 @@
     OUTPUT/             the Checkpoint; appears whole at the end
 
 A run that was interrupted, killed or stopped by an error goes on where it was when it is started again with
-the same config (`trainers.guarded`).
+the same config (`trainers.stages.guarded`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
-from trainers import checkpoint, guarded, partial, weights, whole
+from trainers import checkpoint, weights, whole
 from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
-from trainers.encoding import Counts, Encoder, Hazard, NothingLeft, Shape, Source, encode, open_data
+from trainers.stages import guarded, partial
+from trainers.stages.encoding import Counts, Encoder, Hazard, NothingLeft, Shape, Source, encode, open_data
 
 if TYPE_CHECKING:
     from datasets import Dataset

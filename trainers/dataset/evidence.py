@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import apsw
 
 from cai_graph.trajectory import Comparison, Feedback, Review, decode
-from trainers.reading import Stretch, appended
+from trainers.dataset.reading import Stretch, appended
 
 __all__ = ["NO_EVIDENCE", "Evidence", "EvidenceFile", "Gathered", "Mapped", "gather"]
 
