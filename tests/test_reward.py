@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 
 from trainers.checkpoint import Checkpoint  # noqa: E402
 from trainers.policy import load_reward, score  # noqa: E402
-from trainers.reward import Config, frozen, members, reward, train  # noqa: E402  # noqa: E402
+from trainers.reward import Config, frozen, members, reward, train  # noqa: E402
 from trainers.stages import Lora  # noqa: E402
 from trainers.stages.soft import label_of, soft_loss  # noqa: E402
 
