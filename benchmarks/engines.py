@@ -179,7 +179,9 @@ def _python_of(rival: _Rival) -> str:
     done = folder / "installed"
     if not done.exists():
         venv.create(folder, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", *rival.requirements]
+        known = Path(__file__).parent.parent / "constraints.txt"  # the CPU build of torch among them
+        command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(known)]
+        command += rival.requirements
         result = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
         if result.returncode != 0:
             raise RuntimeError((result.stderr.strip().splitlines() or ["pip failed"])[-1])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 commands = group("From logs to training data.")
 
-# The closed sets stand in trainers/rows.py and trainers/export.py, which are too heavy to import for --help.
+# The closed sets stand in trainers/rows.py and trainers/export, which are too heavy to import for --help.
 KindName = Literal[
     "sft", "critique-sft", "preference", "unpaired", "prompts", "critic", "privileged", "ranked"
 ]
