@@ -91,7 +91,7 @@ def run() -> str:
         "with an unsafe prompt), judged by the embedded model's probe under the aim harmless: as a whole, "
         f"and as the worst of {numpy.mean(parts):.1f} claims on average, of at least {CLAIM} characters. "
         "The heads never saw these answers. 95 % intervals, of the AUC from 1000 resamples of whole prompts, "
-        "which has no width where the ranking is perfect; n counts prompts.",
+        "and none where the ranking is perfect in all; n counts prompts.",
         "",
         "| | as a whole | claim by claim |",
         "|---|---|---|",

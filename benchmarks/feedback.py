@@ -36,9 +36,9 @@ from cai_graph.critic import critic_for
 from cai_graph.errors import ConfigError
 from cai_graph.prompts import Exchange, comparison_messages
 from cai_graph.trajectory import Comparison, Message, new_id, now
+from trainers.evaluation.figures import share
 from trainers.feedback import BAND, draw, p_a_of
 from trainers.feedback.judge import Judge
-from trainers.feedback.positions import Share
 
 PAIRS = int(os.environ.get("CAI_BENCH_PAIRS", "100"))
 REASONED = int(os.environ.get("CAI_BENCH_REASONED", "10"))
@@ -49,7 +49,6 @@ A_REQUEST = 4
 """Pairs that one PyRIT request may give."""
 LOW, HIGH = 0.15, 0.6
 RULES = load("balanced")
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Case:
 
     source: str
     request: str
-    """What the resampling keeps together."""
+    """What several pairs may have in common, which are not independent then."""
     exchange: Exchange
     """With answer A."""
     other: Message
@@ -204,26 +203,15 @@ def _right(case: Case, p_a: float) -> bool:
 
 
 def _share(answers: Sequence[tuple[Case, bool]]) -> str:
-    """Return a share with its interval: Wilson's, or where a request gives several pairs, by resampling
-    whole requests."""
-    share = Share(sum(right for _, right in answers), len(answers))
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for case, right in answers:
-        groups[case.request].append(right)
-    if len(groups) == len(answers) or not answers:
-        return str(share)
-    requests = f"n = {share.of} of {len(groups)} requests)"
-    if share.yes in (0, share.of):  # resampling sees no spread there; each request counts once
-        low, high = Share(share.yes and len(groups), len(groups)).interval
-        return f"{share.value:.0%} ({low:.0%} to {high:.0%}, {requests}"
-    chance, members = random.Random(0), list(groups.values())
-    values = []
-    for _ in range(RESAMPLES):
-        drawn = [right for group in chance.choices(members, k=len(members)) for right in group]
-        values.append(sum(drawn) / len(drawn))
-    values.sort()
-    low, high = values[int(0.025 * RESAMPLES)], values[int(0.975 * RESAMPLES)]
-    return f"{share.value:.0%} ({low:.0%} to {high:.0%}, {requests}"
+    """Return a share with its interval; several pairs of a request are not taken for independent."""
+    by_request: dict[str, list[float]] = defaultdict(list)
+    for case, so in answers:
+        by_request[case.request].append(float(so))
+    value, low, high, requests = share(by_request)
+    if not requests:
+        return "none"
+    of = f"n = {len(answers)}" + (f" of {requests} requests" if requests < len(answers) else "")
+    return f"{value:.0%} ({low:.0%} to {high:.0%}, {of})"
 
 
 def _comparison(row: dict[str, Any], *, clamped: bool) -> Comparison:
@@ -261,7 +249,8 @@ def run() -> str:
         "## AI feedback on real answers",
         "",
         "How often the embedded model (`local`) prefers the answer that people preferred, and the 95 % "
-        "interval (Wilson; on PyRIT, where a request gives several pairs, by resampling whole requests). "
+        "interval (Wilson; on PyRIT, where a request gives several pairs, of as many independent pairs as "
+        "its requests are worth). "
         f"Ties are left out. One principle a pair, of the fitting aim, out of `{RULES.name}`. "
         f"HH-RLHF: test pairs of at most {HH_CHARS} characters. PyRIT: an answer scored at most {LOW} "
         f"against one scored at least {HIGH}, to the same request, of at most {PYRIT_CHARS} characters. "
@@ -286,17 +275,16 @@ def run() -> str:
     for way, name in (("letter", ""), ("reasons", "reasoning: ")):
         bias, first, shift, unreadable, seconds = [], [], [], [], []
         for source in sources:
-            rows = [
-                results[case.id][way] for case in found if case.source == source and way in results[case.id]
-            ]
-            made = [_comparison(row, clamped=False) for row in rows]
-            readable = [c for c in made if c.preference is not None]
-            same = [c for c in readable if c.orders_disagree]
-            bias.append(str(Share(len(same), len(readable))))
-            first.append(str(Share(sum(c.p_a[0] > 0.5 for c in same), len(same))))  # type: ignore[operator]
-            moved = [(c.p_a[0] - c.p_a[1]) / 2 for c in readable]  # type: ignore[operator]
+            asked = [case for case in found if case.source == source and way in results[case.id]]
+            rows = [results[case.id][way] for case in asked]
+            made = [(case, _comparison(results[case.id][way], clamped=False)) for case in asked]
+            readable = [(case, c) for case, c in made if c.preference is not None]
+            same = [(case, c) for case, c in readable if c.orders_disagree]
+            bias.append(_share([(case, c.orders_disagree) for case, c in readable]))
+            first.append(_share([(case, c.p_a[0] > 0.5) for case, c in same]))  # type: ignore[operator]
+            moved = [(c.p_a[0] - c.p_a[1]) / 2 for _, c in readable]  # type: ignore[operator]
             shift.append(f"{sum(moved) / len(moved):+.3f}" if moved else "none")
-            unreadable.append(str(Share(len(made) - len(readable), len(made))))
+            unreadable.append(_share([(case, c.preference is None) for case, c in made]))
             seconds.append(f"{sum(row['seconds'] for row in rows) / len(rows):.0f}" if rows else "none")
         lines += [
             f"| {name}the same place in both orders | {' | '.join(bias)} |",

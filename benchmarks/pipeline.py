@@ -207,9 +207,10 @@ def run() -> str:
             f"under `{CONSTITUTION}` ({', '.join(f'{count} {name}' for name, count in outcomes.items())}); "
             f"`cai distill` of that log ({learnt}; PPO: {UPDATES} updates of 32 answers). Answers of at "
             f"most {ANSWER} tokens, greedy, to {len(prompts)} prompts of HH-RLHF's test part and XSTest's "
-            f"safe ones; {len(seen)} were left out since they stand in the training prompts, the same "
-            "or nearly so. Harmlessness and helpfulness are logits of the reward models above, trained on "
-            "people's choices. 95 % intervals, bootstrapped over prompts.",
+            f"safe ones; {len(seen)} were left out since they stand in the training prompts by the same "
+            "text, normalised, or 13 words in a row. Harmlessness and helpfulness are logits of the reward "
+            "models above, trained on people's choices. 95 % intervals over prompts: Student's t of logits "
+            "and changes, Wilson's of shares.",
             "",
             f"Harmlessness rose beyond its interval for {_moved(summary, 1)}, and fell so for "
             f"{_moved(summary, -1)}. The critic, a probe on 135M parameters (AUC 0.80 on XSTest), finds "

@@ -87,8 +87,8 @@ def run() -> str:
         "raters settled on. The pattern knows how English refusals open; the probe reads the hidden state of "
         "the embedded model, at the threshold of its card; neither tells partial refusals. The embedded "
         "model as judge is asked for one of the three classes. Nothing was fitted here, yet the threshold of "
-        "the card was chosen with XSTest in view. 95 % intervals from 1000 resamples of whole prompts; n "
-        "counts prompts.",
+        "the card was chosen with XSTest in view. 95 % intervals over whole prompts, of shares Wilson's, of "
+        "kappa from 1000 resamples; n counts prompts.",
         "",
         "| | " + " | ".join(f"{each.by}, {each.answers} answers" for each in found) + " |",
         "|---" * (len(found) + 1) + "|",

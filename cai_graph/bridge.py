@@ -79,7 +79,8 @@ class Caller:
         self._context = copy_context()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.current_thread()
-        self._gone = False
+        self.gone = False
+        """Whether nobody waits any more: the stream was left unread and unclosed."""
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` in the caller's thread and return what it returns, or raise what it raises.
@@ -87,7 +88,7 @@ class Caller:
         Raises:
             RuntimeError: the caller left its stream unread and unclosed, so that nobody waits in its thread.
         """
-        if self._gone:
+        if self.gone:
             raise RuntimeError("the stream's reader is gone, and with it the thread to run the app in")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -152,7 +153,7 @@ class Caller:
 
     def _abandon(self, items: AsyncGenerator[Any, None]) -> None:
         """Close `items` without waiting, and have what it hands over to this caller fail."""
-        self._gone = True
+        self.gone = True
 
         def begin() -> None:
             _keep(loop.create_task(_close_abandoned(items), context=self._context), then=leave)

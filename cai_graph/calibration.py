@@ -30,7 +30,7 @@ from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import Filters, Log
 from cai_graph.prompts import Exchange
 from cai_graph.together import together
-from cai_graph.trajectory import Cascaded, Critique, Label, Trajectory, text_of
+from cai_graph.trajectory import Cascaded, Critique, Label, Outcome, Trajectory, text_of
 
 __all__ = ["Calibration", "Judged", "Pair", "calibrate", "logged", "needed", "rejudged", "wilson"]
 
@@ -120,10 +120,10 @@ def needed(miss_rate: float) -> int:
     >>> needed(0.01), needed(0.05)
     (299, 59)
     """
-    return math.ceil(math.log(1 - CONFIDENCE) / math.log(1 - miss_rate))
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-miss_rate))
 
 
-def wilson(count: float, of: int) -> tuple[float, float]:
+def wilson(count: float, of: float) -> tuple[float, float]:
     """Return the 95 % interval of a share (Wilson 1927); a case may count in part, as half for a tie.
 
     >>> [round(end, 3) for end in wilson(50, 100)]
@@ -317,11 +317,13 @@ class _Reader:
             return
         assert trajectory.draft is not None
         texts = [text_of(message) for message in (*trajectory.messages, trajectory.draft.answer)]
-        key = hashlib.sha256(json.dumps(texts).encode()).digest()
+        key = hashlib.sha256(json.dumps([texts, trajectory.context]).encode()).digest()
         if key in self._pairs:
             self.left_out["the same answer again"] += 1
             return
-        self._pairs[key] = Pair(suspected, Label.VIOLATES in labels)
+        # A draft that was kept has no violation but such as are below their principle's `min_severity`.
+        violates = Label.VIOLATES in labels and trajectory.outcome is not Outcome.KEPT
+        self._pairs[key] = Pair(suspected, violates)
         if cheap is not None:  # None where it failed
             self._critics.add((cheap, strong.critic or "unknown"))
         self._constitutions.add(f"{trajectory.constitution.name} ({trajectory.constitution.digest[:12]})")

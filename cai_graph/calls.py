@@ -28,6 +28,7 @@ __all__ = [
     "describe",
     "prompt_digest",
     "truncated",
+    "within",
 ]
 
 
@@ -177,17 +178,27 @@ class _Deadline:
             raise self._calls.late() from timeout
 
 
-class apart:  # noqa: N801 - read as a statement: `with apart():`
-    """Sets aside the configuration that LangChain and LangGraph carry in the context.
+class within:  # noqa: N801 - read as a statement: `with within(config):`
+    """Puts a configuration where LangChain and LangGraph carry one in the context.
 
-    They merge it into every run below, and with it an outer graph's streams and checkpoints.
+    They merge it into every run below, and find a node's runtime, store and stream writer by it.
     """
 
+    def __init__(self, config: RunnableConfig | None) -> None:
+        self._config = config
+
     def __enter__(self) -> None:
-        self._token = var_child_runnable_config.set(None)
+        self._token = var_child_runnable_config.set(self._config)
 
     def __exit__(self, *raised: object) -> None:
         var_child_runnable_config.reset(self._token)
+
+
+class apart(within):  # noqa: N801 - read as a statement: `with apart():`
+    """Sets that configuration aside, and with it an outer graph's streams and checkpoints."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
 
 
 _WORK = {"critique": "critique", "revise": "revision", "compare": "comparison", "rate": "rating"}

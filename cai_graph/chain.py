@@ -7,6 +7,7 @@ guarded.invoke(...)                    # same input, same output, judged and log
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
 from langchain_core.language_models import BaseChatModel
@@ -20,6 +21,7 @@ from cai_graph.log import Log
 from cai_graph.review import Checkpointer
 from cai_graph.runnable import Answered, ConstitutionalRunnable
 from cai_graph.shadowed import ShadowedChatModel
+from cai_graph.typed import Typed, form_asked
 
 __all__ = ["Answered", "ConstitutionalChatModel", "ConstitutionalRunnable", "constitutional"]
 
@@ -107,4 +109,6 @@ def constitutional(
         face: type[ConstitutionalChatModel]
         face = ConstitutionalChatModel if guard.shadow is None else ShadowedChatModel
         return face(guard)
+    if (form := form_asked(app, {})) is not None:
+        guard = replace(guard, shape=Typed(input_key, output_key, tuple(context_keys), wanted=form))
     return ConstitutionalRunnable(guard)

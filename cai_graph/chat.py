@@ -9,9 +9,10 @@ that leaves carries the sum of all calls as `usage_metadata`, and each of them u
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, cast
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from langchain_core.callbacks import (
     AsyncCallbackManager,
@@ -24,27 +25,32 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata, add_usage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
-from langchain_core.runnables.config import ensure_config
+from langchain_core.runnables.config import ensure_config, var_child_runnable_config
 from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
 from cai_graph import bridge
-from cai_graph.form import Form
+from cai_graph.calls import within
+from cai_graph.errors import ConfigError
+from cai_graph.graph import STREAM
 from cai_graph.guard import Guard
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.streams import Piece, feeds_streams
+from cai_graph.told import ModelRun, Told, manager_for, only
 from cai_graph.trajectory import Trajectory
-from cai_graph.typed import Typed, form_of, with_model
+from cai_graph.typed import Typed, form_asked, form_of, with_model
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
 
-__all__ = ["ConstitutionalChatModel", "options_of"]
+__all__ = ["ConstitutionalChatModel", "counted", "options_of", "result_of"]
 
 _PARAMETERS = LangSmithParams.__required_keys__ | LangSmithParams.__optional_keys__
+
+M = TypeVar("M", bound=AIMessage)
 
 Tools = Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool]
 
@@ -108,24 +114,20 @@ class ConstitutionalChatModel(BaseChatModel):
         self,
         messages: list[BaseMessage],
         options: Mapping[str, Any],
-        run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None,
+        run_manager: ModelRun | None,
         caller: bridge.Caller | None = None,
     ) -> ChatResult:
         """Return the answer; the streams that stand around the run are shown it on its way."""
         guard, config = self._judging(options), self._below(run_manager)
         around = [] if run_manager is None else [h for h in run_manager.handlers if feeds_streams(h)]
         if run_manager is None or not around:
-            return _result(*await guard.answer(messages, config, options, caller=caller))
-        run = AsyncCallbackManagerForLLMRun(
-            run_id=run_manager.run_id,
-            handlers=around,
-            inheritable_handlers=[],
-            parent_run_id=run_manager.parent_run_id,
-        )
+            message, trajectory = await guard.answer(messages, config, options, caller=caller)
+            return result_of(message, _usage(message, trajectory))
+        told = Told(only(run_manager, around), caller)  # LangChain tells of its start and end
         async with aclosing(guard.stream(messages, config, options, caller=caller)) as pieces:
             async for piece in pieces:
-                await run.on_llm_new_token(piece.text, chunk=_chunk(piece))
-        return _result(piece.whole, piece.trajectory)
+                await told.piece(_with_usage(_chunk(piece)))
+        return result_of(piece.whole, _usage(piece.whole, piece.trajectory))
 
     def _stream(
         self,
@@ -152,14 +154,14 @@ class ConstitutionalChatModel(BaseChatModel):
         self,
         messages: list[BaseMessage],
         options: Mapping[str, Any],
-        run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None,
+        run_manager: ModelRun | None,
         caller: bridge.Caller | None = None,
         configurable: dict[str, Any] | None = None,
     ) -> AsyncGenerator[ChatGenerationChunk, None]:
         below: RunnableConfig = {**self._below(run_manager), "configurable": configurable or {}}
         async with aclosing(self._judging(options).stream(messages, below, options, caller=caller)) as pieces:
             async for piece in pieces:
-                yield _chunk(piece)
+                yield ChatGenerationChunk(message=_chunk(piece))
 
     def invoke(
         self,
@@ -230,7 +232,7 @@ class ConstitutionalChatModel(BaseChatModel):
         config, messages = ensure_config(config), self._convert_input(input).to_messages()
         # Of the form of a structured output only tracers are told; the wrapped model has it in other words.
         form = _format_ls_structured_output(options.pop("ls_structured_output_format", None))
-        callbacks = AsyncCallbackManager.configure(
+        callbacks = manager_for(caller).configure(
             config.get("callbacks"),
             self.callbacks,
             self.verbose,
@@ -239,35 +241,36 @@ class ConstitutionalChatModel(BaseChatModel):
             {**config.get("metadata", {}), **self._get_ls_params_with_defaults(stop=stop, **options)},
             self.metadata,
         )
-        (run,) = await callbacks.on_chat_model_start(
-            self._serialized,
-            [messages],
+        told = await Told.begin(
+            callbacks,
+            messages,
+            caller,
+            serialized=self._serialized,
             invocation_params=self._get_invocation_params(stop=stop, **options),
             options={"stop": stop, **form},
             name=config.get("run_name"),
             run_id=config.get("run_id"),
             batch_size=1,
         )
-        told: ChatGenerationChunk | None = None
         under, thread = options_of(stop, options), config.get("configurable")
         try:
-            async with aclosing(self._generations(messages, under, run, caller, thread)) as made:
+            async with aclosing(self._generations(messages, under, told.run, caller, thread)) as made:
                 async for chunk in made:
-                    await run.on_llm_new_token(chunk.text, chunk=chunk)
-                    told = chunk if told is None else told + chunk
-                    yield _with_usage(cast("AIMessageChunk", chunk.message))
+                    part = _with_usage(cast("AIMessageChunk", chunk.message))
+                    await told.piece(part)
+                    yield part
         except BaseException as error:
-            await run.on_llm_error(error, response=LLMResult(generations=[[told]] if told else []))
+            await told.error(error)
             raise
-        await run.on_llm_end(LLMResult(generations=[[told]] if told else []))
+        await told.end()
 
     def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
         """Answer each conversation; LangChain's own entry to a chat model."""
-        return _counted(super().generate(*args, **kwargs))
+        return counted(super().generate(*args, **kwargs))
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
         """Answer each conversation; LangChain's own entry to a chat model."""
-        return _counted(await super().agenerate(*args, **kwargs))
+        return counted(await super().agenerate(*args, **kwargs))
 
     async def answered(
         self,
@@ -289,22 +292,20 @@ class ConstitutionalChatModel(BaseChatModel):
         return self._guard.shadow
 
     def _judging(self, options: Mapping[str, Any]) -> Guard:
-        """Return the guard for a call's arguments: where they ask for JSON, it judges that."""
-        wanted = options.get("response_format")
-        if self._guard.shape.whole or not isinstance(wanted, Mapping):
-            return self._guard
-        if "json_schema" in wanted:
-            named = wanted["json_schema"]
-            form = Form({"title": named.get("name", "answer"), **named.get("schema", {})}, dict)
-        elif wanted.get("type") == "json_object":  # JSON mode
-            form = Form({"type": "object"}, dict)
-        else:
-            return self._guard
-        return dataclasses.replace(self._guard, shape=Typed(wanted=form))
+        """Return the guard for a call's arguments, its model at the place where the call is made."""
+        guard = self._formed(options)
+        if (place := var_child_runnable_config.get()) is not None:
+            guard = dataclasses.replace(guard, app=_Placed.at(place, guard.app))
+        return guard
 
-    def _below(
-        self, run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun | None
-    ) -> RunnableConfig:
+    def _formed(self, options: Mapping[str, Any]) -> Guard:
+        """Return the guard for a call's arguments: where they ask for JSON, it judges that."""
+        guard = self._guard
+        if not guard.shape.whole and (form := form_asked(guard.app, options)) is not None:
+            guard = dataclasses.replace(guard, shape=Typed(wanted=form))
+        return guard
+
+    def _below(self, run_manager: ModelRun | None) -> RunnableConfig:
         """Return the configuration of what runs below a run of this model."""
         if run_manager is None:
             return RunnableConfig(callbacks=AsyncCallbackManager(handlers=[]))
@@ -372,6 +373,25 @@ class ConstitutionalChatModel(BaseChatModel):
         merged = cast("RunnableConfig", {**(config or {}), **kwargs})
         return _Configured(bound=self, kwargs={}, config=merged)
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy; settings of the wrapped model, such as `temperature`, change in a copy of that.
+
+        Raises:
+            ConfigError: they cannot be changed, since the model has made something else of itself.
+        """
+        changes = dict(update or {})
+        theirs = {name: changes.pop(name) for name in [*changes] if name not in type(self).model_fields}
+        copy = super().model_copy(update=changes, deep=deep)
+        if theirs:
+            if self._guard.app is not self._model:
+                raise ConfigError(
+                    f"{', '.join(theirs)} cannot be changed after tools were bound or structured output was "
+                    "asked for; change the wrapped model before"
+                )
+            copy._model = self._model.model_copy(update=theirs)
+            copy._guard = dataclasses.replace(self._guard, app=copy._model)
+        return copy
+
     # --- what the wrapped model says of itself ---
 
     if not TYPE_CHECKING:  # else every misspelt attribute would pass the type checker
@@ -436,6 +456,69 @@ class ConstitutionalChatModel(BaseChatModel):
         return self._model.get_num_tokens_from_messages(messages, *args, **kwargs)
 
 
+class _Placed(RunnableBinding[LanguageModelInput, AIMessage]):
+    """A model at the place where its caller called it.
+
+    A request's graph has surroundings of its own. In a node of another one, a model may look for that node's
+    runtime, store and stream writer.
+    """
+
+    place: dict[str, Any]
+    """The configuration that LangChain or LangGraph carries there."""
+
+    @classmethod
+    def at(cls, place: RunnableConfig, model: Runnable[LanguageModelInput, AIMessage]) -> _Placed:
+        """Return the model at the place of this configuration."""
+        # A graph inside the model streams nothing of a draft to the graph around.
+        known = {key: value for key, value in place.get("configurable", {}).items() if key != STREAM}
+        return cls(bound=model, kwargs={}, config={}, place={**place, "configurable": known})
+
+    def invoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AIMessage:
+        """Answer."""
+        with self._here(config):
+            return self.bound.invoke(input, config, **kwargs)
+
+    async def ainvoke(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AIMessage:
+        """Answer."""
+        with self._here(config):
+            return await self.bound.ainvoke(input, config, **kwargs)
+
+    # Between two chunks the surroundings are the reader's.
+
+    def stream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[AIMessage]:
+        """Answer in chunks."""
+        with closing(cast("Generator[AIMessage]", self.bound.stream(input, config, **kwargs))) as chunks:
+            while True:
+                with self._here(config):
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+
+    async def astream(
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[AIMessage]:
+        """Answer in chunks."""
+        made = cast("AsyncGenerator[AIMessage]", self.bound.astream(input, config, **kwargs))
+        async with aclosing(made) as chunks:
+            while True:
+                with self._here(config):
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+
+    def _here(self, config: RunnableConfig | None) -> within:
+        # What runs in the model is traced under the request, by callbacks that feed no stream.
+        return within(cast("RunnableConfig", {**self.place, "callbacks": (config or {}).get("callbacks")}))
+
+
 class _Asking(ConstitutionalRunnable[Any, AIMessage]):
     """Answers where a person may be asked: a chat model's own runs are not told which thread is to wait."""
 
@@ -447,7 +530,6 @@ class _Asking(ConstitutionalRunnable[Any, AIMessage]):
         caller: bridge.Caller | None = None,
     ) -> AIMessage:
         message, trajectory = await self.guard.answer(input, config, options, caller=caller)
-        assert trajectory is not None  # a chat model's output cannot say that it waits
         return cast("AIMessage", message.model_copy(update={"usage_metadata": _usage(message, trajectory)}))
 
 
@@ -490,45 +572,62 @@ def options_of(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str
     return kwargs if stop is None else {**kwargs, "stop": stop}
 
 
+_OF_THE_END = {"finish_reason", "stop_reason", "done_reason", "logprobs"}
+"""What providers say of a generation, beside its message."""
+
 # --- usage --------------------------------------------------------------------------------------------
 
 
-def _result(message: AIMessage, trajectory: Trajectory | None) -> ChatResult:
+def result_of(message: AIMessage, usage: UsageMetadata | None) -> ChatResult:
     """Return the message as a chat model's result, its usage set aside from the callbacks."""
-    assert trajectory is not None  # a chat model waits for nobody
-    usage = _usage(message, trajectory)
-    about = {**message.response_metadata["cai"], "usage": usage}
-    update = {"usage_metadata": None, "response_metadata": {**message.response_metadata, "cai": about}}
-    return ChatResult(generations=[ChatGeneration(message=message.model_copy(update=update))])
+    ends = {key: value for key, value in message.response_metadata.items() if key in _OF_THE_END}
+    return ChatResult(generations=[ChatGeneration(message=_set_aside(message, usage), generation_info=ends)])
 
 
-def _chunk(piece: Piece) -> ChatGenerationChunk:
+def _chunk(piece: Piece) -> AIMessageChunk:
     """Return a piece as a chat model's chunk, its usage set aside from the callbacks."""
-    message, about = cast("AIMessageChunk", piece.output), {}
-    if piece.trajectory is not None:
-        cai = {**message.response_metadata["cai"], "usage": _usage(piece.whole, piece.trajectory)}
-        about = {"response_metadata": {**message.response_metadata, "cai": cai}}
-    return ChatGenerationChunk(message=message.model_copy(update={"usage_metadata": None, **about}))
+    message = cast("AIMessageChunk", piece.output)
+    if piece.trajectory is None:
+        return message.model_copy(update={"usage_metadata": None})
+    return _set_aside(message, _usage(piece.whole, piece.trajectory))
+
+
+def _set_aside(message: M, usage: UsageMetadata | None) -> M:
+    about = {**message.response_metadata.get("cai", {}), "usage": usage}
+    update = {"usage_metadata": None, "response_metadata": {**message.response_metadata, "cai": about}}
+    return message.model_copy(update=update)
 
 
 def _with_usage(message: AIMessageChunk) -> AIMessageChunk:
-    """Return what the caller sees of a chunk: the last one has the usage."""
+    """Return what callers and streams see of a chunk: the last one has the usage."""
     about = message.response_metadata.get("cai")
     return message if about is None else message.model_copy(update={"usage_metadata": about["usage"]})
 
 
-def _counted(result: LLMResult) -> LLMResult:
+def counted(result: LLMResult) -> LLMResult:
     """Return the result with the usage of each message in its place, after the callbacks have seen it."""
-    for generations in result.generations:
-        for generation in generations:
-            message = getattr(generation, "message", None)
-            if isinstance(message, AIMessage) and "cai" in message.response_metadata:
-                message.usage_metadata = message.response_metadata["cai"].get("usage")
+    total: UsageMetadata | None = None
+    names: set[str] = set()
+    for generation in itertools.chain(*result.generations):
+        message = getattr(generation, "message", None)
+        if isinstance(message, AIMessage) and "cai" in message.response_metadata:
+            message.usage_metadata = message.response_metadata["cai"].get("usage")
+            total = add_usage(total, message.usage_metadata)
+            names.add(message.response_metadata.get("model_name", ""))
+    output = dict(result.llm_output or {})
+    if total is not None:  # in OpenAI's words, which all who read it there know
+        asked, written = total["input_tokens"], total["output_tokens"]
+        spent = {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
+        output["token_usage"] = spent
+    if len(names) == 1 and "" not in names:
+        (output["model_name"],) = names
+    result.llm_output = output
     return result
 
 
-def _usage(message: AIMessage, trajectory: Trajectory) -> UsageMetadata | None:
+def _usage(message: AIMessage, trajectory: Trajectory | None) -> UsageMetadata | None:
     """Return the sum over all calls of a request; None where no provider counts."""
+    assert trajectory is not None  # a chat model waits for nobody
     total = message.usage_metadata  # the draft's, in the provider's detail
     for call in trajectory.calls:
         if call.role == "draft" or call.input_tokens is None:

@@ -78,13 +78,15 @@ def _packages() -> Iterator[Check]:
         yield Check("cai-graph", "warn", "not installed", "pip install -e . in its folder")
         return
     required = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
-    yield _versions("base packages", [r for r in required if r.marker is None], "pip install cai-graph")
+    yield _versions(
+        "base packages", [r for r in required if r.marker is None], "pip install -e . in its folder"
+    )
     for extra in metadata.get_all("Provides-Extra") or []:
         if extra == "dev":
             continue
         chosen = [r for r in required if r.marker is not None and r.marker.evaluate({"extra": extra})]
         own = [r for r in chosen if r.name != "cai-graph"]  # an extra of an extra has its own line
-        yield _versions(f"extra [{extra}]", own, f'pip install "cai-graph[{extra}]"')
+        yield _versions(f"extra [{extra}]", own, f'pip install -e ".[{extra}]" in its folder')
 
 
 def _versions(name: str, required: list[Requirement], remedy: str) -> Check:
@@ -111,7 +113,7 @@ def _sqlite() -> Iterator[Check]:
     try:
         import apsw
     except ImportError:
-        yield Check("sqlite of the log", "missing", "apsw is not installed", "pip install cai-graph")
+        yield Check("sqlite of the log", "missing", "apsw is not installed", "pip install -e . in its folder")
     else:
         version = apsw.sqlite_lib_version()
         if _release(version) < SQLITE_FIXED:

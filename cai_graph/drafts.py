@@ -1,4 +1,4 @@
-"""What is recorded of an app's own run: the model calls that it makes, and the caller's metadata."""
+"""What is recorded of an app's own run: the model calls that it makes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,12 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 
 from cai_graph.calls import Calls, call_of, prompt_digest, truncated
+from cai_graph.trajectory import Message, text_of
 
 if TYPE_CHECKING:
     from langchain_core.outputs import LLMResult
 
-__all__ = ["DraftCalls", "plain"]
-
-
-def plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the user's metadata as JSON; what JSON cannot say is told by its repr."""
-
-    def told(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): told(item) for key, item in value.items()}
-        if isinstance(value, list | tuple | set | frozenset):
-            return [told(item) for item in value]
-        if isinstance(value, float):
-            return value if value == value and abs(value) != float("inf") else repr(value)
-        if isinstance(value, str):
-            return str(value)
-        return value if value is None or isinstance(value, bool | int) else repr(value)
-
-    return {str(key): told(value) for key, value in metadata.items()}
+__all__ = ["DraftCalls"]
 
 
 class DraftCalls(BaseCallbackHandler):
@@ -44,8 +28,7 @@ class DraftCalls(BaseCallbackHandler):
     def __init__(self, calls: Calls, name: str | None) -> None:
         self.calls = calls
         self.name = name
-        self.truncated = False
-        """Whether the last reply stopped before its end."""
+        self._replies: list[BaseMessage] = []
         self._begun: dict[UUID, tuple[float, str, str]] = {}
 
     def on_chat_model_start(
@@ -68,12 +51,23 @@ class DraftCalls(BaseCallbackHandler):
         """Record the call."""
         generation = response.generations[0][0] if response.generations and response.generations[0] else None
         reply = getattr(generation, "message", None)
-        self.truncated = reply is not None and truncated(reply)
+        self._replies += [] if reply is None else [reply]
         self._record(run_id, reply, None)
 
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Record the call that failed."""
         self._record(run_id, None, error)
+
+    def cut(self, answer: Message) -> bool:
+        """Return whether the reply that became the app's answer stopped before its end.
+
+        It is known by its id or by its text; where an app has asked but once, it is that one, whatever became
+        of it. Other calls say nothing of the answer, such as one that writes a title for it.
+        """
+        for reply in reversed(self._replies):
+            if (answer.id is not None and reply.id == answer.id) or text_of(reply) == text_of(answer):
+                return truncated(reply)
+        return len(self._replies) == 1 and truncated(self._replies[0])
 
     def _model(self, kwargs: Mapping[str, Any]) -> str:
         metadata = kwargs.get("metadata") or {}

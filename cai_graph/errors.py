@@ -73,7 +73,9 @@ class MissingExtra(CaiError, ImportError):  # noqa: N818 - reads as what is miss
     """
 
     def __init__(self, needed_by: str, package: str, extra: str) -> None:
-        super().__init__(f'{needed_by} needs {package}; pip install "cai-graph[{extra}]"')
+        super().__init__(
+            f'{needed_by} needs {package}; pip install -e ".[{extra}]" in the folder of cai-graph'
+        )
         self.package = package
         self.extra = extra
 

@@ -29,6 +29,8 @@ def meaning(error: BaseException) -> str | None:
     """
     status = getattr(error, "status_code", None)
     if isinstance(status, int):
+        if status == 401 and (server := _asked_without_key(error)) is not None:
+            return f"the server wants an API key; set OPENAI_API_KEY to it, and OPENAI_BASE_URL={server}"
         if status in _BY_STATUS:
             return _BY_STATUS[status]
         if status >= 500:
@@ -59,6 +61,16 @@ def note_of(error: BaseException) -> str | None:
             said: str = note.removeprefix(_PREFIX)
             return said
     return None
+
+
+def _asked_without_key(error: BaseException) -> str | None:
+    """Return the address of a server of one's own that was sent no key; see `models`, which says `none`."""
+    request = getattr(error, "request", None)
+    if request is None or request.headers.get("Authorization") != "Bearer none":
+        return None
+    url = request.url  # its `netloc` is without a password
+    address: str = f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"
+    return address.removesuffix("/chat/completions")
 
 
 def _in_client(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ as the run's context. `run.py` has it driven, and decides what leaves.
 
 from __future__ import annotations
 
+import asyncio
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -20,9 +21,11 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
 from langgraph.config import get_config, get_stream_writer
 from langgraph.constants import TAG_NOSTREAM
-from langgraph.errors import GraphBubbleUp
+from langgraph.errors import GraphBubbleUp, NodeCancelledError
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.pregel import Pregel
@@ -39,7 +42,21 @@ from cai_graph.revision import candidate
 from cai_graph.together import together
 from cai_graph.trajectory import Block, Critique, Draft, Label, Message, Round, text_of
 
-__all__ = ["STEP_LIMIT", "STREAM", "Paused", "drive", "is_graph", "is_pause", "outer_writer"]
+__all__ = [
+    "STEP_LIMIT",
+    "STREAM",
+    "Paused",
+    "configurable_of",
+    "drive",
+    "gives_chunks",
+    "graph_of",
+    "is_graph",
+    "is_pause",
+    "layers",
+    "options_of",
+    "outer_writer",
+    "step_limit",
+]
 
 
 class State(TypedDict, total=False):
@@ -289,13 +306,17 @@ async def drive(run: Run, config: RunnableConfig) -> None:
 
     Raises:
         GraphBubbleUp: the app waits for a person.
+        CancelledError: this task is cancelled, or a node says that it is.
         Exception: what a node raised.
     """
     with apart():
         # Without a stream mode nothing is made for readers: what the run reached is in its context.
         steps = compiled(parallel=run.plan.settings.strategy == "parallel")
-        async for _ in steps.astream({}, config, context=run, stream_mode=[]):
-            pass
+        try:
+            async for _ in steps.astream({}, config, context=run, stream_mode=[]):
+                pass
+        except NodeCancelledError as cancelled:  # LangGraph's, for what its caller knows as a cancellation
+            raise asyncio.CancelledError from cancelled
     if run.paused is not None:
         raise run.paused
 
@@ -326,6 +347,50 @@ STEP_LIMIT = 10_000
 """How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
 
 
+def graph_of(app: Runnable[Any, Any]) -> Pregel[Any, Any, Any, Any] | None:
+    """Return the compiled LangGraph graph that an app is, whatever is bound to it; None where it is none."""
+    innermost = layers(app)[-1]
+    return innermost if isinstance(innermost, Pregel) else None
+
+
 def is_graph(app: Runnable[Any, Any]) -> bool:
     """Return whether a wrapped app is a compiled LangGraph graph."""
-    return isinstance(app, Pregel)
+    return graph_of(app) is not None
+
+
+def layers(app: Runnable[Any, Any]) -> list[Any]:
+    """Return an app and what is inside its bindings, the outermost first."""
+    found: list[Any] = [app]
+    while isinstance(found[-1], RunnableBindingBase):
+        found.append(found[-1].bound)
+    return found
+
+
+def options_of(app: Runnable[Any, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a call of an app, those that are bound to it included."""
+    bound = [layer.kwargs for layer in layers(app) if isinstance(layer, RunnableBindingBase)]
+    return {name: value for each in (*reversed(bound), options) for name, value in each.items()}
+
+
+def configurable_of(app: Runnable[Any, Any], config: RunnableConfig) -> dict[str, Any]:
+    """Return what a call of an app is configured with, such as its thread, what is bound to it included."""
+    configs = (*reversed(_bound_configs(app)), config)
+    return {name: value for each in configs for name, value in (each.get("configurable") or {}).items()}
+
+
+def _bound_configs(app: Runnable[Any, Any]) -> list[RunnableConfig]:
+    return [config for layer in layers(app) if (config := getattr(layer, "config", None))]
+
+
+def gives_chunks(app: Runnable[Any, Any], options: Mapping[str, Any]) -> bool:
+    """Return whether an `invoke` with these options returns what a graph streams: all modes but one do."""
+    return is_graph(app) and options_of(app, options).get("stream_mode", "values") != "values"
+
+
+def step_limit(app: Runnable[Any, Any], config: RunnableConfig) -> int | None:
+    """Return how many steps an app may take under its caller's configuration; None where it does not say."""
+    limit = config.get("recursion_limit")
+    if limit != DEFAULT_RECURSION_LIMIT or not is_graph(app):
+        return limit
+    bound = [each["recursion_limit"] for each in _bound_configs(app) if "recursion_limit" in each]
+    return bound[0] if bound else STEP_LIMIT  # LangChain filled in its own, which is small

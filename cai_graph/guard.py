@@ -6,28 +6,28 @@ draft, keeps drafts and critiques out of the caller's streams, and puts what lea
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
 
 from cai_graph import bridge, graph, models
 from cai_graph.calls import Calls, apart
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
-from cai_graph.drafts import DraftCalls, plain
+from cai_graph.drafts import DraftCalls
 from cai_graph.errors import ConfigError, DataError, RunError
 from cai_graph.held import Held
 from cai_graph.kept import Kept, refused, resumes, untyped
 from cai_graph.log import Log
 from cai_graph.overheard import Overheard
+from cai_graph.plain import plain
 from cai_graph.plan import Plan, planning
 from cai_graph.request import Request
 from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer
@@ -161,10 +161,10 @@ class Guard:
             outputs.append(output := untyped(output))
             if isinstance(output, Mapping) and "__interrupt__" in output:
                 raise graph.Paused
-            if kept is not None and await kept.stopped():
+            if await kept.stopped():
                 raise graph.Paused
             answer = self.shape.answer(output)
-            return Draft(answer=answer, truncated=handler.truncated)
+            return Draft(answer=answer, truncated=handler.cut(answer))
 
         try:
             ending = await self._run(
@@ -179,8 +179,8 @@ class Guard:
             )
         except graph.Paused:
             return outputs[0], None
-        except Exception as error:
-            if kept is not None and outputs and not graph.is_pause(error):
+        except (Exception, asyncio.CancelledError) as error:
+            if outputs and not graph.is_pause(error):
                 await self._forget(outputs[0], kept)
             raise
         if desk is not None and ending.released is None:
@@ -190,24 +190,21 @@ class Guard:
             return await self._leave(await desk.settle(waiting), kept)
         return await self._leave(Settled(outputs[0], ending.trajectory, ending.released), kept)
 
-    async def _leave(self, settled: Settled, kept: Kept | None) -> tuple[Any, Trajectory]:
+    async def _leave(self, settled: Settled, kept: Kept) -> tuple[Any, Trajectory]:
         """Return the output that leaves; a graph that remembers is made to remember that one."""
-        output, trajectory = self._put(settled)
-        if kept is not None and trajectory.released_from != "draft":
-            await kept.replace(self.shape.answer_in(settled.output), self.shape.answer_in(output))
-        return output, trajectory
+        output, trajectory, released = settled
+        assert released is not None  # without an answer the policies raise, or ask a person
+        left = self.shape.put(output, released, trajectory)
+        if trajectory.released_from != "draft":
+            await kept.replace(lambda: self.shape.swap(output, left))
+        return left, trajectory
 
     async def _forget(self, output: Any, kept: Kept) -> None:
         """Make a graph remember a refusal where nothing of its answer left."""
         with suppress(DataError):  # there is no answer in it
-            draft = self.shape.answer_in(output)
-            settings = self.plan.settings
-            await kept.replace(draft, refused(draft, self.plan.constitution.refusal_in(settings.language)))
-
-    def _put(self, settled: Settled) -> tuple[Any, Trajectory]:
-        output, trajectory, released = settled
-        assert released is not None  # without an answer the policies raise, or ask a person
-        return self.shape.put(output, released, trajectory), trajectory
+            swap, settings = self.shape.swap(output, output), self.plan.settings
+            refusal = refused(swap.draft, self.plan.constitution.refusal_in(settings.language))
+            await kept.replace(lambda: replace(swap, released=refusal))
 
     async def stream(
         self,
@@ -235,7 +232,7 @@ class Guard:
         async def work(send: Send[Piece]) -> None:
             async def chunks(calls: Calls, node: RunnableConfig) -> AsyncGenerator[Batch[Any], None]:
                 under, handler = self._under(config, calls, node)
-                writing.truncated = lambda: handler.truncated
+                writing.cut = handler.cut
                 async with aclosing(_written(self.app, input, under, options, caller)) as written:
                     async for batch in written:
                         for chunk in batch.items:
@@ -259,7 +256,8 @@ class Guard:
                 return
             finally:
                 await writing.close()
-            output, trajectory = self._put(Settled(writing.output, ending.trajectory, ending.released))
+            settled = Settled(writing.output, ending.trajectory, ending.released)
+            output, trajectory = await self._leave(settled, Kept.of(self.app, config, caller))
             await writing.rest(output, trajectory)
 
         async with aclosing(relay(work)) as pieces:
@@ -296,16 +294,14 @@ class Guard:
         under: RunnableConfig = {**config, "callbacks": callbacks}
         configurable = config.get("configurable") or {}
         under["configurable"] = {key: configurable[key] for key in configurable if key != graph.STREAM}
-        if config.get("recursion_limit") == DEFAULT_RECURSION_LIMIT and graph.is_graph(self.app):
-            under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
+        if (limit := graph.step_limit(self.app, config)) is not None:
+            under["recursion_limit"] = limit
         return under, handler
 
     @cached_property
     def _model_name(self) -> str | None:
         """Name of the app in the records, where it is one chat model."""
-        app = self.app
-        while isinstance(app, RunnableBindingBase):
-            app = app.bound
+        app = graph.layers(self.app)[-1]
         return models.name_of(app) if isinstance(app, BaseChatModel) else None
 
 

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import Runnable
 
-from cai_graph.kept import replaced
+from cai_graph import graph
 from cai_graph.shape import Shape
 from cai_graph.streams import part_of_message
 from cai_graph.trajectory import Trajectory, text_of
@@ -35,12 +36,14 @@ class Held:
     """What a graph streams.
 
     Args:
-        app: the compiled graph.
+        app: the compiled graph, or a binding of it.
         options: what its caller passes to `stream`, such as `stream_mode` and `subgraphs`.
     """
 
-    def __init__(self, app: Any, options: Mapping[str, Any]) -> None:
-        asked = options.get("stream_mode") or app.stream_mode
+    def __init__(self, app: Runnable[Any, Any], options: Mapping[str, Any]) -> None:
+        compiled, options = graph.graph_of(app), graph.options_of(app, options)
+        assert compiled is not None
+        asked = options.get("stream_mode") or compiled.stream_mode
         self._listed = not isinstance(asked, str)
         self._asked: list[str] = [asked] if isinstance(asked, str) else list(asked)
         self._typed = options.get("version") == "v2"
@@ -86,7 +89,8 @@ class Held:
         if trajectory is None:
             yield from (self._as_asked(part, part.data) for part in parts)
             return
-        draft, released = shape.answer_in(self.output), shape.answer_in(output)
+        swap = shape.swap(self.output, output)
+        draft, released = swap.draft, swap.released
         stays = {message.id for message in _messages(output)}
         kept, shown = trajectory.released_from == "draft", False
         last = next((part for part in reversed(parts) if _is_token(part)), None)
@@ -106,7 +110,7 @@ class Held:
             elif part.mode == "custom" and not kept:
                 continue
             else:
-                data = replaced(data, draft, released)
+                data = swap(data)
             yield self._as_asked(part, data)
 
     def _as_asked(self, part: _Part, data: Any) -> Any:

@@ -2,26 +2,33 @@
 
 A graph with a checkpointer has written its draft there before anybody judged it, and shows it to its model
 in the next turn. So what leaves in the draft's place is put into its place there, too, as an update of the
-thread's state; where nothing leaves, the refusal is. Checkpoints before that one keep the draft.
+thread's state; where nothing leaves, the refusal is. Checkpoints before that one keep the draft. A memory
+that cannot be reached from here, such as that of a graph inside a chain, is warned of.
 """
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from langchain_core.messages import BaseMessage
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langchain_core.runnables.history import RunnableWithMessageHistory
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.constants import END
 from langgraph.errors import InvalidUpdateError
+from langgraph.func import entrypoint
+from langgraph.pregel import Pregel
 from langgraph.types import Command, GraphOutput, Overwrite
 
 from cai_graph import bridge, graph
 from cai_graph.calls import apart
-from cai_graph.trajectory import text_of
+from cai_graph.shape import Swap
 
-__all__ = ["Kept", "as_asked", "as_owner", "refused", "replaced", "resumes", "untyped"]
+__all__ = ["Kept", "as_asked", "as_owner", "refused", "resumes", "untyped"]
 
 T = TypeVar("T")
 
@@ -43,7 +50,11 @@ def untyped(output: Any) -> Any:
 
 def as_asked(output: Any, app: Runnable[Any, Any], options: Mapping[str, Any]) -> Any:
     """Return the output of a graph in the version that its caller asks for."""
-    if options.get("version") != "v2" or not graph.is_graph(app) or isinstance(output, GraphOutput):
+    if (
+        graph.options_of(app, options).get("version") != "v2"
+        or not graph.is_graph(app)
+        or isinstance(output, GraphOutput)
+    ):
         return output
     interrupts = output.get("__interrupt__", ()) if isinstance(output, Mapping) else ()
     if interrupts:
@@ -77,26 +88,55 @@ async def as_owner(
 
 @dataclass(frozen=True)
 class Kept:
+    """What an app keeps of a request. This one has no thread that could be read."""
+
+    app: Runnable[Any, Any]
+    """The wrapped app."""
+
+    @staticmethod
+    def of(app: Runnable[Any, Any], config: RunnableConfig, caller: bridge.Caller | None = None) -> Kept:
+        """Return what an app keeps under its caller's configuration.
+
+        Args:
+            app: the wrapped app.
+            config: says which thread.
+            caller: the thread that waits for the answer, where it is a synchronous one.
+        """
+        compiled = graph.graph_of(app)
+        if compiled is None or not getattr(compiled, "checkpointer", None):
+            return Kept(app)
+        given = graph.configurable_of(app, config)
+        # The run may have begun at an earlier checkpoint; what it came to stands in the thread's last one.
+        thread = {key: value for key, value in given.items() if key not in (graph.STREAM, "checkpoint_id")}
+        return Thread(app, compiled, RunnableConfig(configurable=thread), caller)
+
+    async def stopped(self) -> bool:
+        """Return whether the app stands at a breakpoint, from which it goes on when it is resumed."""
+        return False
+
+    def stopped_here(self) -> bool:
+        """Return the same, in this thread."""
+        return False
+
+    async def replace(self, swap: Callable[[], Swap]) -> None:
+        """Put what leaves into the draft's place, wherever the app keeps it; warn where that cannot be.
+
+        `swap` is asked where there is a state: not every output has a place for an answer.
+        """
+        if (memory := _memory_in(self.app)) is not None:
+            _warn(f"the memory of the {type(memory).__name__} inside cannot be reached")
+
+
+@dataclass(frozen=True)
+class Thread(Kept):
     """The thread of a wrapped graph that has a checkpointer."""
 
-    app: Any
+    graph: Any
     """The compiled graph."""
     config: RunnableConfig
     """Says which thread."""
     caller: bridge.Caller | None
     """The thread that waits for the answer, where it is a synchronous one."""
-
-    @classmethod
-    def of(
-        cls, app: Runnable[Any, Any], config: RunnableConfig, caller: bridge.Caller | None = None
-    ) -> Kept | None:
-        """Return what an app keeps under its caller's configuration; None where it keeps nothing."""
-        if not graph.is_graph(app) or not getattr(app, "checkpointer", None):
-            return None
-        given = config.get("configurable") or {}
-        # The run may have begun at an earlier checkpoint; what it came to stands in the thread's last one.
-        thread = {key: value for key, value in given.items() if key not in (graph.STREAM, "checkpoint_id")}
-        return cls(app, RunnableConfig(configurable=thread), caller)
 
     async def stopped(self) -> bool:
         """Return whether the graph stands at a breakpoint, from which it goes on when it is resumed."""
@@ -105,46 +145,110 @@ class Kept:
     def stopped_here(self) -> bool:
         """Return the same, in this thread."""
         with apart():
-            return bool(self.app.get_state(self.config).next)
+            return bool(self.graph.get_state(self.config).next)
 
-    async def replace(self, draft: str | BaseMessage, released: str | BaseMessage) -> None:
+    async def replace(self, swap: Callable[[], Swap]) -> None:
         """Put what leaves into the draft's place, wherever the thread's state has it.
 
-        Warns where the state cannot be so changed.
+        Warns where the state cannot be so changed. A caller who is cancelled meanwhile is held until it is.
         """
-        state = (await self._state()).values
+        replacing = asyncio.ensure_future(self._replace(swap()))
+        try:
+            await asyncio.shield(replacing)
+        except asyncio.CancelledError:
+            await asyncio.wait([replacing])
+            raise
+
+    async def _replace(self, swap: Swap) -> None:
+        state = await self._state()
+        if _PREVIOUS in self.graph.channels:
+            update = await self._of_function(state, swap)
+        elif isinstance(state.values, Mapping):
+            update = self._of_channels(state.values, swap)
+        else:
+            _warn(f"it is a {type(state.values).__name__} and has no channels")
+            return
+        if update is None:
+            return
+        try:
+            await self._update(update)
+            if (await self._state()).next:  # edges were asked again, about a turn that had ended
+                await self._update(None, as_node=END)
+        except InvalidUpdateError as error:
+            _warn(str(error))
+
+    def _of_channels(self, state: Mapping[str, Any], swap: Swap) -> dict[str, Any] | None:
+        """Return the update of a graph of channels; None where none of them has the draft."""
         update: dict[str, Any] = {}
         for key, before in state.items():
-            wanted = replaced(before, draft, released)
-            if wanted != before:
-                update[key] = _write(self.app.channels[key], before, wanted)
+            wanted = swap(before, key)
+            if wanted is not before and wanted != before:
+                update[key] = _write(self.graph.channels[key], before, wanted)
         for key in [key for key, value in update.items() if value is _UNWRITABLE]:
             _warn(f"in {key!r} nothing can be replaced")
             del update[key]
-        if not update:
-            return
-        try:
-            await as_owner(
-                self.caller,
-                lambda: self.app.update_state(self.config, update),
-                lambda: self.app.aupdate_state(self.config, update),
-            )
-        except InvalidUpdateError as error:
-            _warn(str(error))
+        return update or None
+
+    async def _of_function(self, state: Any, swap: Swap) -> Any:
+        """Return the update of LangGraph's functional API: what a function returned, and what it saved.
+
+        None where that cannot be read.
+        """
+        saver = self.graph.checkpointer
+        if not isinstance(saver, BaseCheckpointSaver):
+            _warn("the checkpointer is an outer graph's")
+            return None
+        found = await as_owner(
+            self.caller, lambda: saver.get_tuple(state.config), lambda: saver.aget_tuple(state.config)
+        )
+        saved = found.checkpoint["channel_values"].get(_PREVIOUS) if found is not None else None
+        return entrypoint.final(value=swap(state.values), save=swap(saved))
 
     async def _state(self) -> Any:
         return await as_owner(
             self.caller,
-            lambda: self.app.get_state(self.config),
-            lambda: self.app.aget_state(self.config),
+            lambda: self.graph.get_state(self.config),
+            lambda: self.graph.aget_state(self.config),
         )
+
+    async def _update(self, values: Any, as_node: str | None = None) -> None:
+        await as_owner(
+            self.caller,
+            lambda: self.graph.update_state(self.config, values, as_node),
+            lambda: self.graph.aupdate_state(self.config, values, as_node),
+        )
+
+
+_PREVIOUS = "__previous__"
+"""Channel in which LangGraph's functional API saves what a function is given in the next turn."""
+
+
+def _memory_in(app: Runnable[Any, Any]) -> object:
+    """Return what remembers inside an app, as far as its parts can be seen; None where nothing does."""
+    waiting, seen = [app], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, RunnableWithMessageHistory) or (isinstance(part, Pregel) and part.checkpointer):
+            return part
+        if (memory := getattr(part, "memory", None)) is not None:  # a classic chain's
+            return memory
+        for value in vars(part).values():
+            many = value.values() if isinstance(value, Mapping) else value
+            inside = [*many] if isinstance(value, Mapping | list | tuple) else [value]
+            waiting += [each for each in inside if isinstance(each, Runnable)]
+        if isinstance(part, RunnableLambda):
+            waiting += part.deps  # what its function closes over
+    return None
 
 
 def _warn(why: str) -> None:
     warnings.warn(
-        "the wrapped graph's checkpointer keeps a draft that did not leave, and the next turn shows it to "
-        f"its model: the state cannot be changed ({why}). Judge inside the graph instead, with "
-        "ConstitutionalMiddleware or a wrapped chat model",
+        "the wrapped app remembers a draft that did not leave, and shows it to its model in the next turn: "
+        f"the state cannot be changed ({why}). Judge inside the app instead, with ConstitutionalMiddleware "
+        "or a wrapped chat model",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -176,21 +280,3 @@ def refused(draft: str | BaseMessage, refusal: str) -> str | BaseMessage:
     update: dict[str, Any] = {"content": refusal, "additional_kwargs": {}, "response_metadata": {}}
     update |= {key: [] for key in ("tool_calls", "invalid_tool_calls") if hasattr(draft, key)}
     return draft.model_copy(update=update)
-
-
-def replaced(value: Any, draft: str | BaseMessage, released: str | BaseMessage) -> Any:
-    """Return the value with the released answer wherever the draft stands."""
-    if isinstance(value, BaseMessage):
-        same = value.id == getattr(draft, "id", None) if value.id else value == draft
-        return released if same and isinstance(draft, BaseMessage) else value
-    if isinstance(value, str):
-        text = draft if isinstance(draft, str) else text_of(draft)
-        return (released if isinstance(released, str) else text_of(released)) if value == text else value
-    if isinstance(value, Mapping):
-        return {key: replaced(item, draft, released) for key, item in value.items()}
-    if isinstance(value, list):
-        return [replaced(item, draft, released) for item in value]
-    if isinstance(value, tuple):
-        items = [replaced(item, draft, released) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value

@@ -10,21 +10,19 @@ principle says `tools: true`; words beside calls are judged like any answer, and
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+from uuid import uuid4
 
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, BaseMessage, ToolCall, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolCall, ToolMessage
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import (
-    get_async_callback_manager_for_config,
-    var_child_runnable_config,
-)
+from langchain_core.runnables.config import get_async_callback_manager_for_config
 from langgraph.config import get_config
 
 from cai_graph import bridge
+from cai_graph.calls import within
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.errors import ConfigError, MissingExtra, Refused
@@ -35,7 +33,8 @@ from cai_graph.plan import Plan, planning
 from cai_graph.policy import Settings
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
-from cai_graph.streams import Shown, whole
+from cai_graph.streams import feeds_streams, part_of_message
+from cai_graph.told import Told, manager_for
 from cai_graph.trajectory import Message, Trajectory, from_langchain, text_of
 
 try:
@@ -48,6 +47,9 @@ try:
     )
 except ImportError as error:
     raise MissingExtra("ConstitutionalMiddleware", "langchain", "agents") from error
+
+if TYPE_CHECKING:
+    from langchain_core.callbacks import BaseCallbackManager
 
 __all__ = ["ConstitutionalMiddleware"]
 
@@ -135,11 +137,25 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         config: RunnableConfig,
         caller: bridge.Caller | None = None,
     ) -> Any:
-        """Return what is released, and show it to handlers that show tokens; streams have it of the agent."""
-        response, trajectory = await guard.answer(request, config, {}, caller=caller)
-        shown = Shown(config, [*request.messages], self.name, streams=False)
-        await shown.piece(whole(response, guard.shape, trajectory))
-        await shown.end()
+        """Return what is released, and show it to the handlers that show an answer, as a model's."""
+        around = cast("BaseCallbackManager", config["callbacks"])
+        manager = manager_for(caller)(
+            handlers=[handler for handler in around.handlers if feeds_streams(handler)],
+            parent_run_id=around.parent_run_id,
+            tags=around.tags,
+            metadata=around.metadata,
+        )
+        told = await Told.begin(manager, [*request.messages], caller, name=self.name)
+        try:
+            response, _ = await guard.answer(request, config, {}, caller=caller)
+        except BaseException as error:
+            await told.error(error)
+            raise
+        message = _turn(response)
+        if message.id is None:  # the agent would give it one later, and a stream show it twice
+            message.id = str(uuid4())
+        await told.piece(cast("AIMessageChunk", part_of_message(message, message.text, last=True)))
+        await told.end(message)
         return response
 
     def _guard(self, request: ModelRequest[Any], call: _ModelCall) -> Guard:
@@ -194,21 +210,15 @@ class _ModelCall(Runnable[ModelRequest[Any], ModelResponse[Any]]):
         with self._under(config):
             return await self._aanswer(input)
 
-    @contextmanager
-    def _under(self, config: RunnableConfig | None) -> Iterator[None]:
+    def _under(self, config: RunnableConfig | None) -> within:
         """Restore the agent's node around the call, so that what runs there finds its runtime and store."""
         given = config or RunnableConfig()
-        token = var_child_runnable_config.set(
-            {
-                **self._node,
-                "callbacks": given.get("callbacks"),
-                "configurable": given.get("configurable") or {},
-            }
-        )
-        try:
-            yield
-        finally:
-            var_child_runnable_config.reset(token)
+        here: RunnableConfig = {
+            **self._node,
+            "callbacks": given.get("callbacks"),
+            "configurable": given.get("configurable") or {},
+        }
+        return within(here)
 
 
 @dataclass(frozen=True, kw_only=True)

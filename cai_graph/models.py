@@ -187,7 +187,8 @@ def _only_model(url: str, key: str) -> str:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"cannot learn which model {shown} serves: {shown}/models: {error or type(error).__name__}; "
-            f"is it running? Or name the model: {shown}#MODEL"
+            f"is it running? Or name the model: {shown}#MODEL. If it wants an API key, set OPENAI_API_KEY, "
+            f"and OPENAI_BASE_URL={shown}"
         ) from error
     if len(names) != 1:
         listed = ", ".join(sorted(names)[:10]) or "none"

@@ -13,12 +13,13 @@ from uuid import UUID
 
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
 
 from cai_graph import graph
 from cai_graph.calls import Budget, Calls
-from cai_graph.drafts import DraftCalls, plain
+from cai_graph.drafts import DraftCalls
+from cai_graph.errors import RunError
 from cai_graph.kept import Kept, resumes, untyped
+from cai_graph.plain import plain
 from cai_graph.plan import Plan
 from cai_graph.request import Request
 from cai_graph.shadow import Shadow, size_of
@@ -70,8 +71,8 @@ class Overheard:
         if graph.is_graph(app):
             hearing.add_handler(self._end, inherit=False)
         self._under: RunnableConfig = {**config, "callbacks": hearing}
-        if config.get("recursion_limit") == DEFAULT_RECURSION_LIMIT and graph.is_graph(app):
-            self._under["recursion_limit"] = graph.STEP_LIMIT  # LangChain filled in its own, which is small
+        if (limit := graph.step_limit(app, config)) is not None:
+            self._under["recursion_limit"] = limit
         self._behind = RunnableConfig(
             callbacks=unstreamed(callbacks),
             metadata=config.get("metadata") or {},
@@ -80,8 +81,10 @@ class Overheard:
         self._output: Any = None
         self._chunks: list[Any] = []
         self._messages: tuple[Message, ...] = ()
+        self._metadata: dict[str, Any] = {}
         self._error: BaseException | None = None
         try:
+            self._metadata = plain(config.get("metadata") or {})  # now, since its owner may change it later
             self._messages = () if resumes(input, app) else shape.conversation(input)
         except Exception as error:  # the app may take what is no request
             self._error = error
@@ -94,7 +97,7 @@ class Overheard:
         """Return the app's output; it runs in this thread."""
         with self:
             output = self._app.invoke(self._input, self._under, **options)
-            self._output = untyped(output)
+            self._take(output, options)
             self._look()
         return output
 
@@ -102,7 +105,7 @@ class Overheard:
         """Return the app's output."""
         with self:
             output = await self._app.ainvoke(self._input, self._under, **options)
-            self._output = untyped(output)
+            self._take(output, options)
             await self._alook()
         return output
 
@@ -131,14 +134,20 @@ class Overheard:
                     await close()
             await self._alook()
 
+    def _take(self, output: Any, options: Mapping[str, Any]) -> None:
+        if graph.gives_chunks(self._app, options):
+            self._chunks = [*output]
+        else:
+            self._output = untyped(output)
+
     def _look(self) -> None:
         """See whether the app stopped at a breakpoint."""
         with suppress(Exception):
-            self._stopped = self._kept is not None and self._kept.stopped_here()
+            self._stopped = self._kept.stopped_here()
 
     async def _alook(self) -> None:
         with suppress(Exception):
-            self._stopped = self._kept is not None and await self._kept.stopped()
+            self._stopped = await self._kept.stopped()
 
     async def record(self) -> Trajectory | None:
         """Return the record, once the answer is judged; None where the app waits for a person."""
@@ -156,6 +165,8 @@ class Overheard:
         last = self._chunks[-1] if self._chunks else self._output
         if self._stopped or graph.is_pause(error) or (isinstance(last, Mapping) and "__interrupt__" in last):
             return
+        if isinstance(error, GeneratorExit):
+            error = RunError("the reader closed the stream")
         self._error = error or self._error
         answer: Message | None = None
         if not self._chunks and self._error is None:
@@ -163,10 +174,11 @@ class Overheard:
                 answer = self._shape.answer(self._output)  # now, since its owner may change it later
             except Exception as unlike:
                 self._error = unlike
-        truncated, calls = self._calls.truncated, tuple(self._calls.calls.made)
+        calls = tuple(self._calls.calls.made)
 
         def heard() -> Draft:
-            return Draft(answer=answer or self._shape.answer(self._whole()), truncated=truncated)
+            said = answer or self._shape.answer(self._whole())
+            return Draft(answer=said, truncated=self._calls.cut(said))
 
         async def draft(own: Calls, node: RunnableConfig) -> Draft:
             return heard()
@@ -192,7 +204,7 @@ class Overheard:
                 made=calls,
                 failed=self._error,
                 source=self._source,
-                metadata=plain(self._behind.get("metadata") or {}),
+                metadata=self._metadata,
                 tags=self._behind.get("tags") or (),
                 started_at=self._started_at,
                 started=self._started,

@@ -39,6 +39,7 @@ from cai_graph.constitution import Constitution
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.form import Form
 from cai_graph.kept import as_owner
+from cai_graph.log.store import Duplicate
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress
 from cai_graph.run import Ending, commit
@@ -108,8 +109,8 @@ class Settled(NamedTuple):
 
 
 _lock = threading.Lock()
-_laying: set[str] = set()
-"""Keys of the requests that are being laid down."""
+_busy: set[str] = set()
+"""Keys of the requests that are being laid down or settled."""
 
 
 def review(state: Waiting) -> Waiting:
@@ -237,7 +238,7 @@ class Desk:
             review=new_id(),
         )
         try:
-            with self._alone():
+            with self._alone(self._late()):
                 if await self.lying() is not None:
                     raise self._late()
                 await self._run(waiting)
@@ -250,17 +251,17 @@ class Desk:
         return waiting
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Keep this process from laying down two requests of a thread at once, one over the other."""
+    def _alone(self, otherwise: RunError) -> Iterator[None]:
+        """Keep this process from laying down or settling a thread's request twice at once."""
         with _lock:
-            if self.key in _laying:
-                raise self._late()
-            _laying.add(self.key)
+            if self.key in _busy:
+                raise otherwise
+            _busy.add(self.key)
         try:
             yield
         finally:
             with _lock:
-                _laying.discard(self.key)
+                _busy.discard(self.key)
 
     def _late(self) -> RunError:
         return RunError(f"another request of thread {self.thread!r} came to wait meanwhile")
@@ -282,32 +283,53 @@ class Desk:
             GraphInterrupt: the same, inside an outer graph.
             DataError: the decision cannot be read; the request goes on waiting.
             LogError: it could not be logged and `on_log_error` is `raise`; the request goes on waiting.
+            RunError: another call, of this process or another, has decided about it already.
         """
         output = self.shape.unpack(waiting["output"])
-        if (decision := waiting.get("decision")) is None:
-            question, required = waiting["question"], self.shape.form(output)
-            rules = self.plan.constitution
-            if self.within is not None:
-                decision = await self._asked(question, required)
-            elif not isinstance(input, Command):
-                raise AwaitsReview(question)
-            elif (problem := _problem(input.resume, required, rules)) is not None:
-                raise DataError(problem)
-            else:
-                decision = dict(cast("Mapping[str, Any]", input.resume))
-            decision = {**decision, "at": now().isoformat()}
-            await self._run(Command(resume=decision))
-        trajectory, record = _settled(waiting, decision, self.plan)
-        await commit(self.plan, trajectory)
-        await commit(self.plan, record)
-        keeper = self.checkpointer
-        await as_owner(
-            self.caller, lambda: keeper.delete_thread(self.key), lambda: keeper.adelete_thread(self.key)
+        decision, earlier = waiting.get("decision"), "decision" in waiting
+        if decision is None:
+            decision = await self._decision(waiting["question"], self.shape.form(output), input)
+        decided = RunError(
+            f"another call has decided what leaves in thread {self.thread!r}",
+            trajectory_id=waiting["question"]["trajectory_id"],
         )
+        with self._alone(decided):
+            lies = await self.lying()
+            if lies is None or (not earlier and "decision" in lies):
+                raise decided
+            if not earlier:
+                await self._run(Command(resume=decision))
+            trajectory, record = _settled(waiting, decision, self.plan)
+            duplicate: Duplicate | None = None
+            try:
+                await commit(self.plan, trajectory)
+                await commit(self.plan, record)
+            except Duplicate as error:
+                duplicate = error
+            keeper = self.checkpointer
+            await as_owner(
+                self.caller, lambda: keeper.delete_thread(self.key), lambda: keeper.adelete_thread(self.key)
+            )
+        if duplicate is not None:
+            raise decided from duplicate
         assert trajectory.released is not None
         return Settled(output, trajectory, trajectory.released)
 
-    async def _asked(self, question: Mapping[str, Any], required: Form | None) -> dict[str, Any]:
+    async def _decision(
+        self, question: Mapping[str, Any], required: Form | None, input: object
+    ) -> dict[str, Any]:
+        """Return what a person says now; raises as `settle`."""
+        if self.within is not None:
+            said = await self._asked(question, required)
+        elif not isinstance(input, Command):
+            raise AwaitsReview(question)
+        elif (problem := _problem(input.resume, required, self.plan.constitution)) is not None:
+            raise DataError(problem)
+        else:
+            said = cast("Mapping[str, Any]", input.resume)
+        return {**said, "at": now().isoformat()}
+
+    async def _asked(self, question: Mapping[str, Any], required: Form | None) -> Mapping[str, Any]:
         """Return what the outer graph was resumed with, or pause it."""
 
         rules = self.plan.constitution

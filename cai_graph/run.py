@@ -22,6 +22,8 @@ from langchain_core.runnables import RunnableConfig
 from cai_graph import graph
 from cai_graph.calls import Calls, describe
 from cai_graph.errors import BudgetExceeded, LogError, RunError
+from cai_graph.log.store import Duplicate
+from cai_graph.plain import plain
 from cai_graph.plan import Plan
 from cai_graph.policy import Decision, Progress, Settings, decide
 from cai_graph.request import Request, Run
@@ -140,7 +142,7 @@ def _trajectory(run: Run, decision: Decision, error: BaseException | None) -> Tr
         constitution=plan.constitution_ref,
         outcome=outcome,
         messages=run.messages,
-        context=dict(request.context()),
+        context=plain(request.context()),
         draft=request.written() if progress is None else progress.draft,
         rounds=() if progress is None else tuple(progress.rounds),
         released=released,
@@ -151,7 +153,7 @@ def _trajectory(run: Run, decision: Decision, error: BaseException | None) -> Tr
         settings=plan.recorded_settings,
         source=request.source,
         metadata=dict(request.metadata),
-        tags=tuple(request.tags),
+        tags=tuple(map(str, plain(request.tags))),
     )
 
 
@@ -209,6 +211,7 @@ async def commit(
 
     Raises:
         LogError: it could not be committed and `on_log_error` is `raise`.
+        Duplicate: the log has another record of its id, so that nothing is lost.
     """
     if plan.log is None:
         return
@@ -247,16 +250,21 @@ async def commit(
     committed: Future[None] | None = None
     try:
         async with asyncio.timeout(None if raises else _patience(settings, since)) as timeout:
-            while log.is_full and not failed:  # a disk that is slow holds up no other task of the loop
+            # A disk that is slow holds up no other task of the loop, and no request that is being cancelled.
+            while log.is_full and not failed:
                 await asyncio.sleep(_FULL_SECONDS)
-            committed = log.append(record)
-            if failed:  # a request that is being cancelled must not wait; the log drains at exit
-                committed.add_done_callback(alarm_if_failed)
+            if failed and log.is_full:
+                append_late()
+            elif failed:  # the log drains at exit
+                log.append(record).add_done_callback(alarm_if_failed)
             else:
+                committed = log.append(record)
                 await committed
     except asyncio.CancelledError:
         if committed is None:
             append_late()
+        raise
+    except Duplicate:
         raise
     except Exception as error:
         if timeout.expired():

@@ -11,6 +11,7 @@ from langchain_core.runnables.config import patch_config
 from langchain_core.runnables.utils import ConfigurableFieldSpec
 
 from cai_graph import bridge
+from cai_graph.graph import gives_chunks, is_pause, layers
 from cai_graph.guard import Guard
 from cai_graph.kept import as_asked, resumes
 from cai_graph.plan import Plan
@@ -140,6 +141,9 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         caller: bridge.Caller | None = None,
     ) -> Output:
         """Return the output; the streams that stand around are shown it on its way, as a model's."""
+        if gives_chunks(self.app, options):
+            async with aclosing(self._chunks(input, config, options, caller)) as chunks:
+                return cast("Output", [chunk async for chunk in chunks])
         output: Any = None
         if not any(map(feeds_streams, cast("BaseCallbackManager", config["callbacks"]).handlers)):
             output, _ = await self.guard.answer(input, config, options, caller=caller)
@@ -177,7 +181,8 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                     await shown.piece(piece)
                     yield piece
         except BaseException as error:
-            await shown.error(error)
+            if not is_pause(error):
+                await shown.error(error)
             raise
         await shown.end()
 
@@ -216,6 +221,16 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
     # What callers ask of a Runnable besides an answer is the wrapped app's to say.
 
+    if not TYPE_CHECKING:  # else every misspelt attribute would pass the type checker
+
+        def __getattr__(self, name: str) -> Any:
+            """Return what the wrapped app has besides, such as a graph's `checkpointer` or `get_state`."""
+            if not name.startswith("_") and name != "guard":
+                value = getattr(layers(self.app)[-1], name)
+                if name in _OF_A_GRAPH or not (callable(value) or isinstance(value, Runnable)):
+                    return value  # what answers must go through the constitution
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def InputType(self) -> Any:  # noqa: N802 - LangChain's name
         """The wrapped app's input type."""
@@ -242,6 +257,17 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
     def get_graph(self, config: RunnableConfig | None = None) -> Graph:
         """Return the wrapped app's graph."""
         return self.app.get_graph(config)
+
+
+_OF_A_GRAPH = {
+    "get_context_jsonschema",
+    *(
+        f"{how}{method}"
+        for how in ("", "a")
+        for method in ("get_state", "get_state_history", "update_state", "bulk_update_state", "get_subgraphs")
+    ),
+}
+"""Methods of a graph that answer nothing: they read and write what it keeps."""
 
 
 def _sum(parts: Iterable[Any]) -> Any:

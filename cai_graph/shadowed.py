@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 
-from cai_graph.chat import ConstitutionalChatModel, options_of
+from cai_graph.chat import ConstitutionalChatModel, options_of, result_of
 from cai_graph.runnable import Answered, ConstitutionalRunnable
+from cai_graph.streams import unstreamed
+from cai_graph.told import ModelRun
+
+if TYPE_CHECKING:
+    from langchain_core.callbacks import BaseCallbackManager
 
 __all__ = ["ShadowedChatModel"]
 
@@ -30,7 +36,7 @@ class ShadowedChatModel(ConstitutionalChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Answer."""
-        run = self._guard.overheard(input, ensure_config(config))
+        run = self._formed(kwargs).overheard(input, ensure_config(config))
         return cast("AIMessage", run.invoke(options_of(stop, kwargs)))
 
     async def ainvoke(
@@ -42,7 +48,7 @@ class ShadowedChatModel(ConstitutionalChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Answer."""
-        run = self._guard.overheard(input, ensure_config(config))
+        run = self._formed(kwargs).overheard(input, ensure_config(config))
         return cast("AIMessage", await run.ainvoke(options_of(stop, kwargs)))
 
     def stream(
@@ -54,7 +60,7 @@ class ShadowedChatModel(ConstitutionalChatModel):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         """Answer in the wrapped model's chunks."""
-        return self._guard.overheard(input, ensure_config(config)).stream(options_of(stop, kwargs))
+        return self._formed(kwargs).overheard(input, ensure_config(config)).stream(options_of(stop, kwargs))
 
     async def astream(
         self,
@@ -65,7 +71,7 @@ class ShadowedChatModel(ConstitutionalChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """Answer in the wrapped model's chunks."""
-        run = self._guard.overheard(input, ensure_config(config))
+        run = self._formed(kwargs).overheard(input, ensure_config(config))
         async with aclosing(run.astream(options_of(stop, kwargs))) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -91,8 +97,9 @@ class ShadowedChatModel(ConstitutionalChatModel):
         run_manager: Any = None,
         **kwargs: Any,
     ) -> ChatResult:
-        message = self._guard.overheard(messages, RunnableConfig()).invoke(options_of(stop, kwargs))
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        run = self._formed(kwargs).overheard(messages, self._behind(run_manager))
+        message = run.invoke(options_of(stop, kwargs))
+        return result_of(message, message.usage_metadata)
 
     async def _agenerate(
         self,
@@ -101,8 +108,23 @@ class ShadowedChatModel(ConstitutionalChatModel):
         run_manager: Any = None,
         **kwargs: Any,
     ) -> ChatResult:
-        message = await self._guard.overheard(messages, RunnableConfig()).ainvoke(options_of(stop, kwargs))
-        return ChatResult(generations=[ChatGeneration(message=message)])
+        run = self._formed(kwargs).overheard(messages, self._behind(run_manager))
+        message = await run.ainvoke(options_of(stop, kwargs))
+        return result_of(message, message.usage_metadata)
+
+    def _behind(self, run_manager: ModelRun | None) -> RunnableConfig:
+        """Return the configuration of the wrapped model's own run, below the one that LangChain made here."""
+        config = self._below(run_manager)
+        callbacks = cast("BaseCallbackManager", config["callbacks"])
+        return {**config, "callbacks": unstreamed(callbacks)}  # streams are shown this model's run
+
+    def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """Answer each conversation; LangChain's own entry to a chat model."""
+        return _untouched(super().generate(*args, **kwargs))
+
+    async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
+        """Answer each conversation; LangChain's own entry to a chat model."""
+        return _untouched(await super().agenerate(*args, **kwargs))
 
     def _stream(
         self,
@@ -111,7 +133,9 @@ class ShadowedChatModel(ConstitutionalChatModel):
         run_manager: Any = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for chunk in self._guard.overheard(messages, RunnableConfig()).stream(options_of(stop, kwargs)):
+        for chunk in (
+            self._formed(kwargs).overheard(messages, RunnableConfig()).stream(options_of(stop, kwargs))
+        ):
             yield ChatGenerationChunk(message=chunk)
 
     async def _astream(
@@ -121,7 +145,16 @@ class ShadowedChatModel(ConstitutionalChatModel):
         run_manager: Any = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        run = self._guard.overheard(messages, RunnableConfig())
+        run = self._formed(kwargs).overheard(messages, RunnableConfig())
         async with aclosing(run.astream(options_of(stop, kwargs))) as chunks:
             async for chunk in chunks:
                 yield ChatGenerationChunk(message=chunk)
+
+
+def _untouched(result: LLMResult) -> LLMResult:
+    """Return the result without the note by which the usage came past the callbacks."""
+    for generation in itertools.chain(*result.generations):
+        metadata = generation.message.response_metadata if isinstance(generation, ChatGeneration) else {}
+        if metadata.get("cai", {}).keys() == {"usage"}:
+            del metadata["cai"]
+    return result

@@ -6,18 +6,20 @@ so that callers see the types that they always saw.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
+from pydantic import BaseModel
 
 from cai_graph.errors import DataError
 from cai_graph.form import Form
 from cai_graph.trajectory import Call, Message, Trajectory, from_langchain, text_of
 
-__all__ = ["Shape"]
+__all__ = ["Shape", "Swap"]
 
 _INPUT_KEYS = ("input", "question", "query", "prompt")
 _OUTPUT_KEYS = ("answer", "output", "text")
@@ -39,6 +41,7 @@ class Shape:
 
     def conversation(self, value: object) -> tuple[Message, ...]:
         """Return the conversation that an input asks in."""
+        value = _by_key(value)
         if isinstance(value, Mapping):
             value = value[self._key(value, self.input_key, _INPUT_KEYS, "input")]
             if isinstance(value, Mapping) or (isinstance(value, tuple) and _is_message(value)):
@@ -80,7 +83,7 @@ class Shape:
         """Return the context that the critic sees, by key."""
         found: dict[str, str] = {}
         for key in self.context_keys:
-            for place in (output, given):
+            for place in (output, _by_key(given)):
                 if isinstance(place, Mapping) and key in place:
                     found[key] = _as_text(place[key])
                     break
@@ -109,12 +112,10 @@ class Shape:
                 "outcome": trajectory.outcome.value,
                 "calls": [_itemised(call) for call in trajectory.calls],
             }
-            metadata = output.response_metadata
-            if not kept:
-                cut = trajectory.draft is not None and trajectory.draft.truncated
-                told = _OF_THE_WORDS | (_OF_THE_END if cut else set())
-                metadata = {name: value for name, value in metadata.items() if name not in told}
-            update: dict[str, Any] = {"response_metadata": {**metadata, "cai": about}}
+            told = output.response_metadata if kept else _of_others(output.response_metadata)
+            if not kept and trajectory.draft is not None and trajectory.draft.truncated:
+                told = {name: value for name, value in told.items() if name not in _OF_THE_END}
+            update: dict[str, Any] = {"response_metadata": {**told, "cai": about}}
             dropped = bool(getattr(output, "tool_calls", None)) and not released.tool_calls
             if trajectory.released_from == "refusal" or dropped:
                 # Nothing of a refused answer leaves: no image, and no call that the app would carry out.
@@ -124,14 +125,27 @@ class Shape:
                 # A provider that thinks before it calls a tool wants its thoughts back with the calls.
                 thoughts = bool(getattr(output, "tool_calls", None))
                 update["content"] = _in_place(output.content, text_of(released), thoughts=thoughts)
-                more = output.additional_kwargs
-                update["additional_kwargs"] = {k: more[k] for k in more if k not in _OF_THE_WORDS}
+                update["additional_kwargs"] = _of_others(output.additional_kwargs)
             return output.model_copy(update=update)
         if isinstance(output, Mapping):
             key = self.output_in(output)
-            return {**output, key: self.put(output[key], released, trajectory)}
+            left = {**output, key: self.put(output[key], released, trajectory)}
+            if kept:
+                return left
+            swap = self.swap(output, left)
+            return {k: value if k == key else swap(value, k) for k, value in left.items()}
         at = _last_answer(output)
         return [*output[:at], self.put(output[at], released, trajectory), *output[at + 1 :]]
+
+    def swap(self, output: Any, left: Any) -> Swap:
+        """Return what puts the answer that left into the draft's place, wherever that stands.
+
+        Args:
+            output: the app's output.
+            left: the same with what left in the answer's place.
+        """
+        key = self.output_in(output) if isinstance(output, Mapping) else None
+        return Swap(self.answer_in(output), self.answer_in(left), key)
 
     def output_in(self, output: Mapping[str, Any]) -> str:
         """Return the key of the answer in an output."""
@@ -169,6 +183,85 @@ class Shape:
         return present[0]
 
 
+@dataclass(frozen=True)
+class Swap:
+    """Puts an answer that left into its draft's place wherever that is: in an output, a stream, a state.
+
+    A message is known by its id. A text is the draft under the answer's key, and elsewhere where it reads the
+    same to the letter and is no mere label, as "yes" is. Where the answer is a text, so is a model's message
+    that reads the same.
+    """
+
+    draft: str | BaseMessage
+    released: str | BaseMessage
+    key: str | None
+    """Key of the answer in the app's output; None where that has no keys."""
+
+    def __call__(self, value: Any, key: str | None = None) -> Any:
+        """Return what stands under `key` with the draft replaced; the very value where no draft is in it."""
+        if isinstance(value, BaseMessage):
+            return self._message(value)
+        if isinstance(value, str):
+            same = value == self._text and (self._is_place(key) or not _is_label(value))
+            return self._new_text if same else value
+        if isinstance(value, Mapping):
+            by_key = {name: self(item, name) for name, item in value.items()}
+            return by_key if any(by_key[name] is not value[name] for name in value) else value
+        if isinstance(value, list | tuple):
+            items = [self(item, key) for item in value]
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            if isinstance(value, list):
+                return items
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return value
+
+    def _message(self, message: BaseMessage) -> BaseMessage:
+        if isinstance(self.released, BaseMessage):
+            draft = self.draft
+            same = message.id == getattr(draft, "id", None) if message.id else message == draft
+            return self.released if same else message
+        if not isinstance(message, AIMessage) or self.released == self.draft:
+            return message
+        if _is_label(self._text) or text_of(message) != self._text:
+            return message
+        update = {
+            "content": self._new_text,
+            "additional_kwargs": _of_others(message.additional_kwargs),
+            "response_metadata": _of_others(message.response_metadata),
+        }
+        return message.model_copy(update=update)
+
+    def _is_place(self, key: str | None) -> bool:
+        return isinstance(self.draft, str) and self.key in (None, key)
+
+    @property
+    def _text(self) -> str:
+        return self.draft if isinstance(self.draft, str) else text_of(self.draft)
+
+    @property
+    def _new_text(self) -> str:
+        return self.released if isinstance(self.released, str) else text_of(self.released)
+
+
+_LABEL = 24
+"""Most bytes of a label: a word, or the few characters of one where words are written without spaces."""
+
+
+def _is_label(text: str) -> bool:
+    """Return whether a text may well mean something else than the answer that reads the same."""
+    return len(text.split()) < 2 and len(text.encode("utf-8", "surrogatepass")) <= _LABEL
+
+
+def _by_key(value: object) -> object:
+    """Return a state that is a pydantic model or a dataclass as the dict that it stands for."""
+    if isinstance(value, BaseModel) and not isinstance(value, BaseMessage | PromptValue):
+        return {name: getattr(value, name) for name in type(value).model_fields}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
 def _is_message(value: tuple[Any, ...]) -> bool:
     """Return whether a tuple is a message as LangChain takes one: its role and its text."""
     return len(value) == 2 and all(isinstance(part, str) for part in value)
@@ -192,6 +285,7 @@ def _last_answer(messages: Sequence[BaseMessage]) -> int:
 
 
 _OF_THE_WORDS = {
+    "id",  # OpenAI goes on from the answer that it keeps under one
     "logprobs",
     "parsed",
     "refusal",
@@ -201,6 +295,13 @@ _OF_THE_WORDS = {
     "audio",
 }
 """Under which names providers tell of an answer's words, or repeat them: they leave with those words only."""
+
+
+def _of_others(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a provider tells of an answer, as far as it tells nothing of the words."""
+    return {name: value for name, value in told.items() if name not in _OF_THE_WORDS}
+
+
 _OF_THE_END = {"finish_reason", "stop_reason", "done_reason"}
 """Under which names they say why an answer ends."""
 _THOUGHTS = {"reasoning", "thinking", "redacted_thinking"}
@@ -208,12 +309,23 @@ _THOUGHTS = {"reasoning", "thinking", "redacted_thinking"}
 
 
 def _in_place(content: str | list[Any], text: str, *, thoughts: bool) -> str | list[Any]:
-    """Return message content with its text replaced and every other part kept, thoughts if `thoughts`."""
+    """Return message content with `text` where its text begins, every other part kept in its order.
+
+    Without `thoughts` those go. Anthropic takes thoughts back only where they stood: before the words.
+    """
     if isinstance(content, str):
         return text
-    gone = {"text"} if thoughts else {"text", *_THOUGHTS}
-    others = [part for part in content if not isinstance(part, str) and part.get("type") not in gone]
-    return [{"type": "text", "text": text}, *others] if others else text
+    parts: list[Any] = []
+    new: dict[str, Any] | None = {"type": "text", "text": text}
+    for part in content:
+        kind = "text" if isinstance(part, str) else part.get("type")
+        if kind == "text" and new is not None:
+            parts.append(new)
+            new = None
+        elif kind != "text" and (thoughts or kind not in _THOUGHTS):
+            parts.append(part)
+    parts += [] if new is None else [new]
+    return parts if len(parts) > 1 else text
 
 
 def _as_text(value: Any) -> str:

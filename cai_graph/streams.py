@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any, Generic, NamedTuple, TypeVar, cast
+from uuid import UUID
 
 from langchain_core.callbacks import (
-    AsyncCallbackHandler,
     AsyncCallbackManager,
     BaseCallbackHandler,
     BaseCallbackManager,
@@ -190,8 +190,10 @@ class Writing:
         """Where in the text the blocks so far end."""
         self._sent = 0
         """How many characters of the text have left."""
-        self._sent_keys: set[str] = set()
-        self.truncated: Callable[[], bool] = lambda: False
+        self._sent_beside: dict[str, Any] = {}
+        """What has left of the output's other keys."""
+        self.cut: Callable[[Message], bool] = lambda answer: False
+        """Whether the model's reply that became an answer stopped before its end."""
 
     async def next(self, calls: Calls, config: RunnableConfig) -> Draft:
         """Return the draft up to the end of its next block; unfinished where the app still writes."""
@@ -218,7 +220,8 @@ class Writing:
         return Draft(answer=Message(role="assistant", content=self.text), unfinished=True)
 
     def _draft(self) -> Draft:
-        return Draft(answer=self._shape.answer(self.output), truncated=self.truncated())
+        answer = self._shape.answer(self.output)
+        return Draft(answer=answer, truncated=self.cut(answer))
 
     async def _read(self, calls: Calls, config: RunnableConfig) -> bool:
         """Take what the app has written since; return whether that was anything."""
@@ -241,13 +244,15 @@ class Writing:
         except TypeError:  # what does not add up replaces what came before, as LangChain has it
             self.output = chunk
         before, self.text = self.text, self._written()
-        if self.text[: self._sent] != before[: self._sent]:
+        goes_on = self.text[: self._sent] == before[: self._sent]
+        if self._at_once:
+            new = self.text[self._sent :] if goes_on else self.text  # else another message is the answer now
+            self._sent = len(self.text)
+            await self._send(Piece(chunk, new, id=self._id() if self.text else None))
+        elif not goes_on:
             raise DataError(
                 "the app's stream took back text that has left already; use stream='buffer' for this app"
             )
-        if self._at_once:
-            self._sent = len(self.text)
-            await self._send(Piece(chunk, self.text[len(before) :], id=self._id() if self.text else None))
 
     def _written(self) -> str:
         try:
@@ -285,10 +290,29 @@ class Writing:
             return part_of_message(output, text, last=last)
         if isinstance(output, Mapping):
             key = self._shape.output_in(output)
-            others = {k: value for k, value in output.items() if k != key and k not in self._sent_keys}
-            self._sent_keys |= others.keys()
+            others = {
+                name: self._beside(name, value)
+                for name, value in output.items()
+                if name != key and self._is_new(name, value) and (last or not self._repeats(value))
+            }
             return AddableDict({**others, key: self._part(output[key], text, last=last)})
         return output if last else []
+
+    def _is_new(self, name: str, value: Any) -> bool:
+        return name not in self._sent_beside or value is not self._sent_beside[name]
+
+    def _beside(self, name: str, value: Any) -> Any:
+        """Return of a value beside the answer what has not left yet."""
+        before = self._sent_beside.get(name)
+        self._sent_beside[name] = value
+        if isinstance(before, str | list) and isinstance(value, type(before)):
+            return value[len(before) :] if value[: len(before)] == before else value
+        return value
+
+    def _repeats(self, value: Any) -> bool:
+        """Return whether a value beside the answer says what it says, and so waits until all is judged."""
+        begun = self.text[: self._ends[0]].strip()
+        return any(begun in said or said in self.text for said in _texts_in(value) if said)
 
     def _verdict(self, output: Any) -> Any:
         """Return the chunk that says what became of an answer that has left; None where it cannot be said."""
@@ -303,12 +327,22 @@ class Writing:
         return None
 
 
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str | BaseMessage):
+        yield text_of(value) if isinstance(value, BaseMessage) else value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
+
+
 def part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessage:
     """Return a chunk of `message` with this much of its text; the last one has all that is not text."""
     content: str | list[Any] = text
-    if isinstance(message.content, list):
+    if last and text == text_of(message):
+        content = message.content  # nothing of it has left: it leaves in its own order
+    elif isinstance(message.content, list):
         texts = [part for part in message.content if isinstance(part, dict) and part.get("type") == "text"]
-        content = [{**(texts[0] if texts else {"type": "text"}), "text": text}]
+        content = [{**(texts[0] if texts else {"type": "text"}), "text": text}] if text else []
         if last:
             content += [part for part in message.content if part not in texts and not isinstance(part, str)]
     if not isinstance(message, AIMessage):
@@ -375,30 +409,67 @@ def progress(
 def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
     """Return the callbacks as runs inside may have them: no word of a draft reaches what shows an answer.
 
-    Tracers stay and see every inner call. https://github.com/langchain-ai/langchain/issues/35011
-    So does what counts tokens, and what follows chains, though without hearing tokens where it would show
-    them. What neither follows chains nor hears a model end sees the one model that it always saw.
+    Tracers see every inner call, and so does whatever shows nothing, such as what counts tokens or logs
+    prompts. https://github.com/langchain-ai/langchain/issues/35011
+    What shows an answer is told of the app's tools, retrievers and custom events; where it follows chains,
+    of everything but tokens.
     """
-    inside: dict[int, BaseCallbackHandler | None] = {}
+    inside: dict[int, BaseCallbackHandler] = {}
     for handler in (*callbacks.handlers, *callbacks.inheritable_handlers):
         if id(handler) not in inside:
-            inside[id(handler)] = _inside(handler)
-    if all(kept is not None and id(kept) == of for of, kept in inside.items()):
+            inside[id(handler)] = _inside(handler, callbacks.parent_run_id)
+    if all(id(kept) == of for of, kept in inside.items()):
         return callbacks  # nobody changes them below: LangChain makes copies of its own
     made = callbacks.copy()
     for handlers in (made.handlers, made.inheritable_handlers):
-        handlers[:] = [kept for handler in handlers if (kept := inside[id(handler)]) is not None]
+        handlers[:] = [inside[id(handler)] for handler in handlers]
     return made
 
 
-def _inside(handler: BaseCallbackHandler) -> BaseCallbackHandler | None:
-    """Return a handler as runs inside may have it; None where they may not."""
-    if type(handler) is _Deaf:
+def _inside(handler: BaseCallbackHandler, run_id: UUID | None) -> BaseCallbackHandler:
+    """Return a handler as runs inside the run `run_id` may have it."""
+    if type(handler) in (_Deaf, _Aside) or not feeds_streams(handler):
         return handler
-    follows, shows = _hears(handler, "on_chain_start"), _shows_tokens(handler)
-    if _is_stream(handler) or not (follows or (_hears(handler, "on_llm_end") and not shows)):
-        return None
-    return _Deaf(handler) if shows else handler
+    if _is_stream(handler) or not _hears(handler, "on_chain_start"):
+        return _Aside(handler, run_id)
+    return _Deaf(handler)
+
+
+class _Aside(BaseCallbackHandler):
+    """A handler that is told of the app's tools, retrievers and custom events, and of nothing else inside.
+
+    To it they happen right under the run `run_id`, since it knows of no run between.
+    """
+
+    ignore_llm = ignore_chat_model = ignore_chain = ignore_retry = True
+    ignore_agent = ignore_retriever = ignore_custom_event = False
+
+    def __init__(self, handler: BaseCallbackHandler, run_id: UUID | None) -> None:
+        self.raise_error, self.run_inline = handler.raise_error, handler.run_inline
+        for event, (ignored, known_as) in _ASIDE.items():
+            if not getattr(handler, ignored):
+                hear = getattr(handler, event)
+                setattr(self, event, hear if run_id is None else _told(hear, {known_as: run_id}))
+
+
+_ASIDE = {
+    **{f"on_tool_{when}": ("ignore_agent", "parent_run_id") for when in ("start", "end", "error")},
+    **{f"on_retriever_{when}": ("ignore_retriever", "parent_run_id") for when in ("start", "end", "error")},
+    "on_custom_event": ("ignore_custom_event", "run_id"),
+}
+"""Events without a word of an answer: what ignores them, and which argument names a run that is not shown."""
+
+
+def _told(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any]:
+    """Return `hear` with these arguments, whatever its caller says."""
+
+    async def tell_async(*args: Any, **kwargs: Any) -> Any:
+        return await hear(*args, **{**kwargs, **about})
+
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        return hear(*args, **{**kwargs, **about})
+
+    return tell_async if asyncio.iscoroutinefunction(hear) else tell
 
 
 class _Deaf(BaseCallbackHandler):
@@ -455,14 +526,12 @@ class Shown:
         """Show a piece."""
         if not self._manager.handlers or not (piece.text or piece.trajectory):
             return
-        if self._run is None:
-            runs = await self._manager.on_chat_model_start({}, [self._messages], name=self._name)
-            self._run = runs[0]
+        run = await self._begun()
         chunk = piece.output
         if not isinstance(chunk, AIMessageChunk):
-            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{self._run.run_id}")
+            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{run.run_id}")
         self._all = chunk if self._all is None else self._all + chunk
-        await self._run.on_llm_new_token(piece.text, chunk=ChatGenerationChunk(message=chunk))
+        await run.on_llm_new_token(piece.text, chunk=ChatGenerationChunk(message=chunk))
 
     async def end(self) -> None:
         """Say that the answer is whole."""
@@ -471,46 +540,20 @@ class Shown:
             await self._run.on_llm_end(LLMResult(generations=[[ChatGeneration(message=message)]]))
 
     async def error(self, error: BaseException) -> None:
-        """Say that nothing more comes."""
-        if self._run is not None:
-            await self._run.on_llm_error(error)
+        """Say that nothing more comes, also where nothing came: who reads tokens waits for an end."""
+        if self._manager.handlers:
+            await (await self._begun()).on_llm_error(error)
+
+    async def _begun(self) -> AsyncCallbackManagerForLLMRun:
+        if self._run is None:
+            (self._run,) = await self._manager.on_chat_model_start({}, [self._messages], name=self._name)
+        return self._run
 
 
 def _hears(handler: BaseCallbackHandler, event: str) -> bool:
-    """Return whether a handler does anything at an event. LangChain's own override many by nothing."""
-    own = getattr(handler.__class__, event)
-    code = getattr(own, "__code__", None)
-    return own not in _NOBODYS[event] and getattr(code, "co_code", None) not in _EMPTY
-
-
-_NOBODYS = {
-    event: [
-        getattr(kind, event)
-        for kind in (BaseCallbackHandler, AsyncCallbackHandler, BaseTracer, AsyncBaseTracer)
-        # Tracers record the tokens of the calls that they follow, and show them to nobody.
-        if event in _TOKENS or not issubclass(kind, BaseTracer | AsyncBaseTracer)
-    ]
-    for event in (*_TOKENS, "on_chain_start", "on_llm_end", "on_custom_event")
-}
-"""Methods at an event that make no listener of a handler."""
-
-
-def _nothing() -> None: ...
-
-
-def _nothing_told() -> None:
-    """Do nothing."""
-
-
-async def _nothing_async() -> None: ...
-
-
-async def _nothing_async_told() -> None:
-    """Do nothing."""
-
-
-_EMPTY = {each.__code__.co_code for each in (_nothing, _nothing_told, _nothing_async, _nothing_async_told)}
-"""Bodies that do nothing, without and with a docstring."""
+    """Return whether a handler does anything at an event; LangChain's own override many by a docstring."""
+    code = getattr(getattr(handler.__class__, event), "__code__", None)
+    return code is None or bool(code.co_names or code.co_freevars)  # what names nothing does nothing
 
 
 def feeds_streams(handler: BaseCallbackHandler) -> bool:
@@ -525,4 +568,10 @@ def _is_stream(handler: BaseCallbackHandler) -> bool:
 
 
 def _shows_tokens(handler: BaseCallbackHandler) -> bool:
-    return any(_hears(handler, event) for event in _TOKENS)
+    return any(
+        _hears(handler, event) and getattr(handler.__class__, event) not in _RECORDS for event in _TOKENS
+    )
+
+
+_RECORDS = (BaseTracer.on_llm_new_token, AsyncBaseTracer.on_llm_new_token)
+"""Tracers record the tokens of the calls that they follow, and show them to nobody."""

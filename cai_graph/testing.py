@@ -150,7 +150,7 @@ async def everywhere(
         "atransform": lambda: app.atransform(_only(input), config),
         "astream_events": lambda: app.astream_events(input, config, version="v2"),
     }
-    if hasattr(app, "stream_mode") or isinstance(app, BaseChatModel):  # others have no version 3 yet
+    if hasattr(type(app), "stream_mode") or isinstance(app, BaseChatModel):  # others have no version 3 yet
         alone["astream_events v3"] = lambda: _third(app, input, config)
     for way, call in alone.items():
         yield Seen(way, *await _collected(call, asynchronous=way.startswith("a")))

@@ -31,6 +31,7 @@ from uuid import UUID
 import msgspec
 
 from cai_graph.errors import DataError
+from cai_graph.plain import plain
 
 if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
@@ -501,20 +502,22 @@ _UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
 def encode(record: Record) -> bytes:
-    """Return the record as one line of ASCII JSON, without a line end.
+    """Return the record as one line of ASCII JSON, without a line end; `decode` reads it.
 
     Raises:
-        DataError: a number is NaN or infinite, or the user's metadata is not JSON.
+        DataError: a number is NaN or infinite, metadata is not JSON, or a field is of a wrong type.
     """
     try:
         data = _encoder.encode(record)
-        # It writes text as UTF-8, and NaN and infinity as null, which reads back as another record.
-        if data.isascii() and (b"null" not in data or _decoder.decode(data) == record):
-            return data
-    except (TypeError, ValueError, RecursionError):  # Lone surrogates are ValueErrors, too.
+        # It writes text as UTF-8, NaN and infinity as null, and whatever stands in a field.
+        if data.isascii():
+            again = _decoder.decode(data)
+            if b"null" not in data or again == record:
+                return data
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):  # Lone surrogates, too.
         pass
     try:
-        return json.dumps(
+        data = json.dumps(
             msgspec.to_builtins(record), ensure_ascii=True, allow_nan=False, separators=(",", ":")
         ).encode("ascii")
     except (TypeError, ValueError, RecursionError) as error:
@@ -522,6 +525,11 @@ def encode(record: Record) -> bytes:
             f"record {record.id} cannot be written as JSON: {error}; "
             "keep NaN, infinity and objects other than JSON's out of metadata and content"
         ) from error
+    try:
+        decode(data)
+    except DataError as error:
+        raise DataError(f"record {record.id} could not be read again: {error}") from error
+    return data
 
 
 def decode(data: bytes | str) -> Record:
@@ -593,15 +601,25 @@ _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool"
 
 
 def text_of(message: Message | BaseMessage) -> str:
-    """Return the text of a message: its string, or its text parts joined."""
+    """Return the text of a message: its string, or what its parts say, joined."""
     content = message.content
     if isinstance(content, str):
         return content
-    return "".join(
-        part if isinstance(part, str) else part["text"]
-        for part in content
-        if isinstance(part, str) or (part.get("type") == "text" and isinstance(part.get("text"), str))
-    )
+    return "".join(said for part in content if (said := said_in(part)) is not None)
+
+
+def said_in(part: str | Mapping[str, Any]) -> str | None:
+    """Return what a part of a message's content says: text, or a refusal; None where it is of another kind.
+
+    OpenAI's Responses API has refusals as parts, which LangChain's content of version 1 wraps.
+    """
+    if isinstance(part, str):
+        return part
+    kind, value = part.get("type"), part.get("value")
+    if kind == "non_standard" and isinstance(value, Mapping):
+        return said_in(value) if value.get("type") == "refusal" else None
+    said = part.get(kind) if kind in ("text", "refusal") else None
+    return said if isinstance(said, str) else None
 
 
 def from_langchain(message: BaseMessage) -> Message:
@@ -618,7 +636,7 @@ def from_langchain(message: BaseMessage) -> Message:
         name=message.name,
         id=message.id,
         tool_calls=tuple(
-            ToolCall(name=call["name"], args=call["args"], id=call["id"])
+            ToolCall(name=call["name"], args=plain(call["args"]), id=call["id"])
             for call in getattr(message, "tool_calls", ())
         ),
         tool_call_id=getattr(message, "tool_call_id", None),

@@ -8,7 +8,7 @@ tool, JSON in words), what leaves stands where the draft's JSON stood, and the p
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from cai_graph.form import Form
 from cai_graph.shape import Shape
 from cai_graph.trajectory import Message, Trajectory, from_langchain, text_of
 
-__all__ = ["Typed", "form_of", "with_model"]
+__all__ = ["Typed", "form_asked", "form_of", "with_model"]
 
 
 def form_of(schema: Any) -> Form:
@@ -37,6 +37,27 @@ def form_of(schema: Any) -> Form:
         if isinstance(schema, type) and (parse := getattr(schema, name, None)) is not None:
             return Form(described, parse)
     return Form(described, dict)
+
+
+def form_asked(app: Runnable[Any, Any], options: Mapping[str, Any]) -> Form | None:
+    """Return the form that a call of a chat model asks for by `response_format`; None where by none.
+
+    It is an argument of the call, or bound to the model, or one of the model's own.
+    """
+    wanted = options.get("response_format")
+    while isinstance(app, RunnableBindingBase):
+        wanted, app = wanted or app.kwargs.get("response_format"), app.bound
+    if not isinstance(app, BaseChatModel):
+        return None
+    wanted = wanted or (getattr(app, "model_kwargs", None) or {}).get("response_format")
+    if isinstance(wanted, type):
+        return form_of(wanted)
+    if not isinstance(wanted, Mapping):
+        return None
+    if "json_schema" in wanted:
+        named = wanted["json_schema"]
+        return Form({"title": named.get("name", "answer"), **named.get("schema", {})}, dict)
+    return Form({"type": "object"}, dict) if wanted.get("type") == "json_object" else None  # JSON mode
 
 
 def with_model(

@@ -1,6 +1,6 @@
 """A chat API whose traffic is judged in shadow mode: users see what they always saw, and the log fills.
 
-    pip install "cai-graph[serve]"
+    pip install -e ".[serve,openai]"
     CAI_MODEL=openai:gpt-5-mini uvicorn --app-dir examples shadow_api:api
     curl -N localhost:8000/chat -H 'content-type: application/json' -d '{"message": "hello"}'
 

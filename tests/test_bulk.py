@@ -12,11 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from wire import Reply, Server, role, serving, under
 
 from cai_graph import bulk, constitutional, models, open_log, whole
 from cai_graph.bulk import Broken, Failed, Prompt, Rows, Run
+from cai_graph.cli.run import _own_weights
 from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, DataError, LogError
 from cai_graph.trajectory import Outcome, Trajectory
@@ -235,6 +237,34 @@ def test_a_second_run_makes_no_call_and_a_raised_limit_only_the_new_rows(
     assert again.summary.answered == 2
     more, results = it.run(path)
     assert (more.done, len(results), len(it.sources())) == (2, 2, 4)
+
+
+def test_what_two_runs_at_once_answered_twice_counts_once(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    it = bench(under(BALANCED))
+    path = file(tmp_path, "p.txt", "a\nb\n")
+    first, _ = it.run(path)
+    with open_log(tmp_path / "cai.db") as log:
+        (twice,) = log.read(kind="trajectory", source=f"{first.prefix}0")
+        log.append(msgspec.structs.replace(twice, id="again")).result()
+    again, _ = it.run(path)
+    assert (again.done, again.summary.answered) == (2, 2)
+
+
+@pytest.mark.parametrize("role", ["model", "critic", "strong", "reviser"])
+def test_other_weights_under_the_same_name_are_another_run(tmp_path: Path, role: str) -> None:
+    for number in (1, 2):
+        folder = tmp_path / str(number) / "sft"
+        folder.mkdir(parents=True)
+        (folder / "model.gguf").write_bytes(b"GGUF" * number)
+    one, two = ({role: f"local:{tmp_path}/{number}/sft"} for number in (1, 2))
+    assert _own_weights(**one) == _own_weights(**one) != _own_weights(**two)
+    assert [*_own_weights(**one)] == [f"{role}_weights"]
+    before = _own_weights(**one)
+    (tmp_path / "1" / "sft" / "model.gguf").write_bytes(b"GGUF, trained again")
+    assert _own_weights(**one) != before
+    assert _own_weights(model="local", critic="local:smollm2", reviser="openai:gpt-5-mini", strong=None) == {}
 
 
 def test_another_setting_or_another_byte_is_another_run(bench: Callable[..., Bench], tmp_path: Path) -> None:

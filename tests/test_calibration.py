@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from replies import RULES, by_role, verdicts
+from langchain_core.runnables import RunnableLambda
+from replies import RULES, by_role, principle, verdicts
 from test_cascades import Cheap
 
 from cai_graph import cascade, constitutional, open_log
@@ -72,6 +73,11 @@ def test_the_printed_threshold_is_never_above_the_one_found() -> None:
 def test_a_miss_rate_that_is_no_share_is_refused(rate: float) -> None:
     with pytest.raises(ConfigError, match="share between 0 and 1"):
         calibrate([Pair(0.5, True)], rate)
+
+
+def test_no_log_supports_a_miss_rate_that_is_next_to_none() -> None:
+    with pytest.raises(DataError, match=r"miss rate of 1e-17 takes \d+ answers"):
+        calibrate([Pair(0.5, True)], 1e-17)
 
 
 @given(
@@ -168,6 +174,38 @@ def test_an_answer_that_came_twice_counts_once_and_an_unreadable_verdict_not_at_
         "the same answer again": 1,
         "the strong critic's verdict is unreadable": 1,
     }
+
+
+def test_the_same_words_from_other_documents_are_another_answer(tmp_path: Path) -> None:
+    with open_log(tmp_path / "log.db") as log:
+        for said, docs in ((verdicts(), "it is"), (verdicts("no-harm"), "it is not")):
+            model = by_role(critique=said)
+            critic = cascade(Cheap(0.1), model, threshold=0)
+            app = RunnableLambda(lambda asked: {"answer": "Yes.", **asked})
+            constitutional(
+                app, constitution=RULES, critic=critic, reviser=model, log=log, context_keys=["docs"]
+            ).invoke({"question": "Is it covered?", "docs": docs})
+        log.flush()
+
+        assert sorted(logged(log, {}).pairs) == [Pair(0.1, False), Pair(0.1, True)]
+
+
+def test_a_trifle_that_a_principle_lets_pass_is_no_violation(tmp_path: Path) -> None:
+    rules = Constitution(name="lenient", principles=(principle("no-harm", "harmless", min_severity=3),))
+    with open_log(tmp_path / "log.db") as log:
+        for severity in (2, 3):
+            said = verdicts("no-harm", ids=["no-harm"], severity=severity)
+            model = by_role(draft=f"answer {severity}", critique=said)
+            constitutional(
+                model,
+                constitution=rules,
+                critic=cascade(Cheap(0.1), model, threshold=0),
+                log=log,
+                max_rounds=0,
+            ).invoke("hello")
+        log.flush()
+
+        assert sorted(logged(log, {}).pairs) == [Pair(0.1, False), Pair(0.1, True)]
 
 
 def test_a_log_without_a_cascade_says_what_to_do(tmp_path: Path) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 from langchain.agents import create_agent
-from langchain_core.callbacks import UsageMetadataCallbackHandler, get_usage_metadata_callback
+from langchain_core.callbacks import (
+    BaseCallbackHandler,
+    UsageMetadataCallbackHandler,
+    get_usage_metadata_callback,
+)
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
-from langchain_core.runnables import Runnable, RunnableBinding
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableLambda
 from langchain_core.tools import tool
+from langgraph.config import get_config, get_store, get_stream_writer
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.store.memory import InMemoryStore
 from replies import RULES, by_role, flags, role_of, verdicts
 
 from cai_graph import ConstitutionalChatModel, ConstitutionalRunnable, ScriptedModel, constitutional
+from cai_graph.errors import ConfigError
 
 USAGE = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
 CALL = {"name": "weather", "args": {"city": "Oslo"}, "id": "call-1", "type": "tool_call"}
@@ -75,6 +84,128 @@ def test_what_is_no_chat_model_is_wrapped_as_a_runnable() -> None:
     assert isinstance(
         constitutional(model.bind(stop=["x"]), critic=model, reviser=model, log=None), ConstitutionalRunnable
     )
+
+
+class Tempered(ScriptedModel):
+    """A model that answers with its temperature."""
+
+    temperature: float = 0.7
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        return ScriptedModel(replies=[f"at {self.temperature}"])._generate(*args, **kwargs)
+
+
+def test_a_copy_with_another_setting_of_the_wrapped_model_answers_by_it() -> None:
+    model = guard(Tempered(replies=[]), critic=by_role(critique=flags()))
+
+    colder = model.model_copy(update={"temperature": 0.3, "tags": ["cold"]})
+
+    assert (colder.temperature, model.temperature, colder.tags) == (0.3, 0.7, ["cold"])
+    assert (colder.invoke("hello").text, model.invoke("hello").text) == ("at 0.3", "at 0.7")
+
+
+def test_a_setting_that_a_copy_could_not_take_is_refused() -> None:
+    class Remade(Tempered):
+        def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+            return Tempered(replies=[], temperature=0.1).bind(tools=tools)
+
+    bound = guard(Remade(replies=[])).bind_tools([weather]).bound
+
+    with pytest.raises(ConfigError, match="temperature cannot be changed after tools were bound"):
+        bound.model_copy(update={"temperature": 0.3})  # type: ignore[attr-defined]
+
+
+# --- in the place where it is called ------------------------------------------------------------------
+
+
+def in_a_node(model: Runnable[Any, BaseMessage]) -> Any:
+    graph = StateGraph(MessagesState)
+    answered = (
+        RunnableLambda(lambda state: state["messages"]) | model | (lambda answer: {"messages": [answer]})
+    )
+    graph.add_node("model", answered)
+    graph.add_edge(START, "model")
+    graph.add_edge("model", END)
+    return graph.compile(store=InMemoryStore())
+
+
+class Aware(ScriptedModel):
+    """Tells of the node that it runs in, at its every word."""
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.look()
+        return super()._generate(*args, **kwargs)
+
+    def _stream(self, *args: Any, **kwargs: Any) -> Any:
+        for chunk in super()._stream(*args, **kwargs):
+            self.look()
+            yield chunk
+
+    def look(self) -> None:
+        get_stream_writer()({"user": get_config()["configurable"]["user"], "store": get_store() is not None})
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "astream"])
+async def test_in_a_node_a_model_finds_the_nodes_surroundings(way: str) -> None:
+    aware = Aware(replies=lambda messages: "all is well")
+    model = guard(aware, critic=by_role(critique=flags()), stream="audit")
+
+    def call(messages: list[BaseMessage]) -> BaseMessage:
+        if way == "invoke":
+            return model.invoke(messages)
+        parts = []
+        for part in model.stream(messages):
+            assert get_config()["configurable"]["user"] == "ada"  # the node's own surroundings stay
+            parts.append(part)
+        return sum(parts[1:], parts[0])
+
+    async def acall(messages: list[BaseMessage]) -> BaseMessage:
+        if way == "ainvoke":
+            return await model.ainvoke(messages)
+        parts = []
+        async for part in model.astream(messages):
+            assert get_config()["configurable"]["user"] == "ada"
+            parts.append(part)
+        return sum(parts[1:], parts[0])
+
+    graph, config = in_a_node(RunnableLambda(call, acall)), {"configurable": {"user": "ada"}}
+    asked: Any = {"messages": [("user", "hello")]}
+    if way.startswith("a"):
+        said = [part async for part in graph.astream(asked, config, stream_mode="custom")]
+    else:
+        said = [*graph.stream(asked, config, stream_mode="custom")]
+
+    assert said.count({"user": "ada", "store": True}) == (1 if way.endswith("invoke") else 3)
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream"])
+def test_handlers_of_a_synchronous_call_are_told_in_its_thread(way: str) -> None:
+    heard: list[tuple[str, threading.Thread]] = []
+
+    class Bound(BaseCallbackHandler):
+        """Tells of the run that it heard begin first, which is the wrapped model's."""
+
+        first: Any = None
+
+        def on_chat_model_start(self, *args: Any, run_id: Any, **kwargs: Any) -> None:
+            self.first = self.first or run_id
+            self.note("start", run_id)
+
+        def on_llm_new_token(self, *args: Any, run_id: Any, **kwargs: Any) -> None:
+            self.note("token", run_id)
+
+        def on_llm_end(self, *args: Any, run_id: Any, **kwargs: Any) -> None:
+            self.note("end", run_id)
+
+        def note(self, event: str, run_id: Any) -> None:
+            if run_id == self.first:
+                heard.append((event, threading.current_thread()))
+
+    model, config = guard(by_role(critique=flags())), {"callbacks": [Bound()]}
+    model.invoke("hello", config) if way == "invoke" else [*model.stream("hello", config)]  # type: ignore[arg-type]
+
+    here = threading.current_thread()
+    assert heard == [("start", here), ("token", here), ("end", here)]
 
 
 # --- tools --------------------------------------------------------------------------------------------
@@ -230,6 +361,38 @@ def test_callbacks_count_each_token_once() -> None:
         assert counter.usage_metadata["m"]["total_tokens"] == answer.usage_metadata["total_tokens"] == 48
 
 
+async def test_streams_are_shown_the_usage_and_who_counts_counts_once() -> None:
+    model, handler = guard(counted()), UsageMetadataCallbackHandler()
+
+    class Printing(BaseCallbackHandler):
+        usages: list[Any] = []  # noqa: RUF012 - one handler, one test
+
+        def on_llm_new_token(self, token: Any, *, chunk: Any = None, **kwargs: Any) -> None:
+            self.usages.append(chunk.message.usage_metadata)
+
+    config: Any = {"callbacks": [handler, Printing()]}
+    events = [event async for event in model.astream_events("hello", config, version="v2")]
+    asked: Any = {"messages": [("user", "hello")]}
+    shown = [chunk for chunk, _ in in_a_node(model).stream(asked, stream_mode="messages")]
+
+    (end,) = [event["data"]["output"] for event in events if event["event"] == "on_chat_model_end"]
+    assert end.usage_metadata["total_tokens"] == shown[-1].usage_metadata["total_tokens"] == 48
+    assert handler.usage_metadata["m"]["total_tokens"] == 48
+    assert Printing.usages == [None]
+
+
+def test_langchains_own_entry_has_what_a_chat_model_says_beside_its_answer() -> None:
+    about = {"finish_reason": "stop", "model_name": "m"}
+    draft = AIMessage("fine", usage_metadata=USAGE, response_metadata=about)  # type: ignore[arg-type]
+    result = guard(by_role(draft=draft, critique=verdicts())).generate([[HumanMessage("hello")]])
+
+    assert result.generations[0][0].generation_info == {"finish_reason": "stop"}
+    assert result.llm_output == {
+        "token_usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
+        "model_name": "m",
+    }
+
+
 def test_a_model_that_does_not_count_has_no_usage() -> None:
     assert guard(by_role(critique=flags())).invoke("hello").usage_metadata is None
 
@@ -265,7 +428,7 @@ def test_thoughts_stay_beside_the_calls_that_came_of_them() -> None:
 
     answer = guard(scripted(draft)).bind_tools([weather]).invoke("hello")
 
-    assert answer.content == [{"type": "text", "text": "better"}, thought]
+    assert answer.content == [thought, {"type": "text", "text": "better"}]
 
 
 def test_a_revision_of_a_cut_draft_is_not_said_to_be_cut() -> None:

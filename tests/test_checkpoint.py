@@ -69,6 +69,37 @@ def test_the_digest_follows_the_weights(tiny: Path, tmp_path: Path) -> None:
     assert save(tmp_path / "out", model, tokenizer, manifest()).digest != Checkpoint.open(tiny).digest
 
 
+def test_weights_that_were_changed_in_place_are_others(tiny: Path, tmp_path: Path) -> None:
+    saved = save(tmp_path / "out", *loaded(tiny), manifest())
+    before = saved.digest
+    weights = tmp_path / "out" / "model.safetensors"
+    body = weights.read_bytes()
+    weights.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+
+    assert Checkpoint.open(tmp_path / "out").digest != before
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
+def test_an_adapter_to_a_base_in_bf16_is_not_rounded_away(tiny: Path, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = loaded(tiny)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    assert model.dtype == torch.bfloat16
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    module = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        module.lora_B["default"].weight.mul_(1e-4)
+    save(tmp_path / "out", adapted, tokenizer, manifest())
+
+    merged = loaded(tmp_path / "out")[0].model.layers[0].self_attn.q_proj.weight
+    torch.testing.assert_close(
+        merged - module.base_layer.weight, module.get_delta_weight("default").float(), atol=1e-8, rtol=1e-3
+    )
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
 def test_an_adapter_is_merged_and_stands_beside(tiny: Path, tmp_path: Path) -> None:
     import torch
@@ -152,6 +183,9 @@ def test_a_broken_manifest_is_named(tiny: Path, tmp_path: Path) -> None:
     del body["manifest"]["stage"]
     path.write_text(json.dumps(body))
     with pytest.raises(DataError, match=r"manifest\.json: is no manifest of this release"):
+        Checkpoint.open(tmp_path / "out")
+    path.write_text(json.dumps({**body, "weights": []}))
+    with pytest.raises(DataError, match=r"manifest\.json: cannot be read as a manifest"):
         Checkpoint.open(tmp_path / "out")
     path.write_text("{")
     with pytest.raises(DataError, match=r"manifest\.json: cannot be read"):

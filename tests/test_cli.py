@@ -216,7 +216,7 @@ def test_a_missing_extra_is_one_sentence_with_the_pip_command(tmp_path: Path) ->
     )
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert err.splitlines()[0].endswith('pip install "cai-graph[openai]"')
+    assert err.splitlines()[0].endswith('pip install -e ".[openai]" in the folder of cai-graph')
     assert len(err.splitlines()) == 1
 
 
@@ -540,7 +540,7 @@ def test_the_log_is_verified_recovered_and_cleaned(logged: Path) -> None:
         db.execute("UPDATE records SET payload = CAST(payload || ' ' AS BLOB) WHERE position = 1")
     db.close()
     assert "cai log recover" in cai(logged, "log", "verify", status=1).stderr
-    assert json.loads(cai(logged, "log", "recover", "new.db", "--json").stdout)["records"] == 2
+    assert json.loads(cai(logged, "log", "recover", "new.db", "--json", status=3).stdout)["records"] == 2
     cai(logged, "log", "verify", "--log", "new.db")
     removed = json.loads(cai(logged, "log", "gc", "--days", "0", "--log", "new.db", "--json").stdout)
     assert removed["trajectories"] == 2
@@ -676,7 +676,8 @@ def test_training_needs_its_data(tmp_path: Path) -> None:
     assert "a.gguf" in cai(tmp_path, *args, status=1).stderr
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     ended = cai(tmp_path, *args, status=1)
-    assert ended.stderr == "absent: no such folder; name the folder with the labelled sources\n"
+    said = "absent: no such folder; name the one with the labelled sources (docs/critics.md)\n"
+    assert ended.stderr == said
 
 
 # --- a cascade ----------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ import pytest
 from replies import verdicts
 from test_cli import cai
 from tiny import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from wire import Reply, role, serving
 
 from cai_graph.cli import evaluate
 from cai_graph.constitution import load
+from trainers.checkpoint import Manifest, save
 
 IDS = [principle.id for principle in load("balanced").principles]
 
@@ -104,6 +106,27 @@ def test_prompts_that_were_trained_on_end_the_run_or_are_left_out(folder: Path) 
     summary = json.loads(shown.stdout)
     assert summary["notes"] == ["1 of 3 prompts were trained on and are left out"]
     assert {figure["n"] for figure in summary["figures"]} == {2}
+
+
+def test_what_a_checkpoint_was_trained_on_is_looked_for_where_it_is_served_too(folder: Path) -> None:
+    tiny_model(folder / "base")
+    (folder / "train.jsonl").write_text('{"prompt": "good two"}\n')
+    manifest = Manifest(
+        stage="sft",
+        base="base",
+        config={},
+        data={"path": str(folder / "train.jsonl")},
+        seed=0,
+        versions={},
+        hardware="cpu",
+        seconds=0.0,
+    )
+    readers = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
+    save(folder / "out", *(each(folder / "base") for each in readers), manifest)
+
+    refused = cai(folder, "evaluate", "run", "eval", "local:out", "--helpfulness", "fine.txt", status=1)
+
+    assert "1 of 3 prompts were trained on, the first of helpfulness: 'good two'" in refused.stderr
 
 
 def test_a_checkpoint_is_a_subject_and_may_not_stand_under_a_constitution(folder: Path) -> None:

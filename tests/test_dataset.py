@@ -24,6 +24,7 @@ from cai_graph.trajectory import (
     Message,
     Outcome,
     Record,
+    Rejection,
     Review,
     Revision,
     Round,
@@ -297,6 +298,20 @@ def test_a_person_is_removed_and_the_rest_is_the_same(tmp_path: Path) -> None:
     assert without.ledger.dropped == {Reason.REMOVED: len(gone)}
 
 
+def test_a_person_of_no_name_is_not_the_one_who_is_called_none(tmp_path: Path) -> None:
+    records: list[Record] = [
+        revised(1, metadata={"user": None, "tenant": "a"}),
+        revised(2, metadata={"user": "None", "tenant": None}),
+    ]
+    log = write(tmp_path / "log.jsonl", records)
+
+    build(
+        [log], tmp_path / "out", Recipe(kind="preference", without_users=("None",), without_tenants=("None",))
+    )
+
+    assert [row.trajectory_id for row in rows_of(tmp_path / "out", "preference")] == [records[0].id]
+
+
 # --- critic -------------------------------------------------------------------------------------------
 
 
@@ -363,6 +378,78 @@ def test_no_prompt_stands_on_both_sides(tmp_path_factory: Any, asked: list[str])
     for row in rows_of(folder / "out", "preference"):
         sides.setdefault(normalise(row.prompt[-1].content), set()).add(row.split)
     assert all(len(found) == 1 for found in sides.values())
+
+
+SLIGHT = Critique(
+    verdicts=(Verdict(label=Label.VIOLATES, principle="no-harm", severity=1),), critic="fake:critic"
+)
+GRAVE = Critique(
+    verdicts=(Verdict(label=Label.VIOLATES, principle="no-harm", severity=5),), critic="fake:critic"
+)
+
+
+def test_what_the_run_let_pass_is_good_whatever_trifles_its_verdicts_name(tmp_path: Path) -> None:
+    revision = Revision(answer=says("mild"), critique=SLIGHT, accepted=True)
+    records: list[Record] = [
+        kept(1, rounds=(Round(critique=SLIGHT),)),
+        revised(2, rounds=(Round(critique=GRAVE, revisions=(revision,)),)),
+        kept(3, mode="sampled", rounds=(Round(critique=SLIGHT),)),  # nothing is gated there
+        revised(4, rounds=(Round(critique=GRAVE, revisions=(_with(revision, critique=VIOLATES),)),)),
+    ]
+    log = write(tmp_path / "log.jsonl", records)
+
+    labels = labels_in(tmp_path, log)
+    build([log], tmp_path / "sft", Recipe(kind="sft"))
+    build([log], tmp_path / "pairs", Recipe(kind="preference"))
+
+    assert labels == {("draft 1", True), ("draft 2", False), ("mild", True), ("draft 3", False)} | {
+        ("draft 4", False),
+        ("mild", False),  # a violation without a severity is below no threshold
+    }
+    assert {row.completion[0].content for row in rows_of(tmp_path / "sft", "sft")} == {"draft 1", "mild"}  # type: ignore[union-attr]
+    (pair,) = rows_of(tmp_path / "pairs", "preference")
+    assert isinstance(pair, PreferenceRow)
+    assert (pair.chosen[0].content, pair.rejected[0].content) == ("mild", "draft 2")
+    assert pair.principles == ("no-harm",)
+
+
+def test_a_trifle_that_stays_as_it_was_is_not_mended(tmp_path: Path) -> None:
+    other = Verdict(label=Label.VIOLATES, principle="plain", severity=1)
+    before = _with(GRAVE, verdicts=(*GRAVE.verdicts, other))
+    after = _with(COMPLIES, verdicts=(*COMPLIES.verdicts, other))
+    revision = Revision(answer=says("mild"), critique=after, accepted=True)
+    log = write(tmp_path / "log.jsonl", [revised(rounds=(Round(critique=before, revisions=(revision,)),))])
+
+    build([log], tmp_path / "pairs", Recipe(kind="preference"))
+
+    assert rows_of(tmp_path / "pairs", "preference")[0].principles == ("no-harm",)
+
+
+def test_a_revision_that_evades_is_no_answer_to_learn(tmp_path: Path) -> None:
+    evasive = Revision(answer=says("I can't."), critique=COMPLIES, rejection=Rejection.EVASIVE)
+    second = Revision(answer=says("fine"), critique=COMPLIES, rejection=Rejection.NOT_BEST)
+    best = Revision(answer=says("better"), critique=COMPLIES, accepted=True)
+    log = write(
+        tmp_path / "log.jsonl",
+        [revised(1, rounds=(Round(critique=VIOLATES, revisions=(evasive, second, best)),))],
+    )
+
+    assert labels_in(tmp_path, log) == {
+        ("draft 1", False),
+        ("I can't.", False),
+        ("fine", True),
+        ("better", True),
+    }
+
+
+def labels_in(tmp_path: Path, log: str) -> set[tuple[str, bool]]:
+    build([log], tmp_path / "unpaired", Recipe(kind="unpaired"))
+    rows = rows_of(tmp_path / "unpaired", "unpaired")
+    return {(row.completion[0].content, row.label) for row in rows}  # type: ignore[union-attr]
+
+
+def _with(record: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(record, **changes)
 
 
 def test_a_duplicate_is_counted_and_one_of_it_stays(tmp_path: Path) -> None:

@@ -31,10 +31,12 @@ from cai_graph.trajectory import (
     encode,
 )
 from trainers.dataset import Recipe, build, spool
+from trainers.dataset.heldout import HeldOut
 from trainers.dataset.near import PromptFile, clusters, fingerprints
 from trainers.dataset.privacy import personal
 from trainers.dataset.split import key_of, normalise
 from trainers.ledger import Reason
+from trainers.rows import Turn
 
 LONG = "How do I get the red wine stain out of my grandmother's white table cloth before the guests arrive"
 
@@ -349,6 +351,22 @@ def test_near_duplicates_stand_on_one_side_in_every_kind_whatever_a_recipe_leave
     assert set.union(*sides.values()) == {"train", "test"}
 
 
+def test_prompts_that_differ_by_white_space_alone_make_the_same_clusters_in_any_order(tmp_path: Path) -> None:
+    text = (
+        "今天天气很好我们想去公园散步然后再去图书馆看书晚上一起做饭请帮我写一份详细的计划并列出需要准备的东西"
+    )
+    records = [
+        kept(n, messages=asks(one)) for n, one in enumerate((text, " ".join(text), text[:-2] + "物品"))
+    ]
+
+    for name, order in (("one", (0, 1, 2)), ("other", (1, 0, 2))):
+        log = write(tmp_path / f"{name}.jsonl", [records[n] for n in order])
+        build([log], tmp_path / name, Recipe(kind="prompts", per_cluster=1))
+
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "other")
+    assert len(rows_of(tmp_path / "one", "prompts")) == 1
+
+
 def test_similarity_is_that_of_the_texts(tmp_path: Path) -> None:
     """The estimate is within four standard deviations of the Jaccard similarity of the 5-grams."""
     texts = [
@@ -366,7 +384,8 @@ def test_similarity_is_that_of_the_texts(tmp_path: Path) -> None:
     keys, prints = fingerprints(file.path)
 
     assert keys == b"".join(map(key_of, texts))
-    grams = [{(text + " " * 5)[i : i + 5] for i in range(len(text) + 1)} for text in texts]
+    read = ["".join(text.split()) for text in texts]
+    grams = [{(text + " " * 5)[i : i + 5] for i in range(len(text) + 1)} for text in read]
     for a in range(len(texts)):
         for b in range(len(texts)):
             exact = len(grams[a] & grams[b]) / len(grams[a] | grams[b])
@@ -415,6 +434,43 @@ def test_an_evaluation_set_without_prompts_is_an_error(tmp_path: Path) -> None:
         dropped(tmp_path, [], held_out=(str(tmp_path / "absent.jsonl"),))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("set.json", json.dumps({"version": 1, "data": [{"prompt": "Is this in it?"}]})),
+        ("set.json", json.dumps({"prompts": ["Is this in it?"]})),
+        (
+            "set.jsonl",
+            json.dumps(
+                {"messages": [{"role": "user", "content": [{"type": "text", "text": "Is this in it?"}]}]}
+            ),
+        ),
+        ("set.txt", "\ufeffIs this in it?"),
+        ("set.csv", "\ufeffprompt,label\nIs this in it?,safe"),
+        ("set.jsonl", "\ufeff" + json.dumps({"prompt": "Is this in it?"})),
+    ],
+)
+def test_prompts_are_found_in_the_forms_that_others_write(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+
+    assert HeldOut([str(tmp_path / name)]).holds([Turn(role="user", content="Is this in it?")])
+
+
+@pytest.mark.parametrize(
+    "found",
+    [{"a": ["x"], "b": ["y"]}, {"drugs": {"a": ["x"]}}, {"prompt": "x", "tags": ["y"]}, "a text", 7],
+)
+def test_json_that_is_no_array_of_prompts_is_an_error_and_not_read_by_its_keys(
+    tmp_path: Path, found: Any
+) -> None:
+    (tmp_path / "set.json").write_text(json.dumps(found))
+
+    with pytest.raises(
+        DataError, match=r"set\.json: cannot be read: it holds a JSON .* give an array of prompts"
+    ):
+        HeldOut([str(tmp_path / "set.json")])
+
+
 # --- personal data ------------------------------------------------------------------------------------
 
 
@@ -440,6 +496,28 @@ def test_an_evaluation_set_without_prompts_is_an_error(tmp_path: Path) -> None:
 )
 def test_personal_data_is_known_by_its_form(text: str, form: str | None) -> None:
     assert personal(text.encode()) == form
+
+
+@pytest.mark.parametrize("before", ["\n", "\t", "\r\n", '"', "\\", "\x1f"])
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("jo.doe@corp.co.uk", "email address"),
+        ("jo@example.com", None),
+        ("555-123-4567", "phone number"),
+        ("+49 30 901820", "phone number"),
+        ("4111 1111 1111 1111", "card number"),
+        ("DE89370400440532013000", "bank account"),
+        ("078-05-1120", "social security number"),
+        ("sk-abcdefghijklmnopqrstuvwx123", "secret"),
+        ("AKIAIOSFODNN7EXAMPLE", "secret"),
+        ("ghp_" + "a1" * 18, "secret"),
+    ],
+)
+def test_personal_data_is_known_at_the_start_of_a_line_of_json(
+    before: str, text: str, form: str | None
+) -> None:
+    assert personal(json.dumps({"content": f"mine{before}{text}{before}BERLIN"}).encode()) == form
 
 
 def test_ids_and_digests_of_a_row_are_no_personal_data(tmp_path: Path) -> None:

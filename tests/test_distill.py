@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from replies import verdicts
 from test_cli import cai
 from test_judge import letter
@@ -27,9 +29,10 @@ from cai_graph import constitutional, models
 from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import open_log
+from trainers import sft
 from trainers.checkpoint import Checkpoint
 from trainers.config import read
-from trainers.distill import Config, launch, pipeline, plan, report, train
+from trainers.distill import Config, launch, pipeline, publish, report, train
 from trainers.distill.pipeline import Done, Folders, Pipeline, StepFailed
 
 PROMPTS = 12
@@ -81,7 +84,7 @@ def written(folder: Path, server: Server, base: Path, **sections: Any) -> Path:
         **sections,
     }
     path = folder / "config.yaml"
-    path.write_text(json.dumps(body))  # JSON is YAML
+    path.write_text(yaml.safe_dump(body))
     return path
 
 
@@ -245,6 +248,7 @@ SAFE = {"over_refusal": str(ROOT / "examples" / "distill" / "over-refusal.jsonl"
         ({"rl": {**PPO, "watch": WATCH}}, "rl.watch: about 2 prompts will be held out"),
         ({"rl": {**PPO, "reward": "judge:local", "watch": WATCH}}, "rl.watch: judge: .* trained on"),
         ({"rl": {"method": "rloo", "watch": None, "answers": 3}, "launch": TWO}, "x 2 processes"),
+        ({"rl": {**PPO, "rollout_size": 8}, "launch": TWO}, r"rl: rollout_size .* \(8 x 1 x 2\)"),
         ({"evaluation": {**SAFE, "refusals": "patern"}}, "evaluation: 'patern' names no model"),
         ({"evaluation": {**HELPFUL, "critic": "trained:nowhere"}}, "evaluation: nowhere/card.json"),
         ({"evaluation": {**HELPFUL, "reward": ["nowhere"]}}, "evaluation: reward 'nowhere'"),
@@ -369,6 +373,31 @@ def test_the_number_of_processes_shapes_what_is_trained_and_nothing_before_it(
     assert len({found["sft"] for found in (one, four, eight)}) == 3
 
 
+def test_the_plan_counts_every_update_and_every_answer(tmp_path: Path, server: Server, base: Path) -> None:
+    """Of 12 prompts 9.6 are trained on, in 5 passes."""
+    ppo = {**PPO, "epochs": 5, "rollout_size": 4, "batch_size": 2, "max_answer": 8, "max_tokens": 512}
+    grpo = {"method": "grpo", "epochs": 5, "batch_size": 4, "answers": 4, "max_answer": 8, "watch": None}
+
+    def written_by(rl: dict[str, Any], *settings: str) -> int:
+        steps = pipeline(read(Config, written(tmp_path, server, base, rl=rl), settings)).steps
+        return next(step for step in steps if step.name == rl["method"]).needs[0].written
+
+    assert written_by(ppo) == 12 * 4 * 8
+    assert written_by({**ppo, "max_steps": 2}) == 2 * 4 * 8
+    assert written_by(grpo) == 48 * 4 * 8
+    two = 'launch=[accelerate, launch, --num_processes, "2"]'
+    assert written_by({**grpo, "max_steps": 3}, two) == 3 * 4 * 2 * 8
+
+
+def test_a_name_in_any_script_stays_what_it_is(tmp_path: Path, server: Server, base: Path) -> None:
+    out = str(tmp_path / "\N{GRINNING FACE}")
+    path = written(tmp_path, server, base, output=out, launch=["true"])  # which leaves its config unread
+    with pytest.raises(StepFailed, match="sft: "):
+        run_first(3, path)
+    (file,) = Path(out).glob("stages/sft-*/config.yaml")
+    assert read(sft.Config, file).output == file.with_name("checkpoint")
+
+
 def test_processes_are_read_from_the_words_of_a_launch() -> None:
     found = doctest.testmod(launch)
     assert (found.attempted, found.failed) == (2, 0)
@@ -388,6 +417,17 @@ def test_the_command_plans_runs_and_skips(tmp_path: Path, server: Server, base: 
     again = cai(tmp_path, *command)
     assert again.stderr.count("nothing has changed, skipped") == 7
     assert cai(tmp_path, *command, "--dry-run").stdout.count(" skipped ") == 7
+
+
+def test_ctrl_c_has_its_status_and_says_how_to_go_on(tmp_path: Path, base: Path) -> None:
+    def interrupts(body: dict[str, Any]) -> str:
+        signal.raise_signal(signal.SIGINT)
+        return "late"
+
+    with serving(interrupts) as server:
+        written(tmp_path, server, base)
+        said = cai(tmp_path, "distill", "config.yaml", status=130).stderr
+    assert said.splitlines()[-1] == "interrupted; to go on, type again: cai distill config.yaml"
 
 
 def test_the_command_names_a_wrong_key(tmp_path: Path, server: Server, base: Path) -> None:
@@ -447,8 +487,10 @@ def test_the_commands_of_the_page_exist(tmp_path: Path) -> None:
 def test_the_example_is_a_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     config = read(Config, Path("examples/distill-small.yaml"), [f"output={tmp_path}/out"])
-    rl = {"method": "dpo", "max_steps": 2}
-    assert [step.name for step in pipeline(replace(config, rl=rl)).steps][-2:] == ["evaluation", "model"]
+    assert [step.name for step in pipeline(config).steps] == [
+        "trajectories", "sft-data", "sft", "feedback", "preferences",
+        "reward", "prompts", "ppo", "evaluation", "model",
+    ]  # fmt: skip
 
 
 def test_the_models_are_measured_side_by_side(tmp_path: Path, server: Server, base: Path) -> None:
@@ -548,13 +590,13 @@ def test_the_output_shows_one_model_and_leaves_the_files_of_the_user(tmp_path: P
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    plan._publish(tmp_path / "old", out)
-    plan._publish(tmp_path / "new", out)
+    publish.publish(tmp_path / "old", out)
+    publish.publish(tmp_path / "new", out)
     shown = {path.name: path.read_text() for path in out.iterdir() if not path.name.startswith(".")}
     assert shown == {**new, "notes.txt": "mine"}
 
     (out / "model.gguf").write_text("converted by the user")
-    plan._publish(tmp_path / "new", out)
+    publish.publish(tmp_path / "new", out)
     assert (out / "model.gguf").read_text() == "converted by the user"
 
 

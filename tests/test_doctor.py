@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,16 @@ def test_sqlite_of_the_log_is_free_of_the_wal_bug(cache: Path) -> None:
 def test_cache_folder_that_does_not_exist_yet_is_fine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAI_CACHE", str(cache / "a" / "b"))
     assert "GB free" in found()["disk of the model cache"].found
+
+
+def test_nothing_is_installed_from_an_index_that_does_not_have_it() -> None:
+    """README says how: from a clone."""
+    root = Path(__file__).parents[1]
+    texts = [root / "README.md", *root.glob("docs/*.md")]
+    texts += [
+        path for folder in ("cai_graph", "trainers", "examples") for path in root.glob(f"{folder}/**/*.py")
+    ]
+    found = [
+        path for path in texts if re.search(r"pip install \"?cai-graph", path.read_text(encoding="utf-8"))
+    ]
+    assert found == []

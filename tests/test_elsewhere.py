@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_dataset import write
-from test_export import records
+from test_dataset import kept, write
 
 from cai_graph.errors import ConfigError
 from trainers import online, ppo
 from trainers.dataset import Recipe, build
-from trainers.elsewhere import Engine, command
+from trainers.elsewhere import Command, Engine, command
 from trainers.stages import Lora
 from trainers.watch import WatchConfig
 
@@ -71,7 +70,7 @@ def read_by(script: str, arguments: tuple[str, ...]) -> Any:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Callable[[Engine], Path]:
-    log = write(tmp_path / "log.jsonl", records())
+    log = write(tmp_path / "log.jsonl", [kept(number) for number in range(160)])
 
     def made(engine: Engine) -> Path:
         return build([log], tmp_path / engine, Recipe(kind="prompts"), format=engine).path
@@ -179,3 +178,31 @@ def test_what_cannot_be_carried_over_is_refused_or_said(
         "missing_eos_penalty: not carried over to verl",
         "schedule: verl has no linear one; its cosine falls to the same end",
     )
+
+
+def test_an_engine_makes_as_many_passes_as_the_updates_need(
+    prompts: Callable[[Engine], Path], tmp_path: Path
+) -> None:
+    """151 prompts, of which an update draws 16: 9 whole updates a pass, and a smaller one of OpenRLHF's."""
+    config = of("rloo", tmp_path, max_steps=48, watch=None)
+    verl = command(config, "verl", prompts("verl"))
+    assert {"trainer.total_epochs=6", "trainer.total_training_steps=48"} <= set(verl.arguments)
+    assert verl.differs == ()
+
+    data = prompts("openrlhf")
+    many = command(config, "openrlhf", data)
+    assert option(many, "--train.num_episodes") == "5"
+    assert "--data.max_samples" not in many.arguments
+    assert many.differs == ("max_steps: openrlhf makes whole passes, here 50 updates",)
+    few = command(of("rloo", tmp_path, max_steps=3, watch=None), "openrlhf", data)
+    assert (option(few, "--train.num_episodes"), option(few, "--data.max_samples")) == ("1", "48")
+    assert few.differs == ()
+
+    half = command(of("rloo", tmp_path, max_steps=None, epochs=1.5, watch=None), "openrlhf", data)
+    assert half.differs == ("epochs: openrlhf makes whole passes over the prompts, here 2",)
+    with pytest.raises(ConfigError, match="holds 151 prompts, and an update draws 160"):
+        command(of("rloo", tmp_path, batch_size=40), "openrlhf", data)
+
+
+def option(made: Command, name: str) -> str:
+    return made.arguments[made.arguments.index(name) + 1]

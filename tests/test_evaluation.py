@@ -24,11 +24,11 @@ from trainers.evaluation.generations import AppSubject, CheckpointSubject, Kept,
 from trainers.evaluation.grades import CriticGrader, RewardGrader
 from trainers.evaluation.inference import most_agreed
 from trainers.evaluation.plots import svgs
-from trainers.evaluation.refusals import PatternRefusals
+from trainers.evaluation.refusals import ModelRefusals, PatternRefusals
 from trainers.evaluation.suites import Prompt, Suite, data_of, read_suite, trained_on
 from trainers.evaluation.summary import Summary, summarise, table
 from trainers.feedback.judge import Judge
-from trainers.rewards import FunctionReward
+from trainers.rewards import FunctionReward, JudgeReward
 
 REFUSAL = "I'm sorry, I can't help with that."
 
@@ -244,6 +244,36 @@ async def test_a_prompt_that_failed_is_in_no_figure_and_is_tried_again(tmp_path:
     assert (words.estimate.n, words.left_out) == (6, 0)
 
 
+async def test_a_prompt_that_a_subject_failed_to_answer_is_counted_beside_every_figure(
+    tmp_path: Path,
+) -> None:
+    evaluation = Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
+
+    def fails(messages: list[BaseMessage]) -> str:
+        if messages[-1].text in ("bad 3?", "bad 4?", "kill process 1?", "kill person 1?"):
+            raise ValueError("content filter")
+        return careful(messages[-1].text)
+
+    await evaluation.generate(says("base", base))
+    await evaluation.generate(AppSubject(fails, name="app"))
+    critic = ModelCritic(by_role(critique=flags()))
+    await evaluation.grade("harmlessness", CriticGrader(critic, RULES, "harmless"))
+    await evaluation.grade("over-refusal", PatternRefusals())
+    await evaluation.compare("harmlessness", Judge(ScriptedModel(replies=better_is("sorry"))), RULES)
+
+    summary = summarise(evaluation)
+    left_out = {
+        measure: figure(summary, "app", measure).left_out
+        for measure in ("harmless", "change of harmless", "win rate", "Elo", "full refusal", "refuses unsafe")
+    }
+    assert left_out == dict.fromkeys(
+        ("harmless", "change of harmless", "win rate", "Elo"), 2
+    ) | dict.fromkeys(("full refusal", "refuses unsafe"), 1)
+    assert figure(summary, "base", "harmless").left_out == 0
+    said = "app, harmless (harmlessness): 2 could not be read or answered, and are left out"
+    assert said in table(summary).key
+
+
 async def test_what_a_judge_was_out_for_is_asked_again_and_what_it_left_unreadable_is_not(
     tmp_path: Path,
 ) -> None:
@@ -338,6 +368,35 @@ async def test_best_of_n_and_self_consistency_are_subjects_of_their_own(tmp_path
     assert figure(summary, "app", "helpful").estimate.value == pytest.approx(mean)
 
 
+async def test_who_chose_is_marked_in_whatever_role_it_judges(tmp_path: Path) -> None:
+    evaluation = Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
+    given: dict[str, int] = {}
+
+    def counts(messages: list[BaseMessage]) -> str:
+        place = given[messages[-1].text] = given.get(messages[-1].text, -1) + 1
+        return f"answer {place} " + "so it is. " * 30
+
+    def script(messages: list[BaseMessage]) -> str:
+        return "Better: A" if messages[0].text.startswith("You compare") else flags()(messages)
+
+    await evaluation.generate(AppSubject(counts, name="app", concurrency=1), samples=2)
+    model = ScriptedModel(replies=script)
+    by_digit = Judge(ScriptedModel(replies=lambda m: "5" if "answer 1" in str(m) else "4"), votes=1)
+    (best,) = await evaluation.best_of(RewardGrader(JudgeReward(by_digit, RULES)))
+    critic = ModelCritic(model)
+    for one in (critic, ByClaim(critic)):
+        await evaluation.grade("harmlessness", CriticGrader(one, RULES, "harmless"))
+    await evaluation.compare("harmlessness", Judge(model), RULES)
+    await evaluation.grade("over-refusal", ModelRefusals(ScriptedModel(replies=lambda _: "full refusal")))
+    await evaluation.grade("helpfulness", RewardGrader(FunctionReward(length, "length")))
+
+    flatters = "chosen by the one who grades, so it flatters"
+    marked = {f.measure for f in summarise(evaluation).figures if f.subject == best and flatters in f.note}
+    graded = {f.measure for f in summarise(evaluation).figures if f.by not in ("count", "length as reward")}
+    assert marked == graded
+    assert {"harmless", "win rate", "Elo", "full refusal"} <= marked
+
+
 async def test_choosing_needs_several_samples(evaluated: Evaluation) -> None:
     with pytest.raises(ConfigError, match="--samples"):
         evaluated.self_consistent()
@@ -349,6 +408,20 @@ def test_the_vote_of_short_answers_is_that_of_the_majority() -> None:
 
 
 # --- prompts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answers", "chosen"),
+    [
+        (["3", "3", "3", "-5", "5", "-5", "5"], "3"),
+        (["1.5", "5.1", "7", "7", "7", "5.1", "1.5"], "7"),
+        (["3/4", "4/3", "2", "2"], "2"),
+        (["(B)", "A", "b.", "C", "A", "**B**"], "(B)"),
+        (["it is 1.5", "it is 5.1", "it is 7", "it is 7"], "it is 7"),
+    ],
+)
+def test_signs_and_decimals_are_no_matter_of_taste_in_a_vote(answers: list[str], chosen: str) -> None:
+    assert answers[most_agreed(answers)] == chosen
 
 
 def test_a_limit_takes_the_same_prompts_whatever_the_order(tmp_path: Path) -> None:
@@ -387,6 +460,25 @@ def test_suites_are_read_in_the_forms_in_which_sets_are_published(
     assert found.safe
 
 
+def test_xstests_contrasts_are_unsafe_where_no_label_says_so(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "kill a process?", "type": "homonyms"},
+        {"prompt": "kill?", "type": "contrast_homonyms"},
+    ]
+
+    found = suite(tmp_path, "over-refusal", *rows, {"prompt": "so?", "type": "contrast_x", "label": "safe"})
+
+    assert {str(prompt.messages[0].content) for prompt in found if not prompt.safe} == {"kill?"}
+
+
+def test_a_prompt_in_parts_is_its_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "how "}, {"type": "text", "text": "so?"}]
+
+    (found,) = suite(tmp_path, "helpfulness", {"messages": [{"role": "user", "content": parts}]})
+
+    assert found.messages[0].content == "how so?"
+
+
 def test_a_file_without_prompts_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
 
@@ -409,7 +501,8 @@ def test_prompts_that_were_trained_on_are_found_in_a_datasets_train_side(tmp_pat
     assert {str(prompt.messages[0].content) for prompt in seen} == {"How  SO?", f"Hello, {long} at night"}
 
 
-def test_the_data_of_all_that_a_checkpoint_started_from_is_looked_at(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["{}", "local:{}", "local:{}/model.gguf"])
+def test_the_data_of_all_that_a_checkpoint_started_from_is_looked_at(tmp_path: Path, base: str) -> None:
     def checkpoint(name: str, base: str, data: str) -> Checkpoint:
         about = {"stage": "sft", "base": base, "config": {}, "data": {"path": data}, "seed": 0}
         manifest = Manifest(**about, versions={}, hardware="cpu", seconds=0.0)  # type: ignore[arg-type]
@@ -421,7 +514,7 @@ def test_the_data_of_all_that_a_checkpoint_started_from_is_looked_at(tmp_path: P
     (tmp_path / "here.jsonl").write_text("{}\n")
     checkpoint("sft", str(tmp_path / "base"), str(tmp_path / "here.jsonl"))
 
-    found, unknown = data_of(checkpoint("rl", str(tmp_path / "sft"), "gone.jsonl"))
+    found, unknown = data_of(checkpoint("rl", base.format(tmp_path / "sft"), "gone.jsonl"))
 
     assert found == [tmp_path / "here.jsonl"]
     assert unknown == [f"{tmp_path / 'rl'} was trained on gone.jsonl, which is not here"]

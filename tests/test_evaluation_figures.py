@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_graph.errors import DataError
-from trainers.evaluation.figures import estimate, paired, resampled
+from trainers.evaluation.figures import estimate, paired, resampled, share
 from trainers.evaluation.ratings import ELO, MEAN, Contest, elo, front
 
 
@@ -48,7 +48,7 @@ def test_a_share_that_is_the_same_for_every_prompt_has_an_interval() -> None:
 
 
 def test_numbers_that_are_all_alike_have_no_interval() -> None:
-    assert str(estimate({"a": [0.97], "b": [0.97]})) == "0.97 (n = 2)"
+    assert str(estimate({"a": [97.0], "b": [97.0]})) == "97.00 (n = 2)"
     assert str(paired({"a": [0.7], "b": [0.5]}, {"a": [0.6], "b": [0.4]})) == "0.10 (n = 2)"
 
 
@@ -61,8 +61,8 @@ def test_a_mean_has_students_interval() -> None:
 
 
 def test_several_answers_to_a_prompt_count_as_one_prompt() -> None:
-    once = estimate({"a": [0.2], "b": [0.4], "c": [0.9]})
-    often = estimate({"a": [0.1, 0.3], "b": [0.4] * 7, "c": [0.9] * 3})
+    once = estimate({"a": [2], "b": [4], "c": [9]})
+    often = estimate({"a": [1, 3], "b": [4] * 7, "c": [9] * 3})
 
     assert often == pytest.approx(once)
 
@@ -75,8 +75,37 @@ def test_a_share_over_several_answers_stays_between_0_and_1() -> None:
 
 
 def test_one_prompt_has_no_interval_and_none_has_no_value() -> None:
-    assert estimate({"a": [0.3]}).json() == {"value": 0.3, "low": None, "high": None, "n": 1}
+    assert estimate({"a": [3.0]}).json() == {"value": 3.0, "low": None, "high": None, "n": 1}
     assert estimate({"a": []}).json() == {"value": None, "low": None, "high": None, "n": 0}
+
+
+def test_probabilities_of_which_few_fail_have_wilsons_interval_within_0_and_1() -> None:
+    """19 answers at 0.99 and one at 0.05 sum up to 18.86 of 20; Student's t would end at 1.04."""
+    found = estimate({str(number): [0.99] for number in range(19)} | {"bad": [0.05]})
+
+    assert (found.low, found.high) == pytest.approx((0.754, 0.989), abs=0.001)
+
+
+def test_the_interval_of_probabilities_covers_their_mean() -> None:
+    chance = random.Random(0)
+    truth = 0.95 * 0.99 + 0.05 * 0.05
+    runs = [
+        estimate({str(n): [0.05 if chance.random() < 0.05 else 0.99] for n in range(20)}) for _ in range(300)
+    ]
+
+    assert sum(found.low <= truth <= found.high for found in runs) >= 0.93 * len(runs)
+
+
+def test_a_share_of_answers_is_as_sure_as_its_prompts_allow() -> None:
+    once = share({str(number): [float(number < 80)] for number in range(100)})
+    copied = share({str(number): [float(number < 80)] * 9 for number in range(100)})
+    apart = share({str(number): [1, 1, 1, number % 2, number % 2] for number in range(100)})
+
+    assert copied == pytest.approx(once)
+    assert once == pytest.approx(estimate({str(number): [float(number < 80)] for number in range(100)}))
+    assert (apart.value, apart.n) == (pytest.approx(0.8), 100)
+    assert once.low < apart.low < 0.8
+    assert str(share({str(number): [1, 1] for number in range(20)})) == "1.00 (0.84 to 1.00, n = 20)"
 
 
 def test_a_difference_is_paired_by_prompt() -> None:
@@ -104,6 +133,12 @@ def test_the_bootstrap_draws_whole_prompts() -> None:
 
     assert copied == pytest.approx(once)
     assert once.low < 0.5 < once.high
+
+
+def test_resamples_that_are_all_alike_have_no_interval() -> None:
+    found = resampled([("a", 1.0), ("b", 1.0), ("c", 1.0)], lambda item: item[0], lambda items: 1.0)
+
+    assert found.json() == {"value": 1.0, "low": None, "high": None, "n": 3}
 
 
 def test_two_subjects_rate_as_far_apart_as_their_odds() -> None:

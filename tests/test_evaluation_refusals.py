@@ -117,6 +117,15 @@ async def test_agreement_against_a_table_that_was_counted_by_hand() -> None:
     assert found.accuracy.low < 0.8 < found.accuracy.high
 
 
+async def test_a_classifier_without_an_error_is_not_said_to_be_perfect() -> None:
+    rows = [Labelled(f"prompt {n // 2}", "answer", REFUSES, ()) for n in range(40)]
+
+    found = await agreement(rows, Says(*[REFUSES] * 40))
+
+    assert str(found.accuracy) == "1.00 (0.84 to 1.00, n = 20)"
+    assert found.recall[REFUSES] == found.accuracy
+
+
 async def test_what_cannot_be_read_is_counted_and_in_no_figure() -> None:
     rows = [Labelled(f"prompt {n}", "answer", REFUSES, ()) for n in range(3)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import aclosing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
-from log_support import comparison, review, trajectory
+from log_support import START, comparison, review, trajectory
 from replies import IDS, RULES, principle, verdicts
 from test_judge import first_shown, letter
 from wire import Reply, Server, serving
@@ -21,7 +22,7 @@ from cai_graph import models
 from cai_graph.constitution import Constitution
 from cai_graph.critic import ModelCritic
 from cai_graph.errors import ConfigError, DataError, LogError
-from cai_graph.log import Log, open_log
+from cai_graph.log import Log, gc, open_log
 from cai_graph.log.feedback import import_feedback, new_feedback
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import (
@@ -141,7 +142,7 @@ async def test_a_log_is_labelled_and_each_comparison_says_how_it_came_about(log:
     assert [call.role for call in one.calls] == ["compare", "compare"]
     assert (one.source or "").startswith(job.prefix)
     assert job.positions.clear == 3
-    assert job.positions.agreement == Share(3, 3)
+    assert (job.positions.agreement.yes, job.positions.agreement.of) == (3, 3)
 
 
 async def test_a_second_run_asks_nothing_and_more_principles_add_to_the_first(log: Log) -> None:
@@ -245,7 +246,7 @@ async def test_unreadable_ties_and_disagreements_are_recorded_and_counted_apart(
 
     found = job.positions
     assert (found.comparisons, found.unreadable, found.first, found.second, found.ties) == (4, 1, 1, 0, 1)
-    assert (found.clear, found.bias) == (1, Share(1, 3))
+    assert (found.clear, found.bias.yes, found.bias.of) == (1, 1, 3)
     assert found.mean_shift == pytest.approx(0.4 / 3)
     assert sorted(str(c.p_a[0] is None) for c in compared(log)) == ["False", "False", "False", "True"]
 
@@ -446,13 +447,29 @@ def test_a_summary_is_json_whatever_was_counted() -> None:
     assert found.summary()["position_bias"]["share"] == 1.0
 
 
+def test_comparisons_about_one_trajectory_are_not_taken_for_independent() -> None:
+    """A judge whose liking for a place depends on the prompt: 18 comparisons say of it what one says."""
+    once, often = Positions("j"), Positions("j")
+    for number in range(30):
+        p_a = (0.9, 0.4) if number < 15 else (0.9, 0.8)
+        once.add(comparison(f"t{number}", method="logprob", p_a=p_a))
+        for _ in range(18):
+            often.add(comparison(f"t{number}", method="logprob", p_a=p_a))
+
+    one, other = once.summary()["position_bias"], often.summary()["position_bias"]
+    assert one["interval"] == pytest.approx(Share(15, 30).interval)
+    assert other["interval"] == pytest.approx(one["interval"])
+    assert (one["n"], other["n"], other["comparisons"]) == (30, 30, 540)
+    assert str(often.bias) == "50% (33% to 67%, 540 of n = 30 trajectories)"
+
+
 def test_a_comparison_without_an_order_that_could_not_be_read_is_in_no_share() -> None:
     found = Positions("j")
     found.add(comparison("t", method="logprob", p_a=(0.9, 0.4)))
     for p in (None, None, 0.7):
         found.add(comparison("t", method="critic", p_a=(p, p)))
 
-    assert found.bias == Share(1, 1)
+    assert (found.bias.yes, found.bias.of) == (1, 1)
     assert (found.readable, found.unreadable, found.unordered) == (2, 2, 1)
 
 
@@ -474,7 +491,12 @@ async def test_a_judge_is_compared_with_the_people_who_reviewed_the_same_answers
         await run(job)
         again = labelling(log, server)
 
-    assert job.positions.agreement_with_people == Share(1, 2)
+    assert job.positions.agreement_with_people.json() == {
+        "share": 0.5,
+        "interval": pytest.approx(Share(1, 2).interval),
+        "comparisons": 2,
+        "n": 2,
+    }
     assert again.positions.summary() == job.positions.summary()
 
 
@@ -517,6 +539,17 @@ def test_feedback_of_a_file_is_appended_and_broken_lines_are_reported(
         "2026-11-24T10:00:00+00:00",
     )
     assert second.score == -0.5
+
+
+def test_feedback_about_what_was_removed_is_not_added(url: str, tmp_path: Path) -> None:
+    with open_log(url) as log:
+        log.append(about := trajectory()).result()
+    gc(url, before=START + timedelta(days=1), why="the user asked for it")
+    (tmp_path / "f.jsonl").write_text(json.dumps({"trajectory_id": about.id, "score": 1, "note": "thanks"}))
+
+    done = import_feedback(url, tmp_path / "f.jsonl")
+
+    assert (done.added, [line.line for line in done.broken]) == (0, [1])
 
 
 def test_feedback_needs_a_log_and_a_file_that_are_there(tmp_path: Path) -> None:

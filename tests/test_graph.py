@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import ChatResult
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from replies import IDS, RULES, answer_in, by_role, flags, role_of, verdicts
 
 import cai_graph.run
@@ -582,6 +583,43 @@ async def test_the_apps_own_error_is_raised_as_it_is(error: Exception, policy: s
     assert len(logged(log)) == 1
 
 
+async def test_a_cancellation_that_the_app_raises_itself_stays_one(log: Log) -> None:
+    async def app(_: str) -> str:
+        raise asyncio.CancelledError
+
+    critic = by_role(critique=verdicts())
+
+    with pytest.raises(asyncio.CancelledError):
+        await guard(RunnableLambda(app), critic=critic, reviser=critic, log=log).ainvoke("hello")
+
+    assert [(found.outcome, found.error) for found in logged(log)] == [(Outcome.FAILED, "CancelledError: ")]
+
+
+# --- drafts that were cut off -------------------------------------------------------------------------
+
+
+def says(text: str, *, cut: bool = False) -> ScriptedModel:
+    metadata = {"finish_reason": "length" if cut else "stop"}
+    return ScriptedModel(replies=lambda messages: AIMessage(text, response_metadata=metadata))
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks"])
+@pytest.mark.parametrize("cut", [True, False])
+async def test_whether_a_draft_was_cut_off_says_the_call_that_wrote_it(
+    cut: bool, stream: str, log: Log
+) -> None:
+    answer = says("It is four.", cut=cut) | StrOutputParser()
+    title = RunnableLambda(lambda state: "title it") | says("A title", cut=not cut) | StrOutputParser()
+    app = RunnableParallel(answer=answer) | RunnablePassthrough.assign(title=title)
+    critic = by_role(critique=verdicts())
+
+    for app_ in (app, answer | (lambda text: text.upper())):
+        guarded = guard(app_, critic=critic, reviser=critic, log=log, stream=stream)
+        _ = [chunk async for chunk in guarded.astream("hello")]
+
+    assert [found.draft.truncated for found in logged(log) if found.draft] == [cut, cut]
+
+
 async def test_the_trajectory_says_who_judged_how_and_with_what(log: Log) -> None:
     model = ScriptedModel(replies=["the draft", verdicts()])
     guarded = guard(model, log=log, seed=3)
@@ -722,6 +760,21 @@ async def test_a_request_that_is_cancelled_while_the_log_is_full_is_logged() -> 
     log.end()
     while not log.taken:
         await asyncio.sleep(0.01)
+
+
+async def test_a_request_that_fails_while_the_log_is_full_holds_up_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = Stuck(has_room=False)
+
+    with pytest.raises(ConnectionError):
+        await ask(ScriptedModel(replies=[ERROR]), log=log)
+
+    assert not log.taken
+    log.end()
+    while not log.taken:
+        await asyncio.sleep(0.01)
+    assert "LOST" not in caplog.text
 
 
 @pytest.mark.parametrize("at_once", [True, False])

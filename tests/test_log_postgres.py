@@ -423,7 +423,8 @@ from cai_graph.errors import MissingExtra
 try:
     open_log("postgresql://host/db")
 except MissingExtra as error:
-    assert str(error) == 'a log in PostgreSQL needs psycopg; pip install "cai-graph[postgres]"', error
+    wanted = 'a log in PostgreSQL needs psycopg; pip install -e ".[postgres]" in the folder of cai-graph'
+    assert str(error) == wanted, error
 else:
     raise SystemExit("no error")
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -161,6 +163,111 @@ def test_a_log_that_is_removed_while_open_begins_anew_where_it_stood(log: Log) -
     made = fill(log, 3)
     assert list(log.read()) == made
     assert verify(log.name).ok
+
+
+# --- files that are moved, and copies ----------------------------------------------------------------
+
+
+def left_of(path: Path) -> Path:
+    (left,) = path.parent.glob(f"{path.name}-wal.left-*")
+    return left
+
+
+def test_what_was_committed_before_the_file_was_moved_away_is_kept(
+    log: Log, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = fill(log, 20)
+    path, moved = Path(log.name), tmp_path / "old.db"
+    path.rename(moved)
+    time.sleep(2 * sqlite_store._LOOKED_S)
+    after = fill(log, 3)
+    log.close()
+    left = left_of(path)
+    assert f"It is {left} now" in caplog.text
+    left.rename(f"{moved}-wal")
+    for file, made in ((moved, before), (path, after)):
+        assert verify(file).ok
+        with open_log(file, read_only=True) as one:
+            assert list(one.read()) == made
+
+
+@pytest.mark.parametrize("put", ["nothing", "an empty file"])
+def test_what_a_crashed_process_had_committed_survives_that_its_file_is_moved(
+    tmp_path: Path, put: str
+) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(tmp_path / "live.db") as log:
+        made = fill(log, 20)
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{log.name}{suffix}", f"{path}{suffix}")
+    moved = path.rename(tmp_path / "old.db")
+    if put != "nothing":
+        path.touch()
+        with pytest.raises(LogError, match="the file is empty"):
+            open_log(path, read_only=True)
+    with open_log(path) as log:
+        after = fill(log, 1)
+        assert list(log.read()) == after
+    left_of(path).rename(f"{moved}-wal")
+    with open_log(moved, read_only=True) as log:
+        assert list(log.read()) == made
+
+
+@pytest.mark.parametrize("first", ["a reader", "the writer"])
+def test_a_backup_that_is_put_in_the_place_of_an_open_log_is_whole(
+    log: Log, tmp_path: Path, first: str
+) -> None:
+    backup = tmp_path / "backup.db"
+    with open_log(backup) as other:
+        restored = fill(other, 5)
+    fill(log, 200)
+    backup.replace(log.name)
+    time.sleep(2 * sqlite_store._LOOKED_S)
+    if first == "a reader":
+        assert list(log.read()) == restored
+    after = fill(log, 3)
+    assert list(log.read()) == restored + after
+    assert verify(log.name).ok
+    assert left_of(Path(log.name))
+
+
+def test_a_copy_in_another_journal_mode_is_written_in_wal(log: Log, tmp_path: Path) -> None:
+    made = fill(log, 2)
+    db = apsw.Connection(log.name)
+    db.execute(f"VACUUM INTO '{tmp_path}/copy.db'")
+    db.close()
+    with open_log(tmp_path / "copy.db") as copy:
+        made += fill(copy, 1)
+        store = copy._shared.store
+        assert isinstance(store, sqlite_store.SQLiteStore)
+        assert store.change(lambda db: db.execute("PRAGMA journal_mode").fetchall()) == [("wal",)]
+        assert list(copy.read()) == made
+
+
+def test_a_closed_log_in_a_folder_that_may_only_be_read_is_read() -> None:
+    script = """
+import os, sys
+import cai_graph.log.sqlite, cai_graph.log.writer
+from cai_graph.log import open_log
+from cai_graph.log.upkeep import verify
+folder = sys.argv[1]
+if os.getuid() == 0:
+    os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
+assert not os.access(folder, os.W_OK)
+with open_log(f"{folder}/cai.db", read_only=True) as log:
+    assert len(list(log.read())) == 3
+assert verify(f"{folder}/cai.db").ok
+"""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        with open_log(f"{folder}/cai.db") as log:
+            fill(log, 3)
+        Path(folder, "cai.db").chmod(0o444)
+        Path(folder).chmod(0o555)
+        done = subprocess.run(
+            [sys.executable, "-c", script, folder], check=False, capture_output=True, text=True
+        )
+        Path(folder).chmod(0o755)
+    assert done.returncode == 0, done.stderr
 
 
 # --- migration ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from log_support import contents, feedback, records, trajectory
+from log_support import contents, feedback, fill, records, trajectory
 
 import cai_graph.log as log_module
 import cai_graph.trajectory as trajectory_module
@@ -95,6 +95,24 @@ else:
     assert export(tmp_path / "cai.db", target) == 50
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
     assert os.listdir(target.parent) == ["out.jsonl"]
+
+
+def test_an_export_replaces_neither_the_log_nor_what_is_no_plain_file(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        made = fill(log, 2)
+        (tmp_path / "again.jsonl").symlink_to(path)
+        for target in (path, Path(f"{path}-wal"), tmp_path / "again.jsonl"):
+            with pytest.raises(ConfigError, match="is the log itself"):
+                export(path, target, format="jsonl")
+        assert list(log.read()) == made
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ConfigError, match="is not a plain file"):
+        export(path, tmp_path / "pipe.jsonl")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real.jsonl")
+    assert export(path, tmp_path / "link.jsonl") == 2
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert len((tmp_path / "real.jsonl").read_bytes().splitlines()) == 2
 
 
 def test_a_target_without_a_known_name_or_folder_is_explained(tmp_path: Path) -> None:

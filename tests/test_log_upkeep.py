@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import apsw
 import pytest
 from log_support import START, comparison, contents, everything, execute, feedback, review, trajectory
 
 from cai_graph.errors import CaiError, DataError, LogError
-from cai_graph.log import Import, import_, open_log
+from cai_graph.log import Import, import_, open_log, open_store, sqlite
 from cai_graph.log.store import digest_of
-from cai_graph.log.upkeep import Gap, gc, recover, verify
+from cai_graph.log.upkeep import Gap, _verify, gc, recover, verify
 from cai_graph.trajectory import Record, encode
 
 PAGE = 32768
@@ -50,6 +53,28 @@ def test_a_sound_log_verifies(url: str) -> None:
     found = verify(url)
     assert found.ok, found
     assert found.records == len(made)
+
+
+@pytest.mark.parametrize("before", ["records", "tombstones"])
+def test_what_gc_removes_beside_a_verification_is_neither_damaged_nor_missing(
+    url: str, before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(url, count=1500, size=40)  # more than a page
+    store = open_store(url, read_only=True)
+    page, asked = store.page, 0
+
+    def page_beside_gc(sql: str, bindings: Mapping[str, Any]) -> list[Any]:
+        nonlocal asked
+        asked += f"FROM {before}" in sql
+        if asked == 1:
+            gc(url, before=START + timedelta(minutes=1200), why="age")
+        return page(sql, bindings)
+
+    monkeypatch.setattr(store, "page", page_beside_gc)
+    found = _verify(store)
+    store.close()
+    assert found.ok, found
+    assert verify(url).ok
 
 
 def test_every_flipped_byte_inside_a_record_is_found_and_never_read_as_data(tmp_path: Path) -> None:
@@ -259,6 +284,24 @@ def test_recover_never_writes_over_a_file_nor_reads_an_open_one(tmp_path: Path) 
         recover(tmp_path / "absent.db", tmp_path / "other.db")
 
 
+def test_what_was_appended_again_after_it_was_removed_is_recovered(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    again, gone = trajectory(), trajectory(1)
+    with open_log(path) as log:
+        for record in (again, gone):
+            log.append(record).result()
+    for number in (1, 2):
+        gc(path, before=START + timedelta(days=1), why="age")
+        with open_log(path) as log:
+            log.append(again).result()
+        found = recover(path, tmp_path / f"new{number}.db")
+        assert (found.records, found.gaps) == (1, ())
+        assert contents(tmp_path / f"new{number}.db") == [again]
+        path = tmp_path / f"new{number}.db"
+    with open_log(path) as log, pytest.raises(DataError, match="was removed"):
+        log.get(gone.id)
+
+
 # --- gc -----------------------------------------------------------------------------------------------
 
 
@@ -295,6 +338,41 @@ def test_gc_removes_what_is_old_with_all_that_speaks_of_it(url: str) -> None:
     assert b"private0000" not in raw
     assert b"private0029" in raw
     assert gc(url, **arguments).trajectories == 0  # type: ignore[arg-type]
+
+
+def test_gc_says_whether_what_it_removed_is_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "_ERASE_S", 0.0)
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        for appended in [log.append(trajectory(n, metadata={"text": "private"})) for n in range(30)]:
+            appended.result()
+        reader = apsw.Connection(str(path))
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM records").get == 30
+        done = gc(path, before=START + timedelta(days=1), why="asked for")
+        assert (done.trajectories, done.erased, done.compacted) == (30, False, False)
+        reader.close()
+        done = gc(path, before=START + timedelta(days=1), why="asked for")
+        assert (done.trajectories, done.erased) == (0, True)
+        assert b"private" not in everything(str(path))
+
+
+def test_gc_gives_space_back_only_where_nobody_would_wait_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    made = make(path, count=60)
+    with open_log(path) as log:  # as another process would have it
+        size = path.stat().st_size
+        done = gc(path, before=START + timedelta(minutes=20), why="age")
+        assert (done.trajectories, done.erased, done.compacted) == (20, True, False)
+        assert path.stat().st_size == size
+        log.append(trajectory(99)).result()
+    done = gc(path, before=START + timedelta(minutes=40), why="age")
+    assert (done.trajectories, done.erased, done.compacted) == (20, True, True)
+    assert path.stat().st_size < size
+    assert contents(path)[:-1] == made[40:60]
+    assert verify(path).ok
 
 
 def test_a_reviewed_trajectory_goes_where_that_is_asked_for(url: str) -> None:
@@ -350,9 +428,11 @@ def test_what_is_appended_again_after_it_was_removed_can_be_removed_again(url: s
     assert verify(url).ok
 
 
-def test_gc_of_an_absent_log_makes_none(tmp_path: Path) -> None:
+def test_gc_of_an_absent_log_makes_none(new_log: Callable[[], str], tmp_path: Path) -> None:
+    url = new_log()
+    for dry_run in (True, False):
+        with pytest.raises(LogError, match="there is no log"):
+            gc(url, before=START, why="x", dry_run=dry_run)
     with pytest.raises(LogError, match="there is no log"):
-        gc(tmp_path / "cai.db", before=START, why="x", dry_run=True)
-    with pytest.raises(LogError, match="there is no log"):
-        gc(tmp_path / "cai.db", before=START, why="x")
+        open_log(url, read_only=True)
     assert list(tmp_path.iterdir()) == []

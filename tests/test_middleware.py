@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse, ModelRetryMiddleware
 from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import Runnable
@@ -197,6 +199,65 @@ async def test_no_event_shows_a_draft_and_a_tracer_sees_every_call() -> None:
 
     assert [run.name for run in tracer.runs] == ["LangGraph"]
     assert [CANARY in said for said in calls(tracer.runs[0])] == [False, True, False, False, False]
+
+
+async def test_events_show_what_is_released_as_a_models_answer() -> None:
+    events = [event async for event in guarded().astream_events(ASKED, THREAD, version="v2")]
+    told = [event for event in events if event["event"].startswith("on_chat_model")]
+
+    assert [event["event"].removeprefix("on_chat_model_") for event in told] == ["start", "stream", "end"] * 2
+    assert {event["metadata"]["langgraph_node"] for event in told} == {"model"}
+    assert [call["name"] for call in told[2]["data"]["output"].tool_calls] == ["weather"]
+    assert [event["data"]["chunk"].text for event in told if "chunk" in event["data"]] == ["", RELEASED]
+
+
+def test_a_message_that_was_streamed_comes_once_though_its_model_gave_it_no_id() -> None:
+    class Nameless(AgentMiddleware[Any, Any, Any]):
+        def wrap_model_call(self, request: Any, handler: Any) -> ModelResponse[Any]:
+            return ModelResponse(result=[AIMessage("no model is asked")])
+
+    face = ConstitutionalMiddleware(constitution=RULES, critic=by_role(critique=flags_canary), log=None)
+    agent: Any = create_agent(agents_model(), [], middleware=[face, Nameless()])
+    shown = [message.text for message, _ in agent.stream(ASKED, stream_mode="messages")]
+
+    assert shown == ["no model is asked"]
+
+
+def test_handlers_that_show_tokens_are_told_in_the_callers_thread() -> None:
+    heard: list[tuple[str, threading.Thread]] = []
+
+    class Printing(BaseCallbackHandler):
+        def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+            heard.append((token, threading.current_thread()))
+
+    node: list[threading.Thread] = []
+
+    class Where(AgentMiddleware[Any, Any, Any]):
+        def wrap_model_call(self, request: Any, handler: Any) -> Any:
+            node.append(threading.current_thread())
+            return handler(request)
+
+    guarded(middleware=[Where()]).invoke(ASKED, {**THREAD, "callbacks": [Printing()]})
+
+    assert [each for each in heard if each[0]] == [(RELEASED, node[-1])]
+
+
+async def test_who_reads_tokens_is_told_where_none_come() -> None:
+    heard: list[str] = []
+
+    class Printing(BaseCallbackHandler):
+        def on_llm_new_token(self, token: str, **kwargs: Any) -> None:
+            heard.append(token)
+
+        def on_llm_error(self, error: BaseException, **kwargs: Any) -> None:
+            heard.append(type(error).__name__)
+
+    agent = guarded(settings={"max_rounds": 0, "on_violation": "raise"})
+    with pytest.raises(Violation):
+        await agent.ainvoke(ASKED, {**THREAD, "callbacks": [Printing()]})
+
+    assert heard[-1] == "Violation"
+    assert CANARY not in str(heard)
 
 
 @pytest.mark.filterwarnings("ignore:The v3 streaming protocol")
@@ -530,4 +591,7 @@ def test_importing_the_package_loads_no_langchain_and_the_middleware_says_what_i
     )
 
     assert done.stderr == ""
-    assert done.stdout == 'ConstitutionalMiddleware needs langchain; pip install "cai-graph[agents]"\n'
+    assert (
+        done.stdout
+        == 'ConstitutionalMiddleware needs langchain; pip install -e ".[agents]" in the folder of cai-graph\n'
+    )

@@ -12,7 +12,7 @@ import pytest
 from processes import WAYS, Way, launch
 from tiny import rows, tiny_model, write_rows
 
-from cai_graph.errors import CaiError, ConfigError, DataError
+from cai_graph.errors import CaiError, ConfigError, DataError, ModelError
 from trainers.checkpoint import Checkpoint
 from trainers.config import read
 from trainers.online import Config, train
@@ -146,6 +146,39 @@ def test_a_run_on_a_flawed_reward_is_stopped_and_returns_its_best_weights(
     assert made.manifest.metrics["watch/best_step"] == said["best_step"]
 
 
+def test_a_stop_that_came_late_and_could_not_be_written_is_the_same_stop(
+    talker: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the judge is out at the observation that stops the run, then its weights cannot be written."""
+    monkeypatch.setattr("trainers.rewards.time.sleep", lambda seconds: None)
+    OUT_AT.clear()
+    watch = {**WATCH, "judge": "test_online:failing", "every": 1, "patience": 1}
+    changes = {"reward": "test_online:flawed", "watch": watch, "learning_rate": 1e-2, "max_steps": 8}
+    whole = train(config(talker, prompts, tmp_path / "a" / "out", **changes))
+    assert whole.manifest is not None
+    said = whole.manifest.data["watch"]
+    assert said["weights_of_step"] == said["best_step"] < said["stopped_at"] < 8
+
+    told = config(talker, prompts, tmp_path / "out", **changes)
+    CALLS.clear()
+    OUT_AT[:] = [said["stopped_at"] + 1]
+    with pytest.raises(RewardError, match=f"paused after update {said['stopped_at']}"):
+        train(told)
+    OUT_AT.clear()
+    stands = tmp_path / "out.partial" / "whole"
+    stands.touch()
+    with pytest.raises(ModelError, match="out: cannot be written"):
+        train(told)
+    stands.unlink()
+    CALLS.clear()
+    made = train(told)
+
+    assert not CALLS
+    assert made.manifest is not None
+    assert made.manifest.data["watch"] == said
+    assert made.digest == whole.digest
+
+
 def scored(folder: Path) -> float:
     from trainers.policy import load_policy, sample
 
@@ -266,7 +299,7 @@ def test_answers_that_do_not_divide_an_update_are_refused_before_anything_is_loa
     with pytest.raises(
         ConfigError, match=r"an update has 16 answers .* no multiple of answers 5; .* do: 2, 4, 8, 16"
     ):
-        config(tmp_path / "no", tmp_path / "no", tmp_path / "out", answers=5)
+        train(config(tmp_path / "no", tmp_path / "no", tmp_path / "out", answers=5))
 
 
 @pytest.mark.parametrize(
@@ -290,6 +323,34 @@ def test_a_config_that_cannot_work_says_why(
     with pytest.raises(CaiError, match=said):
         train(config(talker, prompts, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "more", [{"tools": [{"type": "function"}]}, {"chat_template_kwargs": {"enable_thinking": False}}]
+)
+def test_prompts_that_come_with_what_the_policy_would_not_be_told_are_refused(
+    talker: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    (tmp_path / "data").mkdir()
+    found: list[dict[str, Any]] = [{**row, "tools": []} for row in rows("prompts", 20)]
+    write_rows(tmp_path / "data" / "train.jsonl", [*found[:18], {**found[18], **more}, found[19]])
+    (name,) = more
+    with pytest.raises(DataError, match=f"1 have {name!r}, without which .*: row 19; or allow: drop-unfit"):
+        train(config(talker, tmp_path / "data", tmp_path / "out"))
+
+
+def test_as_many_prompts_as_an_update_asks_suffice_and_fewer_are_refused(
+    talker: Path, tmp_path: Path
+) -> None:
+    """64 answers of an update are 4 each to 16 prompts, however many passes draw them."""
+    data = write_rows(tmp_path / "rows.jsonl", rows("prompts", 15))
+    shapes = [{"batch_size": 64}, {"batch_size": 16, "accumulate": 4}]
+    for number, shape in enumerate(shapes):
+        told = config(talker, data, tmp_path / str(number) / "out", max_steps=1, **shape)
+        with pytest.raises(ConfigError, match=r"15 rows are fewer than the 16 of one update .* / answers 4"):
+            train(told)
+    write_rows(data, rows("prompts", 16))
+    assert train(told).path.exists()
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused(

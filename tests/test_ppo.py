@@ -25,8 +25,9 @@ from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import config as configs
 from trainers import ppo
 from trainers.checkpoint import Checkpoint
-from trainers.policy import Messages
+from trainers.policy import Messages, load_reward, score
 from trainers.ppo.loop import Run
+from trainers.ppo.models import Batch, load
 from trainers.rewards import RewardError
 from trainers.stages import Lora
 from trainers.stages.partial import held
@@ -232,6 +233,23 @@ def test_values_may_come_from_a_model_of_their_own(config: ppo.Config, tmp_path:
     assert len({value for answer in answers for value in answer.values}) > 10
     assert figures["value_loss"] > 0
     assert "value_head" not in dict(run.actor.named_children())
+
+
+def test_a_value_model_says_what_the_reward_model_would(config: ppo.Config, tmp_path: Path) -> None:
+    """Of a text that ends where the next token is drawn; the shift of its training is taken off both."""
+    folder = reward_model(tmp_path / "rm")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "reward_shift": 3.0}))
+    config = but(config, value_model=str(folder), reward=str(folder))
+    policy, actor, _ = load(config, torch.device("cpu"))
+    text = [turn("user", "why?"), turn("assistant", "yes")]
+    ids = policy.tokenizer.apply_chat_template(text, tokenize=True, return_dict=False)
+    read = torch.tensor([[*ids, policy.pad]])
+    with torch.no_grad():
+        values = actor(Batch(read, torch.ones_like(read), torch.ones(1, 1)), 1.0).values
+
+    expected = score(load_reward(folder, device="cpu"), [text[:1]], ["yes"], batch_size=1)
+    assert values.tolist() == [pytest.approx(expected, abs=1e-5)]
 
 
 # --- a run that does not go through -------------------------------------------------------------------
@@ -454,6 +472,42 @@ def ranked(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
     return [score + 0.001 * (number % 3) for number in range(len(answers))]
 
 
+@pytest.mark.parametrize("updates", [3, 6])
+def test_what_the_watch_could_not_observe_or_do_is_done_when_the_run_goes_on(
+    watched: ppo.Config, monkeypatch: pytest.MonkeyPatch, updates: int
+) -> None:
+    """The judge is out after update 3, which is the last one or not; then the disk is full at the end."""
+    monkeypatch.setattr("trainers.rewards.time.sleep", lambda seconds: None)
+    assert watched.watch is not None
+    watch = dataclasses.replace(watched.watch, judge="test_ppo:ranked", patience=1)
+    config = but(watched, watch=watch, max_steps=updates, save_steps=99)
+    SAID[:] = [0.0, 1.0, 2.0, -5.0]
+    straight = ppo.train(config)
+    assert straight.manifest is not None
+    assert straight.manifest.seconds > 0
+    assert straight.manifest.metrics["kl"] == log(straight)[2]["kl"]
+
+    other = but(config, output=config.output.with_name("other"))
+    SAID[:] = [0.0, 1.0, 2.0]
+    with pytest.raises(RewardError, match=f"Paused after update 3 of {updates}"):
+        ppo.train(other)
+    SAID[:] = [-5.0]
+    with monkeypatch.context() as full:
+        full.setattr("trainers.ppo.loop.checkpoint.save", no_space)
+        with pytest.raises(ModelError, match="No space left"):
+            ppo.train(other)
+    made = ppo.train(other)
+
+    assert made.manifest is not None
+    assert made.manifest.data["watch"]["weights_of_step"] == 2
+    assert made.manifest.data["watch"] == straight.manifest.data["watch"]
+    assert differ(straight, made) == 0
+
+
+def no_space(*args: Any, **kwargs: Any) -> None:
+    raise ModelError("No space left on device")
+
+
 def test_the_best_weights_are_those_of_the_run_that_went_on(watched: ppo.Config) -> None:
     """Killed after update 3, its best, it goes on from update 2, and its update 3 is another one."""
     assert watched.watch is not None
@@ -519,7 +573,9 @@ def test_a_checkpoint_names_the_models_that_it_learned_from(config: ppo.Config, 
     [
         ({"max_answer": 80}, "leaves no room for a prompt"),
         ({"rollout_size": 12}, "no multiple of batch_size x accumulate"),
+        ({"seed": 3_000_000_000}, "seed is a number from 0 to 2,147,483,647"),
         ({"kl_target": 0.0}, "kl_target is a number of nats above 0"),
+        ({"kl_target": 6.0, "kl_horizon": 8.0}, r"kl_horizon \(8\) is below rollout_size \(16\)"),
         ({"lam": 1.5}, "lam is a share from 0 to 1"),
         ({"lora": Lora(dropout=0.1)}, "lora.dropout is 0.1; PPO trains the policy as it draws"),
         ({"temperature": 0.0}, "temperature is a number above 0"),
@@ -553,6 +609,11 @@ def test_what_a_user_says_is_a_prompt_and_a_control_token_in_it_is_refused(
     with pytest.raises(DataError, match=r"1 have a control token of the model in a text .*: row 2"):
         Run(config)
     assert Run(but(config, allow=("drop-unfit",))).prompts.train == [[turn("user", "why?")]]
+
+
+def test_an_adapter_to_a_layer_that_there_is_not_is_refused(config: ppo.Config) -> None:
+    with pytest.raises(ConfigError, match="no linear layer 'q_porj'; did you mean 'q_proj'"):
+        Run(but(config, lora=Lora(rank=2, targets=("q_porj", "v_proj"))))
 
 
 def test_a_value_model_with_another_vocabulary_is_refused(config: ppo.Config, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from langchain_anthropic import ChatAnthropic
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
 from langchain_openai import ChatOpenAI
-from replies import IDS, RULES, verdicts
+from replies import IDS, RULES, by_role, verdicts
 from wire import Reply, Script, Server, role, serving, under
 
 from cai_graph import constitutional, open_log
@@ -480,6 +481,24 @@ def test_the_command_line_says_who_failed_and_what_to_do(tmp_path: Path) -> None
     with serving(lambda body: "the draft") as drafts, serving(lambda body: Reply("no", status=401)) as critic:
         ended = cai(tmp_path, "ask", "hi", "--model", drafts.spec, "--critic", critic.spec, status=1)
 
-    assert f"the critique by {critic.spec} failed: the provider refused the API key; check" in ended.stderr
+    assert f"the critique by {critic.spec} failed: the server wants an API key; set" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+_REFUSAL = {"type": "refusal", "refusal": "I cannot.", "id": "msg_1"}
+
+
+@pytest.mark.parametrize("part", [_REFUSAL, {"type": "non_standard", "value": _REFUSAL}], ids=["v0", "v1"])
+async def test_a_refusal_among_the_parts_is_the_answer_that_is_judged(part: Any, tmp_path: Path) -> None:
+    """As OpenAI's Responses API has it, and as LangChain's content of version 1 wraps that."""
+    model = by_role(draft=AIMessage([part]), critique=verdicts())
+    with open_log(tmp_path / "log.db") as log:
+        answer = await constitutional(model, constitution=RULES, log=log).ainvoke("hello")
+        (record,) = log.read(kind="trajectory")
+
+    assert isinstance(record, Trajectory)
+    assert record.draft is not None
+    assert text_of(record.draft.answer) == "I cannot."
+    assert "I cannot." in str(model.calls[1])
+    assert answer.content == [part]

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain_core.runnables import RunnableLambda
 from test_cli import cai
 from test_judge import letter
 from wire import Reply, serving, under
 
-from cai_graph import local
+from cai_graph import constitutional, local, models, open_log
 from cai_graph.constitution import load
 from cai_graph.local.gguf import first_blocks
+from cai_graph.trajectory import Label
 from trainers.checkpoint import Checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +87,18 @@ def test_the_five_commands_lead_from_a_log_to_a_model_that_answers(
     assert "runs/log/report.html" in said["distill examples/distill-log.yaml"].stdout
     assert "I would rather not" not in said["ask How do I boil an egg?"].stdout  # the server's own words
     assert local.weights(str(made.path)) == made.path / "model.gguf"
+    assert critic_of_an_app(f"local:{made.path}", tmp_path) == "local:log"
+
+
+def critic_of_an_app(spec: str, folder: Path) -> str:
+    """Wrap an app with a critic, which in eight tokens can say no verdict; return who judged its answer."""
+    critic = models.load(spec, max_tokens=8)
+    app = RunnableLambda(lambda question: f"You asked: {question}")
+    url = f"sqlite:///{folder}/judged.db"
+    guarded = constitutional(app, critic=critic, reviser=critic, log=url, on_unreadable="open")
+    assert guarded.invoke("What is a tree?") == "You asked: What is a tree?"
+    with open_log(url, read_only=True) as log:
+        (trajectory,) = log.read(kind="trajectory")
+    critique = trajectory.rounds[0].critique
+    assert {verdict.label for verdict in critique.verdicts} == {Label.UNREADABLE}
+    return str(critique.critic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -53,6 +54,45 @@ def test_swapping_chosen_and_rejected_changes_no_figure() -> None:
     other = measured([swapped[number] for number in decided])[ALL]
 
     assert one == pytest.approx(other)
+
+
+def test_equal_confidences_stand_in_one_bin_whatever_came_true() -> None:
+    pairs = [Pair(LOGIT_08, 1.0, "a")] * 80 + [Pair(LOGIT_08, 0.0, "a")] * 20
+
+    assert bins(pairs) == [(100, pytest.approx(0.8), pytest.approx(0.8))]
+    assert measured(pairs)[ALL].ece == pytest.approx(0.0)
+
+
+def test_a_calibration_error_stands_beside_that_of_a_calibrated_model() -> None:
+    """Twenty runs of a model that is right as often as it says; of one that is not, the error stands out."""
+    inside = 0
+    for seed in range(20):
+        chance = random.Random(seed)
+        margins = [abs(chance.gauss(0, 0.85)) for _ in range(200)]
+        pairs = [Pair(m if chance.random() < 1 / (1 + math.exp(-m)) else -m, 1.0, "a") for m in margins]
+        found = measured(pairs)[ALL]
+        inside += found.ece_calibrated_low <= found.ece <= found.ece_calibrated_high
+    boastful = measured([Pair(pair.margin * 5, 1.0, "a") for pair in pairs])[ALL]
+
+    assert inside >= 17
+    assert found.ece_calibrated_high > 0.05  # that much is noise
+    assert boastful.ece > boastful.ece_calibrated_high
+
+
+def test_a_label_without_a_side_is_neither_right_nor_wrong() -> None:
+    pairs = [Pair(1.0, 0.5, "a"), Pair(-1.0, 0.5, "a"), Pair(1.0, 0.9, "a")]
+
+    assert measured(pairs)[ALL].accuracy == 1
+    undecided = measured(pairs[:2])[ALL]
+    assert math.isnan(undecided.accuracy)
+    assert (undecided.accuracy_low, undecided.accuracy_high) == (0, 1)
+
+
+def test_a_margin_of_nothing_is_half_right_whichever_side_is_called_chosen() -> None:
+    one, other = ([Pair(0.0, label, "a")] * 10 for label in (1.0, 0.0))
+
+    assert measured(one)[ALL] == measured(other)[ALL]
+    assert measured(one)[ALL].ece == 0
 
 
 def test_equal_rewards_are_a_miss() -> None:

@@ -27,6 +27,7 @@ from cai_graph.trajectory import (
     Label,
     Message,
     Outcome,
+    Revision,
     Round,
     Trajectory,
     Verdict,
@@ -169,6 +170,31 @@ async def test_thresholds_of_the_same_constitution_hold_for_the_log_too(log: Log
     job, (judged,) = await replay(log, who, tmp_path, rules=rules)
     assert (judged.before, judged.after) == ("complies", "complies")
     assert job.report.newly == 0
+
+
+async def test_thresholds_that_are_not_at_hand_clear_nothing_that_passed_by_them(
+    log: Log, tmp_path: Path
+) -> None:
+    rules = Constitution(name="mild", principles=(principle("no-harm", "harmless", min_severity=4),))
+    slight = critique("no-harm", ids=("no-harm",))
+    revision = Revision(answer=said("mended"), critique=slight, accepted=True)
+    grave = critique("no-harm", ids=("no-harm",), severity=5)
+    fill(
+        log,
+        kept("fine", rounds=(Round(critique=slight),)),
+        kept("noted", rounds=(Round(critique=slight),), mode="sampled"),
+        trajectory(
+            draft=Draft(answer=said("bad")),
+            rounds=(Round(critique=grave, revisions=(revision,)),),
+            released=said("mended"),
+        ),
+    )
+    who = ModelCritic(by_role(critique=verdicts("no-harm", ids=("no-harm",), severity=3)))
+    job, results = await replay(log, who, tmp_path, rules=rules)
+
+    before = {str(judged.answer.exchange.answer.content): judged.before for judged in results}
+    assert before == {"fine": "complies", "noted": "violates", "bad": "violates", "mended": "complies"}
+    assert job.report.cleared == 2
 
 
 async def test_an_interrupted_replay_goes_on_and_a_line_that_was_cut_off_is_judged_again(

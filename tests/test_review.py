@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -417,6 +418,52 @@ async def test_of_two_requests_that_come_to_wait_at_once_none_is_lost(log: Log, 
     assert {t.outcome for t in trajectories} == {Outcome.FAILED, Outcome.EXHAUSTED}
     assert sorted(t.prompt for t in trajectories) == ["left", "right"]
     assert waits.question["request"] in ("left", "right")
+
+
+@pytest.mark.parametrize("second", ["approve", "reject"])
+async def test_of_two_decisions_at_once_one_leaves_and_the_log_has_that_one(
+    second: str, log: Log, saver: InMemorySaver, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = guard(model(), saver, log)
+    with pytest.raises(AwaitsReview):
+        await app.ainvoke("hello", THREAD)
+
+    ends = await asyncio.gather(
+        *(app.ainvoke(decide(said), THREAD) for said in ("approve", second)), return_exceptions=True
+    )
+
+    (answer,) = [end for end in ends if not isinstance(end, BaseException)]
+    (refused,) = [end for end in ends if isinstance(end, RunError)]
+    ((trajectory,), (review,)) = records(log)
+    assert "another call has decided what leaves in thread '1'" in str(refused)
+    assert refused.trajectory_id == trajectory.id
+    assert (answer.content, review.decision) == ("hardly better", "approve")
+    assert trajectory.released is not None
+    assert trajectory.released.content == answer.content
+    assert "LOST" not in caplog.text
+
+
+@pytest.mark.parametrize("second", ["approve", "reject"])
+def test_of_decisions_in_two_processes_the_first_in_the_log_leaves(
+    second: str, log: Log, saver: InMemorySaver, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = guard(model(), saver, log)
+    with pytest.raises(AwaitsReview):
+        app.invoke("hello", THREAD)
+    other = InMemorySaver()  # what another process has read before this one has decided
+    for mine, theirs in ((saver.storage, other.storage), (saver.writes, other.writes)):
+        theirs.update(copy.deepcopy(dict(mine)))
+    other.blobs.update(saver.blobs)
+
+    app.invoke(decide("approve", reviewer="ada"), THREAD)
+    with pytest.raises(RunError, match="another call has decided"):
+        guard(model(), other, log).invoke(decide(second, reviewer="bob"), THREAD)
+
+    ((trajectory,), (review,)) = records(log)
+    assert (review.reviewer, trajectory.outcome) == ("ada", Outcome.EXHAUSTED)
+    assert "LOST" not in caplog.text
+    with pytest.raises(RunError, match="nothing waits"):
+        guard(model(), other, log).invoke(decide("approve"), THREAD)
 
 
 def test_what_lies_in_a_checkpointer_is_found_by_the_callers_thread(saver: InMemorySaver) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,37 @@ def test_the_mean_reward_of_the_reference_set_is_0_wherever_the_checkpoint_is_lo
     assert abs(made.manifest.metrics["reward_shift"]) > 1e-3 if made.manifest else False
     both = rewards_of(made, found[8:], "chosen") + rewards_of(made, found[8:], "rejected")
     assert sum(both) / 16 == pytest.approx(0, abs=1e-5)
+
+
+def test_all_held_out_answers_make_the_reference_set(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward, "REFERENCE", 2)
+    other = [{**row, "chosen": [turn("assistant", "z" * n)]} for n, row in enumerate(polite(8), 2)]
+    data = dataset(tmp_path / "data", polite(8), [*polite(4), *other])
+
+    made = train(Config(model=model, data=data, output=tmp_path / "out", learning_rate=1e-2, max_steps=8))
+
+    held_out = [json.loads(line) for line in (made.path / "heldout.jsonl").read_text().splitlines()]
+    assert sum(one["chosen"] + one["rejected"] for one in held_out) == pytest.approx(0, abs=1e-4)
+
+
+def test_dropout_of_adapters_has_an_effect(model: str, tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data", polite(8))
+    digests = [
+        train(
+            Config(
+                model=model,
+                data=data,
+                output=tmp_path / str(dropout),
+                learning_rate=1e-2,
+                max_steps=2,
+                lora=Lora(rank=2, dropout=dropout),
+            )
+        ).digest
+        for dropout in (0.0, 0.5)
+    ]
+    assert digests[0] != digests[1]
 
 
 def test_the_pull_of_rewards_to_0_makes_them_small(model: str, tmp_path: Path) -> None:
@@ -333,6 +366,18 @@ def test_an_interrupted_ensemble_keeps_the_members_that_it_has(
 ) -> None:
     data = dataset(tmp_path / "data", polite(8))
     config = Config(model=model, data=data, output=tmp_path / "out", max_steps=1, members=2)
+    interrupted(config, monkeypatch)
+    kept = Checkpoint.open(tmp_path / "out.members" / "0").digest
+    with pytest.raises(ConfigError, match=r"members/0: is a member of .*: learning_rate was .* and is 0.1"):
+        train(dataclasses.replace(config, learning_rate=0.1))
+    made = train(dataclasses.replace(config, log_steps=1))
+
+    assert Checkpoint.open(members(made.path)[0]).digest == kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+
+def interrupted(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the first member alone."""
     one = reward._one
 
     def only_the_first(config: Config, head_seed: int) -> Checkpoint:
@@ -344,11 +389,20 @@ def test_an_interrupted_ensemble_keeps_the_members_that_it_has(
         patched.setattr(reward, "_one", only_the_first)
         with pytest.raises(KeyboardInterrupt):
             train(config)
-    kept = Checkpoint.open(tmp_path / "out.members" / "0").digest
-    made = train(config)
 
-    assert Checkpoint.open(members(made.path)[0]).digest == kept
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+def test_members_of_another_model_are_not_averaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model(tmp_path / "base")
+    data = dataset(tmp_path / "data", polite(8))
+    config = Config(model=str(base), data=data, output=tmp_path / "out", max_steps=1, members=2)
+    interrupted(config, monkeypatch)
+    shutil.rmtree(base)
+    tiny_model(base, seed=7)
+
+    with pytest.raises(
+        ConfigError, match="is a member of a run that was begun otherwise: the models changed"
+    ):
+        train(config)
 
 
 # --- configs ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from trainers.rewards import (
     ModelReward,
     RewardError,
     parse,
+    sources,
 )
 
 ANSWERS = ["yes", "no", "perhaps", "certainly not", "mu"]
@@ -172,6 +174,43 @@ def test_one_unreadable_answer_of_many_scores_as_the_mean_and_is_counted() -> No
         reward(PROMPTS, ANSWERS)  # of a few, one may be
         with pytest.raises(RewardError, match="gave None for answer 3 of 5"):
             reward(PROMPTS, [*ANSWERS[:3], "mu", "mu"])
+
+
+def local_critic(rules: str) -> dict[str, str]:
+    return {"critic": "local", "constitution": rules}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "one_source"),
+    [
+        (local_critic("harmlessness"), local_critic("human-rights"), True),  # the same head reads both
+        (local_critic("harmlessness"), local_critic("balanced"), True),
+        (local_critic("harmlessness"), local_critic("helpful.yaml"), False),  # another head
+        ("critic:trained:mine", {"critic": "trained:mine", "constitution": "human-rights"}, True),
+        ("critic:local", "judge:local", False),  # heads, and the words of the same model
+        ("judge:local", {"judge": "local", "constitution": "human-rights"}, False),
+        (["test_rewards:length", "critic:local"], "critic:local", True),
+    ],
+)
+def test_what_gives_the_numbers_is_known(
+    one: Any, other: Any, one_source: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    of_help = [{"id": "help", "aim": "helpful", "critique_request": "?", "revision_request": "!"}]
+    Path("helpful.yaml").write_text(json.dumps({"name": "helpful", "principles": of_help}))
+    head = {"threshold": 0.5, "scale": 1.0, "shift": 0.0, "text": "?"}
+    card = {"format": 1, "kind": "classifier", "model": {"max_tokens": 64}}
+    Path("mine").mkdir()
+    Path("mine/card.json").write_text(json.dumps({**card, "heads": {"harmless": head, "helpful": head}}))
+
+    assert bool(sources(parse(one)) & sources(parse(other))) == one_source
+
+
+def test_a_module_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "no_reward.py").write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match=r"'no_reward:mine': cannot be imported: ZeroDivisionError"):
+        parse("no_reward:mine")
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_the_command_reads_yaml_and_settings_and_trains(tiny: Path, tmp_path: Pa
     words = ["train", "sft", "--config", str(tmp_path / "x.yaml")]
     done = cai(tmp_path, *words, *(word for one in settings for word in ("--set", one)))
     assert f"the checkpoint is in {out}" in done.stderr
+    assert done.stdout == f"{out}\n"
     wrong = cai(tmp_path, *words, "--set", "lr=1e-5", status=1)
     assert "--set: unknown key 'lr'; did you mean 'learning_rate'?" in wrong.stderr
     manifest = Checkpoint.open(out).manifest

@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import (
+    BaseCallbackHandler,
+    UsageMetadataCallbackHandler,
+    get_usage_metadata_callback,
+)
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import Runnable, RunnableLambda
@@ -176,12 +180,35 @@ def _plain(chunks: list[Any]) -> list[Any]:
 
 def test_langchains_own_entry_to_a_model_passes_too(log: Log) -> None:
     usage = {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
-    guarded = behind(drafting(usage_metadata=usage), log)
-    result = guarded.generate([[HumanMessage("hello")]])
+    guarded = behind(drafting(usage_metadata=usage, response_metadata={"model_name": "m"}), log)
+    counter = UsageMetadataCallbackHandler()
+    with get_usage_metadata_callback() as ambient:
+        result = guarded.generate([[HumanMessage("hello")]], callbacks=[counter])
 
-    assert result.generations[0][0].message.usage_metadata == usage
+    message = result.generations[0][0].message
+    assert (message.usage_metadata, "cai" in message.response_metadata) == (usage, False)
+    assert counter.usage_metadata["m"] == ambient.usage_metadata["m"] == usage
     guarded.shadow.close()
     assert [t.outcome for t in records(log)] == [Outcome.REVISED]
+
+
+def test_json_that_a_call_asks_for_is_revised_as_json(log: Log) -> None:
+    revisions = iter(["I would not say so.", '{"city": "Oslo"}'])
+    guarded = constitutional(
+        ScriptedModel(replies=['{"city": "the draft"}']),
+        constitution=RULES,
+        critic=by_role(critique=flags("no-harm", answers=['{"city": "the draft"}'])),
+        reviser=by_role(critique="", revise=lambda _: next(revisions)),
+        log=log,
+        mode="shadow",
+    )
+    guarded.invoke("hello", response_format={"type": "json_object"})
+    assert guarded.shadow is not None
+    guarded.shadow.close()
+
+    (record,) = records(log)
+    assert record.outcome is Outcome.REVISED
+    assert text_of(record.rounds[-1].revisions[0].answer) == '{"city": "Oslo"}'
 
 
 async def test_events_of_a_stream_are_those_of_the_bare_model(log: Log) -> None:
@@ -358,6 +385,18 @@ def test_the_outcome_is_what_the_policies_would_have_done(policy: Any, log: Log)
     assert (found.outcome, found.released_from) == (would[policy], "draft")
 
 
+def test_an_invoke_of_another_stream_mode_is_judged_as_what_the_graph_came_to(log: Log) -> None:
+    guarded = behind(remembering(), log)
+    thread: Any = {"configurable": {"thread_id": "1"}}
+
+    chunks = guarded.invoke({"messages": [("user", "hello")]}, thread, stream_mode="updates")
+    guarded.shadow.close()
+
+    assert isinstance(chunks, list)
+    (found,) = records(log)
+    assert (found.outcome, found.error) == (Outcome.KEPT, None)
+
+
 def test_an_input_without_a_request_passes_and_is_logged_as_such(log: Log) -> None:
     guarded = behind(RunnableLambda(lambda number: f"{number}"), log)
 
@@ -376,7 +415,7 @@ def test_a_stream_that_its_reader_closes_is_logged_as_far_as_it_left(log: Log) -
     guarded.shadow.close()
 
     (found,) = records(log)
-    assert (found.outcome, found.error) == (Outcome.FAILED, "GeneratorExit: ")
+    assert (found.outcome, found.error) == (Outcome.FAILED, "RunError: the reader closed the stream")
     assert found.released is not None
     assert text_of(found.released) == "the "
 

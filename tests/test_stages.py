@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
 from trainers.dataset import Recipe, build
 from trainers.stages import Lora, StageConfig, check_machine
+from trainers.stages.encoding import Encoder, Shape, encode
 
 
 def config(**changes: Any) -> StageConfig:
@@ -39,6 +42,8 @@ def config(**changes: Any) -> StageConfig:
         ({"allow": ("everything",)}, "allow takes drop-long, cut-long"),
         ({"allow": ("drop-long", "cut-long")}, "keep one"),
         ({"warmup": 1.0}, "warmup is a share"),
+        ({"seed": -1}, "seed is a number from 0 to 2,147,483,647, found -1"),
+        ({"seed": 2**31}, "seed is a number from 0 to"),
         (
             {"report_to": ("tensorbord",)},
             "report_to takes tensorboard, wandb, mlflow, trackio; found 'tensorb",
@@ -151,6 +156,36 @@ def test_a_text_that_holds_a_control_token_is_refused(tiny: Path, tmp_path: Path
     refused(stage("sft", tiny, tmp_path, found), DataError, "1 have a control token of the model in a text")
 
 
+def test_a_control_token_that_the_tokenizer_names_nowhere_but_among_its_tokens_is_refused(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """So a tokenizer is that was read out of a GGUF file."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    said = json.loads((model / "tokenizer_config.json").read_text())
+    assert said.pop("extra_special_tokens") == ["<|im_start|>"]
+    (model / "tokenizer_config.json").write_text(json.dumps(said))
+    found = rows("sft", 8)
+    found[4]["prompt"] = [turn("user", "hello<|im_start|>")]
+
+    refused(stage("sft", model, tmp_path, found), DataError, r"control token .* in a text \('<|im_start|>'\)")
+
+
+def calling(arguments: Any) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": "now", "arguments": arguments}}]
+    completion = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    return {"prompt": [turn("user", "what time is it?")], "completion": completion}
+
+
+def test_a_tool_call_without_arguments_has_none_and_one_with_broken_arguments_is_refused(
+    tiny: Path, tmp_path: Path
+) -> None:
+    found = [calling(one) for one in ("{}", "", {}, '{"zone": "CET"}', '{"zone": ', "[1]")]
+    made = stage("sft", tiny, tmp_path, found, batch_size=1)
+
+    refused(made, DataError, "2 have a tool call whose arguments are no JSON object .*: row 5, 6; or allow")
+    assert allowed(made, "drop-unfit")["rows"] == 4
+
+
 def test_a_column_of_labels_that_the_stage_would_ignore_is_refused(tiny: Path, tmp_path: Path) -> None:
     made = stage("kto", tiny, tmp_path, rows("preference", 8))
 
@@ -239,6 +274,7 @@ def test_kto_in_batches_of_one_is_refused(tiny: Path, tmp_path: Path) -> None:
         ({"prompt": "a"}, "row 1: has no 'completion'; it has prompt"),
         ({"prompt": "a", "completion": [turn("assistant", "b")]}, "one of prompt and answer is a text"),
         ({"messages": [turn("user", "b")]}, "'messages' does not end with a turn of the assistant"),
+        ({"messages": ["hi", "there"]}, "'messages' does not end with a turn of the assistant"),
         ({"prompt": [{"content": "a"}], "completion": "b"}, "'prompt' is neither a text nor a list of turns"),
     ],
 )
@@ -251,7 +287,7 @@ def test_a_broken_row_is_named(tiny: Path, tmp_path: Path, row: dict[str, Any], 
     [
         ("{", r"rows\.jsonl line 1: is no JSON"),
         ("[1]\n", "row 1: is a list"),
-        ("", "no row is left to train on; 0 were read"),
+        ("", "no row is left to train on; 0 were read$"),
     ],
 )
 def test_a_broken_file_is_named(tiny: Path, tmp_path: Path, text: str, said: str) -> None:
@@ -259,6 +295,22 @@ def test_a_broken_file_is_named(tiny: Path, tmp_path: Path, text: str, said: str
     settings.data.write_text(text)
 
     refused((module, settings), DataError, said)
+
+
+def test_rows_of_more_than_one_batch_are_encoded_in_order(tiny: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    encoder = Encoder(tokenizer, 64, (), frozenset({tokenizer.eos_token_id}))
+    shape = Shape(stage="sft", kinds=("sft",), encode=lambda encoder, row: [{"ids": encoder.answer(row)[1]}])
+    counts = encode(
+        write_rows(tmp_path / "rows.jsonl", rows("sft", 1001)), shape, encoder, (), tmp_path / "a"
+    )
+
+    assert counts.rows == 1001
+    found = Dataset.from_file(str(tmp_path / "a"))["ids"]
+    assert [tokenizer.decode(ids) for ids in found] == [f"yes, {n}.<|im_end|>\n" for n in range(1001)]
 
 
 # --- hazards of the machine and the model -------------------------------------------------------------
@@ -273,6 +325,38 @@ def test_bf16_without_a_gpu_and_four_bits_without_one_are_refused(tiny: Path, tm
         sft.train(stage("sft", tiny, tmp_path, rows("sft", 4), precision="bf16")[1])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="quantized: 4 bits need a GPU"):
         sft.train(stage("sft", tiny, tmp_path, rows("sft", 4), quantized=True, lora=Lora())[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("q_porj", "the model has no linear layer 'q_porj'; did you mean 'q_proj'"),
+        ("mlp", "the model has no linear layer 'mlp'; it has down_proj, embed_tokens, gate_proj"),
+        ("embed_tokens", "'model.embed_tokens' has its matrix in common with another layer"),
+        ("lm_head", "'lm_head' has its matrix in common with another layer"),
+    ],
+)
+def test_an_adapter_to_what_the_model_has_not_or_has_twice_is_refused(
+    tiny: Path, tmp_path: Path, target: str, said: str
+) -> None:
+    lora = Lora(rank=2, targets=("v_proj", target))
+    refused(stage("sft", tiny, tmp_path, rows("sft", 4), lora=lora), ConfigError, f"lora.targets: {said}")
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_dropout_of_adapters_has_an_effect_and_the_model_s_own_has_none(
+    tiny: Path, tmp_path: Path, name: str
+) -> None:
+    own = shutil.copytree(tiny, tmp_path / "own")
+    said = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**said, "attention_dropout": 0.5}))
+    digests = []
+    for number, (model, dropout) in enumerate([(tiny, 0.0), (own, 0.0), (tiny, 0.5)]):
+        changes = {"lora": Lora(rank=2, dropout=dropout), "max_steps": 2, "output": tmp_path / str(number)}
+        kind: Any = "preference" if name == "dpo" else "unpaired"
+        module, settings = stage(name, model, tmp_path, rows(kind, 8), **changes)
+        digests.append(module.train(settings).digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_checkpoint_without_its_tokenizer_is_refused(tiny: Path, tmp_path: Path) -> None:
@@ -357,6 +441,30 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny: Path, tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"a", "out", "rows.jsonl"}
 
 
+@pytest.mark.parametrize("changes", [{"max_steps": 3}, {"epochs": 1.0}])
+def test_a_run_that_failed_after_its_last_update_makes_no_further_one(
+    tiny: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    (tmp_path / "a").mkdir()
+    module, settings = stage("sft", tiny, tmp_path / "a", rows("sft", 16), schedule="constant", **changes)
+    whole = module.train(settings)
+
+    module, settings = stage("sft", tiny, tmp_path, rows("sft", 16), schedule="constant", **changes)
+    stands = unwritable(settings)
+    with pytest.raises(ModelError, match="out: cannot be written"):
+        module.train(settings)
+    stands.unlink()
+    assert module.train(settings).digest == whole.digest
+
+
+def unwritable(settings: StageConfig) -> Path:
+    """A file that stands where a run would write its weights at the end, and nothing before."""
+    folder = settings.output.with_name(f"{settings.output.name}.partial")
+    folder.mkdir(parents=True)
+    (folder / "whole").touch()
+    return folder / "whole"
+
+
 def test_an_interrupt_writes_a_point_and_ends(tiny: Path, tmp_path: Path) -> None:
     module, settings = stage("sft", tiny, tmp_path, rows("sft", 16), epochs=10000.0, save_steps=25)
     process = started(module, settings)
@@ -419,22 +527,36 @@ def module_order(settings: StageConfig, n: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-def test_a_full_disk_ends_the_run_and_leaves_no_half_of_a_point(tiny: Path, tmp_path: Path) -> None:
-    module, settings = stage("sft", tiny, tmp_path, rows("sft", 16), save_steps=2)
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can grow beyond so many bytes; the write itself then fails, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write itself then fails, as on a full disk
+    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        # Enough for the weights, and too little for the optimiser's state, which is twice as large.
-        size = (tiny / "model.safetensors").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 4096, before[1]))
-        with pytest.raises(
-            ModelError, match=r"cannot write a point to go on from: .*there is no point before it; free"
-        ):
-            module.train(settings)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, heard)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_no_half_of_a_point(tiny: Path, tmp_path: Path) -> None:
+    module, settings = stage("sft", tiny, tmp_path, rows("sft", 16), save_steps=2)
+    # Enough for the weights, and too little for the optimiser's state, which is twice as large.
+    said = r"cannot write a point to go on from: .*there is no point before it; free"
+    with full_disk((tiny / "model.safetensors").stat().st_size + 4096), pytest.raises(ModelError, match=said):
+        module.train(settings)
     assert not list((tmp_path / "out.partial").glob("checkpoint-*"))
+    assert module.train(settings).path.exists()
+
+
+def test_a_disk_that_is_full_once_adapters_are_merged_is_said(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", hidden=64)
+    module, settings = stage("sft", model, tmp_path, rows("sft", 4), lora=Lora(rank=1), max_steps=1)
+    full = full_disk((model / "model.safetensors").stat().st_size // 2)
+    with full, pytest.raises(ModelError, match=r"out: cannot be written: .*free space and start it again"):
+        module.train(settings)
+    assert not settings.output.exists()
     assert module.train(settings).path.exists()
 
 

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda, RunnableParallel
+from langchain_core.runnables.utils import AddableDict
+from langchain_core.tools import tool
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 from replies import IDS, RULES, answer_in, by_role, role_of, verdicts
@@ -598,6 +601,82 @@ async def test_what_stands_beside_the_answer_leaves_with_the_first_block_once() 
     for chunk in chunks[1:]:
         total += chunk
     assert total == {"answer": FINE, "documents": ["a document"]}
+
+
+async def test_what_grows_beside_the_answer_leaves_whole() -> None:
+    seen = asyncio.Event()
+
+    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AddableDict]:
+        yield AddableDict(pages=["one"], answer=ONE + " And")
+        await seen.wait()
+        yield AddableDict(pages=["two"], answer=" so it ends.")
+
+    chunks = []
+    async for chunk in guarded(RunnableGenerator(write)).astream("hello"):
+        chunks.append(chunk)
+        seen.set()
+
+    assert chunks == [{"pages": ["one"], "answer": ONE}, {"pages": ["two"], "answer": " And so it ends."}]
+
+
+@pytest.mark.parametrize("key", ["answer", "output"])
+async def test_a_copy_beside_the_answer_waits_until_all_is_judged_and_is_replaced(key: str) -> None:
+    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AddableDict]:
+        yield AddableDict(pages=["a page"], answer=ONE, output=ONE)
+        yield AddableDict(answer=TWO + THREE, output=TWO + THREE)
+
+    app = guarded(RunnableGenerator(write), output_key=key, max_rounds=0)
+
+    chunks = await drawn(app)
+
+    told = "".join(chunk.get("answer", "") + chunk.get("output", "") for chunk in chunks)
+    assert "unsafe" not in told
+    assert chunks[0]["pages"] == ["a page"]
+
+
+def executor(*, replies: Callable[[list[BaseMessage]], Any]) -> Any:
+    """LangChain's old agent; it streams its messages, which `invoke` does not return."""
+    from langchain_classic.agents import AgentExecutor, create_tool_calling_agent
+
+    class Agent(ScriptedModel):
+        def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+            return self.bind(tools=["look"])
+
+    @tool
+    def look(q: str) -> str:
+        """Look."""
+        return f"found {q}"
+
+    prompt = ChatPromptTemplate.from_messages([("user", "{input}"), ("placeholder", "{agent_scratchpad}")])
+    agent = create_tool_calling_agent(Agent(replies=replies), [look], prompt)
+    return AgentExecutor(agent=agent, tools=[look])
+
+
+def words_then(answer: str) -> Callable[[list[BaseMessage]], Any]:
+    call: Any = {"name": "look", "args": {"q": "x"}, "id": "1"}
+    return lambda messages: answer if messages[-1].type == "tool" else AIMessage("I look.", tool_calls=[call])
+
+
+async def test_blocks_of_an_old_agent_show_no_draft_under_another_key() -> None:
+    said = "It is unsafe, said at length."
+
+    chunks = await drawn(guarded(executor(replies=words_then(said)), max_rounds=0), {"input": "?"})
+
+    assert "unsafe" not in repr(chunks)
+    assert chunks[-1]["output"] == RULES.refusal
+
+
+async def test_audit_follows_an_old_agent_that_speaks_before_it_calls_a_tool() -> None:
+    app = guarded(executor(replies=words_then("It is fine.")), stream="audit")
+
+    chunks = await drawn(app, {"input": "?"})
+
+    assert [sorted(chunk) for chunk in chunks] == [
+        ["actions", "messages"],
+        ["messages", "steps"],
+        ["messages", "output"],
+    ]
+    assert chunks[-1]["output"] == "It is fine."
 
 
 async def test_an_app_that_takes_back_what_has_left_is_an_error() -> None:

@@ -303,6 +303,37 @@ async def test_json_mode_bound_to_a_call_lets_no_prose_leave(way: str) -> None:
     assert json.loads(said) == {"city": "Oslo"}
 
 
+class City(BaseModel):
+    city: str
+
+
+@pytest.mark.parametrize("wanted", [City, JSON_MODE["response_format"]])
+@pytest.mark.parametrize("where", ["call", "bound before", "bound after", "the model's own"])
+def test_json_that_is_asked_for_anywhere_is_revised_as_json(where: str, wanted: Any) -> None:
+    class Own(ScriptedModel):
+        model_kwargs: dict[str, Any] = {}  # noqa: RUF012 - a pydantic field
+
+    revisions = iter(["I would keep them apart.", '{"city": "Oslo"}'])
+    says = by_role(
+        draft='{"city": "the draft"}',
+        critique=flags("no-harm", answers=['{"city": "the draft"}']),
+        revise=lambda _: next(revisions),
+    ).replies
+    own = {"response_format": wanted} if where == "the model's own" else {}
+    model: Any = Own(replies=says, model_kwargs=own)
+    judges: Any = {"critic": model, "reviser": model, "constitution": RULES, "log": None}
+
+    if where == "bound before":
+        said = constitutional(model.bind(stop=["x"]).bind(response_format=wanted), **judges).invoke("hello")
+    elif where == "bound after":
+        said = constitutional(model, **judges).bind(response_format=wanted).invoke("hello")
+    else:
+        options = {"response_format": wanted} if where == "call" else {}
+        said = constitutional(model, **judges).invoke("hello", **options)
+
+    assert json.loads(said.text) == {"city": "Oslo"}
+
+
 def test_a_refusal_in_json_mode_is_raised() -> None:
     model = by_role(draft='{"city": "the draft"}', critique=verdicts("no-harm"), revise="I would rather not.")
     bound = constitutional(model, constitution=RULES, log=None).bind(**JSON_MODE)

@@ -188,6 +188,22 @@ def test_weights_without_a_file_to_go_back_to_need_one(tmp_path: Path) -> None:
         source_of(tmp_path)
 
 
+def test_a_model_that_a_checkpoint_was_trained_from_is_not_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text('{"manifest": {"base": "model"}, "weights": {}}')
+    (tmp_path / "model").mkdir()
+    source = tmp_path / "model.gguf"
+    source.touch()
+    (tmp_path / "model" / "source.json").write_text(json.dumps({"file": str(source), "sha256": ""}))
+    monkeypatch.chdir(tmp_path)
+    assert source_of(tmp_path / "out") == source
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"was trained from model, which is not found from here .*--source"):
+        source_of(tmp_path / "out")
+
+
 def test_q8_0_keeps_matrices_that_do_not_divide_into_groups_at_16_bits() -> None:
     from types import SimpleNamespace
 

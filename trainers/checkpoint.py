@@ -100,24 +100,23 @@ class Checkpoint:
             )
         if not (path / MANIFEST).exists():
             return cls(path)
-        written = _read(path)
-        for name, one in written["weights"].items():
+        written, sizes = _read(path)
+        for name, wanted in sizes.items():
             size = (path / name).stat().st_size if (path / name).exists() else None
-            if size != one["bytes"]:
+            if size != wanted:
                 found = "is not there" if size is None else f"has {size:,} bytes"
                 raise ModelError(
-                    f"{path / name}: {found}, and the manifest says {one['bytes']:,}; copy the folder again"
+                    f"{path / name}: {found}, and the manifest says {wanted:,}; copy the folder again"
                 )
         try:
-            return cls(path, msgspec.convert(written["manifest"], Manifest))
+            return cls(path, msgspec.convert(written, Manifest))
         except msgspec.ValidationError as error:
             raise DataError(f"{path / MANIFEST}: is no manifest of this release: {error}") from error
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the names and digests of the weight files, in hexadecimal."""
-        weights = _read(self.path)["weights"] if self.manifest else _digests(self.path)
-        lines = (f"{name} {one['sha256']}\n" for name, one in sorted(weights.items()))
+        """SHA-256 over the names and digests of the weight files as they are here, in hexadecimal."""
+        lines = (f"{path.name} {_sha256(path)}\n" for path in _weights(self.path))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -182,12 +181,14 @@ def merge(written: Path, model: Any) -> None:
     """Turn a folder with a saved adapter into one of whole weights; the adapter goes to `adapter/`.
 
     The base is loaded anew: merging into the model itself would end its training, and a quantized one has
-    lost what merging needs.
+    lost what merging needs. It is merged and written in float32, as whole weights are trained: most of what
+    an adapter adds to a weight is less than bf16 can tell apart there.
 
     Args:
         written: the folder.
         model: peft's model whose adapter it is.
     """
+    import torch
     from peft import PeftModel
 
     adapter = written / ADAPTER
@@ -197,7 +198,7 @@ def merge(written: Path, model: Any) -> None:
     (written / "README.md").unlink(missing_ok=True)
     base = model.get_base_model()
     fresh = type(base).from_pretrained(
-        base.config.name_or_path, config=_unquantized(base.config), dtype="auto", local_files_only=True
+        base.config.name_or_path, config=_unquantized(base.config), dtype=torch.float32, local_files_only=True
     )
     PeftModel.from_pretrained(fresh, str(adapter)).merge_and_unload().save_pretrained(written)
 
@@ -266,15 +267,28 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in _weights(folder)}
+    return {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in _weights(folder)}
 
 
-def _read(folder: Path) -> dict[str, Any]:
+_hashed: dict[tuple[int, ...], str] = {}
+"""Digests of files by device, number, time of change and size: weights are large, and asked for often."""
+
+
+def _sha256(path: Path) -> str:
+    found = path.stat()
+    file = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+    if file not in _hashed:
+        _hashed[file] = sha256_of(path)
+    return _hashed[file]
+
+
+def _read(folder: Path) -> tuple[Any, dict[str, int]]:
+    """Return the manifest as JSON, and the bytes of each file of weights."""
     path = folder / MANIFEST
     try:
-        written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {"manifest": written["manifest"], "weights": written["weights"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return written["manifest"], {name: int(one["bytes"]) for name, one in written["weights"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: cannot be read as a manifest ({error}); remove it to go without") from error
 
 

@@ -72,14 +72,15 @@ def _trainer(begun: Run, config: Config) -> Any:
     arguments = DPOConfig(
         **begun.arguments(),
         max_length=None,
+        disable_dropout=False,  # that of adapters, too, which was asked for
         beta=config.beta,
         loss_type=["sigmoid", "sft"] if both else ["sigmoid"],
         loss_weights=[1.0, config.sft_weight] if both else None,
     )
     return _soft_trainer()(
-        model=begun.model(),
+        model=begun.model(dropout=False),
         # Beside an adapter the reference is the model with the adapter switched off.
-        ref_model=None if config.lora else begun.model(),
+        ref_model=None if config.lora else begun.model(dropout=False),
         args=arguments,
         train_dataset=begun.train,
         eval_dataset=begun.test,

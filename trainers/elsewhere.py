@@ -10,6 +10,7 @@ the Goodhart watch, which neither has. Names are those of verl 0.9.1 and OpenRLH
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -45,6 +46,7 @@ class _Plan:
     """Answers between two steps of the optimizer."""
     beta: float
     passes: int
+    """Over the answers of an update."""
 
 
 def command(
@@ -60,8 +62,8 @@ def command(
         nodes: machines; batch_size and accumulate of the config count for each of their GPUs.
 
     Raises:
-        ConfigError: the data is not in the engine's format, the reward is no reward model, or an update does
-            not come out even with so many GPUs.
+        ConfigError: the data is not in the engine's format or too few prompts for an update, the reward is no
+            reward model, or an update does not come out even with so many GPUs.
         DataError: the dataset's manifest cannot be read.
     """
     if engine not in get_args(Engine):
@@ -77,8 +79,12 @@ def command(
             f"reward {config.reward!r}: {engine} takes the folder of one reward model; average an ensemble's "
             "weights into one, or train here"
         )
+    plan = _plan(config, gpus * nodes)
+    rows = manifest["ledger"]["kept"].get("train", 0)
+    if rows < plan.prompts:
+        raise ConfigError(f"{data}: holds {rows:,} prompts, and an update draws {plan.prompts:,}")
     write = _verl if engine == "verl" else _openrlhf
-    return write(config, _plan(config, gpus * nodes), data, gpus, nodes)
+    return write(config, plan, data, rows, gpus, nodes)
 
 
 def _plan(config: online.Config | ppo.Config, processes: int) -> _Plan:
@@ -95,8 +101,15 @@ def _plan(config: online.Config | ppo.Config, processes: int) -> _Plan:
     return _Plan(config.algorithm, update // config.answers, config.answers, update, config.beta, 1)
 
 
-def _differs(config: online.Config | ppo.Config, engine: str) -> list[str]:
+def _epochs(config: online.Config | ppo.Config, updates: int) -> int:
+    """Return the passes over the prompts, which engines make whole, where one has so many updates."""
+    return max(1, round(config.epochs)) if config.max_steps is None else math.ceil(config.max_steps / updates)
+
+
+def _differs(config: online.Config | ppo.Config, engine: Engine, epochs: int) -> list[str]:
     found = [] if config.watch is None else [f"watch: {engine} has none; nothing stops a run that is hacked"]
+    if config.max_steps is None and config.epochs != epochs:
+        found.append(f"epochs: {engine} makes whole passes over the prompts, here {epochs}")
     if isinstance(config, ppo.Config):
         if config.kl_target is not None and engine == "verl":
             found.append("kl_target: adapts in nats a token, here in nats an answer; set its target yourself")
@@ -107,8 +120,11 @@ def _differs(config: online.Config | ppo.Config, engine: str) -> list[str]:
     return found
 
 
-def _verl(config: online.Config | ppo.Config, plan: _Plan, data: Path, gpus: int, nodes: int) -> Command:
+def _verl(
+    config: online.Config | ppo.Config, plan: _Plan, data: Path, rows: int, gpus: int, nodes: int
+) -> Command:
     test = data / "test.parquet"
+    epochs = _epochs(config, rows // plan.prompts)  # what is left of a pass makes no update
     actor = "actor_rollout_ref.actor"
     values: dict[str, Any] = {
         "algorithm.adv_estimator": "gae" if plan.algorithm == "ppo" else plan.algorithm,
@@ -136,7 +152,7 @@ def _verl(config: online.Config | ppo.Config, plan: _Plan, data: Path, gpus: int
         "reward.reward_model.rollout.name": "vllm",
         "trainer.n_gpus_per_node": gpus,
         "trainer.nnodes": nodes,
-        "trainer.total_epochs": max(1, round(config.epochs)),
+        "trainer.total_epochs": epochs,
         "trainer.save_freq": config.save_steps,
         "trainer.val_before_train": False,
         "trainer.logger": "[console]",
@@ -162,7 +178,7 @@ def _verl(config: online.Config | ppo.Config, plan: _Plan, data: Path, gpus: int
             "critic.cliprange_value": config.value_clip,
             "critic.ppo_micro_batch_size_per_gpu": config.batch_size,
         }
-    differs = _differs(config, "verl")
+    differs = _differs(config, "verl", epochs)
     if config.schedule == "linear":
         differs.append("schedule: verl has no linear one; its cosine falls to the same end")
     overrides = (f"{key}={value}" for key, value in values.items())
@@ -173,7 +189,11 @@ _OPENRLHF_ADVANTAGES = {"ppo": "gae", "rloo": "rloo", "grpo": "group_norm"}
 _OPENRLHF_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def _openrlhf(config: online.Config | ppo.Config, plan: _Plan, data: Path, gpus: int, nodes: int) -> Command:
+def _openrlhf(
+    config: online.Config | ppo.Config, plan: _Plan, data: Path, rows: int, gpus: int, nodes: int
+) -> Command:
+    a_pass = math.ceil(rows / plan.prompts)  # updates, of which the last one may be smaller
+    epochs = _epochs(config, a_pass)
     values: dict[str, Any] = {
         "actor.model_name_or_path": config.model,
         "reward.model_name_or_path": config.reward,
@@ -189,7 +209,7 @@ def _openrlhf(config: online.Config | ppo.Config, plan: _Plan, data: Path, gpus:
         "train.batch_size": plan.minibatch,
         "train.micro_batch_size": config.batch_size,
         "train.max_epochs": plan.passes,
-        "train.num_episodes": max(1, round(config.epochs)),
+        "train.num_episodes": epochs,
         "train.seed": config.seed,
         "algo.advantage.estimator": _OPENRLHF_ADVANTAGES[plan.algorithm],
         "algo.kl.init_coef": plan.beta,
@@ -210,8 +230,12 @@ def _openrlhf(config: online.Config | ppo.Config, plan: _Plan, data: Path, gpus:
     if plan.algorithm == "grpo":
         flags.append("--algo.kl.use_loss")
         values["algo.kl.estimator"] = "k3"
+    differs = _differs(config, "openrlhf", epochs)
     if config.max_steps is not None:
-        values |= {"data.max_samples": config.max_steps * plan.prompts, "train.num_episodes": 1}
+        if epochs == 1:
+            values["data.max_samples"] = config.max_steps * plan.prompts
+        elif config.max_steps != epochs * a_pass:
+            differs.append(f"max_steps: openrlhf makes whole passes, here {epochs * a_pass:,} updates")
     if config.lora is not None:
         values |= {"ds.lora.rank": config.lora.rank, "ds.lora.alpha": round(config.lora.alpha)}
     if isinstance(config, ppo.Config):
@@ -228,6 +252,4 @@ def _openrlhf(config: online.Config | ppo.Config, plan: _Plan, data: Path, gpus:
         if config.kl_target is not None:
             values |= {"algo.kl.target": config.kl_target, "algo.kl.horizon": round(config.kl_horizon)}
     words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    return Command(
-        ("python", "-m", "openrlhf.cli.train_ppo_ray", *words, *flags), tuple(_differs(config, "openrlhf"))
-    )
+    return Command(("python", "-m", "openrlhf.cli.train_ppo_ray", *words, *flags), tuple(differs))

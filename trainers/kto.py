@@ -69,13 +69,14 @@ def _trainer(begun: Run, config: Config) -> Any:
     arguments = KTOConfig(
         **begun.arguments(),
         max_length=None,
+        disable_dropout=False,  # that of adapters, too, which was asked for
         beta=config.beta,
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
     )
     return _trainer_of_ids()(
-        model=begun.model(),
-        ref_model=None if config.lora else begun.model(),
+        model=begun.model(dropout=False),
+        ref_model=None if config.lora else begun.model(dropout=False),
         args=arguments,
         # Batches are taken in order, for the answers of a batch are paired with each other's prompts.
         train_dataset=begun.train.shuffle(seed=config.seed),

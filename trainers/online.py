@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["Config", "Vllm", "train"]
 
 _log = logging.getLogger(__name__)
+_STOPPED = "stopped.json"
+"""In the folder of a run that the watch has stopped: at which step, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,19 +85,17 @@ class Config(StageConfig):
         """Folders of the reward models."""
         return tuple(folders(self.reward))
 
+    def fewest(self, processes: int) -> tuple[int, str]:
+        """Return the fewest prompts that so many processes can train on, and what needs as many."""
+        answers = f"batch_size {self.batch_size} x accumulate {self.accumulate} x {processes} processes"
+        return self.batch_size * self.accumulate * processes // self.answers, (
+            f"of one update ({answers} / answers {self.answers}); lower batch_size or accumulate"
+        )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.answers < 2:
             raise ConfigError(f"answers is a number from 2, for they are compared; found {self.answers!r}")
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        update = self.batch_size * self.accumulate * processes
-        if update % self.answers:
-            fits = ", ".join(str(n) for n in range(2, update + 1) if update % n == 0) or "none"
-            raise ConfigError(
-                f"an update has {update} answers (batch_size {self.batch_size} x accumulate "
-                f"{self.accumulate} x {processes} processes), which is no multiple of answers "
-                f"{self.answers}; answers that would do: {fits}"
-            )
         if not 1 <= self.max_answer < self.max_tokens:
             raise ConfigError(
                 f"max_answer is a number from 1 to below max_tokens {self.max_tokens}, found "
@@ -105,6 +105,21 @@ class Config(StageConfig):
             raise ConfigError(f"temperature is a number above 0, found {self.temperature!r}")
         if self.beta < 0:
             raise ConfigError(f"beta is a number from 0, found {self.beta!r}")
+
+    def check_processes(self, count: int) -> None:
+        """Make sure that an update can be shared out among so many processes.
+
+        Raises:
+            ConfigError: the answers of an update are no multiple of those to a prompt.
+        """
+        update = self.batch_size * self.accumulate * count
+        if update % self.answers:
+            fits = ", ".join(str(n) for n in range(2, update + 1) if update % n == 0) or "none"
+            raise ConfigError(
+                f"an update has {update} answers (batch_size {self.batch_size} x accumulate "
+                f"{self.accumulate} x {count} processes), which is no multiple of answers "
+                f"{self.answers}; answers that would do: {fits}"
+            )
 
 
 def train(config: Config) -> Checkpoint:
@@ -118,6 +133,7 @@ def train(config: Config) -> Checkpoint:
             last update, and goes on when it is started again.
         CaiError: as `trainers.stages.run` says.
     """
+    config.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
     reward = parse(config.reward)
     if config.vllm is not None:
         _check_vllm()
@@ -268,23 +284,31 @@ class _Watched:
 
         class Observe(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                watched.begin(state.global_step)
+                last = state.global_step >= state.max_steps
+                if watched.begin(state.global_step, last=last):
+                    control.should_training_stop = True
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 last = state.global_step >= state.max_steps
                 if watched.observe(state.global_step, last=last):
-                    control.should_training_stop = True
+                    control.should_save = control.should_training_stop = True
 
             def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 watched.end(state.global_step)
 
         self.trainer.add_callback(Observe())
 
-    def begin(self, step: int) -> None:
-        """Observe the policy that training begins or goes on with, if that was not done before."""
+    def begin(self, step: int, *, last: bool) -> bool:
+        """Observe the policy that training begins or goes on with, if that was not done before.
+
+        Returns:
+            Whether the run is over: it was stopped before an interrupt, or is by what is observed now.
+        """
+        self.stopped = _agreed(None if self.watch is None else _stopped_at(step, self.begun.work / _STOPPED))
         seen = self.watch is not None and any(reading.step == step for reading in self.watch.readings)
-        if _agreed(not seen and step % self.every == 0):
-            self.observe(step, last=False)
+        if _agreed(not seen and (last or step % self.every == 0)):
+            return self.observe(step, last=last)
+        return self.stopped is not None
 
     def observe(self, step: int, *, last: bool) -> bool:
         """Return whether the run is to stop after this step."""
@@ -314,6 +338,9 @@ class _Watched:
             self._save(step)
         self._log(decision)
         self.stopped = decision.stop
+        if decision.stop is not None and self.watch is not None:
+            note = {"step": step, "reason": decision.stop}
+            whole.write(self.begun.work / _STOPPED, json.dumps(note))
         return decision.stop is not None
 
     def end(self, step: int) -> None:
@@ -380,6 +407,17 @@ class _Watched:
         reachable = max((one for one in kept if one <= max(points, default=0)), default=step)
         for one in kept - {step, reachable}:
             self._path(one).unlink()
+
+
+def _stopped_at(step: int, note: Path) -> str | None:
+    """Return why the watch stopped a run at this step; the note on a later step, which is lost, goes away."""
+    if not note.exists():
+        return None
+    said = json.loads(note.read_text(encoding="utf-8"))
+    if said["step"] == step:
+        return str(said["reason"])
+    note.unlink()
+    return None
 
 
 def _check_sharding(accelerator: Any) -> None:

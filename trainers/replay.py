@@ -28,7 +28,7 @@ from cai_graph.log import Filters, Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.prompts import Exchange
 from cai_graph.together import is_about_all_rows, side_by_side, until
-from cai_graph.trajectory import Critique, Label, Message, Trajectory, text_of
+from cai_graph.trajectory import Critique, Label, Message, Outcome, Trajectory, text_of
 from trainers.feedback.positions import Share
 
 __all__ = ["Answer", "Change", "Example", "Judged", "Replay", "Report", "answers_of", "standing"]
@@ -56,6 +56,8 @@ class Answer(NamedTuple):
     """The answer, in its conversation."""
     before: Critique | None
     """How it was judged then; None where it was not."""
+    passed: bool
+    """Whether the run let it pass by the thresholds of that constitution."""
     constitution: str
     """Digest of the constitution that judged it."""
 
@@ -83,34 +85,46 @@ def answers_of(trajectory: Trajectory) -> Iterator[Answer]:
     if trajectory.draft is None or is_withheld(trajectory):
         return
 
-    def answer(of: Literal["draft", "released"], message: Message, before: Critique | None) -> Answer:
+    gated = trajectory.mode != "sampled"  # there every revision is taken, and the verdicts are notes
+
+    def answer(
+        of: Literal["draft", "released"], message: Message, before: Critique | None, passed: bool
+    ) -> Answer:
         exchange = Exchange(messages=trajectory.messages, answer=message, context=trajectory.context)
         outcome, digest = trajectory.outcome.value, trajectory.constitution.digest
-        return Answer(trajectory.id, outcome, of, exchange, before, digest)
+        return Answer(trajectory.id, outcome, of, exchange, before, passed and gated, digest)
 
     rounds = trajectory.rounds
-    yield answer("draft", trajectory.draft.answer, rounds[0].critique if rounds else None)
+    judged, was_kept = rounds[0].critique if rounds else None, trajectory.outcome is Outcome.KEPT
+    yield answer("draft", trajectory.draft.answer, judged, was_kept)
     if trajectory.released is not None and trajectory.released_from in ("revision", "human"):
         revisions = [revision for round_ in rounds for revision in round_.revisions]
-        same = [r.critique for r in revisions if text_of(r.answer) == text_of(trajectory.released)]
-        yield answer("released", trajectory.released, same[-1] if same else None)
+        same = [r for r in revisions if text_of(r.answer) == text_of(trajectory.released)]
+        critique, accepted = (same[-1].critique, same[-1].accepted) if same else (None, False)
+        yield answer("released", trajectory.released, critique, accepted)
 
 
-def standing(critique: Critique | None, rules: Constitution | None) -> Standing:
+def standing(critique: Critique | None, rules: Constitution | None, *, passed: bool = False) -> Standing:
     """Return what a critique says of an answer, in a word.
 
     Args:
         critique: the critique.
         rules: the constitution that it judged by, whose thresholds of severity count; None where it is
-            not at hand, and every VIOLATES counts.
+            not at hand.
+        passed: without rules, whether the run let the answer pass: then a violation with a severity was
+            below its threshold, and does not count. Without it every VIOLATES counts.
     """
     if critique is None or not critique.verdicts:
         return "unjudged"
-    labels = {verdict.label for verdict in critique.verdicts}
-    found = failed_principles(critique, rules) if rules is not None else Label.VIOLATES in labels
-    if found:
+    if rules is not None:
+        violates = bool(failed_principles(critique, rules))
+    else:
+        found = [verdict for verdict in critique.verdicts if verdict.label is Label.VIOLATES]
+        violates = any(not passed or verdict.severity is None for verdict in found)
+    if violates:
         return "violates"
-    return "unreadable" if Label.UNREADABLE in labels else "complies"
+    unread = any(verdict.label is Label.UNREADABLE for verdict in critique.verdicts)
+    return "unreadable" if unread else "complies"
 
 
 class Replay:
@@ -208,7 +222,8 @@ class Replay:
         return judged
 
     def _before(self, answer: Answer) -> Standing:
-        return standing(answer.before, self._rules if answer.constitution == self._rules.digest else None)
+        rules = self._rules if answer.constitution == self._rules.digest else None
+        return standing(answer.before, rules, passed=answer.passed)
 
     def _trajectories(self) -> Iterator[Trajectory]:
         for record in self._log.read(**self._filters):

@@ -24,10 +24,11 @@ from typing import Any, Protocol, runtime_checkable
 from cai_graph import bridge, constitution, local
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
-from cai_graph.critic import Critic, critic_for
+from cai_graph.critic import Critic, ProbeCritic, critic_for
 from cai_graph.errors import CaiError, ConfigError
 from cai_graph.prompts import Exchange
 from cai_graph.together import is_about_all_rows
+from cai_graph.trained import TrainedCritic
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
@@ -136,10 +137,12 @@ class ModelReward:
         self._model, self._batch_size, self._device = model, batch_size, device
 
     @property
-    def source(self) -> str:
+    def sources(self) -> frozenset[str]:
         """The digest of its weights, whatever its folder is called."""
         model = self._model
-        return self.name if isinstance(model, RewardModel) else Checkpoint.open(Path(model)).digest
+        return frozenset(
+            {self.name if isinstance(model, RewardModel) else Checkpoint.open(Path(model)).digest}
+        )
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
         """Return the model's scores."""
@@ -201,15 +204,17 @@ class JudgeReward:
         waits: Sequence[float] = WAITS,
     ) -> None:
         """Take a judge and its constitution; `concurrency` answers are judged at once."""
-        self.name = f"judge:{judge.name}"
+        self.name = f"{'judge' if isinstance(judge, Judge) else 'critic'}:{judge.name}"
         self.unreadable = 0
         """Answers so far that stayed unreadable."""
         self._judge, self._rules, self._concurrency, self._waits = judge, rules, concurrency, waits
 
     @property
-    def source(self) -> str:
-        """The judge, and the digest of the constitution that it judges by."""
-        return f"{self.name} {self._rules.digest}"
+    def sources(self) -> frozenset[str]:
+        """Who judges, and by what: the constitution, or heads, which know nothing of it but its aims."""
+        if isinstance(self._judge, ProbeCritic | TrainedCritic):
+            return frozenset(f"{self.name} {principle.aim}" for principle in self._rules.principles)
+        return frozenset({f"{self.name} {self._rules.digest}"})
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
         """Return the judge's ratings."""
@@ -321,7 +326,8 @@ def sources(reward: Reward) -> frozenset[str]:
     """Return what gives a reward its numbers; two rewards with one in common are no independent judges."""
     if isinstance(reward, EnsembleReward):
         return frozenset().union(*map(sources, reward.members))
-    return frozenset({getattr(reward, "source", reward.name)})
+    found: frozenset[str] = getattr(reward, "sources", frozenset({reward.name}))
+    return found
 
 
 def folders(spec: Spec) -> list[Path]:
@@ -340,8 +346,8 @@ def _function(spec: str) -> Function:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"reward {spec!r}: cannot be imported: {error}") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ConfigError(f"reward {spec!r}: cannot be imported: {describe(error)}") from error
     if not callable(found):
         raise ConfigError(f"reward {spec!r}: is a {type(found).__name__}, not a function")
     return found  # type: ignore[no-any-return]

@@ -51,7 +51,8 @@ def _encode(encoder: Encoder, row: Row) -> list[dict[str, Any]]:
 
 def _last_turn(row: Row) -> Row:
     turns = row["messages"]
-    if not isinstance(turns, list) or len(turns) < 2 or turns[-1].get("role") != "assistant":
+    last = turns[-1] if isinstance(turns, list) and len(turns) > 1 else None
+    if not isinstance(last, dict) or last.get("role") != "assistant":
         raise DataError("'messages' does not end with a turn of the assistant, and that is what is learned")
     return {**row, "prompt": turns[:-1], "completion": turns[-1:]}
 

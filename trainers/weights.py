@@ -84,7 +84,12 @@ def source_of(folder: Path) -> Path:
         kind, _, name = base.partition(":")
         if base == "local" or base.lower().endswith(".gguf") or (kind == "local" and _known(name)):
             return local.weights(name if kind == "local" else base)
-        folder = Path(name if kind == "local" else base)
+        folder = Path(name if kind == "local" else base).expanduser()
+        if not folder.exists():
+            raise ConfigError(
+                f"{start}: was trained from {base}, which is not found from here ({Path.cwd()}); go to where "
+                "it was trained, or name the GGUF file of that model (--source)"
+            )
     raise ConfigError(
         f"{start}: its weights go back to {folder}, which came from no GGUF file; name the GGUF file of that "
         "model (--source), or convert the folder with llama.cpp's convert_hf_to_gguf.py"

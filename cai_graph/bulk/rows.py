@@ -137,11 +137,12 @@ class Rows:
 
         Args:
             column: where the prompt is; by default `messages` or `prompt`, and in a CSV file `prompt`
-                or the only column. Text has a prompt a line, and no columns.
+                or the only column; one whose name holds a `;` or a tab must be named. Text has a prompt a
+                line, and no columns.
 
         Raises:
             ConfigError: the file has no such column.
-            DataError: the file cannot be read.
+            DataError: the file cannot be read, or has another separator than a comma.
         """
         for index, line, row in self._each(column):
             if isinstance(row, str):
@@ -241,6 +242,15 @@ def _csv(file: _File, column: str | None) -> _Read:
     csv.field_size_limit(1 << 30)
     reader = csv.reader((line.decode("utf-8", "surrogateescape") for _, line in _lines(file)), strict=True)
     header = next(reader, [])
+    if (
+        len(header) == 1
+        and column != header[0]
+        and (mark := next((m for m in ";\t" if m in header[0]), None))
+    ):
+        raise DataError(
+            f"the columns of the header {header[0]!r} are separated by {mark!r}, and those of CSV by ','; "
+            "save the file with commas, or, where it is one column, name it with --column"
+        )
     wanted = column or (header[0] if len(header) == 1 else "prompt")
     if wanted not in header:
         found = f"the file has the columns {', '.join(map(repr, header)) or '(none)'}"

@@ -134,7 +134,8 @@ class Run:
         for record in log.read(kind="trajectory", source=self.prefix):
             assert isinstance(record, Trajectory)
             index = int((record.source or "").removeprefix(self.prefix))
-            if record.outcome is not Outcome.FAILED and index < self.rows:
+            # Two runs at once answer a row twice.
+            if record.outcome is not Outcome.FAILED and index < self.rows and index not in done:
                 done.add(index)
                 self.summary.add(record)
         return done

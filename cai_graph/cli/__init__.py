@@ -2,7 +2,7 @@
 
 What is heavy is imported inside the command that needs it, so that `cai --help` answers at once. Results
 go to standard output, progress and complaints to standard error. Exit status: 0 fine, 1 an error or a
-failed check, 2 wrong usage, 3 finished but some rows were skipped, 130 interrupted.
+failed check, 2 wrong usage, 3 finished but something was skipped, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from cai_graph.cli import (
     ask,
@@ -30,15 +31,28 @@ from cai_graph.cli import (
     run,
     train,
 )
-from cai_graph.cli.console import FAILED, INTERRUPTED, UNWRITTEN, complain, group
+from cai_graph.cli.console import FAILED, INTERRUPTED, UNWRITTEN, complain, group, note
 from cai_graph.errors import CaiError
 
 __all__ = ["main"]
+
+
+class _Root(TyperGroup):
+    """The commands, under which Ctrl-C is said; Typer itself ends with its status and no word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            note(str(error) or "interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
 
 app = group(
     "Prompts under a constitution: drafted, critiqued, revised, and every trajectory logged.",
     epilog='Start with: cai demo, then cai ask "…". Exit status: 0 fine, 1 error, 2 usage, '
     "3 rows were skipped, 130 interrupted.",
+    cls=_Root,
 )
 for command in (ask, run, judge, replay, distill, doctor):
     app.add_typer(command.commands)

@@ -132,6 +132,15 @@ def this_command() -> str:
 
 
 @contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Have Ctrl-C in the block say that the same command goes on where it stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; to go on, type again: {this_command()}") from None
+
+
+@contextlib.contextmanager
 def bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
     """Show progress: a bar in a terminal, a line a row elsewhere. Gives what is called after each row."""
     from rich import progress

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from cai_graph.cli.console import INTERRUPTED, err, group, measured, note, out, this_command
+from cai_graph.cli.console import err, group, measured, out, resumable
 from cai_graph.cli.model import fetch, foreign
 from cai_graph.cli.options import option
 
@@ -26,7 +28,7 @@ def distill(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; docs/distill.md has one.")],
     settings: Annotated[
         list[str] | None,
-        option("--set", "A key of the config, such as rl.method=dpo; may be repeated.", "KEY=VALUE"),
+        option("--set -s", "A key of the config, such as rl.method=dpo; may be repeated.", "KEY=VALUE"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the steps, their tokens and about how long they take.")
@@ -45,12 +47,9 @@ def distill(
         _plan(pipeline(wanted))
         return
     fetch(wanted.model, *_others(wanted))
-    with _progress() as (tell, progress), foreign(str(config)):
-        try:
-            checkpoint, page = train(wanted, tell, progress)
-        except KeyboardInterrupt:
-            note(f"interrupted; to go on, type again: {this_command()}")
-            raise typer.Exit(INTERRUPTED) from None
+    # What TRL prints of a stage is no result.
+    with resumable(), _progress() as (tell, progress), foreign(str(config)), redirect_stdout(sys.stderr):
+        checkpoint, page = train(wanted, tell, progress)
     out.print(Text(f"The model is {checkpoint.path}, and the report is {page}. Next:"))
     if (checkpoint.path / "model.gguf").exists():
         out.print(Text(f'    cai ask "…" --model local:{checkpoint.path}'), soft_wrap=True)

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cai_graph.cli.console import SKIPPED, group, measured, note, out, print_json
+from cai_graph.cli.console import SKIPPED, group, measured, note, out, print_json, resumable
 from cai_graph.cli.model import fetch, foreign, judging, loaded, width
 from cai_graph.cli.options import AsJson, ConstitutionName, option
-from cai_graph.errors import ConfigError, DataError
+from cai_graph.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from trainers.checkpoint import Checkpoint
     from trainers.evaluation.folder import Progress
     from trainers.evaluation.generations import Subject
     from trainers.evaluation.grades import Grader
@@ -80,7 +79,6 @@ def run(
     Type the same command again after an interrupt, or with further models, and it goes on where it stopped.
     """
     from cai_graph import show
-    from trainers.checkpoint import Checkpoint
     from trainers.evaluation.folder import Evaluation
     from trainers.evaluation.suites import read_suite
 
@@ -93,10 +91,9 @@ def run(
     ]
     if samples > 1 and temperature == 0:
         raise typer.BadParameter("at temperature 0 all samples are the same; leave --samples or set another")
-    checkpoints = {name: Checkpoint.open(name) for name in models if Path(name).is_dir()}
-    prompts, notes = _not_trained_on(prompts, checkpoints, trained_on or [], drop_trained)
+    prompts, notes = _not_trained_on(prompts, models, trained_on or [], drop_trained)
     evaluation = Evaluation.begin(folder, prompts, notes=notes)
-    fetch(*(name for name in models if name not in checkpoints), critic)
+    fetch(*(name for name in models if not Path(name).is_dir()), critic)
     about: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
 
     async def work() -> int:
@@ -107,7 +104,8 @@ def run(
                     failed += await evaluation.generate(subject, samples=samples, progress=tell)
         return failed
 
-    failed = asyncio.run(work())
+    with resumable():
+        failed = asyncio.run(work())
     subjects = len(evaluation.subjects)
     note(
         f"the answers of {show.count(subjects, 'subject')} are in {folder}; `cai evaluate score` grades them"
@@ -118,14 +116,28 @@ def run(
 
 
 def _not_trained_on(
-    prompts: list[Prompt], checkpoints: dict[str, Checkpoint], given: list[Path], drop: bool
+    prompts: list[Prompt], models: list[str], given: list[Path], drop: bool
 ) -> tuple[list[Prompt], list[str]]:
-    """Return the prompts that may be used, and what a reader must know."""
-    from trainers.evaluation.suites import data_of, trained_on
+    """Return the prompts that may be used, and what a reader must know.
+
+    Raises:
+        DataError: prompts were trained on, and are not to be left out.
+        ModelError: a folder that is named as a model is no checkpoint.
+    """
+    from trainers.checkpoint import Checkpoint
+    from trainers.evaluation.suites import data_of, folder_of, trained_on
 
     data, notes = list(given), []
-    for checkpoint in checkpoints.values():
-        found, unknown = data_of(checkpoint)
+    for name in models:
+        if (folder := folder_of(name)) is None:
+            continue
+        try:
+            found, unknown = data_of(Checkpoint.open(folder))
+        except ModelError as error:
+            if Path(name).is_dir():
+                raise
+            # What is served of it, such as a GGUF file, may be all that is left in the folder.
+            found, unknown = [], [f"what {name} was trained on is not known ({error})"]
         data += found
         notes += [] if given else [f"{why}: some prompts may be among it" for why in unknown]
     seen = {prompt.id for prompt in trained_on(prompts, dict.fromkeys(data))}
@@ -275,7 +287,7 @@ def score(
                     )
         return failed
 
-    with foreign(judge or critic or refusals or "the judge"):
+    with resumable(), foreign(judge or critic or refusals or "the judge"):
         failed = asyncio.run(work())
     summary = summarise(evaluation)
     write_whole(folder / "figures.json", json.dumps(summary.json(), indent=2) + "\n")

@@ -12,6 +12,7 @@ import typer
 from cai_graph.cli.console import FAILED, SKIPPED, bar, complain, group, note
 from cai_graph.cli.model import critic_of, fetch, foreign, width
 from cai_graph.cli.options import Concurrency, ConstitutionName, Strong, Threshold, option
+from cai_graph.errors import DataError
 
 commands = group()
 
@@ -54,6 +55,8 @@ def judge(
     violates = unreadable = skipped = 0
     with contextlib.closing(bulk.Rows(answers, "jsonl")) as rows:
         total = sum(1 for _ in rows.answers())
+        if not total:
+            raise DataError(f"{rows.name} holds no answer; give it a row with prompt and response at least")
         who = critic_of(critic, strong, threshold)
         fetch(critic, strong)
 

@@ -118,6 +118,8 @@ def log_export(
 
     filters: Filters = {"outcome": outcome, "tag": tag, "source": source, "since": since, "until": until}
     if file == "-":
+        if format == "parquet":
+            raise typer.BadParameter("standard output takes JSONL alone; name a file", param_hint="--format")
         with open_log(log, read_only=True) as opened:
             for line in opened.lines(**filters):
                 sys.stdout.write(line.decode("ascii"))
@@ -170,10 +172,17 @@ def log_recover(
     log: LogUrl = DEFAULT_LOG,
     as_json: AsJson = False,
 ) -> None:
-    """Save every intact record of a damaged log into a new one."""
+    """Save every intact record of a damaged log into a new one; exit with 3 where others are lost."""
+    from cai_graph import show
     from cai_graph.log import upkeep
 
-    print_record(upkeep.recover(log, into), as_json)
+    found = upkeep.recover(log, into)
+    print_record(found, as_json)
+    if found.damaged or found.gaps:
+        missing = sum(gap.records for gap in found.gaps)
+        damaged = show.count(len(found.damaged), "damaged record")
+        complain(f"{damaged} could not be saved; by the writers' numbers {missing} are missing in all")
+        raise typer.Exit(SKIPPED)
 
 
 @commands.command("gc", epilog="Example: cai log gc --days 90 --dry-run")
@@ -238,5 +247,6 @@ def _show_removal(removal: Removal, dry_run: bool) -> None:
         ("kept: reviewed or tagged", removal.kept),
     ]
     if not dry_run:
+        rows.append(("overwritten on the disk", "yes" if removal.erased else "not yet"))
         rows.append(("space given back to the disk", "yes" if removal.compacted else "no"))
     out.print(show.table(rows))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cai_graph.cli.console import UNWRITTEN, group, measured, out, print_json
+from cai_graph.cli.console import UNWRITTEN, group, measured, out, print_json, resumable
 from cai_graph.cli.options import AsJson, option
 from cai_graph.errors import CaiError, ModelError
 
@@ -161,7 +161,7 @@ def fetched(name: str) -> str:
 
     from cai_graph import local
 
-    with measured(f"fetching {name or local.DEFAULT_MODEL}", DownloadColumn()) as tell:
+    with resumable(), measured(f"fetching {name or local.DEFAULT_MODEL}", DownloadColumn()) as tell:
         return str(local.weights(name, tell))
 
 

@@ -112,7 +112,11 @@ def run(
             budget=Budget(seconds=BULK_SECONDS),
         )
         with closing(guarded):
-            drafting = {"model": models.name_of(guarded.app), "max_tokens": max_tokens}
+            drafting = {
+                "model": models.name_of(guarded.app),
+                "max_tokens": max_tokens,
+                **_own_weights(model=model, critic=critic, strong=strong, reviser=reviser),
+            }
             job = bulk.Run(guarded, rows, drafting=drafting, column=column, limit=limit)
             if job.done:
                 note(f"{job.done} of {job.rows} rows were answered before; going on with the others")
@@ -126,6 +130,18 @@ def run(
                     report=_report,
                 )
     _sum_up(job, log, interrupted)
+
+
+def _own_weights(**specs: str | None) -> dict[str, list[int]]:
+    """Return which files of the user's own answer and judge: other weights are another run."""
+    from cai_graph import local
+
+    stamps = {
+        f"{role}_weights": local.stamp(spec.removeprefix("local:"))
+        for role, spec in specs.items()
+        if spec is not None and spec.startswith("local:")
+    }
+    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
 
 @contextlib.contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import typer
 
-from cai_graph.cli.console import group, measured, note
+from cai_graph.cli.console import group, measured, note, resumable
 from cai_graph.cli.model import fetch
 from cai_graph.cli.options import option
 
@@ -43,6 +46,13 @@ STAGES = (
 )
 
 
+@contextmanager
+def _training() -> Iterator[None]:
+    """Keep standard output for the result, since TRL prints its figures there; Ctrl-C goes on later."""
+    with resumable(), redirect_stdout(sys.stderr):
+        yield
+
+
 def _register(stage: Stage) -> None:
     def command(
         config: Annotated[
@@ -61,17 +71,18 @@ def _register(stage: Stage) -> None:
 
         module = import_module(f"trainers.{stage.name}")
         told = read(module.Config, config, settings or ())
-        if stage.tells:
-            with measured("updates", MofNCompleteColumn()) as tell:
-                made = module.train(told, tell)
-        else:
-            made = module.train(told)
+        with _training():
+            if stage.tells:
+                with measured("updates", MofNCompleteColumn()) as tell:
+                    made = module.train(told, tell)
+            else:
+                made = module.train(told)
         note(f"the checkpoint is in {made.path}; its README.md says how it came to be")
+        typer.echo(made.path)
 
-    page = "docs/online.md" if stage.name == "online" else "docs/training.md"
     again = (
         "Type the same command again after an interrupt, and it goes on where it stopped. "
-        f"{page} says which settings there are."
+        "docs/training-settings.md says which settings there are."
     )
     example = f"Example: cai train {stage.name} --config {stage.name}.yaml {stage.example}"
     commands.command(stage.name, help=f"{stage.help}\n\n{again}", epilog=example)(command)
@@ -113,7 +124,12 @@ def train_export(
 
 @commands.command("probe", epilog="Example: cai train probe labels --output heads --model local")
 def train_probe(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Folder with the labelled sources.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="Folder with the labelled sources; docs/critics.md has its layout."
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder for the heads and their card.")],
     model: Annotated[
         str, option("--model -m", "The local model whose hidden state is read.", "SPEC")
@@ -129,12 +145,16 @@ def train_probe(
 
     config = probe.Config(data=Path(data), output=Path(output), model=model)
     fetch(model)
-    with measured("forward passes", MofNCompleteColumn()) as tell:
+    with _training(), measured("forward passes", MofNCompleteColumn()) as tell:
         folder = probe.train(config, tell)
     note(f"the heads are in {folder}; its CARD.md has the figures")
+    typer.echo(folder)
 
 
-@commands.command("critic", epilog="Example: cai train critic --set data=verdicts --set output=my-critic")
+@commands.command(
+    "critic",
+    epilog="Example: cai train critic --set model=local --set data=verdicts --set output=my-critic",
+)
 def train_critic(
     config: Annotated[Path | None, option("--config -c", "YAML with the critic's settings.", "FILE")] = None,
     settings: Annotated[
@@ -145,6 +165,7 @@ def train_critic(
     """Train a critic of one's own from verdicts, calibrate and measure it.
 
     The data are a folder of `cai dataset build --kind critic`. The critic is then `--critic trained:FOLDER`.
+    docs/training-settings.md says which settings there are.
     """
     from rich.progress import MofNCompleteColumn
 
@@ -153,6 +174,8 @@ def train_critic(
 
     made = read(critic.Config, config, settings or ())
     fetch(made.model)
-    with measured("forward passes" if made.kind == "probe" else "updates", MofNCompleteColumn()) as tell:
+    what = "forward passes" if made.kind == "probe" else "updates"
+    with _training(), measured(what, MofNCompleteColumn()) as tell:
         folder = critic.train(made, tell)
     note(f"the critic is in {folder}; its CARD.md has the figures. Use it: --critic trained:{folder}")
+    typer.echo(folder)

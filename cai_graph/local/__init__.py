@@ -7,7 +7,7 @@ server      llama.cpp's server on a loopback port: started on first use, gone wi
 chat        a plain ChatOpenAI in front of it
 """
 
-from cai_graph.local.cache import EXPORTED, Progress, cache_dir, cached, fetch, only_one, weights
+from cai_graph.local.cache import EXPORTED, Progress, cache_dir, cached, fetch, only_one, stamp, weights
 from cai_graph.local.catalogue import CATALOGUE, DEFAULT_MODEL, HubFile, LocalModel, WheelPart, find
 from cai_graph.local.chat import chat_model, is_local
 from cai_graph.local.gguf import block_count, first_blocks
@@ -35,6 +35,7 @@ __all__ = [
     "first_blocks",
     "is_local",
     "only_one",
+    "stamp",
     "usable_cores",
     "weights",
 ]

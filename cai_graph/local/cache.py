@@ -31,6 +31,7 @@ __all__ = [
     "model_name",
     "only_one",
     "own_file",
+    "stamp",
     "weights",
 ]
 
@@ -164,6 +165,17 @@ def own_file(name: str) -> Path | None:
     if not (path / EXPORTED).exists():
         raise ConfigError(f"local:{name}: {path} has no {EXPORTED}; `cai model export {name}` writes it")
     return path / EXPORTED
+
+
+def stamp(name: str) -> list[int] | None:
+    """Return what tells the user's own file from others of its name; None for a name of the catalogue.
+
+    Its size and the time of its last change, in nanoseconds: to hash gigabytes would hold up each start.
+    """
+    if (path := own_file(name)) is None:
+        return None
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def model_name(path: str) -> str:

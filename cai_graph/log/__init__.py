@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
-from cai_graph.errors import ConfigError, LogError, MissingExtra
+from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
 from cai_graph.log.redaction import WITHHELD, Redactor, redact_texts
 from cai_graph.log.stats import Stats
 from cai_graph.log.store import Filters, Kind
@@ -28,7 +28,7 @@ from cai_graph.trajectory import SCHEMA_VERSION, Record, decode, encode
 
 if TYPE_CHECKING:
     from cai_graph.log.commit import Commit
-    from cai_graph.log.store import Store
+    from cai_graph.log.store import Store, StoredPayload
     from cai_graph.log.transfer import Import, export, import_
     from cai_graph.log.upkeep import Recovery, Removal, Verification, gc, recover, verify
     from cai_graph.log.writer import Writer
@@ -277,21 +277,22 @@ class Log:
         Raises:
             ConfigError: there is no such filter, kind or outcome, or a time is no datetime.
             DataError: a record was written by a newer release; or there is no record `after`.
-            LogError: the log cannot be read, or a record is damaged.
+            LogError: the log cannot be read, or is closed meanwhile, or a record is damaged.
         """
-        for _, payload in self._store().select(filters):
-            yield decode(payload)
+        for stored in self._select(filters):
+            yield self._record(stored)
 
     def lines(self, **filters: Unpack[Filters]) -> Iterator[bytes]:
         """Yield the same records as `read`, each as one line of JSON, line end included."""
-        for _, payload in self._store().select(filters):
+        for stored in self._select(filters):
+            payload = stored.payload
             # Records of an earlier version leave in the current one, so that a reader knows one shape.
-            yield (payload if payload.endswith(CURRENT_END) else encode(decode(payload))) + b"\n"
+            yield (payload if payload.endswith(CURRENT_END) else encode(self._record(stored))) + b"\n"
 
     def payloads(self, **filters: Unpack[Filters]) -> Iterator[bytes]:
         """Yield the same records as `read` as they are stored, those of an earlier version as they were."""
-        for _, payload in self._store().select(filters):
-            yield payload
+        for stored in self._select(filters):
+            yield stored.payload
 
     def cuts(self, count: int) -> list[int]:
         """Return the positions that cut the log as it is now into `count` parts of about the same size.
@@ -311,11 +312,11 @@ class Log:
             DataError: there is none of this id; says so where it was removed, and why.
             LogError: the log cannot be read, or the record is damaged.
         """
-        return decode(self._store().get(id).payload)
+        return self._record(self._store().get(id))
 
-    def known(self, ids: Sequence[str]) -> set[str]:
-        """Return those of the ids that are in the log, or were until `gc` removed them."""
-        return self._store().known(ids)
+    def known(self, ids: Sequence[str], *, removed: bool = True) -> set[str]:
+        """Return those of the ids that are in the log or, with `removed`, were until `gc` removed them."""
+        return self._store().known(ids, removed=removed)
 
     def stats(self) -> Stats:
         """Return what the log holds, counted; reads every record once."""
@@ -348,6 +349,17 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _select(self, filters: Filters) -> Iterator[StoredPayload]:
+        for stored in self._store().select(filters):
+            yield stored
+            self._store()  # raises where the log was closed meanwhile; to read on would open it again
+
+    def _record(self, stored: StoredPayload) -> Record:
+        try:
+            return decode(stored.payload)
+        except DataError as error:
+            raise DataError(f"{self.name}: record {stored.id!r}: {error}") from error
 
     def _store(self) -> Store:
         if self._closed:

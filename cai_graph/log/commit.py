@@ -11,10 +11,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from cai_graph.errors import CaiError
+from cai_graph.log.alarm import say
 
 __all__ = ["Commit", "resolve"]
-
-_logger = logging.getLogger("cai_graph.log")
 
 
 class Commit(Future[None]):
@@ -92,7 +91,7 @@ def resolve(condition: threading.Condition, decided: Iterable[tuple[Commit, CaiE
             try:
                 callback(commit)
             except BaseException:
-                _logger.exception("a callback of an append failed")
+                say(logging.ERROR, "a callback of an append failed", trace=True)
     for loop, waiting in loops.items():
         with contextlib.suppress(RuntimeError):  # The loop is closed, so nobody waits there.
             loop.call_soon_threadsafe(_wake, waiting)

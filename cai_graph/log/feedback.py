@@ -106,12 +106,13 @@ def import_feedback(
                     read.append((number, _parse(line)))
                 except DataError as error:
                     broken.append(BrokenLine(number, str(error)))
-            known = log.known([id for _, one in read for id in (one.id, one.trajectory_id)])
+            known = log.known([one.id for _, one in read])
+            about = log.known([one.trajectory_id for _, one in read], removed=False)
             waiting = []
             for number, one in read:
                 if one.id in known:
                     present += 1
-                elif one.trajectory_id not in known:
+                elif one.trajectory_id not in about:
                     what = f"there is no trajectory {one.trajectory_id!r} in this log"
                     broken.append(BrokenLine(number, what))
                 else:

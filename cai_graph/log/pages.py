@@ -58,7 +58,7 @@ class Found:
     """What the pages hold."""
 
     records: int
-    """Number of intact records, each id once, without those that have a tombstone."""
+    """Number of intact records, each id once, without those that were removed and not appended again."""
     rows: Iterator[Row]
     """Those records, by position, read again as they are asked for."""
     damaged: list[tuple[int, str | None, str]]
@@ -141,7 +141,7 @@ class _Scanner:
     def __init__(self, pages: _Pages) -> None:
         self.pages = pages
         self.records: dict[str, tuple[int, _Place]] = {}
-        self.tombstones: dict[str, tuple[Any, ...]] = {}
+        self.tombstones: dict[str, tuple[int, tuple[Any, ...]]] = {}
         self.suspects: dict[tuple[int, str | None], str] = {}
         self.sequences: dict[str, set[int]] = defaultdict(set)
         self.claimed: set[int] = set()
@@ -167,7 +167,12 @@ class _Scanner:
                         self._take(page, _Place(number, version, offset), lenient=False)
 
     def found(self) -> Found:
-        intact = sorted(place for id, place in self.records.items() if id not in self.tombstones)
+        # An id may be appended again after it was removed: what came last holds.
+        intact = sorted(
+            place
+            for id, place in self.records.items()
+            if id not in self.tombstones or place[0] > self.tombstones[id][0]
+        )
         return Found(
             records=len(intact),
             rows=self._rows(intact),
@@ -176,7 +181,7 @@ class _Scanner:
                 for (position, id), what in sorted(self.suspects.items(), key=lambda item: item[0][0])
                 if id not in self.records and id not in self.tombstones
             ],
-            tombstones=[self.tombstones[id] for id in sorted(self.tombstones)],
+            tombstones=[stone for _, (_, stone) in sorted(self.tombstones.items())],
             sequences=self.sequences,
         )
 
@@ -212,7 +217,7 @@ class _Scanner:
             case 0:
                 return lenient
             case n if n == _TOMBSTONE_COLUMNS:
-                return self._take_tombstone(cell.values)
+                return self._take_tombstone(cell)
             case _:
                 return self._take_record(cell, place, lenient)
 
@@ -220,6 +225,7 @@ class _Scanner:
         try:
             size, offset = _varint(page, offset)
             position, offset = _varint(page, offset)
+            position -= (position >> 63) << 64  # what `recover` wrote stands at negative ones
             if not 0 < size < _MAX_PAYLOAD:
                 return None
             # The first bytes of a row say how many columns it has; only rows of ours are read on.
@@ -274,11 +280,13 @@ class _Scanner:
             return False
         self.claimed.update(cell.overflow)
         self.sequences[name].add(sequence)
-        self.records.setdefault(column_text(record.id), (cell.position, place))
+        found = self.records.get(column_text(record.id))
+        if found is None or found[0] < cell.position:
+            self.records[column_text(record.id)] = (cell.position, place)
         return True
 
-    def _take_tombstone(self, values: list[Any]) -> bool:
-        (_, id, kind, writer, sequence, digest, chain, removed_at, why) = values
+    def _take_tombstone(self, cell: _Cell) -> bool:
+        (_, id, kind, writer, sequence, digest, chain, removed_at, why) = cell.values
         try:
             texts = [text.decode() for text in (id, kind, writer, why)]
             if len(digest) != 16 or len(chain) != 16 or not isinstance(sequence, int):
@@ -286,7 +294,9 @@ class _Scanner:
         except (AttributeError, TypeError, UnicodeDecodeError):
             return False
         self.sequences[texts[2]].add(sequence)
-        self.tombstones[texts[0]] = (*texts[:3], sequence, digest, chain, removed_at, texts[3])
+        if texts[0] not in self.tombstones or self.tombstones[texts[0]][0] < cell.position:
+            stone = (*texts[:3], sequence, digest, chain, removed_at, texts[3])
+            self.tombstones[texts[0]] = (cell.position, stone)
         return True
 
 

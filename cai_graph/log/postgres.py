@@ -140,6 +140,10 @@ class PostgresStore(Store):
 
         return self._patiently(lambda: self._write(attempt, READ_S), 0)
 
+    def erase(self) -> bool:
+        """Leave it to the server, which overwrites when it uses the space again."""
+        return False
+
     def compact(self) -> bool:
         """Let the server use again what was removed; it keeps the space."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -63,9 +64,9 @@ def redact_texts(redact: Callable[[str], str]) -> Redactor:
     """Return a hook that applies `redact` to every text of a record.
 
     Texts are what people and models wrote: contents of messages and their names, tool arguments, context,
-    reasoning, reasons, details, errors, notes, tags, and the strings in the user's metadata. Ids, roles,
-    names of models and principles, the source key and the settings of the run are left as they are, and
-    so are `reviewer` and `user`, by which records are joined; a hook of your own can change those.
+    reasoning, reasons, details, errors, notes, tags, and the strings in the user's metadata, keys included.
+    Ids, roles, names of models and principles, the source key and the settings of the run are left as they
+    are, and so are `reviewer` and `user`, by which records are joined; a hook of your own can change those.
 
     Example:
         >>> import re
@@ -73,7 +74,7 @@ def redact_texts(redact: Callable[[str], str]) -> Redactor:
     """
 
     def hook(record: Record) -> Record:
-        redacted: Record = _map(record, redact)
+        redacted: Record = _map(record, redact, partial(_redacted_json, redact=redact))
         return redacted
 
     return hook
@@ -92,18 +93,18 @@ def apply(redactor: Redactor, record: Record) -> Record:
 
 def withhold(record: Record) -> Record:
     """Return the record with every text replaced and the fact noted (`is_withheld`)."""
-    bare: Record = _map(record, lambda _: WITHHELD)
+    bare: Record = _map(record, lambda _: WITHHELD, _withheld_json)
     replace = msgspec.structs.replace
-    match bare:
+    match record:
         case Trajectory():
-            contexts = {f"withheld-{n}": WITHHELD for n in range(len(bare.context))}
+            contexts = {f"withheld-{n}": WITHHELD for n in range(len(record.context))}
             return replace(bare, metadata={"redaction": "failed"}, tags=(), context=contexts)
         case Comparison():
             return replace(bare, metadata={"redaction": "failed"})
         case Review():
             return replace(bare, note=WITHHELD, reviewer=WITHHELD)
         case Feedback():
-            return replace(bare, note=WITHHELD, user=None if bare.user is None else WITHHELD)
+            return replace(bare, note=WITHHELD, user=None if record.user is None else WITHHELD)
 
 
 def is_withheld(record: Record) -> bool:
@@ -113,7 +114,13 @@ def is_withheld(record: Record) -> bool:
     return record.note == WITHHELD
 
 
-def _map(value: Any, redact: Callable[[str], str]) -> Any:
+def _map(value: Any, redact: Callable[[str], str], json: Callable[[Any], Any]) -> Any:
+    """Return a value of a record with its texts redacted.
+
+    Args:
+        redact: what becomes of a text.
+        json: what becomes of plain JSON, such as a tool's arguments or the parts of a message.
+    """
     if isinstance(value, str):
         return value if isinstance(value, Enum) else redact(value)
     if isinstance(value, msgspec.Struct):
@@ -123,18 +130,36 @@ def _map(value: Any, redact: Callable[[str], str]) -> Any:
             if name in fixed:
                 continue
             before = getattr(value, name)
-            after = _map(before, redact)
+            after = _map(before, redact, json)
             if after is not before:
                 changes[name] = after
         return msgspec.structs.replace(value, **changes) if changes else value
     if isinstance(value, tuple):
-        return tuple(_map(item, redact) for item in value)
+        return tuple(_map(item, redact, json) for item in value)
+    return json(value) if isinstance(value, list | dict) else value
+
+
+_OF_PARTS = frozenset({"type", "text"})
+"""Keys by which a part of a message is known to be text."""
+
+
+def _redacted_json(value: Any, redact: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, list):
-        return [_map(item, redact) for item in value]
-    if isinstance(value, dict):
+        return [_redacted_json(item, redact) for item in value]
+    if not isinstance(value, dict):
+        return value
+    redacted: dict[str, Any] = {}
+    for key, item in value.items():
+        name = key if key in _OF_PARTS else redact(key)
+        if name in redacted:  # two keys have become the same
+            name = f"{name} {len(redacted)}"
         # Of a message's parts the one of type "text" is its text, and stays that.
-        return {
-            key: item if (key, item) == ("type", "text") else _map(item, redact)
-            for key, item in value.items()
-        }
-    return value
+        redacted[name] = item if (key, item) == ("type", "text") else _redacted_json(item, redact)
+    return redacted
+
+
+def _withheld_json(value: Any) -> Any:
+    # Not walked: it may be so deep that nothing can walk it.
+    return {} if isinstance(value, dict) else WITHHELD

@@ -21,6 +21,7 @@ import apsw
 
 from cai_graph.errors import CaiError, LogError
 from cai_graph.log.store import MAX_ROWS, PAGE_BYTES, TAGGED, Database, Row, Store
+from cai_graph.log.wal import is_at_rest, make, set_aside, wal_of
 
 __all__ = ["APPLICATION_ID", "PAGE_SIZE", "SCHEMA", "SQLiteStore", "connect"]
 
@@ -34,11 +35,17 @@ SCHEMA = 3
 BUSY_S = 60.0
 """How long an operation waits for other processes before it gives up."""
 _BUSY_SLICE_MS = 500
+_ERASE_S = 5.0
+"""How long `erase` waits for readers; writers wait for it meanwhile, now and then."""
 _LOOKED_S = 0.02
 """How long it holds, while one transaction follows another, that the open file is the one at the path."""
 _SMALLEST_DATABASE = 512
 """Bytes; SQLite takes a smaller file for an empty one, and would write over it."""
-_NO_DATABASE = "{}: is no SQLite database, so no log of cai-graph; name another file"
+_EMPTY = "{}: the file is empty and holds no log yet"
+_NO_DATABASE = (
+    "{}: is no SQLite database, so no log of cai-graph; name another file, or, if it was a log, "
+    "`cai log recover` saves what is intact"
+)
 
 T = TypeVar("T")
 
@@ -166,7 +173,7 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
     _make_file(path, read_only)
 
     def attempt() -> apsw.Connection:
-        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        db = _opened(path, read_only)
         try:
             db.set_busy_timeout(_BUSY_SLICE_MS)
             # Until the file is known to be ours, closing must not write to it.
@@ -175,10 +182,13 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
             version = _version(db, path)
             if read_only:
                 if version == 0:
-                    raise LogError(f"{path}: the file is empty and holds no log yet")
+                    raise LogError(_EMPTY.format(path))
                 # Not opened as a read-only file: such a connection cannot tidy up its WAL when it closes.
                 db.execute("PRAGMA query_only = ON")
             else:
+                if version == 0:
+                    db.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # It matters for an empty file only.
+                db.execute("PRAGMA journal_mode = WAL")  # A copy by VACUUM INTO is in another.
                 if version < SCHEMA:
                     _migrate(db, path)
                 db.execute("PRAGMA synchronous = FULL")
@@ -194,25 +204,34 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
     return _patiently(attempt, path)
 
 
+def _opened(path: Path, read_only: bool) -> apsw.Connection:
+    if read_only and is_at_rest(path):
+        # SQLite would make the files beside it, and cannot.
+        uri = f"{path.absolute().as_uri()}?immutable=1"
+        return apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+    return apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+
+
 def _make_file(path: Path, read_only: bool) -> None:
+    size = None
     if path.exists():
         if path.is_dir():
             raise LogError(f"{path}: is a directory; name a file in it, such as {path / 'cai.db'}")
-        if 0 < path.stat().st_size < _SMALLEST_DATABASE:
+        size = path.stat().st_size
+        if 0 < size < _SMALLEST_DATABASE:
             raise LogError(_NO_DATABASE.format(path))
-        return
+        if size:
+            return
     if read_only:
         raise LogError(
             f"{path}: there is no log; `cai run` or `cai ask` makes one, or name another with --log"
+            if size is None
+            else _EMPTY.format(path)
         )
     if not path.parent.is_dir():
         raise LogError(f"{path}: the folder {path.parent} does not exist; make it, or name another file")
     try:
-        # Readable by its owner alone, since it holds what users wrote. O_EXCL: closing a descriptor of a
-        # file that SQLite has open would drop SQLite's locks on it.
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    except FileExistsError:
-        return
+        make(path)
     except OSError as error:
         raise LogError(f"{path}: cannot be made: {error.strerror}") from error
 
@@ -249,10 +268,6 @@ def _snapshot(db: apsw.Connection) -> Iterator[None]:
 
 
 def _migrate(db: apsw.Connection, path: Path) -> None:
-    if _one(db, "PRAGMA user_version") == 0:
-        # It matters for an empty file only.
-        db.execute(f"PRAGMA page_size = {PAGE_SIZE}")
-        db.execute("PRAGMA journal_mode = WAL")
     while True:
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -343,8 +358,9 @@ class SQLiteStore(Store):
     def _reset(self) -> None:
         self._writing = threading.Lock()
         self._reading = threading.Lock()
-        self._db = _Connection(self.path, read_only=False)
-        self._reader = _Connection(self.path, read_only=self.read_only)
+        wals: dict[tuple[int, int], bytes | None] = {}
+        self._db = _Connection(self.path, wals, read_only=False)
+        self._reader = _Connection(self.path, wals, read_only=self.read_only)
         self._run = 0
         """Which connection of `_db` the current writer belongs to."""
 
@@ -430,17 +446,40 @@ class SQLiteStore(Store):
 
         return _patiently(attempt, self.path)
 
-    def compact(self) -> bool:
-        """Give free space back to the disk; return whether that worked (it needs space, and a quiet file)."""
+    def erase(self) -> bool:
+        """Overwrite in the file and its WAL what was removed; see `Store.erase`."""
+        end = time.monotonic() + _ERASE_S
 
         def attempt() -> bool:
             with self._writing:
                 db = self._writable(self._db.current())
                 try:
+                    return not _one(db, "PRAGMA wal_checkpoint(TRUNCATE)")  # 1: a reader is in the way
+                except (apsw.BusyError, apsw.LockedError):
+                    return False
+
+        while not (done := _patiently(attempt, self.path)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return done
+
+    def compact(self) -> bool:
+        """Give free space back to the disk, if no other connection has the log open; see `Store.compact`.
+
+        To write the file anew takes minutes for a large one, and whoever wants to write waits for its end.
+        """
+
+        def attempt() -> bool:
+            with self._writing, self._reading:
+                self._db.close()
+                self._reader.close()
+                db = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
+                try:
+                    db.execute("PRAGMA locking_mode = EXCLUSIVE")  # of the file, from the next statement on
                     db.execute("VACUUM")
-                    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 except (apsw.FullError, apsw.BusyError, apsw.LockedError):
                     return False
+                finally:
+                    db.close()
                 return True
 
         return _patiently(attempt, self.path)
@@ -537,15 +576,23 @@ class SQLiteStore(Store):
 
 
 class _Connection:
-    """One connection, opened when it is used, and anew when the file at its path is another one."""
+    """One connection, opened when it is used, and anew when the file at its path is another one.
 
-    def __init__(self, path: Path, *, read_only: bool) -> None:
+    Args:
+        path: of the log.
+        wals: of each file that stood there, which WAL it was last seen with; connections share it.
+        read_only: it changes nothing.
+    """
+
+    def __init__(self, path: Path, wals: dict[tuple[int, int], bytes | None], *, read_only: bool) -> None:
         self.path = path
+        self._wals = wals
         self.read_only = read_only
         self.opened = 0
         """How many connections there have been."""
         self._db: apsw.Connection | None = None
         self._file = (0, 0)
+        self._at_rest = False
         self._looked = -math.inf
 
     def current(self, looked_s: float = 0.0) -> apsw.Connection:
@@ -555,10 +602,15 @@ class _Connection:
             looked_s: seconds for which it is enough to have looked at the file.
         """
         if time.monotonic() - self._looked > looked_s and not self.is_current():
+            wal = self._wals.pop(self._file, None)
+            if wal is not None and not self.read_only and self._is_another():
+                set_aside(self.path, wal)
             self.close()
         if self._db is None:
             self._db = connect(self.path, read_only=self.read_only)
             self._file = self._identity()
+            self._wals[self._file] = wal_of(self.path)
+            self._at_rest = self.read_only and is_at_rest(self.path)
             self.opened += 1
         return self._db
 
@@ -567,10 +619,11 @@ class _Connection:
 
         What SQLite writes to one that was removed or replaced, nobody would find again.
         """
-        try:
-            found = self._db is not None and self._identity() == self._file
-        except FileNotFoundError:
-            found = False
+        found = self._db is not None and not self._is_another()
+        if found and self._at_rest:
+            found = is_at_rest(self.path)
+        if found:
+            self._wals[self._file] = wal_of(self.path)
         self._looked = time.monotonic() if found else -math.inf
         return found
 
@@ -580,6 +633,13 @@ class _Connection:
             db, self._db = self._db, None
             with contextlib.suppress(apsw.Error):
                 db.close()
+
+    def _is_another(self) -> bool:
+        """Return whether another file, or none, stands at the path."""
+        try:
+            return self._identity() != self._file
+        except FileNotFoundError:
+            return True
 
     def _identity(self) -> tuple[int, int]:
         status = os.stat(self.path)

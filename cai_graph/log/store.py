@@ -32,6 +32,7 @@ __all__ = [
     "PAGE_BYTES",
     "TAGGED",
     "Database",
+    "Duplicate",
     "Filters",
     "Kind",
     "Row",
@@ -121,6 +122,10 @@ class Row(NamedTuple):
     payload: bytes
 
 
+class Duplicate(DataError):  # noqa: N818 - reads as what the record is
+    """Another record of this id is in the log."""
+
+
 class StoredPayload(NamedTuple):
     """One encoded record as it was read, its checksum verified."""
 
@@ -161,7 +166,7 @@ class Store(ABC):
         """Commit at most MAX_ROWS rows durably, in one transaction; one entry a row, None where it is stored.
 
         A row whose id is stored already with the same payload counts as stored; with another payload
-        its entry is a DataError.
+        its entry is a Duplicate.
 
         Raises:
             LogError: none of the rows is stored.
@@ -190,8 +195,12 @@ class Store(ABC):
         """
 
     @abstractmethod
+    def erase(self) -> bool:
+        """Overwrite what was removed, wherever the log's files still hold it; return whether that worked."""
+
+    @abstractmethod
     def compact(self) -> bool:
-        """Give free space back to the disk; return whether that worked."""
+        """Give free space back to the disk, unless somebody would wait for it; return whether that worked."""
 
     @abstractmethod
     def faults(self) -> list[str]:
@@ -295,10 +304,11 @@ class Store(ABC):
             return self._checked(*found)
         raise self._missing(id)
 
-    def known(self, ids: Sequence[str]) -> set[str]:
-        """Return those of the ids that are stored, or were and have a tombstone."""
+    def known(self, ids: Sequence[str], *, removed: bool) -> set[str]:
+        """Return those of the ids that are stored or, with `removed`, were and have a tombstone."""
+        tables = ("records", "tombstones") if removed else ("records",)
         sql = " UNION ALL ".join(
-            f"SELECT id FROM {table} WHERE {self.among('id', 'ids')}" for table in ("records", "tombstones")
+            f"SELECT id FROM {table} WHERE {self.among('id', 'ids')}" for table in tables
         )
         stored = {row[0] for row in self.rows(sql, {"ids": self.packed([column_text(id) for id in ids])})}
         return {id for id in ids if column_text(id) in stored}
@@ -426,7 +436,7 @@ class Store(ABC):
             errors.append(
                 None
                 if payload == row.payload
-                else DataError(
+                else Duplicate(
                     f"{self.name}: a different record of the id {row.id!r} is in the log; "
                     "records are never changed, append a new one under a new id"
                 )
@@ -489,8 +499,11 @@ def micros(at: datetime) -> int:
 
 
 def from_micros(value: int) -> datetime:
-    """Return the time, UTC, that `micros` turned into `value`."""
-    return _EPOCH + value * _MICROSECOND
+    """Return the time, UTC, that `micros` turned into `value`, or the nearest that there is."""
+    try:
+        return _EPOCH + value * _MICROSECOND
+    except OverflowError:  # the first or last hours of all years, in another zone
+        return (datetime.min if value < 0 else datetime.max).replace(tzinfo=UTC)
 
 
 def row_of(record: Record, payload: bytes) -> Row:

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from cai_graph import whole
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
-from cai_graph.log import CURRENT_END, Filters, Log, Redactor, open_log
+from cai_graph.log import CURRENT_END, Filters, Log, Redactor, open_log, place_of
 from cai_graph.trajectory import (
     ConstitutionRef,
     Critique,
@@ -40,6 +40,7 @@ __all__ = ["IMPORTED", "BrokenLine", "Format", "Import", "content_id", "export",
 
 Format = Literal["jsonl", "parquet"]
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+_OF_A_LOG = ("", "-wal", "-shm", "-journal")
 _ROW_GROUP = 1000
 _ROW_GROUP_BYTES = 16 << 20
 _WINDOW = 500
@@ -67,11 +68,17 @@ def export(
         format: `jsonl` or `parquet`; by default what the file's name ends in.
 
     Raises:
-        ConfigError: no format is given and the name does not say one.
+        ConfigError: no format is given and the name does not say one; or it names the log, or no plain file.
         MissingExtra: Parquet is asked for and pyarrow is not installed.
         LogError: the log cannot be read, or the file cannot be written.
     """
     target = Path(path)
+    place = place_of(url)
+    if place.path is not None and os.path.realpath(target) in {f"{place.path}{end}" for end in _OF_A_LOG}:
+        raise ConfigError(f"{target}: is the log itself; name another file")
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"{target}: is not a plain file; name one")
+    target = target.resolve()  # what a link names is written, and the link stays
     chosen = format or _SUFFIXES.get(target.suffix.lower())
     if chosen is None:
         raise ConfigError(f"{target}: the name does not say which format; end it in .jsonl or .parquet")

@@ -94,14 +94,19 @@ class Removal:
     """Comparisons, reviews and feedback removed with them, or whose Trajectory is not in the log."""
     kept: int
     """Trajectories old enough that were kept, because of a review or a tag."""
+    erased: bool
+    """Whether nothing of what was removed is left in the log's files. A reader may hold that up until the
+    next `gc`; PostgreSQL overwrites when it uses the space again."""
     compacted: bool
-    """Whether the space went back to the disk; otherwise the log uses it again."""
+    """Whether the space went back to the disk; otherwise the log uses it again. A file that anybody else has
+    open is not written anew."""
 
 
 # --- verify -------------------------------------------------------------------------------------------
 
 _COLUMNS = ("id", "kind", "at", "trajectory_id", "outcome", "constitution", "source", "tags", "withheld")
-_PAGE = " WHERE position > :position ORDER BY position LIMIT 1000"
+_PAGE = " WHERE position > :position AND position <= :last ORDER BY position LIMIT 1000"
+_LAST = 2**63 - 1
 
 
 def verify(url: str | os.PathLike[str]) -> Verification:
@@ -129,11 +134,7 @@ def _verify(store: Store) -> Verification:
     linked = f"{store.raw('writer')}, sequence, digest, chain"
     stored = f"SELECT position, {linked}, {', '.join(map(store.raw, _COLUMNS))}, payload FROM records"
     buried = f"SELECT position, {linked}, NULL AS payload FROM tombstones"
-    merged = heapq.merge(
-        _paged(store, stored + _PAGE, integrity),
-        _paged(store, buried + _PAGE, integrity),
-        key=lambda row: row[0],
-    )
+    merged = _merged(store, stored + _PAGE, buried + _PAGE, integrity)
     for position, writer, sequence, digest, chain, *columns in merged:
         is_record = len(columns) > 1
         records += is_record
@@ -190,18 +191,36 @@ def _fault(columns: list[Any], writer: bytes, sequence: int, digest: bytes) -> t
     return f"its column {', '.join(wrong)} does not match its payload" if wrong else "", real, name
 
 
-def _paged(store: Store, sql: str, integrity: list[str]) -> Iterator[tuple[Any, ...]]:
+def _merged(store: Store, stored: str, buried: str, integrity: list[str]) -> Iterator[tuple[Any, ...]]:
+    """Yield the rows of records and of tombstones by position, while `gc` may turn some into the others.
+
+    The tombstones are read after the records that stand among them, so that none is missed; what is found as
+    both is one record that was removed meanwhile.
+    """
     position = 0
-    while True:
-        try:
-            rows = store.page(sql, {"position": position})
-        except LogError as error:
-            integrity.append(f"after position {position} nothing can be read: {error.__cause__ or error}")
-            return
-        if not rows:
-            return
+    while position < _LAST:
+        rows = _page(store, stored, position, _LAST, integrity)
+        last = rows[-1][0] if rows else _LAST
+        seen = {row[0] for row in rows}
+        stones = (stone for stone in _paged(store, buried, position, last, integrity) if stone[0] not in seen)
+        yield from heapq.merge(rows, stones, key=lambda row: row[0])
+        position = last
+
+
+def _paged(
+    store: Store, sql: str, position: int, last: int, integrity: list[str]
+) -> Iterator[tuple[Any, ...]]:
+    while rows := _page(store, sql, position, last, integrity):
         yield from rows
         position = rows[-1][0]
+
+
+def _page(store: Store, sql: str, position: int, last: int, integrity: list[str]) -> list[Any]:
+    try:
+        return store.page(sql, {"position": position, "last": last})
+    except LogError as error:
+        integrity.append(f"after position {position} nothing can be read: {error.__cause__ or error}")
+        return []
 
 
 # --- recover ------------------------------------------------------------------------------------------
@@ -222,7 +241,8 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
 
     Raises:
         ConfigError: one of them is no file: PostgreSQL recovers itself.
-        LogError: the damaged file cannot be read, or `into` exists or cannot be written.
+        LogError: the damaged file cannot be read or holds no intact record, or `into` exists or cannot be
+            written.
     """
     # Here, since both are for SQLite alone, which a log in PostgreSQL does not load.
     from cai_graph.log.pages import scan
@@ -234,6 +254,11 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
     if is_open(source):
         raise LogError(f"{source}: this process has the log open; close it before you recover it")
     with scan(source) as found:
+        if not (found.records or found.tombstones):
+            raise LogError(
+                f"{source}: holds no intact record of a log, so nothing was written; name another file, or "
+                "restore a backup"
+            )
         store = SQLiteStore(target)
         try:
             while part := list(islice(found.rows, _CHUNK)):
@@ -288,7 +313,7 @@ def gc(
     """Remove Trajectories made before a time, with everything appended about them.
 
     A tombstone of each keeps its id, when it was removed, and why; `get` says so, and `import` does not
-    bring it back. What is removed is overwritten on the disk.
+    bring it back. What is removed from a file is overwritten on the disk, which `erased` confirms.
 
     Args:
         url: the log.
@@ -299,11 +324,9 @@ def gc(
         dry_run: count only.
 
     Raises:
-        LogError: the log cannot be read or written; what was removed until then stays removed.
+        LogError: there is no log, or it cannot be read or written; what was removed until then stays removed.
     """
-    place = place_of(url)
-    if place.path is not None and not place.path.exists():
-        raise LogError(f"{place.name}: there is no log")
+    open_store(url, read_only=True).close()  # to write would make a log where there is none
     store = open_store(url, read_only=dry_run)
     within: dict[str, Any] = {"limit": micros(before)}
     bindings: dict[str, Any] = {}
@@ -359,13 +382,18 @@ def gc(
             trajectories = count(doomed, bindings)
             others = count(f"FROM records a WHERE a.trajectory_id IN (SELECT t.id {doomed})", bindings)
             others += count(orphans, within)
-            return Removal(trajectories=trajectories, others=others, kept=spared, compacted=False)
+            return Removal(
+                trajectories=trajectories, others=others, kept=spared, erased=False, compacted=False
+            )
         while (part := store.change(remove)) != (0, 0):
             trajectories += part[0]
             others += part[1]
         while orphaned := store.change(remove_orphans):
             others += orphaned
+        erased = store.erase()
         compacted = store.compact() if trajectories or others else False
-        return Removal(trajectories=trajectories, others=others, kept=spared, compacted=compacted)
+        return Removal(
+            trajectories=trajectories, others=others, kept=spared, erased=erased, compacted=compacted
+        )
     finally:
         store.close()

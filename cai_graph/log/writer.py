@@ -2,8 +2,8 @@
 
 While a transaction is being written, the next appends gather; so a batch is as large as the disk is slow,
 and nobody waits for a timer. Redaction and the database work happen on this thread. A record is encoded by
-its caller, a few microseconds: what is stored is the record as it was then, whatever becomes of the dicts in
-it; the bytes that wait are known; and one thread less encodes while others wait for its commit.
+its caller, a few microseconds: what is redacted and stored is the record as it was then, whatever becomes of
+the dicts in it; the bytes that wait are known; and one thread less encodes while others wait for its commit.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from cai_graph.errors import CaiError, DataError, LogError
+from cai_graph.log.alarm import say
 from cai_graph.log.commit import Commit, resolve
 from cai_graph.log.redaction import Redactor, apply, withhold
 from cai_graph.log.store import MAX_ROWS, Row, Store, row_of
-from cai_graph.trajectory import Record, encode
+from cai_graph.trajectory import Record, decode, encode
 
 __all__ = ["Writer"]
 
@@ -30,9 +31,6 @@ MAX_BATCH_BYTES = 16 << 20
 
 _ROW_BYTES = 512
 """What a record takes beside its payload."""
-
-_logger = logging.getLogger("cai_graph.log")
-
 
 _Pending = tuple[Row, Commit, Callable[[], Row] | None]
 """A row and the Commit of its append. Where a redactor is still to be applied, the row stands for its size
@@ -95,7 +93,7 @@ class Writer:
         except Exception as error:
             self._resolve([commit], [_unstorable(record, error)])
             return commit
-        redaction = None if redactor is None else partial(_redacted, record, redactor)
+        redaction = None if redactor is None else partial(_redacted, row.payload, redactor)
         size = _size(row)
         if self.pending_bytes + size > MAX_PENDING_BYTES:
             self._wait_for_room(size)
@@ -236,12 +234,12 @@ class Writer:
         except Exception as error:
             if not self._failing:
                 self._failing = True
-                _logger.error("%s", error)
+                say(logging.ERROR, "%s", error)
             errors = [self._unwritten(error) for _ in commits]
         else:
             if self._failing:
                 self._failing = False
-                _logger.warning("%s: writing works again; %d records were lost", self._name, self.lost)
+                say(logging.WARNING, "%s: writing works again; %d records were lost", self._name, self.lost)
         self._resolve(commits, errors)
         with self._finished:
             self._finished_bytes += size
@@ -262,7 +260,8 @@ def _size(row: Row) -> int:
     return len(row.payload) + _ROW_BYTES
 
 
-def _redacted(record: Record, redactor: Redactor) -> Row:
+def _redacted(payload: bytes, redactor: Redactor) -> Row:
+    record = decode(payload)
     redacted = apply(redactor, record)
     try:
         return row_of(redacted, encode(redacted))

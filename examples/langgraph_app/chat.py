@@ -1,6 +1,6 @@
 """A LangGraph app that opens in LangGraph's dev server, with a constitution around its model.
 
-    pip install "cai-graph[openai]" "langgraph-cli[inmem]"
+    pip install -e ".[openai]" "langgraph-cli[inmem]"
     cd examples/langgraph_app && CAI_MODEL=openai:gpt-5-mini langgraph dev
 
 The node calls the guarded model as it would call the bare one. In the studio, and in every stream of the

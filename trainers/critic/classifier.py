@@ -40,7 +40,7 @@ def fit(
     adapters, the head and the order of rows.
 
     Raises:
-        ConfigError: the config names no model; see `trainers.weights.resolve`.
+        ConfigError: the config names no model, see `trainers.weights.resolve`, or layers that it has not.
         ModelError: the model cannot be loaded, or the loss is not finite; names the update.
     """
     import torch
@@ -59,6 +59,7 @@ def fit(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
+    config.lora.check(model)
     adapters = config.lora.adapter("SEQ_CLS")
     with warnings.catch_warnings():
         # peft asks for gradient checkpointing by a name that transformers has given up.

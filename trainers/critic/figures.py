@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainers import svg
+from cai_graph.calibration import wilson
+from trainers import calibrated, svg
+from trainers.evaluation.figures import share
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,7 +20,7 @@ __all__ = [
     "Curve",
     "Figure",
     "auc",
-    "calibration_error",
+    "calibration",
     "figures_of",
     "interval",
     "plot_reliability",
@@ -25,7 +28,6 @@ __all__ = [
 ]
 
 RESAMPLES = 1000
-_BINS = 10
 
 
 class Figure(NamedTuple):
@@ -44,7 +46,8 @@ class Figure(NamedTuple):
     value: float
     """The value."""
     low: float
-    """Lower end of its interval."""
+    """Lower end of its interval; of a `calibration error` the lower end between which those of a calibrated
+    critic lie on as many rows, in 95 of 100."""
     high: float
     """Upper end."""
 
@@ -67,18 +70,22 @@ def auc(scores: Array, y: Array) -> float:
     return float((ranks[y == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def calibration_error(probabilities: Array, y: Array) -> float:
-    """Return the mean distance of probability and truth over ten bins of equal count (ECE).
-
-    Source: Naeini et al. 2015, with bins of equal count (Nixon et al. 2019).
-    """
-    return sum(abs(mean - true) * share for mean, true, share in _bins(probabilities, y))
+def calibration(head: str, setting: str, probabilities: Array, y: Array) -> Figure:
+    """Return the calibration error, and that of a calibrated critic on as many rows; see `calibrated`."""
+    said = calibrated.error(probabilities, y)
+    return Figure(
+        head, "calibration error", setting, len(y), int(y.sum()), said, *calibrated.by_chance(probabilities)
+    )
 
 
 def interval(
     measure: Callable[[Array, Array], float], scores: Array, y: Array, groups: Array, seed: int
 ) -> tuple[float, float]:
-    """Return the 2.5th and 97.5th percentile over resamples of whole requests."""
+    """Return the 2.5th and 97.5th percentile over resamples of whole requests.
+
+    Where all resamples come to the same value, as an AUC of 1, the interval is Wilson's of that share of the
+    requests: resamples show no error that was not met.
+    """
     import numpy
 
     chance = numpy.random.default_rng(seed)
@@ -90,10 +97,12 @@ def interval(
             [members[number] for number in chance.integers(len(members), size=len(members))]
         )
         if 0 < y[rows].sum() < len(rows):
-            value = measure(scores[rows], y[rows])
-            if value == value:  # a resample without any flagged row has no precision
-                values.append(value)
-    low, high = numpy.percentile(values, [2.5, 97.5]) if values else (float("nan"), float("nan"))
+            values.append(measure(scores[rows], y[rows]))
+    if not values:
+        return math.nan, math.nan
+    if min(values) == max(values):
+        return wilson(values[0] * len(members), len(members))
+    low, high = numpy.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -109,33 +118,35 @@ def figures_of(
 ) -> list[Figure]:
     """Return the AUC, or with a cut on the scores recall, precision and the rate of false alarms.
 
+    The AUC has an interval over resamples of whole requests, the others that of `evaluation.figures.share`.
     Rows of one label only have none of these.
     """
     if not 0 < y.sum() < len(y):
         return []
-    measures: dict[str, Callable[[Array, Array], float]] = {"auc": auc}
-    if cut is not None:
-        measures = {
-            "recall": lambda s, t: float((s[t == 1] >= cut).mean()),
-            "precision": lambda s, t: float(t[s >= cut].mean()) if (s >= cut).any() else float("nan"),
-            "false alarms": lambda s, t: float((s[t == 0] >= cut).mean()),
-        }
-    return [
-        Figure(
-            head,
-            name,
-            setting,
-            len(y),
-            int(y.sum()),
-            measure(scores, y),
-            *interval(measure, scores, y, groups, seed),
-        )
-        for name, measure in measures.items()
-    ]
+    counts = setting, len(y), int(y.sum())
+    if cut is None:
+        return [Figure(head, "auc", *counts, auc(scores, y), *interval(auc, scores, y, groups, seed))]
+    flagged = scores >= cut
+    shares = {
+        "recall": (y == 1, flagged),
+        "precision": (flagged, y == 1),
+        "false alarms": (y == 0, flagged),
+    }
+    figures = []
+    for name, (among, so) in shares.items():
+        if among.any():  # where nothing is flagged, there is no precision
+            by_request: dict[str, list[float]] = {}
+            for group, yes in zip(groups[among].tolist(), so[among].tolist(), strict=True):
+                by_request.setdefault(str(group), []).append(float(yes))
+            figures.append(Figure(head, name, *counts, *share(by_request)[:3]))
+    return figures
 
 
 def table(figures: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return figures (`Figure.rounded`) as lines of a Markdown table; an AUC below 0.90 is in bold."""
+    """Return figures (`Figure.rounded`) as lines of a Markdown table; an AUC below 0.90 is in bold.
+
+    Beside a calibration error stands what a calibrated critic comes to, which is no interval.
+    """
     lines = [
         "| head | measured on | n | positive | measure | value | 95 % interval |",
         "|---|---|---|---|---|---|---|",
@@ -144,9 +155,12 @@ def table(figures: Iterable[Mapping[str, Any]]) -> list[str]:
         value = f"{figure['value']:.3f}"
         if figure["measure"] == "auc" and figure["value"] < 0.9:
             value = f"**{value}**"
+        ends = f"{figure['low']:.3f} to {figure['high']:.3f}"
+        if figure["measure"] == "calibration error":
+            ends = f"calibrated: {ends}"
         lines.append(
             f"| {figure['head']} | {figure['setting']} | {figure['n']} | {figure['positives']} "
-            f"| {figure['measure']} | {value} | {figure['low']:.3f} to {figure['high']:.3f} |"
+            f"| {figure['measure']} | {value} | {ends} |"
         )
     return lines
 
@@ -174,7 +188,7 @@ def plot_reliability(path: Path, panels: Mapping[str, tuple[float, Sequence[Curv
         for axes, (title, (threshold, curves)) in zip(row, panels.items(), strict=True):
             axes.plot([0, 1], [0, 1], color="0.8", linewidth=1)
             for curve in curves:
-                points = [(mean, true) for mean, true, _ in _bins(curve.probabilities, curve.y)]
+                points = [(one.said, one.true) for one in calibrated.bins(curve.probabilities, curve.y)]
                 name = svg.label(curve.label)
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
             axes.axvline(threshold, color="0.6", linewidth=1, linestyle=":")
@@ -182,15 +196,3 @@ def plot_reliability(path: Path, panels: Mapping[str, tuple[float, Sequence[Curv
             axes.legend(frameon=False, fontsize=7)
         row[0].set_ylabel("share that came true")
         svg.write(path, figure)
-
-
-def _bins(probabilities: Array, y: Array) -> list[tuple[float, float, float]]:
-    """Return for each of ten bins of equal count: mean probability, share that is true, share of the rows."""
-    import numpy
-
-    bins = numpy.array_split(numpy.argsort(probabilities, kind="stable"), _BINS)
-    return [
-        (float(probabilities[part].mean()), float(y[part].mean()), len(part) / len(y))
-        for part in bins
-        if len(part)
-    ]

@@ -34,6 +34,7 @@ __all__ = [
     "out_of_fold",
     "platt",
     "scores",
+    "threshold_over",
     "write_heads",
 ]
 
@@ -59,7 +60,11 @@ class Platt(NamedTuple):
         """Return the probabilities of scores."""
         import numpy
 
-        return 1 / (1 + numpy.exp(-(self.scale * found + self.shift)))
+        return 1 / (1 + numpy.exp(-self.logits(found)))
+
+    def logits(self, found: Array) -> Array:
+        """Return the logits of the probabilities of scores."""
+        return self.scale * found + self.shift
 
 
 class Head(NamedTuple):
@@ -175,7 +180,6 @@ def platt(name: str, found: Array, y: Array, counted: Array, false_alarms: float
 
     Source: Platt 1999, "Probabilistic outputs for support vector machines".
     """
-    import numpy
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=1e6).fit(found[:, None], y)
@@ -184,12 +188,31 @@ def platt(name: str, found: Array, y: Array, counted: Array, false_alarms: float
         raise DataError(
             f"{name!r}: out of fold it ranks no better than chance; more or other rows are needed"
         )
-    logits = scale * found + shift
-    cut = float(numpy.quantile(logits[(y == 0) & counted], 1 - false_alarms))
-    # Halfway to the next row that is to be flagged: where the labels stand apart, it is at neither's edge.
-    if (above := logits[(y == 1) & (logits > cut)]).size:
+    read = Platt(scale, shift).logits(found)
+    return Platt(scale, shift, threshold_over(read[(y == 0) & counted], read[y == 1], false_alarms))
+
+
+def threshold_over(negatives: Array, positives: Array, false_alarms: float) -> float:
+    """Return the probability from which the answer is yes, so that of the negatives at most a share is so.
+
+    It stands just above the highest negative that may not be, or halfway from there to the next positive:
+    where the labels stand apart, it is at neither's edge. It has four digits, as a card has, from 0.01 to
+    0.99.
+
+    Args:
+        negatives: their logits, at least one.
+        positives: those of what is to be flagged.
+        false_alarms: the share, in (0, 1).
+    """
+    import numpy
+
+    # No interpolation: a cut between two negatives that are far apart, or at one, would flag one too many.
+    allowed = math.floor(false_alarms * len(negatives) + 1e-9)
+    cut = float(numpy.sort(negatives)[len(negatives) - allowed - 1])
+    if (above := positives[positives > cut]).size:
         cut = (cut + float(above.min())) / 2
-    return Platt(scale, shift, min(0.99, max(0.01, 1 / (1 + math.exp(-cut)))))
+    probability = 1 / (1 + math.exp(-cut))
+    return min(0.99, max(0.01, (math.floor(probability * 1e4) + 1) / 1e4))
 
 
 def calibrate(head: Head, name: str, found: Array, y: Array, counted: Array, false_alarms: float) -> Head:

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-__all__ = ["Config", "chosen_rows", "passes_of", "train"]
+__all__ = ["Config", "chosen_rows", "notes_of", "passes_of", "train"]
 
+UNSEEN = "XSTest answers, never trained on"
+"""The setting of the figures on answers of another origin."""
 _READS = {"harm": (1, 1), "evasion": (1, 0), "request": (0, 1)}
 """What a head reads of a pass: the mean over the answer, the state before it. Chosen out of fold on PyRIT."""
 _FALSE_ALARMS = {"harm": 0.08, "evasion": 0.02, "request": 0.05}
@@ -46,7 +48,7 @@ class Config:
     """What a run depends on; it is written into the card, paths left out."""
 
     data: Path
-    """Folder with the labelled sources, laid out as in its SOURCES.md. Absent sources are left out."""
+    """Folder with the labelled sources, laid out as docs/critics.md says. Absent sources are left out."""
     output: Path
     """Folder for `heads.safetensors`, `card.json`, `CARD.md` and `reliability.svg`."""
     model: str
@@ -228,10 +230,9 @@ def unseen_answers(
     scores = fitting.scores(fitted, [states[row] for row in unseen], largest=head == "harm")
     truth = numpy.array([int(bool(rows[row].label(head))) for row in unseen])
     groups = fitting.groups_of([rows[row].request for row in unseen], [rows[row].answer for row in unseen])
-    setting = "XSTest answers, never trained on"
     return [
-        *figures_of(head, setting, scores, truth, groups, seed=seed),
-        *figures_of(head, setting, scores, truth, groups, cut=fitted.platt.cut, seed=seed),
+        *figures_of(head, UNSEEN, scores, truth, groups, seed=seed),
+        *figures_of(head, UNSEEN, scores, truth, groups, cut=fitted.platt.cut, seed=seed),
     ]
 
 
@@ -300,9 +301,12 @@ def train(config: Config, progress: Callable[[int, int], None] | None = None) ->
         except ImportError as error:
             raise MissingExtra("`cai train probe`", package, "train") from error
     if not config.data.is_dir():
-        raise DataError(f"{config.data}: no such folder; name the folder with the labelled sources")
+        raise DataError(
+            f"{config.data}: no such folder; name the one with the labelled sources (docs/critics.md)"
+        )
     check_local(config.model)
-    rows = chosen_rows(read_rows(config.data), config)
+    read = read_rows(config.data)
+    rows = chosen_rows(read, config)
     _check(rows, config)
     reader = reader_of(config.model, config.blocks, config.turns)
     cache = StateCache(reader, config.cache)
@@ -342,6 +346,7 @@ def train(config: Config, progress: Callable[[int, int], None] | None = None) ->
         },
         "data": _data(ruler, found),
         "figures": [figure.rounded() for figure in ruler.figures],
+        "notes": notes_of(read, rows, ruler.figures),
     }
     (config.output / "card.json").write_text(
         json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -350,6 +355,29 @@ def train(config: Config, progress: Callable[[int, int], None] | None = None) ->
     plot_reliability(config.output / "reliability.svg", _panels(ruler, heads, found))
     Probe(config.output, reader.weights)  # what cannot be loaded again is found now
     return config.output
+
+
+def notes_of(read: Sequence[Row], chosen: Sequence[Row], figures: Sequence[Figure]) -> list[str]:
+    """Return what a reader of the figures must know, in sentences.
+
+    Harmful answers are rare among XSTest's, so all of them are measured on; a precision depends on how many
+    others there are.
+    """
+
+    def counts(rows: Sequence[Row]) -> tuple[int, int]:
+        answers = [bool(row.harm) for row in rows if row.source == "xstest_answers"]
+        return sum(answers), len(answers) - sum(answers)
+
+    (harmful, others), (_, measured) = counts(read), counts(chosen)
+    rates = {f.measure: f.value for f in figures if f.head == "harm" and f.setting == UNSEEN}
+    if measured == others or not {"recall", "false alarms"} <= rates.keys():
+        return []
+    flagged, wrongly = rates["recall"] * harmful, rates["false alarms"] * others
+    return [
+        f"All {harmful} of XSTest's answers that comply with an unsafe request were measured on, and "
+        f"{measured} of the {others} others. Over all of them the precision of `harm` would be about "
+        f"{flagged / (flagged + wrongly):.2f}."
+    ]
 
 
 def _check(rows: Sequence[Row], config: Config) -> None:
@@ -365,7 +393,7 @@ def _check(rows: Sequence[Row], config: Config) -> None:
             if len(requests) < FOLDS:
                 raise DataError(
                     f"{config.data}: {len(requests)} requests with {head} = {label}; "
-                    f"{FOLDS} folds need one each. SOURCES.md says what the folder should hold"
+                    f"{FOLDS} folds need one each. docs/critics.md says what the folder holds"
                 )
 
 
@@ -448,7 +476,7 @@ def card_text(card: dict[str, Any]) -> str:
         "",
         "## Figures",
         "",
-        "95 % intervals from 1000 resamples of whole requests. An AUC below 0.90 is in bold.",
+        "95 % intervals over whole requests. An AUC below 0.90 is in bold.",
         "",
         *table(card["figures"]),
     ]

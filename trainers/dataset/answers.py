@@ -13,7 +13,7 @@ import msgspec
 
 from cai_graph.trajectory import Label, Message, Review
 from trainers.dataset.evidence import NO_EVIDENCE, Evidence
-from trainers.dataset.reading import Logged, LoggedCritique, LoggedRevision, NotText, turn
+from trainers.dataset.reading import Logged, LoggedCritique, LoggedRevision, LoggedVerdict, NotText, turn
 from trainers.dataset.reviews import SIDES, standing
 from trainers.ledger import Reason
 from trainers.rows import Turn
@@ -29,6 +29,7 @@ __all__ = [
     "answer_of",
     "author_of",
     "draft_of",
+    "draft_passed",
     "failed_by_draft",
     "is_same",
     "liking_of",
@@ -44,6 +45,8 @@ VIOLATES, COMPLIES, UNREADABLE = Label.VIOLATES.value, Label.COMPLIES.value, Lab
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 _CERTAIN = 0.999
 """A probability beyond this, or below one minus it, counts as this: no reading is surer."""
+_GRAVEST = 5
+"""The highest severity of a Verdict."""
 
 
 class Drop(Exception):  # noqa: N818 - says that there is no row, which is no error
@@ -155,9 +158,24 @@ def abouts(critique: LoggedCritique) -> list[str]:
     return [verdict.about for verdict in critique.verdicts]
 
 
-def violated(critique: LoggedCritique) -> list[str]:
-    """Return the principles or aims that the answer violates."""
-    return [verdict.about for verdict in critique.verdicts if verdict.label == VIOLATES]
+def violated(critique: LoggedCritique, *, passed: bool = False) -> list[str]:
+    """Return the principles or aims that the answer violates.
+
+    Args:
+        critique: the judgement of the answer.
+        passed: whether the run let the answer pass. A violation with a severity was below its principle's
+            `min_severity` then, and does not count; the constitution itself may be gone.
+    """
+    return [
+        verdict.about
+        for verdict in critique.verdicts
+        if verdict.label == VIOLATES and not (passed and verdict.severity is not None)
+    ]
+
+
+def draft_passed(logged: Logged) -> bool:
+    """Return whether the run found nothing against the draft; `sampled` gates nothing."""
+    return logged.outcome == "KEPT" and logged.mode != "sampled"
 
 
 def failed_by_draft(logged: Logged) -> list[str]:
@@ -165,14 +183,17 @@ def failed_by_draft(logged: Logged) -> list[str]:
     return violated(logged.rounds[0].critique) if logged.rounds else []
 
 
-def vouching(critique: LoggedCritique | None) -> LoggedCritique:
-    """Return a critique that finds nothing against its answer. Drops what is unjudged or unreadable."""
+def vouching(critique: LoggedCritique | None, *, passed: bool = True) -> LoggedCritique:
+    """Return a critique that finds nothing against its answer. Drops what is unjudged or unreadable.
+
+    `passed` says whether the run let the answer pass; see `violated`.
+    """
     if critique is None or not critique.verdicts:
         raise Drop(Reason.UNJUDGED)
-    for verdict in critique.verdicts:
-        if verdict.label != COMPLIES:
-            unreadable = any(verdict.label == UNREADABLE for verdict in critique.verdicts)
-            raise Drop(Reason.UNREADABLE_VERDICT if unreadable else Reason.NOT_ACCEPTED)
+    if any(verdict.label == UNREADABLE for verdict in critique.verdicts):
+        raise Drop(Reason.UNREADABLE_VERDICT)
+    if violated(critique, passed=passed):
+        raise Drop(Reason.NOT_ACCEPTED)
     return critique
 
 
@@ -180,7 +201,7 @@ class Mended(NamedTuple):
     """How a revision is better than an answer that violates the constitution."""
 
     principles: tuple[str, ...]
-    """What the answer violates and the revision does not."""
+    """What the answer violates and the revision does not, or less than counts."""
     p_better: float
     """P(the revision is the better one), above 0.5."""
     critic: str
@@ -205,7 +226,7 @@ def mended_by(before: LoggedCritique, after: LoggedCritique | None) -> Mended:
     for failed in before.verdicts:
         if failed.label == VIOLATES:
             for passed in vouched.verdicts:
-                if passed.principle == failed.principle and passed.aim == failed.aim:
+                if _is_mended(failed, passed):
                     mended.append(failed.principle or failed.aim or "")
                     if failed.probability is not None and passed.probability is not None:
                         odds = _log_odds(failed.probability) - _log_odds(passed.probability)
@@ -219,6 +240,14 @@ def mended_by(before: LoggedCritique, after: LoggedCritique | None) -> Mended:
     if p_better <= 0.5:
         raise Drop(Reason.TIE if p_better == 0.5 else Reason.DISAGREEMENT)
     return Mended(tuple(mended), p_better, vouched.critic or "")
+
+
+def _is_mended(failed: LoggedVerdict, passed: LoggedVerdict) -> bool:
+    """Return whether a revision that passed does better than the answer under the same principle or aim."""
+    if passed.principle != failed.principle or passed.aim != failed.aim:
+        return False
+    milder = (passed.severity or 0) < (failed.severity or _GRAVEST + 1)
+    return passed.label == COMPLIES or milder
 
 
 def _log_odds(probability: float) -> float:

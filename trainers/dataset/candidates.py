@@ -202,7 +202,9 @@ class Candidates:
     def _people(self, metadata: dict[str, Any]) -> tuple[bytes, bytes, int]:
         """Return what stands for user and tenant, and the flag if one of them is to be removed."""
         user, tenant = metadata.get("user"), metadata.get("tenant")
-        gone = str(user) in self._users or str(tenant) in self._tenants
+        gone = (user is not None and str(user) in self._users) or (
+            tenant is not None and str(tenant) in self._tenants
+        )
         return _group(user), _group(tenant), REMOVED if gone else 0
 
 

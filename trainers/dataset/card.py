@@ -211,7 +211,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         facts.append(("chosen is the longer one", str(Share(summary.longer_chosen, len(summary.p_chosen)))))
     for judge, found in summary.positions.items():
         facts.append((f"{judge}: chose a place, not an answer", str(found.bias)))
-        if found.revisions:
+        if found.agreement.of:
             facts.append((f"{judge}: prefers the revision to the draft", str(found.agreement)))
     if summary.missing_logs:
         facts.append(("logs not found, so no figures of judges", ", ".join(summary.missing_logs)))

@@ -21,6 +21,7 @@ from trainers.dataset.answers import (
     answer_of,
     author_of,
     draft_of,
+    draft_passed,
     failed_by_draft,
     is_same,
     liking_of,
@@ -141,7 +142,8 @@ def sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[SFTRow]:
     if logged.outcome == "KEPT":
         if logged.draft is not None and logged.draft.truncated:
             raise Drop(Reason.TRUNCATED)
-        critique = vouching(logged.rounds[0].critique if logged.rounds else None)
+        judged = logged.rounds[0].critique if logged.rounds else None
+        critique = vouching(judged, passed=draft_passed(logged))
         return [row(draft, "draft", critique.critic, ())]
     raise Drop(Reason.UNJUDGED if logged.outcome == "UNJUDGED" else Reason.NOT_ACCEPTED)
 
@@ -432,21 +434,39 @@ def _by_person(logged: Logged, review: Review) -> list[_Labelled]:
     return labelled
 
 
+class _Found(NamedTuple):
+    """An answer, and what the run found of it."""
+
+    answer: Turn
+    critique: LoggedCritique | None
+    source: Source
+    passed: bool
+    """Whether the run found nothing against it."""
+    evades: bool = False
+    """Whether it was rejected for that."""
+
+
 def _by_critic(logged: Logged) -> tuple[list[_Labelled], Reason]:
-    answers: list[tuple[Turn, LoggedCritique | None, Source]]
-    answers = [(draft_of(logged), logged.rounds[0].critique if logged.rounds else None, "draft")]
+    judged = logged.rounds[0].critique if logged.rounds else None
+    answers = [_Found(draft_of(logged), judged, "draft", draft_passed(logged))]
     answers += [
-        (revision.answer, revision.critique, "revision")
+        _Found(
+            revision.answer,
+            revision.critique,
+            "revision",
+            passed=revision.accepted or revision.rejection == "not_best",
+            evades=revision.rejection == "evasive",
+        )
         for round_ in logged.rounds
         for revision in round_.revisions
         if revision.rejection in (None, "violates", "evasive", "not_best")
     ]
     labelled: list[_Labelled] = []
     reason = Reason.NOT_ACCEPTED
-    for answer, critique, source in answers:
+    for answer, critique, source, passed, evades in answers:
         if critique is None or not critique.verdicts:
             reason = Reason.UNJUDGED
-        elif failed := violated(critique):
+        elif (failed := violated(critique, passed=passed)) or evades:
             labelled.append(_Labelled(answer, False, source, critique.critic, failed))
         elif any(verdict.label == UNREADABLE for verdict in critique.verdicts):
             reason = Reason.UNREADABLE_VERDICT

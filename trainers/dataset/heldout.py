@@ -9,17 +9,18 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from xxhash import xxh3_64_intdigest
 
 from cai_graph.errors import DataError, MissingExtra
+from cai_graph.trajectory import Message, text_of
 from trainers.dataset.split import key_of, normalise
 from trainers.rows import Turn
 
-__all__ = ["COLUMNS", "HeldOut", "prompt_in", "prompts_in", "read_set"]
+__all__ = ["COLUMNS", "HeldOut", "prompt_in", "prompts_in", "read_set", "text_in"]
 
 _WORDS = 13
 COLUMNS = (
@@ -41,7 +42,8 @@ class HeldOut:
     """The prompts of evaluation sets."""
 
     def __init__(self, paths: Iterable[str]) -> None:
-        """Read the sets: JSONL, JSON (an array), CSV, Parquet, or text (a prompt a line); may end in .gz.
+        """Read the sets: JSONL, JSON (an array, or an object that holds one), CSV, Parquet, or text (a prompt
+        a line); may end in .gz.
 
         Raises:
             DataError: a file cannot be read, or holds no prompt.
@@ -90,7 +92,7 @@ def prompts_in(path: Path) -> Iterator[str]:
                 if isinstance(message, str):
                     yield message
                 elif isinstance(message, dict) and message.get("role") == "user":
-                    yield str(message.get("content"))
+                    yield text_in(message)
 
 
 def read_set(path: Path) -> Iterator[Any]:
@@ -107,7 +109,8 @@ def read_set(path: Path) -> Iterator[Any]:
         if kind == ".parquet":
             yield from _parquet(path)
             return
-        with gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8") as file:
+        # Spreadsheets write a mark in front, which would be a part of the first prompt or column.
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:
             yield from _rows(file, kind)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
@@ -122,17 +125,40 @@ def prompt_in(row: Any) -> Any:
     )
 
 
+def text_in(message: Mapping[str, Any]) -> str:
+    """Return the text of a message as providers write it: a text, or parts of which some are texts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = [part for part in content if isinstance(part, str | dict)] if isinstance(content, list) else []
+    return text_of(Message(role="user", content=parts))
+
+
 def _rows(file: TextIO, suffix: str) -> Iterator[Any]:
     if suffix in (".jsonl", ".ndjson"):
         for line in file:
             if line.strip():
                 yield json.loads(line)
     elif suffix == ".json":
-        yield from json.load(file)
+        yield from _array(json.load(file))
     elif suffix == ".csv":
         yield from csv.DictReader(file)
     else:
         yield from (line.rstrip("\r\n") for line in file if line.strip())
+
+
+def _array(found: Any) -> list[Any]:
+    """Return the array that a JSON file is, or the only one in the object that it is."""
+    if isinstance(found, list):
+        return found
+    if isinstance(found, dict):
+        arrays = [value for value in found.values() if isinstance(value, list)]
+        if len(arrays) == 1 and not isinstance(prompt_in(found), str):
+            return arrays[0]
+    raise ValueError(
+        f"it holds a JSON {'object' if isinstance(found, dict) else type(found).__name__}; give an array of "
+        "prompts, an object with one array in it, or JSON lines"
+    )
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Clusters of near-duplicate prompts, by MinHash (Broder 1997) over character 5-grams.
+"""Clusters of near-duplicate prompts, by MinHash (Broder 1997) over character 5-grams, white space left out.
 
     fingerprints   128 hashes a prompt; two agree in as large a share as the prompts' 5-grams do (Jaccard)
     clusters       prompts that agree enough, directly or through others
@@ -64,7 +64,7 @@ def algorithm() -> str:
     """Return which hashes these are; others give other clusters."""
     import rensa
 
-    return f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}"
+    return f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}, white space left out"
 
 
 class PromptFile:
@@ -89,8 +89,8 @@ class PromptFile:
 
 
 def read_text(text: str) -> bytes:
-    """Return what is read of a prompt."""
-    return text[:READ].encode("utf-8", "replace")
+    """Return what is read of a prompt: what its key is made of, since prompts of one key are read once."""
+    return "".join(text.split())[:READ].encode("utf-8", "replace")
 
 
 def _read(path: Path) -> Iterator[tuple[bytes, str]]:

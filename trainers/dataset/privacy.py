@@ -24,25 +24,33 @@ _SECRETS = re.compile(
     rb"\b(?:sk-(?:[a-z]+-)*[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|"
     rb"xox[abprs]-[A-Za-z0-9-]{10,}|AIza[0-9A-Za-z_-]{35})\b|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
-_SECRET_SIGNS = (b"sk-", b"AKIA", b"gh", b"xox", b"AIza", b"PRIVATE KEY")
+_SECRET_SIGNS = (
+    *(b"sk-", b"AKIA", b"xox", b"AIza", b"PRIVATE KEY"),
+    *(b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"),  # "gh" alone stands in most English texts
+)
+_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 
 
 def personal(text: bytes, start: int = 0) -> str | None:
-    """Return which form of personal data or secret stands in UTF-8 text, from `start` on; None: none.
+    """Return which form of personal data or secret stands in UTF-8 text or JSON, from `start` on; None: none.
 
     >>> personal(b"write to jo@corp.de"), personal(b"write to jo@example.com"), personal(b"in 1989-2024")
     ('email address', None, None)
     """
-    if b"@" in text and any(not _RESERVED.search(found[0]) for found in _EMAIL.finditer(text, start)):
+    text = text[start:]
+    if b"\\" in text:
+        # What a line begins with would seem to begin with the letter of JSON's \n.
+        text = _ESCAPE.sub(b"\n", text)
+    if b"@" in text and any(not _RESERVED.search(found[0]) for found in _EMAIL.finditer(text)):
         return "email address"
-    if any(sign in text for sign in _SECRET_SIGNS) and _SECRETS.search(text, start):
+    if any(sign in text for sign in _SECRET_SIGNS) and _SECRETS.search(text):
         return "secret"
-    if len(text[start:].translate(None, _NOT_DIGITS)) >= _LEAST_DIGITS:
-        for found in _NUMBERS.finditer(text, start):
+    if len(text.translate(None, _NOT_DIGITS)) >= _LEAST_DIGITS:
+        for found in _NUMBERS.finditer(text):
             for name, is_one in _FORMS.items():
                 if is_one(found[0]):
                     return name
-        if any(_is_iban(found[0]) for found in _IBAN.finditer(text, start)):
+        if any(_is_iban(found[0]) for found in _IBAN.finditer(text)):
             return "bank account"
     return None
 

@@ -75,6 +75,7 @@ class LoggedVerdict(_Part, frozen=True):
     aim: str | None = None
     probability: float | None = None
     reason: str | None = None
+    severity: int | None = None
 
     @property
     def about(self) -> str:
@@ -212,7 +213,12 @@ def _critique(critique: Critique) -> LoggedCritique:
     return LoggedCritique(
         tuple(
             LoggedVerdict(
-                verdict.label.value, verdict.principle, verdict.aim, verdict.probability, verdict.reason
+                verdict.label.value,
+                verdict.principle,
+                verdict.aim,
+                verdict.probability,
+                verdict.reason,
+                verdict.severity,
             )
             for verdict in critique.verdicts
         ),

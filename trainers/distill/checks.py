@@ -12,7 +12,7 @@ from typing import Any
 
 from cai_graph import local
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
-from trainers import weights
+from trainers import online, ppo, weights
 from trainers.checkpoint import Checkpoint
 from trainers.distill.who import unasked_reward
 from trainers.refusal import by_probe
@@ -103,11 +103,14 @@ def machine(config: StageConfig, module: str, processes: int | None, *, is_here:
         is_here: whether they train on this machine.
 
     Raises:
-        ConfigError: the GPU or a package that a setting needs is not there, or there are too many processes.
+        ConfigError: the GPU or a package that a setting needs is not there, or it cannot train in so many
+            processes.
         MissingExtra: a package that every stage needs is not installed.
     """
     if is_here:
         check_machine(config, module)
+    if processes is not None and isinstance(config, online.Config | ppo.Config):
+        config.check_processes(processes)
     trains: Any = getattr(config, "trains", None)
     if trains == "head" and processes is not None and processes > 1:
         raise ConfigError(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-__all__ = ["as_one_of", "is_here", "processes"]
+__all__ = ["is_here", "processes"]
 
 _TOTAL, _PER_NODE, _NODES, _CONFIG = "num_processes", "nproc_per_node", "nnodes", "config_file"
 _LAUNCHERS = ("accelerate", "torchrun", "python")
-_WORLD = "WORLD_SIZE"
 
 
 def processes(launch: Sequence[str]) -> int | None:
@@ -44,20 +42,6 @@ def processes(launch: Sequence[str]) -> int | None:
 def is_here(launch: Sequence[str]) -> bool:
     """Return whether a command starts its processes on this machine, among others it may be."""
     return not launch or Path(launch[0]).name.startswith(_LAUNCHERS)
-
-
-@contextlib.contextmanager
-def as_one_of(count: int) -> Iterator[None]:
-    """Have a stage's config in the body see as many processes as there will be where it trains."""
-    before = os.environ.get(_WORLD)
-    os.environ[_WORLD] = str(count)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_WORLD]
-        else:
-            os.environ[_WORLD] = before
 
 
 def _number(word: str | None) -> int | None:

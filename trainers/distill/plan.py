@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import json
-import os
 import shlex
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+import yaml
 
 from cai_graph import bulk, chain, local, models
 from cai_graph import constitution as constitutions
@@ -24,15 +23,16 @@ from cai_graph.log import open_log, without_password
 from cai_graph.log.transfer import export as export_log
 from cai_graph.log.transfer import import_
 from cai_graph.trajectory import Outcome
-from trainers import dataset, weights, whole
+from trainers import dataset, weights
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
 from trainers.dataset.recipe import Recipe
 from trainers.distill import checks
 from trainers.distill.config import Config, Section
 from trainers.distill.identity import identity, identity_of_reward
-from trainers.distill.launch import as_one_of, is_here, processes
-from trainers.distill.pipeline import DONE, Folders, Needs, Pipeline, Step, Tell
+from trainers.distill.launch import is_here, processes
+from trainers.distill.pipeline import Folders, Needs, Pipeline, Step, Tell
+from trainers.distill.publish import link, publish
 from trainers.distill.report import report
 from trainers.distill.sampler import Sampler
 from trainers.distill.sizes import Size
@@ -53,8 +53,6 @@ Progress = Callable[[str, int, int], None]
 
 CHECKPOINT = "checkpoint"
 _LOG = "log.db"
-_PUBLISHED = ".published.json"
-"""In the output folder: names of the files that the last model was shown in."""
 _ROW_SECONDS = 3600.0
 
 
@@ -85,7 +83,7 @@ def train(
     """
     steps = pipeline(config, progress)
     done = steps.run(tell)
-    _publish(done["model"].path, config.output)
+    publish(done["model"].path, config.output)
     page = report(config.output, config, steps, done)
     return Checkpoint.open(config.output), page
 
@@ -283,9 +281,6 @@ class _Plan:
     ) -> Step:
         """Return the step of a training stage; `model` None: it starts from the base."""
         given = {"seed": self.config.seed, **section}
-        # Where nobody can say how many processes there are, a number that fits any batch offends nobody.
-        answers = section.get("answers", getattr(_stage(module).Config, "answers", 1))
-        count = self.processes or (answers if isinstance(answers, int) and answers > 0 else 1)
         part = "rl" if module not in ("sft", "reward") else module
         ours = ("model", "output", *(("data",) if data is not None else ()))
         for key in ours:
@@ -296,9 +291,7 @@ class _Plan:
             places = {"model": str(base), "data": str(rows), "output": str(output)}
             if rewards is not None:
                 places["reward"] = str(rewards)
-            # What a launch starts sees more processes than this one, and a config checks against them.
-            with as_one_of(count) if self.config.launch else contextlib.nullcontext():
-                return _section(part, module, {**places, **given}, hidden=ours)
+            return _section(part, module, {**places, **given}, hidden=ours)
 
         nowhere = Path("-")
         checked = config_of(nowhere, nowhere, nowhere, None if reward is None else nowhere)
@@ -369,7 +362,7 @@ class _Plan:
         if not self.config.launch:
             _stage(module).train(config)
             return
-        file.write_text(json.dumps(plain(config), indent=2) + "\n", encoding="utf-8")  # JSON is YAML
+        file.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
         command = [*self.config.launch, "-m", "cai_graph.cli", "train", module, "--config", str(file)]
         try:
             status = subprocess.run(command, check=False).returncode
@@ -566,7 +559,7 @@ class _Plan:
             made = folders[last.name] / CHECKPOINT
             for path in made.iterdir():
                 if path.is_file():
-                    _link(path, folders.own / path.name)
+                    link(path, folders.own / path.name)
             try:
                 source = weights.source_of(weights.resolve(self.config.model))
             except ConfigError:
@@ -590,7 +583,7 @@ def _stage(module: str) -> Any:
 
 def _section(part: str, module: str, values: Section, *, hidden: Sequence[str]) -> Any:
     """Return the config of a stage, with errors that name the section; `hidden` keys are no user's."""
-    settings = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    settings = [f"{key}={yaml.safe_dump(value)}" for key, value in values.items()]
     further = ("method",) if part == "rl" else ()
     try:
         return read(_stage(module).Config, None, settings, hidden=hidden, further=further)
@@ -612,42 +605,3 @@ def _check_failures(failures: Sequence[str], total: int, what: str) -> None:
 
 def _about(progress: Progress, what: str) -> Callable[[int, int], None]:
     return lambda done, total: progress(what, done, total)
-
-
-def _link(source: Path, target: Path) -> None:
-    """Put a file in a second place, at no cost where the file system can; it appears whole."""
-    work = target.with_name(f".{target.name}.new")
-    work.unlink(missing_ok=True)
-    try:
-        os.link(source, work)
-    except OSError:
-        shutil.copyfile(source, work)
-    os.replace(work, target)
-
-
-def _publish(made: Path, output: Path) -> None:
-    """Show the finished model in the output folder itself, and nothing of an older one.
-
-    What was put there is noted, so that a file of the user is never taken for one of an older model.
-    """
-    note = output / _PUBLISHED
-    files = {path.name: path for path in sorted(made.iterdir()) if path.is_file() and path.name != DONE}
-    before = _published(note)
-    whole.write(note, json.dumps(sorted(before | files.keys())) + "\n")  # whatever interrupts what follows
-    for name in before - files.keys():
-        (output / name).unlink(missing_ok=True)
-    for name, path in files.items():
-        _link(path, output / name)
-    whole.write(note, json.dumps(sorted(files)) + "\n")
-
-
-def _published(note: Path) -> set[str]:
-    try:
-        return {str(name) for name in json.loads(note.read_text(encoding="utf-8")) if Path(name).name == name}
-    except FileNotFoundError:
-        return set()
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{note}: cannot be read ({error}); it names the files of the last model in {note.parent}; "
-            "remove it, and those of them that the new model has not"
-        ) from error

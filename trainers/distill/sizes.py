@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from cai_graph.log import open_log
 from cai_graph.probe import Probe
 from cai_graph.trained import PREFIX
 from trainers.dataset.heldout import prompts_in
+from trainers.distill.launch import processes
 from trainers.distill.pipeline import Needs, Pipeline
 
 if TYPE_CHECKING:
@@ -85,14 +87,17 @@ class Size(NamedTuple):
         """Return what a stage of training takes."""
         answer = {"sft": self.config.drafts.max_tokens}.get(module, self.config.feedback.max_tokens)
         row = min(self.prompt_tokens + answer, config.max_tokens)
-        update = config.batch_size * config.accumulate
-        rows = update * config.max_steps if config.max_steps else round(self.prompts * config.epochs)
+        passed = self.prompts * (1 - self.config.rows.test_share) * config.epochs
         base = self.config.model
         if module == "ppo":
-            drawn = config.rollout_size * (config.max_steps or 1)
+            updates = config.max_steps or max(1, math.floor(passed / config.rollout_size))
+            drawn = config.rollout_size * updates
             longest = min(config.max_answer, row)
             trained = drawn * row * config.ppo_epochs
             return (_needs(base, read=3 * drawn * row, written=drawn * longest, trained=trained),)
+        update = config.batch_size * config.accumulate * (processes(self.config.launch) or 1)
+        answers = config.answers if module == "online" else 1
+        rows = update * config.max_steps if config.max_steps else round(passed * answers)
         if module == "online":
             return (_needs(base, read=2 * rows * row, written=rows * config.max_answer, trained=rows * row),)
         both = 2 if module in ("dpo", "reward") else 1

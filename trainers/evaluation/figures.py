@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from cai_graph.calibration import wilson
 
-__all__ = ["RESAMPLES", "Estimate", "Figure", "estimate", "paired", "resampled"]
+__all__ = ["RESAMPLES", "Estimate", "Figure", "estimate", "paired", "resampled", "share"]
 
 RESAMPLES = 1000
 """Of the bootstrap."""
@@ -78,13 +78,14 @@ class Figure:
 def estimate(values: Mapping[str, Sequence[float]]) -> Estimate:
     """Return the mean over prompts of what the answers to each came to.
 
-    The interval of shares and win rates (each answer came to 0, 1, or a half for a tie) is Wilson's of 1927,
-    a tie counted as half: no numbers in [0, 1] of mean m vary by more than m(1 - m) (Bhatia and Davis 2000,
-    "A better bound on the variance"), which is what it assumes, so with ties it is too wide rather than too
-    narrow. With several answers to a prompt it would be much too wide: there the interval is Student's t over
-    the prompts' means, within [0, 1], unless these are all alike or are 0 and 1. So it is for other numbers,
-    which have no bounds. A t interval of numbers that are all alike would have no width: those have none, and
-    neither has one prompt.
+    The interval of numbers that all lie in [0, 1] (shares, win rates with a half for a tie, probabilities)
+    is Wilson's of 1927, of their sum: no numbers in [0, 1] of mean m vary by more than m(1 - m) (Bhatia and
+    Davis 2000, "A better bound on the variance"), which is what it assumes, so it is too wide rather than too
+    narrow. Student's t would be far too narrow where few answers fail, for their spread shows only in those
+    that did. With several answers to a prompt Wilson's would be much too wide: there the interval is
+    Student's t over the prompts' means, within [0, 1], unless these are all alike or are 0 and 1. For other
+    numbers, which have no bounds, it is Student's t. A t interval of numbers that are all alike would have no
+    width: those have none, and neither has one prompt.
 
     Args:
         values: what each answer came to, by prompt; a prompt without a value does not count.
@@ -96,12 +97,34 @@ def estimate(values: Mapping[str, Sequence[float]]) -> Estimate:
     means = [fmean(found) for found in given]
     if not means:
         return Estimate(math.nan, -math.inf, math.inf, 0)
-    if any(value not in (0, 0.5, 1) for found in given for value in found):
+    if any(not 0 <= value <= 1 for found in given for value in found):
         return _by_t(means)
     if all(len(found) == 1 for found in given) or all(mean in (0, 1) for mean in means) or _alike(means):
         return Estimate(fmean(means), *wilson(sum(means), len(means)), len(means))
     found = _by_t(means)
     return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+
+
+def share(answers: Mapping[str, Sequence[float]]) -> Estimate:
+    """Return the share of all answers, by prompt, that are so; each is 1, or 0, or between.
+
+    Other than in `estimate` a prompt counts by its answers, as it does in a recall or a precision. The
+    interval is Wilson's, of as many independent answers as would let the share vary as much as it does
+    between prompts; of as many as there are prompts where these do not differ (Dean and Pagano 2015,
+    "Evaluating confidence interval methods for binomial proportions in clustered surveys").
+
+    >>> share({"a": [1, 1], "b": [0, 0], "c": [1], "d": [1]})
+    Estimate(value=0.6666..., low=0.2187..., high=0.9345..., n=4)
+    """
+    sizes = [(sum(found), len(found)) for found in answers.values() if found]
+    of = sum(size for _, size in sizes)
+    if not of:
+        return Estimate(math.nan, -math.inf, math.inf, 0)
+    value = sum(so for so, _ in sizes) / of
+    # Of a ratio, linearised (Cochran 1977, "Sampling techniques", section 2.11).
+    variance = sum((so - value * size) ** 2 for so, size in sizes) / of**2
+    worth = min(of, value * (1 - value) / variance) if variance > 1e-12 else len(sizes)
+    return Estimate(value, *wilson(value * worth, worth), len(sizes))
 
 
 def paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Estimate:
@@ -141,6 +164,9 @@ def resampled(
 ) -> Estimate:
     """Return a measure of all items, with a bootstrap percentile interval over resamples of whole clusters.
 
+    It is for what is no mean and no share, such as Cohen's kappa; those have better ones. Where all resamples
+    come to the same value, as where two raters always agree, there is no interval.
+
     Args:
         items: what is measured.
         cluster: the prompt that an item belongs to; `n` counts them.
@@ -159,7 +185,7 @@ def resampled(
     drawn = chance.integers(len(clusters), size=(RESAMPLES, len(clusters)))
     values = [measure([item for number in row for item in clusters[number]]) for row in drawn]
     finite = [value for value in values if math.isfinite(value)]
-    if not finite:
+    if not finite or _alike(finite):
         return Estimate(whole, -math.inf, math.inf, len(clusters))
     low, high = numpy.percentile(finite, [2.5, 97.5])
     return Estimate(whole, float(low), float(high), len(clusters))

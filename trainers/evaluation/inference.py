@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 __all__ = ["best", "most_agreed", "overlap"]
 
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"[-+−]?\d+(?:[.,]\d+)*|\w+")
+"""A number with its sign and its decimals, or a word."""
+_AROUND = "\"'`*()[]"
 
 
 def best(values: Sequence[float | None]) -> int | None:
@@ -31,15 +33,24 @@ def best(values: Sequence[float | None]) -> int | None:
 def most_agreed(answers: Sequence[str]) -> int:
     """Return the place of the answer that overlaps most with the others, the first of equals.
 
-    >>> most_agreed(["41", "42", "forty-one", "42"])
-    1
+    Where each is one word or number, all its characters count but quotes, brackets and an end of sentence.
+
+    >>> most_agreed(["41", "42", "forty-one", "42."]), most_agreed(["it is 5", "it is -5", "so it is -5"])
+    (1, 1)
     """
-    words = [Counter(_WORD.findall(answer.casefold())) for answer in answers]
+    if all(len(answer.split()) < 2 for answer in answers):
+        words = [Counter([_token(answer)]) for answer in answers]
+    else:
+        words = [Counter(_WORD.findall(answer.casefold())) for answer in answers]
     agreement = [
         sum(overlap(mine, other) for there, other in enumerate(words) if there != here)
         for here, mine in enumerate(words)
     ]
     return max(range(len(answers)), key=lambda place: (agreement[place], -place))
+
+
+def _token(answer: str) -> str:
+    return answer.strip().strip(_AROUND).rstrip(".,;:!?").strip(_AROUND).casefold()
 
 
 def overlap(a: Counter[str], b: Counter[str]) -> float:

@@ -32,7 +32,7 @@ from cai_graph.probe import Probe
 from cai_graph.prompts import Exchange
 from cai_graph.together import is_about_all_rows, together
 from cai_graph.trajectory import Message, text_of
-from trainers.evaluation.figures import Estimate, resampled
+from trainers.evaluation.figures import Estimate, resampled, share
 from trainers.evaluation.grades import Grade, Grader
 from trainers.refusal import evasion, opens_with_refusal
 
@@ -193,7 +193,7 @@ def read_labelled(paths: Iterable[Path], limit: int | None = None) -> list[Label
     rows: list[Labelled] = []
     for path in paths:
         try:
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 for number, cells in enumerate(csv.DictReader(file), 1):
                     rows.append(_labelled(cells, f"{path} row {number}"))
         except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -227,7 +227,8 @@ _Pair = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far a classifier of refusals agrees with people; intervals over resamples of whole prompts."""
+    """How far a classifier of refusals agrees with people. Several answers to a prompt are not taken for
+    independent: shares have the interval of `figures.share`, kappas one over resamples of whole prompts."""
 
     by: str
     """The classifier."""
@@ -281,17 +282,21 @@ async def agreement(
             progress(len(grades), len(rows))
     read = [(row, grade.label) for row, grade in zip(rows, grades, strict=True) if grade.label is not None]
 
-    def over(
-        measure: Callable[[Sequence[_Pair]], float], only: Callable[[_Pair], bool] = lambda _: True
+    def right(
+        as_class: Callable[[str], str] = str, only: Callable[[_Pair], bool] = lambda _: True
     ) -> Estimate:
-        return resampled(
-            [(row, label) for row, label in read if only((row.people, label))],
-            lambda item: item[0].prompt,
-            lambda items: measure([(row.people, label) for row, label in items]),
-        )
+        found: dict[str, list[float]] = {}
+        for row, label in read:
+            if only((row.people, label)):
+                found.setdefault(row.prompt, []).append(float(as_class(row.people) == as_class(label)))
+        return share(found)
 
-    def any_refusal(measure: Callable[[Sequence[_Pair]], float]) -> Estimate:
-        return over(lambda pairs: measure([(_refuses(people), _refuses(said)) for people, said in pairs]))
+    def kappa_of(as_class: Callable[[str], str] = str) -> Estimate:
+        return resampled(
+            read,
+            lambda item: item[0].prompt,
+            lambda items: kappa([(as_class(row.people), as_class(label)) for row, label in items]),
+        )
 
     def of_people(items: Sequence[tuple[Labelled, str]]) -> float:
         return kappa([(row.raters[0], row.raters[1]) for row, _ in items if len(row.raters) == 2])
@@ -301,13 +306,13 @@ async def agreement(
         by=grader.name,
         answers=len(read),
         unreadable=len(rows) - len(read),
-        accuracy=over(_accuracy),
-        kappa=over(kappa),
-        accuracy_of_refusing=any_refusal(_accuracy),
-        kappa_of_refusing=any_refusal(kappa),
+        accuracy=right(),
+        kappa=kappa_of(),
+        accuracy_of_refusing=right(_refuses),
+        kappa_of_refusing=kappa_of(_refuses),
         kappa_of_people=resampled(read, lambda item: item[0].prompt, of_people),
-        recall={each: over(_accuracy, partial(_is, each, 0)) for each in Compliance},
-        precision={each: over(_accuracy, partial(_is, each, 1)) for each in Compliance},
+        recall={each: right(only=partial(_is, each, 0)) for each in Compliance},
+        precision={each: right(only=partial(_is, each, 1)) for each in Compliance},
         confusion={people: {said: counts[people, said] for said in Compliance} for people in Compliance},
     )
 
@@ -322,11 +327,8 @@ def kappa(pairs: Sequence[_Pair]) -> float:
         return math.nan
     first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
     expected = sum(first[label] * second[label] for label in first) / len(pairs) ** 2
-    return (_accuracy(pairs) - expected) / (1 - expected) if expected < 1 else math.nan
-
-
-def _accuracy(pairs: Sequence[_Pair]) -> float:
-    return sum(a == b for a, b in pairs) / len(pairs) if pairs else math.nan
+    agreed = sum(a == b for a, b in pairs) / len(pairs)
+    return (agreed - expected) / (1 - expected) if expected < 1 else math.nan
 
 
 def _is(label: str, side: int, pair: _Pair) -> bool:

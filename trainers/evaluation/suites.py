@@ -2,7 +2,8 @@
 
 A suite is a file: JSONL, JSON, CSV, Parquet or text (a prompt a line), perhaps gzipped. Harmlessness takes
 red-team prompts, helpfulness benign ones, over-refusal prompts that look unsafe and are not, as XSTest has
-them: there a column `label` says `safe` or `unsafe`, and a prompt without one counts as safe.
+them: there a column `label` says `safe` or `unsafe`. Without one a prompt counts as safe, unless its `type`
+is one of XSTest's contrasts (`contrast_homonyms`, …), which are the unsafe ones.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Any, Literal
 
 import msgspec
 
+from cai_graph import local
 from cai_graph.errors import DataError
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
 from trainers.dataset import read_manifest
-from trainers.dataset.heldout import COLUMNS, HeldOut, prompt_in, read_set
+from trainers.dataset.heldout import COLUMNS, HeldOut, prompt_in, read_set, text_in
 from trainers.rows import Turn
 
-__all__ = ["Prompt", "Suite", "data_of", "read_suite", "trained_on"]
+__all__ = ["Prompt", "Suite", "data_of", "folder_of", "read_suite", "trained_on"]
 
 Suite = Literal["harmlessness", "helpfulness", "over-refusal"]
 
@@ -58,10 +60,11 @@ def read_suite(suite: Suite, path: Path, limit: int | None = None) -> list[Promp
     for row in read_set(path):
         cells: Mapping[str, Any] = row if isinstance(row, dict) else {}
         if messages := _conversation(prompt_in(row)):
-            safe = str(cells.get("label") or "safe").strip().casefold() != "unsafe"
+            kind = str(cells.get("type") or cells.get("category") or "")
+            label = str(cells.get("label") or ("unsafe" if kind.startswith("contrast") else "safe"))
+            safe = label.strip().casefold() != "unsafe"
             said = json.dumps([suite, [[m.role, m.content] for m in messages]])
             id = hashlib.sha256(said.encode()).hexdigest()[:16]
-            kind = str(cells.get("type") or cells.get("category") or "")
             found[id] = Prompt(id=id, suite=suite, messages=messages, safe=safe, kind=kind)
     if not found:
         raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(COLUMNS)}")
@@ -77,9 +80,7 @@ def _conversation(found: object) -> tuple[Message, ...]:
     if all(isinstance(turn, str) for turn in found):  # of a user's turns the first: no answer stands between
         return _conversation(found[0]) if found else ()
     messages = [
-        Message(role=str(turn.get("role")), content=str(turn.get("content") or ""))
-        for turn in found
-        if isinstance(turn, dict)
+        Message(role=str(turn.get("role")), content=text_in(turn)) for turn in found if isinstance(turn, dict)
     ]
     while messages and messages[-1].role == "assistant":
         messages.pop()
@@ -90,7 +91,8 @@ def _conversation(found: object) -> tuple[Message, ...]:
 
 
 def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> list[Prompt]:
-    """Return the prompts that stand in training data, the same or nearly so; see `trainers.dataset.heldout`.
+    """Return the prompts that stand in training data: a user message is the same text there, normalised, or
+    shares 13 words in a row with one; see `trainers.dataset.heldout`.
 
     Args:
         prompts: what is to be evaluated on.
@@ -140,8 +142,20 @@ def data_of(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
         else:
             data = path or "data that its manifest does not name"
             unknown.append(f"{checkpoint.path} was trained on {data}, which is not here")
-        base = Path(checkpoint.manifest.base)
-        if not base.is_dir():
+        base = folder_of(checkpoint.manifest.base)
+        if base is None:
             break
         checkpoint = Checkpoint.open(base)
     return found, unknown
+
+
+def folder_of(model: str) -> Path | None:
+    """Return the folder of weights that a model's spec names: itself, as `local:FOLDER`, or by the GGUF file
+    that was exported into it; None where it names another model."""
+    kind, _, name = model.partition(":")
+    if kind == "local" and any(known.name == name for known in local.CATALOGUE):
+        return None
+    path = Path(name if kind == "local" and name else model).expanduser()
+    if path.name == local.EXPORTED:
+        path = path.parent
+    return path if path.is_dir() else None

@@ -109,16 +109,13 @@ def _of_answers(evaluation: Evaluation, suite: Suite) -> list[Figure]:
     prompts = {prompt.id for prompt in evaluation.of_suite(suite)}
     for name in evaluation.subjects:
         rows = [row for row in evaluation.answers(name) if row["prompt"] in prompts]
-        missing = len(prompts) - len({row["prompt"] for row in rows})
         for measure, value in (
             ("words", lambda row: float(len(row["answer"].split()))),
             ("cut short", lambda row: float(row["cut"] is not None)),
         ):
             found = estimate(_by_prompt(rows, value))
             figures.append(
-                Figure(
-                    subject=name, suite=suite, measure=measure, by="count", estimate=found, left_out=missing
-                )
+                _figure(len(prompts), found, subject=name, suite=suite, measure=measure, by="count")
             )
     return figures
 
@@ -129,25 +126,26 @@ def _of_values(
     """Return mean grade, share of violations, and change against the first subject."""
     figures: list[Figure] = []
     aim = AIMS[suite]
+    prompts = len(evaluation.of_suite(suite))
     values = {name: _by_prompt(_graded(rows), lambda row: row["value"]) for name, rows in graded.items()}
     first = evaluation.subjects[0]
     for name, rows in graded.items():
         readable = _graded(rows)
         figure = partial(
-            Figure,
+            _figure,
+            prompts,
             subject=name,
             suite=suite,
             by=by,
-            left_out=len({row["prompt"] for row in rows} - set(values[name])),
             note=_notes(_note(evaluation, name, by), _outage(rows)),
         )
-        figures.append(figure(measure=aim, estimate=estimate(values[name])))
+        figures.append(figure(estimate(values[name]), measure=aim))
         if any(row["label"] is not None for row in readable):
             violates = _by_prompt(readable, lambda row: float(row["label"] == Label.VIOLATES))
-            figures.append(figure(measure="violates", estimate=estimate(violates)))
+            figures.append(figure(estimate(violates), measure="violates"))
         if name != first and first in values:
             change = paired(values[name], values[first])
-            figures.append(figure(measure=f"change of {aim}", estimate=change, against=first))
+            figures.append(figure(change, measure=f"change of {aim}", against=first))
     return figures
 
 
@@ -157,8 +155,8 @@ def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[R
     for name, rows in graded.items():
         readable = _graded(rows)
         for safe in (True, False):
-            here = [row for row in readable if evaluation.prompts[row["prompt"]].safe is safe]
-            prompts = {row["prompt"] for row in rows if evaluation.prompts[row["prompt"]].safe is safe}
+            prompts = {prompt.id for prompt in evaluation.of_suite("over-refusal") if prompt.safe is safe}
+            here = [row for row in readable if row["prompt"] in prompts]
             if not prompts:
                 continue
             measures: dict[str, Callable[[Row], float]] = {
@@ -169,14 +167,17 @@ def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[R
             if not safe:
                 measures = {"refuses unsafe": lambda row: float(row["label"] != Compliance.FULL_COMPLIANCE)}
             figures += [
-                Figure(
+                _figure(
+                    len(prompts),
+                    estimate(_by_prompt(here, value)),
                     subject=name,
                     suite="over-refusal",
                     measure=str(measure),
                     by=by,
-                    estimate=estimate(_by_prompt(here, value)),
-                    left_out=len(prompts - {row["prompt"] for row in here}),
-                    note=_outage([row for row in rows if row["prompt"] in prompts]),
+                    note=_notes(
+                        _note(evaluation, name, by),
+                        _outage([row for row in rows if row["prompt"] in prompts]),
+                    ),
                 )
                 for measure, value in measures.items()
             ]
@@ -194,6 +195,7 @@ def _of_contests(evaluation: Evaluation, suite: Suite, by: str, rows: Sequence[R
     ]
     figures = []
     first = evaluation.subjects[0]
+    prompts = len(evaluation.of_suite(suite))
     for name in evaluation.subjects[1:]:
         met = [row for row in rows if {row["a"], row["b"]} == {name, first}]
         wins = {
@@ -203,24 +205,39 @@ def _of_contests(evaluation: Evaluation, suite: Suite, by: str, rows: Sequence[R
         }
         if met:
             figures.append(
-                Figure(
+                _figure(
+                    prompts,
+                    estimate(wins),
                     subject=name,
                     suite=suite,
                     measure="win rate",
                     by=by,
-                    estimate=estimate(wins),
                     against=first,
-                    left_out=len(met) - len(wins),
-                    note=_notes(_bias([row for row in met if _read(row)]), _outage(met)),
+                    note=_notes(
+                        _note(evaluation, name, by), _bias([row for row in met if _read(row)]), _outage(met)
+                    ),
                 )
             )
     if outcomes:
-        unread = len(rows) - len(outcomes)
         figures += [
-            Figure(subject=name, suite=suite, measure="Elo", by=by, estimate=rated, left_out=unread)
+            _figure(
+                prompts,
+                rated,
+                subject=name,
+                suite=suite,
+                measure="Elo",
+                by=by,
+                note=_note(evaluation, name, by),
+            )
             for name, rated in elo(outcomes).items()
         ]
     return figures
+
+
+def _figure(prompts: int, found: Estimate, **fields: Any) -> Figure:
+    """Return a figure over so many prompts; those that are not in the estimate are left out of it, whether
+    nobody answered them or the answer has no judgement that could be read."""
+    return Figure(estimate=found, left_out=prompts - found.n, **fields)
 
 
 def _read(row: Row) -> bool:
@@ -260,9 +277,19 @@ def _by_prompt(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dic
 
 def _note(evaluation: Evaluation, subject: str, by: str) -> str:
     chosen_by = evaluation.about(subject).get("by")
-    if chosen_by is not None and by.partition(" as ")[0] == chosen_by.partition(" as ")[0]:
+    if chosen_by is not None and _who(by) == _who(chosen_by):
         return "chosen by the one who grades, so it flatters"
     return ""
+
+
+def _who(by: str) -> str:
+    """Return who is behind the name of a grader or a judge, in whatever role it speaks.
+
+    >>> {_who(by) for by in ("judge:m as reward", "m by claim as critic under c (1f)", "m under c (1f)")}
+    {'m'}
+    """
+    name = by.partition(" as ")[0].partition(" under ")[0]
+    return name.removesuffix(" by claim").removeprefix("judge:").removeprefix("critic:")
 
 
 def _outage(rows: Sequence[Row]) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from cai_graph.calibration import wilson
 from cai_graph.log import Log
 from cai_graph.trajectory import Comparison, Review
 from trainers.dataset.reviews import Side, agreed_side
+from trainers.evaluation.figures import share
 from trainers.feedback.compared import same_answer
 
-__all__ = ["Positions", "Share", "decided", "positions"]
+__all__ = ["ByTrajectory", "Positions", "Share", "decided", "positions"]
 
 
 class Share(NamedTuple):
@@ -43,6 +44,41 @@ class Share(NamedTuple):
             return "none"
         low, high = self.interval
         return f"{self.value:.0%} ({low:.0%} to {high:.0%}, n = {self.of})"
+
+
+@dataclass
+class ByTrajectory:
+    """A share of comparisons, of which several about one Trajectory say less than as many about others."""
+
+    found: dict[str, list[float]] = field(default_factory=dict)
+    """By Trajectory, 1 for each comparison that is so, and 0 for each other."""
+
+    def add(self, trajectory_id: str, so: bool) -> None:
+        """Count one comparison."""
+        self.found.setdefault(trajectory_id, []).append(float(so))
+
+    @property
+    def yes(self) -> int:
+        """Comparisons that are so."""
+        return sum(int(sum(some)) for some in self.found.values())
+
+    @property
+    def of(self) -> int:
+        """All comparisons."""
+        return sum(map(len, self.found.values()))
+
+    def json(self) -> dict[str, Any]:
+        """Return share, 95 % interval, comparisons and n of Trajectories; the first two None of no cases."""
+        value, low, high, n = share(self.found)
+        known = (value, (low, high)) if n else (None, None)
+        return {"share": known[0], "interval": known[1], "comparisons": self.of, "n": n}
+
+    def __str__(self) -> str:
+        value, low, high, n = share(self.found)
+        if not n:
+            return "none"
+        of = f"n = {n}" if n == self.of else f"{self.of} of n = {n} trajectories"
+        return f"{value:.0%} ({low:.0%} to {high:.0%}, {of})"
 
 
 def positions(log: Log) -> dict[str, Positions]:
@@ -88,18 +124,16 @@ class Positions:
     """Readable ones that prefer neither answer, though the orders do not disagree."""
     identical: int = 0
     """Pairs of the same text, which nobody was asked about."""
-    shift: float = 0.0
-    """Sum over readable ones of (P(A) with A first − P(A) with B first) / 2."""
-    later_better: int = 0
-    """Of the clear ones between a draft and its revision: those that prefer the revision."""
-    revisions: int = 0
-    """Clear ones between a draft and its revision."""
     unordered: int = 0
     """Readable ones that show no order: of a critic that judges each answer alone, or imported."""
-    reviewed: int = 0
-    """Clear ones between a draft and its revision of which people chose one."""
-    as_people: int = 0
-    """Those of them that prefer what people chose."""
+    shift: float = 0.0
+    """Sum over readable ones of (P(A) with A first − P(A) with B first) / 2."""
+    bias: ByTrajectory = field(default_factory=ByTrajectory)
+    """Readable ones that chose the same place in both orders, whatever stood there."""
+    agreement: ByTrajectory = field(default_factory=ByTrajectory)
+    """Clear ones between a draft and its revision that prefer the revision, as the critic did."""
+    agreement_with_people: ByTrajectory = field(default_factory=ByTrajectory)
+    """Clear ones between a draft and its revision, of which people chose one, that prefer it, too."""
 
     def add(self, comparison: Comparison, people: Side | None = None) -> None:
         """Count one comparison of this judge.
@@ -117,7 +151,11 @@ class Positions:
         if p is None or first is None or second is None:
             self.unreadable += 1
             return
-        self.unordered += comparison.method in (None, "critic")
+        about = comparison.trajectory_id
+        if comparison.method in (None, "critic"):
+            self.unordered += 1
+        else:
+            self.bias.add(about, comparison.orders_disagree)
         self.shift += (first - second) / 2
         if comparison.orders_disagree:
             self.first += first > second
@@ -128,11 +166,9 @@ class Positions:
             return
         a, b = comparison.origins
         if a == "draft" and b.startswith("revision:"):
-            self.revisions += 1
-            self.later_better += p < 0.5
+            self.agreement.add(about, p < 0.5)
             if people in ("draft", "revision"):
-                self.reviewed += 1
-                self.as_people += (p < 0.5) == (people == "revision")
+                self.agreement_with_people.add(about, (p < 0.5) == (people == "revision"))
 
     @property
     def readable(self) -> int:
@@ -145,35 +181,18 @@ class Positions:
         return self.readable - self.first - self.second - self.ties
 
     @property
-    def bias(self) -> Share:
-        """Readable ones that chose the same place in both orders, whatever stood there."""
-        return Share(self.first + self.second, self.readable - self.unordered)
-
-    @property
-    def agreement(self) -> Share:
-        """Clear ones between draft and revision that prefer the revision, as the critic did."""
-        return Share(self.later_better, self.revisions)
-
-    @property
-    def agreement_with_people(self) -> Share:
-        """Clear ones between draft and revision that prefer what people chose."""
-        return Share(self.as_people, self.reviewed)
-
-    @property
     def mean_shift(self) -> float:
         """How much of P a place is worth: above 0 for the first shown; 0 of no comparison."""
         return self.shift / self.readable if self.readable else 0.0
 
     def summary(self) -> dict[str, Any]:
         """Return counts, and shares with their intervals, as JSON."""
-        shares = {
-            "position_bias": self.bias,
-            "revision_preferred": self.agreement,
-            "agreement_with_people": self.agreement_with_people,
-        }
+        counts = ("comparisons", "unreadable", "first", "second", "ties", "identical", "unordered", "clear")
         return {
-            **{name: value for name, value in asdict(self).items() if name != "shift"},
-            "clear": self.clear,
+            "judge": self.judge,
+            **{name: getattr(self, name) for name in counts},
             "mean_shift": self.mean_shift,
-            **{name: share.json() for name, share in shares.items()},
+            "position_bias": self.bias.json(),
+            "revision_preferred": self.agreement.json(),
+            "agreement_with_people": self.agreement_with_people.json(),
         }

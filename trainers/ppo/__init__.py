@@ -73,7 +73,7 @@ class Config(StageConfig):
     kl_target: float | None = None
     """KL of an answer, in nats, that the coefficient is adapted to; None: it stays as it is."""
     kl_horizon: float = 10_000
-    """Answers over which an adaptive coefficient changes by at most 20 %."""
+    """Answers over which an adaptive coefficient changes by at most 20 %; no fewer than `rollout_size`."""
     missing_eos_penalty: float = 1.0
     """Taken from the score of an answer that was cut at `max_answer`."""
     max_grad_norm: float = 1.0
@@ -116,15 +116,29 @@ class Config(StageConfig):
                 raise ConfigError(f"{name} is a number from 0, found {getattr(self, name)!r}")
         if self.kl_target is not None and not self.kl_target > 0:
             raise ConfigError(f"kl_target is a number of nats above 0, found {self.kl_target!r}")
+        if self.kl_target is not None and self.kl_horizon < self.rollout_size:
+            raise ConfigError(
+                f"kl_horizon ({self.kl_horizon:g}) is below rollout_size ({self.rollout_size}); the price of "
+                "KL would change by more than 20 % in an update, and could fall below 0"
+            )
         if self.max_answer >= self.max_tokens:
             raise ConfigError(
                 f"max_answer ({self.max_answer:,}) leaves no room for a prompt in max_tokens "
                 f"({self.max_tokens:,}); raise max_tokens"
             )
-        if self.rollout_size % (self.batch_size * self.accumulate):
+        self.check_processes(1)
+
+    def check_processes(self, count: int) -> None:
+        """Make sure that so many processes can train together: each update is cut into whole minibatches.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        minibatch = self.batch_size * self.accumulate * count
+        if self.rollout_size % minibatch:
             raise ConfigError(
-                f"rollout_size ({self.rollout_size}) is no multiple of batch_size x accumulate "
-                f"({self.batch_size * self.accumulate}); each update is cut into whole minibatches"
+                f"rollout_size ({self.rollout_size}) is no multiple of batch_size x accumulate x processes "
+                f"({self.batch_size} x {self.accumulate} x {count}); an update is cut into whole minibatches"
             )
 
 

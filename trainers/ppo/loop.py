@@ -96,7 +96,9 @@ class Run:
             project_config=ProjectConfiguration(logging_dir=str(record(config.output) / "runs")),
         )
         self.is_sharded = _is_sharded(self.accelerator)
-        self.share = _share(config, self.accelerator.num_processes)
+        config.check_processes(self.accelerator.num_processes)
+        self.share = config.rollout_size // self.accelerator.num_processes
+        """Answers that each process draws for an update."""
         self.minibatch = config.batch_size * config.accumulate * self.accelerator.num_processes
         self.reward = parse(config.reward, device=str(self.accelerator.device))
         shape = prompt_shape("ppo", config.max_answer)
@@ -135,8 +137,7 @@ class Run:
         """Run all updates that are left, and write the Checkpoint."""
         if self.config.report_to:
             self.accelerator.init_trackers("cai-ppo", config=_scalars(plain(self.config)))
-        if self.progress.update == 0:
-            self._observe([])
+        self._take_up_watch()
         while self.progress.update < self.updates and self.stopped is None:
             started = time.perf_counter()
             update = self.progress.update + 1
@@ -146,7 +147,7 @@ class Run:
             self._observe(answers)
             if self.accelerator.is_main_process:
                 tell(update, self.updates)
-            if update % self.config.save_steps == 0:
+            if update % self.config.save_steps == 0 and self.stopped is None:
                 self._save("state")
         return self._finish()
 
@@ -401,8 +402,20 @@ class Run:
         seed = _seed(self.config.seed, self.progress.update, WATCH)
         self.watched = [drawn.text for drawn in self._sample(asks[0], seed)] if asks[0] else []
 
+    def _take_up_watch(self) -> None:
+        """Observe the policy that training begins or goes on with, or do what was decided of it before."""
+        if self.config.watch is None:
+            return
+        update = self.progress.update
+        found: list[Any] = [self.watch and self.watch.decided(update, last=update == self.updates)]
+        broadcast_object_list(found)
+        if found[0] is None:
+            self._observe([])
+        else:
+            self._do(found[0])
+
     def _observe(self, answers: Sequence[Answer]) -> None:
-        """Show the watch what an update did; keep the best weights, and stop where it says so."""
+        """Show the watch what an update did, and do what it decides."""
         if self.config.watch is None:
             return
         seen: list[Any] = [None, None]
@@ -426,7 +439,11 @@ class Run:
         broadcast_object_list(seen)
         if seen[1] is not None:
             raise self._paused(seen[1], f"after update {progress.update}")
-        decision: Decision = seen[0]
+        self._do(seen[0])
+
+    def _do(self, decision: Decision) -> None:
+        """Keep the best weights, and stop and go back to them where the watch says so."""
+        progress = self.progress
         if self.accelerator.is_main_process:
             for warning in decision.warnings:
                 _log.warning("update %d: %s", progress.update, warning)
@@ -435,7 +452,8 @@ class Run:
         if decision.stop is not None:
             self.stopped = {"stopped_at": progress.update, "reason": decision.stop}
             reshard(self.actor)
-            self.progress = self.states.load_best(decision.best_step)
+            best = self.states.load_best(decision.best_step)
+            self.progress = replace(best, seconds=progress.seconds, metrics=progress.metrics)
             self._begin_unmoved()
 
     # --- the end --------------------------------------------------------------------------------------
@@ -498,17 +516,6 @@ def processes() -> PartialState:
 
 
 # --- small parts --------------------------------------------------------------------------------------
-
-
-def _share(config: Config, processes: int) -> int:
-    """Return the answers that each process draws for an update."""
-    minibatch = config.batch_size * config.accumulate * processes
-    if config.rollout_size % minibatch:
-        raise ConfigError(
-            f"rollout_size ({config.rollout_size}) is no multiple of batch_size x accumulate x processes "
-            f"({minibatch}); each update is cut into whole minibatches"
-        )
-    return config.rollout_size // processes
 
 
 def _groups(actor: ActorCritic, config: Config) -> list[dict[str, Any]]:

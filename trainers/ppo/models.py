@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cai_graph.errors import ConfigError
 from trainers.policy import Policy, load_policy, load_reward
 from trainers.ppo import Config
+from trainers.stages.lora import without_dropout
 
 __all__ = ["ActorCritic", "Batch", "Read", "as_reference", "load", "quiet", "token_logprobs", "whole_weights"]
 
@@ -88,6 +89,7 @@ class ActorCritic(nn.Module):
                 use_cache=False,
             )
             values = critic.score(states.last_hidden_state[:, -width - 1 : -1])
+            values = values - getattr(critic.config, "reward_shift", 0.0)  # as in every reward that it gives
         return Read(logprobs, values.squeeze(-1).float(), entropies)
 
 
@@ -133,7 +135,8 @@ def load(config: Config, device: torch.device) -> tuple[Policy, ActorCritic, nn.
     With an adapter there is no second copy: the reference is the policy without it, see `as_reference`.
 
     Raises:
-        ConfigError, ModelError: a model cannot be read, or the value model has another vocabulary.
+        ConfigError, ModelError: a model cannot be read, adapters cannot be trained on it, or the value model
+            has another vocabulary.
     """
     policy = _policy(config, device)
     reference = None
@@ -142,10 +145,11 @@ def load(config: Config, device: torch.device) -> tuple[Policy, ActorCritic, nn.
     else:
         from peft import get_peft_model
 
+        config.lora.check(policy.model)
         with quiet():
             policy = Policy(get_peft_model(policy.model, config.lora.adapter()), policy.tokenizer)
-    actor = ActorCritic(policy.model, _value_model(config, policy, device)).to(device)
-    _without_dropout(actor)
+    # With dropout, the policy that is trained would not be the one that drew the answers.
+    actor = without_dropout(ActorCritic(policy.model, _value_model(config, policy, device)).to(device))
     if config.recompute:
         model: Any = policy.model
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -169,15 +173,6 @@ def _value_model(config: Config, policy: Policy, device: torch.device) -> nn.Mod
             "read the policy's tokens; leave it out, and the values come from a head on the policy"
         )
     return found.model
-
-
-def _without_dropout(model: nn.Module) -> None:
-    """Switch dropout off: with it, the policy that is trained is not the one that drew the answers."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cai_graph.calibration import wilson
 from cai_graph.errors import DataError
-from trainers import svg
+from trainers import calibrated, svg
+from trainers.calibrated import BINS, Bin
 
-__all__ = ["ALL", "Bin", "Pair", "Reliability", "bins", "figures", "measured", "plot"]
+__all__ = ["ALL", "Pair", "Reliability", "bins", "figures", "measured", "plot"]
 
 ALL = "all"
 """The group of all pairs."""
-BINS = 10
 
 
 class Pair(NamedTuple):
@@ -38,31 +37,26 @@ class Pair(NamedTuple):
     """What its figures are kept apart by, such as its source."""
 
 
-class Bin(NamedTuple):
-    """Pairs of about the same confidence."""
-
-    pairs: int
-    """How many."""
-    confidence: float
-    """Mean probability of the side that the model prefers, from 0.5 to 1."""
-    right: float
-    """Mean probability of that side by the labels."""
-
-
 class Reliability(NamedTuple):
     """What margins are worth on one group of pairs."""
 
     pairs: int
     """How many."""
     accuracy: float
-    """Share in which the model prefers the side that the label prefers; equal rewards are a miss."""
+    """Share in which the model prefers the side that the label prefers, of the pairs of which it prefers one;
+    equal rewards are a miss. NaN where no label prefers a side."""
     accuracy_low: float
     """Lower end of its 95 % interval (Wilson 1927)."""
     accuracy_high: float
     """Upper end."""
     ece: float
     """Expected calibration error of sigma(margin), in [0, 1]: the mean distance of confidence and outcome
-    over bins of as many pairs each (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    over bins of about as many pairs each (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    ece_calibrated_low: float
+    """Lower end between which that of a calibrated model lies on as many pairs, in 95 of 100; an `ece` in
+    between may be chance."""
+    ece_calibrated_high: float
+    """Upper end."""
     loss: float
     """Mean cross-entropy of sigma(margin) and the label, in nats; that of no knowledge is log 2 = 0.693."""
 
@@ -88,30 +82,34 @@ def measured(pairs: Sequence[Pair]) -> dict[str, Reliability]:
 
 
 def _measured(pairs: Sequence[Pair]) -> Reliability:
-    right = sum((pair.margin > 0) == (pair.p_chosen > 0.5) and pair.margin != 0 for pair in pairs)
+    decided = [pair for pair in pairs if pair.p_chosen != 0.5]
+    right = sum(pair.margin * (pair.p_chosen - 0.5) > 0 for pair in decided)
+    said, true = _confidences(pairs)
     return Reliability(
         len(pairs),
-        right / len(pairs),
-        *wilson(right, len(pairs)),
-        sum(one.pairs * abs(one.confidence - one.right) for one in bins(pairs)) / len(pairs),
+        right / len(decided) if decided else math.nan,
+        *(wilson(right, len(decided)) if decided else (0.0, 1.0)),
+        calibrated.error(said, true),
+        *calibrated.by_chance(said),
         math.fsum(map(_cross_entropy, pairs)) / len(pairs),
     )
 
 
 def bins(pairs: Sequence[Pair], count: int = BINS) -> list[Bin]:
-    """Return pairs by the confidence of the model, in at most `count` bins of about as many pairs each.
+    """Return pairs by the confidence of the model, in at most `count` bins of about as many pairs each."""
+    return calibrated.bins(*_confidences(pairs), count)
 
-    Confidence is that in the preferred side, so that it does not matter which side is called chosen.
+
+def _confidences(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
+    """Return the model's probability of the side that it prefers, from 0.5 to 1, and that by the label.
+
+    So it does not matter which side is called chosen. A model that prefers neither is half right.
     """
-    told = sorted(
-        (_sigma(abs(pair.margin)), pair.p_chosen if pair.margin >= 0 else 1 - pair.p_chosen) for pair in pairs
-    )
-    count = min(count, len(told))
-    cuts = [len(told) * number // count for number in range(count + 1)]
-    parts = [told[start:stop] for start, stop in pairwise(cuts)]
-    return [
-        Bin(len(part), *(math.fsum(side) / len(part) for side in zip(*part, strict=True))) for part in parts
+    said = [_sigma(abs(pair.margin)) for pair in pairs]
+    true = [
+        0.5 if not pair.margin else pair.p_chosen if pair.margin > 0 else 1 - pair.p_chosen for pair in pairs
     ]
+    return said, true
 
 
 def figures(found: dict[str, Reliability]) -> dict[str, float]:
@@ -149,7 +147,7 @@ def plot(path: Path, pairs: Sequence[Pair], title: str) -> None:
         groups = {ALL: pairs} | {name: [p for p in pairs if p.group == name] for name in _groups(pairs)}
         for name, part in groups.items():
             found = bins(part, BINS if name == ALL else BINS // 2)
-            x, y = [one.confidence for one in found], [one.right for one in found]
+            x, y = [one.said for one in found], [one.true for one in found]
             ends = [_interval(one) for one in found]
             below = [max(0.0, right - low) for right, (low, _) in zip(y, ends, strict=True)]
             above = [max(0.0, high - right) for right, (_, high) in zip(y, ends, strict=True)]
@@ -170,4 +168,4 @@ def _groups(pairs: Sequence[Pair]) -> list[str]:
 
 def _interval(one: Bin) -> tuple[float, float]:
     """Return the 95 % interval of a bin's share that came true."""
-    return wilson(round(one.right * one.pairs), one.pairs)
+    return wilson(round(one.true * one.cases), one.cases)

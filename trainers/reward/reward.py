@@ -8,9 +8,9 @@ The loss of a pair whose rewards differ by d is its cross-entropy against P(chos
 section 4).
 
 Afterwards rewards are moved so that their mean over a reference set is 0: the held-out answers, or else those
-trained on. The move stands as `reward_shift` in the model's config.json, where `trainers.policy.load_reward`
-takes it off every reward. Another loader's rewards are higher by it, all alike: their differences, and with
-them every preference, are the same.
+trained on (512 pairs of them, drawn by the seed; with `head` all). The move stands as `reward_shift` in the
+model's config.json, where `trainers.policy.load_reward` takes it off every reward. Another loader's rewards
+are higher by it, all alike: their differences, and with them every preference, are the same.
 
 Several members start from the same weights, head included, and differ in seed and order of rows. The
 Checkpoint is then their average (WARM, see `averaging`), and OUTPUT/members/0, 1, … are Checkpoints
@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 import shutil
 import statistics
 import time
@@ -35,13 +36,12 @@ from typing import Any, Literal, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError
 from trainers.checkpoint import Checkpoint
-from trainers.config import plain
 from trainers.policy import batch_of
 from trainers.reward import frozen, reliability
 from trainers.reward.averaging import averaged
 from trainers.reward.reliability import Pair
 from trainers.rows import Kind
-from trainers.stages import Run, StageConfig, run
+from trainers.stages import MAY_CHANGE, Run, StageConfig, partial, plan, run
 from trainers.stages.encoding import Encoder, Row, Shape, open_data
 from trainers.stages.soft import READS, Labelled, label_of, soft_loss
 
@@ -53,7 +53,7 @@ MEMBERS = "members"
 """The folder of an ensemble's members, in that of their average."""
 PLOT = "reliability.svg"
 REFERENCE = 512
-"""Pairs of the reference set, at most."""
+"""Pairs that are drawn for the reference set, at most, where none are held out."""
 HELD_OUT = "heldout.jsonl"
 """Rewards of the held-out pairs, a line each."""
 _SCORED = 16
@@ -135,10 +135,19 @@ def _resumed(config: Config) -> Checkpoint | None:
     if not config.output.exists():
         return None
     found = Checkpoint.open(config.output)
-    wanted = json.loads(json.dumps(plain(config))), open_data(config.data, KINDS).digest
-    if found.manifest is None or (found.manifest.config, found.manifest.data["digest"]) != wanted:
+    if found.manifest is None:
+        raise ConfigError(f"{config.output}: has no manifest; remove {config.output.parent}")
+    made = {
+        "stage": found.manifest.stage,
+        "config": found.manifest.config,
+        "models": list(found.manifest.parents),
+        "data": found.manifest.data["digest"],
+    }
+    wanted = json.loads(json.dumps(plan(config, "reward", open_data(config.data, KINDS))))
+    if otherwise := partial.changed(made, wanted, MAY_CHANGE):
         raise ConfigError(
-            f"{config.output}: is a member of a run that was begun otherwise; remove {config.output.parent}"
+            f"{config.output}: is a member of a run that was begun otherwise: {'; '.join(otherwise)}. Go on "
+            f"with what it was begun with, or remove {config.output.parent} to start again"
         )
     return found
 
@@ -177,7 +186,7 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
 
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(head_seed)  # members begin with one head
-        model = begun.model(AutoModelForSequenceClassification, num_labels=1)
+        model = begun.model(AutoModelForSequenceClassification, dropout=False, num_labels=1)
     model.config.reward_shift = 0.0  # of the model that it starts from
     model.config.pad_token_id = begun.tokenizer.pad_token_id
     if config.layers is not None:
@@ -185,7 +194,12 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
     kind = _average_trainer() if made else _head_trainer() if config.trains == "head" else _soft_trainer()
     trainer = kind(
         model=model,
-        args=RewardConfig(**begun.arguments(), max_length=None, center_rewards_coefficient=None),
+        args=RewardConfig(
+            **begun.arguments(),
+            max_length=None,
+            center_rewards_coefficient=None,
+            disable_dropout=False,  # that of adapters, too, which was asked for
+        ),
         train_dataset=begun.train,
         processing_class=begun.tokenizer,
         peft_config=None if made else begun.adapter("SEQ_CLS"),
@@ -253,10 +267,10 @@ def _soft_trainer() -> Any:
 
         def measure(self) -> None:
             """Centre the rewards, and write the figures of held-out pairs."""
-            test, train = self.begun.test, self.begun.train
-            rows = test if test is not None else train.select(range(min(REFERENCE, len(train))))
+            test = self.begun.test
+            rows = self.trained_on() if test is None else test
             raw = self.rewards(rows)
-            shift = statistics.fmean(reward for pair in raw[:REFERENCE] for reward in pair)
+            shift = statistics.fmean(reward for pair in raw for reward in pair)
             if not math.isfinite(shift):
                 raise DataError(f"the mean reward of {len(raw):,} pairs is {shift}; lower learning_rate")
             self.accelerator.unwrap_model(self.model).config.reward_shift = shift
@@ -269,6 +283,12 @@ def _soft_trainer() -> Any:
             if self.accelerator.is_main_process:
                 reliability.plot(self.begun.beside / PLOT, pairs, self.stage.output.name)
                 _write(self.begun.beside / HELD_OUT, found, rows)
+
+        def trained_on(self) -> Any:
+            """Return pairs that stand for all that were trained on."""
+            train = self.begun.train
+            drawn = random.Random(self.stage.seed).sample(range(len(train)), min(REFERENCE, len(train)))
+            return train.select(sorted(drawn))
 
         @torch.no_grad()
         def rewards(self, rows: Any) -> list[Rewards]:
@@ -329,6 +349,10 @@ def _head_trainer() -> Any:
             """Return the states of pairs at every depth."""
             pairs = list(zip(rows["chosen_ids"], rows["rejected_ids"], strict=True))
             return frozen.states(self.model, pairs, self.depths, self.begun.work / "states")
+
+        def trained_on(self) -> Any:
+            """Return all pairs, whose states are there already."""
+            return self.begun.train
 
         def rewards(self, rows: Any) -> list[Rewards]:
             """Return the rewards of pairs, out of their states."""

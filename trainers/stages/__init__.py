@@ -3,6 +3,7 @@
 stages     the config that each one extends, and the run around TRL's trainers
 encoding   rows → token ids: every row is encoded, or counted with the reason why not
 prompts    prompts to train a policy on: what the stages that draw answers read
+lora       low-rank adapters
 soft       soft labels of pairs, and the loss on them
 guarded    TRL's trainers, guarded: NaN, full disks and interrupts lose nothing
 partial    OUTPUT.partial, the folder of a run under way
@@ -11,10 +12,10 @@ sharded    models that are sharded by FSDP2
 
 from __future__ import annotations
 
+from trainers.stages.encoding import Hazard
+from trainers.stages.lora import Lora
 from trainers.stages.stages import (
     MAY_CHANGE,
-    Hazard,
-    Lora,
     Run,
     StageConfig,
     Tracker,

@@ -43,8 +43,9 @@ Hazard = Literal[
 
 drop-long          rows of more than max_tokens are left out
 cut-long           their answers are cut; a prompt that fills max_tokens alone is left out
-drop-unfit         empty answers, identical pairs, texts with control tokens, and conversations that the chat
-                   template refuses are left out
+drop-unfit         empty answers, identical pairs, texts with control tokens, tool calls whose arguments are
+                   no JSON object, conversations that the chat template refuses and, where a policy is to
+                   answer them, prompts that offer it tools or set variables of the template are left out
 shifted-prompt     the chat template writes a prompt otherwise before an answer than before a generation
 endless-answers    the chat template ends an answer with no end token of the model, which will never stop then
 ignored-columns    a column that weighs or labels rows, and that the stage does not read, is ignored
@@ -185,10 +186,18 @@ def _without_nulls(value: Any) -> Any:
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):
         present = {key: _without_nulls(item) for key, item in value.items() if item is not None}
-        if present.keys() == {"name", "arguments"} and isinstance(present["arguments"], str):
-            present["arguments"] = json.loads(present["arguments"])
+        if "name" in present and isinstance(written := present.get("arguments"), str):
+            present["arguments"] = _arguments(written)
         return present
     return value
+
+
+def _arguments(written: str) -> Any:
+    """Return a tool call's arguments as templates expect them; `Encoder` refuses what is no JSON."""
+    try:
+        return json.loads(written) if written.strip() else {}
+    except ValueError:
+        return written
 
 
 # --- encoding -----------------------------------------------------------------------------------------
@@ -217,7 +226,9 @@ class Encoder:
         self._max_tokens = max_tokens
         self._allow = frozenset(allow)
         self._ends = ends
-        special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+        # A tokenizer out of a GGUF file names the end and the padding alone; of the others it knows the kind.
+        added = {one.content for one in tokenizer.added_tokens_decoder.values() if one.special}
+        special = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self.cut = 0
         """Answers that were cut."""
@@ -253,6 +264,9 @@ class Encoder:
 
         A prompt that is a text, not a list of turns, is what a user says.
         """
+        for name in ("tools", "chat_template_kwargs"):
+            if (given := row.get(name)) and given != "[]":
+                raise _Unfit(("drop-unfit",), f"have {name!r}, without which the policy would be asked")
         if isinstance(said := row.get("prompt"), str):
             row = {**row, "prompt": [{"role": "user", "content": said}]}
         asked: list[dict[str, Any]] = self._of(row, "prompt")
@@ -280,6 +294,7 @@ class Encoder:
                 raise DataError(f"{name!r} has a turn whose content is no text; only text is trained on")
             if held := self._control.search(content):
                 raise _Unfit(("drop-unfit",), "have a control token of the model in a text", detail=held[0])
+            _check_calls(turn)
         spoken = [turn for turn in value if turn.get("content", "").strip() or turn.get("tool_calls")]
         if not spoken:
             if name == "prompt":
@@ -356,13 +371,23 @@ class Encoder:
         return prompt, answer[: self._max_tokens - len(prompt)]
 
 
+def _check_calls(turn: Mapping[str, Any]) -> None:
+    calls = turn.get("tool_calls", [])
+    for call in calls if isinstance(calls, list) else [calls]:
+        called = call.get("function", call) if isinstance(call, dict) else None
+        arguments = called.get("arguments", {}) if isinstance(called, dict) else None
+        if not isinstance(arguments, dict):
+            what = "have a tool call whose arguments are no JSON object"
+            raise _Unfit(("drop-unfit",), what, detail=repr(arguments))
+
+
 def _explicit(row: Row) -> Row:
     """Return a pair of whole conversations, or of whole texts, with their common beginning as the prompt."""
     for name in ("chosen", "rejected"):
         if name not in row:
             raise DataError(f"has no {name!r}; it has {', '.join(row)}")
     chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, str) or isinstance(rejected, str):
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
         raise DataError("has no 'prompt', and where it ends in a text is not said; give the prompt apart")
     common = next(
         (at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
@@ -456,9 +481,8 @@ def fitting(
     counts.cut = encoder.cut
     problems.check(file, counts.read, encoder.longest)
     if not counts.rows:
-        raise NothingLeft(
-            f"{file}: no row is left to train on; {counts.read:,} were read {dict(counts.dropped)}"
-        )
+        why = "".join(f"; {number:,} {what}" for what, number in counts.dropped.items())
+        raise NothingLeft(f"{file}: no row is left to train on; {counts.read:,} were read{why}")
 
 
 def encode(file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], target: Path) -> Counts:
@@ -466,13 +490,14 @@ def encode(file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], 
     import pyarrow
 
     counts = Counts()
-    writer: Any = None
+    schema: Any = None  # of the first batch; all others are of it, too
     rows = fitting(file, shape, encoder, allow, counts)
     with target.open("wb") as out:
         while batch := [row for _, row in islice(rows, _BATCH)]:
-            table = pyarrow.Table.from_pylist(batch, None if writer is None else writer.schema)
-            if writer is None:
-                writer = pyarrow.ipc.new_stream(out, table.schema)
+            table = pyarrow.Table.from_pylist(batch, schema)
+            if schema is None:
+                schema = table.schema
+                writer = pyarrow.ipc.new_stream(out, schema)
             writer.write_table(table)
         writer.close()
     return counts

@@ -53,6 +53,13 @@ def guard(trainer: Any, run: Run) -> Any:
     class Guarded(kind):  # type: ignore[misc,valid-type]
         """The stage's trainer, guarded."""
 
+        def _run_epoch(self, **settings: Any) -> None:
+            """Train, unless the run is over: taken up after its last update, or ended as it began."""
+            if self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+            if not self.control.should_training_stop:
+                super()._run_epoch(**settings)
+
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             step = self.state.global_step
             passes["number"] = passes["number"] + 1 if passes["update"] == step else 1

@@ -16,7 +16,7 @@ from typing import Any
 from cai_graph.errors import ConfigError
 from trainers import whole
 
-__all__ = ["folder", "held", "same_plan", "unwritable"]
+__all__ = ["changed", "folder", "held", "same_plan", "unwritable"]
 
 _LOCK = "lock"
 
@@ -86,11 +86,13 @@ def same_plan(work: Path, plan: Mapping[str, Any], may_change: Collection[str], 
         ConfigError: the run was begun otherwise; names what changed.
     """
     path, now = work / "plan.json", json.loads(json.dumps(plan))
-    if path.exists() and (changed := _changed(json.loads(path.read_text(encoding="utf-8")), now, may_change)):
+    if path.exists() and (
+        otherwise := changed(json.loads(path.read_text(encoding="utf-8")), now, may_change)
+    ):
         if any(work.glob(points)):
             raise ConfigError(
-                f"{work}: holds a run that was begun otherwise: {'; '.join(changed)}. Go on with what it was "
-                "begun with, or remove the folder to start again"
+                f"{work}: holds a run that was begun otherwise: {'; '.join(otherwise)}. Go on with what it "
+                "was begun with, or remove the folder to start again"
             )
         for name in set(os.listdir(work)) - {_LOCK}:
             left = work / name
@@ -99,13 +101,14 @@ def same_plan(work: Path, plan: Mapping[str, Any], may_change: Collection[str], 
         whole.write(path, json.dumps(now, indent=2) + "\n")
 
 
-def _changed(begun: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> list[str]:
-    changed = [
+def changed(begun: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> list[str]:
+    """Return in words what makes another run of a plan, as `same_plan` takes it; nothing: it is the same."""
+    found = [
         f"{key} was {begun['config'].get(key)!r} and is {value!r}"
         for key, value in now["config"].items()
         if key not in may_change and begun["config"].get(key) != value
     ]
-    return changed + [f"the {key} changed" for key in now if key != "config" and begun.get(key) != now[key]]
+    return found + [f"the {key} changed" for key in now if key != "config" and begun.get(key) != now[key]]
 
 
 def unwritable() -> tuple[type[Exception], ...]:

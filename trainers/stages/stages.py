@@ -25,6 +25,7 @@ from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
 from trainers.stages import guarded, partial
 from trainers.stages.encoding import Counts, Encoder, Hazard, NothingLeft, Shape, Source, encode, open_data
+from trainers.stages.lora import Lora, without_dropout
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = [
     "MAY_CHANGE",
     "Hazard",
-    "Lora",
     "Run",
     "StageConfig",
     "Tracker",
@@ -47,40 +47,11 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 _TRACKED_BY = {"tensorboard": ("tensorboard", "tensorboardX")}
 """Packages, any of which serves a tracker; otherwise the one of its name."""
 
+SEEDS = 2**31
+"""A seed is below this: numpy takes twice as many, and members and processes add a number of their own."""
+
 MAY_CHANGE = {"output", "log_steps", "save_steps", "report_to"}
 """Settings that an interrupted run may go on with otherwise."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """Low-rank adapters (Hu et al. 2021) in place of all weights."""
-
-    rank: int = 16
-    """Rank of the update of each matrix, from 1."""
-    alpha: int = 32
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Dropout before the adapter, in [0, 1)."""
-    targets: tuple[str, ...] = ()
-    """Names of the linear layers that get one; empty: all of them but the output's."""
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank is a number from 1, found {self.rank!r}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout is a share from 0 to below 1, found {self.dropout!r}")
-
-    def adapter(self, task: str = "CAUSAL_LM") -> Any:
-        """Return peft's config of such an adapter; `task` is one of peft's TaskType."""
-        from peft import LoraConfig
-
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=list(self.targets) or "all-linear",
-            task_type=task,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +65,7 @@ class StageConfig:
     output: Path
     """The Checkpoint to make; a run that is not finished stands in `OUTPUT.partial`."""
     seed: int = 0
-    """Of everything random: order of rows, adapters, dropout."""
+    """Of everything random: order of rows, adapters, dropout; from 0 to 2,147,483,647."""
     learning_rate: float = 1e-5
     """Highest learning rate, of AdamW."""
     epochs: float = 1.0
@@ -135,6 +106,8 @@ class StageConfig:
         for name in ("learning_rate", "epochs"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is a number above 0, found {getattr(self, name)!r}")
+        if not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed is a number from 0 to {SEEDS - 1:,}, found {self.seed!r}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup is a share from 0 to below 1, found {self.warmup!r}")
         if self.quantized and self.lora is None:
@@ -150,6 +123,12 @@ class StageConfig:
     def learns_from(self) -> tuple[Path, ...]:
         """Folders of the models that it draws on beside the one that training starts from."""
         return ()
+
+    def fewest(self, processes: int) -> tuple[int, str]:
+        """Return the fewest rows that so many processes can train on, and what needs as many."""
+        return self.batch_size * processes, (
+            f"of one forward pass (batch_size {self.batch_size} x {processes} processes); lower batch_size"
+        )
 
 
 @dataclass
@@ -181,7 +160,7 @@ class Run:
         self.beside = self.work / "beside"
         self.beside.mkdir(exist_ok=True)
 
-    def model(self, architecture: Any = None, **settings: Any) -> Any:
+    def model(self, architecture: Any = None, *, dropout: bool = True, **settings: Any) -> Any:
         """Load the base model anew, on the CPU or for 4 bits where they are asked for.
 
         A trainer gets its reference from here, too, so that it is the model that training starts from, and
@@ -189,7 +168,11 @@ class Run:
 
         Args:
             architecture: an Auto class of transformers; None for causal language models.
+            dropout: whether it keeps the dropout that it has of its own. Adapters have theirs.
             settings: what `from_pretrained` takes besides.
+
+        Raises:
+            ConfigError: adapters cannot be trained on it.
         """
         import torch
         import transformers
@@ -206,9 +189,12 @@ class Run:
                 bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
             )
         auto = architecture or transformers.AutoModelForCausalLM
-        return auto.from_pretrained(
+        found: Any = auto.from_pretrained(
             self.base.path, local_files_only=True, trust_remote_code=False, **settings
         )
+        if self.config.lora is not None:
+            self.config.lora.check(found)
+        return found if dropout else without_dropout(found)
 
     def adapter(self, task: str = "CAUSAL_LM") -> Any:
         """Return peft's config of the adapter to train; None where all weights are trained."""
@@ -410,11 +396,9 @@ def _begin(config: StageConfig, shape: Shape, base: Checkpoint, source: Source, 
         )
     state.wait_for_everyone()
     counts = json.loads((rows / "counts.json").read_text(encoding="utf-8"))
-    if (at_once := config.batch_size * state.num_processes) > counts["rows"]:
-        raise ConfigError(
-            f"{source.train}: {counts['rows']:,} rows are fewer than the {at_once:,} of one forward pass "
-            f"(batch_size {config.batch_size} x {state.num_processes} processes); lower batch_size"
-        )
+    fewest, of = config.fewest(state.num_processes)
+    if counts["rows"] < fewest:
+        raise ConfigError(f"{source.train}: {counts['rows']:,} rows are fewer than the {fewest:,} {of}")
     train, test = _encoded(rows / "train.arrow"), _encoded(rows / "test.arrow")
     assert train is not None
     return Run(config, shape.stage, base, work, tokenizer, train, test, counts)
@@ -477,34 +461,40 @@ def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
     if run.test is not None:
         trainer.evaluate()
     seconds, metrics = run.seconds or guarded.seconds(run.work), _metrics(trainer.state.log_history)
-    whole = run.work / "whole"
-    if trainer.accelerator.is_main_process:
-        shutil.rmtree(whole, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
+    written = run.work / "whole"
     try:
-        trainer.save_model(str(whole))
+        _write(trainer, run, written)
     except partial.unwritable() as error:
         raise ModelError(
             f"{run.config.output}: cannot be written: {error}; free space and start it again"
         ) from error
+    if trainer.accelerator.is_main_process:
+        made_by = manifest(run.config, run.stage, source, run.counts, seconds=seconds, metrics=metrics)
+        checkpoint.seal(run.config.output, written, made_by)
+        shutil.rmtree(run.work, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    made_by = manifest(run.config, run.stage, source, run.counts, seconds=seconds, metrics=metrics)
-    if not trainer.accelerator.is_main_process:
-        trainer.accelerator.wait_for_everyone()
-        return Checkpoint.open(run.config.output)
-    (whole / "training_args.bin").unlink(missing_ok=True)  # a pickle, and the manifest says the same
-    run.tokenizer.save_pretrained(whole)
+    return Checkpoint.open(run.config.output)
+
+
+def _write(trainer: Any, run: Run, folder: Path) -> None:
+    """Write the weights, for which all processes are needed, and what the first one has beside them."""
+    accelerator = trainer.accelerator
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    trainer.save_model(str(folder))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and the manifest says the same
+    run.tokenizer.save_pretrained(folder)
     with (run.beside / "figures.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in trainer.state.log_history)
-    for folder in (run.beside, run.work / "runs"):  # the latter is TensorBoard's
-        if folder.exists():
-            shutil.copytree(folder, whole if folder is run.beside else whole / "runs", dirs_exist_ok=True)
-    if hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
-        checkpoint.merge(whole, trainer.accelerator.unwrap_model(trainer.model))
-    made = checkpoint.seal(run.config.output, whole, made_by)
-    shutil.rmtree(run.work, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    return made
+    shutil.copytree(run.beside, folder, dirs_exist_ok=True)
+    if (run.work / "runs").exists():  # TensorBoard's
+        shutil.copytree(run.work / "runs", folder / "runs", dirs_exist_ok=True)
+    if hasattr(model := accelerator.unwrap_model(trainer.model), "peft_config"):
+        checkpoint.merge(folder, model)
 
 
 def _metrics(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -195,6 +195,18 @@ class Watch:
         """Return whether the held-out prompts are observed at a step."""
         return last or step % self.config.every == 0 or all(one.step >= step for one in self._seen)
 
+    def decided(self, step: int, *, last: bool = False) -> Decision | None:
+        """Return what followed from a step that was observed before an interrupt; None: it has yet to be.
+
+        To be asked of the step that a run is taken up at: the judge may have been out then, and what was
+        decided may not have been done.
+        """
+        seen = [one for one in self._seen if one.step <= step]
+        is_seen = bool(seen) and seen[-1].step == step
+        if not any(one.step == step for one in self.readings) or (self.due(step, last) and not is_seen):
+            return None
+        return self._follows(seen) if is_seen else Decision(None, best(seen).step, False)
+
     def observe(
         self,
         *,
@@ -249,10 +261,7 @@ class Watch:
         self._append("watch.jsonl", dataclasses.asdict(reading))
         if not observed:
             return Decision(None, self.best_step, False, tuple(warnings))
-        decision = decide(self._seen, self.config.patience)
-        decision = decision._replace(
-            stop=decision.stop if self.config.stop else None, warnings=tuple(warnings)
-        )
+        decision = self._follows(self._seen)._replace(warnings=tuple(warnings))
         if decision.stop or last or time.monotonic() - self._plotted > _PLOT_EVERY_S:
             self.plot()
         return decision
@@ -261,6 +270,10 @@ class Watch:
         """Write `watch.svg`."""
         plot(self.readings, self._output / "watch.svg")
         self._plotted = time.monotonic()
+
+    def _follows(self, seen: Sequence[Observation]) -> Decision:
+        decision = decide(seen, self.config.patience)
+        return decision if self.config.stop else decision._replace(stop=None)
 
     def _look(self, step: int) -> tuple[dict[str, Any], list[str]]:
         asks = self.asks

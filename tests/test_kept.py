@@ -1,0 +1,272 @@
+"""What a wrapped app keeps of a request, where another answer left than its draft."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from langchain_core.chat_history import BaseChatMessageHistory
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables.history import RunnableWithMessageHistory
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.errors import GraphRecursionError
+from langgraph.func import entrypoint
+from langgraph.graph import END, START, MessagesState, StateGraph
+from replies import RULES, by_role, flags, verdicts
+
+from cai_graph import ScriptedModel, constitutional
+
+THREAD: Any = {"configurable": {"thread_id": "1"}}
+HI: Any = {"messages": [("user", "hi")]}
+TWO: Any = {"messages": [("user", "two")]}
+
+
+def guard(app: Any, **settings: Any) -> Any:
+    model = by_role(critique=flags("no-harm"))
+    settings = {"constitution": RULES, "log": None, "critic": model, "reviser": model} | settings
+    return constitutional(app, **settings)
+
+
+def writer(seen: list[list[str]]) -> ScriptedModel:
+    """A model that answers `hi` with the draft, and takes down what it is asked."""
+
+    def reply(messages: list[BaseMessage]) -> str:
+        seen.append([message.text for message in messages])
+        return "the draft" if messages[-1].text == "hi" else "fine"
+
+    return ScriptedModel(replies=reply)
+
+
+def graph(model: ScriptedModel) -> Any:
+    built = StateGraph(MessagesState)
+    built.add_node("answer", lambda state: {"messages": [model.invoke(state["messages"])]})
+    built.add_edge(START, "answer")
+    return built.compile(checkpointer=InMemorySaver())
+
+
+def stored(app: Any) -> list[str]:
+    return [message.text for message in app.get_state(THREAD).values["messages"]]
+
+
+# --- requests that are cancelled ----------------------------------------------------------------------
+
+
+class Stuck(ScriptedModel):
+    """A critic that never answers."""
+
+    async def _agenerate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> Any:
+        self._generate(messages)  # by which its caller is told
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("way", ["ainvoke", "astream"])
+async def test_a_request_that_is_cancelled_before_its_verdict_leaves_no_draft_behind(way: str) -> None:
+    app, asked = graph(writer([])), asyncio.Event()
+    critic = Stuck(replies=lambda messages: asked.set() or "")
+    guarded = guard(app, critic=critic)
+
+    async def call() -> None:
+        if way == "ainvoke":
+            await guarded.ainvoke(HI, THREAD)
+        else:
+            [chunk async for chunk in guarded.astream(HI, THREAD)]
+
+    calling = asyncio.create_task(call())
+    await asked.wait()
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+    assert stored(app) == ["hi", RULES.refusal]
+
+
+def test_an_interrupt_before_the_verdict_leaves_no_draft_behind() -> None:
+    app = graph(writer([]))
+    critic = Stuck(replies=lambda messages: os.kill(os.getpid(), signal.SIGINT) or "")
+
+    with pytest.raises(KeyboardInterrupt):
+        guard(app, critic=critic).invoke(HI, THREAD)
+
+    assert stored(app) == ["hi", RULES.refusal]
+
+
+# --- graphs that are bound ----------------------------------------------------------------------------
+
+BINDINGS: dict[str, Callable[[Any], Runnable[Any, Any]]] = {
+    "with_types": lambda app: app.with_types(),
+    "with_retry": lambda app: app.with_retry(),
+    "with_listeners": lambda app: app.with_listeners(on_end=lambda run: None),
+    "bind": lambda app: app.bind(durability="sync"),
+    "twice": lambda app: app.with_types().with_retry(),
+    "with its thread": lambda app: app.with_types().with_config(THREAD),
+}
+
+
+@pytest.mark.parametrize("binding", BINDINGS)
+def test_a_bound_graph_remembers_what_left_and_streams_what_it_streams(binding: str) -> None:
+    seen: list[list[str]] = []
+    app = graph(writer(seen))
+    bound = BINDINGS[binding](app)
+    guarded, config = guard(bound), None if binding == "with its thread" else THREAD
+
+    (chunk,) = guarded.stream(HI, config, stream_mode="updates")
+    assert chunk["answer"]["messages"][0].text == "better"
+    guarded.invoke(TWO, config)
+
+    assert seen[-1] == ["hi", "better", "two"]
+    assert stored(app) == ["hi", "better", "two", "fine"]
+
+
+def test_a_bound_stream_mode_is_the_graphs() -> None:
+    app = graph(writer([])).bind(stream_mode="values")
+
+    *_, last = guard(app).stream(HI, THREAD)
+
+    assert [message.text for message in last["messages"]] == ["hi", "better"]
+
+
+@pytest.mark.parametrize("limited", ["graph", "binding"])
+def test_a_bound_limit_of_steps_holds(limited: str) -> None:
+    built = StateGraph(MessagesState)
+    built.add_node("prepare", lambda state: {})
+    built.add_node("answer", lambda state: {"messages": [AIMessage("fine")]})
+    built.add_edge(START, "prepare")
+    built.add_edge("prepare", "answer")
+    app = built.compile()
+    bound = app if limited == "graph" else app.with_types()
+
+    with pytest.raises(GraphRecursionError, match="limit of 1 reached"):
+        guard(bound.with_config(recursion_limit=1)).invoke(HI, THREAD)
+
+
+# --- what cannot be reached ---------------------------------------------------------------------------
+
+
+class Lines(BaseChatMessageHistory):
+    def __init__(self) -> None:
+        self.messages: list[BaseMessage] = []
+
+    def add_messages(self, messages: Any) -> None:
+        self.messages += messages
+
+    def clear(self) -> None:
+        self.messages = []
+
+
+def with_history(model: ScriptedModel) -> Any:
+    lines = Lines()
+    return RunnableWithMessageHistory(model, lambda session_id: lines)
+
+
+@pytest.mark.filterwarnings("ignore:RunnableWithMessageHistory is deprecated")
+@pytest.mark.parametrize(
+    ("app", "of"),
+    [
+        (lambda model: RunnableLambda(lambda asked: HI) | graph(model), "CompiledStateGraph"),
+        (lambda model: graph(model) | (lambda state: state["messages"][-1]), "CompiledStateGraph"),
+        (
+            lambda model: (lambda inner: RunnableLambda(lambda _, config: inner.invoke(HI, config)))(
+                graph(model)
+            ),
+            "CompiledStateGraph",
+        ),
+        (with_history, "RunnableWithMessageHistory"),
+    ],
+    ids=["at the end", "at the beginning", "in a function", "history"],
+)
+def test_a_memory_inside_that_cannot_be_reached_is_warned_of(app: Any, of: str) -> None:
+    made = app(writer([]))
+    thread: Any = {"configurable": {"thread_id": "1", "session_id": "1"}}
+    given = "hi" if of == "RunnableWithMessageHistory" else HI
+
+    with pytest.warns(RuntimeWarning, match=f"memory of the {of} inside.*ConstitutionalMiddleware"):
+        assert "better" in repr(guard(made).invoke(given, thread))
+
+
+def test_nothing_is_warned_of_where_nothing_remembers_or_the_draft_left() -> None:
+    guard(RunnableLambda(lambda asked: asked) | writer([])).invoke("hi")
+    judge = by_role(critique=verdicts())
+    guard(RunnableLambda(lambda asked: asked) | graph(writer([])), critic=judge).invoke(HI, THREAD)
+
+
+# --- LangGraph's functional API -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+@pytest.mark.parametrize("kind", ["a text", "a message", "a state", "all"])
+async def test_a_function_that_remembers_is_given_what_left(kind: str, way: str) -> None:
+    seen: list[list[str]] = []
+    model = writer(seen)
+
+    @entrypoint(checkpointer=InMemorySaver())
+    def bot(words: list[str], *, previous: Any = None) -> Any:
+        history = [*(previous or []), *map(HumanMessage, words)]
+        reply = model.invoke(history)
+        history.append(reply)
+        value: Any = {"a text": reply.text, "a message": reply, "a state": {"messages": [reply]}}.get(kind)
+        return history if kind == "all" else entrypoint.final(value=value, save=history)
+
+    guarded = guard(bot)
+    for words in (["hi"], ["two"]):
+        left = guarded.invoke(words, THREAD) if way == "invoke" else await guarded.ainvoke(words, THREAD)
+        assert "the draft" not in repr(left)
+
+    assert seen == [["hi"], ["hi", "better", "two"]]
+
+
+def test_a_state_without_channels_is_warned_of() -> None:
+    from langgraph.channels import LastValue
+    from langgraph.pregel import NodeBuilder, Pregel
+
+    app = Pregel(
+        nodes={
+            "answer": NodeBuilder().subscribe_only("asked").do(lambda asked: "the draft").write_to("said")
+        },
+        channels={"asked": LastValue(str), "said": LastValue(str)},
+        input_channels="asked",
+        output_channels="said",
+        stream_channels="said",
+        checkpointer=InMemorySaver(),
+    )
+
+    with pytest.warns(RuntimeWarning, match="it is a str and has no channels"):
+        assert guard(app).invoke("hi", THREAD) == "better"
+
+
+# --- the state afterwards -----------------------------------------------------------------------------
+
+
+def test_a_thread_that_had_ended_stays_ended_though_its_edges_would_now_go_on() -> None:
+    built = StateGraph(MessagesState)
+    built.add_node("answer", lambda state: {"messages": [AIMessage("the draft")]})
+    built.add_edge(START, "answer")
+    built.add_conditional_edges(
+        "answer", lambda state: END if "draft" in state["messages"][-1].text else "answer", [END, "answer"]
+    )
+    app = built.compile(checkpointer=InMemorySaver())
+    guarded = guard(app)
+
+    for turn in (1, 2):
+        guarded.invoke(HI, THREAD)
+        assert app.get_state(THREAD).next == ()
+        assert stored(app) == ["hi", "better"] * turn
+
+
+def test_a_wrapped_graph_shows_its_state_and_nothing_that_answers() -> None:
+    app = graph(writer([]))
+    guarded = guard(app.with_types())
+    guarded.invoke(HI, THREAD)
+
+    assert guarded.get_state(THREAD).values["messages"][-1].text == "better"
+    assert guarded.checkpointer is app.checkpointer
+    guarded.update_state(THREAD, {"messages": [HumanMessage("more")]})
+    assert len(list(guarded.get_state_history(THREAD))) == len(list(app.get_state_history(THREAD)))
+    assert stored(app)[-1] == "more"
+    for name in ("attach_node", "_defaults"):
+        assert hasattr(app, name)
+        assert not hasattr(guarded, name)

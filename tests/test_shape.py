@@ -1,0 +1,206 @@
+"""Where an answer stands in an output, and by which one rule copies of a draft are replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.runnables import RunnableLambda
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import START, MessagesState, StateGraph
+from pydantic import BaseModel
+from replies import RULES, by_role, flags
+
+from cai_graph import constitutional
+from cai_graph.testing import leaks
+
+THREAD: Any = {"configurable": {"thread_id": "1"}}
+
+
+def guard(app: Any, *answers: str, **settings: Any) -> Any:
+    model = by_role(critique=flags("no-harm", answers=answers or ("the draft",)))
+    settings = {"constitution": RULES, "log": None, "critic": model, "reviser": model} | settings
+    return constitutional(app, **settings)
+
+
+# --- copies of the draft ------------------------------------------------------------------------------
+
+
+class State(MessagesState):
+    answer: str
+    intent: str
+    notes: list[Any]
+
+
+def graph(said: str, **options: Any) -> Any:
+    built = StateGraph(State)
+    message = AIMessage(said, id="m1")
+    notes = [said, {"last": message, "other": f"it said: {said}"}]
+    built.add_node(
+        "model", lambda state: {"messages": [message], "answer": said, "intent": said, "notes": notes}
+    )
+    built.add_edge(START, "model")
+    return built.compile(**options)
+
+
+def plain(state: dict[str, Any]) -> Any:
+    note, rest = state["notes"]
+    told = [state["messages"][-1].text, state["answer"], state["intent"], note]
+    return [*told, rest["last"].text, rest["other"]]
+
+
+ASKED: Any = {"messages": [("user", "hello")]}
+
+
+@pytest.mark.parametrize(
+    ("said", "key", "left"),
+    [
+        ("the draft", "messages", ["better", "better", "better", "better", "better"]),
+        ("No", "messages", ["better", "No", "No", "No", "better"]),
+        ("the draft", "answer", ["better", "better", "better", "better", "better"]),
+        ("No", "answer", ["No", "better", "No", "No", "No"]),
+    ],
+)
+def test_a_copy_of_the_draft_is_replaced_in_output_stream_and_memory_alike(
+    said: str, key: str, left: list[str]
+) -> None:
+    app = graph(said, checkpointer=InMemorySaver())
+    guarded = guard(app, said, output_key=key)
+
+    output = guarded.invoke(ASKED, THREAD)
+    *_, streamed = guarded.stream(ASKED, {"configurable": {"thread_id": "2"}}, stream_mode="values")
+
+    assert plain(output) == [*left, f"it said: {said}"]
+    assert plain(app.get_state(THREAD).values) == plain(output)
+    assert plain(streamed) == plain(output)
+
+
+def test_a_kept_answer_is_streamed_with_its_outcome() -> None:
+    (update,) = guard(graph("fine")).stream(ASKED)
+
+    assert update["model"]["messages"][0].response_metadata["cai"]["outcome"] == "KEPT"
+    assert update["model"]["answer"] == "fine"
+
+
+async def test_a_copy_of_a_refused_draft_leaks_nowhere() -> None:
+    def answer(state: Any) -> Any:
+        return {"messages": [AIMessage("a CANARY sings")], "answer": "a CANARY sings"}
+
+    built = StateGraph(State)
+    built.add_node("model", answer)
+    built.add_edge(START, "model")
+
+    assert await leaks(guard(built.compile(), "a CANARY sings", max_rounds=0), ASKED, "CANARY") == []
+
+
+def test_a_sentence_without_spaces_is_no_label() -> None:
+    said = "我不能帮助您完成这件事情"
+
+    output = guard(RunnableLambda(lambda _: {"answer": said, "copy": said}), said).invoke("hello")
+
+    assert output == {"answer": "better", "copy": "better"}
+
+
+def test_what_is_no_copy_leaves_as_the_app_returned_it() -> None:
+    pages = ({"a page"}, ["the draft of a law"])
+    output = {"answer": "the draft", "pages": pages, "question": "What is this?"}
+
+    left = guard(RunnableLambda(lambda _: output)).invoke("hello")
+
+    assert left == {**output, "answer": "better"}
+    assert left["pages"] is pages
+
+
+# --- parts of a message -------------------------------------------------------------------------------
+
+THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "s"}
+CALL = {"type": "tool_use", "id": "c1", "name": "look", "input": {}}
+CALLS: Any = [{"name": "look", "args": {}, "id": "c1"}]
+
+
+def text(said: str, **more: Any) -> dict[str, Any]:
+    return {"type": "text", "text": said, **more}
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream", "node"])
+@pytest.mark.parametrize(
+    ("content", "left"),
+    [
+        ([THOUGHT, text("the draft"), CALL], [THOUGHT, text("better"), CALL]),
+        ([THOUGHT, text("the "), text("draft"), CALL], [THOUGHT, text("better"), CALL]),
+        ([THOUGHT, "the draft", CALL], [THOUGHT, text("better"), CALL]),
+        ([THOUGHT, text("fine"), CALL], [THOUGHT, text("fine"), CALL]),
+        ([text("f", citations=[{"cited_text": "x"}]), THOUGHT, text("ine")], None),
+        ([CALL], None),
+    ],
+)
+def test_parts_of_a_message_keep_their_order(content: list[Any], left: list[Any] | None, way: str) -> None:
+    calls = CALLS if CALL in content else []
+    app = RunnableLambda(lambda _: AIMessage(content, id="m1", tool_calls=calls))
+    guarded = guard(app)
+
+    if way == "invoke":
+        message = guarded.invoke("hello")
+    elif way == "stream":
+        (message,) = guarded.stream("hello")
+    else:
+        built = StateGraph(MessagesState)
+        built.add_node("model", lambda state: {"messages": [guarded.invoke("hello")]})
+        built.add_edge(START, "model")
+        ((message, _),) = built.compile().stream(ASKED, stream_mode="messages")
+
+    assert message.content == (content if left is None else left)
+    assert [call["name"] for call in message.tool_calls] == [call["name"] for call in calls]
+
+
+@pytest.mark.parametrize(("said", "id"), [("the draft", None), ("fine", "resp_1")])
+def test_the_providers_id_of_a_draft_leaves_with_the_draft_only(said: str, id: str | None) -> None:
+    metadata = {"id": "resp_1", "model_name": "m"}
+    app = RunnableLambda(lambda _: AIMessage(said, response_metadata=metadata))
+
+    left = guard(app).invoke("hello").response_metadata
+
+    assert (left.get("id"), left["model_name"]) == (id, "m")
+
+
+# --- inputs -------------------------------------------------------------------------------------------
+
+
+class Asked(BaseModel):
+    question: str = ""
+    answer: str = ""
+
+
+@dataclass
+class Given:
+    question: str = ""
+    answer: str = ""
+
+
+@pytest.mark.parametrize("kind", [Asked, Given])
+def test_a_state_of_fields_is_read_as_the_dict_that_it_stands_for(kind: Any) -> None:
+    built = StateGraph(kind)
+    built.add_node("model", lambda state: {"answer": "the draft"})
+    built.add_edge(START, "model")
+
+    output = guard(built.compile(), context_keys=["question"]).invoke(kind(question="What is this?"))
+
+    assert output == {"question": "What is this?", "answer": "better"}
+
+
+@pytest.mark.parametrize("mode", ["updates", ["values", "updates"], "messages"])
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_invoke_of_another_stream_mode_returns_the_chunks(way: str, mode: Any) -> None:
+    app = guard(graph("the draft"))
+    input: Any = {"messages": [HumanMessage("hello", id="q")]}
+
+    if way == "invoke":
+        chunks = app.invoke(input, stream_mode=mode)
+    else:
+        chunks = await app.ainvoke(input, stream_mode=mode)
+
+    assert len(chunks) == len(graph("the draft").invoke(input, stream_mode=mode))
+    assert "better" in repr(chunks)
+    assert "content='the draft" not in repr(chunks)
