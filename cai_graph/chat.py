@@ -38,7 +38,7 @@ from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
-from cai_graph.streams import Piece, feeds_streams
+from cai_graph.streams import Piece, feeds_streams, under_a_model
 from cai_graph.told import ModelRun, Told, manager_for, only
 from cai_graph.trajectory import Trajectory
 from cai_graph.typed import Typed, form_asked, form_of, with_model
@@ -312,7 +312,8 @@ class ConstitutionalChatModel(BaseChatModel):
         # What LangChain noted of this model's parameters is not the critic's.
         noted = run_manager.inheritable_metadata
         metadata = {key: value for key, value in noted.items() if key not in _PARAMETERS}
-        tags, handlers = run_manager.inheritable_tags, run_manager.inheritable_handlers
+        tags = run_manager.inheritable_tags
+        handlers = under_a_model(run_manager.inheritable_handlers, run_manager.run_id)
         callbacks = AsyncCallbackManager(
             handlers=[*handlers],
             inheritable_handlers=[*handlers],

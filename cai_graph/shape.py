@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from cai_graph.errors import DataError
 from cai_graph.form import Form
-from cai_graph.trajectory import Call, Message, Trajectory, from_langchain, text_of
+from cai_graph.trajectory import Call, Message, Trajectory, from_langchain, said_in, text_of
 
 __all__ = ["Shape", "Swap"]
 
@@ -318,7 +318,7 @@ def _in_place(content: str | list[Any], text: str, *, thoughts: bool) -> str | l
     parts: list[Any] = []
     new: dict[str, Any] | None = {"type": "text", "text": text}
     for part in content:
-        kind = "text" if isinstance(part, str) else part.get("type")
+        kind = "text" if said_in(part) is not None else part.get("type")  # a refusal is said, too
         if kind == "text" and new is not None:
             parts.append(new)
             new = None

@@ -34,7 +34,7 @@ from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
 from cai_graph.calls import Calls
 from cai_graph.errors import DataError
 from cai_graph.shape import Shape
-from cai_graph.trajectory import Draft, Message, Trajectory, text_of
+from cai_graph.trajectory import Draft, Message, Trajectory, said_in, text_of
 
 __all__ = [
     "AHEAD",
@@ -50,6 +50,7 @@ __all__ = [
     "part_of_message",
     "progress",
     "relay",
+    "under_a_model",
     "unstreamed",
     "whole",
 ]
@@ -344,7 +345,7 @@ def part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessa
         texts = [part for part in message.content if isinstance(part, dict) and part.get("type") == "text"]
         content = [{**(texts[0] if texts else {"type": "text"}), "text": text}] if text else []
         if last:
-            content += [part for part in message.content if part not in texts and not isinstance(part, str)]
+            content += [part for part in message.content if said_in(part) is None]
     if not isinstance(message, AIMessage):
         return message.model_copy(update={"content": content})
     if not last:
@@ -428,11 +429,24 @@ def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
 
 def _inside(handler: BaseCallbackHandler, run_id: UUID | None) -> BaseCallbackHandler:
     """Return a handler as runs inside the run `run_id` may have it."""
-    if type(handler) in (_Deaf, _Aside) or not feeds_streams(handler):
+    if not feeds_streams(handler):
         return handler
     if _is_stream(handler) or not _hears(handler, "on_chain_start"):
         return _Aside(handler, run_id)
     return _Deaf(handler)
+
+
+def under_a_model(handlers: list[BaseCallbackHandler], run_id: UUID) -> list[BaseCallbackHandler]:
+    """Return the handlers of a chat model's run `run_id` as those below it may have them.
+
+    What hears neither a model end nor chains, such as what logs prompts, sees one model as it always did.
+    """
+    return [
+        handler
+        if _hears(handler, "on_llm_end") or _hears(handler, "on_chain_start")
+        else _Aside(handler, run_id)
+        for handler in handlers
+    ]
 
 
 class _Aside(BaseCallbackHandler):
@@ -447,7 +461,7 @@ class _Aside(BaseCallbackHandler):
     def __init__(self, handler: BaseCallbackHandler, run_id: UUID | None) -> None:
         self.raise_error, self.run_inline = handler.raise_error, handler.run_inline
         for event, (ignored, known_as) in _ASIDE.items():
-            if not getattr(handler, ignored):
+            if _hears(handler, event) and not getattr(handler, ignored):
                 hear = getattr(handler, event)
                 setattr(self, event, hear if run_id is None else _told(hear, {known_as: run_id}))
 
@@ -552,14 +566,14 @@ class Shown:
 
 def _hears(handler: BaseCallbackHandler, event: str) -> bool:
     """Return whether a handler does anything at an event; LangChain's own override many by a docstring."""
-    code = getattr(getattr(handler.__class__, event), "__code__", None)
+    code = getattr(getattr(handler, event), "__code__", None)
     return code is None or bool(code.co_names or code.co_freevars)  # what names nothing does nothing
 
 
 def feeds_streams(handler: BaseCallbackHandler) -> bool:
     """Return whether a handler shows an answer as it hears it: to a stream, as those of LangChain and
     LangGraph do, or token by token, as `StreamingStdOutCallbackHandler` does."""
-    return type(handler) is not _Deaf and (_is_stream(handler) or _shows_tokens(handler))
+    return _is_stream(handler) or _shows_tokens(handler)
 
 
 def _is_stream(handler: BaseCallbackHandler) -> bool:
@@ -568,9 +582,8 @@ def _is_stream(handler: BaseCallbackHandler) -> bool:
 
 
 def _shows_tokens(handler: BaseCallbackHandler) -> bool:
-    return any(
-        _hears(handler, event) and getattr(handler.__class__, event) not in _RECORDS for event in _TOKENS
-    )
+    heard = [getattr(handler, event) for event in _TOKENS if _hears(handler, event)]
+    return any(getattr(hear, "__func__", hear) not in _RECORDS for hear in heard)
 
 
 _RECORDS = (BaseTracer.on_llm_new_token, AsyncBaseTracer.on_llm_new_token)

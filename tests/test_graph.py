@@ -772,8 +772,9 @@ async def test_a_request_that_fails_while_the_log_is_full_holds_up_nobody(
 
     assert not log.taken
     log.end()
-    while not log.taken:
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(10):
+        while not log.taken:
+            await asyncio.sleep(0.01)
     assert "LOST" not in caplog.text
 
 

@@ -339,6 +339,14 @@ async def test_handlers_hear_of_tools_retrievers_and_events_of_the_app(way: str)
     assert [event for event in interface.heard if event in WORK] == worker.heard
 
 
+def test_what_logs_prompts_sees_a_wrapped_model_as_one() -> None:
+    asked, model = Asked(), scripted(case("buffer", "revised"), fails=False)
+
+    chat(model, constitution=RULES, log=None).invoke("hello", {"callbacks": [asked]})
+
+    assert (len(asked.heard), len(model.calls)) == (1, 4)
+
+
 async def test_events_show_tools_retrievers_and_events_of_the_app_under_its_run() -> None:
     app = working(scripted(case("buffer", "revised"), fails=False))
 

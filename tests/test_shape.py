@@ -131,6 +131,7 @@ def text(said: str, **more: Any) -> dict[str, Any]:
         ([THOUGHT, text("the draft"), CALL], [THOUGHT, text("better"), CALL]),
         ([THOUGHT, text("the "), text("draft"), CALL], [THOUGHT, text("better"), CALL]),
         ([THOUGHT, "the draft", CALL], [THOUGHT, text("better"), CALL]),
+        ([THOUGHT, {"type": "refusal", "refusal": "the draft"}, CALL], [THOUGHT, text("better"), CALL]),
         ([THOUGHT, text("fine"), CALL], [THOUGHT, text("fine"), CALL]),
         ([text("f", citations=[{"cited_text": "x"}]), THOUGHT, text("ine")], None),
         ([CALL], None),
