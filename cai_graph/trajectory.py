@@ -63,6 +63,7 @@ __all__ = [
     "new_id",
     "now",
     "orders_disagree",
+    "said_in",
     "text_of",
     "to_langchain",
 ]
