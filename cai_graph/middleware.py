@@ -29,13 +29,14 @@ from cai_graph.errors import ConfigError, MissingExtra, Refused
 from cai_graph.form import Form
 from cai_graph.guard import Guard
 from cai_graph.log import Log
+from cai_graph.messages import from_langchain
 from cai_graph.plan import Plan, planning
 from cai_graph.policy import Settings
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.streams import feeds_streams, part_of_message
 from cai_graph.told import Told, manager_for
-from cai_graph.trajectory import Message, Trajectory, from_langchain, text_of
+from cai_graph.trajectory import Message, Trajectory, text_of
 
 try:
     from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse

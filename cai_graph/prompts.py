@@ -19,7 +19,8 @@ import msgspec
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 from cai_graph.constitution import Example, Principle
-from cai_graph.trajectory import Label, Message, text_of, to_langchain
+from cai_graph.messages import to_langchain
+from cai_graph.trajectory import Label, Message, text_of
 
 __all__ = [
     "COMPARED",

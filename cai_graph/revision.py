@@ -16,10 +16,11 @@ from cai_graph.calls import Calls, truncated
 from cai_graph.constitution import Principle
 from cai_graph.critic import failed_principles
 from cai_graph.form import Form
+from cai_graph.messages import from_langchain
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress, no_revision
 from cai_graph.request import Run
-from cai_graph.trajectory import Critique, Label, Rejection, Revision, Round, from_langchain, text_of
+from cai_graph.trajectory import Critique, Label, Rejection, Revision, Round, text_of
 
 __all__ = ["candidate"]
 

@@ -14,11 +14,12 @@ from cai_graph import bridge
 from cai_graph.graph import gives_chunks, is_pause, layers
 from cai_graph.guard import Guard
 from cai_graph.kept import as_asked, resumes
+from cai_graph.messages import to_langchain
 from cai_graph.plan import Plan
 from cai_graph.review import awaits
 from cai_graph.shadow import Shadow
 from cai_graph.streams import Piece, Shown, feeds_streams
-from cai_graph.trajectory import Trajectory, to_langchain
+from cai_graph.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import BaseCallbackManager

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 from cai_graph.errors import DataError
 from cai_graph.form import Form
-from cai_graph.trajectory import Call, Message, Trajectory, from_langchain, said_in, text_of
+from cai_graph.messages import from_langchain
+from cai_graph.trajectory import Call, Message, Trajectory, said_in, text_of
 
 __all__ = ["Shape", "Swap"]
 

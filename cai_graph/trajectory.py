@@ -22,7 +22,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,7 +31,6 @@ from uuid import UUID
 import msgspec
 
 from cai_graph.errors import DataError
-from cai_graph.plain import plain
 
 if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
@@ -59,13 +58,11 @@ __all__ = [
     "Verdict",
     "decode",
     "encode",
-    "from_langchain",
     "new_id",
     "now",
     "orders_disagree",
     "said_in",
     "text_of",
-    "to_langchain",
 ]
 
 SCHEMA_VERSION = 1
@@ -596,9 +593,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
-# --- LangChain messages -------------------------------------------------------------------------------
-
-_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+# --- what is said -------------------------------------------------------------------------------------
 
 
 def text_of(message: Message | BaseMessage) -> str:
@@ -621,46 +616,3 @@ def said_in(part: str | Mapping[str, Any]) -> str | None:
         return said_in(value) if value.get("type") == "refusal" else None
     said = part.get(kind) if kind in ("text", "refusal") else None
     return said if isinstance(said, str) else None
-
-
-def from_langchain(message: BaseMessage) -> Message:
-    """Return a LangChain message as a Message; a chunk counts as the message that it adds up to."""
-    kind = (
-        message.type.removesuffix("MessageChunk").lower() if message.type.endswith("Chunk") else message.type
-    )
-    role = getattr(message, "role", None) if kind == "chat" else _ROLES.get(kind, kind)
-    # OpenAI's models refuse to fill a schema in a field of its own, beside an empty content.
-    content = message.content or message.additional_kwargs.get("refusal") or ""
-    return Message(
-        role=role or kind,
-        content=str(content) if isinstance(content, str) else content,
-        name=message.name,
-        id=message.id,
-        tool_calls=tuple(
-            ToolCall(name=call["name"], args=plain(call["args"]), id=call["id"])
-            for call in getattr(message, "tool_calls", ())
-        ),
-        tool_call_id=getattr(message, "tool_call_id", None),
-    )
-
-
-def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:
-    """Return Messages as LangChain messages."""
-    from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
-
-    plain: Mapping[str, type[BaseMessage]] = {"user": HumanMessage, "system": SystemMessage}
-    converted: list[BaseMessage] = []
-    for message in messages:
-        common: dict[str, Any] = {"content": message.content, "name": message.name, "id": message.id}
-        if message.role in plain:
-            converted.append(plain[message.role](**common))
-        elif message.role == "assistant":
-            calls = [
-                {"name": c.name, "args": c.args, "id": c.id, "type": "tool_call"} for c in message.tool_calls
-            ]
-            converted.append(AIMessage(**common, tool_calls=calls))
-        elif message.role == "tool":
-            converted.append(ToolMessage(**common, tool_call_id=message.tool_call_id or ""))
-        else:
-            converted.append(ChatMessage(**common, role=message.role))
-    return converted

@@ -21,8 +21,9 @@ from msgspec.structs import replace
 
 from cai_graph.errors import ConfigError, Refused
 from cai_graph.form import Form
+from cai_graph.messages import from_langchain
 from cai_graph.shape import Shape
-from cai_graph.trajectory import Message, Trajectory, from_langchain, text_of
+from cai_graph.trajectory import Message, Trajectory, text_of
 
 __all__ = ["Typed", "form_asked", "form_of", "with_model"]
 

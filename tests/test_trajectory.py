@@ -25,18 +25,8 @@ from log_support import feedback, records, trajectory
 
 import cai_graph.trajectory as module
 from cai_graph.errors import DataError
-from cai_graph.trajectory import (
-    SCHEMA_VERSION,
-    Message,
-    Record,
-    ToolCall,
-    decode,
-    encode,
-    from_langchain,
-    new_id,
-    text_of,
-    to_langchain,
-)
+from cai_graph.messages import from_langchain, to_langchain
+from cai_graph.trajectory import SCHEMA_VERSION, Message, Record, ToolCall, decode, encode, new_id, text_of
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])

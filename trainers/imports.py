@@ -29,6 +29,7 @@ import msgspec
 from cai_graph.errors import ConfigError, DataError, MissingExtra
 from cai_graph.log import Redactor, open_log
 from cai_graph.log.transfer import IMPORTED, BrokenLine, content_id
+from cai_graph.messages import from_langchain
 from cai_graph.trajectory import (
     Comparison,
     Critique,
@@ -40,7 +41,6 @@ from cai_graph.trajectory import (
     Round,
     Trajectory,
     Verdict,
-    from_langchain,
     now,
     text_of,
 )

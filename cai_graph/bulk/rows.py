@@ -18,8 +18,9 @@ from typing import Any, BinaryIO, Literal
 from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
 
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.messages import from_langchain
 from cai_graph.prompts import Exchange
-from cai_graph.trajectory import Message, from_langchain
+from cai_graph.trajectory import Message
 
 __all__ = ["Answer", "Broken", "Format", "Prompt", "Rows"]
 

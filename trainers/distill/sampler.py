@@ -19,7 +19,8 @@ from langchain_core.outputs import ChatGeneration, ChatResult
 from pydantic import PrivateAttr
 
 from cai_graph.errors import DataError
-from cai_graph.trajectory import from_langchain, text_of
+from cai_graph.messages import from_langchain
+from cai_graph.trajectory import text_of
 from trainers.checkpoint import Checkpoint
 from trainers.policy import Policy, Sample, load_policy, sample_each
 

@@ -25,9 +25,10 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from cai_graph import local, models
 from cai_graph.calls import cut_short, describe
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.messages import to_langchain
 from cai_graph.shape import Shape
 from cai_graph.together import is_about_all_rows, side_by_side
-from cai_graph.trajectory import text_of, to_langchain
+from cai_graph.trajectory import text_of
 from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.evaluation.suites import Prompt

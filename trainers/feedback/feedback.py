@@ -31,6 +31,7 @@ from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.log import Log
 from cai_graph.log.redaction import is_withheld
+from cai_graph.messages import from_langchain, to_langchain
 from cai_graph.prompts import Exchange
 from cai_graph.together import is_about_all_rows, side_by_side, until
 from cai_graph.trajectory import (
@@ -44,11 +45,9 @@ from cai_graph.trajectory import (
     Rejection,
     Trajectory,
     Verdict,
-    from_langchain,
     new_id,
     now,
     text_of,
-    to_langchain,
 )
 from trainers.feedback.compared import same_answer
 from trainers.feedback.judge import Judge, Opinion

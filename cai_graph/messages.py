@@ -1,0 +1,59 @@
+"""LangChain's messages as the log's, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cai_graph.plain import plain
+from cai_graph.trajectory import Message, ToolCall
+
+if TYPE_CHECKING:
+    from langchain_core.messages import BaseMessage
+
+__all__ = ["from_langchain", "to_langchain"]
+
+_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+
+
+def from_langchain(message: BaseMessage) -> Message:
+    """Return a LangChain message as a Message; a chunk counts as the message that it adds up to."""
+    kind = (
+        message.type.removesuffix("MessageChunk").lower() if message.type.endswith("Chunk") else message.type
+    )
+    role = getattr(message, "role", None) if kind == "chat" else _ROLES.get(kind, kind)
+    # OpenAI's models refuse to fill a schema in a field of its own, beside an empty content.
+    content = message.content or message.additional_kwargs.get("refusal") or ""
+    return Message(
+        role=role or kind,
+        content=str(content) if isinstance(content, str) else content,
+        name=message.name,
+        id=message.id,
+        tool_calls=tuple(
+            ToolCall(name=call["name"], args=plain(call["args"]), id=call["id"])
+            for call in getattr(message, "tool_calls", ())
+        ),
+        tool_call_id=getattr(message, "tool_call_id", None),
+    )
+
+
+def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:
+    """Return Messages as LangChain messages."""
+    from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+
+    simple: Mapping[str, type[BaseMessage]] = {"user": HumanMessage, "system": SystemMessage}
+    converted: list[BaseMessage] = []
+    for message in messages:
+        common: dict[str, Any] = {"content": message.content, "name": message.name, "id": message.id}
+        if message.role in simple:
+            converted.append(simple[message.role](**common))
+        elif message.role == "assistant":
+            calls = [
+                {"name": c.name, "args": c.args, "id": c.id, "type": "tool_call"} for c in message.tool_calls
+            ]
+            converted.append(AIMessage(**common, tool_calls=calls))
+        elif message.role == "tool":
+            converted.append(ToolMessage(**common, tool_call_id=message.tool_call_id or ""))
+        else:
+            converted.append(ChatMessage(**common, role=message.role))
+    return converted
