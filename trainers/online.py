@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["Config", "Vllm", "train"]
 
 _log = logging.getLogger(__name__)
-_STOPPED = "stopped.json"
-"""In the folder of a run that the watch has stopped: at which step, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +264,6 @@ class _Watched:
     ) -> None:
         _check_sharding(trainer.accelerator)
         self.trainer, self.begun, self.config, self.paid = trainer, begun, config, paid
-        self.every = watched.every
         self.texts: list[str] = []
         self.asks = watched.asks(heldout)
         self.watch: Watch | None = None
@@ -299,16 +296,13 @@ class _Watched:
         self.trainer.add_callback(Observe())
 
     def begin(self, step: int, *, last: bool) -> bool:
-        """Observe the policy that training begins or goes on with, if that was not done before.
+        """Observe the policy that training begins or goes on with, or do what was decided of it before.
 
         Returns:
             Whether the run is over: it was stopped before an interrupt, or is by what is observed now.
         """
-        self.stopped = _agreed(None if self.watch is None else _stopped_at(step, self.begun.work / _STOPPED))
-        seen = self.watch is not None and any(reading.step == step for reading in self.watch.readings)
-        if _agreed(not seen and (last or step % self.every == 0)):
-            return self.observe(step, last=last)
-        return self.stopped is not None
+        decision = _agreed(None if self.watch is None else self.watch.decided(step, last=last))
+        return self.observe(step, last=last) if decision is None else self._do(decision, step)
 
     def observe(self, step: int, *, last: bool) -> bool:
         """Return whether the run is to stop after this step."""
@@ -334,13 +328,14 @@ class _Watched:
         self.paid.forget()
         decision = _agreed(decision)
         assert decision is not None
+        self._log(decision)
+        return self._do(decision, step)
+
+    def _do(self, decision: Decision, step: int) -> bool:
+        """Keep the best weights, and return whether the run is to stop after this step."""
         if decision.is_best:
             self._save(step)
-        self._log(decision)
         self.stopped = decision.stop
-        if decision.stop is not None and self.watch is not None:
-            note = {"step": step, "reason": decision.stop}
-            whole.write(self.begun.work / _STOPPED, json.dumps(note))
         return decision.stop is not None
 
     def end(self, step: int) -> None:
@@ -407,17 +402,6 @@ class _Watched:
         reachable = max((one for one in kept if one <= max(points, default=0)), default=step)
         for one in kept - {step, reachable}:
             self._path(one).unlink()
-
-
-def _stopped_at(step: int, note: Path) -> str | None:
-    """Return why the watch stopped a run at this step; the note on a later step, which is lost, goes away."""
-    if not note.exists():
-        return None
-    said = json.loads(note.read_text(encoding="utf-8"))
-    if said["step"] == step:
-        return str(said["reason"])
-    note.unlink()
-    return None
 
 
 def _check_sharding(accelerator: Any) -> None:
