@@ -514,19 +514,13 @@ class Shown:
 
     `astream_events` and the `messages` mode of a LangGraph graph live on a chat model's tokens, and of the
     models inside no token may reach them; nor those that show tokens, such as one that prints them. Tracers
-    are told nothing: they saw the calls that were made. Without `streams`, nor are streams.
+    are told nothing: they saw the calls that were made.
     """
 
-    def __init__(
-        self, config: RunnableConfig, messages: list[BaseMessage], name: str, *, streams: bool = True
-    ) -> None:
+    def __init__(self, config: RunnableConfig, messages: list[BaseMessage], name: str) -> None:
         callbacks = cast("BaseCallbackManager", config["callbacks"])
         self._manager = AsyncCallbackManager(
-            handlers=[
-                handler
-                for handler in callbacks.handlers
-                if feeds_streams(handler) and (streams or not _is_stream(handler))
-            ],
+            handlers=[handler for handler in callbacks.handlers if feeds_streams(handler)],
             parent_run_id=callbacks.parent_run_id,
             tags=callbacks.tags,
             metadata=callbacks.metadata,
