@@ -28,12 +28,12 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, mess
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.utils import AddableDict
-from langchain_core.tracers._streaming import _V2StreamingCallbackHandler
 from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
 
 from cai_graph.calls import Calls
 from cai_graph.errors import DataError
 from cai_graph.shape import Shape
+from cai_graph.told import is_stream
 from cai_graph.trajectory import Draft, Message, Trajectory, said_in, text_of
 
 __all__ = [
@@ -431,7 +431,7 @@ def _inside(handler: BaseCallbackHandler, run_id: UUID | None) -> BaseCallbackHa
     """Return a handler as runs inside the run `run_id` may have it."""
     if not feeds_streams(handler):
         return handler
-    if _is_stream(handler) or not _hears(handler, "on_chain_start"):
+    if is_stream(handler) or not _hears(handler, "on_chain_start"):
         return _Aside(handler, run_id)
     return _Deaf(handler)
 
@@ -567,12 +567,7 @@ def _hears(handler: BaseCallbackHandler, event: str) -> bool:
 def feeds_streams(handler: BaseCallbackHandler) -> bool:
     """Return whether a handler shows an answer as it hears it: to a stream, as those of LangChain and
     LangGraph do, or token by token, as `StreamingStdOutCallbackHandler` does."""
-    return _is_stream(handler) or _shows_tokens(handler)
-
-
-def _is_stream(handler: BaseCallbackHandler) -> bool:
-    # The method is what the protocol _StreamingCallbackHandler asks for; isinstance takes long with one.
-    return isinstance(handler, _V2StreamingCallbackHandler) or hasattr(handler, "tap_output_aiter")
+    return is_stream(handler) or _shows_tokens(handler)
 
 
 def _shows_tokens(handler: BaseCallbackHandler) -> bool:

@@ -21,10 +21,11 @@ from langchain_core.callbacks import (
 )
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
+from langchain_core.tracers._streaming import _V2StreamingCallbackHandler
 
 from cai_graph import bridge
 
-__all__ = ["ModelRun", "Told", "manager_for", "only"]
+__all__ = ["ModelRun", "Told", "is_stream", "manager_for", "only"]
 
 ModelRun: TypeAlias = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun
 """A chat model's run as LangChain has it."""
@@ -46,8 +47,8 @@ class Told:
     def __init__(self, run: ModelRun, caller: bridge.Caller | None) -> None:
         self.run = run
         self._caller = caller
-        self._streams = only(run, [handler for handler in run.handlers if _is_stream(handler)])
-        self._others = only(run, [handler for handler in run.handlers if not _is_stream(handler)])
+        self._streams = only(run, [handler for handler in run.handlers if is_stream(handler)])
+        self._others = only(run, [handler for handler in run.handlers if not is_stream(handler)])
         self._all: AIMessageChunk | None = None
 
     @classmethod
@@ -117,6 +118,7 @@ def _result(message: AIMessage | None) -> LLMResult:
     return LLMResult(generations=[[ChatGeneration(message=message)]])
 
 
-def _is_stream(handler: BaseCallbackHandler) -> bool:
+def is_stream(handler: BaseCallbackHandler) -> bool:
     """Return whether a handler is a stream's, as LangChain and LangGraph tell theirs from others."""
-    return hasattr(handler, "tap_output_aiter")
+    # The method is what the protocol _StreamingCallbackHandler asks for; isinstance takes long with one.
+    return isinstance(handler, _V2StreamingCallbackHandler) or hasattr(handler, "tap_output_aiter")
