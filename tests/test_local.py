@@ -441,7 +441,19 @@ def test_weights_that_llama_cpp_refuses_are_a_model_error(tmp_path: Path, tiny_w
 def test_thread_count_must_be_a_number(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAI_LOCAL_THREADS", "many")
     with pytest.raises(ConfigError, match="CAI_LOCAL_THREADS is 'many'"):
-        serving._threads("chat")
+        serving._threads()
+
+
+@pytest.mark.local
+def test_an_engine_runs_no_module_of_the_working_directory(
+    tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "json.py").write_text(f"open({str(ran)!r}, 'w')\nfrom json import *\n")
+    monkeypatch.chdir(tmp_path)
+    engine = serving.Engine(tiny_weights, "embedding")
+    engine.close()
+    assert not ran.exists()
 
 
 # ---- the chat model
