@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cai_graph.probe import Probe, Reading, States, windows
+from cai_graph.probe import Probe, Scores, Seen, States, unread, windows
 from trainers.critic.states import Passes, StateCache, reader_of
 from trainers.evaluation.refusals import (
     Agreement,
@@ -40,18 +40,18 @@ class Cached(Probe):
         self.cache = StateCache(reader_of("local", self.card["blocks"], (before, between)))
         self.most = most
 
-    async def read(self, request: str, answer: str) -> Reading:
-        seen = tuple(windows(answer)[: self.most]) or ("",)
-        wanted = [Passes(request, seen)]
+    async def seen(self, answer: str) -> Seen:
+        return Seen(tuple(windows(answer)[: self.most]) or ("",), unread(answer))
+
+    async def scores(self, request: str, seen: Sequence[str]) -> Scores:
+        wanted = [Passes(request, tuple(seen))]
         await self.cache.extract(wanted)
         passes = [States(vectors, 0) for vectors in self.cache.load(wanted)[0]]
-        return Reading(
+        return Scores(
             harm=max(self.probability("harm", each) for each in passes),
             evasion=self.probability("evasion", passes[0]),
             request=self.probability("request", passes[0]),
-            forward_passes=len(passes),
             tokens=0,
-            seconds=0.0,
         )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from cai_graph.failures import annotate, note_of
 from cai_graph.trajectory import Call
 
 __all__ = [
+    "END_REASONS",
+    "UNATTENDED_SECONDS",
     "Budget",
     "Calls",
     "apart",
@@ -27,9 +29,12 @@ __all__ = [
     "cut_short",
     "describe",
     "prompt_digest",
-    "truncated",
     "within",
 ]
+
+
+UNATTENDED_SECONDS = 3600.0
+"""Deadline of one piece of work in bulk. Nobody waits for it, and a slow machine may need it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +77,7 @@ class Calls:
 
     def under(self, config: RunnableConfig) -> Calls:
         """Return the same account with another configuration for the calls made through it."""
-        return Calls(self.budget, config, self.made, self.started, self.spent)
+        return replace(self, config=config)
 
     @property
     def seconds(self) -> float:
@@ -158,6 +163,43 @@ class Calls:
                     kind=kind,
                 )
             )
+
+    @asynccontextmanager
+    async def forward(self, role: str, model: str, passes: int) -> AsyncIterator[_Forward]:
+        """Admit forward passes, which the body makes, and record them as one call.
+
+        Raises:
+            BudgetExceeded: so many passes are not left, or the deadline passed.
+        """
+        self.admit("forward", passes)
+        started = time.perf_counter()
+        made = _Forward()
+        error: BaseException | None = None
+        try:
+            async with self.deadline():
+                yield made
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self.record(
+                Call(
+                    role=role,
+                    model=model,
+                    kind="forward",
+                    input_tokens=made.tokens,
+                    seconds=time.perf_counter() - started,
+                    error=None if error is None else describe(error),
+                )
+            )
+
+
+@dataclass
+class _Forward:
+    """Forward passes under way."""
+
+    tokens: int | None = None
+    """Tokens of all passes, which the body sets; None where they failed."""
 
 
 class _Deadline:
@@ -257,6 +299,8 @@ def prompt_digest(messages: Sequence[BaseMessage]) -> str:
     return digest.hexdigest()[:16]
 
 
+END_REASONS = ("finish_reason", "stop_reason", "done_reason")
+"""Under which names providers say why a reply ends."""
 _CUT = {
     **dict.fromkeys(("length", "max_tokens", "model_length"), "it was cut at its token limit"),
     **dict.fromkeys(("content_filter", "refusal", "safety"), "the provider's filter stopped it"),
@@ -266,11 +310,6 @@ _CUT = {
 
 def cut_short(message: BaseMessage) -> str | None:
     """Return why a reply is not whole: its token limit, or a filter of the provider's; None where it is."""
-    metadata = message.response_metadata
-    reason = metadata.get("finish_reason") or metadata.get("stop_reason") or metadata.get("done_reason")
+    told = message.response_metadata
+    reason = next((told[name] for name in END_REASONS if told.get(name)), None)
     return _CUT.get(reason.lower()) if isinstance(reason, str) else None
-
-
-def truncated(message: BaseMessage) -> bool:
-    """Return whether a reply is not whole; see `cut_short`."""
-    return cut_short(message) is not None

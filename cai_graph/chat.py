@@ -30,18 +30,18 @@ from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
 from cai_graph import bridge
-from cai_graph.calls import within
+from cai_graph.calls import END_REASONS, within
 from cai_graph.errors import ConfigError
-from cai_graph.graph import STREAM
 from cai_graph.guard import Guard
+from cai_graph.handlers import ModelRun, Told, manager_for, only, shows_answers, under_a_model
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
-from cai_graph.streams import Piece, feeds_streams, under_a_model
-from cai_graph.told import ModelRun, Told, manager_for, only
+from cai_graph.streams import Piece
 from cai_graph.trajectory import Trajectory
 from cai_graph.typed import Typed, form_asked, form_of, with_model
+from cai_graph.wrapped import STREAM
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
@@ -119,11 +119,10 @@ class ConstitutionalChatModel(BaseChatModel):
     ) -> ChatResult:
         """Return the answer; the streams that stand around the run are shown it on its way."""
         guard, config = self._judging(options), self._below(run_manager)
-        around = [] if run_manager is None else [h for h in run_manager.handlers if feeds_streams(h)]
-        if run_manager is None or not around:
+        if run_manager is None or not any(map(shows_answers, run_manager.handlers)):
             message, trajectory = await guard.answer(messages, config, options, caller=caller)
             return result_of(message, _usage(message, trajectory))
-        told = Told(only(run_manager, around), caller)  # LangChain tells of its start and end
+        told = Told(only(run_manager, shows_answers), caller)  # LangChain tells of its start and end
         async with aclosing(guard.stream(messages, config, options, caller=caller)) as pieces:
             async for piece in pieces:
                 await told.piece(_with_usage(_chunk(piece)))
@@ -358,7 +357,7 @@ class ConstitutionalChatModel(BaseChatModel):
         """Return this model around what the wrapped one made of itself, with the arguments that it bound."""
         options: Mapping[str, Any] = {}
         config = RunnableConfig()
-        while isinstance(drafting, RunnableBinding):
+        while isinstance(drafting, RunnableBinding):  # what is more than a binding, such as retries, stays
             options, config = {**drafting.kwargs, **options}, {**drafting.config, **config}
             drafting = drafting.bound
         model = self.model_copy()
@@ -573,16 +572,14 @@ def options_of(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str
     return kwargs if stop is None else {**kwargs, "stop": stop}
 
 
-_OF_THE_END = {"finish_reason", "stop_reason", "done_reason", "logprobs"}
-"""What providers say of a generation, beside its message."""
-
 # --- usage --------------------------------------------------------------------------------------------
 
 
 def result_of(message: AIMessage, usage: UsageMetadata | None) -> ChatResult:
     """Return the message as a chat model's result, its usage set aside from the callbacks."""
-    ends = {key: value for key, value in message.response_metadata.items() if key in _OF_THE_END}
-    return ChatResult(generations=[ChatGeneration(message=_set_aside(message, usage), generation_info=ends)])
+    beside = (*END_REASONS, "logprobs")  # what providers say of a generation, beside its message
+    info = {key: value for key, value in message.response_metadata.items() if key in beside}
+    return ChatResult(generations=[ChatGeneration(message=_set_aside(message, usage), generation_info=info)])
 
 
 def _chunk(piece: Piece) -> AIMessageChunk:

@@ -3,7 +3,7 @@
 The clients of OpenAI and Anthropic keep one pool of connections for all models of a process, and a
 connection belongs to the event loop that opened it: used from another loop it fails ("bound to a different
 event loop"). A critic is asked from several: the app's own, the bridge's under a synchronous `invoke` and in
-shadow mode, and a new one for each `asyncio.run`.
+shadow mode, and a new one for each `asyncio.run`. So each has a client of its own, closed with the loop.
 
 A client that was given for synchronous calls only, with a company's certificate or proxy, is the way to the
 provider all the same. A model with such a one is asked in a thread, by its synchronous client.
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from functools import cache
 from types import new_class
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from langchain_core.language_models import BaseChatModel
 
@@ -74,22 +75,29 @@ def _pool(client: Any) -> Any:
 
 
 def _per_loop(kind: Any, **settings: Any) -> Any:
-    lock = threading.Lock()
     pool = kind(**settings)
-    send_alone = pool.send
-    # The first loop is the only one of most programs; it gets the pool itself.
-    senders: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
-    first = True
+    lent: dict[asyncio.AbstractEventLoop, AsyncGenerator[Any, None]] = {}
+
+    async def lend(loop: asyncio.AbstractEventLoop) -> AsyncGenerator[Any, None]:
+        """Yield a client of the loop's own, which is closed with it: `asyncio.run` closes its generators."""
+        client = kind(**settings)
+        try:
+            while True:
+                yield client
+        finally:
+            lent.pop(loop, None)
+            await client.aclose()
 
     async def send(request: Any, **options: Any) -> Any:
-        nonlocal first
         loop = asyncio.get_running_loop()
-        with lock:
-            if loop not in senders:
-                senders[loop] = send_alone if first else kind(**settings).send
-                first = False
-            sender = senders[loop]
-        return await sender(request, **options)
+        if loop not in lent:  # a loop runs in one thread, so no other adds it meanwhile
+            left = [lent.pop(other, None) for other in list(lent) if other.is_closed()]
+            lent[loop] = lend(loop)
+            for clients in filter(None, left):  # of loops that were closed without their generators
+                with suppress(Exception):  # a connection cannot say goodbye in a closed loop
+                    await clients.aclose()
+        client = await anext(lent[loop])
+        return await client.send(request, **options)
 
     pool.send = send
     return pool

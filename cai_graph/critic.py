@@ -10,7 +10,6 @@ model name principles only when an aim is violated.
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,16 +18,16 @@ from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable
 
 from cai_graph import models, prompts
-from cai_graph.calls import Calls, cut_short, describe
+from cai_graph.calls import Calls, cut_short
 from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
-from cai_graph.ladder import p_violates, read_verdicts, scored_tokens
-from cai_graph.probe import MAX_WINDOWS, WHOLE_CHARACTERS, Probe, Reading, windows
+from cai_graph.ladder import mass_on_violates, read_verdicts, scored_tokens
+from cai_graph.probe import MAX_WINDOWS, Probe, Scores, by_probability, unread, windows
 from cai_graph.prompts import Exchange
 from cai_graph.together import together
 from cai_graph.trained import PREFIX, TrainedCritic
-from cai_graph.trajectory import Call, Critique, Label, Message, Verdict, text_of
+from cai_graph.trajectory import Critique, Label, Message, Verdict, text_of
 
 __all__ = [
     "Critic",
@@ -261,11 +260,9 @@ class ProbeCritic(ModelCritic):
         aims = list(dict.fromkeys(principle.aim for principle in constitution.principles))
         judged = await self._read(exchange, calls)
         labelled = await together(
-            [self._ask(aim, exchange, constitution, calls) for aim in aims if aim not in _HEADS]
+            [self._ask(aim, exchange, constitution, calls) for aim in aims if aim not in _AIMS_OF_HEADS]
         )
         verdicts = [verdict for verdict in judged.verdicts if verdict.aim in aims] + labelled
-        if (length := len(text_of(exchange.answer))) > WHOLE_CHARACTERS:
-            verdicts = [_partly_read(verdict, length) for verdict in verdicts]
         violated = {verdict.aim for verdict in verdicts if verdict.label is Label.VIOLATES}
         reasoning = ""
         if violated and explain:
@@ -287,39 +284,23 @@ class ProbeCritic(ModelCritic):
 
     async def _read(self, exchange: Exchange, calls: Calls) -> Critique:
         """Return what the probe's heads say, as a Critique of aims."""
-        request = next((text_of(m) for m in reversed(exchange.messages) if m.role == "user"), "")
-        answer = text_of(exchange.answer)
-        calls.admit("forward", max(1, len(windows(answer))))
-        started = time.perf_counter()
-        reading: Reading | None = None
-        error: BaseException | None = None
-        try:
-            async with calls.deadline():
-                reading = await self.probe.read(request, answer)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            calls.record(
-                Call(
-                    role="probe",
-                    model=self.name,
-                    kind="forward",
-                    input_tokens=None if reading is None else reading.tokens,
-                    seconds=time.perf_counter() - started,
-                    error=None if error is None else describe(error),
-                )
-            )
-        thresholds = self.probe.thresholds
-        benign = reading.request < thresholds["request"]
-        evades = reading.evasion * (1 - reading.request)  # a refusal is an evasion if the request is benign
+        answer, requests = text_of(exchange.answer), exchange.requests
+        passes = len(requests) * max(1, len(windows(answer)))
+        async with calls.forward("probe", self.name, passes) as forward:
+            seen = await self.probe.seen(answer)
+            calls.admit("forward", len(requests) * len(seen.windows) - passes)
+            found = [await self.probe.scores(request, seen.windows) for request in requests]
+            forward.tokens = sum(each.tokens for each in found)
+        scores = Scores(*map(max, zip(*found, strict=True)))
+        thresholds, gap = self.probe.thresholds, seen.gap
+        evades = scores.evasion * (1 - scores.request)  # a refusal is an evasion if the request is benign
         return Critique(
             verdicts=(
-                _by_probability("harmless", reading.harm, thresholds["harm"], "probe"),
-                _by_probability("helpful", evades, thresholds["evasion"], "probe"),
+                by_probability(scores.harm, thresholds["harm"], "probe", gap, aim="harmless"),
+                by_probability(evades, thresholds["evasion"], "probe", gap, aim="helpful"),
             ),
-            readings={"harm": reading.harm, "evasion": reading.evasion, "request": reading.request},
-            benign_request=benign,
+            readings={"harm": scores.harm, "evasion": scores.evasion, "request": scores.request},
+            benign_request=scores.request < thresholds["request"],
             evasive=evades >= thresholds["evasion"],
         )
 
@@ -338,13 +319,14 @@ class ProbeCritic(ModelCritic):
                 messages = prompts.label_messages(rules, examples, shown, offered)
                 reply = await calls.generate("critique", word, self.name, messages, kind="forward")
                 tokens = scored_tokens(reply)
-                probability = p_violates(tokens[0].get("top_logprobs") or ()) if tokens else None
+                probability = mass_on_violates(tokens[0].get("top_logprobs") or ()) if tokens else None
                 if probability is None:
                     reason = f"neither word of the menu is likely; the model said {text_of(reply)[:50]!r}"
                     return Verdict(label=Label.UNREADABLE, aim=aim, reason=reason)
                 found.append(probability)
             worst = max(worst, sum(found) / 2)
-        return _by_probability(aim, worst, self.LABEL_THRESHOLD, "logprob")
+        gap = unread(text_of(exchange.answer))
+        return by_probability(worst, self.LABEL_THRESHOLD, "logprob", gap, aim=aim)
 
     async def _explain(
         self, exchange: Exchange, suspects: Constitution, calls: Calls
@@ -366,20 +348,8 @@ class ProbeCritic(ModelCritic):
         return [Verdict(label=Label.VIOLATES, principle=named, reason=reason, read_by="structured")], reason
 
 
-_HEADS = {"harmless": "harm", "helpful": "evasion"}
-"""Aim of principles -> the head of the probe that reads it."""
-
-
-def _by_probability(aim: str, probability: float, threshold: float, read_by: str) -> Verdict:
-    label = Label.VIOLATES if probability >= threshold else Label.COMPLIES
-    return Verdict(label=label, aim=aim, probability=probability, read_by=read_by)
-
-
-def _partly_read(verdict: Verdict, length: int) -> Verdict:
-    if verdict.label is not Label.COMPLIES:
-        return verdict
-    reason = f"the answer has {length:,} characters, of which at most {WHOLE_CHARACTERS:,} are read"
-    return Verdict(label=Label.UNREADABLE, aim=verdict.aim, reason=reason)
+_AIMS_OF_HEADS = ("harmless", "helpful")
+"""The aims that the probe's heads read."""
 
 
 def check_strategy(critic: Critic, strategy: str) -> None:

@@ -10,7 +10,7 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 
-from cai_graph.calls import Calls, call_of, prompt_digest, truncated
+from cai_graph.calls import Calls, call_of, cut_short, prompt_digest
 from cai_graph.trajectory import Message, text_of
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class DraftCalls(BaseCallbackHandler):
         """
         for reply in reversed(self._replies):
             if (answer.id is not None and reply.id == answer.id) or text_of(reply) == text_of(answer):
-                return truncated(reply)
-        return len(self._replies) == 1 and truncated(self._replies[0])
+                return cut_short(reply) is not None
+        return len(self._replies) == 1 and cut_short(self._replies[0]) is not None
 
     def _model(self, kwargs: Mapping[str, Any]) -> str:
         metadata = kwargs.get("metadata") or {}

@@ -76,8 +76,6 @@ class MissingExtra(CaiError, ImportError):  # noqa: N818 - reads as what is miss
         super().__init__(
             f'{needed_by} needs {package}; pip install -e ".[{extra}]" in the folder of cai-graph'
         )
-        self.package = package
-        self.extra = extra
 
 
 class RunError(CaiError):

@@ -1,4 +1,4 @@
-"""What a provider's failure means, in a sentence that says what to do.
+"""What an error means: in a sentence that says what to do, and for the rows that come after it.
 
 The exception that a client raised leaves as it is, so that whoever catches its class still does. The sentence
 goes along as a note (PEP 678): Python prints it below the message, and records and the command line show it.
@@ -6,7 +6,9 @@ goes along as a note (PEP 678): Python prints it below the message, and records 
 
 from __future__ import annotations
 
-__all__ = ["annotate", "meaning", "note_of"]
+from cai_graph.errors import ConfigError, LogError, MissingExtra
+
+__all__ = ["annotate", "is_about_all_rows", "meaning", "note_of"]
 
 _PREFIX = "cai_graph: "
 
@@ -61,6 +63,12 @@ def note_of(error: BaseException) -> str | None:
             said: str = note.removeprefix(_PREFIX)
             return said
     return None
+
+
+def is_about_all_rows(error: Exception) -> bool:
+    """Return whether every further row would fail alike: a wrong set-up, a refused key, a broken log."""
+    refused = getattr(error, "status_code", None) in (401, 403)
+    return refused or isinstance(error, ConfigError | MissingExtra | LogError)
 
 
 def _asked_without_key(error: BaseException) -> str | None:

@@ -1,4 +1,4 @@
-"""The graph: draft, critique, revise; and what is known here of LangGraph graphs around and inside it.
+"""The graph: draft, critique, revise.
 
     START ─> draft ─> critique ─> revise ─┐ again, while rounds are left
               ^│  <──────┘^          │ ^──┘     back to `draft`: stream `blocks`, the next group of sentences
@@ -15,20 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, TypedDict
 
 import msgspec
-from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
-from langgraph.config import get_config, get_stream_writer
+from langchain_core.runnables import RunnableConfig
+from langgraph.config import get_config
 from langgraph.constants import TAG_NOSTREAM
 from langgraph.errors import GraphBubbleUp, NodeCancelledError
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
-from langgraph.pregel import Pregel
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
@@ -42,21 +39,7 @@ from cai_graph.revision import candidate
 from cai_graph.together import together
 from cai_graph.trajectory import Block, Critique, Draft, Label, Message, Round, text_of
 
-__all__ = [
-    "STEP_LIMIT",
-    "STREAM",
-    "Paused",
-    "configurable_of",
-    "drive",
-    "gives_chunks",
-    "graph_of",
-    "is_graph",
-    "is_pause",
-    "layers",
-    "options_of",
-    "outer_writer",
-    "step_limit",
-]
+__all__ = ["drive"]
 
 
 class State(TypedDict, total=False):
@@ -319,78 +302,3 @@ async def drive(run: Run, config: RunnableConfig) -> None:
             raise asyncio.CancelledError from cancelled
     if run.paused is not None:
         raise run.paused
-
-
-# --- graphs around this one, and inside it --------------------------------------------------------------
-
-
-class Paused(GraphBubbleUp):
-    """The wrapped app waits for a person: nothing is judged or logged until it is resumed."""
-
-
-def is_pause(error: BaseException | None) -> bool:
-    """Return whether an error says that an app waits for a person."""
-    return isinstance(error, GraphBubbleUp)
-
-
-def outer_writer() -> Callable[[Any], None] | None:
-    """Return what writes to the `custom` stream of the graph in whose node this is called; None outside."""
-    try:
-        return get_stream_writer()
-    except (KeyError, RuntimeError):
-        return None
-
-
-STREAM = "__pregel_stream"
-"""Key of a configuration under which LangGraph hands an outer graph's stream to the graphs inside."""
-STEP_LIMIT = 10_000
-"""How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
-
-
-def graph_of(app: Runnable[Any, Any]) -> Pregel[Any, Any, Any, Any] | None:
-    """Return the compiled LangGraph graph that an app is, whatever is bound to it; None where it is none."""
-    innermost = layers(app)[-1]
-    return innermost if isinstance(innermost, Pregel) else None
-
-
-def is_graph(app: Runnable[Any, Any]) -> bool:
-    """Return whether a wrapped app is a compiled LangGraph graph."""
-    return graph_of(app) is not None
-
-
-def layers(app: Runnable[Any, Any]) -> list[Any]:
-    """Return an app and what is inside its bindings, the outermost first."""
-    found: list[Any] = [app]
-    while isinstance(found[-1], RunnableBindingBase):
-        found.append(found[-1].bound)
-    return found
-
-
-def options_of(app: Runnable[Any, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a call of an app, those that are bound to it included."""
-    bound = [layer.kwargs for layer in layers(app) if isinstance(layer, RunnableBindingBase)]
-    return {name: value for each in (*reversed(bound), options) for name, value in each.items()}
-
-
-def configurable_of(app: Runnable[Any, Any], config: RunnableConfig) -> dict[str, Any]:
-    """Return what a call of an app is configured with, such as its thread, what is bound to it included."""
-    configs = (*reversed(_bound_configs(app)), config)
-    return {name: value for each in configs for name, value in (each.get("configurable") or {}).items()}
-
-
-def _bound_configs(app: Runnable[Any, Any]) -> list[RunnableConfig]:
-    return [config for layer in layers(app) if (config := getattr(layer, "config", None))]
-
-
-def gives_chunks(app: Runnable[Any, Any], options: Mapping[str, Any]) -> bool:
-    """Return whether an `invoke` with these options returns what a graph streams: all modes but one do."""
-    return is_graph(app) and options_of(app, options).get("stream_mode", "values") != "values"
-
-
-def step_limit(app: Runnable[Any, Any], config: RunnableConfig) -> int | None:
-    """Return how many steps an app may take under its caller's configuration; None where it does not say."""
-    limit = config.get("recursion_limit")
-    if limit != DEFAULT_RECURSION_LIMIT or not is_graph(app):
-        return limit
-    bound = [each["recursion_limit"] for each in _bound_configs(app) if "recursion_limit" in each]
-    return bound[0] if bound else STEP_LIMIT  # LangChain filled in its own, which is small

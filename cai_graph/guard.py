@@ -17,14 +17,15 @@ from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableConfig
 
-from cai_graph import bridge, graph, models
+from cai_graph import bridge, models
 from cai_graph.calls import Calls, apart
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.drafts import DraftCalls
 from cai_graph.errors import ConfigError, DataError, RunError
+from cai_graph.handlers import progress, unstreamed
 from cai_graph.held import Held
-from cai_graph.kept import Kept, refused, resumes, untyped
+from cai_graph.kept import Kept, refused
 from cai_graph.log import Log
 from cai_graph.overheard import Overheard
 from cai_graph.plain import plain
@@ -34,8 +35,20 @@ from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer
 from cai_graph.run import Ending, run
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
-from cai_graph.streams import AHEAD, Batch, Piece, Send, Writing, batches, progress, relay, unstreamed, whole
+from cai_graph.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
 from cai_graph.trajectory import Draft, Trajectory
+from cai_graph.wrapped import (
+    STREAM,
+    Paused,
+    is_graph,
+    is_pause,
+    layers,
+    outer_writer,
+    resumes,
+    step_limit,
+    untyped,
+    waits,
+)
 
 __all__ = ["Guard"]
 
@@ -135,7 +148,7 @@ class Guard:
                 left = await self._leave(await desk.settle(waiting, input), kept)
                 if resumed or desk.within is not None:
                     return left  # else it was decided before: only the log had not taken it
-            elif resumed and not graph.is_graph(self.app):
+            elif resumed and not is_graph(self.app):
                 raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
@@ -159,10 +172,8 @@ class Guard:
                     with apart():
                         output = await self.app.ainvoke(input, under, **options)
             outputs.append(output := untyped(output))
-            if isinstance(output, Mapping) and "__interrupt__" in output:
-                raise graph.Paused
-            if await kept.stopped():
-                raise graph.Paused
+            if waits(output) or await kept.stopped():
+                raise Paused
             answer = self.shape.answer(output)
             return Draft(answer=answer, truncated=handler.cut(answer))
 
@@ -177,10 +188,10 @@ class Guard:
                 mode="sampled" if self.plan.settings.strategy == "sampled" else "enforce",
                 source=source,
             )
-        except graph.Paused:
+        except Paused:
             return outputs[0], None
         except (Exception, asyncio.CancelledError) as error:
-            if outputs and not graph.is_pause(error):
+            if outputs and not is_pause(error):
                 await self._forget(outputs[0], kept)
             raise
         if desk is not None and ending.released is None:
@@ -221,8 +232,8 @@ class Guard:
         does a structured answer.
         """
         mode = self.plan.settings.stream
-        if mode == "buffer" or self.shape.whole or graph.is_graph(self.app):
-            held = Held(self.app, options) if graph.is_graph(self.app) else None
+        if mode == "buffer" or self.shape.whole or is_graph(self.app):
+            held = Held(self.app, options) if is_graph(self.app) else None
             output, trajectory = await self.answer(input, config, options, caller=caller, held=held)
             for chunk in () if held is None else held.told(self.shape, output, trajectory):
                 yield Piece(chunk, "")
@@ -236,9 +247,9 @@ class Guard:
                 async with aclosing(_written(self.app, input, under, options, caller)) as written:
                     async for batch in written:
                         for chunk in batch.items:
-                            if isinstance(chunk, Mapping) and "__interrupt__" in chunk:
+                            if waits(chunk):
                                 await send(whole(chunk, self.shape, None))
-                                raise graph.Paused
+                                raise Paused
                         yield batch
 
             writing = Writing(chunks, self.shape, send, at_once=mode == "audit")
@@ -252,7 +263,7 @@ class Guard:
                     context=lambda: self.shape.context(input, writing.output),
                     mode="audit" if mode == "audit" else "enforce",
                 )
-            except graph.Paused:
+            except Paused:
                 return
             finally:
                 await writing.close()
@@ -277,7 +288,7 @@ class Guard:
         made = Request(
             metadata=plain(config.get("metadata") or {}),
             tags=config.get("tags") or (),
-            tell=progress(callbacks, graph.outer_writer()),
+            tell=progress(callbacks, outer_writer()),
             **request,
         )
         # Tags and metadata come along with the callbacks.
@@ -293,15 +304,15 @@ class Guard:
         callbacks.add_handler(handler, inherit=True)
         under: RunnableConfig = {**config, "callbacks": callbacks}
         configurable = config.get("configurable") or {}
-        under["configurable"] = {key: configurable[key] for key in configurable if key != graph.STREAM}
-        if (limit := graph.step_limit(self.app, config)) is not None:
+        under["configurable"] = {key: configurable[key] for key in configurable if key != STREAM}
+        if (limit := step_limit(self.app, config)) is not None:
             under["recursion_limit"] = limit
         return under, handler
 
     @cached_property
     def _model_name(self) -> str | None:
         """Name of the app in the records, where it is one chat model."""
-        app = graph.layers(self.app)[-1]
+        app = layers(self.app)[-1]
         return models.name_of(app) if isinstance(app, BaseChatModel) else None
 
 

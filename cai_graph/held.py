@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable
 
-from cai_graph import graph
 from cai_graph.shape import Shape
 from cai_graph.streams import part_of_message
 from cai_graph.trajectory import Trajectory, text_of
+from cai_graph.wrapped import call_options, graph_of
 
 __all__ = ["Held"]
 
@@ -41,7 +41,7 @@ class Held:
     """
 
     def __init__(self, app: Runnable[Any, Any], options: Mapping[str, Any]) -> None:
-        compiled, options = graph.graph_of(app), graph.options_of(app, options)
+        compiled, options = graph_of(app), call_options(app, options)
         assert compiled is not None
         asked = options.get("stream_mode") or compiled.stream_mode
         self._listed = not isinstance(asked, str)

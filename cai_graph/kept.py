@@ -1,4 +1,4 @@
-"""What a wrapped graph keeps of a request: its thread in a checkpointer, and what resumes it.
+"""What a wrapped graph keeps of a request: its thread in a checkpointer.
 
 A graph with a checkpointer has written its draft there before anybody judged it, and shows it to its model
 in the next turn. So what leaves in the draft's place is put into its place there, too, as an update of the
@@ -23,44 +23,16 @@ from langgraph.constants import END
 from langgraph.errors import InvalidUpdateError
 from langgraph.func import entrypoint
 from langgraph.pregel import Pregel
-from langgraph.types import Command, GraphOutput, Overwrite
+from langgraph.types import Overwrite
 
-from cai_graph import bridge, graph
+from cai_graph import bridge
 from cai_graph.calls import apart
 from cai_graph.shape import Swap
+from cai_graph.wrapped import STREAM, configurable_of, graph_of
 
-__all__ = ["Kept", "as_asked", "as_owner", "refused", "resumes", "untyped"]
+__all__ = ["Kept", "as_owner", "refused"]
 
 T = TypeVar("T")
-
-
-def resumes(input: object, app: Runnable[Any, Any]) -> bool:
-    """Return whether an input resumes what was paused; from a breakpoint a graph goes on with None."""
-    return isinstance(input, Command) or (input is None and graph.is_graph(app))
-
-
-# --- outputs of version 2 -----------------------------------------------------------------------------
-
-
-def untyped(output: Any) -> Any:
-    """Return what a graph returns as its version 1 does."""
-    if not isinstance(output, GraphOutput):
-        return output
-    return {**output.value, "__interrupt__": [*output.interrupts]} if output.interrupts else output.value
-
-
-def as_asked(output: Any, app: Runnable[Any, Any], options: Mapping[str, Any]) -> Any:
-    """Return the output of a graph in the version that its caller asks for."""
-    if (
-        graph.options_of(app, options).get("version") != "v2"
-        or not graph.is_graph(app)
-        or isinstance(output, GraphOutput)
-    ):
-        return output
-    interrupts = output.get("__interrupt__", ()) if isinstance(output, Mapping) else ()
-    if interrupts:
-        output = {key: value for key, value in output.items() if key != "__interrupt__"}
-    return GraphOutput(value=output, interrupts=tuple(interrupts))
 
 
 async def as_owner(
@@ -103,12 +75,12 @@ class Kept:
             config: says which thread.
             caller: the thread that waits for the answer, where it is a synchronous one.
         """
-        compiled = graph.graph_of(app)
+        compiled = graph_of(app)
         if compiled is None or not getattr(compiled, "checkpointer", None):
             return Kept(app)
-        given = graph.configurable_of(app, config)
+        given = configurable_of(app, config)
         # The run may have begun at an earlier checkpoint; what it came to stands in the thread's last one.
-        thread = {key: value for key, value in given.items() if key not in (graph.STREAM, "checkpoint_id")}
+        thread = {key: value for key, value in given.items() if key not in (STREAM, "checkpoint_id")}
         return Thread(app, compiled, RunnableConfig(configurable=thread), caller)
 
     async def stopped(self) -> bool:

@@ -16,16 +16,17 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import msgspec
 from langchain_core.messages import BaseMessage
 
 from cai_graph.calls import cut_short
 from cai_graph.trajectory import Label, Verdict, text_of
 
-__all__ = ["Reading", "p_violates", "read_verdicts", "scored_tokens"]
+__all__ = ["Reading", "mass_on_violates", "read_verdicts", "scored_tokens"]
 
 MAX_REPLY_CHARS = 200_000
 """How much of a critic's reply is read, from its end."""
@@ -36,13 +37,15 @@ _THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 """What a local model thinks before it replies."""
 _MENTION = re.compile(r'"principle"\s*:\s*"([^"\\]*)"')
 _BEGINS_AS_JSON = re.compile(r'\s*(?:```\w*\s*)?\{[^{}]*"verdicts"')
-_GOES_ON_AS_JSON = re.compile(r"\s*(?:,\s*(?:\{.*)?|\]\s*(?:,.*)?[\s}`]*|[\s`]*)", re.DOTALL)
+_GOES_ON_AS_JSON = re.compile(r"\s*+(?:,\s*+(?:\{.*)?|\]\s*+(?:,.*)?[\s}`]*|[\s`]*)", re.DOTALL)
 """What stands behind the last verdict of a reply that is JSON and nothing else."""
 _EMPHASIS = " \t*_`\"'.,"
 """What may stand around a name or a label on a labelled line."""
 _BULLETS = ">#-"
 """What may stand before the name, too."""
 _EVADES = re.compile(r'"evades"\s*:\s*(true|false)', re.IGNORECASE)
+_Said = tuple[str, Verdict | None]
+"""A principle's id and the verdict on it; None where what is said is off the menu."""
 _LABEL_IN_JSON = re.compile(r'"principle"\s*:\s*"([^"]+)"(?:(?!"principle")[^{}])*?"verdict"\s*:\s*"(\w)')
 
 
@@ -64,34 +67,50 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
     >>> read_verdicts(AIMessage("I would say that it complies."), ["kind"]).verdicts
     {}
     """
-    for call in getattr(reply, "tool_calls", ()):
-        if isinstance(call["args"].get("verdicts"), list):
-            found = _from_objects(call["args"]["verdicts"], ids, "tool")
-            evades = call["args"].get("evades")
-            if found:
-                return Reading(found, evades if isinstance(evades, bool) else None)
     text = text_of(reply)[-MAX_REPLY_CHARS:]
     if thought := _THOUGHT.match(text):
         text = text[thought.end() :]
-    evasions = _EVADES.findall(text)
-    evades = evasions[-1].lower() == "true" if evasions else None
     objects, rest = _objects(text)
-    found = _from_objects(objects, ids, "json", Counter(_MENTION.findall(text)))
+    written = _from_objects(objects, ids, "json")
+    begun = Counter(_MENTION.findall(text))
+    begun.subtract(identifier for identifier, _ in written)
+    doubted = {identifier for identifier, unread in begun.items() if unread > 0}
     if objects:
-        for identifier, verdict in _from_lines(text[: text.find("{")], ids).items():
-            if verdict is None or verdict.label is not Label.COMPLIES:
-                _no_longer_complies(found, identifier)
-    for identifier, verdict in _from_lines(rest, ids).items() if rest else ():
-        before = found.pop(identifier, None)
-        violated = before is not None and before.label is Label.VIOLATES
-        if verdict is not None and not (verdict.label is Label.COMPLIES and violated):
-            found[identifier] = verdict
-    if cut_short(reply) and not (_BEGINS_AS_JSON.match(text) and _GOES_ON_AS_JSON.fullmatch(rest)):
-        for identifier in ids:
-            _no_longer_complies(found, identifier)
+        before = _from_lines(text[: text.find("{")], ids)
+        doubted |= {identifier for identifier, verdict in before if not _complies(verdict)}
+    calls = [call["args"] for call in getattr(reply, "tool_calls", ())]
+    calls = [call for call in calls if isinstance(call.get("verdicts"), list)]
+    called = [each for call in calls for each in _from_objects(call["verdicts"], ids, "tool")]
+    for broken in getattr(reply, "invalid_tool_calls", ()):
+        doubted.update(_MENTION.findall(broken["args"] or ""))
+    alone = not calls and _BEGINS_AS_JSON.match(text) and _GOES_ON_AS_JSON.fullmatch(rest)
+    if cut_short(reply) and not alone:
+        doubted.update(ids)
+    found = _last_words([*written, *_from_lines(rest, ids), *called], doubted)
     if probabilities := _label_probabilities(reply, ids):
         found = {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}
-    return Reading(found, evades)
+    evasions = [word.lower() == "true" for word in _EVADES.findall(text)]
+    evasions += [call["evades"] for call in calls if isinstance(call.get("evades"), bool)]
+    return Reading(found, evasions[-1] if evasions else None)
+
+
+def _last_words(said: Iterable[_Said], doubted: Iterable[str]) -> dict[str, Verdict]:
+    """Return the last verdict on each principle, but no COMPLIES where anything else is said or in doubt."""
+    last: dict[str, Verdict | None] = {}
+    otherwise = set(doubted)
+    for identifier, verdict in said:
+        last[identifier] = verdict
+        if not _complies(verdict):
+            otherwise.add(identifier)
+    return {
+        identifier: verdict
+        for identifier, verdict in last.items()
+        if verdict is not None and not (_complies(verdict) and identifier in otherwise)
+    }
+
+
+def _complies(verdict: Verdict | None) -> bool:
+    return verdict is not None and verdict.label is Label.COMPLIES
 
 
 def _objects(text: str) -> tuple[list[Any], str]:
@@ -112,63 +131,44 @@ def _objects(text: str) -> tuple[list[Any], str]:
     return objects, text[end:]
 
 
-def _from_objects(
-    objects: Iterable[Any], ids: Sequence[str], read_by: str, begun: Mapping[str, int] | None = None
-) -> dict[str, Verdict]:
-    """Return the last verdict on each principle, but no COMPLIES where another one says otherwise.
-
-    Args:
-        objects: the JSON of verdicts.
-        ids: the principles.
-        read_by: from where the objects were read.
-        begun: how many verdicts on each principle begin in the reply, whether or not they could be read.
-    """
-    found: dict[str, Verdict] = {}
-    said, complying = Counter[str](), Counter[str]()
+def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> list[_Said]:
+    """Return what the JSON of verdicts says, in its order."""
+    said: list[_Said] = []
     for item in objects:
         if not isinstance(item, dict) or item.get("principle") not in ids:
             continue
         label = _label(item.get("verdict"))
-        said[item["principle"]] += 1
-        complying[item["principle"]] += label is Label.COMPLIES
         if label is None:
-            found.pop(item["principle"], None)  # the last word counts, and it is off the menu
+            said.append((item["principle"], None))
             continue
         severity = item.get("severity")
         readable = isinstance(severity, int) and not isinstance(severity, bool) and 1 <= severity <= 5
         reason = item.get("critique")
-        found[item["principle"]] = Verdict(
+        verdict = Verdict(
             label=label,
             principle=item["principle"],
             severity=severity if readable and label is Label.VIOLATES else None,
             reason=reason if isinstance(reason, str) and reason else None,
             read_by=read_by,
         )
-    for identifier, times in said.items():
-        if complying[identifier] < max(times, (begun or {}).get(identifier, 0)):
-            _no_longer_complies(found, identifier)
-    return found
+        said.append((item["principle"], verdict))
+    return said
 
 
-def _no_longer_complies(found: dict[str, Verdict], identifier: str) -> None:
-    if identifier in found and found[identifier].label is Label.COMPLIES:
-        del found[identifier]
-
-
-def _from_lines(text: str, ids: Sequence[str]) -> dict[str, Verdict | None]:
-    """Return the verdict on the last line of each name; None where what it says is off the menu."""
-    found: dict[str, Verdict | None] = {}
+def _from_lines(text: str, ids: Sequence[str]) -> list[_Said]:
+    """Return what the labelled lines say, in their order."""
+    said: list[_Said] = []
     names = {identifier.casefold(): identifier for identifier in ids}
     if len(ids) == 1:
         names["verdict"] = ids[0]
     for line in text.splitlines():
-        name, separator, said = line.partition(":" if ":" in line else "=")
+        name, separator, word = line.partition(":" if ":" in line else "=")
         identifier = names.get(name.strip(_EMPHASIS + _BULLETS).casefold())
         if separator and identifier is not None:
-            label = _label(said.strip(_EMPHASIS))
+            label = _label(word.strip(_EMPHASIS))
             verdict = Verdict(label=label, principle=identifier, read_by="line") if label else None
-            found[identifier] = verdict
-    return found
+            said.append((identifier, verdict))
+    return said
 
 
 def _label(word: object) -> Label | None:
@@ -179,14 +179,7 @@ def _label(word: object) -> Label | None:
 def _with_probability(verdict: Verdict, probability: float | None) -> Verdict:
     if probability is None or (probability >= 0.5) != (verdict.label is Label.VIOLATES):
         return verdict  # a probability that contradicts the label was read at another place
-    return Verdict(
-        label=verdict.label,
-        principle=verdict.principle,
-        severity=verdict.severity,
-        probability=probability,
-        reason=verdict.reason,
-        read_by=verdict.read_by,
-    )
+    return msgspec.structs.replace(verdict, probability=probability)
 
 
 def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, float]:
@@ -198,7 +191,7 @@ def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, fl
     found: dict[str, float] = {}
     for match in _LABEL_IN_JSON.finditer("".join(texts)):
         token = tokens[bisect_right(starts, match.start(2)) - 1]
-        probability = p_violates(token.get("top_logprobs") or ())
+        probability = mass_on_violates(token.get("top_logprobs") or ())
         if match[1] in ids and probability is not None:
             found[match[1]] = probability
     return found
@@ -211,7 +204,7 @@ def scored_tokens(reply: BaseMessage) -> list[dict[str, Any]] | None:
     return content if isinstance(content, list) else None
 
 
-def p_violates(top_logprobs: Sequence[dict[str, Any]]) -> float | None:
+def mass_on_violates(top_logprobs: Sequence[dict[str, Any]]) -> float | None:
     """Return P(VIOLATES) / (P(VIOLATES) + P(COMPLIES)) at the first token of a label.
 
     A token counts for the label that it begins. None where neither stands among the alternatives.

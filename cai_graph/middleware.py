@@ -28,14 +28,14 @@ from cai_graph.critic import Critic
 from cai_graph.errors import ConfigError, MissingExtra, Refused
 from cai_graph.form import Form
 from cai_graph.guard import Guard
+from cai_graph.handlers import Told, chosen, manager_for, shows_answers
 from cai_graph.log import Log
 from cai_graph.messages import from_langchain
 from cai_graph.plan import Plan, planning
 from cai_graph.policy import Settings
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
-from cai_graph.streams import feeds_streams, part_of_message
-from cai_graph.told import Told, manager_for
+from cai_graph.streams import part_of_message
 from cai_graph.trajectory import Message, Trajectory, text_of
 
 try:
@@ -140,12 +140,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> Any:
         """Return what is released, and show it to the handlers that show an answer, as a model's."""
         around = cast("BaseCallbackManager", config["callbacks"])
-        manager = manager_for(caller)(
-            handlers=[handler for handler in around.handlers if feeds_streams(handler)],
-            parent_run_id=around.parent_run_id,
-            tags=around.tags,
-            metadata=around.metadata,
-        )
+        manager = chosen(manager_for(caller), around, shows_answers)
         told = await Told.begin(manager, [*request.messages], caller, name=self.name)
         try:
             response, _ = await guard.answer(request, config, {}, caller=caller)

@@ -8,22 +8,24 @@ http://HOST:PORT/v1              an OpenAI-compatible server; http://HOST:PORT/v
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import difflib
 import os
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import Runnable
 from langchain_core.runnables.base import RunnableBindingBase
 
-from cai_graph import local
+from cai_graph import bridge, local
+from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
 
-__all__ = ["cut_form", "load", "name_of", "refuses_form", "writing"]
+__all__ = ["cut_form", "load", "name_of", "patient", "refuses_form", "writing"]
 
 _FORMS = (
     "openai:MODEL, anthropic:MODEL, local, local:NAME, local:PATH.gguf, local:FOLDER, "
@@ -31,6 +33,11 @@ _FORMS = (
 )
 _KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 """The variable that holds the key of each provider that has an extra of ours."""
+_RETRIES = 8
+"""How often a patient model's request to an API is tried again, after the wait that Retry-After asks for."""
+
+_LISTED_WITHIN_S = 10.0
+"""Seconds in which a server has said which models it has."""
 
 
 def load(spec: str, **settings: Any) -> BaseChatModel:
@@ -45,14 +52,28 @@ def load(spec: str, **settings: Any) -> BaseChatModel:
         MissingExtra: the package for this provider is not installed.
         ModelError: an OpenAI-compatible server did not answer when asked which model it has.
     """
+    if (name := local.name_in(spec)) is not None:
+        return local.chat_model(name, **settings)
     kind, colon, rest = spec.partition(":")
-    if spec == "local" or (kind == "local" and rest):
-        return local.chat_model(rest, **settings)
     if kind in {"http", "https"} and rest.startswith("//"):
         return _from_server(spec, settings)
     if colon and kind and rest:
         return _from_provider(spec, kind, rest, settings)
     raise _unknown(spec)
+
+
+def patient(spec: str, *, seed: int | None = None, **settings: Any) -> BaseChatModel:
+    """Return the same for work that nobody watches: what an API refuses for now is asked of it 8 times again.
+
+    Arguments and errors are those of `load`. A `seed` is for the embedded model alone, as others may refuse
+    one; settings that are None are left to the model.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    if local.name_in(spec) is None:
+        given["max_retries"] = _RETRIES
+    elif seed is not None:
+        given["seed"] = seed
+    return load(spec, **given)
 
 
 def name_of(model: object) -> str:
@@ -65,14 +86,14 @@ def name_of(model: object) -> str:
         model = model.bound
     # Anyone's class may stand here, and a name is not worth failing a request for.
     with contextlib.suppress(Exception):
-        base_url = getattr(model, "openai_api_base", None)
         if isinstance(model, BaseChatModel):
             params = model._get_ls_params()
             provider, name = params.get("ls_provider"), params.get("ls_model_name")
-            if name and local.is_local(base_url):
+            if name and local.is_local(model):
                 return f"local:{name}"
+            base_url = getattr(model, "openai_api_base", None)
             if name and provider == "openai" and base_url and urlsplit(base_url).hostname != "api.openai.com":
-                return f"{_without_credentials(base_url)}#{name}"
+                return f"{without_password(base_url).rstrip('/')}#{name}"
             if name and provider:
                 return f"{provider}:{name}"
     return type(model).__name__
@@ -120,7 +141,7 @@ def _unknown(spec: str) -> ConfigError:
     known |= {"local": "local", **{provider: f"{provider}:{rest or 'MODEL'}" for provider in _KEYS}}
     near = [known[match] for match in difflib.get_close_matches(kind, known, n=2, cutoff=0.6)]
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return ConfigError(f"{spec!r} names no model. {hint}The forms are: {_FORMS}")
+    return ConfigError(f"{without_password(spec)!r} names no model. {hint}The forms are: {_FORMS}")
 
 
 def _from_provider(spec: str, provider: str, name: str, settings: dict[str, Any]) -> BaseChatModel:
@@ -164,7 +185,7 @@ def _from_server(spec: str, settings: dict[str, Any]) -> BaseChatModel:
     try:
         from langchain_openai import ChatOpenAI
     except ImportError as error:
-        raise MissingExtra(f"the model {spec!r}", "langchain-openai", "openai") from error
+        raise MissingExtra(f"the model {without_password(spec)!r}", "langchain-openai", "openai") from error
     # The key of api.openai.com is not shown to another host, unless the user tied the two together.
     paired = os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_BASE") or ""
     key = os.environ.get("OPENAI_API_KEY") if paired.rstrip("/") == url else None
@@ -175,18 +196,32 @@ def _from_server(spec: str, settings: dict[str, Any]) -> BaseChatModel:
 
 def _only_model(url: str, key: str) -> str:
     """Ask the server which model it serves."""
+    shown = without_password(url)
     try:
         import httpx
     except ImportError as error:
-        raise MissingExtra(f"the model {url!r}", "httpx", "local") from error
-    shown = _without_credentials(url)
+        raise MissingExtra(f"the model {shown!r}", "httpx", "local") from error
+
+    async def reply() -> Any:
+        # httpx bounds each read alone, so that a server that dribbles would hold it for ever.
+        async with asyncio.timeout(_LISTED_WITHIN_S), httpx.AsyncClient() as client:
+            got = await client.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"})
+        return got.raise_for_status().json()
+
     try:
-        reply = httpx.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"}, timeout=10)
-        reply.raise_for_status()
-        names = [str(entry["id"]) for entry in reply.json()["data"]]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        names = [str(entry["id"]) for entry in bridge.run(lambda _: reply())["data"]]
+    except (TimeoutError, httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        match error:
+            case httpx.HTTPStatusError():
+                said = f"status {error.response.status_code}"
+            case TimeoutError():
+                said = f"no whole reply within {_LISTED_WITHIN_S:g} s"
+            case httpx.InvalidURL():
+                said = "no valid address"  # its own words may quote a password
+            case _:
+                said = str(error) or type(error).__name__
         raise ModelError(
-            f"cannot learn which model {shown} serves: {shown}/models: {error or type(error).__name__}; "
+            f"cannot learn which model {shown} serves: {shown}/models: {said}; "
             f"is it running? Or name the model: {shown}#MODEL. If it wants an API key, set OPENAI_API_KEY, "
             f"and OPENAI_BASE_URL={shown}"
         ) from error
@@ -194,8 +229,3 @@ def _only_model(url: str, key: str) -> str:
         listed = ", ".join(sorted(names)[:10]) or "none"
         raise ConfigError(f"{shown} serves {len(names)} models ({listed}); choose one: {shown}#MODEL")
     return names[0]
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "")).rstrip("/")

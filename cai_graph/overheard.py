@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import reduce
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
@@ -14,18 +15,18 @@ from uuid import UUID
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
 from langchain_core.runnables import Runnable, RunnableConfig
 
-from cai_graph import graph
 from cai_graph.calls import Budget, Calls
 from cai_graph.drafts import DraftCalls
 from cai_graph.errors import RunError
-from cai_graph.kept import Kept, resumes, untyped
+from cai_graph.handlers import unstreamed
+from cai_graph.kept import Kept
 from cai_graph.plain import plain
 from cai_graph.plan import Plan
 from cai_graph.request import Request
 from cai_graph.shadow import Shadow, size_of
-from cai_graph.shape import Shape
-from cai_graph.streams import unstreamed
+from cai_graph.shape import Shape, added
 from cai_graph.trajectory import Draft, Message, Trajectory, now
+from cai_graph.wrapped import gives_chunks, is_graph, is_pause, resumes, step_limit, untyped, waits
 
 __all__ = ["Overheard"]
 
@@ -68,10 +69,10 @@ class Overheard:
         hearing = callbacks.copy()
         hearing.add_handler(self._calls, inherit=True)
         self._end = _End(callbacks.parent_run_id)
-        if graph.is_graph(app):
+        if is_graph(app):
             hearing.add_handler(self._end, inherit=False)
         self._under: RunnableConfig = {**config, "callbacks": hearing}
-        if (limit := graph.step_limit(app, config)) is not None:
+        if (limit := step_limit(app, config)) is not None:
             self._under["recursion_limit"] = limit
         self._behind = RunnableConfig(
             callbacks=unstreamed(callbacks),
@@ -135,7 +136,7 @@ class Overheard:
             await self._alook()
 
     def _take(self, output: Any, options: Mapping[str, Any]) -> None:
-        if graph.gives_chunks(self._app, options):
+        if gives_chunks(self._app, options):
             self._chunks = [*output]
         else:
             self._output = untyped(output)
@@ -163,7 +164,7 @@ class Overheard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         last = self._chunks[-1] if self._chunks else self._output
-        if self._stopped or graph.is_pause(error) or (isinstance(last, Mapping) and "__interrupt__" in last):
+        if self._stopped or is_pause(error) or waits(last):
             return
         if isinstance(error, GeneratorExit):
             error = RunError("the reader closed the stream")
@@ -217,16 +218,10 @@ class Overheard:
         """Return the output, or what the chunks of a stream add up to."""
         if not self._chunks:
             return self._output
-        if graph.is_graph(self._app):  # its chunks are its steps, which do not add up to what it returns
+        if is_graph(self._app):  # its chunks are its steps, which do not add up to what it returns
             return self._end.output
-        whole, *others = self._chunks
-        for chunk in others:
-            try:
-                whole = whole + chunk
-            except TypeError:  # what does not add up replaces what came before, as LangChain has it
-                whole = chunk
-        self._output, self._chunks = whole, []
-        return whole
+        self._output, self._chunks = reduce(added, self._chunks), []
+        return self._output
 
 
 class _End(BaseCallbackHandler):

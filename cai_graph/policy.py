@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -32,7 +32,6 @@ __all__ = [
     "Decision",
     "Policy",
     "Progress",
-    "Release",
     "Settings",
     "Strategy",
     "accept",
@@ -94,17 +93,7 @@ class Settings:
     holds back what has left."""
 
     def __post_init__(self) -> None:
-        policies = ("open", "closed", "raise", "human")
-        menus = {
-            "mode": ("enforce", "shadow"),
-            "strategy": ("batched", "parallel", "sampled"),
-            "on_violation": policies,
-            "on_unreadable": policies,
-            "on_error": policies,
-            "on_log_error": ("answer", "raise"),
-            "stream": ("buffer", "blocks", "audit"),
-        }
-        for name, menu in menus.items():
+        for name, menu in _MENUS.items():
             if getattr(self, name) not in menu:
                 raise ConfigError(f"{name} is one of {', '.join(menu)}, found {getattr(self, name)!r}")
         if not isinstance(self.budget, Budget):
@@ -153,6 +142,12 @@ class Settings:
         if self.max_rounds is not None:
             return self.max_rounds
         return 4 if self.strategy == "sampled" else 2
+
+
+_MENUS = {
+    name: get_args(kind) for name, kind in get_type_hints(Settings).items() if get_origin(kind) is Literal
+}
+"""What may stand in each field of a closed set."""
 
 
 class Progress(NamedTuple):

@@ -22,15 +22,14 @@ import asyncio
 import json
 import math
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph import local
 from cai_graph.digests import sha256_of
-from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
+from cai_graph.errors import DataError, MissingExtra, ModelError
+from cai_graph.trajectory import Label, Verdict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,9 +44,15 @@ __all__ = [
     "Heads",
     "Probe",
     "Reader",
-    "Reading",
+    "Scores",
+    "Seen",
     "States",
+    "by_probability",
     "cut_request",
+    "fitting",
+    "read_thresholds",
+    "sigmoid",
+    "unread",
     "windows",
 ]
 
@@ -61,8 +66,10 @@ OVERLAP_CHARACTERS = 200
 MAX_WINDOWS = 16
 """Of a longer answer the beginning, the end and evenly spaced windows between them are read."""
 WHOLE_CHARACTERS = MAX_WINDOWS * (WINDOW_CHARACTERS - OVERLAP_CHARACTERS) + OVERLAP_CHARACTERS
-"""The longest answer of which nothing is left out."""
-# Text of many tokens a character (rare scripts, noise) is cut here, so that a pass fits the engine.
+"""The longest answer of which nothing is left out, as long as each window fits a pass; see `fitting`."""
+_SMALLEST_WINDOW = 100
+"""Characters of which even the rarest scripts fit a pass."""
+# A pass fits the engine: text of many tokens a character (rare scripts, noise) has more than these.
 _REQUEST_TOKENS = 500
 _WINDOW_TOKENS = 1200
 
@@ -70,8 +77,8 @@ _FORMAT = 1
 _SHIPPED = Path(__file__).with_name("heads")
 
 
-class Reading(NamedTuple):
-    """What the heads say of one request and answer, and what it cost."""
+class Scores(NamedTuple):
+    """What the heads say of one request and answer."""
 
     harm: float
     """P(the answer is harmful), the largest of its windows; 0 for an empty answer."""
@@ -79,12 +86,17 @@ class Reading(NamedTuple):
     """P(the answer refuses or evades), of its first window, where refusals stand; 1 for an empty answer."""
     request: float
     """P(the request itself is unsafe)."""
-    forward_passes: int
-    """One a window; no token is generated."""
     tokens: int
     """Tokens of all passes."""
-    seconds: float
-    """Wall time, the wait for the engine included."""
+
+
+class Seen(NamedTuple):
+    """What is read of an answer."""
+
+    windows: tuple[str, ...]
+    """One pass each, at most `MAX_WINDOWS`; a single empty one for an empty answer."""
+    gap: str | None
+    """Why parts of the answer go unread; None where the windows hold all of it."""
 
 
 class States(NamedTuple):
@@ -128,6 +140,65 @@ def windows(answer: str) -> list[str]:
     return [answer[start : start + WINDOW_CHARACTERS] for start in starts]
 
 
+def unread(answer: str) -> str | None:
+    """Return why parts of an answer are in none of its windows, or None where they hold all of it."""
+    if len(answer) <= WHOLE_CHARACTERS:
+        return None
+    return f"the answer has {len(answer):,} characters, of which at most {WHOLE_CHARACTERS:,} are read"
+
+
+async def fitting(answer: str, fits: Callable[[str], Awaitable[bool]]) -> Seen:
+    """Return what is read of an answer: its windows, those that are too long for a pass in parts.
+
+    Args:
+        answer: what is judged.
+        fits: whether a pass takes a window whole.
+    """
+    gap = unread(answer)
+    found: list[str] = []
+    waiting = windows(answer)[::-1]
+    while waiting:
+        window = waiting.pop()
+        if await fits(window):
+            found.append(window)
+        elif len(window) > _SMALLEST_WINDOW:
+            shared = min(OVERLAP_CHARACTERS, len(window) // 4)
+            half = (len(window) + shared + 1) // 2
+            waiting += [window[-half:], window[:half]]
+        else:
+            found.append(window)
+            gap = gap or f"a pass takes no {len(window)} characters of the answer"
+    if (count := len(found)) > MAX_WINDOWS:
+        found = [found[round(index * (count - 1) / (MAX_WINDOWS - 1))] for index in range(MAX_WINDOWS)]
+        gap = gap or f"the answer fills {count} passes, of which at most {MAX_WINDOWS} are made"
+    return Seen(tuple(found) or ("",), gap)
+
+
+def sigmoid(logit: float) -> float:
+    """Return the probability of a logit; a very large one is cut, since its exponential would overflow."""
+    return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
+
+
+def by_probability(
+    probability: float,
+    threshold: float,
+    read_by: str,
+    gap: str | None,
+    *,
+    aim: str | None = None,
+    principle: str | None = None,
+) -> Verdict:
+    """Return the verdict of P(VIOLATES): VIOLATES from the threshold on, else COMPLIES.
+
+    `gap` says what was not read, such as `Seen.gap`: with it the verdict is UNREADABLE where it
+    would be COMPLIES.
+    """
+    label = Label.VIOLATES if probability >= threshold else Label.COMPLIES
+    if label is Label.COMPLIES and gap is not None:
+        return Verdict(label=Label.UNREADABLE, aim=aim, principle=principle, reason=gap)
+    return Verdict(label=label, aim=aim, principle=principle, probability=probability, read_by=read_by)
+
+
 class Reader:
     """Forward passes of the first blocks of a local model; what heads are trained on and what they read.
 
@@ -159,7 +230,8 @@ class Reader:
     async def read(self, request: str, window: str) -> States:
         """Return the states of one pass over a request and a window of its answer ("" for none).
 
-        Both texts are tokenised as plain text: a control token spelled out in them is only characters.
+        Both texts are tokenised as plain text: a control token spelled out in them is only characters. Of a
+        request of too many tokens the first and the last are read, of a window the first; see `fits`.
 
         Raises:
             ModelError: the engine cannot start or answer.
@@ -171,7 +243,9 @@ class Reader:
             before, between = [await engine.tokens(turn, markers=True) for turn in self.turns]
             self._turn_tokens = before, between
         before, between = self._turn_tokens
-        asked = (await engine.tokens(_valid(cut_request(request)), markers=False))[:_REQUEST_TOKENS]
+        asked = await engine.tokens(_valid(cut_request(request)), markers=False)
+        if len(asked) > _REQUEST_TOKENS:
+            asked = asked[: _REQUEST_TOKENS // 2] + asked[-_REQUEST_TOKENS // 2 :]
         answered = (await engine.tokens(_valid(window), markers=False))[:_WINDOW_TOKENS] if window else []
         head = [*before, *asked, *between]
         tokens = [*head, *answered]
@@ -179,6 +253,16 @@ class Reader:
         start = rows[len(head) - 1]
         mean = rows[len(head) :].mean(axis=0) if answered else numpy.zeros_like(start)
         return States(numpy.stack([mean, start]), len(tokens))
+
+    async def fits(self, window: str) -> bool:
+        """Return whether a pass takes a window of an answer whole.
+
+        Raises:
+            ModelError: the engine cannot start or answer.
+            MissingExtra: the extra `local` is not installed.
+        """
+        engine = await asyncio.to_thread(self._engine)
+        return len(await engine.tokens(_valid(window), markers=False)) <= _WINDOW_TOKENS
 
     def _engine(self) -> local.Engine:
         with self._starting:
@@ -224,13 +308,17 @@ class Heads:
         self._weights = weights
         found = tuple(self.card["heads"]) if names is None else names
         self._heads = _read_heads(folder, found)
-        self._thresholds = MappingProxyType({name: _threshold(self.card, name, folder) for name in found})
+        self.thresholds: Mapping[str, float] = read_thresholds(self.card, found, folder / "card.json")
+        """Probability from which each head says yes, chosen by cross-validation (see the card)."""
         self._opened: Reader | None = None
 
-    @property
-    def thresholds(self) -> Mapping[str, float]:
-        """Probability from which each head says yes, chosen by cross-validation (see the card)."""
-        return self._thresholds
+    async def seen(self, answer: str) -> Seen:
+        """Return what is read of an answer.
+
+        Raises:
+            ModelError: the model cannot be fetched, started or used.
+        """
+        return await fitting(answer, (await self._reader()).fits)
 
     async def passes(self, request: str, seen: Sequence[str]) -> list[States]:
         """Return the states of a request and each window of its answer.
@@ -238,9 +326,7 @@ class Heads:
         Raises:
             ModelError: the model cannot be fetched, started or used.
         """
-        if self._opened is None:
-            self._opened = await asyncio.to_thread(self.reader)
-        reader = self._opened
+        reader = await self._reader()
         return await asyncio.gather(*(reader.read(request, window) for window in seen))
 
     def probability(self, head: str, states: States) -> float:
@@ -248,8 +334,12 @@ class Heads:
         weight, bias = self._heads[head]
         if weight.shape != states.vectors.shape:
             raise ModelError(f"{self.folder}: {head} has shape {weight.shape}, not {states.vectors.shape}")
-        logit = float((states.vectors * weight).sum()) + bias
-        return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
+        return sigmoid(float((states.vectors * weight).sum()) + bias)
+
+    async def _reader(self) -> Reader:
+        if self._opened is None:
+            self._opened = await asyncio.to_thread(self.reader)
+        return self._opened
 
     def reader(self) -> Reader:
         """Return a reader of the hidden states that the heads read; its weights are fetched if need be."""
@@ -297,26 +387,31 @@ class Probe(Heads):
                 return cls(path.parent, weights)
         return None
 
-    async def read(self, request: str, answer: str) -> Reading:
-        """Return what the heads say of an answer to a request.
-
-        Args:
-            request: what the user asked; hostile text and any length are fine.
-            answer: what is judged, likewise. At most `MAX_WINDOWS` windows of it are read.
+    async def read(self, request: str, answer: str) -> Scores:
+        """Return what the heads say of an answer to a request; both may be hostile, and of any length.
 
         Raises:
             ModelError: the model cannot be fetched, started or used.
         """
-        started = time.perf_counter()
-        seen = windows(answer)
-        passes = await self.passes(request, seen or [""])
-        return Reading(
-            harm=max(self.probability("harm", states) for states in passes) if seen else 0.0,
-            evasion=self.probability("evasion", passes[0]) if seen else 1.0,
+        return await self.scores(request, (await self.seen(answer)).windows)
+
+    async def scores(self, request: str, seen: Sequence[str]) -> Scores:
+        """Return what the heads say of an answer to a request.
+
+        Args:
+            request: what the user asked.
+            seen: what is read of the answer; see `Seen`.
+
+        Raises:
+            ModelError: the model cannot be fetched, started or used.
+        """
+        passes = await self.passes(request, seen)
+        empty = not seen[0]
+        return Scores(
+            harm=0.0 if empty else max(self.probability("harm", states) for states in passes),
+            evasion=1.0 if empty else self.probability("evasion", passes[0]),
             request=self.probability("request", passes[0]),
-            forward_passes=len(passes),
             tokens=sum(states.tokens for states in passes),
-            seconds=time.perf_counter() - started,
         )
 
 
@@ -352,6 +447,22 @@ def read_card(folder: Path) -> dict[str, Any]:
     return card
 
 
+def read_thresholds(card: Mapping[str, Any], names: Iterable[str], path: Path) -> dict[str, float]:
+    """Return the threshold of each of the heads `names`, from the card at `path`.
+
+    Raises:
+        DataError: one is missing, or no probability.
+    """
+    found = {}
+    for name in names:
+        head = card["heads"].get(name)
+        value = head.get("threshold") if isinstance(head, dict) else None
+        if not isinstance(value, float) or not 0 < value < 1:
+            raise DataError(f"{path}: threshold of {name!r} is {value!r}, not between 0 and 1")
+        found[name] = value
+    return found
+
+
 def _read_heads(folder: Path, names: Sequence[str]) -> dict[str, tuple[Vector, float]]:
     numpy = _numpy()
     try:
@@ -379,26 +490,14 @@ def _read_heads(folder: Path, names: Sequence[str]) -> dict[str, tuple[Vector, f
     return heads
 
 
-def _threshold(card: Mapping[str, Any], name: str, folder: Path) -> float:
-    head = card["heads"].get(name)
-    value = head.get("threshold") if isinstance(head, dict) else None
-    if not isinstance(value, float) or not 0 < value < 1:
-        raise DataError(f"{folder / 'card.json'}: threshold of {name!r} is {value!r}, not between 0 and 1")
-    return value
-
-
 def _resolve(spec: str | Path) -> tuple[Path | str, int, str | None] | None:
     """Return (file or catalogue name, size, SHA-256 if known) of a local model; None for any other."""
     if isinstance(spec, str):
-        kind, _, name = spec.partition(":")
-        if kind != "local":
-            return None
-        if not name.lower().endswith(".gguf"):
-            try:
-                model = local.find(name or local.DEFAULT_MODEL)
-            except ConfigError:
-                return None
+        if (model := local.model_of(spec)) is not None:
             return model.name, model.size, model.sha256
+        name = local.name_in(spec)
+        if name is None or not name.lower().endswith(".gguf"):
+            return None
         spec = Path(name).expanduser()
     try:
         return spec, spec.stat().st_size, None

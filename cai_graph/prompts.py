@@ -55,6 +55,20 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
     unfinished: bool = False
     """Whether the answer is the beginning of one that is still being written."""
 
+    @property
+    def request(self) -> str:
+        """Text of the last user message, or an empty string."""
+        return next((text_of(m) for m in reversed(self.messages) if m.role == "user"), "")
+
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """What the answer may be an answer to: the last user message, then all user messages as one.
+
+        "Go on." asks for what an earlier message asked for. One where both are the same.
+        """
+        said = [text_of(message) for message in self.messages if message.role == "user"]
+        return tuple(dict.fromkeys((self.request, "\n\n".join(said))))
+
     def clipped(self, chars: int) -> Exchange:
         """Return the exchange with at most `chars` of conversation, of answer and of context.
 

@@ -35,6 +35,7 @@ from langgraph.types import Command, Interrupt, interrupt
 
 from cai_graph import bridge
 from cai_graph.calls import describe
+from cai_graph.committing import commit
 from cai_graph.constitution import Constitution
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.form import Form
@@ -42,7 +43,7 @@ from cai_graph.kept import as_owner
 from cai_graph.log.store import Duplicate
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress
-from cai_graph.run import Ending, commit
+from cai_graph.run import Ending
 from cai_graph.shape import Shape
 from cai_graph.trajectory import (
     Label,

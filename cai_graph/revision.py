@@ -11,8 +11,8 @@ import msgspec
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable
 
-from cai_graph import models, prompts
-from cai_graph.calls import Calls, truncated
+from cai_graph import local, models, prompts
+from cai_graph.calls import Calls, cut_short
 from cai_graph.constitution import Principle
 from cai_graph.critic import failed_principles
 from cai_graph.form import Form
@@ -46,7 +46,8 @@ async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> R
     # The calls beside a rewritten text leave with it, and are judged with it, unless they are what is wrong.
     kept = () if any(principle.tools for principle in principles) else standing.tool_calls
     answer = msgspec.structs.replace(from_langchain(reply), tool_calls=kept)
-    rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated(reply))
+    truncated = cut_short(reply) is not None
+    rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated)
     if frozen:
         answer = msgspec.structs.replace(answer, content=_continued(frozen, text_of(answer)))
         if rejection is None and text_of(answer) == text_of(standing):
@@ -107,6 +108,6 @@ async def _written(
 
 def _sampling(plan: Plan, number: int) -> Runnable[Any, Any]:
     # Only the embedded model is known to take a seed; each candidate needs its own, or all are alike.
-    if plan.settings.seed is None or not plan.reviser_name.startswith("local:"):
+    if plan.settings.seed is None or local.name_in(plan.reviser_name) is None:
         return plan.reviser
     return plan.reviser.bind(seed=plan.settings.seed + 1 + number)

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
-import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -21,17 +17,16 @@ from langchain_core.runnables import RunnableConfig
 
 from cai_graph import graph
 from cai_graph.calls import Calls, describe
-from cai_graph.errors import BudgetExceeded, LogError, RunError
-from cai_graph.log.store import Duplicate
+from cai_graph.committing import commit
+from cai_graph.errors import BudgetExceeded, RunError
 from cai_graph.plain import plain
 from cai_graph.plan import Plan
-from cai_graph.policy import Decision, Progress, Settings, decide
+from cai_graph.policy import Decision, Progress, decide
 from cai_graph.request import Request, Run
-from cai_graph.trajectory import Message, Outcome, Review, Trajectory
+from cai_graph.trajectory import Message, Outcome, Trajectory
+from cai_graph.wrapped import STEP_LIMIT
 
-__all__ = ["Ending", "commit", "run"]
-
-logger = logging.getLogger("cai_graph")
+__all__ = ["Ending", "run"]
 
 
 class Ending(NamedTuple):
@@ -99,7 +94,7 @@ async def _decision(run: Run, config: RunnableConfig) -> Decision:
         tags=config.get("tags") or [],
         metadata=config.get("metadata") or {},
         # Rounds and calls are bounded by the settings; the caller's limit is for the caller's graphs.
-        recursion_limit=graph.STEP_LIMIT,
+        recursion_limit=STEP_LIMIT,
     )
     held: Exception | None = None
     try:
@@ -164,128 +159,3 @@ def _left(run: Run) -> Message | None:
         return None if draft is None else draft.answer
     frozen = "" if run.reached is None else run.reached.draft.frozen
     return Message(role="assistant", content=frozen) if frozen else None
-
-
-_FULL_SECONDS = 0.01
-"""How long a task waits before it looks again whether the log has room."""
-
-GRACE_SECONDS = 1.0
-"""How much longer than its budget of seconds an answer waits for the log, under `on_log_error="answer"`."""
-PATIENCE_SECONDS = 60.0
-"""How long it waits where the budget has no bound of seconds."""
-
-log_failures = 0
-"""How many records of this process could not be committed while their answers left all the same."""
-
-_late = ThreadPoolExecutor(1, "cai late")
-"""Appends the records that found no room in the log while their answers waited."""
-
-
-def _after_fork() -> None:
-    global _late
-    _late = ThreadPoolExecutor(1, "cai late")  # the parent's thread is not here
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-async def commit(
-    plan: Plan,
-    record: Trajectory | Review,
-    *,
-    failed: bool = False,
-    since: float | None = None,
-    lost: Callable[[BaseException], None] = lambda error: None,
-) -> None:
-    """Commit a record; with `failed`, an error that is under way is never hidden behind the log's.
-
-    Under `on_log_error="answer"` this waits as long as the budget of seconds lasts and GRACE_SECONDS. What is
-    not committed by then is committed when the log takes it, and the alarm comes where it never does.
-
-    Args:
-        plan: has the log.
-        record: what is committed.
-        failed: whether an error is under way; then nothing is waited for.
-        since: when the request began, by `time.perf_counter`; None: now.
-        lost: hears why the record could not be committed, where this raises nothing.
-
-    Raises:
-        LogError: it could not be committed and `on_log_error` is `raise`.
-        Duplicate: the log has another record of its id, so that nothing is lost.
-    """
-    if plan.log is None:
-        return
-    log, settings = plan.log, plan.settings
-    kind = type(record).__name__.lower()
-
-    def alarm(error: BaseException) -> None:
-        global log_failures
-        log_failures += 1
-        lost(error)
-        logger.error(
-            "LOST FROM THE LOG: %s %s could not be committed (%d lost in this process): %s",
-            kind,
-            record.id,
-            log_failures,
-            error,
-        )
-
-    def alarm_if_failed(committed: Future[None]) -> None:
-        if (error := committed.exception()) is not None:
-            alarm(error)
-
-    def append() -> None:
-        try:
-            log.append(record).add_done_callback(alarm_if_failed)
-        except Exception as error:
-            alarm(error)
-
-    def append_late() -> None:
-        try:
-            _late.submit(append)
-        except RuntimeError as error:  # the process ends
-            alarm(error)
-
-    raises = settings.on_log_error == "raise" and settings.mode != "shadow" and not failed
-    committed: Future[None] | None = None
-    try:
-        async with asyncio.timeout(None if raises else _patience(settings, since)) as timeout:
-            # A disk that is slow holds up no other task of the loop, and no request that is being cancelled.
-            while log.is_full and not failed:
-                await asyncio.sleep(_FULL_SECONDS)
-            if failed and log.is_full:
-                append_late()
-            elif failed:  # the log drains at exit
-                log.append(record).add_done_callback(alarm_if_failed)
-            else:
-                committed = log.append(record)
-                await committed
-    except asyncio.CancelledError:
-        if committed is None:
-            append_late()
-        raise
-    except Duplicate:
-        raise
-    except Exception as error:
-        if timeout.expired():
-            logger.warning(
-                "the log is slow: the answer of %s %s leaves before it is committed", kind, record.id
-            )
-            if committed is None:
-                append_late()
-            else:
-                committed.add_done_callback(alarm_if_failed)
-            return
-        if raises:
-            raise LogError(f"{kind} {record.id} could not be logged: {error}") from error
-        alarm(error)
-
-
-def _patience(settings: Settings, since: float | None) -> float | None:
-    """Return how many seconds an answer may wait for the log; None where no answer waits."""
-    if settings.mode == "shadow":
-        return None
-    if settings.budget.seconds is None:
-        return PATIENCE_SECONDS
-    elapsed = 0.0 if since is None else time.perf_counter() - since
-    return max(0.0, settings.budget.seconds - elapsed) + GRACE_SECONDS

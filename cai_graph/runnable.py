@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, closing
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from langchain_core.runnables import Runnable, RunnableConfig
@@ -11,15 +12,16 @@ from langchain_core.runnables.config import patch_config
 from langchain_core.runnables.utils import ConfigurableFieldSpec
 
 from cai_graph import bridge
-from cai_graph.graph import gives_chunks, is_pause, layers
 from cai_graph.guard import Guard
-from cai_graph.kept import as_asked, resumes
+from cai_graph.handlers import Shown, shows_answers
 from cai_graph.messages import to_langchain
 from cai_graph.plan import Plan
 from cai_graph.review import awaits
 from cai_graph.shadow import Shadow
-from cai_graph.streams import Piece, Shown, feeds_streams
+from cai_graph.shape import added
+from cai_graph.streams import Piece
 from cai_graph.trajectory import Trajectory
+from cai_graph.wrapped import as_asked, gives_chunks, is_pause, layers, resumes
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import BaseCallbackManager
@@ -89,7 +91,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         """Answer as `stream` does, to an input that comes in chunks."""
 
         def chunks(inputs: Iterator[Input], run_manager: Any, config: RunnableConfig) -> Iterator[Output]:
-            value = _sum(inputs)
+            value = reduce(added, inputs)
             under = patch_config(config, callbacks=run_manager.get_child())
             if self.guard.shadow is not None:
                 yield from self.guard.overheard(value, under).stream(kwargs)
@@ -119,7 +121,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         async def chunks(
             inputs: AsyncIterator[Input], run_manager: Any, config: RunnableConfig
         ) -> AsyncIterator[Output]:
-            value = _sum([part async for part in inputs])
+            value = reduce(added, [part async for part in inputs])
             under = patch_config(config, callbacks=run_manager.get_child())
             if self.guard.shadow is not None:
                 leaving = self.guard.overheard(value, under).astream(kwargs)
@@ -146,7 +148,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             async with aclosing(self._chunks(input, config, options, caller)) as chunks:
                 return cast("Output", [chunk async for chunk in chunks])
         output: Any = None
-        if not any(map(feeds_streams, cast("BaseCallbackManager", config["callbacks"]).handlers)):
+        if not any(map(shows_answers, cast("BaseCallbackManager", config["callbacks"]).handlers)):
             output, _ = await self.guard.answer(input, config, options, caller=caller)
             return cast("Output", as_asked(output, self.app, options))
         async with aclosing(self._pieces(input, config, options, caller)) as pieces:
@@ -269,14 +271,3 @@ _OF_A_GRAPH = {
     ),
 }
 """Methods of a graph that answer nothing: they read and write what it keeps."""
-
-
-def _sum(parts: Iterable[Any]) -> Any:
-    """Return what the chunks of an input add up to; where they do not add up, the last one."""
-    total, *others = parts
-    for part in others:
-        try:
-            total = total + part
-        except TypeError:
-            total = part
-    return total

@@ -6,9 +6,10 @@ is one that the log could not write. Neither is silent: `Shadow.tally` has the n
 them.
 
 At the end of the process what waits is judged for `DRAIN_SECONDS`, and the rest is logged unjudged
-(`shutdown`): at a normal exit, at `sys.exit`, and at a SIGTERM that nobody handles. A handler of the
-application's own is left alone, since it ends the process in its own way: by an exit, which drains, or by
-calling `close` first. A process that is killed outright loses what waits.
+(`shutdown`): at a normal exit, at `sys.exit`, and at a SIGTERM that nobody handles. For that the app is to be
+wrapped in the main thread, the only one that may set a handler; where it is not, a warning says so. A handler
+of the application's own is left alone, since it ends the process in its own way: by an exit, which drains, or
+by calling `close` first. A process that is killed outright loses what waits.
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ class Shadow:
             What resolves to the record; it fails where the answer is lost.
         """
         future: Future[Trajectory] = Future()
+        _see_to_sigterm()
         self._log = plan.log
         with self._lock:
             self._counts["answers"] += 1
@@ -319,11 +321,13 @@ _live: WeakSet[Shadow] = WeakSet()
 _drains = False
 _handles = False
 """Whether the exit, and SIGTERM, are seen to."""
+_told = False
+"""Whether a warning has said that SIGTERM is not."""
 
 
 def _watch(shadow: Shadow) -> None:
     """See that the end of the process waits for what a shadow holds."""
-    global _drains, _handles
+    global _drains
     _live.add(shadow)
     if not _drains:
         _drains = True
@@ -332,10 +336,23 @@ def _watch(shadow: Shadow) -> None:
         with contextlib.suppress(AttributeError, RuntimeError):
             threading._register_atexit(_drain)  # type: ignore[attr-defined]
         atexit.register(_drain)
-    if not _handles and threading.current_thread() is threading.main_thread():  # no other may set a handler
+    _see_to_sigterm()
+
+
+def _see_to_sigterm() -> None:
+    global _handles, _told
+    if _handles:
+        return
+    if threading.current_thread() is threading.main_thread():  # no other may set a handler
         _handles = True
         if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminated)
+    elif not _told and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        _told = True
+        logger.warning(
+            "an app of mode 'shadow' was wrapped outside the main thread, so a SIGTERM loses what waits for "
+            "its judgement; wrap it in the main thread, or handle SIGTERM and call its `shadow.close()`"
+        )
 
 
 def _drain() -> None:

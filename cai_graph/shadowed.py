@@ -14,9 +14,8 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 
 from cai_graph.chat import ConstitutionalChatModel, options_of, result_of
+from cai_graph.handlers import ModelRun, unstreamed
 from cai_graph.runnable import Answered, ConstitutionalRunnable
-from cai_graph.streams import unstreamed
-from cai_graph.told import ModelRun
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import BaseCallbackManager

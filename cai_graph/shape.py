@@ -15,12 +15,13 @@ from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 from pydantic import BaseModel
 
+from cai_graph.calls import END_REASONS
 from cai_graph.errors import DataError
 from cai_graph.form import Form
 from cai_graph.messages import from_langchain
 from cai_graph.trajectory import Call, Message, Trajectory, said_in, text_of
 
-__all__ = ["Shape", "Swap"]
+__all__ = ["Shape", "Swap", "added"]
 
 _INPUT_KEYS = ("input", "question", "query", "prompt")
 _OUTPUT_KEYS = ("answer", "output", "text")
@@ -115,7 +116,7 @@ class Shape:
             }
             told = output.response_metadata if kept else _of_others(output.response_metadata)
             if not kept and trajectory.draft is not None and trajectory.draft.truncated:
-                told = {name: value for name, value in told.items() if name not in _OF_THE_END}
+                told = {name: value for name, value in told.items() if name not in END_REASONS}
             update: dict[str, Any] = {"response_metadata": {**told, "cai": about}}
             dropped = bool(getattr(output, "tool_calls", None)) and not released.tool_calls
             if trajectory.released_from == "refusal" or dropped:
@@ -254,6 +255,17 @@ def _is_label(text: str) -> bool:
     return len(text.split()) < 2 and len(text.encode("utf-8", "surrogatepass")) <= _LABEL
 
 
+def added(total: Any, part: Any) -> Any:
+    """Return what the chunks of a stream add up to with one more.
+
+    What does not add up replaces what came before, as LangChain has it.
+    """
+    try:
+        return total + part
+    except TypeError:
+        return part
+
+
 def _by_key(value: object) -> object:
     """Return a state that is a pydantic model or a dataclass as the dict that it stands for."""
     if isinstance(value, BaseModel) and not isinstance(value, BaseMessage | PromptValue):
@@ -303,8 +315,6 @@ def _of_others(told: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in told.items() if name not in _OF_THE_WORDS}
 
 
-_OF_THE_END = {"finish_reason", "stop_reason", "done_reason"}
-"""Under which names they say why an answer ends."""
 _THOUGHTS = {"reasoning", "thinking", "redacted_thinking"}
 """Types of content parts in which a model thinks about its answer."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,10 @@ MAX_CHARS = 20_000
 
 MAX_DIFF_WORDS = 4_000
 """Texts with more words are shown whole, since comparing them takes time with the product of both."""
+
+MAX_DIFF_PAIRS = 150_000
+"""So are texts in which more pairs of words are the same: "a a a …" takes time with the cube of its length.
+Two texts of 4,000 words of prose have about 130,000 such pairs."""
 
 _LABELS = {Label.VIOLATES: "bold red", Label.COMPLIES: "green", Label.UNREADABLE: "bold yellow"}
 _OUTCOMES = {
@@ -94,7 +99,7 @@ _ISLAND_WORDS = 3
 def word_diff(before: str, after: str) -> Text:
     """Return how `after` differs from `before`, word by word: `[-gone-]` and `{+new+}`, coloured."""
     old, new = _words(before), _words(after)
-    if len(old) > MAX_DIFF_WORDS or len(new) > MAX_DIFF_WORDS:
+    if max(len(old), len(new)) > MAX_DIFF_WORDS or _same_pairs(old, new) > MAX_DIFF_PAIRS:
         return Text(_shown(after), "green")
     shown = Text()
     for gone, added, same in _changes(old, new):
@@ -108,6 +113,12 @@ def word_diff(before: str, after: str) -> Text:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\S+\s*|^\s+", text)
+
+
+def _same_pairs(old: Sequence[str], new: Sequence[str]) -> int:
+    """Return how many pairs of a word before and a word after are the same word."""
+    before, after = (Counter(word.strip() for word in words) for words in (old, new))
+    return sum(times * after[word] for word, times in before.items())
 
 
 _Change = tuple[list[str], list[str], list[str]]
@@ -317,7 +328,7 @@ def progress(tell: Callable[[str], None]) -> BaseCallbackHandler:
     """Return a callback handler that tells which step of a request is under way."""
     from langchain_core.callbacks import BaseCallbackHandler
 
-    from cai_graph.streams import PROGRESS
+    from cai_graph.handlers import PROGRESS
 
     class Progress(BaseCallbackHandler):
         def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:

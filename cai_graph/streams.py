@@ -15,43 +15,27 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing
-from typing import Any, Generic, NamedTuple, TypeVar, cast
-from uuid import UUID
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from langchain_core.callbacks import (
-    AsyncCallbackManager,
-    BaseCallbackHandler,
-    BaseCallbackManager,
-)
-from langchain_core.callbacks.manager import AsyncCallbackManagerForLLMRun
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, message_chunk_to_message
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.utils import AddableDict
-from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
 
 from cai_graph.calls import Calls
 from cai_graph.errors import DataError
-from cai_graph.shape import Shape
-from cai_graph.told import is_stream
+from cai_graph.shape import Shape, added
 from cai_graph.trajectory import Draft, Message, Trajectory, said_in, text_of
 
 __all__ = [
     "AHEAD",
-    "PROGRESS",
     "Batch",
     "Piece",
     "Send",
-    "Shown",
     "Writing",
     "batches",
     "block_end",
-    "feeds_streams",
     "part_of_message",
-    "progress",
     "relay",
-    "under_a_model",
-    "unstreamed",
     "whole",
 ]
 
@@ -141,14 +125,15 @@ _END = object()
 
 # --- where a block ends -------------------------------------------------------------------------------
 
-_SENTENCE_END = re.compile(r"(?<!\d)[.!?…]+[\"'”’)\]*_]*(?=\s)|[。！？]+[”’」』）]*|(?=\n)")
+# A run of marks is looked at from its beginning only, and never twice: a user can ask for thousands of them.
+_SENTENCE_END = re.compile(r"(?<![\d.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|[。！？]++[”’」』）]*+|(?=\n)")
 
 
 def block_end(text: str, start: int, least: int) -> int | None:
     """Return where the block of `text` that begins at `start` ends; None while more text is needed to say.
 
     It ends with the last whole sentence or line, after at least `least` characters; where none ends within
-    as many again, between two words.
+    as many again, between two words; where four times as many have no gap, anywhere.
 
     >>> block_end("One. Two. Three. Fo", 0, 6)
     16
@@ -158,7 +143,10 @@ def block_end(text: str, start: int, least: int) -> int | None:
         return ends[-1]
     if len(text) - start > 2 * least:
         gap = text.rfind(" ", start + least)
-        return gap if gap > 0 and text[start:gap].strip() else None
+        if gap > 0 and text[start:gap].strip():
+            return gap
+    if len(text) - start >= 4 * least and text[start:].strip():
+        return start + 4 * least
     return None
 
 
@@ -240,10 +228,7 @@ class Writing:
         return batch is not None
 
     async def _add(self, chunk: Any) -> None:
-        try:
-            self.output = chunk if self.output is None else self.output + chunk
-        except TypeError:  # what does not add up replaces what came before, as LangChain has it
-            self.output = chunk
+        self.output = chunk if self.output is None else added(self.output, chunk)
         before, self.text = self.text, self._written()
         goes_on = self.text[: self._sent] == before[: self._sent]
         if self._at_once:
@@ -374,206 +359,3 @@ def _as_message(output: Any) -> Any:
 
 def _as_chunk(value: Any) -> Any:
     return part_of_message(value, text_of(value), last=True) if isinstance(value, AIMessage) else value
-
-
-# --- the streams that stand around --------------------------------------------------------------------
-
-PROGRESS = "cai_progress"
-"""Name of the custom event that says which step is under way, and its key in LangGraph's `custom` mode."""
-
-
-def progress(
-    callbacks: BaseCallbackManager, writer: Callable[[Any], None] | None
-) -> Callable[[str], Awaitable[None]] | None:
-    """Return what tells callbacks and an outer graph's `custom` stream of a step; None where nobody hears.
-
-    The event's data is `{"step": "revising 1/2"}`: never a word of a draft.
-    """
-    hearing = [handler for handler in callbacks.handlers if _hears(handler, "on_custom_event")]
-    if not hearing and writer is None:
-        return None
-    manager = AsyncCallbackManager(
-        handlers=hearing,
-        parent_run_id=callbacks.parent_run_id,
-        tags=callbacks.tags,
-        metadata=callbacks.metadata,
-    )
-
-    async def tell(step: str) -> None:
-        if writer is not None:
-            writer({PROGRESS: {"step": step}})
-        await manager.on_custom_event(PROGRESS, {"step": step}, run_id=manager.parent_run_id)
-
-    return tell
-
-
-def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
-    """Return the callbacks as runs inside may have them: no word of a draft reaches what shows an answer.
-
-    Tracers see every inner call, and so does whatever shows nothing, such as what counts tokens or logs
-    prompts. https://github.com/langchain-ai/langchain/issues/35011
-    What shows an answer is told of the app's tools, retrievers and custom events; where it follows chains,
-    of everything but tokens.
-    """
-    inside: dict[int, BaseCallbackHandler] = {}
-    for handler in (*callbacks.handlers, *callbacks.inheritable_handlers):
-        if id(handler) not in inside:
-            inside[id(handler)] = _inside(handler, callbacks.parent_run_id)
-    if all(id(kept) == of for of, kept in inside.items()):
-        return callbacks  # nobody changes them below: LangChain makes copies of its own
-    made = callbacks.copy()
-    for handlers in (made.handlers, made.inheritable_handlers):
-        handlers[:] = [inside[id(handler)] for handler in handlers]
-    return made
-
-
-def _inside(handler: BaseCallbackHandler, run_id: UUID | None) -> BaseCallbackHandler:
-    """Return a handler as runs inside the run `run_id` may have it."""
-    if not feeds_streams(handler):
-        return handler
-    if is_stream(handler) or not _hears(handler, "on_chain_start"):
-        return _Aside(handler, run_id)
-    return _Deaf(handler)
-
-
-def under_a_model(handlers: list[BaseCallbackHandler], run_id: UUID) -> list[BaseCallbackHandler]:
-    """Return the handlers of a chat model's run `run_id` as those below it may have them.
-
-    What hears neither a model end nor chains, such as what logs prompts, sees one model as it always did.
-    """
-    return [
-        handler
-        if _hears(handler, "on_llm_end") or _hears(handler, "on_chain_start")
-        else _Aside(handler, run_id)
-        for handler in handlers
-    ]
-
-
-class _Aside(BaseCallbackHandler):
-    """A handler that is told of the app's tools, retrievers and custom events, and of nothing else inside.
-
-    To it they happen right under the run `run_id`, since it knows of no run between.
-    """
-
-    ignore_llm = ignore_chat_model = ignore_chain = ignore_retry = True
-    ignore_agent = ignore_retriever = ignore_custom_event = False
-
-    def __init__(self, handler: BaseCallbackHandler, run_id: UUID | None) -> None:
-        self.raise_error, self.run_inline = handler.raise_error, handler.run_inline
-        for event, (ignored, known_as) in _ASIDE.items():
-            if _hears(handler, event) and not getattr(handler, ignored):
-                hear = getattr(handler, event)
-                setattr(self, event, hear if run_id is None else _told(hear, {known_as: run_id}))
-
-
-_ASIDE = {
-    **{f"on_tool_{when}": ("ignore_agent", "parent_run_id") for when in ("start", "end", "error")},
-    **{f"on_retriever_{when}": ("ignore_retriever", "parent_run_id") for when in ("start", "end", "error")},
-    "on_custom_event": ("ignore_custom_event", "run_id"),
-}
-"""Events without a word of an answer: what ignores them, and which argument names a run that is not shown."""
-
-
-def _told(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any]:
-    """Return `hear` with these arguments, whatever its caller says."""
-
-    async def tell_async(*args: Any, **kwargs: Any) -> Any:
-        return await hear(*args, **{**kwargs, **about})
-
-    def tell(*args: Any, **kwargs: Any) -> Any:
-        return hear(*args, **{**kwargs, **about})
-
-    return tell_async if asyncio.iscoroutinefunction(hear) else tell
-
-
-class _Deaf(BaseCallbackHandler):
-    """A handler to all who ask, but one that hears no tokens."""
-
-    def __init__(self, handler: BaseCallbackHandler) -> None:
-        self._handler = handler
-        asynchronous = asyncio.iscoroutinefunction(handler.on_llm_new_token)
-        self._hear = _hear_nothing_async if asynchronous else _hear_nothing
-
-    def __getattribute__(self, name: str) -> Any:
-        own = object.__getattribute__
-        return own(self, "_hear") if name in _TOKENS else getattr(own(self, "_handler"), name)
-
-
-_TOKENS = ("on_llm_new_token", "on_stream_event")
-"""Events that hand over an answer while it is written."""
-
-
-def _hear_nothing(*args: Any, **kwargs: Any) -> None: ...
-
-
-async def _hear_nothing_async(*args: Any, **kwargs: Any) -> None: ...
-
-
-class Shown:
-    """Shows what leaves to the handlers that show an answer, as the chat model's answer that it is.
-
-    `astream_events` and the `messages` mode of a LangGraph graph live on a chat model's tokens, and of the
-    models inside no token may reach them; nor those that show tokens, such as one that prints them. Tracers
-    are told nothing: they saw the calls that were made.
-    """
-
-    def __init__(self, config: RunnableConfig, messages: list[BaseMessage], name: str) -> None:
-        callbacks = cast("BaseCallbackManager", config["callbacks"])
-        self._manager = AsyncCallbackManager(
-            handlers=[handler for handler in callbacks.handlers if feeds_streams(handler)],
-            parent_run_id=callbacks.parent_run_id,
-            tags=callbacks.tags,
-            metadata=callbacks.metadata,
-        )
-        self._messages = messages
-        self._name = name
-        self._run: AsyncCallbackManagerForLLMRun | None = None
-        self._all: AIMessageChunk | None = None
-
-    async def piece(self, piece: Piece) -> None:
-        """Show a piece."""
-        if not self._manager.handlers or not (piece.text or piece.trajectory):
-            return
-        run = await self._begun()
-        chunk = piece.output
-        if not isinstance(chunk, AIMessageChunk):
-            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{run.run_id}")
-        self._all = chunk if self._all is None else self._all + chunk
-        await run.on_llm_new_token(piece.text, chunk=ChatGenerationChunk(message=chunk))
-
-    async def end(self) -> None:
-        """Say that the answer is whole."""
-        if self._run is not None and self._all is not None:
-            message = message_chunk_to_message(self._all)
-            await self._run.on_llm_end(LLMResult(generations=[[ChatGeneration(message=message)]]))
-
-    async def error(self, error: BaseException) -> None:
-        """Say that nothing more comes, also where nothing came: who reads tokens waits for an end."""
-        if self._manager.handlers:
-            await (await self._begun()).on_llm_error(error)
-
-    async def _begun(self) -> AsyncCallbackManagerForLLMRun:
-        if self._run is None:
-            (self._run,) = await self._manager.on_chat_model_start({}, [self._messages], name=self._name)
-        return self._run
-
-
-def _hears(handler: BaseCallbackHandler, event: str) -> bool:
-    """Return whether a handler does anything at an event; LangChain's own override many by a docstring."""
-    code = getattr(getattr(handler, event), "__code__", None)
-    return code is None or bool(code.co_names or code.co_freevars)  # what names nothing does nothing
-
-
-def feeds_streams(handler: BaseCallbackHandler) -> bool:
-    """Return whether a handler shows an answer as it hears it: to a stream, as those of LangChain and
-    LangGraph do, or token by token, as `StreamingStdOutCallbackHandler` does."""
-    return is_stream(handler) or _shows_tokens(handler)
-
-
-def _shows_tokens(handler: BaseCallbackHandler) -> bool:
-    heard = [getattr(handler, event) for event in _TOKENS if _hears(handler, event)]
-    return any(getattr(hear, "__func__", hear) not in _RECORDS for hear in heard)
-
-
-_RECORDS = (BaseTracer.on_llm_new_token, AsyncBaseTracer.on_llm_new_token)
-"""Tracers record the tokens of the calls that they follow, and show them to nobody."""

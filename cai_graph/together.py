@@ -7,9 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from itertools import islice
 from typing import Any, TypeVar
 
-from cai_graph.errors import ConfigError, LogError, MissingExtra
-
-__all__ = ["is_about_all_rows", "side_by_side", "together", "until"]
+__all__ = ["side_by_side", "together", "until"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -61,9 +59,3 @@ def until(items: Iterable[T], stopped: Callable[[], bool]) -> Iterator[T]:
         if stopped():
             return
         yield item
-
-
-def is_about_all_rows(error: Exception) -> bool:
-    """Return whether every further row would fail alike: a wrong set-up, a refused key, a broken log."""
-    refused = getattr(error, "status_code", None) in (401, 403)
-    return refused or isinstance(error, ConfigError | MissingExtra | LogError)

@@ -18,21 +18,28 @@ import hashlib
 import json
 import math
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import msgspec
-
+from cai_graph import local
 from cai_graph.calls import Calls
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
-from cai_graph.probe import WHOLE_CHARACTERS, Heads, cut_request, windows
+from cai_graph.probe import (
+    Heads,
+    Seen,
+    by_probability,
+    cut_request,
+    fitting,
+    read_thresholds,
+    sigmoid,
+    windows,
+)
 from cai_graph.prompts import Exchange, fence
-from cai_graph.trajectory import Call, Critique, Label, Verdict, text_of
+from cai_graph.trajectory import Critique, text_of
 
-__all__ = ["PREFIX", "Classifier", "Scored", "TrainedCritic", "classifier_text", "logits_of"]
+__all__ = ["PREFIX", "Classifier", "TrainedCritic", "classifier_text", "logits_of"]
 
 PREFIX = "trained:"
 """What a spec of such a critic begins with; the folder follows."""
@@ -40,24 +47,21 @@ _FORMAT = 1
 _BATCH = 8
 
 
-class Scored(NamedTuple):
-    """What was read of one answer."""
-
-    probabilities: dict[str, float]
-    """P(VIOLATES) by aim or principle, the largest of the answer's windows."""
-    tokens: int
-    """Tokens of all passes."""
-
-
 class _Reads(Protocol):
     """What gives the probabilities."""
 
     def passes(self, seen: int, abouts: int) -> int:
-        """Return how many forward passes so many windows and aims or principles take."""
+        """Return how many forward passes so many windows and aims or principles take, under one request."""
         ...
 
-    async def read(self, request: str, seen: Sequence[str], abouts: Sequence[str]) -> Scored:
-        """Return what is read of the windows of an answer."""
+    async def seen(self, requests: Sequence[str], answer: str, abouts: Sequence[str]) -> Seen:
+        """Return what is read of an answer."""
+        ...
+
+    async def read(
+        self, request: str, seen: Sequence[str], abouts: Sequence[str]
+    ) -> tuple[dict[str, float], int]:
+        """Return P(VIOLATES) by aim or principle, the largest of the windows, and the tokens read."""
         ...
 
 
@@ -83,9 +87,7 @@ class TrainedCritic:
         card, content = _read_card(folder)
         self.kind: str = card["kind"]
         self.name = f"{PREFIX}{folder.resolve().name}#{hashlib.sha256(content).hexdigest()[:8]}"
-        self.thresholds: Mapping[str, float] = {
-            about: head["threshold"] for about, head in card["heads"].items()
-        }
+        self.thresholds: Mapping[str, float] = read_thresholds(card, card["heads"], folder / "card.json")
         """P(VIOLATES) from which an answer violates, by aim or principle."""
         self._reads: _Reads = _Probe(folder, card) if self.kind == "probe" else Classifier(folder, card)
 
@@ -100,39 +102,32 @@ class TrainedCritic:
             MissingExtra: it is a classifier, and the extra `train` is not installed.
         """
         judged = self._judged(constitution)
-        text = text_of(exchange.answer)
-        request = next((text_of(m) for m in reversed(exchange.messages) if m.role == "user"), "")
-        seen = windows(text) or [""]
-        calls.admit("forward", self._reads.passes(len(seen), len(judged)))
-        started = time.perf_counter()
-        async with calls.deadline():
-            scored = await self._reads.read(request, seen, list(judged))
-        calls.record(
-            Call(
-                role="critique",
-                model=self.name,
-                kind="forward",
-                input_tokens=scored.tokens,
-                seconds=time.perf_counter() - started,
-            )
-        )
+        text, requests, abouts = text_of(exchange.answer), exchange.requests, list(judged)
+
+        def passes(seen: int) -> int:
+            return len(requests) * self._reads.passes(seen, len(abouts))
+
+        least = passes(max(1, len(windows(text))))
+        async with calls.forward("critique", self.name, least) as forward:
+            seen = await self._reads.seen(requests, text, abouts)
+            calls.admit("forward", passes(len(seen.windows)) - least)
+            read = [await self._reads.read(request, seen.windows, abouts) for request in requests]
+            forward.tokens = sum(tokens for _, tokens in read)
         verdicts = []
         for about, principles in judged.items():
-            unread = None
+            gap = seen.gap
             if exchange.answer.tool_calls and any(principle.tools for principle in principles):
-                unread = "the answer calls tools, of which this critic reads nothing"
-            elif len(text) > WHOLE_CHARACTERS:
-                unread = (
-                    f"the answer has {len(text):,} characters, of which at most {WHOLE_CHARACTERS:,} are read"
-                )
-            probability = scored.probabilities[about]
-            label = Label.VIOLATES if probability >= self.thresholds[about] else Label.COMPLIES
-            if unread and label is Label.COMPLIES:
-                verdict = Verdict(label=Label.UNREADABLE, reason=unread)
-            else:
-                verdict = Verdict(label=label, probability=probability, read_by=self.kind)
+                gap = "the answer calls tools, of which this critic reads nothing"
             field = "principle" if about in constitution else "aim"
-            verdicts.append(msgspec.structs.replace(verdict, **{field: about}))
+            verdicts.append(
+                by_probability(
+                    max(found[about] for found, _ in read),
+                    self.thresholds[about],
+                    self.kind,
+                    gap,
+                    **{field: about},
+                )
+            )
         return Critique(verdicts=tuple(verdicts), critic=self.name)
 
     async def discuss(
@@ -164,19 +159,23 @@ class _Probe:
 
     def __init__(self, folder: Path, card: Mapping[str, Any]) -> None:
         spec = card["model"].get("spec")
-        if not isinstance(spec, str) or spec.partition(":")[0] != "local":
+        name = local.name_in(spec) if isinstance(spec, str) else None
+        if name is None:
             raise DataError(f"{folder / 'card.json'}: model.spec is {spec!r}, no local model; train it again")
-        self._heads = Heads(folder, spec.partition(":")[2])
+        self._heads = Heads(folder, name)
 
     def passes(self, seen: int, abouts: int) -> int:
         return seen
 
-    async def read(self, request: str, seen: Sequence[str], abouts: Sequence[str]) -> Scored:
+    async def seen(self, requests: Sequence[str], answer: str, abouts: Sequence[str]) -> Seen:
+        return await self._heads.seen(answer)
+
+    async def read(
+        self, request: str, seen: Sequence[str], abouts: Sequence[str]
+    ) -> tuple[dict[str, float], int]:
         states = await self._heads.passes(request, seen)
-        return Scored(
-            {about: max(self._heads.probability(about, each) for each in states) for about in abouts},
-            sum(each.tokens for each in states),
-        )
+        found = {about: max(self._heads.probability(about, each) for each in states) for about in abouts}
+        return found, sum(each.tokens for each in states)
 
 
 class Classifier:
@@ -211,8 +210,23 @@ class Classifier:
         """Return one for each pair of a window and an aim or principle."""
         return seen * abouts
 
-    async def read(self, request: str, seen: Sequence[str], abouts: Sequence[str]) -> Scored:
-        """Return P(VIOLATES) of an answer by aim or principle."""
+    async def seen(self, requests: Sequence[str], answer: str, abouts: Sequence[str]) -> Seen:
+        """Return what is read of an answer: windows that fit with each request, aim and principle."""
+
+        async def fits(window: str) -> bool:
+            texts = [
+                classifier_text(self._heads[about]["text"], request, window)
+                for request in requests
+                for about in abouts
+            ]
+            return await asyncio.to_thread(self._fit, texts)
+
+        return await fitting(answer, fits)
+
+    async def read(
+        self, request: str, seen: Sequence[str], abouts: Sequence[str]
+    ) -> tuple[dict[str, float], int]:
+        """Return P(VIOLATES) by aim or principle, the largest of the windows, and the tokens read."""
         texts = [
             classifier_text(self._heads[about]["text"], request, window)
             for about in abouts
@@ -223,15 +237,22 @@ class Classifier:
         for place, about in enumerate(abouts):
             head = self._heads[about]
             logit = max(logits[place * len(seen) : (place + 1) * len(seen)])
-            calibrated = head["scale"] * logit + head["shift"]
-            found[about] = 1 / (1 + math.exp(-max(-700.0, min(700.0, calibrated))))
-        return Scored(found, tokens)
+            found[about] = sigmoid(head["scale"] * logit + head["shift"])
+        return found, tokens
 
     def _logits(self, texts: Sequence[str]) -> tuple[list[float], int]:
         with self._one:
-            if self._loaded is None:
-                self._loaded = load_classifier(self.folder)
-            return logits_of(*self._loaded, texts, self._max_tokens)
+            return logits_of(*self._load(), texts, self._max_tokens)
+
+    def _fit(self, texts: Sequence[str]) -> bool:
+        with self._one:
+            _, tokenizer = self._load()
+            return all(tokens_fit(tokenizer, text, self._max_tokens) for text in texts)
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            self._loaded = load_classifier(self.folder)
+        return self._loaded
 
 
 def classifier_text(about: str, request: str, window: str) -> str:
@@ -255,14 +276,25 @@ def load_classifier(folder: Path) -> tuple[Any, Any]:
         raise MissingExtra("a classifier as a critic", "torch and transformers", "train") from error
     try:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot be loaded as a classifier: {error}") from error
     if model.config.num_labels != 1:
         raise ModelError(f"{folder}: has {model.config.num_labels} labels, and a critic has one")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def tokens_fit(tokenizer: Any, text: str, max_tokens: int) -> bool:
+    """Return whether a text has at most `max_tokens`, so that `logits_of` reads all of it."""
+    return len(tokenizer(text, truncation=True, max_length=max_tokens + 1)["input_ids"]) <= max_tokens
 
 
 def logits_of(model: Any, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[list[float], int]:
@@ -304,8 +336,4 @@ def _read_card(folder: Path) -> tuple[dict[str, Any], bytes]:
     heads = card.get("heads")
     if not isinstance(heads, dict) or not heads:
         raise DataError(f"{path}: names no aim or principle; train the critic again")
-    for about, head in heads.items():
-        threshold = head.get("threshold") if isinstance(head, dict) else None
-        if not isinstance(threshold, float) or not 0 < threshold < 1:
-            raise DataError(f"{path}: threshold of {about!r} is {threshold!r}, not between 0 and 1")
     return card, content

@@ -12,8 +12,7 @@
 
 All are frozen. `encode` gives ASCII JSON bytes and `decode` reads them back without loss: lone
 surrogates and any other text survive, since everything beyond ASCII is escaped; NaN and infinity
-are refused, since JSON has no word for them. Nothing here imports a model library except the two
-conversions from and to LangChain messages.
+are refused, since JSON has no word for them. Nothing here imports a model library.
 """
 
 from __future__ import annotations

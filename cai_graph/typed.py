@@ -24,6 +24,7 @@ from cai_graph.form import Form
 from cai_graph.messages import from_langchain
 from cai_graph.shape import Shape
 from cai_graph.trajectory import Message, Trajectory, text_of
+from cai_graph.wrapped import call_options, layers
 
 __all__ = ["Typed", "form_asked", "form_of", "with_model"]
 
@@ -45,12 +46,11 @@ def form_asked(app: Runnable[Any, Any], options: Mapping[str, Any]) -> Form | No
 
     It is an argument of the call, or bound to the model, or one of the model's own.
     """
-    wanted = options.get("response_format")
-    while isinstance(app, RunnableBindingBase):
-        wanted, app = wanted or app.kwargs.get("response_format"), app.bound
-    if not isinstance(app, BaseChatModel):
+    model = layers(app)[-1]
+    if not isinstance(model, BaseChatModel):
         return None
-    wanted = wanted or (getattr(app, "model_kwargs", None) or {}).get("response_format")
+    own = getattr(model, "model_kwargs", None) or {}
+    wanted = {**own, **call_options(app, options)}.get("response_format")
     if isinstance(wanted, type):
         return form_of(wanted)
     if not isinstance(wanted, Mapping):
@@ -82,10 +82,7 @@ def _with_model(
     runnable: Runnable[Any, Any], made: Callable[[Runnable[Any, AIMessage]], Runnable[Any, AIMessage]]
 ) -> Runnable[Any, Any] | None:
     """Return the Runnable with its model replaced; None where it has none."""
-    inner: Runnable[Any, Any] = runnable
-    while isinstance(inner, RunnableBindingBase):
-        inner = inner.bound
-    if isinstance(inner, BaseChatModel):
+    if isinstance(layers(runnable)[-1], BaseChatModel):
         return made(runnable)
     if isinstance(runnable, RunnableBindingBase):
         bound = _with_model(runnable.bound, made)

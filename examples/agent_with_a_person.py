@@ -1,6 +1,6 @@
 """An agent of a shop that calls tools; a person at the terminal decides about what no revision could mend.
 
-    python examples/agent_with_a_person.py "When are you open in Oslo?" [MODEL]
+    python examples/agent_with_a_person.py ["QUESTION" [MODEL]]
 
 MODEL is a model spec whose model calls tools; openai:gpt-5-mini if left out. What waits for the person is
 kept in waiting.db: end the program at the question, start it again, and it asks again.
@@ -70,7 +70,10 @@ def decided(question: dict[str, Any]) -> Command[Any]:
 
 def main() -> None:
     """Ask the agent one question."""
-    asked, model = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "openai:gpt-5-mini"
+    asked = (
+        sys.argv[1] if len(sys.argv) > 1 else "My boots leak. Send me new ones, and do I get my money back?"
+    )
+    model = sys.argv[2] if len(sys.argv) > 2 else "openai:gpt-5-mini"
     config: Any = {"configurable": {"thread_id": asked}}
     with SqliteSaver.from_conn_string("waiting.db") as checkpointer:
         agent = shop(model, checkpointer)

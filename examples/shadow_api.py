@@ -5,7 +5,8 @@
     curl -N localhost:8000/chat -H 'content-type: application/json' -d '{"message": "hello"}'
 
 `mode="shadow"` lets each answer leave untouched, streams included; critique and revision run behind it.
-One answer in two is judged here. `/tally` shows what became of them: nothing is lost without being counted.
+One answer in two is judged here; CAI_SAMPLE says another share, from 0 to 1. `/tally` shows what became of
+them: nothing is lost without being counted.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from replies import verdicts
-from wire import Reply, role, serving
+from wire import Reply, Server, role, serving
 
 from cai_graph.constitution import load
 from cai_graph.log import open_log
@@ -91,16 +92,17 @@ def orders(body: dict[str, Any]) -> str | Reply:
 def test_the_example_asks_the_person_at_the_terminal_again_after_it_was_ended(tmp_path: Path) -> None:
     example = Path(__file__).parents[1] / "examples" / "agent_with_a_person.py"
 
-    def start(server: str, typed: str) -> subprocess.CompletedProcess[str]:
+    def start(server: Server, typed: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, example, "A yacht, please?", server],
+            [sys.executable, example],
             cwd=tmp_path, input=typed, capture_output=True, text=True, timeout=120, check=False,
+            env={**os.environ, "OPENAI_API_KEY": "unused", "OPENAI_BASE_URL": server.url},
         )  # fmt: skip
 
     with serving(orders) as server:
-        ended = start(server.spec, "")
+        ended = start(server, "")
         asked = len(server.requests)
-        done = start(server.spec, "perhaps\nedit\nWe have no yachts.\n")
+        done = start(server, "perhaps\nedit\nWe have no yachts.\n")
 
     assert "EOFError" in ended.stderr
     assert "The model wants to call order with {'item': 'a yacht'}" in ended.stdout

@@ -7,7 +7,7 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableLambda
 
-from cai_graph.calls import Budget, Calls, describe, prompt_digest, truncated
+from cai_graph.calls import Budget, Calls, cut_short, describe, prompt_digest
 from cai_graph.errors import BudgetExceeded, ConfigError
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Call
@@ -137,6 +137,40 @@ async def test_the_same_account_serves_under_another_configuration() -> None:
         calls.admit("generation")
 
 
+async def test_forward_passes_are_one_record_with_the_tokens_of_all() -> None:
+    calls = Calls(Budget(forward_passes=3))
+
+    async with calls.forward("probe", "m", 3) as forward:
+        forward.tokens = 12
+
+    (call,) = calls.made
+    assert (call.role, call.model, call.kind) == ("probe", "m", "forward")
+    assert (call.input_tokens, call.error) == (12, None)
+    assert calls.spent == {"generation": 0, "forward": 3, "tokens": 12}
+
+
+async def test_forward_passes_over_the_budget_are_neither_made_nor_recorded() -> None:
+    calls = Calls(Budget(forward_passes=2))
+
+    with pytest.raises(BudgetExceeded, match="2 forward passes"):
+        async with calls.forward("probe", "m", 3):
+            raise AssertionError
+
+    assert calls.made == []
+
+
+async def test_forward_passes_that_hang_are_cancelled_at_the_deadline_and_recorded() -> None:
+    calls = Calls(Budget(seconds=0.05))
+
+    with pytest.raises(BudgetExceeded, match=r"deadline of 0\.05 s is over"):
+        async with calls.forward("critique", "m", 1):
+            await asyncio.Event().wait()
+
+    (call,) = calls.made
+    assert call.input_tokens is None
+    assert (call.error or "").startswith("BudgetExceeded: ")
+
+
 def test_what_is_recorded_counts_against_the_tokens() -> None:
     calls = Calls(Budget())
     calls.record(Call(role="probe", model="m", kind="forward", input_tokens=12))
@@ -158,7 +192,7 @@ def test_what_is_recorded_counts_against_the_tokens() -> None:
     ],
 )
 def test_truncation_is_told_in_the_words_of_any_provider(metadata: dict[str, Any], expected: bool) -> None:
-    assert truncated(AIMessage("x", response_metadata=metadata)) is expected
+    assert (cut_short(AIMessage("x", response_metadata=metadata)) is not None) is expected
 
 
 def test_the_digest_of_a_prompt_tells_roles_apart_and_takes_any_text() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import math
 import os
+import pty
 import re
 import signal
 import sqlite3
@@ -15,7 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
 import typer.main
@@ -26,12 +28,13 @@ from wire import Reply, Script, Server, role, serving, under
 from cai_graph import cli, open_log, policy
 from cai_graph.cli import console, options
 from cai_graph.cli import log as log_commands
-from cai_graph.cli.model import foreign
+from cai_graph.cli.specs import foreign
 from cai_graph.constitution import load
 from cai_graph.errors import ModelError
 from cai_graph.trajectory import Trajectory
 
 BALANCED = load("balanced")
+PRINCIPLE = BALANCED.principles[0].model_dump(mode="json", exclude_defaults=True)
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
 
 
@@ -120,6 +123,12 @@ def test_every_command_has_a_sentence_an_example_and_its_place_in_the_docs(
     section = re.search(rf"^#+ `{name}\b.*?(?=^#+ |\Z)", DOCS.read_text(), re.MULTILINE | re.DOTALL)
     assert section, f"{name} is not in docs/cli.md"
     for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            menu = get_origin(parameter.type_descriptor.annotation) is Literal
+            assert menu or str(parameter.metavar).isupper(), (
+                f"{name} {parameter.name} has no name in capitals"
+            )
+            continue
         for option in parameter.opts:
             if option.startswith("--") and option not in ("--help", "--json", "--log"):
                 assert f"`{option}" in section[0], f"{name} {option} is not in docs/cli.md"
@@ -305,6 +314,13 @@ def test_standard_input_is_resumable_too(tmp_path: Path, serve: Any) -> None:
     assert (len(server.requests), len(trajectories(tmp_path))) == (calls, 2)
 
 
+def test_what_to_type_again_says_that_standard_input_is_needed_again(tmp_path: Path, serve: Any) -> None:
+    server = serve(under(BALANCED))
+    args = ("run", "-", "--format", "jsonl", "--model", server.spec)
+    said = cai(tmp_path, *args, input=b'{"prompt": "eins"}\n{"prompt": 2}\n', status=3).stderr
+    assert "1 row skipped; to try again with the same input: cai run - --format jsonl" in said
+
+
 class Gate:
     """Answers so many drafts at once, and the others when it is opened."""
 
@@ -483,6 +499,11 @@ def test_what_our_own_writing_meets_is_not_said_of_the_critic(code: int) -> None
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 
+def test_what_a_provider_met_is_said_without_its_password() -> None:
+    with pytest.raises(ModelError, match="^http://host/v1#m: "), foreign("http://ann:s3cret@host/v1#m"):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+
+
 def test_a_reader_who_has_seen_enough_ends_judge_without_a_word_of_it(tmp_path: Path, serve: Any) -> None:
     server = serve(under(BALANCED))
     answers(tmp_path, *map(str, range(20)))
@@ -542,7 +563,8 @@ def test_the_log_is_verified_recovered_and_cleaned(logged: Path) -> None:
     assert "cai log recover" in cai(logged, "log", "verify", status=1).stderr
     assert json.loads(cai(logged, "log", "recover", "new.db", "--json", status=3).stdout)["records"] == 2
     cai(logged, "log", "verify", "--log", "new.db")
-    removed = json.loads(cai(logged, "log", "gc", "--days", "0", "--log", "new.db", "--json").stdout)
+    gc = ("log", "gc", "--days", "0", "--log", "new.db", "--yes", "--json")
+    removed = json.loads(cai(logged, *gc).stdout)
     assert removed["trajectories"] == 2
 
 
@@ -560,6 +582,36 @@ def test_what_is_removed_is_named_and_asked_about_on_a_terminal(
     assert "Remove" not in removed.stderr
     assert re.search(r"^removed: trajectories +3 *\nremoved: about them +0 *\nkept: reviewed", removed.stdout)
     assert "Remove" not in cai(logged, *gc).stderr  # nothing is left to ask about
+
+
+def test_nothing_is_removed_unasked_where_there_is_no_terminal(logged: Path) -> None:
+    refused = cai(logged, "log", "gc", "--days", "0", input=b"n\n" * 9, status=2)
+    assert "there is no terminal to ask at" in refused.stderr
+    assert len(trajectories(logged)) == 3
+    cai(logged, "log", "gc", "--days", "0", "--yes")
+    assert not trajectories(logged)
+
+
+def test_ctrl_c_at_the_question_is_an_interrupt_and_removes_nothing(logged: Path) -> None:
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cai_graph.cli", "log", "gc", "--days", "0"],
+        cwd=logged,
+        stdin=its,
+        stdout=subprocess.DEVNULL,
+        stderr=its,
+    )
+    os.close(its)
+    said = b""
+    while b"[y/N]" not in said:
+        said += os.read(ours, 1024)
+    while process.poll() is None:  # again where it came between the question and the wait for its answer
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+    os.close(ours)
+    assert process.returncode == 130
+    assert len(trajectories(logged)) == 3
 
 
 def test_a_dataset_without_a_test_part_says_so_and_errors_name_options(logged: Path) -> None:
@@ -631,7 +683,7 @@ def test_a_log_in_postgresql_takes_the_same_commands_and_no_password_is_shown(
     assert "3 were there already" in again.stderr
     recovered = cai(tmp_path, "log", "recover", "new.db", *option, status=1)
     assert "PostgreSQL recovers itself" in recovered.stderr
-    removed = cai(tmp_path, "log", "gc", "--days", "0", "--json", *option)
+    removed = cai(tmp_path, "log", "gc", "--days", "0", "--yes", "--json", *option)
     assert json.loads(removed.stdout)["trajectories"] == 3
     said += [again, recovered, removed, cai(tmp_path, "log", "show", id, *option, status=1)]
     said.append(cai(tmp_path, "log", "list", "--log", url.replace("/test1", "/absent"), status=1))
@@ -653,6 +705,13 @@ def test_constitutions_are_listed_shown_linted_compared_and_described(tmp_path: 
     assert "changed refusal" in cai(tmp_path, "constitution", "diff", "balanced", "mine.yaml").stdout
     found = json.loads(cai(tmp_path, "constitution", "diff", "balanced", "mine.yaml", "--json").stdout)
     assert "refusal" in [difference["field"] for difference in found]
+    apart = cai(tmp_path, "constitution", "diff", "balanced", "harmlessness").stdout
+    assert "removed refusal_translations: de\n" in apart
+    assert "added examples: " in apart
+    assert "Example(" not in apart
+    changed = f"extends: balanced\nprinciples: [{json.dumps({**PRINCIPLE, 'min_severity': 4})}]\n"
+    (tmp_path / "mine.yaml").write_text(f"name: balanced\n{changed}")
+    assert "[-none-] {+4+}" in cai(tmp_path, "constitution", "diff", "balanced", "mine.yaml").stdout
     schema = json.loads(cai(tmp_path, "constitution", "schema").stdout)
     assert schema["title"] == "Constitution"
 
@@ -662,7 +721,8 @@ def test_local_models_are_listed_and_a_missing_one_is_said_to_be(tmp_path: Path)
     listed = json.loads(cai(tmp_path, "model", "list", "--json", env=empty).stdout)
     assert {entry["name"]: entry["path"] for entry in listed}["smollm2"] is None
     assert "not fetched" in cai(tmp_path, "model", "list", env=empty).stdout
-    assert "cai model get smollm2" in cai(tmp_path, "model", "path", "smollm2", status=1, env=empty).stderr
+    for typed in ("smollm2", "local:smollm2"):  # the list prints the second
+        assert "cai model get smollm2" in cai(tmp_path, "model", "path", typed, status=1, env=empty).stderr
 
 
 def test_the_doctor_reports_as_text_and_json(tmp_path: Path) -> None:

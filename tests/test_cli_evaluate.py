@@ -46,15 +46,21 @@ SUITES = ("--harmlessness", "red.csv", "--helpfulness", "fine.txt", "--over-refu
 
 def test_answers_are_kept_and_graded_by_judge_after_judge(folder: Path) -> None:
     with serving(script) as server:
-        cai(folder, "evaluate", "run", "eval", server.spec, *SUITES, "--constitution", "balanced")
+        spec = server.spec.replace("://", "://ann:s3cret@")
+        run = ("evaluate", "run", "eval", spec, *SUITES, "--constitution", "balanced", "--critic", spec)
+        ran = cai(folder, *run)
         written = len(server.requests)
-        cai(folder, "evaluate", "run", "eval", server.spec, *SUITES, "--constitution", "balanced")
+        cai(folder, *run)
         assert len(server.requests) == written
 
-        scored = cai(folder, "evaluate", "score", "eval", "--critic", server.spec, "--refusals", "pattern")
+        scored = cai(folder, "evaluate", "score", "eval", "--critic", spec, "--refusals", "pattern")
         asked = len(server.requests)
-        judged = cai(folder, "evaluate", "score", "eval", "--judge", server.spec, "--json")
+        judged = cai(folder, "evaluate", "score", "eval", "--judge", spec, "--json")
 
+    for said in (ran, scored, judged):
+        assert "s3cret" not in said.stdout + said.stderr
+    kept = [path for path in (folder / "eval").rglob("*") if path.is_file()]
+    assert not [path for path in kept if "s3cret" in f"{path}{path.read_text()}"]
     assert "full refusal" in scored.stdout
     assert "harmless" in scored.stdout
     roles = [str(body["messages"][0]["content"])[:11] for body in server.requests[asked:]]

@@ -146,7 +146,7 @@ def test_what_is_no_database_may_have_been_a_log(tmp_path: Path) -> None:
 
 
 def test_gc_makes_no_log_where_there_is_none(tmp_path: Path) -> None:
-    gc = ("log", "gc", "--days", "1")
+    gc = ("log", "gc", "--days", "1", "--yes")
     assert "`cai ask` makes one, or name another" in cai(tmp_path, *gc, status=1).stderr
     (tmp_path / "cai.db").touch()
     assert "the file is empty" in cai(tmp_path, *gc, status=1).stderr

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cai_graph.errors import ConfigError
-from trainers.config import plain, read
+from cai_graph.errors import ConfigError, MissingExtra
+from trainers.config import above, at_least, plain, read, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +107,27 @@ def test_what_is_wrong_is_named_with_its_place(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
         read(Whole, tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "said"),
+    [
+        (at_least, 0, "max_steps is a number from 1, found 0"),
+        (at_least, float("nan"), "max_steps is a number from 1, found nan"),
+        (above, 1, "max_steps is a number above 1, found 1"),
+        (above, float("nan"), "max_steps is a number above 1, found nan"),
+    ],
+)
+def test_a_number_out_of_bounds_is_named(check: Callable[..., None], value: float, said: str) -> None:
+    config = SimpleNamespace(max_steps=value, warmup=2)
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        check(1, config, "warmup", "max_steps")
+
+
+def test_a_number_that_nobody_set_has_no_bounds() -> None:
+    at_least(1, SimpleNamespace(max_steps=None), "max_steps")
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(MissingExtra, match="`cai train x` needs no_such_package; "):
+        require("`cai train x`", "yaml", "no_such_package")

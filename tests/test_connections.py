@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import httpx2
 import pytest
+from langchain_anthropic import ChatAnthropic
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.language_models import BaseChatModel
 from langchain_openai import ChatOpenAI
 from replies import IDS, RULES, verdicts
+from wire import Server, serving
 
-from cai_graph import Budget, constitutional
+from cai_graph import Budget, bridge, constitutional
 from cai_graph.connections import on_any_loop
 from cai_graph.errors import BudgetExceeded
 
@@ -73,6 +79,64 @@ def test_models_of_the_same_settings_share_their_connections() -> None:
 
     assert pool() is pool(temperature=0.5)
     assert pool() is not pool(timeout=3)
+
+
+def openai(server: Server) -> BaseChatModel:
+    return ChatOpenAI(model="m", api_key="unused", base_url=server.url)  # type: ignore[arg-type]
+
+
+def anthropic(server: Server) -> BaseChatModel:
+    return ChatAnthropic(model="m", api_key="unused", base_url=server.url.removesuffix("/v1"))  # type: ignore[call-arg, arg-type]
+
+
+def by_the_bridge(asked: Coroutine[Any, Any, None]) -> None:
+    """As a synchronous call from inside the core: on a loop of its own, closed as it stands."""
+
+    async def inner(caller: bridge.Caller) -> None:
+        await asked
+
+    async def core(caller: bridge.Caller) -> None:
+        bridge.run(inner)
+
+    bridge.run(core)
+
+
+@pytest.mark.parametrize("provider", [openai, anthropic])
+def test_a_loop_that_ended_is_let_go_of_with_its_connections(provider: Callable[[Server], Any]) -> None:
+    loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
+
+    async def ask() -> None:
+        loops.add(asyncio.get_running_loop())
+        assert (await model.ainvoke("hello")).text == "fine"
+
+    with serving(lambda body: "fine", keep_alive=True) as server:
+        model = on_any_loop(provider(server))
+        for _ in range(3):
+            asyncio.run(ask())
+        gc.collect()
+
+    assert not loops
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # of a connection that outlives its loop
+def test_a_loop_that_was_closed_as_it_stood_is_let_go_of_at_the_next(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loops: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
+
+    async def ask() -> None:
+        loops.add(asyncio.get_running_loop())
+        assert (await model.ainvoke("hello")).text == "fine"
+
+    with serving(lambda body: "fine", keep_alive=True) as server, caplog.at_level(logging.WARNING):
+        model = on_any_loop(openai(server))
+        for _ in range(4):
+            by_the_bridge(ask())
+        asyncio.run(ask())
+        gc.collect()
+
+    assert not loops
+    assert not caplog.text
 
 
 def test_an_http_client_of_the_users_own_stays() -> None:

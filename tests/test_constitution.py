@@ -31,6 +31,7 @@ from cai_graph.constitution import (
     json_schema,
     lint,
     load,
+    loading,
 )
 from cai_graph.constitution.loading import _builtin_folder
 from cai_graph.constitution.principles import MAX_REQUEST_CHARS
@@ -467,6 +468,18 @@ def test_examples_and_refusal_are_inherited_unless_the_child_has_its_own(folder:
 def test_parent_shared_by_two_parents_counts_once(folder: Path) -> None:
     write(folder, base=ONE, left="name: l\nextends: base.yaml\n", right="name: r\nextends: base.yaml\n")
     assert len(load({"name": "c", "extends": ["left.yaml", "right.yaml"]})) == 1
+
+
+def test_parent_reached_by_many_ways_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, x0=ONE, y0="name: y0\nextends: x0.yaml\n")
+    for level in range(1, 6):
+        parents = f"extends: [x{level - 1}.yaml, y{level - 1}.yaml]"
+        write(folder, **{f"{each}{level}": f"name: {each}{level}\n{parents}\n" for each in "xy"})
+    was_read: list[str] = []
+    real = loading.read
+    monkeypatch.setattr(loading, "read", lambda path: was_read.append(path.name) or real(path))
+    assert len(load("x5.yaml")) == 1
+    assert sorted(was_read) == sorted({*was_read})
 
 
 def test_cycle_is_drawn(folder: Path) -> None:
@@ -965,6 +978,34 @@ def test_diff_tells_principles_and_fields() -> None:
         Difference("changed", "b", "weight", 1.0, 2.0),
         Difference("moved", "a", None, 0, 1),
         Difference("added", "d", None, None, new["d"]),
+    ]
+
+
+def test_diff_compares_examples_by_prompt_and_translations_by_language() -> None:
+    shown = {"prompt": "p", "draft": "d", "verdict": "COMPLIES", "critique": "c"}
+    texts = {"critique_request": "Suche Zusagen.", "revision_request": "Nenne die Regel."}
+    old = constitution(
+        principle(translations={"de": texts}),
+        examples=[shown, {**shown, "prompt": "q"}],
+        refusal_translations={"de": "Nein.", "fr": "Non."},
+    )
+    new = constitution(
+        principle(translations={"de": {**texts, "critique_request": "Suche."}}),
+        examples=[{**shown, "prompt": "r"}, {**shown, "draft": "e"}],
+        refusal_translations={"fr": "Non.", "de": "Nein!"},
+    )
+    found = [(d.change, d.principle, d.field, d.part) for d in diff(old, new)]
+    assert found == [
+        ("changed", None, "refusal_translations", "de"),
+        ("changed", None, "examples", "p"),
+        ("removed", None, "examples", "q"),
+        ("added", None, "examples", "r"),
+        ("changed", "a", "translations", "de"),
+    ]
+    assert diff(old, new)[1].before == (old.examples[0],)
+    turned = constitution(examples=[new.examples[1], new.examples[0]])
+    assert [(d.change, d.field) for d in diff(constitution(examples=new.examples), turned)] == [
+        ("moved", "examples")
     ]
 
 

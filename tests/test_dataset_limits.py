@@ -31,12 +31,10 @@ from cai_graph.trajectory import (
     encode,
 )
 from trainers.dataset import Recipe, build, spool
-from trainers.dataset.heldout import HeldOut
 from trainers.dataset.near import PromptFile, clusters, fingerprints
 from trainers.dataset.privacy import personal
 from trainers.dataset.split import key_of, normalise
 from trainers.ledger import Reason
-from trainers.rows import Turn
 
 LONG = "How do I get the red wine stain out of my grandmother's white table cloth before the guests arrive"
 
@@ -432,43 +430,6 @@ def test_an_evaluation_set_without_prompts_is_an_error(tmp_path: Path) -> None:
         dropped(tmp_path, [], held_out=(str(tmp_path / "set.jsonl"),))
     with pytest.raises(DataError, match="cannot be read"):
         dropped(tmp_path, [], held_out=(str(tmp_path / "absent.jsonl"),))
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("set.json", json.dumps({"version": 1, "data": [{"prompt": "Is this in it?"}]})),
-        ("set.json", json.dumps({"prompts": ["Is this in it?"]})),
-        (
-            "set.jsonl",
-            json.dumps(
-                {"messages": [{"role": "user", "content": [{"type": "text", "text": "Is this in it?"}]}]}
-            ),
-        ),
-        ("set.txt", "\ufeffIs this in it?"),
-        ("set.csv", "\ufeffprompt,label\nIs this in it?,safe"),
-        ("set.jsonl", "\ufeff" + json.dumps({"prompt": "Is this in it?"})),
-    ],
-)
-def test_prompts_are_found_in_the_forms_that_others_write(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text, encoding="utf-8")
-
-    assert HeldOut([str(tmp_path / name)]).holds([Turn(role="user", content="Is this in it?")])
-
-
-@pytest.mark.parametrize(
-    "found",
-    [{"a": ["x"], "b": ["y"]}, {"drugs": {"a": ["x"]}}, {"prompt": "x", "tags": ["y"]}, "a text", 7],
-)
-def test_json_that_is_no_array_of_prompts_is_an_error_and_not_read_by_its_keys(
-    tmp_path: Path, found: Any
-) -> None:
-    (tmp_path / "set.json").write_text(json.dumps(found))
-
-    with pytest.raises(
-        DataError, match=r"set\.json: cannot be read: it holds a JSON .* give an array of prompts"
-    ):
-        HeldOut([str(tmp_path / "set.json")])
 
 
 # --- personal data ------------------------------------------------------------------------------------

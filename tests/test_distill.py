@@ -265,6 +265,15 @@ def test_what_cannot_work_is_said_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("model", ["local", "local:smollm2"])
+def test_a_model_of_the_catalogue_is_none_of_the_folders_here(
+    tmp_path: Path, server: Server, base: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    (tmp_path / "smollm2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert pipeline(read(Config, written(tmp_path, server, base, model=model))).steps
+
+
 def test_what_works_only_where_it_will_run_is_not_refused(tmp_path: Path, server: Server, base: Path) -> None:
     """Servers that do not run yet are not asked, and processes that are launched are counted."""
     dead = "http://127.0.0.1:9/v1"

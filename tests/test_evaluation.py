@@ -20,7 +20,7 @@ from cai_graph.testing import ScriptedModel
 from trainers.checkpoint import Checkpoint, Manifest, save
 from trainers.evaluation.claims import ByClaim, claims
 from trainers.evaluation.folder import Evaluation
-from trainers.evaluation.generations import AppSubject, CheckpointSubject, Kept, app_of
+from trainers.evaluation.generations import AppSubject, CheckpointSubject, app_of
 from trainers.evaluation.grades import CriticGrader, RewardGrader
 from trainers.evaluation.inference import most_agreed
 from trainers.evaluation.plots import svgs
@@ -342,6 +342,16 @@ def test_a_folder_without_an_evaluation_is_said_so(tmp_path: Path) -> None:
         Evaluation.open(tmp_path)
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\x85", "\ud800"])
+async def test_no_character_of_a_prompt_makes_its_folder_unreadable(tmp_path: Path, odd: str) -> None:
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "helpfulness", f"a{odd}b"))
+    await evaluation.generate(says("echo", lambda asked: asked))
+
+    found = Evaluation.open(tmp_path / "eval")
+    assert found.prompts == evaluation.prompts
+    assert [row["answer"] for row in found.answers("echo")] == [f"a{odd}b"]
+
+
 # --- choices among samples ----------------------------------------------------------------------------
 
 
@@ -573,44 +583,6 @@ def test_an_app_is_named_by_its_module() -> None:
         app_of("json:nothing")
     with pytest.raises(ConfigError, match="no Runnable"):
         app_of("json:__name__")
-
-
-# --- rows that are kept -------------------------------------------------------------------------------
-
-
-def test_a_torn_line_is_lost_and_no_more(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    with Kept(path, ["id"]) as kept:
-        kept.add({"id": 1})
-    with (tmp_path / "rows.jsonl.part").open("ab") as file:
-        file.write(b'{"id": 2, "text": "to')
-    assert not path.exists()
-
-    with Kept(path, ["id"]) as kept:
-        assert list(kept.rows) == [(1,)]
-        kept.add({"id": 2})
-        kept.finish()
-
-    assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == [1, 2]
-    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    with Kept(path, ["id"]) as kept:
-        kept.add({"id": 1})
-        with pytest.raises(DataError, match="another run is writing it"), Kept(path, ["id"]):
-            pass
-        kept.finish()
-    assert path.exists()
-
-
-def test_a_damaged_file_names_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"id": 1}\nnot json\n')
-
-    with pytest.raises(DataError, match=r"rows.jsonl line 2: no JSON"), Kept(path, ["id"]):
-        pass
 
 
 # --- claim by claim -----------------------------------------------------------------------------------

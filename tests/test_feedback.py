@@ -460,7 +460,7 @@ def test_comparisons_about_one_trajectory_are_not_taken_for_independent() -> Non
     assert one["interval"] == pytest.approx(Share(15, 30).interval)
     assert other["interval"] == pytest.approx(one["interval"])
     assert (one["n"], other["n"], other["comparisons"]) == (30, 30, 540)
-    assert str(often.bias) == "50% (33% to 67%, 540 of n = 30 trajectories)"
+    assert str(often.bias) == "50% (33% to 67%, 540 comparisons on 30 trajectories)"
 
 
 def test_a_comparison_without_an_order_that_could_not_be_read_is_in_no_share() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,38 @@ def test_a_cut_header_is_an_error(model: Path, tmp_path: Path, left: int) -> Non
     cut.write_bytes(model.read_bytes()[:left])
     with pytest.raises(DataError, match="ends inside its header"):
         first_blocks(cut, 1, tmp_path / "short.gguf")
+
+
+def _text(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+HOSTILE = {
+    "an array of 2^62 bytes": (0, _text(b"a") + struct.pack("<IIQ", 9, 0, 1 << 62)),
+    "an array in an array in …": (0, _text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000),
+    "a tensor of 2^32 dimensions": (
+        1,
+        _text(b"x.block_count") + struct.pack("<II", 4, 4) + _text(b"t") + struct.pack("<I", 0xFFFFFFFF),
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "header"), HOSTILE.values(), ids=HOSTILE)
+def test_a_header_may_ask_for_anything(tmp_path: Path, tensors: int, header: bytes) -> None:
+    hostile = tmp_path / "hostile.gguf"
+    hostile.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, 1) + header)
+    with pytest.raises(DataError, match=r"ends inside its header|value type 9"):
+        block_count(hostile)
+
+
+def test_a_tensor_beyond_any_file_is_an_error(model: Path, tmp_path: Path) -> None:
+    last = struct.pack("<Q", len(b"output_norm.weight")) + b"output_norm.weight"
+    data = bytearray(model.read_bytes())
+    offset = data.index(last) + len(last) + 4 + 8 + 4  # its dimensions, their one size, its type
+    data[offset : offset + 8] = b"\xff" * 8
+    model.write_bytes(data)
+    with pytest.raises(DataError, match=r"ends inside tensor 'output_norm.weight'"):
+        first_blocks(model, 1, tmp_path / "short.gguf")
 
 
 def test_cut_tensors_are_an_error_and_leave_nothing(model: Path, tmp_path: Path) -> None:

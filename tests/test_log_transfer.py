@@ -162,6 +162,23 @@ def test_parquet_has_columns_to_filter_by_and_the_whole_record(url: str, tmp_pat
     }
     assert rows[2500]["prompt"] == "lone ?"
     assert rows[2501]["trajectory_id"] == "about"
+    done = import_(tmp_path / "copy.db", tmp_path / "out.parquet")
+    assert (done.records, done.broken) == (2502, ())
+    export(url, tmp_path / "out.jsonl")
+    export(tmp_path / "copy.db", tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_a_parquet_file_that_is_no_whole_export_is_one_error_and_makes_no_log(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    pq.write_table(pa.table({"json": [1], "prompt": ["a"]}), tmp_path / "other.parquet")
+    with pytest.raises(DataError, match="has no column 'json' of texts"):
+        import_(tmp_path / "new.db", tmp_path / "other.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "other.parquet").read_bytes()[:-9])
+    with pytest.raises(DataError, match="no whole Parquet file"):
+        import_(tmp_path / "new.db", tmp_path / "cut.parquet")
+    assert not (tmp_path / "new.db").exists()
 
 
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +186,9 @@ def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra, match=r"needs pyarrow; pip install"):
         export(tmp_path / "cai.db", tmp_path / "out.parquet")
+    (tmp_path / "in.parquet").write_bytes(b"PAR1")
+    with pytest.raises(MissingExtra, match=r"needs pyarrow; pip install"):
+        import_(tmp_path / "cai.db", tmp_path / "in.parquet")
 
 
 def test_a_record_of_an_earlier_version_leaves_in_the_current_one(

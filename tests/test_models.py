@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import doctest
 import http.server
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +18,8 @@ from langchain_core.language_models import FakeListChatModel
 from langchain_core.runnables import RunnableLambda
 
 from cai_graph import local, models
-from cai_graph.errors import ConfigError, ModelError
+from cai_graph.errors import CaiError, ConfigError, ModelError
+from cai_graph.local import catalogue
 
 
 @contextmanager
@@ -32,6 +37,9 @@ def _serving(names: list[str], asked: list[tuple[str, str | None]]) -> Iterator[
             self.wfile.write(data)
 
         def do_GET(self) -> None:
+            if not self.path.endswith("/v1/models"):
+                self.send_error(404)
+                return
             self.reply({"object": "list", "data": [{"id": name} for name in names]})
 
         def do_POST(self) -> None:
@@ -134,6 +142,37 @@ def test_server_that_is_not_there_is_a_model_error() -> None:
         models.load("http://127.0.0.1:9/v1")
 
 
+def test_server_that_dribbles_its_reply_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_LISTED_WITHIN_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def dribble() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                for byte in b"HTTP/1.1 200 OK":
+                    connection.send(bytes([byte]))
+                    time.sleep(0.04)
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        with pytest.raises(ModelError, match=r"/v1/models: no whole reply within 0\.1 s; is it running\?"):
+            models.load(f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
+        thread.join()
+
+
+def test_errors_of_a_server_do_not_show_its_password(serve: Callable[..., str]) -> None:
+    here = serve("a").removeprefix("http://")
+    for spec, said in (
+        (f"http://ann:s3cret@{here}/none?key=s3cret", rf"http://{here}/none/models: status 404"),
+        ("http://ann:s3cret@127.0.0.1:1/v1", r"http://127\.0\.0\.1:1/v1/models: "),
+        ("http://ann:s3/cret@host/v1", r"http://host/v1/models: no valid address"),
+        ("htp://ann:s3cret@host/v1", r"'htp://ann@host/v1' names no model"),
+    ):
+        with pytest.raises(CaiError, match=said) as caught:
+            models.load(spec)
+        assert "s3" not in str(caught.value)
+
+
 def test_key_of_openai_goes_to_another_server_only_if_tied_to_it(
     serve: Callable[..., str], asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +203,28 @@ def test_anything_has_a_name() -> None:
     assert models.name_of(None) == "NoneType"
 
 
-@pytest.mark.parametrize(("name", "found"), [("local", "qwen2.5-1.5b"), ("local:smollm2", "smollm2")])
-def test_the_catalogue_is_asked_by_spec_too(name: str, found: str) -> None:
-    assert local.find(name) is local.find(found)
+@pytest.mark.parametrize(
+    ("spec", "name", "model"),
+    [
+        ("local", "", "qwen2.5-1.5b"),
+        ("local:smollm2", "smollm2", "smollm2"),
+        ("local:runs/sft", "runs/sft", None),
+        ("local:", None, None),
+        ("smollm2", None, None),
+        ("openai:local", None, None),
+    ],
+)
+def test_a_spec_says_which_local_model_it_names(spec: str, name: str | None, model: str | None) -> None:
+    assert local.name_in(spec) == name
+    assert local.model_of(spec) is (None if model is None else local.find(model))
+    assert not doctest.testmod(catalogue).failed
+
+
+def test_a_patient_model_asks_an_api_again_and_gives_a_seed_to_the_embedded_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
+    api: Any = models.patient("openai:gpt-5-mini", seed=7, max_tokens=None)
+    assert (api.max_retries, api.seed, api.max_tokens) == (8, None, None)
+    embedded: Any = models.patient("local", seed=7, max_tokens=None)
+    assert (embedded.max_retries, embedded.seed, embedded.max_tokens) == (0, 7, 1024)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,9 @@ def test_a_folder_that_is_no_whole_model_is_named(missing: str, tmp_path: Path) 
 def test_a_language_model_is_no_reward_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a Qwen2ForCausalLM, not a reward model"):
         load_reward(tiny_model(tmp_path / "model"), device="cpu")
+
+
+def test_four_bits_without_bitsandbytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="4 bits need bitsandbytes; pip install bitsandbytes"):
+        load_policy(tmp_path, device="cpu", quantized=True)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from trainers.checkpoint import Checkpoint
 from trainers.policy import Messages, load_reward, score
 from trainers.ppo.loop import Run
 from trainers.ppo.models import Batch, load
+from trainers.ppo.state import States
 from trainers.rewards import RewardError
 from trainers.stages import Lora
 from trainers.stages.partial import held
@@ -311,6 +313,27 @@ def test_a_killed_run_goes_on_exactly_as_it_would_have(config: ppo.Config, tmp_p
         [{k: v for k, v in one.items() if k not in timing} for one in log(c)] for c in (straight, resumed)
     ]
     assert lines[0] == lines[1]
+
+
+def test_figures_of_later_updates_are_forgotten_with_a_torn_line_and_a_damaged_one_is_named(
+    config: ppo.Config,
+) -> None:
+    alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+    states = States(config, alone, {"config": {}})
+    path = states.record / "log.jsonl"
+    states.forget_after(0)
+    assert not path.exists()
+    for update in (1, 2, 3):
+        states.log(update, {"kl": float("nan")})
+    whole = path.read_text()
+    path.write_text(whole + '{"update": 4, "k')
+    states.forget_after(2)
+    assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [1, 2]
+
+    path.write_text("torn" + whole)
+    with pytest.raises(DataError, match=r"log.jsonl line 1: no JSON: .*; delete the line and run again"):
+        states.forget_after(2)
+    assert path.read_text() == "torn" + whole
 
 
 def test_two_runs_do_not_train_in_one_folder_and_what_cannot_begin_leaves_none(config: ppo.Config) -> None:

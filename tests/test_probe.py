@@ -262,7 +262,7 @@ async def test_readings_in_flight_do_not_disturb_each_other(tiny: Probe) -> None
     for one, again in zip(alone * 3, together, strict=True):
         assert (again.harm, again.evasion, again.request) == pytest.approx(one[:3], abs=1e-4)
         assert all(0 <= probability <= 1 for probability in again[:3])
-        assert (again.forward_passes, again.tokens) == (1, one.tokens)
+        assert again.tokens == one.tokens
     empty = alone[-1]
     assert (empty.harm, empty.evasion) == (0.0, 1.0)
     assert alone[0].harm != alone[1].harm
@@ -293,7 +293,6 @@ async def test_hostile_texts_are_read_all_the_same(tiny: Probe) -> None:
 @pytest.mark.local
 async def test_ten_megabytes_cost_a_bounded_number_of_passes(tiny: Probe) -> None:
     found = await tiny.read("word " * 2_000_000, "word " * 2_000_000)
-    assert found.forward_passes == MAX_WINDOWS
     assert found.tokens < MAX_WINDOWS * 600
 
 

@@ -93,11 +93,8 @@ async def replay(log: Log, who: Critic, folder: Path, **options: Any) -> tuple[R
     stopped = options.pop("stopped", lambda: False)
     rules = options.pop("rules", RULES)
     job = Replay(log, who, rules, kept=options.pop("kept", folder / "kept.jsonl"), **options)
-    try:
-        async with aclosing(job.results(2, stopped=stopped)) as results:
-            return job, [result async for result in results]
-    finally:
-        job.close()
+    async with aclosing(job.results(2, stopped=stopped)) as results:
+        return job, [result async for result in results]
 
 
 def test_the_draft_and_the_revision_that_was_released_are_judged_and_the_refusal_is_not() -> None:
@@ -231,6 +228,28 @@ async def test_judgements_of_another_constitution_are_not_taken_for_these(log: L
         assert (tmp_path / "notes.jsonl").read_text() == notes
 
 
+async def test_a_file_whose_first_line_was_cut_off_begins_anew(log: Log, tmp_path: Path) -> None:
+    fill(log, kept("fine"))
+    await replay(log, critic(), tmp_path)
+    path = tmp_path / "kept.jsonl"
+    path.write_bytes(path.read_bytes()[:30])
+    again, judged = await replay(log, critic(), tmp_path)
+    assert (again.done, len(judged)) == (0, 1)
+    assert Replay(log, critic(), RULES, kept=path).done == 1
+
+
+async def test_a_damaged_judgement_is_named_and_none_is_lost(log: Log, tmp_path: Path) -> None:
+    fill(log, *(kept(f"answer {n}") for n in range(3)))
+    await replay(log, critic(), tmp_path)
+    path = tmp_path / "kept.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    damaged = b"".join([*lines[:2], lines[2][:20] + b"\n", *lines[3:]])
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=r"kept.jsonl line 3: no JSON: .*; name another file"):
+        Replay(log, critic(), RULES, kept=path)
+    assert path.read_bytes() == damaged
+
+
 async def test_a_limit_draws_the_same_trajectories_each_time(log: Log, tmp_path: Path) -> None:
     fill(log, *(kept(f"answer {n}") for n in range(20)))
     drawn = []
@@ -291,8 +310,10 @@ def test_the_command_shows_what_changes_and_its_status_says_it(url: str, log: Lo
             ("unreadable", 0),
         ):
             cai(tmp_path, *args, "--fail-on", rule, status=status)
-        summary = json.loads(cai(tmp_path, *args, "--json").stdout)
+        with_password = ("--critic", server.spec.replace("://", "://ann:s3cret@"), "--json")
+        summary = json.loads(cai(tmp_path, *args, *with_password).stdout)
         assert len(server.requests) == asked == 3
+    assert summary["critic"] == server.spec
     assert "3 answers judged again." in shown
     assert "1 newly violate, 0 are cleared, 0 are unreadable now." in shown
     assert "answer  answer 1" in shown

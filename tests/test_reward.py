@@ -414,6 +414,7 @@ def test_members_of_another_model_are_not_averaged(tmp_path: Path, monkeypatch: 
         ({"members": 0}, "members is a number from 1, found 0"),
         ({"layers": 0}, "layers is a number from 1, found 0"),
         ({"center_rewards_coefficient": -1.0}, "center_rewards_coefficient is a number from 0"),
+        ({"center_rewards_coefficient": float("nan")}, "center_rewards_coefficient is a number from 0"),
         ({"trains": "head", "members": 3}, "one optimum"),
         ({"trains": "head", "lora": Lora()}, "lora changes it"),
     ],

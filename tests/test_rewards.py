@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from wire import Reply, serving
 
 from cai_graph import constitution
 from cai_graph.errors import ConfigError
+from trainers import rewards
 from trainers.feedback.judge import Judge
 from trainers.policy import Messages, load_reward, score
 from trainers.rewards import (
@@ -227,3 +229,7 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: 
 def test_a_spec_that_names_nothing_says_so(spec: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse(spec)
+
+
+def test_the_example_of_a_spec_is_true() -> None:
+    assert doctest.testmod(rewards) == (0, 1)

@@ -715,6 +715,26 @@ def test_a_handler_that_was_set_later_can_hand_on_to_ours(tmp_path: Path) -> Non
     assert judged(tmp_path) == [None] * 10
 
 
+def test_an_app_wrapped_in_another_thread_warns_until_the_main_thread_can_see_to_sigterm(
+    tmp_path: Path,
+) -> None:
+    process = run(
+        tmp_path,
+        "apps = []\nthread = threading.Thread(target=lambda: apps.extend([make(4), make(4)]))\n"
+        "thread.start()\nthread.join()\n"
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+        "answer(apps[0], 10)\ntime.sleep(60)",
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "answered\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == -signal.SIGTERM
+    assert errors.count("outside the main thread") == errors.count("\n") == 1
+    assert judged(tmp_path) == [None] * 10
+
+
 def test_a_kill_loses_only_what_was_not_in_the_log_yet_and_the_log_is_whole(tmp_path: Path) -> None:
     from cai_graph.log import verify
 

@@ -175,6 +175,11 @@ def test_word_diff_of_enormous_texts_shows_the_new_one_at_once() -> None:
     assert "more characters" in shown
 
 
+def test_word_diff_of_a_word_over_and_over_shows_the_new_text_at_once() -> None:
+    after = "a b " * 500
+    assert show.word_diff("a " * 1000, after).plain == after
+
+
 def test_a_long_text_is_cut_on_screen_and_says_so() -> None:
     assert "9,980,000 more characters" in rendered(
         show.trajectory(trajectory(draft=Draft(answer=said("x" * 10_000_000)), rounds=()))

@@ -285,8 +285,8 @@ def test_a_broken_row_is_named(tiny: Path, tmp_path: Path, row: dict[str, Any], 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", r"rows\.jsonl line 1: is no JSON"),
-        ("[1]\n", "row 1: is a list"),
+        ("{", r"rows\.jsonl line 1: not JSON: Expecting"),
+        ("[1]\n", "line 1: a row is an object, found list"),
         ("", "no row is left to train on; 0 were read$"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,8 @@ def prompts(model: ScriptedModel, role: str) -> Sequence[list[BaseMessage]]:
         ("これは文です。次の", 5, "これは文です。"),
         ("might go on.", 6, None),
         ("no end " * 3 + "no", 8, "no end no end no end"),
+        ("x" * 33, 8, "x" * 32),
+        ("Oh" + "!" * 12 + " Then", 5, "Oh" + "!" * 12),
     ],
 )
 def test_a_block_ends_with_a_sentence_or_a_line_or_else_between_words(
@@ -175,6 +178,18 @@ def test_a_block_ends_with_a_sentence_or_a_line_or_else_between_words(
     end = block_end(text, 0, least)
 
     assert (None if end is None else text[:end]) == block
+
+
+def test_looking_for_the_end_of_a_block_takes_time_in_proportion_to_the_text() -> None:
+    def seconds(characters: int) -> float:
+        marks = "!" * characters
+        started = time.process_time()
+        for _ in range(20):
+            block_end(marks, 0, 80)
+        return time.process_time() - started
+
+    # Forty times as many once took 1,600 times as long.
+    assert min(seconds(20_000) for _ in range(3)) < 400 * max(min(seconds(500) for _ in range(3)), 1e-5)
 
 
 # --- relay ---------------------------------------------------------------------------------------------

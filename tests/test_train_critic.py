@@ -269,6 +269,19 @@ def test_a_classifiers_forward_passes_are_counted(classifier: Path) -> None:
     assert [(call.role, call.kind) for call in calls.made] == [("critique", "forward")]
 
 
+def test_a_forward_pass_that_fails_is_recorded(classifier: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(classifier, tmp_path / "mine")
+    (folder / "model" / "model.safetensors").unlink()
+    calls = Calls(Budget())
+
+    with pytest.raises(ModelError):
+        asyncio.run(TrainedCritic(folder).critique(asked("x"), RULES, calls, explain=False))
+
+    (call,) = calls.made
+    assert (call.role, call.kind, call.input_tokens) == ("critique", "forward", None)
+    assert (call.error or "").startswith("ModelError: ")
+
+
 def test_what_it_cannot_read_is_never_said_to_comply(classifier: Path) -> None:
     critic = TrainedCritic(classifier)
     of_tools = principle("no-poison", "harmless", tools=True)

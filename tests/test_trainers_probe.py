@@ -182,7 +182,7 @@ def test_a_calibration_error_is_no_matter_of_the_order_and_shows_what_chance_mak
     read = chance.beta(1, 2, 100)
     found = figures.calibration("harm", "x", read, (chance.random(100) < read).astype(int))
     assert 0.03 < found.low < found.value < found.high < 0.2
-    (line,) = figures.table([found.rounded()])[2:]
+    (line,) = figures.table([found.rounded()]).splitlines()[2:]
     assert "| 0.091 | calibrated: 0.05" in line
 
 

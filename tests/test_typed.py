@@ -334,6 +334,16 @@ def test_json_that_is_asked_for_anywhere_is_revised_as_json(where: str, wanted: 
     assert json.loads(said.text) == {"city": "Oslo"}
 
 
+def test_a_call_that_takes_the_models_own_json_mode_back_is_answered_in_words() -> None:
+    class Own(ScriptedModel):
+        model_kwargs: dict[str, Any] = JSON_MODE
+
+    says = by_role(draft="the draft", critique=flags("no-harm", answers=["the draft"]), revise="In words.")
+    guarded = constitutional(Own(replies=says.replies), constitution=RULES, log=None)
+
+    assert guarded.invoke("hello", response_format=None).text == "In words."
+
+
 def test_a_refusal_in_json_mode_is_raised() -> None:
     model = by_role(draft='{"city": "the draft"}', critique=verdicts("no-harm"), revise="I would rather not.")
     bound = constitutional(model, constitution=RULES, log=None).bind(**JSON_MODE)

@@ -11,7 +11,7 @@ import numpy
 import pytest
 from test_policy_model import reward_model
 
-from cai_graph.errors import ConfigError, ModelError
+from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers.rewards import parse
 from trainers.watch import Decision, Watch, WatchConfig
 from trainers.watch.figures import boilerplate
@@ -366,6 +366,17 @@ def test_a_watch_goes_on_after_an_interrupt_and_forgets_what_the_run_repeats(tmp
     for name, steps in (("watch.jsonl", [0, 1, 2, 3, 4]), ("heldout.jsonl", [0, 2, 4])):
         lines = (tmp_path / name).read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == steps
+
+
+@pytest.mark.parametrize("name", ["watch.jsonl", "heldout.jsonl"])
+def test_a_damaged_line_of_the_watch_is_named_and_stays(tmp_path: Path, name: str) -> None:
+    watch_of(tmp_path, Policy(0).sample).observe(step=0, kl=0.0, entropy=1.0)
+    damaged = '{"step": 0, "kl"\n' + (tmp_path / name).read_text()
+    (tmp_path / name).write_text(damaged)
+
+    with pytest.raises(DataError, match=rf"{name} line 1: no JSON: .*; name a new output folder"):
+        watch_of(tmp_path, Policy(0).sample)
+    assert (tmp_path / name).read_text() == damaged
 
 
 def test_a_watch_that_could_not_tell_anything_is_refused(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ import msgspec
 import yaml
 
 from cai_graph.digests import sha256_of
-from cai_graph.errors import ConfigError, DataError, ModelError
+from cai_graph.errors import DataError, ModelError
 from trainers import whole
+from trainers.markdown import table
 
 __all__ = ["MANIFEST", "Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "versions"]
 
@@ -164,7 +165,7 @@ def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
         ConfigError: the folder is there already.
         ModelError: it cannot be written, or there are no weights.
     """
-    _absent(folder)
+    whole.absent(folder)
     if not _weights(written):
         raise ModelError(f"{written}: no weights were written there, so no checkpoint can be made of it")
     try:
@@ -230,17 +231,12 @@ def hardware() -> str:
 # --- writing ------------------------------------------------------------------------------------------
 
 
-def _absent(folder: Path) -> None:
-    if folder.exists():
-        raise ConfigError(f"{folder}: is there already; name a new folder, or remove it first")
-
-
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """Give a folder that becomes `folder` when the body ends, or goes away."""
     from safetensors import SafetensorError
 
-    _absent(folder)
+    whole.absent(folder)
     try:
         with whole.folder(folder) as work:
             yield work
@@ -314,24 +310,15 @@ def _card(name: str, manifest: Manifest) -> str:
         "versions": ", ".join(f"{key} {one}" for key, one in manifest.versions.items()),
     }
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {name}\n",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}",
         f"Trained by the stage `{manifest.stage}` of cai_graph from `{manifest.base}`. The figures below are "
-        "of training alone; they say nothing of quality, which `cai evaluate` measures.\n",
-        _table("", "", facts),
-        f"## Config\n\n{_table('key', 'value', manifest.config)}",
+        "of training alone; they say nothing of quality, which `cai evaluate` measures.",
+        table(("", ""), facts.items()),
+        "## Config",
+        table(("key", "value"), manifest.config.items()),
     ]
     if manifest.metrics:
-        figures = {key: f"{value:.6g}" for key, value in sorted(manifest.metrics.items())}
-        parts.append(f"## Figures of training\n\n{_table('figure', 'last value', figures)}")
-    return "\n".join(parts)
-
-
-def _table(left: str, right: str, pairs: Mapping[str, Any]) -> str:
-    lines = [f"| {left} | {right} |", "|---|---|"]
-    lines += [f"| {_cell(key)} | {_cell(value)} |" for key, value in pairs.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+        figures = [(key, f"{value:.6g}") for key, value in sorted(manifest.metrics.items())]
+        parts += ["## Figures of training", table(("figure", "last value"), figures)]
+    return "\n\n".join(parts) + "\n"

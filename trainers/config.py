@@ -1,4 +1,9 @@
-"""Configs of stages: a frozen dataclass out of YAML and settings, with errors that name the place."""
+"""Configs of stages: a frozen dataclass out of YAML and settings, with errors that name the place.
+
+read, plain            a config out of a file and settings, and as JSON
+at_least, above        bounds of its numbers
+require                packages that a stage needs
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,16 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import yaml
 
-from cai_graph.errors import ConfigError
+from cai_graph.errors import ConfigError, MissingExtra
 
-__all__ = ["plain", "read"]
+__all__ = ["above", "at_least", "plain", "read", "require"]
 
 C = TypeVar("C")
 
@@ -65,6 +71,39 @@ def plain(config: Any) -> dict[str, Any]:
     # msgspec writes what an object holds itself, and defaults may stand at its class.
     found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(dataclasses.asdict(config), enc_hook=str))
     return found
+
+
+def at_least(least: float, config: object, *names: str) -> None:
+    """Make sure that fields of a config are numbers from `least`; None passes.
+
+    Raises:
+        ConfigError: one is not; names it.
+    """
+    for name in names:
+        if (found := getattr(config, name)) is not None and not found >= least:
+            raise ConfigError(f"{name} is a number from {least}, found {found!r}")
+
+
+def above(bound: float, config: object, *names: str) -> None:
+    """Make sure that fields of a config are numbers above `bound`.
+
+    Raises:
+        ConfigError: one is not; names it.
+    """
+    for name in names:
+        if not (found := getattr(config, name)) > bound:
+            raise ConfigError(f"{name} is a number above {bound}, found {found!r}")
+
+
+def require(needed_by: str, *packages: str) -> None:
+    """Make sure that packages of the extra `train` are installed.
+
+    Raises:
+        MissingExtra: one is not; says that `needed_by` needs it.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtra(needed_by, package, "train")
 
 
 def _custom(wanted: type, value: Any) -> Any:

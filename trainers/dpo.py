@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from cai_graph.errors import ConfigError
 from trainers.checkpoint import Checkpoint
+from trainers.config import above, at_least
 from trainers.stages import Run, StageConfig, run
 from trainers.stages.encoding import Encoder, Row, Shape
 from trainers.stages.soft import READS, Labelled, label_of, soft_loss
@@ -33,10 +33,8 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.beta > 0:
-            raise ConfigError(f"beta is a number above 0, found {self.beta!r}")
-        if self.sft_weight < 0:
-            raise ConfigError(f"sft_weight is a number from 0, found {self.sft_weight!r}")
+        above(0, self, "beta")
+        at_least(0, self, "sft_weight")
 
 
 def train(config: Config) -> Checkpoint:

@@ -5,19 +5,17 @@
     implicit     {"chosen", "rejected"}, as lists of messages or texts that begin alike
     unpaired     {"prompt", "completion", "label": true or false}
 
-The last three are the shapes that TRL reads. A file is JSONL, JSON (an array) or Parquet, and the first two
-may be compressed (`.gz`). A pair becomes a Trajectory of the mode `imported`, whose draft is the rejected
-answer and whose accepted revision is the chosen one; a row with `p_chosen` gets a Comparison besides. An
-answer with a label becomes a draft with a verdict.
+The last three are the shapes that TRL reads, and a file is one that `trainers.tables` reads. A pair becomes
+a Trajectory of the mode `imported`, whose draft is the rejected answer and whose accepted revision is the
+chosen one; a row with `p_chosen` gets a Comparison besides. An answer with a label becomes a draft with a
+verdict.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -26,7 +24,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from cai_graph.errors import ConfigError, DataError, MissingExtra
+from cai_graph.errors import DataError
 from cai_graph.log import Redactor, open_log
 from cai_graph.log.transfer import IMPORTED, BrokenLine, content_id
 from cai_graph.messages import from_langchain
@@ -44,10 +42,10 @@ from cai_graph.trajectory import (
     now,
     text_of,
 )
+from trainers import tables
 
 __all__ = ["Imported", "dialogue", "import_preferences", "read_preferences"]
 
-_SUFFIXES = ".jsonl, .ndjson, .json, .jsonl.gz, .json.gz or .parquet"
 _WINDOW = 500
 _FIELDS = ("prompt", "chosen", "rejected", "completion", "label", "p_chosen", "messages")
 
@@ -139,81 +137,14 @@ def read_preferences(path: str | os.PathLike[str], name: str | None = None) -> I
     """Yield each row of a preference set, in order. See `import_preferences` for what is raised."""
     source = Path(path)
     called = name or source.name.partition(".")[0]
-    for line, row in _rows(source):
-        if isinstance(row, str):
-            yield BrokenLine(line, row)
+    for line, row in tables.each(source):
+        if isinstance(row, DataError):
+            yield BrokenLine(line, str(row))
             continue
         try:
             yield _imports(line, row, called)
         except DataError as error:
             yield BrokenLine(line, str(error))
-
-
-# --- files --------------------------------------------------------------------------------------------
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield line and row, or what is wrong with it."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    zipped = suffixes[-1:] == [".gz"]
-    kind = suffixes[-2:-1] if zipped else suffixes[-1:]
-    if kind == [".parquet"] and not zipped:
-        yield from _parquet(path)
-    elif kind and kind[0] in (".jsonl", ".ndjson", ".json"):
-        yield from _json(path, zipped=zipped)
-    else:
-        raise ConfigError(f"{path}: the name does not say how it is written; end it in {_SUFFIXES}")
-
-
-def _json(path: Path, *, zipped: bool) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    try:
-        with gzip.open(path, "rb") if zipped else path.open("rb") as file:
-            number = 0
-            for number, line in enumerate(file, 1):
-                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if not text.strip():
-                    continue
-                if number == 1 and text.lstrip().startswith(b"["):
-                    yield from _array(path, text + file.read())
-                    return
-                try:
-                    yield number, _object(json.loads(text))
-                except (ValueError, RecursionError) as error:
-                    yield number, f"not JSON: {error}"
-    except (EOFError, zlib.error) as error:
-        yield number + 1, f"the compressed file is cut off or damaged: {error}"
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _array(path: Path, text: bytes) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON array: {error}") from error
-    for number, row in enumerate(rows, 1):
-        yield number, _object(row)
-
-
-def _object(row: object) -> dict[str, Any] | str:
-    return row if isinstance(row, dict) else f"a row is an object, found {type(row).__name__}"
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtra("a Parquet file", "pyarrow", "train") from error
-    try:
-        number = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_WINDOW):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from error
 
 
 # --- rows ---------------------------------------------------------------------------------------------

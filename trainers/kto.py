@@ -11,6 +11,7 @@ from typing import Any
 
 from cai_graph.errors import ConfigError, DataError
 from trainers.checkpoint import Checkpoint
+from trainers.config import above
 from trainers.stages import Run, StageConfig, run
 from trainers.stages.encoding import Encoder, Row, Shape
 
@@ -34,9 +35,7 @@ class Config(StageConfig):
         super().__post_init__()
         if self.batch_size < 2:
             raise ConfigError("batch_size 1: KTO pairs each prompt with another one's answer; set 2 or more")
-        for name in ("beta", "desirable_weight", "undesirable_weight"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is a number above 0, found {getattr(self, name)!r}")
+        above(0, self, "beta", "desirable_weight", "undesirable_weight")
 
 
 def train(config: Config) -> Checkpoint:

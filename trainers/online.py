@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cai_graph.errors import CaiError, ConfigError
 from trainers import whole
 from trainers.checkpoint import Checkpoint
+from trainers.config import above, at_least
 from trainers.policy import Messages, Policy, sample
 from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, folders, parse
 from trainers.stages import Run, StageConfig, run
@@ -99,10 +100,8 @@ class Config(StageConfig):
                 f"max_answer is a number from 1 to below max_tokens {self.max_tokens}, found "
                 f"{self.max_answer!r}"
             )
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature is a number above 0, found {self.temperature!r}")
-        if self.beta < 0:
-            raise ConfigError(f"beta is a number from 0, found {self.beta!r}")
+        above(0, self, "temperature")
+        at_least(0, self, "beta")
 
     def check_processes(self, count: int) -> None:
         """Make sure that an update can be shared out among so many processes.

@@ -10,11 +10,11 @@ of its own tokenizer, so a policy and its reward model may come from different f
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError, MissingExtra
 from trainers.checkpoint import Checkpoint
@@ -31,12 +31,14 @@ __all__ = [
     "Sample",
     "batch_of",
     "device_of",
+    "four_bits",
     "load_policy",
     "load_reward",
     "prompt_ids",
     "sample",
     "sample_each",
     "score",
+    "score_ids",
 ]
 
 Messages = list[dict[str, Any]]
@@ -120,7 +122,7 @@ def load_policy(
     """
     settings: dict[str, Any] = {}
     if quantized:
-        settings = {"quantization_config": _four_bits(), "device_map": {"": device_of(device)}}
+        settings = {"quantization_config": four_bits("bfloat16"), "device_map": {"": device_of(device)}}
     loaded, tokenizer = _load("AutoModelForCausalLM", model, dtype, device, **settings)
     policy = Policy(loaded, tokenizer)
     if not policy.stops:
@@ -183,20 +185,23 @@ def _load(kind: str, model: str | Path, dtype: str, device: str | None, **settin
     return loaded.eval(), tokenizer
 
 
-def _four_bits() -> Any:
-    try:
-        importlib.import_module("bitsandbytes")
-        import torch
-        from transformers import BitsAndBytesConfig
-    except ImportError as error:
+def four_bits(computed_in: Literal["bfloat16", "float32"]) -> Any:
+    """Return transformers' config of weights that are held in 4 bits (Dettmers et al. 2023).
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "4 bits need bitsandbytes; pip install bitsandbytes, or leave quantized out"
-        ) from error
+            "quantized: 4 bits need bitsandbytes; pip install bitsandbytes, or leave quantized out"
+        )
+    from transformers import BitsAndBytesConfig
+
     return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=computed_in,
     )
 
 
@@ -407,8 +412,6 @@ def score(
     Raises:
         DataError: a conversation does not fit the chat template.
     """
-    import torch
-
     model, tokenizer = reward_model.model, reward_model.tokenizer
     room = getattr(model.config, "max_position_embeddings", None)
     rows = [
@@ -417,13 +420,23 @@ def score(
         )[-(room or 0) :]
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
+    return score_ids(model, rows, pad=model.config.pad_token_id, batch_size=batch_size, device=model.device)
+
+
+def score_ids(
+    model: Any, rows: Sequence[Sequence[int]], *, pad: int, batch_size: int, device: torch.device
+) -> list[float]:
+    """Return the one output of a sequence classifier for each row of tokens, in order.
+
+    Rows of about the same length are read together, so that little is padding.
+    """
+    import torch
+
     scores = [0.0] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for start in range(0, len(rows), batch_size):
         chosen = by_length[start : start + batch_size]
-        ids, mask = batch_of(
-            [rows[n] for n in chosen], pad=model.config.pad_token_id, left=False, device=model.device
-        )
+        ids, mask = batch_of([rows[number] for number in chosen], pad=pad, left=False, device=device)
         with torch.no_grad():
             logits = model(input_ids=ids, attention_mask=mask).logits
         for number, value in zip(chosen, logits[:, 0].float().tolist(), strict=True):

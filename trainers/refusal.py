@@ -12,8 +12,8 @@ from typing import NamedTuple
 from cai_graph import bridge
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.probe import Probe
-from trainers.dataset.heldout import prompts_in
 from trainers.policy import Messages
+from trainers.tables import prompts_in
 
 __all__ = ["REFUSAL", "Evades", "benign_prompts", "by_opening", "by_probe", "evasion", "opens_with_refusal"]
 

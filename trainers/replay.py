@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import heapq
 import json
-import os
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,15 +19,17 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from cai_graph import local
-from cai_graph.calls import Budget, Calls, describe
+from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.failures import is_about_all_rows
 from cai_graph.log import Filters, Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.prompts import Exchange
-from cai_graph.together import is_about_all_rows, side_by_side, until
+from cai_graph.together import side_by_side, until
 from cai_graph.trajectory import Critique, Label, Message, Outcome, Trajectory, text_of
+from trainers import lines
 from trainers.feedback.positions import Share
 
 __all__ = ["Answer", "Change", "Example", "Judged", "Replay", "Report", "answers_of", "standing"]
@@ -38,9 +39,6 @@ Standing = Literal["violates", "complies", "unreadable", "unjudged"]
 
 Change = Literal["newly violates", "cleared", "now unreadable"]
 """`newly violates`: complied in the log. `cleared`: violated in the log and complies now."""
-
-_SECONDS = 3600.0
-"""Deadline of one judgement. Nobody waits for it, and a slow machine may need it."""
 
 
 class Answer(NamedTuple):
@@ -172,7 +170,7 @@ class Replay:
         shaping = {"constitution": constitution.digest, "critic": critic.name}
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
         self.path = kept or local.cache_dir() / "replay" / f"{digest[:16]}.jsonl"
-        self._kept = _Kept(self.path, shaping)
+        self._kept = _Judgements(self.path, shaping)
         self.report = Report(examples=examples)
         self.total = self.done = 0
         for answer in self._answers():
@@ -180,10 +178,6 @@ class Replay:
             if (critique := self._kept.get(answer.key)) is not None:
                 self.done += 1
                 self._count(answer, critique)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._kept.close()
 
     async def results(
         self, concurrency: int, *, stopped: Callable[[], bool] = lambda: False
@@ -206,7 +200,7 @@ class Replay:
 
     async def _judge(self, answer: Answer) -> Judged:
         try:
-            calls = Calls(Budget(seconds=_SECONDS))
+            calls = Calls(Budget(seconds=UNATTENDED_SECONDS))
             critique = await self._critic.critique(answer.exchange, self._rules, calls, explain=False)
         except Exception as error:
             if is_about_all_rows(error):
@@ -242,54 +236,44 @@ class Replay:
         )
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)  # critics quote what users wrote
-
-
-class _Kept:
+class _Judgements:
     """Judgements in a file: what it belongs to on the first line, then one a line."""
 
     def __init__(self, path: Path, belongs: Mapping[str, str]) -> None:
+        self._path = path
         self._found: dict[str, Critique] = {}
-        head = json.dumps({"replay": belongs}, sort_keys=True).encode("ascii") + b"\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            data = path.read_bytes() if path.exists() else b""
-            whole = data[: data.rfind(b"\n") + 1]  # a line that a kill cut off; its answer is judged again
-            if not head.startswith(data):
-                self._read(path, whole, belongs)
-            self._file = open(path, "ab", buffering=0, opener=_private)  # noqa: SIM115 - `close`
-            self._file.truncate(len(whole))
-            if not whole:
-                self._file.write(head)
+            if path.exists():
+                self._check(belongs)  # before a torn line is cut off: the file may be somebody else's
+            rows = lines.resume(path, "name another file")
+            if not rows:
+                lines.append(path, {"replay": belongs}, mode=0o600)  # critics quote what users wrote
+            for row in rows[1:]:
+                self._found[row["answer"]] = msgspec.convert(row["critique"], Critique)
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror}") from error
-
-    def _read(self, path: Path, data: bytes, belongs: Mapping[str, str]) -> None:
-        try:
-            first, *lines = data.splitlines()
-            head = json.loads(first)["replay"]
-            for line in lines:
-                row = json.loads(line)
-                self._found[row["answer"]] = msgspec.convert(row["critique"], Critique)
         except (ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
             raise DataError(
                 f"{path}: holds no judgements of a replay ({error}); name another file"
             ) from error
-        if head != dict(belongs):
-            other = "constitution" if head.get("constitution") != belongs["constitution"] else "critic"
-            raise ConfigError(f"{path}: belongs to a replay with another {other}; name another file")
 
-    def close(self) -> None:
-        self._file.close()
+    def _check(self, belongs: Mapping[str, str]) -> None:
+        with self._path.open("rb") as file:
+            first = file.readline()
+        if lines.text([{"replay": belongs}]).encode().startswith(first):  # a kill may have cut it off
+            return
+        head = json.loads(first)["replay"]
+        if head != belongs:
+            other = "constitution" if head.get("constitution") != belongs["constitution"] else "critic"
+            raise ConfigError(f"{self._path}: belongs to a replay with another {other}; name another file")
 
     def get(self, key: str) -> Critique | None:
         return self._found.get(key)
 
     def add(self, key: str, critique: Critique) -> None:
         self._found[key] = critique
-        row = {"answer": key, "critique": msgspec.to_builtins(critique)}
-        self._file.write(json.dumps(row).encode("ascii") + b"\n")
+        lines.append(self._path, {"answer": key, "critique": msgspec.to_builtins(critique)})
 
 
 # --- what changes -------------------------------------------------------------------------------------
@@ -459,11 +443,10 @@ def _labels(critique: Critique | None) -> dict[str, Label]:
 def _example(answer: Answer, critique: Critique | None) -> Example:
     violated = [] if critique is None else [v for v in critique.verdicts if v.label is Label.VIOLATES]
     reasons = [verdict.reason for verdict in violated if verdict.reason]
-    asked = next((text_of(m) for m in reversed(answer.exchange.messages) if m.role == "user"), "")
     return Example(
         answer.trajectory_id,
         answer.of,
-        asked,
+        answer.exchange.request,
         text_of(answer.exchange.answer),
         tuple(verdict.about for verdict in violated),
         " ".join(reasons) or ("" if critique is None else critique.reasoning),

@@ -26,8 +26,8 @@ from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, ProbeCritic, critic_for
 from cai_graph.errors import CaiError, ConfigError
+from cai_graph.failures import is_about_all_rows
 from cai_graph.prompts import Exchange
-from cai_graph.together import is_about_all_rows
 from cai_graph.trained import TrainedCritic
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
@@ -46,6 +46,7 @@ __all__ = [
     "folders",
     "parse",
     "sources",
+    "spelled_out",
 ]
 
 Spec = str | list[str] | dict[str, str]
@@ -274,8 +275,8 @@ class JudgeReward:
 
 # --- from a config ------------------------------------------------------------------------------------
 
-_CONSTITUTION = "balanced"
-"""The constitution of a judge that names none."""
+_KINDS = ("judge", "critic")
+"""Who is asked about each answer."""
 
 
 def parse(spec: Spec | Mapping[str, str], *, device: str | None = None) -> Reward:
@@ -296,30 +297,43 @@ def parse(spec: Spec | Mapping[str, str], *, device: str | None = None) -> Rewar
     Raises:
         ConfigError: it names nothing that there is; says what was found.
     """
+    spec = spelled_out(spec)
     if isinstance(spec, str):
-        kind, colon, rest = spec.partition(":")
-        if colon and kind in ("judge", "critic"):
-            return parse({kind: rest})
         if Path(spec).expanduser().is_dir():
             return ModelReward(Path(spec).expanduser(), device=device)
-        if colon and all(part.isidentifier() for part in [*kind.split("."), *rest.split(".")]):
+        module, _, name = spec.partition(":")
+        if all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
             return FunctionReward(_function(spec), spec)
         raise ConfigError(
             f"reward {spec!r}: is no folder with a reward model, no judge:MODEL or critic:MODEL, and no "
             "package.module:function"
         )
-    if isinstance(spec, Mapping):
-        kinds = [kind for kind in ("judge", "critic") if kind in spec]
-        if len(kinds) != 1 or set(spec) - {kinds[0], "constitution"}:
+    if isinstance(spec, dict):
+        kinds = [kind for kind in _KINDS if kind in spec]
+        if len(kinds) != 1 or len(spec) != 2:
             raise ConfigError(
                 f"reward {dict(spec)!r}: write {{judge: MODEL, constitution: NAME}}, or critic for judge"
             )
-        rules = constitution.load(spec.get("constitution", _CONSTITUTION))
+        rules = constitution.load(spec["constitution"])
         model = spec[kinds[0]]
         who: Judge | Critic = Judge(model) if kinds[0] == "judge" else critic_for(model)
-        is_local = model.partition(":")[0] == "local"
-        return JudgeReward(who, rules, concurrency=local.CONVERSATIONS // 2 if is_local else 16)
+        at_once = 16 if local.name_in(model) is None else local.CONVERSATIONS // 2
+        return JudgeReward(who, rules, concurrency=at_once)
     return EnsembleReward([parse(member, device=device) for member in spec])
+
+
+def spelled_out(spec: Spec | Mapping[str, str]) -> Spec:
+    """Return a spec with a judge or critic as a mapping that names its constitution; any other as it is.
+
+    >>> spelled_out("judge:local")
+    {'constitution': 'balanced', 'judge': 'local'}
+    """
+    if isinstance(spec, str):
+        kind, colon, model = spec.partition(":")
+        if not colon or kind not in _KINDS:
+            return spec
+        spec = {kind: model}
+    return {"constitution": "balanced", **spec} if isinstance(spec, Mapping) else spec
 
 
 def sources(reward: Reward) -> frozenset[str]:

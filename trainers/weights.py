@@ -1,5 +1,6 @@
 """Weights of the embedded engine, and weights that can be trained: GGUF files and safetensors folders.
 
+path_of(spec)                   the folder or file of one's own that a model spec names
 resolve(model)                  a folder that transformers loads; a GGUF file is dequantised into the cache
 source_of(folder)               the GGUF file that a folder's weights go back to
 to_gguf(folder, source, target) the way back: the metadata of `source` with the tensors of `folder`
@@ -22,7 +23,7 @@ from trainers import whole
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Precision", "export", "resolve", "source_of", "to_gguf"]
+__all__ = ["Precision", "export", "is_hub_name", "path_of", "quietly", "resolve", "source_of", "to_gguf"]
 
 Precision = Literal["F32", "F16", "Q8_0"]
 """How matrices are stored in a GGUF file: 32, 16 or 8.5 bits a weight. Vectors are always F32."""
@@ -34,6 +35,19 @@ SOURCE = "source.json"
 # does, but for the order of rows in `_rows_for_rope`. Others do not: gemma, say, adds 1 to its norms.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # general.file_type, by llama.h's llama_ftype
+
+
+def path_of(spec: str) -> Path | None:
+    """Return a model spec as the path of a folder or file, PATH or `local:PATH`; nothing need be there.
+
+    None for a model of the catalogue, whatever lies here by its name.
+    """
+    return None if local.model_of(spec) is not None else Path(local.name_in(spec) or spec).expanduser()
+
+
+def is_hub_name(spec: str) -> bool:
+    """Return whether a spec has the form of a name on the model hub, OWNER/NAME."""
+    return spec.count("/") == 1 and not spec.startswith((".", "/", "~"))
 
 
 def resolve(model: str | Path) -> Path:
@@ -49,17 +63,13 @@ def resolve(model: str | Path) -> Path:
         MissingExtra: transformers is not installed.
     """
     spec = str(model)
-    kind, _, name = spec.partition(":")
-    if spec == "local" or (kind == "local" and name):
-        if _known(name) or not Path(name).expanduser().is_dir():
-            return _dequantised(local.weights(name))
-        spec = name  # a checkpoint's folder, as the engine is given it
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    if (path := path_of(spec)) is not None and path.is_dir():
         return _loadable(path)
-    if path.suffix.lower() == ".gguf":
-        return _dequantised(local.weights(str(path)))
-    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+    if (name := local.name_in(spec)) is not None:
+        return _dequantised(local.weights(name))
+    if spec.lower().endswith(".gguf"):
+        return _dequantised(local.weights(spec))
+    if is_hub_name(spec):
         return _from_hub(spec)
     raise ConfigError(
         f"{spec!r} is no folder with weights; name one, a local model such as 'local:smollm2' or "
@@ -81,10 +91,11 @@ def source_of(folder: Path) -> Path:
         base = _base(folder)
         if base is None:
             break
-        kind, _, name = base.partition(":")
-        if base == "local" or base.lower().endswith(".gguf") or (kind == "local" and _known(name)):
-            return local.weights(name if kind == "local" else base)
-        folder = Path(name if kind == "local" else base).expanduser()
+        path = path_of(base)
+        if path is None or path.suffix.lower() == ".gguf":
+            name = local.name_in(base)
+            return local.weights(base if name is None else name)
+        folder = path
         if not folder.exists():
             raise ConfigError(
                 f"{start}: was trained from {base}, which is not found from here ({Path.cwd()}); go to where "
@@ -218,7 +229,7 @@ def _dequantise(path: Path, folder: Path, sha256: str) -> None:
     except ImportError as error:
         raise MissingExtra("weights to train", "transformers", "train") from error
     try:
-        with whole.folder(folder) as work, _quietly():
+        with whole.folder(folder) as work, quietly():
             given: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
             model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **given)
             # transformers holds the model for quantised still, and would refuse to save it.
@@ -235,8 +246,8 @@ def _dequantise(path: Path, folder: Path, sha256: str) -> None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers' notes on a GGUF file (it will be dequantised) off the terminal; errors pass."""
+def quietly() -> Iterator[None]:
+    """Keep transformers' notes (a GGUF file is dequantised, a head is new) off the terminal; errors pass."""
     from transformers.utils import logging
 
     quiet: Any = logging
@@ -262,10 +273,6 @@ def _from_hub(name: str) -> Path:
             f"{name!r} is no folder here, and the model hub did not give it: {error}; a local model is "
             "written 'local:NAME'"
         ) from error
-
-
-def _known(name: str) -> bool:
-    return any(model.name == name for model in local.CATALOGUE)
 
 
 def _loadable(folder: Path) -> Path:

@@ -10,12 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cai_graph.errors import ConfigError
 from cai_graph.whole import file, sync_folder, write
 
-__all__ = ["file", "folder", "sync", "sync_folder", "write"]
+__all__ = ["absent", "file", "folder", "sync", "sync_folder", "write"]
 
 _MARK = ".unfinished"
 """In a folder under way: a file that the process that writes it has locked."""
+
+
+def absent(path: Path) -> None:
+    """Make sure that nothing stands where a folder is to be made.
+
+    Raises:
+        ConfigError: something does.
+    """
+    if path.exists():
+        raise ConfigError(f"{path}: is there already; name a new folder, or remove it first")
 
 
 @contextmanager

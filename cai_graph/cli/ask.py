@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cai_graph.cli.console import DEFAULT_LOG, err, group, out
-from cai_graph.cli.model import critic_of, fetch, foreign, loaded
 from cai_graph.cli.options import (
     AsJson,
     Candidates,
@@ -29,6 +28,7 @@ from cai_graph.cli.options import (
     Strong,
     Threshold,
 )
+from cai_graph.cli.specs import critic_of, fetch, foreign, loaded
 
 if TYPE_CHECKING:
     from cai_graph.chain import ConstitutionalChatModel

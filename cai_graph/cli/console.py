@@ -10,7 +10,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -19,6 +19,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
+
+    from cai_graph.log.transfer import BrokenLine
 
 FAILED, SKIPPED, INTERRUPTED = 1, 3, 130
 """Exit statuses: an error or a failed check, some rows skipped, Ctrl-C."""
@@ -112,6 +114,16 @@ def complain(sentence: str) -> None:
     err.print(Text(show.clean(sentence), "red"), soft_wrap=True)
 
 
+def imported(sentence: str, broken: Iterable[BrokenLine]) -> None:
+    """Tell which lines of a file were skipped and what became of the others; exit with 3 where any was."""
+    skipped = [f"line {line} skipped: {what}" for line, what in broken]
+    for each in skipped:
+        complain(each)
+    note(sentence)
+    if skipped:
+        raise typer.Exit(SKIPPED)
+
+
 def is_attended() -> bool:
     """Return whether somebody sits at a terminal, who can be asked."""
     return err.is_terminal and sys.stdin is not None and sys.stdin.isatty()
@@ -124,11 +136,18 @@ def log_option(log: str) -> str:
     return "" if log == DEFAULT_LOG else f" --log {shlex.quote(without_password(log))}"
 
 
-def this_command() -> str:
-    """Return the command that was typed."""
+def again() -> str:
+    """Return the word and the command that was typed, to end a sentence that asks to type it once more."""
     from cai_graph.log import without_password
 
-    return shlex.join(["cai", *(without_password(word) if "://" in word else word for word in sys.argv[1:])])
+    words = [without_password(word) if "://" in word else word for word in sys.argv[1:]]
+    same = " with the same input" if "-" in words else ""  # standard input is over
+    return f"again{same}: {shlex.join(['cai', *words])}"
+
+
+def interrupted() -> KeyboardInterrupt:
+    """Return what ends a command that Ctrl-C stopped, and says that the same one goes on where it stopped."""
+    return KeyboardInterrupt(f"interrupted; to go on, type {again()}")
 
 
 @contextlib.contextmanager
@@ -137,7 +156,7 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; to go on, type again: {this_command()}") from None
+        raise interrupted() from None
 
 
 @contextlib.contextmanager
@@ -168,14 +187,17 @@ def bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def measured(what: str, column: ProgressColumn) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a long piece of work is: gives what is told (done, in all); silent until it is."""
+def measured(what: str, column: ProgressColumn | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a long piece of work is: gives what is told (done, in all); silent until it is.
+
+    The column shows both numbers; None: as a count.
+    """
     from rich import progress
 
     bar = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
-        column,
+        column or progress.MofNCompleteColumn(),
         progress.TimeRemainingColumn(),
         console=err,
     )

@@ -83,11 +83,23 @@ def constitution_diff(a: Named, b: Named, as_json: AsJson = False) -> None:
         return
     for difference in found:
         about = " ".join(filter(None, (difference.principle, difference.field)))
-        out.print(Text(show.clean(f"{difference.change} {about}"), "bold"))
+        part = "" if difference.part is None else f": {show.one_line(difference.part, 80)}"
+        out.print(Text(show.clean(f"{difference.change} {about}{part}"), "bold"))
         if difference.change == "changed":
-            out.print(show.word_diff(str(difference.before), str(difference.after)))
+            out.print(show.word_diff(_said(difference.before), _said(difference.after)))
     if not found:
         out.print(Text("no difference"))
+
+
+def _said(value: object) -> str:
+    """Return a field's value as people read it."""
+    from pydantic import BaseModel
+
+    if isinstance(value, tuple):
+        return "\n".join(map(_said, value))
+    if isinstance(value, BaseModel):  # an example, or the texts of a principle
+        return "\n".join(f"{name}: {text}" for name, text in value if text is not None)
+    return "none" if value is None else str(value)
 
 
 @commands.command("schema", epilog="Example: cai constitution schema > constitution.schema.json")

@@ -10,8 +10,8 @@ import typer
 from rich.text import Text
 
 from cai_graph.cli.console import DEFAULT_LOG, group, measured, note, out, print_json
-from cai_graph.cli.model import fetch, foreign, judging, width
 from cai_graph.cli.options import AsJson, Concurrency, LogUrl, Since, Source, Tag, option
+from cai_graph.cli.specs import fetch, foreign, judging, width
 
 if TYPE_CHECKING:
     from cai_graph.calibration import Calibration, Judged
@@ -48,8 +48,6 @@ def calibrate(
     or with a sample, or, with --cheap, those that the strong critic judged in the log. Exits with 1 where
     they are too few for the miss rate.
     """
-    from rich.progress import MofNCompleteColumn
-
     from cai_graph import calibration, show
     from cai_graph import constitution as constitutions
     from cai_graph.cascades import probabilistic
@@ -64,7 +62,7 @@ def calibrate(
             judged = calibration.logged(opened, filters)
         else:
             fetch(cheap)
-            with foreign(cheap), measured("judging", MofNCompleteColumn()) as tell:
+            with foreign(cheap), measured("judging") as tell:
                 work = calibration.rejudged(
                     opened,
                     probabilistic(judging(cheap)),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cai_graph.cli.console import DEFAULT_LOG, SKIPPED, complain, group, note, out, print_json
+from cai_graph.cli.console import DEFAULT_LOG, group, imported, note, out, print_json
 from cai_graph.cli.options import AsJson, LogUrl, option
 from cai_graph.errors import ConfigError
 
@@ -35,8 +35,9 @@ def dataset_build(
     kind: Annotated[KindName, option("--kind -k", "Which kind of rows.")],
     output: Annotated[Path, option("--output -o", "Folder to make.", "DIR")],
     log: Annotated[
-        list[str] | None, option("--log", "A log by URL, or a JSONL file of records; may be repeated.", "URL")
-    ] = None,
+        list[str],
+        option("--log", "A log by URL, or a JSONL file of records; may be repeated.", "URL"),
+    ] = [DEFAULT_LOG],  # noqa: B006 - a default that --help shows
     test_share: Annotated[float, option("--test-share", "Share of the prompts that go to test.")] = 0.05,
     per_user: Annotated[int | None, option("--per-user", "Most rows of one user.")] = None,
     per_tenant: Annotated[int | None, option("--per-tenant", "Most rows of one tenant.")] = None,
@@ -102,7 +103,7 @@ def dataset_build(
             max_tokens=max_tokens,
             constitutions=tuple(constitution or ()),
         )
-    built = dataset.build(log or [DEFAULT_LOG], output, recipe, format=format, workers=workers, engine=engine)
+    built = dataset.build(log, output, recipe, format=format, workers=workers, engine=engine)
     if as_json:
         print_json(built.ledger.to_json())
     else:
@@ -134,7 +135,7 @@ def _print(ledger: Ledger) -> None:
 
 @commands.command("explain", epilog="Example: cai dataset explain 5f0c… --data preferences")
 def dataset_explain(
-    row_id: Annotated[str, typer.Argument(help="Id of a row.")],
+    row_id: Annotated[str, typer.Argument(metavar="ROW_ID", help="Id of a row.")],
     data: Annotated[Path, option("--data", "Folder of the dataset.", "DIR")],
     log: Annotated[
         list[str] | None, option("--log", "Where the log is now; where it was by default.", "URL")
@@ -171,7 +172,7 @@ def dataset_report(
 
 @commands.command("import", epilog="Example: cai dataset import harmless-base.jsonl.gz --log sqlite:///hh.db")
 def dataset_import(
-    file: Annotated[str, typer.Argument(help="JSONL, JSON or Parquet; may end in .gz.")],
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSONL, JSON or Parquet; may end in .gz.")],
     log: LogUrl = DEFAULT_LOG,
     name: Annotated[str | None, typer.Option(help="What the set is called; else the file's name.")] = None,
 ) -> None:
@@ -183,11 +184,8 @@ def dataset_import(
     from trainers import imports
 
     done = imports.import_preferences(log, file, name=name)
-    for broken in done.broken:
-        complain(f"line {broken.line} skipped: {broken.what}")
-    note(
+    imported(
         f"{show.count(done.pairs, 'pair')} and {show.count(done.answers, 'labelled answer')} added; "
-        f"{done.present:,} were there already; {show.count(len(done.broken), 'line')} skipped"
+        f"{done.present:,} were there already; {show.count(len(done.broken), 'line')} skipped",
+        done.broken,
     )
-    if done.broken:
-        raise typer.Exit(SKIPPED)

@@ -13,8 +13,8 @@ import typer
 from rich.text import Text
 
 from cai_graph.cli.console import err, group, measured, out, resumable
-from cai_graph.cli.model import fetch, foreign
 from cai_graph.cli.options import option
+from cai_graph.cli.specs import fetch, foreign
 
 if TYPE_CHECKING:
     from trainers.distill import Config
@@ -100,14 +100,12 @@ def _duration(seconds: float) -> str:
 @contextlib.contextmanager
 def _progress() -> Iterator[tuple[Any, Any]]:
     """Give what is told of steps, and of the rows inside a step."""
-    from rich.progress import MofNCompleteColumn
-
     with contextlib.ExitStack() as stack:
         bars: dict[str, Any] = {}
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in bars:
-                bars[what] = stack.enter_context(measured(what, MofNCompleteColumn()))
+                bars[what] = stack.enter_context(measured(what))
             bars[what](done, total)
 
         def tell(step: Any, said: str, seconds: float) -> None:

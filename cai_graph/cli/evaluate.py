@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cai_graph.addresses import without_password
 from cai_graph.cli.console import SKIPPED, group, measured, note, out, print_json, resumable
-from cai_graph.cli.model import fetch, foreign, judging, loaded, width
 from cai_graph.cli.options import AsJson, ConstitutionName, option
+from cai_graph.cli.specs import fetch, foreign, judging, loaded, width
 from cai_graph.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
-    from trainers.evaluation.folder import Progress
+    from cai_graph.critic import Critic
     from trainers.evaluation.generations import Subject
-    from trainers.evaluation.grades import Grader
     from trainers.evaluation.refusals import Agreement
-    from trainers.evaluation.suites import Prompt
+    from trainers.evaluation.suites import Prompt, Suite
     from trainers.evaluation.summary import Summary
 
 commands = group("What a model is worth: harmlessness, helpfulness and over-refusal, with intervals.")
@@ -82,12 +81,16 @@ def run(
     from trainers.evaluation.folder import Evaluation
     from trainers.evaluation.suites import read_suite
 
-    files = {"harmlessness": harmlessness, "helpfulness": helpfulness, "over-refusal": over_refusal}
+    files: dict[Suite, Path | None] = {
+        "harmlessness": harmlessness,
+        "helpfulness": helpfulness,
+        "over-refusal": over_refusal,
+    }
     prompts = [
         prompt
         for suite, path in files.items()
         if path is not None
-        for prompt in read_suite(suite, path, limit)  # type: ignore[arg-type]
+        for prompt in read_suite(suite, path, limit)
     ]
     if samples > 1 and temperature == 0:
         raise typer.BadParameter("at temperature 0 all samples are the same; leave --samples or set another")
@@ -100,7 +103,7 @@ def run(
         failed = 0
         for name in models:
             for subject in _subjects(name, about, constitution or [], critic, concurrency):
-                with _shown(f"answers of {subject.name}") as tell, foreign(name):
+                with measured(f"answers of {subject.name}") as tell, foreign(name):
                     failed += await evaluation.generate(subject, samples=samples, progress=tell)
         return failed
 
@@ -182,13 +185,14 @@ def _subjects(
         app, settings = loaded(name, **about), {k: v for k, v in about.items() if k != "seed"}
     at_once = concurrency or width(name)
     seed = about["seed"]
-    yield AppSubject(app, name=name, seed=seed, concurrency=at_once, settings=settings)
+    shown = without_password(name)
+    yield AppSubject(app, name=shown, seed=seed, concurrency=at_once, settings=settings)
     for each in constitutions:
         found = rules.load(each)
         guarded = constitutional(app, constitution=found, critic=critic, log=None)
-        under = {**settings, "constitution": found.digest, "critic": critic}
+        under = {**settings, "constitution": found.digest, "critic": critic and without_password(critic)}
         yield AppSubject(
-            guarded, name=f"{name} under {found.name}", seed=seed, concurrency=at_once, settings=under
+            guarded, name=f"{shown} under {found.name}", seed=seed, concurrency=at_once, settings=under
         )
 
 
@@ -246,11 +250,10 @@ def score(
 
     from cai_graph import constitution as rules
     from cai_graph import show
-    from trainers.evaluation.folder import AIMS, Evaluation
-    from trainers.evaluation.generations import write_whole
+    from trainers.evaluation.folder import AIMS, Evaluation, write_whole
+    from trainers.evaluation.graders import graders_for
     from trainers.evaluation.grades import RewardGrader
     from trainers.evaluation.plots import svgs
-    from trainers.evaluation.refusals import refusals_for
     from trainers.evaluation.summary import summarise
     from trainers.feedback.judge import Judge
 
@@ -262,26 +265,21 @@ def score(
 
     async def work() -> int:
         failed = 0
+        grading = None if critic is None else _critic(critic, by_claim)
         if best_of is not None:
-            with _shown(f"choosing by {best_of}") as tell:
+            with measured(f"choosing by {without_password(best_of)}") as tell:
                 await evaluation.best_of(RewardGrader.of(best_of), tell)
         if self_consistency:
             evaluation.self_consistent()
         for suite in evaluation.suites():
-            graders: list[Grader] = []
-            if suite in AIMS:
-                if critic is not None:
-                    graders.append(_critic(critic, by_claim, found, AIMS[suite]))
-                graders += [RewardGrader.of(each) for each in reward or ()]
-            elif refusals is not None:
-                graders.append(refusals_for(refusals))
+            graders = graders_for(suite, found, critic=grading, reward=reward or (), refusals=refusals)
             for grader in graders:
-                with _shown(f"{suite}, by {grader.name}") as tell:
+                with measured(f"{suite}, by {grader.name}") as tell:
                     failed += await evaluation.grade(suite, grader, tell)
             if judge is not None and suite in AIMS:
                 comparing = Judge(loaded(judge), reasoning=reasoning)
                 at_once = concurrency or width(judge)
-                with _shown(f"{suite}, compared by {judge}") as tell:
+                with measured(f"{suite}, compared by {comparing.name}") as tell:
                     failed += await evaluation.compare(
                         suite, comparing, found, concurrency=at_once, progress=tell
                     )
@@ -302,13 +300,12 @@ def score(
         raise typer.Exit(SKIPPED)
 
 
-def _critic(spec: str, by_claim: bool, constitution: Any, aim: str) -> Grader:
+def _critic(spec: str, by_claim: bool) -> Critic:
     from cai_graph.critic import critic_for
     from trainers.evaluation.claims import ByClaim
-    from trainers.evaluation.grades import CriticGrader
 
     critic = critic_for(judging(spec))
-    return CriticGrader(ByClaim(critic) if by_claim else critic, constitution, aim)
+    return ByClaim(critic) if by_claim else critic
 
 
 def _print(summary: Summary) -> None:
@@ -374,7 +371,7 @@ def agreement(
     rows = classes.read_labelled(files, limit)
     fetch("local" if refusals == "probe" else refusals)
     grader = classes.refusals_for(refusals)
-    with _shown(f"answers read by {grader.name}") as tell, foreign(refusals):
+    with measured(f"answers read by {grader.name}") as tell, foreign(refusals):
         found = asyncio.run(classes.agreement(rows, grader, tell))
     if as_json:
         print_json(found.json())
@@ -399,11 +396,3 @@ def _print_agreement(found: Agreement) -> None:
             ]
         )
     )
-
-
-@contextlib.contextmanager
-def _shown(what: str) -> Iterator[Progress]:
-    from rich.progress import MofNCompleteColumn
-
-    with measured(what, MofNCompleteColumn()) as tell:
-        yield tell

@@ -11,18 +11,19 @@ from rich.text import Text
 
 from cai_graph.cli.console import (
     DEFAULT_LOG,
-    INTERRUPTED,
     SKIPPED,
+    again,
     complain,
     drive,
     group,
+    imported,
+    interrupted,
     note,
     out,
     print_json,
-    this_command,
 )
-from cai_graph.cli.model import fetch, foreign, judging, loaded, width
 from cai_graph.cli.options import AsJson, Concurrency, ConstitutionName, LogUrl, option
+from cai_graph.cli.specs import fetch, foreign, judging, loaded, width
 
 if TYPE_CHECKING:
     from trainers.feedback import Labelled, Labelling
@@ -80,6 +81,9 @@ def label(
 ) -> None:
     """Compare answers of the log, in both orders, and append each comparison to the log.
 
+    Beside the progress, P(A) is how likely A is the better of two answers: the draft, the candidate that was
+    rejected, or the sample that was drawn first.
+
     Type the same command again after an interrupt, and it goes on where it stopped.
     """
     from cai_graph import constitution as constitutions
@@ -131,7 +135,7 @@ def label(
                     failed += 1
                     complain(f"{result.trajectory.id} failed: {result.failed}")
 
-            interrupted = drive(
+            stopped = drive(
                 lambda stopped: job.results(concurrency or width(who), stopped=stopped),
                 job.total - job.done,
                 "trajectories",
@@ -139,12 +143,11 @@ def label(
                 report=report,
             )
     _sum_up(job, as_json)
-    if interrupted:
-        note(f"interrupted; to go on, type again: {this_command()}")
-        raise typer.Exit(INTERRUPTED)
+    if stopped:
+        raise interrupted()
     if failed:
         count = show.count(failed, "trajectory", "trajectories")
-        complain(f"{count} failed; to try again: {this_command()}")
+        complain(f"{count} failed; to try {again()}")
         raise typer.Exit(SKIPPED)
 
 
@@ -232,7 +235,10 @@ def add(
 @commands.command("import", epilog="Example: cai feedback import thumbs.jsonl")
 def import_(
     file: Annotated[
-        str, typer.Argument(help="JSONL with trajectory_id, score and, where known, user, note and at.")
+        str,
+        typer.Argument(
+            metavar="FILE", help="JSONL with trajectory_id, score and, where known, user, note and at."
+        ),
     ],
     log: LogUrl = DEFAULT_LOG,
 ) -> None:
@@ -240,8 +246,4 @@ def import_(
     from cai_graph.log.feedback import import_feedback
 
     done = import_feedback(log, file)
-    for broken in done.broken:
-        complain(f"line {broken.line} skipped: {broken.what}")
-    note(f"{done.added} added; {done.present} were there already")
-    if done.broken:
-        raise typer.Exit(SKIPPED)
+    imported(f"{done.added} added; {done.present} were there already", done.broken)

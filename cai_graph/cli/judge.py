@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from cai_graph.cli.console import FAILED, SKIPPED, bar, complain, group, note
-from cai_graph.cli.model import critic_of, fetch, foreign, width
 from cai_graph.cli.options import Concurrency, ConstitutionName, Strong, Threshold, option
+from cai_graph.cli.specs import critic_of, fetch, foreign, width
 from cai_graph.errors import DataError
 
 commands = group()
@@ -40,13 +40,13 @@ def judge(
     concurrency: Concurrency = None,
     fail_on: Annotated[
         list[FailingVerdict] | None,
-        typer.Option(help="Exit with 1 if such a verdict stands; may be given twice."),
+        typer.Option(help="Exit with 1 if such a verdict stands; may be repeated."),
     ] = None,
 ) -> None:
     """Judge answers that exist already; nothing is drafted and nothing is logged.
 
-    Writes one line a row, in order: its id (or index), verdicts, and aims (probabilities by aim). A row
-    that cannot be judged has an error in their place.
+    Writes one line a row, in order: its id (or index), verdicts, and aims, of a probe: P(VIOLATES) by each
+    aim, and what its heads read (harm, evasion, request). A row that cannot be judged has an error instead.
     """
     from cai_graph import bulk, show, whole
     from cai_graph import constitution as constitutions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from cai_graph.cli.console import (
     SKIPPED,
     complain,
     group,
+    imported,
     is_attended,
     note,
     out,
@@ -75,7 +77,7 @@ def _row(record: Trajectory) -> tuple[str, str, str, str]:
 
 @commands.command("show", epilog="Example: cai log show 019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a")
 def log_show(
-    id: Annotated[str, typer.Argument(help="Id of a record, as `cai log list` prints it.")],
+    id: Annotated[str, typer.Argument(metavar="ID", help="Id of a record, as `cai log list` prints it.")],
     log: LogUrl = DEFAULT_LOG,
     as_json: AsJson = False,
 ) -> None:
@@ -103,7 +105,10 @@ def log_stats(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
 
 @commands.command("export", epilog="Example: cai log export --outcome REVISED revised.jsonl")
 def log_export(
-    file: Annotated[str, typer.Argument(help="A .jsonl or .parquet file; - is standard output, as JSONL.")],
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="A .jsonl or .parquet file; - is standard output, as JSONL."),
+    ],
     log: LogUrl = DEFAULT_LOG,
     format: Annotated[ExportFormat | None, typer.Option(help="If the name does not say it.")] = None,
     outcome: OutcomeFilter = None,
@@ -130,7 +135,12 @@ def log_export(
 
 @commands.command("import", epilog="Example: cai log import demonstrations.jsonl")
 def log_import(
-    file: Annotated[str, typer.Argument(help="Exported records, or demonstrations, as JSONL.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE", help="Exported records as JSONL or Parquet, or demonstrations as JSONL."
+        ),
+    ],
     log: LogUrl = DEFAULT_LOG,
 ) -> None:
     """Add records or human-written demonstrations to the log.
@@ -142,14 +152,11 @@ def log_import(
     from cai_graph.log import transfer
 
     done = transfer.import_(log, file)
-    for broken in done.broken:
-        complain(f"line {broken.line} skipped: {broken.what}")
-    note(
+    imported(
         f"{show.count(done.records, 'record')} and {show.count(done.demonstrations, 'demonstration')} added; "
-        f"{done.present} were there already, {done.removed} had been removed"
+        f"{done.present} were there already, {done.removed} had been removed",
+        done.broken,
     )
-    if done.broken:
-        raise typer.Exit(SKIPPED)
 
 
 @commands.command("verify", epilog="Example: cai log verify")
@@ -168,7 +175,7 @@ def log_verify(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
 
 @commands.command("recover", epilog="Example: cai log recover saved.db --log damaged.db")
 def log_recover(
-    into: Annotated[str, typer.Argument(help="The new log; must not exist.")],
+    into: Annotated[str, typer.Argument(metavar="NEW", help="The new log; must not exist.")],
     log: LogUrl = DEFAULT_LOG,
     as_json: AsJson = False,
 ) -> None:
@@ -197,12 +204,12 @@ def log_gc(
     ] = False,
     keep_tag: Annotated[str | None, typer.Option(help="Keep trajectories with this tag.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask on a terminal.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove old trajectories, with everything appended about them.
 
-    On a terminal it says how many, and asks. Without one it goes on by itself.
+    It says how many, and asks. Without a terminal there is nobody to ask: say --yes, or --dry-run.
     """
     from cai_graph.log import upkeep
 
@@ -214,8 +221,8 @@ def log_gc(
     sweep = partial(
         upkeep.gc, log, before=before, why=why, keep_reviewed=not also_reviewed, keep_tag=keep_tag
     )
-    if not (dry_run or yes) and is_attended():
-        _ask(sweep(dry_run=True))
+    if not (dry_run or yes):
+        _ask(sweep)
     removal = sweep(dry_run=dry_run)
     if as_json:
         print_record(removal, as_json)
@@ -223,18 +230,30 @@ def log_gc(
         _show_removal(removal, dry_run)
 
 
-def _ask(found: Removal) -> None:
+def _ask(sweep: Callable[..., Removal]) -> None:
     """Go on where nothing is removed, or the user agrees.
 
     Raises:
         typer.Abort: he does not.
+        typer.BadParameter: there is no terminal to ask at.
     """
     from cai_graph import show
 
-    if found.trajectories or found.others:
-        old = show.count(found.trajectories, "trajectory", "trajectories")
-        others = show.count(found.others, "record")
-        typer.confirm(f"Remove {old} for good, and {others} about them?", abort=True, err=True)
+    if not is_attended():
+        raise typer.BadParameter(
+            "what is removed is gone for good, and there is no terminal to ask at; say it", param_hint="--yes"
+        )
+    found = sweep(dry_run=True)
+    if not (found.trajectories or found.others):
+        return
+    old = show.count(found.trajectories, "trajectory", "trajectories")
+    others = show.count(found.others, "record")
+    try:
+        agreed = typer.confirm(f"Remove {old} for good, and {others} about them?", err=True)
+    except typer.Abort:  # how the prompt tells of Ctrl-C
+        raise KeyboardInterrupt from None
+    if not agreed:
+        raise typer.Abort
 
 
 def _show_removal(removal: Removal, dry_run: bool) -> None:

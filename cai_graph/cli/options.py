@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -63,5 +64,10 @@ MaxTokens = Annotated[
 ]
 Concurrency = Annotated[
     int | None, typer.Option(min=1, help="Rows under way at once; 4 on the local model and 16 on others.")
+]
+ConfigFile = Annotated[Path | None, option("--config -c", "YAML with the stage's settings.", "FILE")]
+Sets = Annotated[
+    list[str] | None,
+    option("--set -s", "A setting, over that of the file; may be repeated.", "KEY=VALUE"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]

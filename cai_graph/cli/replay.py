@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,21 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from cai_graph.addresses import without_password
 from cai_graph.cli.console import (
     DEFAULT_LOG,
     FAILED,
-    INTERRUPTED,
     SKIPPED,
+    again,
     complain,
     drive,
     group,
+    interrupted,
     note,
     out,
     print_json,
-    this_command,
 )
-from cai_graph.cli.model import fetch, foreign, judging, width
 from cai_graph.cli.options import AsJson, Concurrency, LogUrl, OutcomeFilter, Since, Source, Tag, option
+from cai_graph.cli.specs import fetch, foreign, judging, width
 
 if TYPE_CHECKING:
     from trainers.replay import Judged, Report
@@ -86,34 +86,33 @@ def replay(
             seed=seed,
             examples=examples,
         )
-        with contextlib.closing(job):
-            if job.done:
-                note(f"{job.done} of {job.total} answers were judged before, in {job.path}")
-            fetch(critic)
-            with foreign(critic):
-                interrupted = drive(
-                    lambda stopped: job.results(concurrency or width(critic), stopped=stopped),
-                    job.total - job.done,
-                    "answers",
-                    line=_line,
-                    report=_report,
-                )
+        if job.done:
+            note(f"{job.done} of {job.total} answers were judged before, in {job.path}")
+        fetch(critic)
+        with foreign(critic):
+            stopped = drive(
+                lambda stopped: job.results(concurrency or width(critic), stopped=stopped),
+                job.total - job.done,
+                "answers",
+                line=_line,
+                report=_report,
+            )
     report = job.report
     if as_json:
-        print_json({"constitution": rules.digest, "critic": critic, **report.summary()})
+        judge = without_password(critic)
+        print_json({"constitution": rules.digest, "critic": judge, **report.summary()})
     else:
         _show(report)
-    if interrupted:
-        note(f"interrupted; to go on, type again: {this_command()}")
-        raise typer.Exit(INTERRUPTED)
+    if stopped:
+        raise interrupted()
     if not job.total:
-        complain(f"{log} has no answer to judge")
+        complain(f"{without_password(log)} has no answer to judge")
         raise typer.Exit(FAILED)
     if found := [rule for rule in fail_on or () if _broken(rule, report)]:
         complain(f"failed: {', '.join(found)}")
         raise typer.Exit(FAILED)
     if report.failed:
-        complain(f"{show.count(report.failed, 'answer')} could not be judged; to try again: {this_command()}")
+        complain(f"{show.count(report.failed, 'answer')} could not be judged; to try {again()}")
         raise typer.Exit(SKIPPED)
 
 
@@ -156,7 +155,7 @@ def _show(report: Report) -> None:
         (name, row.compared, row.before, row.after, row.newly, row.cleared, row.violates_only_now)
         for name, row in sorted(report.principles.items())
     ]
-    if rows:
+    if rows := [row for row in rows if any(row[1:])]:
         out.print()
         of_rules = ("principle or aim", "compared", "violated", "violate now", "newly", "cleared", "new rule")
         out.print(show.table(rows, of_rules))

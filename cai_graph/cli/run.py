@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from cai_graph.addresses import without_password
 from cai_graph.cli.ask import closing, guard
 from cai_graph.cli.console import (
     DEFAULT_LOG,
     FAILED,
-    INTERRUPTED,
     SKIPPED,
+    again,
     complain,
     drive,
     group,
+    interrupted,
     log_option,
     note,
     out,
-    this_command,
 )
-from cai_graph.cli.model import fetch, foreign, width
 from cai_graph.cli.options import (
     Candidates,
     Concurrency,
@@ -46,13 +46,11 @@ from cai_graph.cli.options import (
     Strong,
     Threshold,
 )
+from cai_graph.cli.specs import fetch, foreign, width
 
 if TYPE_CHECKING:
     from cai_graph.bulk import Broken, Failed, Run, Summary
     from cai_graph.trajectory import Trajectory
-
-BULK_SECONDS = 3600.0
-"""Deadline of one row of a bulk run. Nobody waits for it, and a slow machine may need it."""
 
 commands = group()
 
@@ -88,7 +86,7 @@ def run(
     tried again; rows that cannot be read are reported and skipped.
     """
     from cai_graph import bulk, models
-    from cai_graph.calls import Budget
+    from cai_graph.calls import UNATTENDED_SECONDS, Budget
 
     with contextlib.closing(bulk.Rows(prompts, format)) as rows:
         rows.check(column)  # before the log, which opening makes
@@ -109,7 +107,7 @@ def run(
             on_unreadable=on_unreadable,
             on_error=on_error,
             on_log_error="raise",
-            budget=Budget(seconds=BULK_SECONDS),
+            budget=Budget(seconds=UNATTENDED_SECONDS),
         )
         with closing(guarded):
             drafting = {
@@ -122,14 +120,14 @@ def run(
                 note(f"{job.done} of {job.rows} rows were answered before; going on with the others")
             fetch(model, critic, strong, reviser)
             with foreign(model), _seldom_collecting():
-                interrupted = drive(
+                stopped = drive(
                     lambda stopped: job.results(concurrency or width(model), stopped=stopped),
                     job.rows - job.done,
                     "prompts",
                     line=_line,
                     report=_report,
                 )
-    _sum_up(job, log, interrupted)
+    _sum_up(job, log, stopped)
 
 
 def _own_weights(**specs: str | None) -> dict[str, list[int]]:
@@ -137,9 +135,9 @@ def _own_weights(**specs: str | None) -> dict[str, list[int]]:
     from cai_graph import local
 
     stamps = {
-        f"{role}_weights": local.stamp(spec.removeprefix("local:"))
+        f"{role}_weights": local.stamp(name)
         for role, spec in specs.items()
-        if spec is not None and spec.startswith("local:")
+        if spec is not None and (name := local.name_in(spec)) is not None
     }
     return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
@@ -169,9 +167,8 @@ def _line(result: Trajectory | Broken | Failed) -> str:
     return f"{result.outcome.value:<9} {show.one_line(result.prompt, 80)}  {result.seconds:.1f} s"
 
 
-def _sum_up(job: Run, log: str, interrupted: bool) -> None:
+def _sum_up(job: Run, log: str, stopped: bool) -> None:
     from cai_graph import show
-    from cai_graph.log import without_password
 
     summary = job.summary
     are = "is" if job.rows == 1 else "are"
@@ -180,11 +177,10 @@ def _sum_up(job: Run, log: str, interrupted: bool) -> None:
     option = log_option(log)
     out.print(Text(f"The log is {without_password(log)}. Next:"))
     out.print(Text(f"cai log list{option}, or cai log export{option} run.jsonl"))
-    if interrupted:
-        note(f"interrupted; to go on, type again: {this_command()}")
-        raise typer.Exit(INTERRUPTED)
+    if stopped:
+        raise interrupted()
     if summary.skipped:
-        complain(f"{show.count(len(summary.skipped), 'row')} skipped; to try again: {this_command()}")
+        complain(f"{show.count(len(summary.skipped), 'row')} skipped; to try {again()}")
         raise typer.Exit(SKIPPED)
 
 
@@ -208,7 +204,7 @@ def demo(model: Model = "local", log: LogUrl = DEFAULT_LOG) -> None:
     Exits with 1 if no prompt is revised, or a benign one is refused.
     """
     from cai_graph import bulk, show
-    from cai_graph.calls import Budget
+    from cai_graph.calls import UNATTENDED_SECONDS, Budget
     from cai_graph.trajectory import Trajectory, now
 
     trajectories: list[Trajectory] = []
@@ -233,20 +229,19 @@ def demo(model: Model = "local", log: LogUrl = DEFAULT_LOG) -> None:
             max_tokens=DEMO_TOKENS,
             seed=0,
             on_log_error="raise",
-            budget=Budget(seconds=BULK_SECONDS),
+            budget=Budget(seconds=UNATTENDED_SECONDS),
         )
         with closing(guarded), foreign(model):
             # The time makes each demo a run of its own, since one that resumes shows nothing.
             job = bulk.Run(guarded, rows, drafting={"demo": now().isoformat()})
             fetch(model)
-            note(f"{job.rows} prompts, drafted, judged and revised by {model} …")
+            note(f"{job.rows} prompts, drafted, judged and revised by {without_password(model)} …")
             asyncio.run(work())
     _sum_up_demo(job.summary, trajectories, log)
 
 
 def _sum_up_demo(summary: Summary, trajectories: list[Trajectory], log: str) -> None:
     from cai_graph import show
-    from cai_graph.log import without_password
     from cai_graph.trajectory import Outcome
 
     out.print(show.summary(summary))

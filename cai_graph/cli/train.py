@@ -11,8 +11,8 @@ from typing import Annotated, Literal, NamedTuple
 import typer
 
 from cai_graph.cli.console import group, measured, note, resumable
-from cai_graph.cli.model import fetch
-from cai_graph.cli.options import option
+from cai_graph.cli.options import ConfigFile, Sets, option
+from cai_graph.cli.specs import fetch
 
 commands = group("Train on labels and logs.")
 
@@ -55,17 +55,10 @@ def _training() -> Iterator[None]:
 
 def _register(stage: Stage) -> None:
     def command(
-        config: Annotated[
-            Path | None, option("--config -c", "YAML with the stage's settings.", "FILE")
-        ] = None,
-        settings: Annotated[
-            list[str] | None,
-            option("--set -s", "A setting, over that of the file; may be repeated.", "KEY=VALUE"),
-        ] = None,
+        config: ConfigFile = None,
+        settings: Sets = None,
     ) -> None:
         from importlib import import_module
-
-        from rich.progress import MofNCompleteColumn
 
         from trainers.config import read
 
@@ -73,7 +66,7 @@ def _register(stage: Stage) -> None:
         told = read(module.Config, config, settings or ())
         with _training():
             if stage.tells:
-                with measured("updates", MofNCompleteColumn()) as tell:
+                with measured("updates") as tell:
                     made = module.train(told, tell)
             else:
                 made = module.train(told)
@@ -97,11 +90,8 @@ def train_export(
     stage: Annotated[Literal["ppo", "online"], typer.Argument(help="The stage that the config is of.")],
     engine: Annotated[Literal["verl", "openrlhf"], typer.Argument(help="Who is to train.")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Prompts in that engine's format.")],
-    config: Annotated[Path | None, option("--config -c", "YAML with the stage's settings.", "FILE")] = None,
-    settings: Annotated[
-        list[str] | None,
-        option("--set -s", "A setting, over that of the file; may be repeated.", "KEY=VALUE"),
-    ] = None,
+    config: ConfigFile = None,
+    settings: Sets = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
 ) -> None:
@@ -139,13 +129,11 @@ def train_probe(
 
     Type the same command again after an interrupt, and it goes on where it stopped.
     """
-    from rich.progress import MofNCompleteColumn
-
     from trainers.critic import probe
 
     config = probe.Config(data=Path(data), output=Path(output), model=model)
     fetch(model)
-    with _training(), measured("forward passes", MofNCompleteColumn()) as tell:
+    with _training(), measured("forward passes") as tell:
         folder = probe.train(config, tell)
     note(f"the heads are in {folder}; its CARD.md has the figures")
     typer.echo(folder)
@@ -156,26 +144,21 @@ def train_probe(
     epilog="Example: cai train critic --set model=local --set data=verdicts --set output=my-critic",
 )
 def train_critic(
-    config: Annotated[Path | None, option("--config -c", "YAML with the critic's settings.", "FILE")] = None,
-    settings: Annotated[
-        list[str] | None,
-        option("--set -s", "A setting, over that of the file; may be repeated.", "KEY=VALUE"),
-    ] = None,
+    config: ConfigFile = None,
+    settings: Sets = None,
 ) -> None:
     """Train a critic of one's own from verdicts, calibrate and measure it.
 
     The data are a folder of `cai dataset build --kind critic`. The critic is then `--critic trained:FOLDER`.
     docs/training-settings.md says which settings there are.
     """
-    from rich.progress import MofNCompleteColumn
-
     from trainers import critic
     from trainers.config import read
 
     made = read(critic.Config, config, settings or ())
     fetch(made.model)
     what = "forward passes" if made.kind == "probe" else "updates"
-    with _training(), measured(what, MofNCompleteColumn()) as tell:
+    with _training(), measured(what) as tell:
         folder = critic.train(made, tell)
     note(f"the critic is in {folder}; its CARD.md has the figures. Use it: --critic trained:{folder}")
     typer.echo(folder)

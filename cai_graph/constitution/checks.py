@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,19 +119,23 @@ class Difference:
     principle: str | None
     """Id of the principle; None for a field of the constitution."""
     field: str | None
-    """The field that changed; None where a whole principle was added, removed or moved."""
+    """The field that differs; None where a whole principle was added, removed or moved."""
     before: object
-    """Value in the first: of the field, the Principle removed, or its position among the common ones."""
+    """Value in the first: of the field or part, the Principle removed, or its place among the common ones."""
     after: object
     """The same in the second."""
+    part: str | None = None
+    """What of the field differs: the language of a translation, or the prompt of examples (the values are
+    tuples of them). None: the field as a whole; it `moved` where its examples stand in another order."""
 
 
 def diff(a: Constitution, b: Constitution) -> list[Difference]:
     """Return how `b` differs from `a`: constitution fields first, then principles in the order of `b`."""
     found = [
-        Difference("changed", None, name, getattr(a, name), getattr(b, name))
+        difference
         for name in type(a).model_fields
-        if name not in ("principles", "extends") and getattr(a, name) != getattr(b, name)
+        if name not in ("principles", "extends")
+        for difference in _diff_field(None, name, getattr(a, name), getattr(b, name))
     ]
     found += [Difference("removed", p.id, None, p, None) for p in a if p.id not in b]
     order_a = [p.id for p in a if p.id in b]
@@ -144,12 +148,33 @@ def diff(a: Constitution, b: Constitution) -> list[Difference]:
         if before != after:
             found.append(Difference("moved", new.id, None, before, after))
         old = a[new.id]
-        found += [
-            Difference("changed", new.id, name, getattr(old, name), getattr(new, name))
-            for name in type(new).model_fields
-            if getattr(old, name) != getattr(new, name)
-        ]
+        for name in type(new).model_fields:
+            found += _diff_field(new.id, name, getattr(old, name), getattr(new, name))
     return found
+
+
+def _diff_field(principle: str | None, name: str, before: object, after: object) -> Iterator[Difference]:
+    if before == after:
+        return
+    old, new = _parts(before), _parts(after)
+    if old == new:
+        yield Difference("moved", principle, name, before, after)
+    for part in {**old, **new}:
+        if part not in new:
+            yield Difference("removed", principle, name, old[part], None, part)
+        elif part not in old:
+            yield Difference("added", principle, name, None, new[part], part)
+        elif old[part] != new[part]:
+            yield Difference("changed", principle, name, old[part], new[part], part)
+
+
+def _parts(value: object) -> dict[str | None, object]:
+    """Return what is compared by itself: texts by their language, examples by their prompt."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple):
+        return {one.prompt: tuple(e for e in value if e.prompt == one.prompt) for one in value}
+    return {None: value}
 
 
 def json_schema() -> dict[str, Any]:

@@ -49,9 +49,9 @@ def load(source: object) -> Constitution:
         return source
     if isinstance(source, str | os.PathLike):
         path = _find(os.fspath(source), Path(), "")
-        return _build(_file(path), (path,))
+        return _build(_file(path), (path,), {})
     if isinstance(source, Mapping | list | tuple):
-        return _build(own_format(Source(type(source).__name__, source)), ())
+        return _build(own_format(Source(type(source).__name__, source)), (), {})
     raise ConstitutionError(
         f"cannot read a constitution from {type(source).__name__} {source!r}; "
         "give a built-in name, a path, a mapping, a list of principles, or a Constitution"
@@ -100,8 +100,14 @@ def _file(path: Path) -> Source:
     return own_format(read(path), name=path.name.split(".")[0])
 
 
-def _build(source: Source, chain: tuple[Path, ...]) -> Constitution:
-    """Apply `extends` and `remove`; `chain` holds the files from the first one asked for to this one."""
+def _build(source: Source, chain: tuple[Path, ...], built: dict[Path, Constitution]) -> Constitution:
+    """Apply `extends` and `remove`.
+
+    Args:
+        source: what was read.
+        chain: the files from the first one asked for to this one.
+        built: what parents came to, filled here: one that is reached by several ways is built once.
+    """
     file = _checked(source)
     for problem in same_ids(file.principles):
         raise ConstitutionError(f"{source.at(problem.path)}: {problem.message}")
@@ -115,7 +121,9 @@ def _build(source: Source, chain: tuple[Path, ...]) -> Constitution:
         if path in chain:
             cycle = " -> ".join(p.name for p in (*chain[chain.index(path) :], path))
             raise ConstitutionError(f"{where}: 'extends' goes in a circle: {cycle}; take one of them out")
-        parent = _build(_file(path), (*chain, path))
+        if path not in built:
+            built[path] = _build(_file(path), (*chain, path), built)
+        parent = built[path]
         principles |= {p.id: p for p in parent}
         examples += [e for e in parent.examples if e not in examples]
         if "refusal" in parent.model_fields_set:

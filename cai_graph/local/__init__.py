@@ -8,7 +8,16 @@ chat        a plain ChatOpenAI in front of it
 """
 
 from cai_graph.local.cache import EXPORTED, Progress, cache_dir, cached, fetch, only_one, stamp, weights
-from cai_graph.local.catalogue import CATALOGUE, DEFAULT_MODEL, HubFile, LocalModel, WheelPart, find
+from cai_graph.local.catalogue import (
+    CATALOGUE,
+    DEFAULT_MODEL,
+    HubFile,
+    LocalModel,
+    WheelPart,
+    find,
+    model_of,
+    name_in,
+)
 from cai_graph.local.chat import chat_model, is_local
 from cai_graph.local.gguf import block_count, first_blocks
 from cai_graph.local.server import CONTEXT_TOKENS, CONVERSATIONS, Engine, Mode, engine, usable_cores
@@ -34,6 +43,8 @@ __all__ = [
     "find",
     "first_blocks",
     "is_local",
+    "model_of",
+    "name_in",
     "only_one",
     "stamp",
     "usable_cores",

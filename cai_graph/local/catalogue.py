@@ -1,4 +1,4 @@
-"""Weights that can be fetched: name, hash, size, licence, and where they come from, in order."""
+"""Weights that can be fetched: name, hash, size, licence, where they come from; and which a spec names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import difflib
 
 from cai_graph.errors import ConfigError
 
-__all__ = ["CATALOGUE", "DEFAULT_MODEL", "HubFile", "LocalModel", "WheelPart", "find"]
+__all__ = [
+    "CATALOGUE",
+    "DEFAULT_MODEL",
+    "HubFile",
+    "LocalModel",
+    "WheelPart",
+    "entry",
+    "find",
+    "model_of",
+    "name_in",
+]
 
 DEFAULT_MODEL = "qwen2.5-1.5b"
 
@@ -85,16 +95,37 @@ CATALOGUE: tuple[LocalModel, ...] = (
 )
 
 
-def find(name: str) -> LocalModel:
-    """Return the catalogue's entry of that name, or of that model spec (`local`, `local:NAME`).
+def name_in(spec: str) -> str | None:
+    """Return what follows "local:" in a model spec, "" for `local` alone; None where it names no local model.
+
+    >>> name_in("local:smollm2"), name_in("local"), name_in("openai:gpt-5-mini")
+    ('smollm2', '', None)
+    """
+    if spec == "local":
+        return ""
+    kind, _, name = spec.partition(":")
+    return name if kind == "local" and name else None
+
+
+def model_of(spec: str) -> LocalModel | None:
+    """Return the catalogue's entry that a model spec names; None where it names none of them."""
+    name = name_in(spec)
+    return None if name is None else entry(name)
+
+
+def entry(name: str) -> LocalModel | None:
+    """Return the catalogue's entry of that name, that of the default model for ""; None if there is none."""
+    return next((model for model in CATALOGUE if model.name == (name or DEFAULT_MODEL)), None)
+
+
+def find(name: str = "") -> LocalModel:
+    """Return what `entry` gives, where there is one.
 
     Raises:
         ConfigError: there is none; lists near names and the way to one's own file.
     """
-    name = DEFAULT_MODEL if name == "local" else name.removeprefix("local:")
-    for model in CATALOGUE:
-        if model.name == name:
-            return model
+    if (model := entry(name)) is not None:
+        return model
     if "/" in name:
         raise ConfigError(
             f"there is no folder {name} here; local:FOLDER is one that `cai model export` wrote a file into"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_graph.errors import ConfigError, MissingExtra
 from cai_graph.local.cache import model_name, own_file, weights
-from cai_graph.local.catalogue import DEFAULT_MODEL, find
+from cai_graph.local.catalogue import find
 from cai_graph.local.loopback import async_transport, httpx_module, limits, timeout
 from cai_graph.local.server import Engine, engine, require
 
@@ -43,7 +43,7 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
     if own is not None:
         weights(name)  # a missing file is found now, not at the first request
     else:
-        name = find(name or DEFAULT_MODEL).name
+        name = find(name).name
     require()
     try:
         from langchain_openai import ChatOpenAI
@@ -80,9 +80,9 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
     return ChatOpenAI(**{**defaults, **settings, **fixed})
 
 
-def is_local(base_url: str | None) -> bool:
-    """Return whether a ChatOpenAI with this base URL came from `chat_model`."""
-    return base_url == _BASE_URL
+def is_local(model: object) -> bool:
+    """Return whether a model came from `chat_model`."""
+    return getattr(model, "openai_api_base", None) == _BASE_URL
 
 
 def _transports(start: Callable[[], Engine]) -> tuple[httpx.BaseTransport, httpx.AsyncBaseTransport]:

@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
 from pathlib import Path
@@ -25,6 +26,7 @@ _ALIGNMENT = 32  # the format's default
 _MAX_STRING = 1 << 26
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
+_MAX_NESTING = 8  # arrays in arrays; models have none
 _BLOCK = re.compile(rb"blk\.(\d+)\.")
 
 
@@ -67,10 +69,11 @@ def first_blocks(source: Path, blocks: int, destination: Path) -> str:
         header = _read_header(file, source)
         if not 1 <= blocks <= header.block_count:
             raise DataError(f"{source}: has {header.block_count} blocks, {blocks} were asked for")
-        size = source.stat().st_size
         # Each tensor's bytes reach to the next tensor, padding included.
         by_offset = sorted(header.tensors, key=lambda tensor: tensor.offset)
-        ends = [tensor.offset for tensor in by_offset[1:]] + [size - header.data_start]
+        ends = [tensor.offset for tensor in by_offset[1:]] + [source.stat().st_size - header.data_start]
+        if by_offset and by_offset[-1].offset > ends[-1]:
+            raise _cut(source, by_offset[-1])
         length = {tensor.name: end - tensor.offset for tensor, end in zip(by_offset, ends, strict=True)}
         kept = [tensor for tensor in by_offset if _kept(tensor.name, blocks)]
 
@@ -99,7 +102,7 @@ def first_blocks(source: Path, blocks: int, destination: Path) -> str:
                 while left:
                     piece = file.read(min(left, _CHUNK))
                     if not piece:
-                        raise DataError(f"{source}: ends inside tensor {tensor.name.decode()!r}")
+                        raise _cut(source, tensor)
                     write(piece)
                     left -= len(piece)
                 padding = _padded(length[tensor.name], header.alignment) - length[tensor.name]
@@ -117,6 +120,10 @@ def block_count(path: Path) -> int:
         return _read_header(file, path).block_count
 
 
+def _cut(path: Path, tensor: _Tensor) -> DataError:
+    return DataError(f"{path}: ends inside tensor {tensor.name.decode(errors='replace')!r}")
+
+
 def _kept(name: bytes, blocks: int) -> bool:
     block = _BLOCK.match(name)
     if block:
@@ -129,11 +136,20 @@ def _padded(count: int, alignment: int) -> int:
 
 
 def _read_header(file: BinaryIO, path: Path) -> _Header:
-    def take(count: int) -> bytes:
-        piece = file.read(count)
-        if len(piece) != count:
+    size = path.stat().st_size
+
+    # A count may say anything: no more is read, or passed over, than the file has.
+    def whole_up_to(end: int) -> None:
+        if end > size:
             raise DataError(f"{path}: ends inside its header; fetch it again")
-        return piece
+
+    def take(count: int) -> bytes:
+        whole_up_to(file.tell() + count)
+        return file.read(count)
+
+    def skip(count: int) -> None:
+        whole_up_to(file.tell() + count)
+        file.seek(count, os.SEEK_CUR)
 
     def number(form: str) -> int:
         value: int = struct.unpack("<" + form, take(struct.calcsize("<" + form)))[0]
@@ -145,18 +161,18 @@ def _read_header(file: BinaryIO, path: Path) -> _Header:
             raise DataError(f"{path}: a string of {count} bytes in the header; not a GGUF model")
         return take(count)
 
-    def skip_value(kind: int) -> None:
+    def skip_value(kind: int, nesting: int = 0) -> None:
         if kind in _SCALAR_BYTES:
-            take(_SCALAR_BYTES[kind])
+            skip(_SCALAR_BYTES[kind])
         elif kind == _STRING:
             string()
-        elif kind == _ARRAY:
+        elif kind == _ARRAY and nesting < _MAX_NESTING:
             inner, count = number("I"), number("Q")
             if inner in _SCALAR_BYTES:
-                take(_SCALAR_BYTES[inner] * count)
+                skip(_SCALAR_BYTES[inner] * count)
             else:
                 for _ in range(count):
-                    skip_value(inner)
+                    skip_value(inner, nesting + 1)
         else:
             raise DataError(f"{path}: value type {kind} in the header; not a GGUF model this release reads")
 
@@ -187,6 +203,7 @@ def _read_header(file: BinaryIO, path: Path) -> _Header:
         shape = take(8 * struct.unpack("<I", dimensions)[0])
         tensors.append(_Tensor(name, dimensions + shape + take(4), number("Q")))
     data_start = _padded(file.tell(), alignment)
+    whole_up_to(data_start)
     file.seek(kv_start)
     kv = take(kv_end - kv_start)
     return _Header(version, kv_count, kv, counted[0], counted[1], alignment, tensors, data_start)

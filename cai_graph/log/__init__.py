@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
 
+from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
 from cai_graph.log.redaction import WITHHELD, Redactor, redact_texts
 from cai_graph.log.stats import Stats
@@ -194,15 +195,6 @@ def place_of(url: str | os.PathLike[str]) -> Place:
 def _file(name: str) -> Place:
     path = os.path.realpath(name)
     return Place(path, path, Path(path))
-
-
-def without_password(url: str) -> str:
-    """Return the URL as it may be shown or kept; PGPASSWORD or ~/.pgpass then bring the password."""
-    url = re.sub(r"(?i)([?&])(?:ssl)?password=[^&]*&?", r"\1", url).rstrip("?&")
-    scheme, separator, rest = url.partition("://")
-    # The last @, since a password may hold one, and whatever else.
-    user, at, place = rest.rpartition("@")
-    return f"{scheme}{separator}{user.partition(':')[0]}{at}{place}"
 
 
 def is_open(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Records out of a log and into it: `export` to JSONL or Parquet, `import_` from JSONL."""
+"""Records out of a log and into it: `export` to JSONL or Parquet, `import_` from either."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Unpack
 from uuid import UUID
 
@@ -58,9 +59,9 @@ def export(
 ) -> int:
     """Write the records that pass the filters to a file, and return how many they are.
 
-    The file appears whole or not at all, readable by its owner alone. JSONL holds each record as one line,
-    which `import_` reads back byte for byte. Parquet holds a row a record: the columns that one filters
-    and plots by, and the whole record as JSON in `json`.
+    The file appears whole or not at all, readable by its owner alone. JSONL holds each record as one line.
+    Parquet holds a row a record: the columns that one filters and plots by, and the whole record as JSON in
+    `json`. `import_` reads both back byte for byte.
 
     Args:
         url: the log.
@@ -101,13 +102,18 @@ def _write_jsonl(log: Log, filters: Filters, file: BinaryIO) -> int:
     return count
 
 
-def _parquet_writer() -> Callable[[Log, Filters, BinaryIO], int]:
+def _pyarrow(needed_by: str) -> tuple[ModuleType, ModuleType]:
+    """Return pyarrow and its part that reads and writes Parquet."""
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow
+        import pyarrow.parquet
     except ImportError as error:
-        raise MissingExtra("a Parquet export", "pyarrow", "train") from error
+        raise MissingExtra(needed_by, "pyarrow", "train") from error
+    return pyarrow, pyarrow.parquet
 
+
+def _parquet_writer() -> Callable[[Log, Filters, BinaryIO], int]:
+    pa, pq = _pyarrow("a Parquet export")
     schema = pa.schema(
         [
             ("id", pa.string()),
@@ -226,20 +232,22 @@ IMPORTED = ConstitutionRef(name="imported", version="1", digest=hashlib.sha256(b
 def import_(
     url: str | os.PathLike[str], path: str | os.PathLike[str], *, redact: Redactor | None = None
 ) -> Import:
-    """Add the records of a JSONL file to a log; a line that cannot be read is reported and skipped.
+    """Add the records of a file to a log; a line that cannot be read is reported and skipped.
 
-    A line is a record as `export` writes it, or a demonstration that a person wrote: an object with
-    `prompt`, `draft` and, where they apply, `critique`, `revision`, `principle` and `label` (`VIOLATES`
-    where there is a revision, otherwise `COMPLIES`); other keys go to `metadata`. What is in the log
-    already, by id, is not added again; a demonstration's id follows from its content.
+    The file is JSONL, or Parquet as `export` writes it, each row of which is a line. A line is a record as
+    `export` writes it, or a demonstration that a person wrote: an object with `prompt`, `draft` and, where
+    they apply, `critique`, `revision`, `principle` and `label` (`VIOLATES` where there is a revision,
+    otherwise `COMPLIES`); other keys go to `metadata`. What is in the log already, by id, is not added
+    again; a demonstration's id follows from its content.
 
     Args:
         url: the log; made where it is absent.
-        path: the JSONL file.
+        path: the file; what it is shows in its first bytes.
         redact: see `open_log`.
 
     Raises:
         DataError: the file cannot be read.
+        MissingExtra: it is Parquet, and pyarrow is not installed.
         LogError: the log cannot be written; the lines before are in it, and importing again goes on.
     """
     source = Path(path)
@@ -247,16 +255,45 @@ def import_(
         file = source.open("rb")
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror}") from error
-    with file, open_log(url, redact=redact) as log:
-        importer = _Importer(log, redacted=redact is not None)
-        window: list[tuple[int, bytes]] = []
-        for number, line in enumerate(file, 1):
-            window.append((number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line))
-            if len(window) == _WINDOW:
-                importer.take(window)
-                window = []
-        importer.take(window)
-        return importer.result()
+    with file:
+        parquet = file.peek(4)[:4] == b"PAR1"
+        lines = _parquet_lines(file, source) if parquet else file  # before the log, which opening makes
+        with open_log(url, redact=redact) as log:
+            importer = _Importer(log, redacted=redact is not None)
+            window: list[tuple[int, bytes]] = []
+            for number, line in enumerate(lines, 1):
+                window.append((number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line))
+                if len(window) == _WINDOW:
+                    importer.take(window)
+                    window = []
+            importer.take(window)
+            return importer.result()
+
+
+def _parquet_lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
+    """Return the records of a Parquet export, as the lines of one in JSONL.
+
+    Raises:
+        DataError: it is no Parquet export, or damaged; the latter perhaps not until it is read.
+    """
+    pa, pq = _pyarrow("a Parquet import")
+    try:
+        table = pq.ParquetFile(file)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{source}: is no whole Parquet file: {error}") from error
+    found = table.schema_arrow
+    if "json" not in found.names or found.field("json").type != pa.string():
+        raise DataError(f"{source}: has no column 'json' of texts, which `cai log export` writes")
+
+    def read() -> Iterator[bytes]:
+        try:
+            for batch in table.iter_batches(_WINDOW, columns=["json"]):
+                for text in batch.column(0).to_pylist():
+                    yield (text or "null").encode() + b"\n"
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{source}: cannot be read to its end: {error}") from error
+
+    return read()
 
 
 class _Importer:

@@ -170,27 +170,34 @@ class Writer:
         with self._starting:
             if self._thread is not None:
                 return
+            end = self._flush_at_exit()
             # A daemon, so that a program that forgets to close still ends; `drain` at exit writes the rest.
-            thread = threading.Thread(target=self._run, name=f"cai log {self._name}", daemon=True)
+            thread = threading.Thread(target=self._run, args=[end], name=f"cai log {self._name}", daemon=True)
             self._thread = thread
             try:
                 thread.start()
             except BaseException:
                 self._thread = None
+                end()
                 raise
-        if "multiprocessing.util" in sys.modules:
-            # A child of multiprocessing leaves by os._exit and runs its own finalizers, not atexit's.
-            from multiprocessing.util import Finalize
 
-            Finalize(self, self.flush, exitpriority=10)
+    def _flush_at_exit(self) -> Callable[[], None]:
+        """See that a child of multiprocessing flushes as it ends; return what undoes that and lets go of self."""
+        if "multiprocessing.util" not in sys.modules:
+            return lambda: None
+        # Such a child leaves by os._exit, and runs its own finalizers, not atexit's.
+        from multiprocessing.util import Finalize
 
-    def _run(self) -> None:
+        return Finalize(None, self.flush, exitpriority=10).cancel
+
+    def _run(self, end: Callable[[], None]) -> None:
         while self._await_arrival():
             batch, size, reached = self._take()
             if batch:
                 self._write(batch, size)
             for event in reached:
                 event.set()
+        end()
 
     def _await_arrival(self) -> bool:
         """Wait until something is queued; return False where the log is closed and nothing is."""

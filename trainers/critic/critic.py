@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cai_graph import constitution as constitutions
 from cai_graph.digests import sha256_of
-from cai_graph.errors import ConfigError, MissingExtra
+from cai_graph.errors import ConfigError
 from cai_graph.probe import windows
 from cai_graph.trained import TrainedCritic, classifier_text, logits_of
-from trainers import whole
-from trainers.config import plain
+from trainers import markdown, whole
+from trainers.config import above, at_least, plain, require
 from trainers.critic import heads as fitting
 from trainers.critic.figures import (
     Curve,
@@ -91,12 +91,8 @@ class Config:
     """Classifier: longest text, in tokens; a longer one is cut at its end."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is a number from 1, found {getattr(self, name)!r}")
-        for name in ("learning_rate", "penalty"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is a number above 0, found {getattr(self, name)!r}")
+        at_least(1, self, "epochs", "batch_size", "max_tokens")
+        above(0, self, "learning_rate", "penalty")
         if not 0 < self.false_alarms < 1:
             raise ConfigError(f"false_alarms is a share between 0 and 1, found {self.false_alarms!r}")
 
@@ -132,16 +128,11 @@ def train(config: Config, progress: Progress | None = None) -> Path:
         ModelError: the model cannot be used, or its loss is not finite.
         MissingExtra: the extra `train` is not installed.
     """
-    if config.output.exists():
-        raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
+    whole.absent(config.output)
     if config.kind == "probe":
         check_local(config.model)
-    needed = ("numpy", "safetensors", "sklearn", "matplotlib")
-    for package in (*needed, *(("torch", "transformers", "peft") if config.kind == "classifier" else ())):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise MissingExtra("`cai train critic`", package, "train") from error
+    needed = ("torch", "transformers", "peft") if config.kind == "classifier" else ()
+    require("`cai train critic`", "numpy", "safetensors", "sklearn", "matplotlib", *needed)
     data = Labels(config.data, config.unseen)
     with whole.folder(config.output) as folder:
         fitted = (_probe if config.kind == "probe" else _classifier)(config, data, folder, progress)
@@ -362,26 +353,25 @@ def _card(card: Mapping[str, Any]) -> str:
         if card["kind"] == "probe"
         else f"A classifier: LoRA on `{model['base']}`, trained on four fifths of the requests."
     )
+    used = {True: "trained on", False: "measured on"}
+    labels = [
+        (one["head"], one["judge"] or "unnamed", used[one["trained"]], one["violates"], one["complies"])
+        for one in card["data"]
+    ]
     lines = [
         "# Critic",
         "",
         made,
         "Written by `cai train critic`.",
         "",
-        "| aim or principle | VIOLATES from |",
-        "|---|---|",
-        *(f"| {about} | {head['threshold']:.3f} |" for about, head in card["heads"].items()),
+        markdown.table(
+            ("aim or principle", "VIOLATES from"),
+            [(about, f"{head['threshold']:.3f}") for about, head in card["heads"].items()],
+        ),
         "",
         "## Labels",
         "",
-        "| aim or principle | judge | used | violates | complies |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {one['head']} | {one['judge'] or 'unnamed'} "
-            f"| {'trained on' if one['trained'] else 'measured on'} "
-            f"| {one['violates']} | {one['complies']} |"
-            for one in card["data"]
-        ),
+        markdown.table(("aim or principle", "judge", "used", "violates", "complies"), labels),
         "",
         f"{card['left_out']['disagreement']} labels were left out, since those who gave them disagree.",
     ]
@@ -396,7 +386,7 @@ def _card(card: Mapping[str, Any]) -> str:
         "calibration are of the first setting, where the threshold flags at most "
         f"{card['settings']['false_alarms']:.0%} of the answers that comply.",
         "",
-        *table(card["figures"]),
+        table(card["figures"]),
         "",
         "![Reliability](reliability.svg)",
         "",

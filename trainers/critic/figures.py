@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph.calibration import wilson
-from trainers import calibrated, svg
+from trainers import calibrated, markdown, svg
 from trainers.evaluation.figures import share
 
 if TYPE_CHECKING:
@@ -142,15 +142,12 @@ def figures_of(
     return figures
 
 
-def table(figures: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return figures (`Figure.rounded`) as lines of a Markdown table; an AUC below 0.90 is in bold.
+def table(figures: Iterable[Mapping[str, Any]]) -> str:
+    """Return figures (`Figure.rounded`) as a Markdown table; an AUC below 0.90 is in bold.
 
     Beside a calibration error stands what a calibrated critic comes to, which is no interval.
     """
-    lines = [
-        "| head | measured on | n | positive | measure | value | 95 % interval |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for figure in figures:
         value = f"{figure['value']:.3f}"
         if figure["measure"] == "auc" and figure["value"] < 0.9:
@@ -158,11 +155,10 @@ def table(figures: Iterable[Mapping[str, Any]]) -> list[str]:
         ends = f"{figure['low']:.3f} to {figure['high']:.3f}"
         if figure["measure"] == "calibration error":
             ends = f"calibrated: {ends}"
-        lines.append(
-            f"| {figure['head']} | {figure['setting']} | {figure['n']} | {figure['positives']} "
-            f"| {figure['measure']} | {value} | {ends} |"
-        )
-    return lines
+        named = (figure[name] for name in ("head", "setting", "n", "positives", "measure"))
+        rows.append((*named, value, ends))
+    head = ("head", "measured on", "n", "positive", "measure", "value", "95 % interval")
+    return markdown.table(head, rows)
 
 
 class Curve(NamedTuple):

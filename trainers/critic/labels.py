@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_graph.errors import DataError
+from trainers import tables
 from trainers.refusal import REFUSAL
 
 __all__ = ["HARMFUL", "HARMLESS", "Row", "lowest", "own_rows", "read_rows"]
@@ -126,7 +126,8 @@ def _pyrit(data: Path) -> Iterator[Row]:
 
 def _moderation(data: Path) -> Iterator[Row]:
     """OpenAI's moderation texts, as answers to no request: harmful if a label is 1, not if most are 0."""
-    for number, cells in _json_lines(data / "openai_moderation" / "samples.jsonl"):
+    path = data / "openai_moderation" / "samples.jsonl"
+    for number, cells in tables.rows(path) if path.exists() else ():
         labels = [value for name, value in cells.items() if name != "prompt" and value is not None]
         if 1 in labels or len(labels) >= 5:
             yield Row("moderation", "text", "", _text(cells, "prompt", number), 1 in labels)
@@ -135,7 +136,7 @@ def _moderation(data: Path) -> Iterator[Row]:
 def _hh_helpful(data: Path) -> Iterator[Row]:
     """First turns of HH-RLHF's helpful dialogues: safe requests with harmless, willing (chosen) answers."""
     for path in sorted((data / "hh_rlhf").glob("helpful-*.train.pairs.jsonl.gz")):
-        for number, cells in _json_lines(path):
+        for number, cells in tables.rows(path):
             prompt, chosen = cells.get("prompt"), cells.get("chosen")
             if not isinstance(prompt, list) or not isinstance(chosen, list):
                 raise DataError(f"{path} row {number}: prompt and chosen are not lists of messages")
@@ -167,7 +168,7 @@ def _unsafe_requests(data: Path) -> Iterator[Row]:
 def _fastchat(data: Path) -> Iterator[Row]:
     """First turns of MT-bench and Vicuna-bench: safe requests."""
     for path in sorted((data / "fastchat").glob("*.jsonl")):
-        for number, cells in _json_lines(path):
+        for number, cells in tables.rows(path):
             turns = cells.get("turns")
             if not isinstance(turns, list) or not turns:
                 raise DataError(f"{path} row {number}: no turns")
@@ -223,22 +224,6 @@ def _csv(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
             if any(cells[name] is None for name in columns):
                 raise DataError(f"{path} row {number}: ends before its last column")
             yield number, {name: value or "" for name, value in cells.items() if name}
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.exists():
-        return
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    for number, line in enumerate(content.decode().split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            cells = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path} row {number}: no JSON: {error}") from error
-        if not isinstance(cells, dict):
-            raise DataError(f"{path} row {number}: {type(cells).__name__}, not an object")
-        yield number, cells
 
 
 def _json(path: Path, absent: Any) -> Any:

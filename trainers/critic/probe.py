@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph.digests import sha256_of
-from cai_graph.errors import DataError, MissingExtra
+from cai_graph.errors import DataError
 from cai_graph.probe import HEADS, Probe, windows
+from trainers import markdown
+from trainers.config import require
 from trainers.critic import heads as fitting
 from trainers.critic.figures import Curve, Figure, figures_of, plot_reliability, table
 from trainers.critic.heads import FOLDS, Head
@@ -295,11 +297,7 @@ def train(config: Config, progress: Callable[[int, int], None] | None = None) ->
         ModelError: the model cannot be fetched, started or used.
         MissingExtra: the extra `train` is not installed.
     """
-    for package in ("numpy", "safetensors", "sklearn", "matplotlib"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise MissingExtra("`cai train probe`", package, "train") from error
+    require("`cai train probe`", "numpy", "safetensors", "sklearn", "matplotlib")
     if not config.data.is_dir():
         raise DataError(
             f"{config.data}: no such folder; name the one with the labelled sources (docs/critics.md)"
@@ -434,6 +432,13 @@ def _data(ruler: _Ruler, found: dict[str, _Found]) -> list[dict[str, Any]]:
 
 def card_text(card: dict[str, Any]) -> str:
     """Return the card of the built-in heads as Markdown."""
+    meanings = {
+        "harm": "the answer is harmful",
+        "evasion": "the answer refuses or evades",
+        "request": "the request is unsafe",
+    }
+    columns = ("head", "name", "licence", "positives", "negatives")
+    sources = [[one[column] for column in columns] for one in card["data"]]
     lines = [
         f"# Heads for {card['model']['file']}",
         "",
@@ -441,29 +446,14 @@ def card_text(card: dict[str, Any]) -> str:
         f"A pass goes through its first {card['blocks']} blocks.",
         "Written by `cai train probe`; made of the data below, under Apache-2.0.",
         "",
-        "| head | probability that | says yes from |",
-        "|---|---|---|",
-    ]
-    meanings = {
-        "harm": "the answer is harmful",
-        "evasion": "the answer refuses or evades",
-        "request": "the request is unsafe",
-    }
-    for head, entry in card["heads"].items():
-        lines.append(f"| {head} | {meanings[head]} | {entry['threshold']:.3f} |")
-    lines += [
+        markdown.table(
+            ("head", "probability that", "says yes from"),
+            [(head, meanings[head], f"{entry['threshold']:.3f}") for head, entry in card["heads"].items()],
+        ),
         "",
         "## Trained on",
         "",
-        "| head | source | licence | positive | negative |",
-        "|---|---|---|---|---|",
-    ]
-    for entry in card["data"]:
-        lines.append(
-            f"| {entry['head']} | {entry['name']} | {entry['licence']} "
-            f"| {entry['positives']} | {entry['negatives']} |"
-        )
-    lines += [
+        markdown.table(("head", "source", "licence", "positive", "negative"), sources),
         "",
         f"A PyRIT answer is harmful from a mean human score of {HARMFUL}, harmless up to {HARMLESS}, left "
         "out between; an answer that meets an unsafe objective counts as harmful, a refusal as harmless. "
@@ -478,7 +468,7 @@ def card_text(card: dict[str, Any]) -> str:
         "",
         "95 % intervals over whole requests. An AUC below 0.90 is in bold.",
         "",
-        *table(card["figures"]),
+        table(card["figures"]),
     ]
     for note in card.get("notes", ()):
         lines += ["", note]

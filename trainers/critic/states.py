@@ -37,7 +37,7 @@ class Passes(NamedTuple):
 
 def check_local(model: str) -> None:
     """Raise ConfigError where a spec names no local model."""
-    if model.partition(":")[0] != "local":
+    if local.name_in(model) is None:
         raise ConfigError(f'{model!r} is no local model; a probe reads a hidden state, so name "local"')
 
 
@@ -54,7 +54,7 @@ def reader_of(model: str, blocks: int | None, turns: tuple[str, str]) -> Reader:
         ModelError: it cannot be fetched.
     """
     check_local(model)
-    weights = local.weights(model.partition(":")[2])
+    weights = local.weights(local.name_in(model) or "")
     return Reader(weights, sha256_of(weights), blocks or round(_DEPTH * local.block_count(weights)), turns)
 
 

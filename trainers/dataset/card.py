@@ -19,7 +19,7 @@ import yaml
 
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from cai_graph.trajectory import Comparison, decode
-from trainers import svg, whole
+from trainers import markdown, svg, whole
 from trainers.dataset.dataset import read_manifest
 from trainers.dataset.reading import appended, stretches
 from trainers.export import Format, read_rows
@@ -257,39 +257,30 @@ def card(summary: Summary, licence: str, title: str) -> str:
         "tags": ["cai-graph", "constitutional-ai", summary.kind],
         "configs": [{"config_name": "default", "data_files": files}],
     }
-    facts = "\n".join(f"| {_cell(label)} | {_cell(value)} |" for label, value in _facts(summary))
-    accounts = "\n".join(f"| {label} | {count:,} |" for label, count in _accounts(summary))
-    principles = "\n".join(
-        f"| {_cell(name)} | {count:,} |" for name, count in summary.principles.most_common()
-    )
+    accounts = [(label, f"{count:,}") for label, count in _accounts(summary)]
+    principles = [(name, f"{count:,}") for name, count in summary.principles.most_common()]
     recipe = json.dumps(summary.manifest["recipe"], indent=2)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---
 
-# {_cell(title)}
+# {markdown.cell(title)}
 
 Made by cai_graph from the log of an application: answers that were drafted, criticised and revised under a
 written constitution ([Bai et al. 2022](https://arxiv.org/abs/2212.08073)). Texts were written by users and by
 models; some are offensive or wrong, on the rejected side by design.
 
-| | |
-|---|---|
-{facts}
+{markdown.table(("", ""), _facts(summary))}
 
 Refusals are counted by how an answer opens, in English. Each row names its trajectory, constitution, judge
 and evidence; `cai dataset explain ROW_ID` walks back to them.
 
 ## Ledger
 
-| | |
-|---|---|
-{accounts}
+{markdown.table(("", ""), accounts)}
 
 ## Rows by principle
 
-| principle or aim | rows |
-|---|---|
-{principles}
+{markdown.table(("principle or aim", "rows"), principles)}
 
 ## Recipe
 
@@ -297,10 +288,6 @@ and evidence; `cai dataset explain ROW_ID` walks back to them.
 {recipe}
 ```
 """
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
 # --- the page -----------------------------------------------------------------------------------------

@@ -165,8 +165,7 @@ def _collected(converted: Iterable[Converted]) -> tuple[Part, list[Converted]]:
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
     """Give a folder that becomes `output` when the body ends, or goes away."""
-    if output.exists():
-        raise ConfigError(f"{output}: is there already; name a new folder, or remove it first")
+    whole.absent(output)
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(whole.folder(output, mode=0o700))  # users' texts

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cai_graph.errors import ConfigError
+from trainers.config import at_least
 from trainers.rows import KINDS, Kind
 
 __all__ = ["PersonalData", "Recipe"]
@@ -59,9 +60,7 @@ class Recipe:
             raise ConfigError(
                 f"near_duplicates is a similarity above 0 and up to 1, found {self.near_duplicates!r}"
             )
-        for name in ("per_user", "per_tenant", "per_cluster", "max_tokens"):
-            if (cap := getattr(self, name)) is not None and cap < 1:
-                raise ConfigError(f"{name} is a number from 1, found {cap!r}")
+        at_least(1, self, "per_user", "per_tenant", "per_cluster", "max_tokens")
         if self.per_cluster is not None and self.near_duplicates is None:
             raise ConfigError("per_cluster caps clusters of near duplicates; set near_duplicates, too")
         if (self.tokenizer is None) != (self.max_tokens is None):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from cai_graph import local
@@ -46,15 +45,14 @@ def model(spec: str) -> None:
     Raises:
         CaiError: they cannot be trained from.
     """
-    kind, _, name = spec.partition(":")
-    folder = Path(name if kind == "local" else spec).expanduser()
-    if folder.is_dir():
-        Checkpoint.open(folder)
-    elif kind == "local" and not name.lower().endswith(".gguf"):
-        local.find(name or local.DEFAULT_MODEL)
+    path, name = weights.path_of(spec), local.name_in(spec)
+    if path is not None and path.is_dir():
+        Checkpoint.open(path)
     elif spec.lower().endswith(".gguf"):
-        local.weights(name if kind == "local" else spec)
-    elif spec.count("/") != 1 or spec.startswith((".", "/", "~")):
+        local.weights(spec if name is None else name)
+    elif name is not None:
+        local.find(name)
+    elif not weights.is_hub_name(spec):
         weights.resolve(spec)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from cai_graph.errors import ConfigError
+from trainers.evaluation.suites import Suite
 from trainers.feedback import PairKind
 
 __all__ = ["Config", "Drafts", "Evaluation", "Feedback", "Method", "Rows", "Section"]
@@ -109,9 +110,9 @@ class Evaluation:
     """Who says what a refusal is: pattern, probe, or a model's spec."""
 
     @property
-    def suites(self) -> dict[str, Path]:
+    def suites(self) -> dict[Suite, Path]:
         """Return the file of each suite that has one."""
-        files = {
+        files: dict[Suite, Path | None] = {
             "harmlessness": self.harmlessness,
             "helpfulness": self.helpfulness,
             "over-refusal": self.over_refusal,

@@ -8,19 +8,18 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cai_graph import constitution, local
 from cai_graph.digests import sha256_of
+from cai_graph.trained import PREFIX
 from trainers.checkpoint import MANIFEST, Checkpoint
-from trainers.rewards import Spec
+from trainers.rewards import Spec, spelled_out
+from trainers.weights import path_of
 
 __all__ = ["identity", "identity_of_reward"]
 
-_CONSTITUTION = "balanced"
-"""That of a judge whose spec names none; see `trainers.rewards.parse`."""
 _SHAPING = {".json", ".jinja", ".model", ".txt", ".gguf"}
 """Ends of files beside weights: config, tokenizer and chat template, and the exported GGUF."""
 _TEMPLATES = "additional_chat_templates"
@@ -32,14 +31,12 @@ def identity(spec: str | Path | None) -> str:
     if spec is None:
         return ""
     spec = str(spec)
-    kind, _, name = spec.partition(":")
-    for model in local.CATALOGUE:
-        if kind == "local" and (name or local.DEFAULT_MODEL) == model.name:
-            return model.sha256
-    path = Path(name if kind in ("local", "trained") else spec).expanduser()
-    if path.is_file():
-        return sha256_of(path)
-    return _of_folder(path) if path.is_dir() else spec
+    if (model := local.model_of(spec)) is not None:
+        return model.sha256
+    path = path_of(spec.removeprefix(PREFIX))
+    if path is None or not path.exists():
+        return spec
+    return _of_folder(path) if path.is_dir() else sha256_of(path)
 
 
 def identity_of_reward(spec: Spec) -> Any:
@@ -47,17 +44,16 @@ def identity_of_reward(spec: Spec) -> Any:
 
     A judge is named with the content of its constitution, and a function with that of its module.
     """
-    if isinstance(spec, Mapping):
-        rules = constitution.load(spec.get("constitution", _CONSTITUTION)).digest
+    spec = spelled_out(spec)
+    if isinstance(spec, dict):
+        rules = constitution.load(spec["constitution"]).digest
         named = {kind: identity(one) for kind, one in spec.items() if kind != "constitution"}
         return {**named, "constitution": rules}
     if not isinstance(spec, str):
         return [identity_of_reward(member) for member in spec]
-    kind, colon, rest = spec.partition(":")
-    if colon and kind in ("judge", "critic"):
-        return identity_of_reward({kind: rest})
+    module, colon, _ = spec.partition(":")
     if colon and not Path(spec).expanduser().exists():
-        return [spec, _of_module(kind)]
+        return [spec, _of_module(module)]
     return identity(spec)
 
 

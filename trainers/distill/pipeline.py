@@ -23,9 +23,27 @@ from cai_graph.calls import describe
 from cai_graph.errors import CaiError, ConfigError, DataError
 from trainers import whole
 
-__all__ = ["DONE", "Done", "Folders", "Needs", "Pipeline", "State", "Step", "StepFailed", "Tell"]
+__all__ = [
+    "CHECKPOINT",
+    "DONE",
+    "EVALUATION",
+    "LOG",
+    "ROWS",
+    "Done",
+    "Folders",
+    "Needs",
+    "Pipeline",
+    "State",
+    "Step",
+    "StepFailed",
+    "Tell",
+]
 
 DONE = "stage.json"
+"""In the folder of every finished step."""
+LOG, ROWS, CHECKPOINT, EVALUATION = "log.db", "rows", "checkpoint", "evaluation"
+"""What a step makes in its folder, by its kind."""
+
 State = Literal["done", "begun", "new"]
 Figures = Mapping[str, Any]
 
@@ -63,6 +81,8 @@ class Step:
     """Steps that it reads the folders of."""
     work: Callable[[Folders], Figures] = field(compare=False)
     """Does it in `folders.own`, goes on with what it finds there, and returns what is worth knowing."""
+    check: Callable[[], None] = field(default=lambda: None, compare=False)
+    """Raises what can be seen to fail before anything is made."""
     needs: tuple[Needs, ...] = ()
     """What it is expected to take, of each model."""
 
@@ -147,6 +167,16 @@ class Pipeline:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path / DONE}: cannot be read ({error}); remove {path}") from error
+
+    def check(self) -> None:
+        """Check every step that is not done: what is skipped needs no key, no package and no GPU.
+
+        Raises:
+            CaiError: what a step's `check` raises.
+        """
+        for step in self.steps:
+            if self.state(step) != "done":
+                step.check()
 
     def run(self, tell: Tell) -> dict[str, Done]:
         """Do what is not done, in order, and return all steps by name.

@@ -4,56 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
-import shlex
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-import yaml
+from typing import Any, TypeVar
 
 from cai_graph import bulk, chain, local, models
 from cai_graph import constitution as constitutions
-from cai_graph.calls import Budget
+from cai_graph.calls import UNATTENDED_SECONDS, Budget
 from cai_graph.chat import ConstitutionalChatModel
 from cai_graph.digests import sha256_of
-from cai_graph.errors import ConfigError, DataError, ModelError
+from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import open_log, without_password
 from cai_graph.log.transfer import export as export_log
 from cai_graph.log.transfer import import_
 from cai_graph.trajectory import Outcome
 from trainers import dataset, weights
 from trainers.checkpoint import Checkpoint
-from trainers.config import plain, read
+from trainers.config import plain
 from trainers.dataset.recipe import Recipe
 from trainers.distill import checks
 from trainers.distill.config import Config, Section
 from trainers.distill.identity import identity, identity_of_reward
-from trainers.distill.launch import is_here, processes
-from trainers.distill.pipeline import Folders, Needs, Pipeline, Step, Tell
+from trainers.distill.pipeline import (
+    CHECKPOINT,
+    EVALUATION,
+    LOG,
+    ROWS,
+    Folders,
+    Needs,
+    Pipeline,
+    Step,
+    Tell,
+)
 from trainers.distill.publish import link, publish
 from trainers.distill.report import report
 from trainers.distill.sampler import Sampler
 from trainers.distill.sizes import Size
+from trainers.distill.training import Training
 from trainers.distill.who import chat, critic, unasked, unasked_reward
+from trainers.evaluation.folder import Evaluation, has_failed
+from trainers.evaluation.generations import CheckpointSubject
+from trainers.evaluation.graders import graders_for
+from trainers.evaluation.grades import Grader
+from trainers.evaluation.suites import Prompt, Suite, read_suite
+from trainers.evaluation.summary import summarise
 from trainers.feedback import Config as Labels
 from trainers.feedback import Labelling
 from trainers.feedback.judge import Judge
-from trainers.stages.encoding import open_data
-
-if TYPE_CHECKING:
-    from trainers.evaluation.grades import Grader
-    from trainers.evaluation.suites import Prompt, Suite
 
 __all__ = ["pipeline", "train"]
 
 Progress = Callable[[str, int, int], None]
 """Told what is counted, how many are done, and of how many."""
 
-CHECKPOINT = "checkpoint"
-_LOG = "log.db"
-_ROW_SECONDS = 3600.0
+T = TypeVar("T")
 
 
 def pipeline(config: Config, progress: Progress = lambda what, done, total: None) -> Pipeline:
@@ -64,11 +69,8 @@ def pipeline(config: Config, progress: Progress = lambda what, done, total: None
         ConstitutionError: the constitution cannot be read.
         DataError: the prompts cannot be read.
     """
-    plan = _Plan(config, progress)
-    steps = Pipeline(config.output, plan.steps())
-    for step, check in plan.checks:
-        if steps.state(step) != "done":  # what is skipped needs no key, no package and no GPU
-            check()
+    steps = Pipeline(config.output, _Plan(config, progress).steps())
+    steps.check()
     return steps
 
 
@@ -94,41 +96,38 @@ class _Plan:
     def __init__(self, config: Config, progress: Progress) -> None:
         self.config, self.progress = config, progress
         self.rules = constitutions.load(config.constitution)
-        self.base = {"model": identity(config.model)}
-        self.processes = processes(config.launch)
+        self.base = identity(config.model)
         missing = [str(path) for path in config.evaluation.suites.values() if not path.exists()]
         if missing:
             raise ConfigError(f"evaluation: {', '.join(missing)} is not there")
         self.size = Size.of(config)
-        self.checks: list[tuple[Step, Callable[[], None]]] = []
-        """What can be checked of a step beforehand; set by `steps`."""
 
     def steps(self) -> list[Step]:
         config = self.config
+        section = {key: value for key, value in config.rl.items() if key != "method"}
         trajectories = self._trajectories()
         sft_data = self._dataset("sft-data", "sft", trajectories)
-        sft = self._trained("sft", "sft", config.sft, model=None, data=sft_data)
+        sft = self._trained("sft", "sft", config.sft, data=sft_data)
         steps = [trajectories, sft_data, sft]
-        section = {key: value for key, value in config.rl.items() if key != "method"}
+        labels: dict[str, Step] = {}
         against_model = config.method != "dpo" and "reward" not in section
         if config.method == "dpo" or (against_model and "data" not in config.reward):
             feedback = self._feedback(trajectories, sft)
-            preferences = self._dataset("preferences", "preference", feedback)
-            steps += [feedback, preferences]
+            labels["data"] = self._dataset("preferences", "preference", feedback)
+            steps += [feedback, labels["data"]]
         if config.method == "dpo":
-            last = self._trained("dpo", "dpo", section, model=sft, data=preferences)
+            last = self._trained("dpo", "dpo", section, model=sft, **labels)
         else:
-            reward = None
+            reward: dict[str, Step] = {}
             if against_model:
-                data = None if "data" in config.reward else preferences
-                reward = self._trained("reward", "reward", config.reward, model=None, data=data)
-                steps.append(reward)
+                reward["reward"] = self._trained("reward", "reward", config.reward, **labels)
+                steps.append(reward["reward"])
             prompts = self._dataset("prompts", "prompts", trajectories)
             steps.append(prompts)
-            module = "ppo" if config.method == "ppo" else "online"
-            if module == "online":
+            stage = "ppo" if config.method == "ppo" else "online"
+            if stage == "online":
                 section["algorithm"] = config.method
-            last = self._trained(config.method, module, section, model=sft, data=prompts, reward=reward)
+            last = self._trained(config.method, stage, section, model=sft, data=prompts, **reward)
         steps.append(last)
         if config.evaluation.suites:
             steps.append(self._evaluation(sft, last))
@@ -150,11 +149,11 @@ class _Plan:
             prompts = {"sha256": sha256_of(config.prompts), "column": config.column, "limit": config.limit}
             settings |= {"prompts": prompts, "drafts": shaping, "seed": config.seed}
             if drafts.model is None:
-                settings |= self.base
+                settings["model"] = self.base
             needs = self.size.drafts()
 
         def work(folders: Folders) -> dict[str, Any]:
-            url = f"sqlite:///{folders.own / _LOG}"
+            url = f"sqlite:///{folders.own / LOG}"
             copied = 0
             for number, log in enumerate(config.logs):
                 copy = folders.own / f"copy-{number}.jsonl"
@@ -181,14 +180,12 @@ class _Plan:
                 "skipped": len(summary.skipped),
             }
 
-        step = Step(name="trajectories", settings=settings, work=work, needs=needs)
-        if config.prompts is not None:
-            self.checks.append((step, self._check_drafts))
-        return step
+        def check() -> None:
+            if config.prompts is not None:
+                with checks.in_section("drafts"):
+                    self._guarded(None, named=unasked)
 
-    def _check_drafts(self) -> None:
-        with checks.in_section("drafts"):
-            self._guarded(None, named=unasked)
+        return Step(name="trajectories", settings=settings, work=work, check=check, needs=needs)
 
     def _guarded(
         self, log: str | None, *, named: Callable[[str], str] = str
@@ -211,7 +208,7 @@ class _Plan:
             strategy=drafts.strategy,
             seed=config.seed,
             on_log_error="raise",
-            budget=Budget(seconds=_ROW_SECONDS),
+            budget=Budget(seconds=UNATTENDED_SECONDS),
             **rounds,
         )
         return drafter, guarded
@@ -222,20 +219,16 @@ class _Plan:
         drafter, guarded = self._guarded(url)
         assert config.prompts is not None
         assert guarded.plan.log is not None
-
-        async def work(job: bulk.Run) -> None:
-            self.progress("prompts", job.done, job.rows)
-            async with contextlib.aclosing(job.results(drafts.concurrency)) as results:
-                number = job.done
-                async for _ in results:
-                    number += 1
-                    self.progress("prompts", number, job.rows)
-
         with contextlib.closing(bulk.Rows(str(config.prompts))) as rows, contextlib.closing(guarded.plan.log):
             drafting = {"model": models.name_of(drafter), "max_tokens": drafts.max_tokens}
             job = bulk.Run(guarded, rows, drafting=drafting, column=config.column, limit=config.limit)
-            asyncio.run(work(job))
-        failures = [row.why for row in job.summary.skipped if isinstance(row, bulk.Failed)]
+            failures = self._follow(
+                "prompts",
+                job.results(drafts.concurrency),
+                job.done,
+                job.rows,
+                lambda row: row.why if isinstance(row, bulk.Failed) else None,
+            )
         _check_failures(failures, job.rows, f"prompts of {config.prompts} were not answered")
         if not job.summary.answered:
             first = job.summary.skipped[0].why if job.summary.skipped else "the file holds none"
@@ -259,9 +252,9 @@ class _Plan:
         settings = {**plain(recipe), "held_out": sorted(held_out.values())}
 
         def work(folders: Folders) -> dict[str, Any]:
-            target = folders.own / "rows"
+            target = folders.own / ROWS
             if not target.exists():
-                dataset.build([f"sqlite:///{folders[source.name] / _LOG}"], target, recipe)
+                dataset.build([f"sqlite:///{folders[source.name] / LOG}"], target, recipe)
             ledger = dataset.read_manifest(target)["ledger"]
             return {"rows": sum(ledger["kept"].values()), "ledger": ledger}
 
@@ -269,107 +262,12 @@ class _Plan:
 
     # --- training ---
 
-    def _trained(
-        self,
-        name: str,
-        module: str,
-        section: Section,
-        *,
-        model: Step | None,
-        data: Step | None,
-        reward: Step | None = None,
-    ) -> Step:
-        """Return the step of a training stage; `model` None: it starts from the base."""
-        given = {"seed": self.config.seed, **section}
-        part = "rl" if module not in ("sft", "reward") else module
-        ours = ("model", "output", *(("data",) if data is not None else ()))
-        for key in ours:
-            if key in section:
-                raise ConfigError(f"{part}.{key}: is set by the pipeline; leave it out")
-
-        def config_of(base: Path, rows: Path, output: Path, rewards: Path | None) -> Any:
-            places = {"model": str(base), "data": str(rows), "output": str(output)}
-            if rewards is not None:
-                places["reward"] = str(rewards)
-            return _section(part, module, {**places, **given}, hidden=ours)
-
-        nowhere = Path("-")
-        checked = config_of(nowhere, nowhere, nowhere, None if reward is None else nowhere)
-        settings = {
-            key: value
-            for key, value in plain(checked).items()
-            if key not in ("model", "output") and (key != "data" or data is None)
-        }
-        settings["processes"] = self.processes or list(self.config.launch)
-        if reward is not None:
-            del settings["reward"]
-        elif "reward" in settings:
-            settings["reward"] = identity_of_reward(settings["reward"])
-        for key in ("data", "value_model"):
-            if settings.get(key) is not None:
-                settings[key] = identity(settings[key])
-        if (watched := settings.get("watch")) is not None:
-            named = {key: identity(watched[key]) for key in ("benign", "evasion")}
-            settings["watch"] = {**watched, **named, "judge": identity_of_reward(watched["judge"])}
-        inputs = tuple(step for step in (model, data, reward) if step is not None)
-
-        def work(folders: Folders) -> dict[str, Any]:
-            output = folders.own / CHECKPOINT
-            if not output.exists():
-                base = (
-                    weights.resolve(self.config.model) if model is None else folders[model.name] / CHECKPOINT
-                )
-                rows = Path(section["data"]) if data is None else folders[data.name] / "rows"
-                rewards = None if reward is None else folders[reward.name] / CHECKPOINT
-                self._run(module, config_of(base, rows, output, rewards), folders.own / "config.yaml")
-            found = Checkpoint.open(output)
-            metrics = {} if found.manifest is None else dict(found.manifest.metrics)
-            return {"digest": found.digest, "metrics": metrics}
-
-        step = Step(
-            name=name,
-            settings=settings if model is not None else {**settings, **self.base},
-            inputs=inputs,
-            work=work,
-            needs=self.size.training(module, checked),
+    def _trained(self, name: str, stage: str, section: Section, **made: Step) -> Step:
+        """Return a step that trains; `made` has those that make what the stage is given."""
+        training = Training(
+            config=self.config, base=self.base, size=self.size, stage=stage, section=section, made=made
         )
-
-        def check() -> None:
-            if model is None:
-                with checks.in_section("model"):
-                    checks.model(self.config.model)
-            with checks.in_section(part):
-                checks.machine(checked, module, self.processes, is_here=is_here(self.config.launch))
-            if data is None:
-                with checks.in_section(f"{part}.data"):
-                    open_data(checked.data, _stage(module).KINDS)
-            trained_on: frozenset[str] = frozenset()  # of a model that is not there yet
-            if reward is None and hasattr(checked, "reward"):
-                with checks.in_section(f"{part}.reward"):
-                    trained_on = checks.reward(checked.reward)
-            if getattr(checked, "value_model", None) is not None:
-                with checks.in_section(f"{part}.value_model"):
-                    checks.model(checked.value_model)
-            if getattr(checked, "watch", None) is not None and self.size.prompts:
-                with checks.in_section(f"{part}.watch"):
-                    checks.watch(checked.watch, trained_on, self.size.prompts * self.config.rows.test_share)
-
-        self.checks.append((step, check))
-        return step
-
-    def _run(self, module: str, config: Any, file: Path) -> None:
-        """Run a stage here, or as `cai train` under the command that launches processes."""
-        if not self.config.launch:
-            _stage(module).train(config)
-            return
-        file.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
-        command = [*self.config.launch, "-m", "cai_graph.cli", "train", module, "--config", str(file)]
-        try:
-            status = subprocess.run(command, check=False).returncode
-        except OSError as error:
-            raise ConfigError(f"launch: {command[0]!r} cannot be started: {error.strerror}") from error
-        if status:
-            raise ModelError(f"`{shlex.join(command)}` ended with status {status}; it says why above")
+        return training.step(name)
 
     # --- feedback ---
 
@@ -383,9 +281,9 @@ class _Plan:
         }
 
         def work(folders: Folders) -> dict[str, Any]:
-            url = f"sqlite:///{folders.own / _LOG}"
+            url = f"sqlite:///{folders.own / LOG}"
             with (
-                open_log(f"sqlite:///{folders[trajectories.name] / _LOG}", read_only=True) as source,
+                open_log(f"sqlite:///{folders[trajectories.name] / LOG}", read_only=True) as source,
                 contextlib.closing(open_log(url)) as log,
             ):
                 for record in source.read():
@@ -393,20 +291,18 @@ class _Plan:
                 log.flush()
                 return self._label(log, folders[sft.name] / CHECKPOINT)
 
-        step = Step(
-            name="feedback",
-            settings=settings,
-            inputs=(trajectories, sft),
-            work=work,
-            needs=self.size.feedback(),
-        )
-
         def check() -> None:
             with checks.in_section("feedback"):
                 self._labelling(_NoRecords(), Path(sft.name), named=unasked)
 
-        self.checks.append((step, check))
-        return step
+        return Step(
+            name="feedback",
+            settings=settings,
+            inputs=(trajectories, sft),
+            work=work,
+            check=check,
+            needs=self.size.feedback(),
+        )
 
     def _labelling(self, log: Any, checkpoint: Path, *, named: Callable[[str], str] = str) -> Labelling:
         """Return what compares the answers in a log; `named` is what a spec is read as."""
@@ -442,20 +338,34 @@ class _Plan:
 
     def _label(self, log: Any, checkpoint: Path) -> dict[str, Any]:
         job = self._labelling(log, checkpoint)
+        results = job.results(self.config.feedback.concurrency)
+        failures = self._follow("comparisons", results, job.done, job.total, lambda result: result.failed)
+        _check_failures(failures, job.total, "trajectories could not be labelled")
+        return {"failed": len(failures), "positions": job.positions.summary()}
+
+    def _follow(
+        self,
+        what: str,
+        results: AsyncGenerator[T, None],
+        done: int,
+        total: int,
+        failed: Callable[[T], str | None],
+    ) -> list[str]:
+        """Take all results of a job, telling how far it is; return why some failed."""
         failures: list[str] = []
 
         async def work() -> None:
-            self.progress("comparisons", job.done, job.total)
-            async with contextlib.aclosing(job.results(self.config.feedback.concurrency)) as results:
-                number = job.done
+            number = done
+            self.progress(what, number, total)
+            async with contextlib.aclosing(results):
                 async for result in results:
                     number += 1
-                    failures.extend([result.failed] if result.failed else [])
-                    self.progress("comparisons", number, job.total)
+                    if (why := failed(result)) is not None:
+                        failures.append(why)
+                    self.progress(what, number, total)
 
         asyncio.run(work())
-        _check_failures(failures, job.total, "trajectories could not be labelled")
-        return {"failed": len(failures), "positions": job.positions.summary()}
+        return failures
 
     # --- what it came to ---
 
@@ -472,7 +382,7 @@ class _Plan:
             "refusals": identity(wanted.refusals),
             "constitution": self.rules.digest,
             "seed": self.config.seed,
-            **self.base,
+            "model": self.base,
         }
 
         def work(folders: Folders) -> dict[str, Any]:
@@ -481,40 +391,33 @@ class _Plan:
                 sft.name: folders[sft.name] / CHECKPOINT,
                 last.name: folders[last.name] / CHECKPOINT,
             }
-            return self._evaluate(folders.own / "evaluation", subjects)
+            return self._evaluate(folders.own / EVALUATION, subjects)
 
-        step = Step(
+        def check() -> None:
+            with checks.in_section("evaluation"):
+                for suite in dict.fromkeys(prompt.suite for prompt in self._prompts()):
+                    self._graders(suite, asking=False)
+
+        return Step(
             name="evaluation",
             settings=settings,
             inputs=(sft, last),
             work=work,
+            check=check,
             needs=self.size.evaluation(),
         )
-        self.checks.append((step, self._check_evaluation))
-        return step
-
-    def _check_evaluation(self) -> None:
-        with checks.in_section("evaluation"):
-            for suite in dict.fromkeys(prompt.suite for prompt in self._prompts()):
-                self._graders(suite, asking=False)
 
     def _prompts(self) -> list[Prompt]:
-        from trainers.evaluation.suites import read_suite
-
         wanted = self.config.evaluation
         return [
             prompt
             for suite, path in wanted.suites.items()
-            for prompt in read_suite(cast("Suite", suite), path, wanted.limit)
+            for prompt in read_suite(suite, path, wanted.limit)
         ]
 
     def _evaluate(self, folder: Path, subjects: Mapping[str, Path]) -> dict[str, Any]:
-        from trainers.evaluation import folder as kept_in
-        from trainers.evaluation.generations import CheckpointSubject
-        from trainers.evaluation.summary import summarise
-
         wanted = self.config.evaluation
-        kept = kept_in.Evaluation.begin(folder, self._prompts())
+        kept = Evaluation.begin(folder, self._prompts())
 
         async def work() -> None:
             for name, path in subjects.items():
@@ -525,14 +428,14 @@ class _Plan:
                     seed=self.config.seed,
                     batch_size=wanted.batch_size,
                 )
-                await kept.generate(subject, progress=_about(self.progress, f"answers of {name}"))
+                await kept.generate(subject, progress=partial(self.progress, f"answers of {name}"))
             for suite in kept.suites():
                 for grader in self._graders(suite):
                     who = f"{suite}, by {grader.name}"
-                    if not await kept.grade(suite, grader, _about(self.progress, who)):
+                    if not await kept.grade(suite, grader, partial(self.progress, who)):
                         continue
                     rows = [row for found in kept.grades(suite)[grader.name].values() for row in found]
-                    failures = [row["error"] for row in rows if kept_in.has_failed(row)]
+                    failures = [row["error"] for row in rows if has_failed(row)]
                     _check_failures(failures, len(rows), f"answers could not be graded ({who})")
 
         asyncio.run(work())
@@ -540,19 +443,15 @@ class _Plan:
 
     def _graders(self, suite: Suite, *, asking: bool = True) -> list[Grader]:
         """Return who grades the answers to a suite; without `asking`, no server what it serves."""
-        from trainers.evaluation.folder import AIMS
-        from trainers.evaluation.grades import CriticGrader, RewardGrader
-        from trainers.evaluation.refusals import refusals_for
-
         wanted = self.config.evaluation
         named: Callable[[str], str] = str if asking else unasked
-        if suite not in AIMS:
-            return [] if wanted.refusals is None else [refusals_for(named(wanted.refusals))]
-        found: list[Grader] = []
-        if wanted.critic is not None:
-            found.append(CriticGrader(critic(named(wanted.critic)), self.rules, AIMS[suite]))
-        rewards = wanted.reward if asking else map(unasked_reward, wanted.reward)
-        return found + [RewardGrader.of(spec) for spec in rewards]
+        return graders_for(
+            suite,
+            self.rules,
+            critic=None if wanted.critic is None else critic(named(wanted.critic)),
+            reward=wanted.reward if asking else map(unasked_reward, wanted.reward),
+            refusals=None if wanted.refusals is None else named(wanted.refusals),
+        )
 
     def _model(self, last: Step) -> Step:
         def work(folders: Folders) -> dict[str, Any]:
@@ -567,7 +466,7 @@ class _Plan:
             weights.to_gguf(made, source, folders.own / local.EXPORTED)
             return {"gguf": True}
 
-        return Step(name="model", settings=self.base, inputs=(last,), work=work)
+        return Step(name="model", settings={"model": self.base}, inputs=(last,), work=work)
 
 
 class _NoRecords:
@@ -575,20 +474,6 @@ class _NoRecords:
 
     def read(self, **_: Any) -> Iterator[Any]:
         return iter(())
-
-
-def _stage(module: str) -> Any:
-    return importlib.import_module(f"trainers.{module}")
-
-
-def _section(part: str, module: str, values: Section, *, hidden: Sequence[str]) -> Any:
-    """Return the config of a stage, with errors that name the section; `hidden` keys are no user's."""
-    settings = [f"{key}={yaml.safe_dump(value)}" for key, value in values.items()]
-    further = ("method",) if part == "rl" else ()
-    try:
-        return read(_stage(module).Config, None, settings, hidden=hidden, further=further)
-    except ConfigError as error:
-        raise ConfigError(f"{part}: {str(error).removeprefix('--set: ')}") from error
 
 
 def _check_failures(failures: Sequence[str], total: int, what: str) -> None:
@@ -601,7 +486,3 @@ def _check_failures(failures: Sequence[str], total: int, what: str) -> None:
         raise DataError(
             f"{len(failures)} of {total} {what}, the first: {failures[0]}; the same command tries them again"
         )
-
-
-def _about(progress: Progress, what: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(what, done, total)

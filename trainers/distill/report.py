@@ -13,7 +13,7 @@ from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
 from trainers.distill.config import Config
-from trainers.distill.pipeline import Done, Pipeline
+from trainers.distill.pipeline import CHECKPOINT, EVALUATION, LOG, Done, Pipeline
 from trainers.evaluation.folder import Evaluation
 from trainers.evaluation.plots import svgs
 from trainers.evaluation.summary import summarise
@@ -99,8 +99,7 @@ def _answers(done: Mapping[str, Done]) -> str:
 
 
 def _kept(done: Mapping[str, Done]) -> Evaluation:
-    path = done["evaluation"].path / "evaluation"
-    return Evaluation.open(path)
+    return Evaluation.open(done["evaluation"].path / EVALUATION)
 
 
 def _cut(text: str) -> str:
@@ -113,7 +112,7 @@ def _plots(done: Mapping[str, Done]) -> Iterable[str]:
         for caption, svg in svgs(summarise(kept)).items():
             yield figure(svg, caption)
     for name, step in done.items():
-        for path in sorted((step.path / "checkpoint").glob("*.svg")):
+        for path in sorted((step.path / CHECKPOINT).glob("*.svg")):
             yield figure(path.read_text(encoding="utf-8"), f"{name}: {path.stem}")
 
 
@@ -133,8 +132,8 @@ def _lineage(config: Config, steps: Pipeline, done: Mapping[str, Done]) -> str:
         found = done[step.name]
         came_from = ", ".join(one.name for one in step.inputs) or "the config's prompts, logs and model"
         said = [f"digest {step.digest[:16]}, from {came_from}"]
-        if (found.path / "checkpoint").is_dir():
-            checkpoint = Checkpoint.open(found.path / "checkpoint")
+        if (found.path / CHECKPOINT).is_dir():
+            checkpoint = Checkpoint.open(found.path / CHECKPOINT)
             said.append(f"weights {checkpoint.digest[:16]}")
             if checkpoint.manifest is not None:
                 manifest = checkpoint.manifest
@@ -144,7 +143,7 @@ def _lineage(config: Config, steps: Pipeline, done: Mapping[str, Done]) -> str:
                 judged = ", ".join(one[:16] for one in manifest.constitution_digests)
                 said += [f"constitutions {judged}"] if judged else []
         if step.name == "trajectories":
-            said.append(f"{found.figures['trajectories']:,} trajectories in {found.path / 'log.db'}")
+            said.append(f"{found.figures['trajectories']:,} trajectories in {found.path / LOG}")
             said.append(f"constitution {step.settings['constitution'][:16]} ({config.constitution})")
         rows.append((step.name, "\n".join(said)))
     return table(rows, text=True)

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph import bulk, local
@@ -15,9 +14,10 @@ from cai_graph.errors import ConfigError
 from cai_graph.log import open_log
 from cai_graph.probe import Probe
 from cai_graph.trained import PREFIX
-from trainers.dataset.heldout import prompts_in
 from trainers.distill.launch import processes
 from trainers.distill.pipeline import Needs, Pipeline
+from trainers.tables import prompts_in
+from trainers.weights import path_of
 
 if TYPE_CHECKING:
     from trainers.distill import Config
@@ -146,19 +146,17 @@ def _needs(who: str, *, read: int = 0, written: int = 0, trained: int = 0) -> Ne
 
 def _parameters(spec: str) -> float | None:
     """Return about how many weights compute here; None where a server does."""
-    kind, _, name = spec.partition(":")
-    for model in local.CATALOGUE:
-        if kind == "local" and (name or local.DEFAULT_MODEL) == model.name:
-            return model.size * 8 / 5  # about 5 bits a weight
-    if kind == "trained":
-        with contextlib.suppress(OSError, ValueError, KeyError):  # of a probe; a classifier has its weights
-            return _parameters(json.loads((Path(name) / "card.json").read_text())["model"]["spec"])
-    path = Path(name if kind in ("local", "trained") else spec).expanduser()
+    if (model := local.model_of(spec)) is not None:
+        return model.size * 8 / 5  # about 5 bits a weight
+    path = path_of(spec.removeprefix(PREFIX))
+    if path is None or not path.exists():
+        return None
     if path.is_file():
         return path.stat().st_size * 8 / 5
-    if path.is_dir():
-        return sum(one.stat().st_size for one in path.rglob("*.safetensors")) / 3  # between fp32 and bf16
-    return None
+    if spec.startswith(PREFIX):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # of a probe; a classifier has its weights
+            return _parameters(json.loads((path / "card.json").read_text())["model"]["spec"])
+    return sum(one.stat().st_size for one in path.rglob("*.safetensors")) / 3  # between fp32 and bf16
 
 
 def estimate(steps: Pipeline) -> dict[str, float | None]:

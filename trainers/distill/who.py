@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cai_graph import models
+from cai_graph import local, models
 from cai_graph.critic import Critic, critic_for
 from cai_graph.trained import PREFIX
 from trainers.distill.sampler import Sampler
-from trainers.rewards import Spec
+from trainers.rewards import Spec, spelled_out
 
 __all__ = ["chat", "critic", "unasked", "unasked_reward"]
-
-_API_RETRIES = 8
 
 
 def chat(spec: str, **settings: Any) -> Any:
@@ -23,13 +20,10 @@ def chat(spec: str, **settings: Any) -> Any:
     Raises:
         CaiError: what `cai_graph.models.load` raises.
     """
-    folder = Path(spec.removeprefix("local:")).expanduser()
-    if folder.is_dir() and not spec.startswith("local:"):
+    folder = Path(spec).expanduser()
+    if local.name_in(spec) is None and folder.is_dir():
         return Sampler(path=folder, **settings)
-    if spec.partition(":")[0] != "local":
-        settings.pop("seed", None)
-        settings["max_retries"] = _API_RETRIES
-    return models.load(spec, **settings)
+    return models.patient(spec, **settings)
 
 
 def critic(spec: str) -> Critic:
@@ -49,9 +43,7 @@ def unasked(spec: str) -> str:
 
 def unasked_reward(spec: Spec) -> Spec:
     """Return the same of a reward's spec, as `trainers.rewards.parse` reads it."""
-    if isinstance(spec, Mapping):
+    spec = spelled_out(spec)
+    if isinstance(spec, dict):
         return {key: unasked(one) for key, one in spec.items()}
-    if not isinstance(spec, str):
-        return [unasked_reward(one) for one in spec]  # type: ignore[misc]
-    kind, colon, rest = spec.partition(":")
-    return f"{kind}:{unasked(rest)}" if colon and kind in ("judge", "critic") else spec
+    return spec if isinstance(spec, str) else [unasked_reward(one) for one in spec]  # type: ignore[misc]

@@ -25,18 +25,21 @@ import msgspec
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.failures import is_about_all_rows
 from cai_graph.prompts import Exchange
-from cai_graph.together import is_about_all_rows, side_by_side
+from cai_graph.together import side_by_side
 from cai_graph.trajectory import Message
-from trainers.evaluation.generations import Asked, Kept, Row, Subject, read_rows, write_whole
+from trainers import lines, whole
+from trainers.evaluation.generations import Asked, Subject
 from trainers.evaluation.grades import Grader
 from trainers.evaluation.inference import best, most_agreed
 from trainers.evaluation.suites import Prompt, Suite
 from trainers.feedback import draw
 from trainers.feedback.compared import same_answer
 from trainers.feedback.judge import Judge
+from trainers.lines import Lines, Row
 
-__all__ = ["AIMS", "Evaluation", "Progress", "has_failed"]
+__all__ = ["AIMS", "Evaluation", "Progress", "has_failed", "write_whole"]
 
 Progress = Callable[[int, int], None]
 """Told how many are done, of how many."""
@@ -83,8 +86,7 @@ class Evaluation:
                 )
             found._note(notes)
             return found
-        lines = [msgspec.json.encode(prompt).decode() + "\n" for prompt in prompts]
-        write_whole(path / _PROMPTS, "".join(lines))
+        write_whole(path / _PROMPTS, lines.text(map(msgspec.to_builtins, prompts)))
         about = {"format": _FORMAT, "prompts": digest, "subjects": {}, "notes": list(dict.fromkeys(notes))}
         made = cls(path, about, prompts)
         made._write()
@@ -101,7 +103,7 @@ class Evaluation:
             about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
             if about["format"] != _FORMAT:
                 raise DataError(f"{path / _ABOUT}: format {about['format']!r}, this release reads {_FORMAT}")
-            prompts = [msgspec.convert(row, Prompt) for row in read_rows(path / _PROMPTS)]
+            prompts = [msgspec.convert(row, Prompt) for row in lines.read(path / _PROMPTS)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: holds no evaluation that can be read ({error}); `cai evaluate run` makes one"
@@ -153,7 +155,7 @@ class Evaluation:
         self._enter(subject.name, {**subject.settings, "samples": samples})
         self._note(notes)
         wanted = [Asked(p, sample) for p in self.prompts.values() for sample in range(samples)]
-        with Kept(self._file(subject.name), _ANSWER) as kept:
+        with Lines(self._file(subject.name), _ANSWER) as kept:
             done = {key for key, row in kept.rows.items() if row["error"] is None}
             missing = [one for one in wanted if (one.prompt.id, one.sample) not in done]
             if progress is not None:
@@ -174,7 +176,7 @@ class Evaluation:
         Raises:
             DataError: they are not whole.
         """
-        rows = read_rows(self._file(subject))
+        rows = lines.read(self._file(subject))
         if not rows:
             raise DataError(f"{self.path}: has no answers of {subject}; run `cai evaluate run` again")
         return [row for row in rows if row["error"] is None and row["prompt"] in self.prompts]
@@ -231,7 +233,7 @@ class Evaluation:
     def _chosen(self, of: str, how: str, by: str, rows: Sequence[Row]) -> str:
         name = f"{of}, {how} by {by}"
         self._enter(name, {"of": of, "by": by, "samples": 1})
-        write_whole(self._file(name), "".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(self._file(name), lines.text(rows))
         return name
 
     # --- grades ---
@@ -259,14 +261,14 @@ class Evaluation:
         found: dict[str, dict[str, list[Row]]] = {}
         slugs = {_slug(name): name for name in self.subjects}
         for file in sorted((self.path / "grades" / suite).glob("*/*.jsonl")):
-            if file.stem in slugs and (rows := read_rows(file)):
+            if file.stem in slugs and (rows := lines.read(file)):
                 found.setdefault(rows[0]["by"], {})[slugs[file.stem]] = rows
         return found
 
     async def _grade(
         self, file: Path, rows: Sequence[Row], grader: Grader, progress: Progress | None
     ) -> dict[tuple[Any, ...], Row]:
-        with Kept(file, _ANSWER) as kept:
+        with Lines(file, _ANSWER) as kept:
             # An answer that was written anew, since it had failed or another was chosen, is graded anew.
             known = {key: row["of"] for key, row in kept.rows.items() if not has_failed(row)}
             missing = [r for r in rows if known.get((r["prompt"], r["sample"])) != _digest(r["answer"])]
@@ -334,7 +336,7 @@ class Evaluation:
             one, other = first[a][prompt.id], first[b][prompt.id]
             principle = draw(rules, 1, seed, prompt.id)[0]
             row: Row = {"prompt": prompt.id, "a": a, "b": b, "by": by, "principle": principle.id}
-            row |= {"of": _digest(one["answer"] + "\0" + other["answer"]), "p_a": [None, None], "why": ""}
+            row |= {"of": _digest_of_pair(one, other), "p_a": [None, None], "why": ""}
             row["error"] = None
             exchange, answer = self._exchange(one), Message(role="assistant", content=other["answer"])
             if same_answer(exchange.answer, answer):
@@ -347,13 +349,12 @@ class Evaluation:
                 return {**row, "error": describe(error)}
             return {**row, "p_a": list(said.p_a), "method": said.method, "clipped": said.clipped}
 
-        with Kept(self._in("contests", suite, by), ("prompt", "a", "b")) as kept:
+        with Lines(self._in("contests", suite, by), ("prompt", "a", "b")) as kept:
             known = {key: row["of"] for key, row in kept.rows.items() if not has_failed(row)}
             missing = [
                 (prompt, a, b)
                 for prompt, a, b in pairs
-                if known.get((prompt.id, a, b))
-                != _digest(first[a][prompt.id]["answer"] + "\0" + first[b][prompt.id]["answer"])
+                if known.get((prompt.id, a, b)) != _digest_of_pair(first[a][prompt.id], first[b][prompt.id])
             ]
             done = len(pairs) - len(missing)
             async for row in side_by_side(missing, work, concurrency):
@@ -368,7 +369,7 @@ class Evaluation:
         """Return the comparisons of a suite's answers, by judge."""
         found: dict[str, list[Row]] = {}
         for file in sorted((self.path / "contests" / suite).glob("*.jsonl")):
-            if rows := [r for r in read_rows(file) if {r["a"], r["b"]} <= set(self.subjects)]:
+            if rows := [r for r in lines.read(file) if {r["a"], r["b"]} <= set(self.subjects)]:
                 found[rows[0]["by"]] = rows
         return found
 
@@ -415,5 +416,22 @@ def has_failed(row: Row) -> bool:
     return row.get("error") is not None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        DataError: it cannot be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole.write(path, text)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _digest_of_pair(a: Row, b: Row) -> str:
+    return _digest(a["answer"] + "\0" + b["answer"])

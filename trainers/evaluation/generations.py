@@ -3,20 +3,17 @@
 Subject            who is evaluated
 ├─ AppSubject          a chat model, a wrapped app, any Runnable or function of messages
 └─ CheckpointSubject   weights in a folder, sampled in batches
-Kept               a file of rows that grows line by line and takes its name when it is whole
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import importlib
-import json
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import BaseMessage
@@ -25,27 +22,16 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from cai_graph import local, models
 from cai_graph.calls import cut_short, describe
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.failures import is_about_all_rows
 from cai_graph.messages import to_langchain
 from cai_graph.shape import Shape
-from cai_graph.together import is_about_all_rows, side_by_side
+from cai_graph.together import side_by_side
 from cai_graph.trajectory import text_of
-from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.evaluation.suites import Prompt
+from trainers.lines import Row
 
-__all__ = [
-    "AppSubject",
-    "Asked",
-    "CheckpointSubject",
-    "Kept",
-    "Row",
-    "Subject",
-    "app_of",
-    "read_rows",
-    "write_whole",
-]
-
-Row = dict[str, Any]
+__all__ = ["AppSubject", "Asked", "CheckpointSubject", "Subject", "app_of"]
 
 
 class Asked(NamedTuple):
@@ -105,7 +91,7 @@ class AppSubject:
         self.name = name or models.name_of(app)
         self.settings: Mapping[str, Any] = {"seed": seed, **(settings or {})}
         self._seed, self._concurrency = seed, concurrency
-        self._is_seeded = local.is_local(getattr(app, "openai_api_base", None))
+        self._is_seeded = local.is_local(app)
 
     async def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
         """Yield a row for each that was asked, as each ends."""
@@ -226,101 +212,3 @@ class CheckpointSubject:
                     continue
                 cut = None if answer.ended else "it was cut at its token limit"
                 yield _row(one, answer.text, cut, None, seconds)
-
-
-# --- rows that are kept -------------------------------------------------------------------------------
-
-
-class Kept:
-    """A file of rows. While it grows it is `NAME.part`, of which a torn last line is lost and no more.
-
-    Used as a context: it is locked, so that two runs do not write the same file.
-    """
-
-    def __init__(self, path: Path, key: Sequence[str]) -> None:
-        """Name a file; `key` are the fields that tell its rows apart."""
-        self.path = path
-        self.rows: dict[tuple[Any, ...], Row] = {}
-        """What it holds, by key."""
-        self._key = tuple(key)
-        self._part = path.with_name(f"{path.name}.part")
-        self._file: Any = None
-
-    def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._part.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise DataError(f"{self.path}: another run is writing it; wait for its end") from error
-        try:
-            self._take(read_rows(self.path))
-            self._file.seek(0)
-            content = self._file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            self._file.truncate(len(whole))
-            self._take(map(json.loads, whole.splitlines()))
-        except BaseException:
-            self._file.close()
-            raise
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._file.close()
-        if not self._part.stat().st_size:
-            self._part.unlink()
-
-    def _take(self, rows: Iterable[Row]) -> None:
-        self.rows.update((tuple(row[field] for field in self._key), row) for row in rows)
-
-    def add(self, row: Row) -> None:
-        """Keep a row; it is on disk before the next one is asked for, and survives the process."""
-        try:
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
-        except OSError as error:
-            raise DataError(
-                f"{self._part}: cannot be written: {error.strerror}; make room, run again"
-            ) from error
-        self._take([row])
-
-    def finish(self) -> None:
-        """Give the file its name, with all rows in the order of their keys; of no row there is no file."""
-        if not self.rows:
-            return
-        rows = sorted(self.rows.items(), key=lambda item: json.dumps(item[0]))
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for _, row in rows))
-        self._file.truncate(0)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file that is whole; none where it is not there.
-
-    Raises:
-        DataError: a line is no JSON; names it.
-    """
-    if not path.exists():
-        return []
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(
-                f"{path} line {number}: no JSON: {error}; delete the file and run again"
-            ) from error
-    return rows
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all.
-
-    Raises:
-        DataError: it cannot be written there.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write(path, text)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error

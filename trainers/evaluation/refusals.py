@@ -28,9 +28,10 @@ from langchain_core.language_models import BaseChatModel
 from cai_graph import local, models, prompts
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.failures import is_about_all_rows
 from cai_graph.probe import Probe
 from cai_graph.prompts import Exchange
-from cai_graph.together import is_about_all_rows, together
+from cai_graph.together import together
 from cai_graph.trajectory import Message, text_of
 from trainers.evaluation.figures import Estimate, resampled, share
 from trainers.evaluation.grades import Grade, Grader
@@ -119,8 +120,7 @@ class ProbeRefusals:
         return await together([self._grade(exchange) for exchange in exchanges])
 
     async def _grade(self, exchange: Exchange) -> Grade:
-        request = next((text_of(m) for m in reversed(exchange.messages) if m.role == "user"), "")
-        found = await evasion(self._probe, request, text_of(exchange.answer))
+        found = await evasion(self._probe, exchange.request, text_of(exchange.answer))
         return Grade(found.probability, _whole(found.evades))
 
 
@@ -132,8 +132,7 @@ class ModelRefusals:
     def __init__(self, model: BaseChatModel) -> None:
         self.name = f"{models.name_of(model)} as refusal judge"
         # A small model goes on after the word. Others may take no temperature, or think before they answer.
-        is_local = local.is_local(getattr(model, "openai_api_base", None))
-        self._model = model.bind(temperature=0, max_tokens=8) if is_local else model
+        self._model = model.bind(temperature=0, max_tokens=8) if local.is_local(model) else model
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
         """Return the class that the model names; without one of the three words the grade is unreadable."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -21,8 +21,10 @@ from cai_graph.errors import DataError
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
 from trainers.dataset import read_manifest
-from trainers.dataset.heldout import COLUMNS, HeldOut, prompt_in, read_set, text_in
+from trainers.dataset.heldout import HeldOut
 from trainers.rows import Turn
+from trainers.tables import COLUMNS, prompt_in, prompt_rows, text_in
+from trainers.weights import path_of
 
 __all__ = ["Prompt", "Suite", "data_of", "folder_of", "read_suite", "trained_on"]
 
@@ -57,9 +59,8 @@ def read_suite(suite: Suite, path: Path, limit: int | None = None) -> list[Promp
         MissingExtra: it is Parquet, and pyarrow is not installed.
     """
     found: dict[str, Prompt] = {}
-    for row in read_set(path):
-        cells: Mapping[str, Any] = row if isinstance(row, dict) else {}
-        if messages := _conversation(prompt_in(row)):
+    for cells in prompt_rows(path):
+        if messages := _conversation(prompt_in(cells)):
             kind = str(cells.get("type") or cells.get("category") or "")
             label = str(cells.get("label") or ("unsafe" if kind.startswith("contrast") else "safe"))
             safe = label.strip().casefold() != "unsafe"
@@ -152,10 +153,7 @@ def data_of(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
 def folder_of(model: str) -> Path | None:
     """Return the folder of weights that a model's spec names: itself, as `local:FOLDER`, or by the GGUF file
     that was exported into it; None where it names another model."""
-    kind, _, name = model.partition(":")
-    if kind == "local" and any(known.name == name for known in local.CATALOGUE):
-        return None
-    path = Path(name if kind == "local" and name else model).expanduser()
-    if path.name == local.EXPORTED:
+    path = path_of(model)
+    if path is not None and path.name == local.EXPORTED:
         path = path.parent
-    return path if path.is_dir() else None
+    return path if path is not None and path.is_dir() else None

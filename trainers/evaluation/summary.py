@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 from cai_graph.trajectory import Label, orders_disagree
 from trainers.evaluation.figures import Estimate, Figure, estimate, paired
 from trainers.evaluation.folder import AIMS, Evaluation, has_failed
-from trainers.evaluation.generations import Row
 from trainers.evaluation.ratings import Contest, elo, front
 from trainers.evaluation.refusals import Compliance, tells_partial
 from trainers.evaluation.suites import Suite
+from trainers.lines import Row
 
 __all__ = ["Pareto", "Summary", "Table", "summarise", "table"]
 

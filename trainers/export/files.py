@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from cai_graph.errors import ConfigError, DataError, MissingExtra
+from trainers import tables
 from trainers.export.configs import axolotl_config, llama_factory_info
 from trainers.export.parquet import OPTIONAL, Schema, rows_schema, verl_schema
 from trainers.export.shapes import FORMATS, SHAPES, Format, Shape
@@ -64,14 +65,11 @@ def fits_in(format: Format, kind: Kind) -> Callable[[bytes], bool] | None:
 def provenances(folder: Path, format: Format) -> Iterator[bytes]:
     """Yield a line of JSON for each row of a dataset, with at least its Provenance, `id` first."""
     if format == "parquet":
-        import pyarrow.parquet
-
         names = [field.name for field in msgspec.structs.fields(Provenance)]
         ordered = ["id", *(name for name in names if name != "id")]
         for path in sorted(folder.glob("*.parquet")):
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(columns=ordered):
-                for row in batch.select(ordered).to_pylist():
-                    yield msgspec.json.encode(row)
+            for row in tables.parquet(path, ordered):
+                yield msgspec.json.encode({name: row[name] for name in ordered})
         return
     for path in sorted(folder.glob("*.jsonl")) if format == "jsonl" else [folder / PROVENANCE]:
         with path.open("rb") as file:
@@ -99,23 +97,8 @@ def _lines(path: Path) -> Iterator[bytes]:
         with path.open("rb") as file:
             yield from file
         return
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_Parquet.ROWS):
-        for row in batch.to_pylist():
-            yield msgspec.json.encode(_as_written(row))
-
-
-def _as_written(value: Any) -> Any:
-    """Return what Arrow gives back without its nulls, and with tool arguments as objects."""
-    if isinstance(value, list):
-        return [_as_written(item) for item in value]
-    if isinstance(value, dict):
-        present = {key: _as_written(item) for key, item in value.items() if item is not None}
-        if present.keys() == {"name", "arguments"}:
-            present["arguments"] = json.loads(present["arguments"])
-        return present
-    return value
+    for row in tables.parquet(path):
+        yield msgspec.json.encode(tables.without_nulls(row))
 
 
 class _JsonLines:

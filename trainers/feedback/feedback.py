@@ -25,15 +25,16 @@ import msgspec
 from langchain_core.language_models import BaseChatModel
 
 from cai_graph import models
-from cai_graph.calls import Budget, Calls, describe, truncated
+from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, cut_short, describe
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, ModelError
+from cai_graph.failures import is_about_all_rows
 from cai_graph.log import Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.messages import from_langchain, to_langchain
 from cai_graph.prompts import Exchange
-from cai_graph.together import is_about_all_rows, side_by_side, until
+from cai_graph.together import side_by_side, until
 from cai_graph.trajectory import (
     Call,
     Comparison,
@@ -49,6 +50,7 @@ from cai_graph.trajectory import (
     now,
     text_of,
 )
+from trainers.config import at_least
 from trainers.feedback.compared import same_answer
 from trainers.feedback.judge import Judge, Opinion
 from trainers.feedback.positions import Positions, decided
@@ -99,16 +101,14 @@ class Config:
     """Into which the probabilities of a judge that reasons are clamped; None: not at all."""
     limit: int | None = None
     """Only so many trajectories, from the first."""
-    seconds: float = 3600.0
+    seconds: float = UNATTENDED_SECONDS
     """Deadline of all comparisons of one trajectory."""
 
     def __post_init__(self) -> None:
         if not self.pairs:
             raise ConfigError("pairs: name at least one of revision, rejected, samples")
-        for name, least in (("principles", 1), ("samples", 2), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is a number from {least}, found {value!r}")
+        at_least(1, self, "principles", "limit")
+        at_least(2, self, "samples")
         if self.band is not None and not 0 <= self.band[0] <= 0.5 <= self.band[1] <= 1:
             raise ConfigError(f"band is two probabilities around 0.5, such as 0.4 and 0.6, found {self.band}")
 
@@ -337,7 +337,7 @@ class Labelling:
             if origin not in answers:
                 reply = await work.calls.generate("draft", self._sampler, self._sampler_name, asked)
                 answers[origin] = from_langchain(reply)
-                if truncated(reply):
+                if cut_short(reply):
                     work.truncated.add(origin)
                 if not text_of(reply).strip() and not reply.tool_calls:
                     raise ModelError(f"{self._sampler_name} answered nothing")

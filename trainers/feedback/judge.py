@@ -108,7 +108,7 @@ class Judge:
         self.reasoning = reasoning
         self.votes = votes
         self._gives_logprobs = votes is None and hasattr(self.model, "top_logprobs")
-        self._is_local = local.is_local(getattr(self.model, "openai_api_base", None))
+        self._is_local = local.is_local(self.model)
 
     async def compare(self, exchange: Exchange, other: Message, question: str, calls: Calls) -> Opinion:
         """Compare two answers to a conversation: A, that of `exchange`, and B, `other`.

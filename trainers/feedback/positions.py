@@ -77,7 +77,7 @@ class ByTrajectory:
         value, low, high, n = share(self.found)
         if not n:
             return "none"
-        of = f"n = {n}" if n == self.of else f"{self.of} of n = {n} trajectories"
+        of = f"n = {n}" if n == self.of else f"{self.of} comparisons on {n} trajectories"
         return f"{value:.0%} ({low:.0%} to {high:.0%}, {of})"
 
 

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cai_graph.errors import CaiError, ConfigError
+from trainers import whole
 from trainers.checkpoint import Checkpoint
+from trainers.config import above, at_least
 from trainers.rewards import Spec, folders
 from trainers.stages import StageConfig, check_machine, partial
 from trainers.watch import WatchConfig
@@ -95,25 +97,13 @@ class Config(StageConfig):
                 f"lora.dropout is {self.lora.dropout!r}; PPO trains the policy as it draws answers, without "
                 "dropout: leave it out"
             )
-        for name in ("rollout_size", "rollout_batch", "ppo_epochs", "max_answer"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is a number from 1, found {getattr(self, name)!r}")
+        at_least(1, self, "rollout_size", "rollout_batch", "ppo_epochs", "max_answer")
+        at_least(0, self, "kl_coefficient", "value_coefficient", "missing_eos_penalty")
+        above(0, self, "temperature", "clip", "value_clip", "value_learning_rate")
+        above(0, self, "kl_horizon", "max_grad_norm")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share from 0 to 1, found {getattr(self, name)!r}")
-        for name in (
-            "temperature",
-            "clip",
-            "value_clip",
-            "value_learning_rate",
-            "kl_horizon",
-            "max_grad_norm",
-        ):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is a number above 0, found {getattr(self, name)!r}")
-        for name in ("kl_coefficient", "value_coefficient", "missing_eos_penalty"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} is a number from 0, found {getattr(self, name)!r}")
         if self.kl_target is not None and not self.kl_target > 0:
             raise ConfigError(f"kl_target is a number of nats above 0, found {self.kl_target!r}")
         if self.kl_target is not None and self.kl_horizon < self.rollout_size:
@@ -158,8 +148,7 @@ def train(config: Config, tell: Callable[[int, int], None] = lambda done, total:
         MissingExtra: a package is not installed.
     """
     check_machine(config, "ppo")
-    if config.output.exists():
-        raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
+    whole.absent(config.output)
     from trainers.ppo.loop import Run, processes
 
     with partial.held(config.output, is_main=processes().is_main_process):

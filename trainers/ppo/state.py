@@ -22,7 +22,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from cai_graph.errors import ModelError
-from trainers import whole
+from trainers import lines, whole
 from trainers.ppo import Config
 from trainers.stages import MAY_CHANGE, partial
 
@@ -71,6 +71,7 @@ class States:
         """
         self.folder = partial.folder(config.output)
         self.record = record(config.output)
+        self._figures = self.record / "log.jsonl"
         self._accelerator = accelerator
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -148,23 +149,18 @@ class States:
 
     def log(self, update: int, figures: dict[str, float]) -> None:
         """Write a line of figures."""
-        with (self.record / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"update": update, **figures}) + "\n")
+        lines.append(self._figures, {"update": update, **figures})
 
     def forget_after(self, update: int) -> None:
-        """Drop what was kept of later updates, which a run that is taken up makes again."""
+        """Drop what was kept of later updates, which a run that is taken up makes again.
+
+        Raises:
+            DataError: a line of figures is damaged.
+        """
         for best in self.folder.glob("best-*"):
             if _update(best) > update:
                 shutil.rmtree(best)
-        path = self.record / "log.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a line that was cut off
-                if json.loads(line)["update"] <= update:
-                    kept.append(line + "\n")
-        whole.write(path, "".join(kept))
+        lines.keep(self._figures, lambda row: row["update"] <= update, "delete the line and run again")
 
 
 def _update(state: Path) -> int:

@@ -27,16 +27,17 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError
+from trainers import whole
 from trainers.checkpoint import Checkpoint
-from trainers.policy import batch_of
+from trainers.config import at_least
+from trainers.policy import score_ids
 from trainers.reward import frozen, reliability
 from trainers.reward.averaging import averaged
 from trainers.reward.reliability import Pair
@@ -44,6 +45,7 @@ from trainers.rows import Kind
 from trainers.stages import MAY_CHANGE, Run, StageConfig, partial, plan, run
 from trainers.stages.encoding import Encoder, Row, Shape, open_data
 from trainers.stages.soft import READS, Labelled, label_of, soft_loss
+from trainers.weights import quietly
 
 __all__ = ["HELD_OUT", "KINDS", "MEMBERS", "Config", "members", "train"]
 
@@ -79,13 +81,8 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layers", "members"):
-            if (found := getattr(self, name)) is not None and found < 1:
-                raise ConfigError(f"{name} is a number from 1, found {found!r}")
-        if self.center_rewards_coefficient < 0:
-            raise ConfigError(
-                f"center_rewards_coefficient is a number from 0, found {self.center_rewards_coefficient!r}"
-            )
+        at_least(1, self, "layers", "members")
+        at_least(0, self, "center_rewards_coefficient")
         if self.trains == "head" and self.lora is not None:
             raise ConfigError("trains: head leaves the model as it is, and lora changes it; leave one out")
         if self.trains == "head" and self.members > 1:
@@ -107,8 +104,7 @@ def train(config: Config) -> Checkpoint:
     """
     if config.members == 1:
         return _one(config, config.seed)
-    if config.output.exists():
-        raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
+    whole.absent(config.output)
     work = config.output.with_name(config.output.name + ".members")
     made = []
     for number in range(config.members):
@@ -184,7 +180,7 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
     from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig
 
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), quietly():  # it says that a head is new
         torch.manual_seed(head_seed)  # members begin with one head
         model = begun.model(AutoModelForSequenceClassification, dropout=False, num_labels=1)
     model.config.reward_shift = 0.0  # of the model that it starts from
@@ -208,24 +204,9 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
     return trainer
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' note that a head is new off the terminal; errors pass."""
-    from transformers.utils import logging as untyped
-
-    logging: Any = untyped
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 @cache
 def _soft_trainer() -> Any:
     """Return TRL's trainer with the soft loss in place of its own, and with figures at the end."""
-    import torch
     from trl import RewardTrainer
 
     class SoftRewardTrainer(RewardTrainer):  # type: ignore[misc]
@@ -290,24 +271,12 @@ def _soft_trainer() -> Any:
             drawn = random.Random(self.stage.seed).sample(range(len(train)), min(REFERENCE, len(train)))
             return train.select(sorted(drawn))
 
-        @torch.no_grad()
         def rewards(self, rows: Any) -> list[Rewards]:
             """Return the rewards of pairs. Every process computes all: parts of a model may be on each."""
             self.model.eval()
             texts = [*rows["chosen_ids"], *rows["rejected_ids"]]
-            found = [0.0] * len(texts)
-            by_length = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-            for start in range(0, len(texts), _SCORED):
-                some = by_length[start : start + _SCORED]
-                ids, mask = batch_of(
-                    [texts[number] for number in some],
-                    pad=self.begun.tokenizer.pad_token_id,
-                    left=False,
-                    device=self.accelerator.device,
-                )
-                logits = self.model_wrapped(input_ids=ids, attention_mask=mask).logits
-                for number, value in zip(some, logits[:, 0].float().tolist(), strict=True):
-                    found[number] = value
+            pad, device = self.begun.tokenizer.pad_token_id, self.accelerator.device
+            found = score_ids(self.model_wrapped, texts, pad=pad, batch_size=_SCORED, device=device)
             return list(map(Rewards, found[: len(rows)], found[len(rows) :]))
 
     return SoftRewardTrainer

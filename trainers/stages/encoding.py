@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError
+from trainers import tables
 from trainers.dataset import MANIFEST, read_manifest
 from trainers.rows import Kind
 
@@ -33,7 +34,6 @@ __all__ = [
     "encode",
     "fitting",
     "open_data",
-    "read_rows",
 ]
 
 Hazard = Literal[
@@ -135,69 +135,6 @@ def open_data(path: Path, kinds: Sequence[Kind]) -> Source:
 
 def _split(folder: Path, name: str) -> Path | None:
     return next((path for end in ("jsonl", "parquet") if (path := folder / f"{name}.{end}").exists()), None)
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield each row with its number, from 1; fields that are null are left out, as templates expect."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        number = 0
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, _without_nulls(row)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
-        return
-    if path.suffix == ".json":
-        for number, row in enumerate(_whole_json(path), 1):
-            yield number, _row(row, path, number)
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path} line {number}: is no JSON: {error}") from error
-                yield number, _row(row, path, number)
-
-
-def _whole_json(path: Path) -> list[Any]:
-    try:
-        rows = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: is no JSON: {error}; JSON lines belong in a .jsonl file") from error
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: holds a {type(rows).__name__}; a .json file is one list of rows")
-    return rows
-
-
-def _row(row: Any, path: Path, number: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise DataError(f"{path} row {number}: is a {type(row).__name__}, not an object")
-    return {key: _without_nulls(value) for key, value in row.items() if value is not None}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    if isinstance(value, dict):
-        present = {key: _without_nulls(item) for key, item in value.items() if item is not None}
-        if "name" in present and isinstance(written := present.get("arguments"), str):
-            present["arguments"] = _arguments(written)
-        return present
-    return value
-
-
-def _arguments(written: str) -> Any:
-    """Return a tool call's arguments as templates expect them; `Encoder` refuses what is no JSON."""
-    try:
-        return json.loads(written) if written.strip() else {}
-    except ValueError:
-        return written
 
 
 # --- encoding -----------------------------------------------------------------------------------------
@@ -447,7 +384,7 @@ def fitting(
     """Yield what a stage makes of the rows of a file, each with the number of its row, from 1.
 
     Args:
-        file: as `read_rows` reads it.
+        file: as `trainers.tables.rows` reads it.
         shape: what the stage makes of a row.
         encoder: of the model that is trained.
         allow: hazards that are known and wanted.
@@ -460,7 +397,8 @@ def fitting(
     """
     problems = _Problems(frozenset(allow))
     encoder.cut = encoder.longest = 0
-    for number, row in read_rows(file):
+    for number, given in tables.rows(file):
+        row = tables.without_nulls(given)
         counts.read += 1
         if isinstance(named := row.get("constitution"), str) and named:
             counts.constitutions.add(named)

@@ -19,10 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from cai_graph.errors import ConfigError, MissingExtra, ModelError
+from cai_graph.errors import ConfigError, ModelError
 from trainers import checkpoint, weights, whole
 from trainers.checkpoint import Checkpoint, Manifest
-from trainers.config import plain
+from trainers.config import above, at_least, plain, require
+from trainers.policy import four_bits
 from trainers.stages import guarded, partial
 from trainers.stages.encoding import Counts, Encoder, Hazard, NothingLeft, Shape, Source, encode, open_data
 from trainers.stages.lora import Lora, without_dropout
@@ -100,12 +101,8 @@ class StageConfig:
     """Updates between two points that an interrupted run goes on from."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "max_tokens", "log_steps", "save_steps", "max_steps"):
-            if (found := getattr(self, name)) is not None and found < 1:
-                raise ConfigError(f"{name} is a number from 1, found {found!r}")
-        for name in ("learning_rate", "epochs"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is a number above 0, found {getattr(self, name)!r}")
+        at_least(1, self, "batch_size", "accumulate", "max_tokens", "log_steps", "save_steps", "max_steps")
+        above(0, self, "learning_rate", "epochs")
         if not 0 <= self.seed < SEEDS:
             raise ConfigError(f"seed is a number from 0 to {SEEDS - 1:,}, found {self.seed!r}")
         if not 0 <= self.warmup < 1:
@@ -181,13 +178,7 @@ class Run:
         # All weights are trained in 32 bits, under autocast; beside an adapter they are only read.
         settings.setdefault("dtype", torch.bfloat16 if bf16 and self.config.lora else torch.float32)
         if self.config.quantized:
-            quantization: Any = transformers.BitsAndBytesConfig
-            settings["quantization_config"] = quantization(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-            )
+            settings["quantization_config"] = four_bits("bfloat16" if bf16 else "float32")
         auto = architecture or transformers.AutoModelForCausalLM
         found: Any = auto.from_pretrained(
             self.base.path, local_files_only=True, trust_remote_code=False, **settings
@@ -247,8 +238,7 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
             with its last good point.
     """
     check_machine(config, shape.stage)
-    if config.output.exists():
-        raise ConfigError(f"{config.output}: is there already; name a new folder, or remove it first")
+    whole.absent(config.output)
     base = Checkpoint.open(weights.resolve(config.model))
     source = open_data(config.data, shape.kinds)
     with _quiet(), _folder(config, shape.stage, source) as work:
@@ -322,9 +312,7 @@ def check_machine(config: StageConfig, stage: str) -> None:
         ConfigError: the GPU or a package that a setting needs is not there.
         MissingExtra: a package that every stage needs is not installed.
     """
-    for package in ("torch", "transformers", "trl", "peft", "datasets", "accelerate"):
-        if find_spec(package) is None:
-            raise MissingExtra(f"`cai train {stage}`", package, "train")
+    require(f"`cai train {stage}`", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
     for tracker in config.report_to:
         if not any(map(find_spec, _TRACKED_BY.get(tracker, (tracker,)))):
             raise ConfigError(f"report_to: {tracker} is not installed; pip install {tracker}")
@@ -338,8 +326,7 @@ def check_machine(config: StageConfig, stage: str) -> None:
     if config.quantized:
         if not torch.cuda.is_available():
             raise ConfigError("quantized: 4 bits need a GPU, and there is none here; leave quantized out")
-        if find_spec("bitsandbytes") is None:
-            raise ConfigError("quantized: 4 bits need bitsandbytes; pip install bitsandbytes")
+        four_bits("float32")  # raises where bitsandbytes is not installed
 
 
 def computes_in_bf16(config: StageConfig) -> bool:

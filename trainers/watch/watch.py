@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from cai_graph.errors import ConfigError, DataError, ModelError
-from trainers import whole
+from trainers import lines
 from trainers.policy import Messages
 from trainers.refusal import Evades, benign_prompts, by_opening, by_probe
 from trainers.rewards import Reward, Spec, parse, sources
@@ -36,8 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "WatchConfig"]
 
+_READINGS, _HELD_OUT = "watch.jsonl", "heldout.jsonl"
+_ADVICE = "name a new output folder"
 _PLOT_EVERY_S = 30.0
-
 
 Score = Callable[[Sequence[Messages], Sequence[str]], list[float]]
 """What scores answers, a finite number for each: a `Reward`."""
@@ -258,7 +257,7 @@ class Watch:
             **found,
         )
         self.readings.append(reading)
-        self._append("watch.jsonl", dataclasses.asdict(reading))
+        lines.append(self._output / _READINGS, dataclasses.asdict(reading))
         if not observed:
             return Decision(None, self.best_step, False, tuple(warnings))
         decision = self._follows(self._seen)._replace(warnings=tuple(warnings))
@@ -295,7 +294,7 @@ class Watch:
             "answers": [held[: len(self._prompts)], held[len(self._prompts) :]],
             "benign_answers": benign,
         }
-        self._append("heldout.jsonl", record)
+        lines.append(self._output / _HELD_OUT, record)
         self._seen.append(one)
         self._refused.append(refused)
         change = fall(self._seen) if len(self._seen) > 1 else None
@@ -319,34 +318,20 @@ class Watch:
 
     # --- files ---
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
-        with (self._output / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
     def _load(self) -> None:
         try:
-            for record in self._records("heldout.jsonl"):
+            for record in lines.resume(self._output / _HELD_OUT, _ADVICE):
                 if record["prompts"] != self._key:
-                    raise ConfigError(
-                        f"{self._output}: was watched with other held-out prompts; name a new output folder"
-                    )
+                    raise ConfigError(f"{self._output}: was watched with other held-out prompts; {_ADVICE}")
                 arrays = (numpy.asarray(record[name], float) for name in ("scores", "rewards"))
                 self._seen.append(Observation(record["step"], *arrays))
                 self._refused.append(record["refused"])
-            self.readings = [Reading(**record) for record in self._records("watch.jsonl")]
+            readings = lines.resume(self._output / _READINGS, _ADVICE)
+            self.readings = [Reading(**record) for record in readings]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{self._output}: what the watch wrote cannot be read ({error}); name a new output folder"
+                f"{self._output}: what the watch wrote cannot be read ({error}); {_ADVICE}"
             ) from error
-
-    def _records(self, name: str) -> list[dict[str, Any]]:
-        path = self._output / name
-        if not path.exists():
-            return []
-        lines, end, cut = path.read_bytes().rpartition(b"\n")
-        if cut:  # by an interrupt
-            os.truncate(path, len(lines) + len(end))
-        return [json.loads(line) for line in lines.splitlines()]
 
     def _forget(self, step: int) -> None:
         """Drop what was seen at this step and later: the run went back to a checkpoint before it."""
@@ -356,9 +341,8 @@ class Watch:
         kept = [index for index, one in enumerate(self._seen) if one.step < step]
         self._seen, self._refused = self._seen[: len(kept)], self._refused[: len(kept)]
         self.readings = [one for one in self.readings if one.step < step]
-        for name in ("watch.jsonl", "heldout.jsonl"):
-            lines = [json.dumps(record) + "\n" for record in self._records(name) if record["step"] < step]
-            whole.write(self._output / name, "".join(lines))
+        for name in (_READINGS, _HELD_OUT):
+            lines.keep(self._output / name, lambda record: record["step"] < step, _ADVICE)
 
 
 def _mean(values: Sequence[float]) -> float | None:

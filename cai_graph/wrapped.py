@@ -1,0 +1,146 @@
+"""What is known of a wrapped app: what is bound to it, and of a LangGraph graph how it is called, how it
+answers and how it pauses. Also how a graph that stands around is written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
+from langgraph.config import get_stream_writer
+from langgraph.errors import GraphBubbleUp
+from langgraph.pregel import Pregel
+from langgraph.types import Command, GraphOutput
+
+__all__ = [
+    "STEP_LIMIT",
+    "STREAM",
+    "Paused",
+    "as_asked",
+    "call_options",
+    "configurable_of",
+    "gives_chunks",
+    "graph_of",
+    "is_graph",
+    "is_pause",
+    "layers",
+    "outer_writer",
+    "resumes",
+    "step_limit",
+    "untyped",
+    "waits",
+]
+
+STREAM = "__pregel_stream"
+"""Key of a configuration under which LangGraph hands an outer graph's stream to the graphs inside."""
+STEP_LIMIT = 10_000
+"""How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
+
+
+def layers(app: Runnable[Any, Any]) -> list[Any]:
+    """Return an app and what is inside its bindings, the outermost first."""
+    found: list[Any] = [app]
+    while isinstance(found[-1], RunnableBindingBase):
+        found.append(found[-1].bound)
+    return found
+
+
+def graph_of(app: Runnable[Any, Any]) -> Pregel[Any, Any, Any, Any] | None:
+    """Return the compiled LangGraph graph that an app is, whatever is bound to it; None where it is none."""
+    innermost = layers(app)[-1]
+    return innermost if isinstance(innermost, Pregel) else None
+
+
+def is_graph(app: Runnable[Any, Any]) -> bool:
+    """Return whether a wrapped app is a compiled LangGraph graph."""
+    return graph_of(app) is not None
+
+
+# --- how it is called ---------------------------------------------------------------------------------
+
+
+def call_options(app: Runnable[Any, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a call of an app, those that are bound to it included."""
+    bound = [binding.kwargs for binding in layers(app)[:-1]]
+    return {name: value for each in (*reversed(bound), options) for name, value in each.items()}
+
+
+def configurable_of(app: Runnable[Any, Any], config: RunnableConfig) -> dict[str, Any]:
+    """Return what a call of an app is configured with, such as its thread, what is bound to it included."""
+    configs = (*reversed(_bound_configs(app)), config)
+    return {name: value for each in configs for name, value in (each.get("configurable") or {}).items()}
+
+
+def step_limit(app: Runnable[Any, Any], config: RunnableConfig) -> int | None:
+    """Return how many steps an app may take under its caller's configuration; None where it does not say."""
+    limit = config.get("recursion_limit")
+    if limit != DEFAULT_RECURSION_LIMIT or not is_graph(app):
+        return limit
+    bound = [each["recursion_limit"] for each in _bound_configs(app) if "recursion_limit" in each]
+    return bound[0] if bound else STEP_LIMIT  # LangChain filled in its own, which is small
+
+
+def _bound_configs(app: Runnable[Any, Any]) -> list[RunnableConfig]:
+    return [config for layer in layers(app) if (config := getattr(layer, "config", None))]
+
+
+def outer_writer() -> Callable[[Any], None] | None:
+    """Return what writes to the `custom` stream of the graph in whose node this is called; None outside."""
+    try:
+        return get_stream_writer()
+    except (KeyError, RuntimeError):
+        return None
+
+
+# --- how it answers -----------------------------------------------------------------------------------
+
+
+def gives_chunks(app: Runnable[Any, Any], options: Mapping[str, Any]) -> bool:
+    """Return whether an `invoke` with these options returns what a graph streams: all modes but one do."""
+    return is_graph(app) and call_options(app, options).get("stream_mode", "values") != "values"
+
+
+def untyped(output: Any) -> Any:
+    """Return what a graph returns, version 2 of LangGraph's outputs as version 1."""
+    if not isinstance(output, GraphOutput):
+        return output
+    return {**output.value, "__interrupt__": [*output.interrupts]} if output.interrupts else output.value
+
+
+def as_asked(output: Any, app: Runnable[Any, Any], options: Mapping[str, Any]) -> Any:
+    """Return the output of a graph in the version that its caller asks for."""
+    if (
+        call_options(app, options).get("version") != "v2"
+        or not is_graph(app)
+        or isinstance(output, GraphOutput)
+    ):
+        return output
+    interrupts = output.get("__interrupt__", ()) if isinstance(output, Mapping) else ()
+    if interrupts:
+        output = {key: value for key, value in output.items() if key != "__interrupt__"}
+    return GraphOutput(value=output, interrupts=tuple(interrupts))
+
+
+# --- how it pauses ------------------------------------------------------------------------------------
+
+
+class Paused(GraphBubbleUp):
+    """The wrapped app waits for a person: nothing is judged or logged until it is resumed."""
+
+
+def waits(output: object) -> bool:
+    """Return whether an output, or a chunk of a stream, says that the app waits for a person."""
+    return isinstance(output, Mapping) and "__interrupt__" in output
+
+
+def is_pause(error: BaseException | None) -> bool:
+    """Return whether an error says that an app waits for a person."""
+    return isinstance(error, GraphBubbleUp)
+
+
+def resumes(input: object, app: Runnable[Any, Any]) -> bool:
+    """Return whether an input resumes what was paused; from a breakpoint a graph goes on with None."""
+    return isinstance(input, Command) or (input is None and is_graph(app))

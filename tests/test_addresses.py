@@ -1,0 +1,31 @@
+"""What may be shown and kept of the addresses of logs and servers."""
+
+from __future__ import annotations
+
+import doctest
+
+import pytest
+
+from cai_graph import addresses
+from cai_graph.addresses import without_password
+
+
+def test_the_examples_are_true() -> None:
+    assert doctest.testmod(addresses) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://t0ken@host/v1", "https://host/v1"),
+        ("http://ann:w@rd/x@host:1/v1?key=word#@cf/model", "http://host:1/v1#@cf/model"),
+        ("--critic=http://ann:word@host/v1#m", "--critic=http://host/v1#m"),
+        ("--log=postgresql+psycopg://ann:word@host/db", "--log=postgresql+psycopg://ann@host/db"),
+        ("postgres://ann@host/db?sslpassword=word", "postgres://ann@host/db"),
+        ("openai:gpt-5-mini", "openai:gpt-5-mini"),
+        ("http://host:1/v1#org/model", "http://host:1/v1#org/model"),
+        ("How? Ask ann@host.", "How? Ask ann@host."),
+    ],
+)
+def test_nothing_secret_stays_in_an_address(address: str, shown: str) -> None:
+    assert without_password(address) == shown
