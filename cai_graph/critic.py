@@ -23,7 +23,7 @@ from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.ladder import mass_on_violates, read_verdicts, scored_tokens
-from cai_graph.probe import MAX_WINDOWS, Probe, Scores, by_probability, unread, windows
+from cai_graph.probe import MAX_WINDOWS, Probe, by_probability, unread, windows
 from cai_graph.prompts import Exchange
 from cai_graph.together import together
 from cai_graph.trained import PREFIX, TrainedCritic
@@ -226,11 +226,15 @@ def check_length(answer: Message) -> None:
 class ProbeCritic(ModelCritic):
     """Judges by a probe on the embedded model's hidden state: one forward pass a window of the answer.
 
-    The aims `harmless` and `helpful` are read by the probe's heads. Principles of any other aim are asked
-    about with one question an aim, read from the probabilities of the menu's two words in both orders, piece
-    by piece where the answer is long. Verdicts stand under the aim. Of an answer beyond `WHOLE_CHARACTERS`
-    parts go unread, so nothing is said to comply. Only a violated aim has the model write a critique that
-    names a principle.
+    The aims `harmless` and `helpful` are read by the probe's heads. Where the user spoke more than once, the
+    answer is read twice: under the last message and under all of them, since "Go on." says nothing of what it
+    asks for. The larger P(harm) and the larger P(unsafe request) count; whether it evades is read under the
+    last message.
+
+    Principles of any other aim are asked about with one question an aim, read from the probabilities of the
+    menu's two words in both orders, piece by piece where the answer is long. Verdicts stand under the aim. Of
+    an answer beyond `WHOLE_CHARACTERS` parts go unread, so nothing is said to comply. Only a violated aim has
+    the model write a critique that names a principle.
     """
 
     candidates = 3
@@ -291,16 +295,17 @@ class ProbeCritic(ModelCritic):
             calls.admit("forward", len(requests) * len(seen.windows) - passes)
             found = [await self.probe.scores(request, seen.windows) for request in requests]
             forward.tokens = sum(each.tokens for each in found)
-        scores = Scores(*map(max, zip(*found, strict=True)))
+        harm, request = max(each.harm for each in found), max(each.request for each in found)
+        evasion = found[0].evasion  # of what was asked last
         thresholds, gap = self.probe.thresholds, seen.gap
-        evades = scores.evasion * (1 - scores.request)  # a refusal is an evasion if the request is benign
+        evades = evasion * (1 - request)  # a refusal is an evasion if the request is benign
         return Critique(
             verdicts=(
-                by_probability(scores.harm, thresholds["harm"], "probe", gap, aim="harmless"),
+                by_probability(harm, thresholds["harm"], "probe", gap, aim="harmless"),
                 by_probability(evades, thresholds["evasion"], "probe", gap, aim="helpful"),
             ),
-            readings={"harm": scores.harm, "evasion": scores.evasion, "request": scores.request},
-            benign_request=scores.request < thresholds["request"],
+            readings={"harm": harm, "evasion": evasion, "request": request},
+            benign_request=request < thresholds["request"],
             evasive=evades >= thresholds["evasion"],
         )
 

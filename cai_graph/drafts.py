@@ -11,7 +11,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 
 from cai_graph.calls import Calls, call_of, cut_short, prompt_digest
-from cai_graph.trajectory import Message, text_of
+from cai_graph.trajectory import Message, shown_of
 
 if TYPE_CHECKING:
     from langchain_core.outputs import LLMResult
@@ -65,7 +65,7 @@ class DraftCalls(BaseCallbackHandler):
         of it. Other calls say nothing of the answer, such as one that writes a title for it.
         """
         for reply in reversed(self._replies):
-            if (answer.id is not None and reply.id == answer.id) or text_of(reply) == text_of(answer):
+            if (answer.id is not None and reply.id == answer.id) or shown_of(reply) == shown_of(answer):
                 return cut_short(reply) is not None
         return len(self._replies) == 1 and cut_short(self._replies[0]) is not None
 

@@ -28,7 +28,7 @@ class Form:
         >>> Form({"type": "object"}, dict).read('Here you are: {"a": 1}')
         '{"a": 1}'
         """
-        first, last = text.find("{"), text.rfind("}") + 1
+        first, last = _place(text)
         try:
             found = json.loads(text[first:last])
         except RecursionError as error:
@@ -37,3 +37,36 @@ class Form:
             raise ValueError(f"the JSON lacks {', '.join(map(repr, missing))}")
         self.parse(found)
         return json.dumps(found, ensure_ascii=False)
+
+    def alone(self, text: str) -> str:
+        """Return the JSON object that a text is, but for a fence around it.
+
+        Raises:
+            ValueError: it is none, or does not fit, or there is more in the text than what is read.
+
+        >>> Form({"type": "object"}, dict).alone('```json\\n{"a":1}\\n```')
+        '{"a": 1}'
+        """
+        first, last = _place(text)
+        if (text[:first].strip().lower(), text[last:].strip()) not in _FENCES:
+            raise ValueError("there is more than the JSON")
+        try:
+            json.loads(text[first:last], object_pairs_hook=_once)
+        except RecursionError as error:
+            raise ValueError("the JSON is nested too deeply") from error
+        return self.read(text)
+
+
+_FENCES = {("", ""), ("```", "```"), ("```json", "```")}
+
+
+def _place(text: str) -> tuple[int, int]:
+    """Return where the JSON object in a text begins and ends."""
+    return text.find("{"), text.rfind("}") + 1
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of whose keys none hides another's value."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands in the JSON twice")
+    return found

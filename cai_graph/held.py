@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.runnables import Runnable
 
 from cai_graph.shape import Shape
 from cai_graph.streams import part_of_message
-from cai_graph.trajectory import Trajectory, text_of
+from cai_graph.trajectory import Trajectory, shown_of
 from cai_graph.wrapped import call_options, graph_of
 
 __all__ = ["Held"]
@@ -93,7 +93,8 @@ class Held:
         draft, released = swap.draft, swap.released
         stays = {message.id for message in _messages(output)}
         kept, shown = trajectory.released_from == "draft", False
-        last = next((part for part in reversed(parts) if _is_token(part)), None)
+        tokens = [] if isinstance(released, ToolMessage) else [part for part in parts if _is_token(part)]
+        last = tokens[-1] if tokens else None
         for part in parts:
             data = part.data
             if part.mode == "messages":
@@ -131,7 +132,7 @@ def _id(answer: str | BaseMessage) -> str | None:
 
 def _chunk(answer: str | BaseMessage) -> BaseMessage:
     message = AIMessage(answer) if isinstance(answer, str) else answer
-    return part_of_message(message, text_of(message), last=True)
+    return part_of_message(message, shown_of(message), last=True)
 
 
 def _messages(value: Any) -> Iterator[BaseMessage]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.history import RunnableWithMessageHistory
 from langgraph.checkpoint.base import BaseCheckpointSaver
-from langgraph.constants import END
+from langgraph.constants import END, START
 from langgraph.errors import InvalidUpdateError
 from langgraph.func import entrypoint
 from langgraph.pregel import Pregel
@@ -27,7 +28,7 @@ from langgraph.types import Overwrite
 
 from cai_graph import bridge
 from cai_graph.calls import apart
-from cai_graph.shape import Swap
+from cai_graph.shape import Swap, emptied
 from cai_graph.wrapped import STREAM, configurable_of, graph_of
 
 __all__ = ["Kept", "as_owner", "refused"]
@@ -144,7 +145,7 @@ class Thread(Kept):
         if update is None:
             return
         try:
-            await self._update(update)
+            await self._put(update)
             if (await self._state()).next:  # edges were asked again, about a turn that had ended
                 await self._update(None, as_node=END)
         except InvalidUpdateError as error:
@@ -183,6 +184,21 @@ class Thread(Kept):
             lambda: self.graph.get_state(self.config),
             lambda: self.graph.aget_state(self.config),
         )
+
+    async def _put(self, update: Any) -> None:
+        """Update the state as the node that ran last; as another one, where the edges from there fail."""
+        try:
+            await self._update(update)
+            return
+        except InvalidUpdateError:
+            raise
+        except Exception as error:
+            failed = error  # such as an agent's, whose last node LangGraph takes for the one before
+        for node in [node for node in self.graph.nodes if node != START]:
+            with suppress(Exception):
+                await self._update(update, as_node=node)
+                return
+        raise failed
 
     async def _update(self, values: Any, as_node: str | None = None) -> None:
         await as_owner(
@@ -250,6 +266,4 @@ def refused(draft: str | BaseMessage, refusal: str) -> str | BaseMessage:
     """Return the refusal as it stands in a draft's place where nothing left."""
     if isinstance(draft, str):
         return refusal
-    update: dict[str, Any] = {"content": refusal, "additional_kwargs": {}, "response_metadata": {}}
-    update |= {key: [] for key in ("tool_calls", "invalid_tool_calls") if hasattr(draft, key)}
-    return draft.model_copy(update=update)
+    return draft.model_copy(update={**emptied(draft, refusal), "response_metadata": {}})

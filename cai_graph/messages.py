@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from cai_graph.plain import plain
-from cai_graph.trajectory import Message, ToolCall
+from cai_graph.trajectory import Message, ToolCall, text_of
 
 if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
 
-__all__ = ["from_langchain", "to_langchain"]
+__all__ = ["from_langchain", "spelt_out", "to_langchain"]
 
 _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 
@@ -22,8 +25,10 @@ def from_langchain(message: BaseMessage) -> Message:
         message.type.removesuffix("MessageChunk").lower() if message.type.endswith("Chunk") else message.type
     )
     role = getattr(message, "role", None) if kind == "chat" else _ROLES.get(kind, kind)
-    # OpenAI's models refuse to fill a schema in a field of its own, beside an empty content.
-    content = message.content or message.additional_kwargs.get("refusal") or ""
+    content: str | list[Any] = message.content or _apart(message)
+    if broken := getattr(message, "invalid_tool_calls", ()):  # no call that an app can make, but words
+        said = [{"type": "text", "text": content}] if isinstance(content, str) and content else [*content]
+        content = [*said, *({"type": "invalid_tool_call", **_named(call)} for call in broken)]
     return Message(
         role=role or kind,
         content=str(content) if isinstance(content, str) else content,
@@ -35,6 +40,24 @@ def from_langchain(message: BaseMessage) -> Message:
         ),
         tool_call_id=getattr(message, "tool_call_id", None),
     )
+
+
+def spelt_out(message: Message) -> Message:
+    """Return a message whose calls are its answer as words: what it says, and the arguments of every call."""
+    said = [text_of(message), *(json.dumps(call.args, ensure_ascii=False) for call in message.tool_calls)]
+    return replace(message, content="\n".join(filter(None, said)), tool_calls=())
+
+
+def _apart(message: BaseMessage) -> str:
+    """Return what OpenAI's models say in a field of its own, beside an empty content."""
+    told = message.additional_kwargs
+    audio = told.get("audio")
+    spoken = audio.get("transcript") if isinstance(audio, Mapping) else None
+    return str(told.get("refusal") or spoken or "")
+
+
+def _named(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: call.get(name) for name in ("name", "args", "id")}
 
 
 def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:

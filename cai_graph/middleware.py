@@ -30,7 +30,7 @@ from cai_graph.form import Form
 from cai_graph.guard import Guard
 from cai_graph.handlers import Told, chosen, manager_for, shows_answers
 from cai_graph.log import Log
-from cai_graph.messages import from_langchain
+from cai_graph.messages import from_langchain, spelt_out
 from cai_graph.plan import Plan, planning
 from cai_graph.policy import Settings
 from cai_graph.shadow import Shadow
@@ -232,11 +232,7 @@ class _Turn(Shape):
     def answer(self, output: Any) -> Message:
         """Return the turn's message; a structured answer that was given as a call, as its JSON."""
         found = from_langchain(_turn(output))
-        if (call := _structured_call(output)) is None:
-            return found
-        said = json.dumps(call["args"], ensure_ascii=False)
-        words = text_of(found)
-        return Message(role=found.role, content=f"{words}\n{said}" if words else said, id=found.id)
+        return found if _structured_call(output) is None else spelt_out(found)
 
     def form(self, output: Any) -> Form | None:
         """Return what a structured answer must be."""

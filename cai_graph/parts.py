@@ -60,21 +60,26 @@ def words_in(part: str | Mapping[str, Any]) -> str:
     """
     if said_in(part) is not None or kind_of(part) in THOUGHTS | CALLS:
         return ""
-    return "\n".join(_words(part, payloads=kind_of(part) in _PICTURES))
+    return "\n".join(_words(part, picture=kind_of(part) in _PICTURES))
 
 
-def _words(value: Any, name: str = "", *, payloads: bool) -> Iterator[str]:
+def _words(value: Any, name: str = "", *, picture: bool) -> Iterator[str]:
     if isinstance(value, str):
-        if not (payloads and name in _PAYLOADS) and (is_words(value) or (name in _WORDS and value)):
+        if _speaks(value, name, picture=picture):
             yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if is_words(str(key)):
                 yield str(key)
-            yield from _words(item, str(key), payloads=payloads)
+            yield from _words(item, str(key), picture=picture)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _words(item, name, payloads=payloads)
+            yield from _words(item, name, picture=picture)
+
+
+def _speaks(text: str, name: str, *, picture: bool) -> bool:
+    """Return whether a part's string is words; in a picture the payload is none, however it is encoded."""
+    return not (picture and name in _PAYLOADS) and (is_words(text) or (name in _WORDS and text != ""))
 
 
 def is_words(text: str) -> bool:
@@ -86,8 +91,15 @@ def is_words(text: str) -> bool:
     return not text.isascii() or len(text.split(maxsplit=1)) > 1
 
 
-def picture_in(part: Mapping[str, Any]) -> dict[str, Any] | None:
+def picture_in(part: str | Mapping[str, Any]) -> Any:
     """Return a part that is a picture, a film or a file without what it says in words; None if it is none."""
-    if kind_of(part) not in _PICTURES:
-        return None
-    return {name: value for name, value in part.items() if not any(_words(value, name, payloads=True))}
+    return _silent(part) if kind_of(part) in _PICTURES else None
+
+
+def _silent(value: Any, name: str = "") -> Any:
+    """Return what a picture is without its words."""
+    if isinstance(value, str):
+        return "" if _speaks(value, name, picture=True) else value
+    if isinstance(value, Mapping):
+        return {key: _silent(item, str(key)) for key, item in value.items() if not is_words(str(key))}
+    return [_silent(item, name) for item in value] if isinstance(value, list | tuple) else value

@@ -49,11 +49,11 @@ __all__ = [
     "States",
     "by_probability",
     "cut_request",
-    "fitting",
     "read_thresholds",
     "sigmoid",
     "unread",
     "windows",
+    "windows_that_fit",
 ]
 
 HEADS = ("harm", "evasion", "request")
@@ -66,7 +66,7 @@ OVERLAP_CHARACTERS = 200
 MAX_WINDOWS = 16
 """Of a longer answer the beginning, the end and evenly spaced windows between them are read."""
 WHOLE_CHARACTERS = MAX_WINDOWS * (WINDOW_CHARACTERS - OVERLAP_CHARACTERS) + OVERLAP_CHARACTERS
-"""The longest answer of which nothing is left out, as long as each window fits a pass; see `fitting`."""
+"""The longest answer of which nothing is left out, if each window fits a pass; see `windows_that_fit`."""
 _SMALLEST_WINDOW = 100
 """Characters of which even the rarest scripts fit a pass."""
 # A pass fits the engine: text of many tokens a character (rare scripts, noise) has more than these.
@@ -135,9 +135,7 @@ def windows(answer: str) -> list[str]:
         return [answer] if answer else []
     step = WINDOW_CHARACTERS - OVERLAP_CHARACTERS
     count = min(MAX_WINDOWS, math.ceil((len(answer) - OVERLAP_CHARACTERS) / step))
-    last = len(answer) - WINDOW_CHARACTERS
-    starts = [round(index * last / (count - 1)) for index in range(count)]
-    return [answer[start : start + WINDOW_CHARACTERS] for start in starts]
+    return _spread(answer, WINDOW_CHARACTERS, count)
 
 
 def unread(answer: str) -> str | None:
@@ -147,31 +145,44 @@ def unread(answer: str) -> str | None:
     return f"the answer has {len(answer):,} characters, of which at most {WHOLE_CHARACTERS:,} are read"
 
 
-async def fitting(answer: str, fits: Callable[[str], Awaitable[bool]]) -> Seen:
-    """Return what is read of an answer: its windows, those that are too long for a pass in parts.
+async def windows_that_fit(answer: str, load: Callable[[str], Awaitable[float]]) -> Seen:
+    """Return what is read of an answer: its windows, those that are too much for one pass in parts.
 
     Args:
         answer: what is judged.
-        fits: whether a pass takes a window whole.
+        load: how many passes a window fills; up to 1 it fits into one, and infinity fits into none.
     """
     gap = unread(answer)
     found: list[str] = []
     waiting = windows(answer)[::-1]
     while waiting:
         window = waiting.pop()
-        if await fits(window):
+        filled, smallest = await load(window), len(window) <= _SMALLEST_WINDOW
+        if filled <= 1 or smallest or math.isinf(filled):
             found.append(window)
-        elif len(window) > _SMALLEST_WINDOW:
-            shared = min(OVERLAP_CHARACTERS, len(window) // 4)
-            half = (len(window) + shared + 1) // 2
-            waiting += [window[-half:], window[:half]]
+            if filled > 1:
+                gap = gap or f"no pass takes {len(window)} characters of the answer"
         else:
-            found.append(window)
-            gap = gap or f"a pass takes no {len(window)} characters of the answer"
-    if (count := len(found)) > MAX_WINDOWS:
-        found = [found[round(index * (count - 1) / (MAX_WINDOWS - 1))] for index in range(MAX_WINDOWS)]
-        gap = gap or f"the answer fills {count} passes, of which at most {MAX_WINDOWS} are made"
+            # What the parts share makes them longer by as much as this.
+            longer = 1 + OVERLAP_CHARACTERS / WINDOW_CHARACTERS
+            count = min(math.ceil(filled * longer), math.ceil(len(window) / _SMALLEST_WINDOW))
+            shared = OVERLAP_CHARACTERS // count
+            length = math.ceil((len(window) + (count - 1) * shared) / count)
+            waiting += _spread(window, length, count)[::-1]
+    if len(found) > MAX_WINDOWS:
+        gap = gap or f"the answer fills {len(found)} passes, of which at most {MAX_WINDOWS} are made"
+        found = [found[place] for place in _spaced(len(found) - 1, MAX_WINDOWS)]
     return Seen(tuple(found) or ("",), gap)
+
+
+def _spread(text: str, length: int, count: int) -> list[str]:
+    """Return `count` evenly spaced windows of a text, the first at its beginning, the last at its end."""
+    return [text[start : start + length] for start in _spaced(len(text) - length, count)]
+
+
+def _spaced(last: int, count: int) -> list[int]:
+    """Return `count` numbers, at least two, from 0 to `last`."""
+    return [round(index * last / (count - 1)) for index in range(count)]
 
 
 def sigmoid(logit: float) -> float:
@@ -231,7 +242,7 @@ class Reader:
         """Return the states of one pass over a request and a window of its answer ("" for none).
 
         Both texts are tokenised as plain text: a control token spelled out in them is only characters. Of a
-        request of too many tokens the first and the last are read, of a window the first; see `fits`.
+        request of too many tokens the first and the last are read, of a window the first; see `load`.
 
         Raises:
             ModelError: the engine cannot start or answer.
@@ -254,15 +265,15 @@ class Reader:
         mean = rows[len(head) :].mean(axis=0) if answered else numpy.zeros_like(start)
         return States(numpy.stack([mean, start]), len(tokens))
 
-    async def fits(self, window: str) -> bool:
-        """Return whether a pass takes a window of an answer whole.
+    async def load(self, window: str) -> float:
+        """Return how many passes a window of an answer fills.
 
         Raises:
             ModelError: the engine cannot start or answer.
             MissingExtra: the extra `local` is not installed.
         """
         engine = await asyncio.to_thread(self._engine)
-        return len(await engine.tokens(_valid(window), markers=False)) <= _WINDOW_TOKENS
+        return len(await engine.tokens(_valid(window), markers=False)) / _WINDOW_TOKENS
 
     def _engine(self) -> local.Engine:
         with self._starting:
@@ -318,7 +329,7 @@ class Heads:
         Raises:
             ModelError: the model cannot be fetched, started or used.
         """
-        return await fitting(answer, (await self._reader()).fits)
+        return await windows_that_fit(answer, (await self._reader()).load)
 
     async def passes(self, request: str, seen: Sequence[str]) -> list[States]:
         """Return the states of a request and each window of its answer.

@@ -62,11 +62,11 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def requests(self) -> tuple[str, ...]:
-        """What the answer may be an answer to: the last user message, then all user messages as one.
+        """What the answer may be an answer to: the last user message and, where there are more, all as one.
 
-        "Go on." asks for what an earlier message asked for. One where both are the same.
+        "Go on." asks for what an earlier message asked for.
         """
-        said = [text_of(message) for message in self.messages if message.role == "user"]
+        said = [text for message in self.messages if message.role == "user" and (text := text_of(message))]
         return tuple(dict.fromkeys((self.request, "\n\n".join(said))))
 
     def clipped(self, chars: int) -> Exchange:

@@ -7,21 +7,23 @@ so that callers see the types that they always saw.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
+from msgspec.structs import replace
 from pydantic import BaseModel
 
 from cai_graph.calls import END_REASONS
 from cai_graph.errors import DataError
 from cai_graph.form import Form
 from cai_graph.messages import from_langchain
-from cai_graph.trajectory import Call, Message, Trajectory, said_in, text_of
+from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, picture_in, said_in
+from cai_graph.trajectory import Call, Message, Trajectory, shown_of, text_of
 
-__all__ = ["Shape", "Swap", "added"]
+__all__ = ["Shape", "Swap", "added", "emptied"]
 
 _INPUT_KEYS = ("input", "question", "query", "prompt")
 _OUTPUT_KEYS = ("answer", "output", "text")
@@ -69,7 +71,7 @@ class Shape:
         """
         found = output[self.output_in(output)] if isinstance(output, Mapping) else output
         if isinstance(found, list):
-            before = tuple(map(from_langchain, found[: _last_answer(found)]))
+            before = tuple(map(from_langchain, found[: _last_of_model(found)]))
             last = [(m.role, m.content) for m in given[-1:]]
             return before if not given or last[0] in [(m.role, m.content) for m in before] else given
         return given or self.conversation(output)
@@ -78,7 +80,10 @@ class Shape:
         """Return the answer that stands in an output."""
         found = self.answer_in(output)
         if isinstance(found, BaseMessage):
-            return from_langchain(found)
+            message = from_langchain(found)
+            if isinstance(found, ToolMessage):  # a tool answered in the model's place
+                message = replace(message, role="assistant", name=None, tool_call_id=None)
+            return message
         return Message(role="assistant", content=str(found))  # parsers return subclasses of str
 
     def context(self, given: object, output: object) -> dict[str, str]:
@@ -120,24 +125,25 @@ class Shape:
             update: dict[str, Any] = {"response_metadata": {**told, "cai": about}}
             dropped = bool(getattr(output, "tool_calls", None)) and not released.tool_calls
             if trajectory.released_from == "refusal" or dropped:
-                # Nothing of a refused answer leaves: no image, and no call that the app would carry out.
-                update |= {"content": text_of(released), "additional_kwargs": {}}
-                update |= {key: [] for key in ("tool_calls", "invalid_tool_calls") if hasattr(output, key)}
+                update |= emptied(output, text_of(released))
             elif not kept:
-                # A provider that thinks before it calls a tool wants its thoughts back with the calls.
-                thoughts = bool(getattr(output, "tool_calls", None))
-                update["content"] = _in_place(output.content, text_of(released), thoughts=thoughts)
-                update["additional_kwargs"] = _of_others(output.additional_kwargs)
+                update |= _mended(output, text_of(released))
             return output.model_copy(update=update)
-        if isinstance(output, Mapping):
-            key = self.output_in(output)
-            left = {**output, key: self.put(output[key], released, trajectory)}
-            if kept:
-                return left
-            swap = self.swap(output, left)
-            return {k: value if k == key else swap(value, k) for k, value in left.items()}
-        at = _last_answer(output)
-        return [*output[:at], self.put(output[at], released, trajectory), *output[at + 1 :]]
+        answer = self.answer_in(output)
+
+        def put_into(value: Any) -> Any:
+            if isinstance(value, list):
+                return [self.put(item, released, trajectory) if item is answer else item for item in value]
+            return self.put(value, released, trajectory)
+
+        if not isinstance(output, Mapping):
+            return put_into(output)
+        key = self.output_in(output)
+        left = {**output, key: put_into(output[key])}
+        if kept:
+            return left
+        swap = self.swap(output, left)
+        return {k: value if k == key else swap(value, k) for k, value in left.items()}
 
     def swap(self, output: Any, left: Any) -> Swap:
         """Return what puts the answer that left into the draft's place, wherever that stands.
@@ -154,16 +160,22 @@ class Shape:
         return self._key(output, self.output_key, _OUTPUT_KEYS, "output")
 
     def answer_in(self, output: object) -> str | BaseMessage:
-        """Return the answer itself, as it stands in an output."""
-        if isinstance(output, Mapping):
-            return self.answer_in(output[self.output_in(output)])
-        if isinstance(output, str | BaseMessage):
-            return output
-        if isinstance(output, list) and output and all(isinstance(item, BaseMessage) for item in output):
-            found: BaseMessage = output[_last_answer(output)]
-            return found
+        """Return the answer itself, as it stands in an output.
+
+        Among messages it is the model's last one, or that of a tool which ended the run behind it.
+        """
+        inside = output[self.output_in(output)] if isinstance(output, Mapping) else output
+        if isinstance(inside, Mapping):
+            return self.answer_in(inside)
+        if isinstance(inside, str | BaseMessage):
+            return inside
+        if isinstance(inside, list) and inside and all(isinstance(item, BaseMessage) for item in inside):
+            # An agent tells of its structured answer in a tool's message, too, which is no answer itself.
+            typed = isinstance(output, Mapping) and output.get("structured_response") is not None
+            found = inside[_last_of_model(inside)]
+            return inside[-1] if isinstance(inside[-1], ToolMessage) and not typed else found
         raise DataError(
-            f"the app returned a {type(output).__name__}, and an answer is read from a string, a message, "
+            f"the app returned a {type(inside).__name__}, and an answer is read from a string, a message, "
             "messages, or a dict with one of them; say where with output_key="
         )
 
@@ -225,12 +237,13 @@ class Swap:
             return self.released if same else message
         if not isinstance(message, AIMessage) or self.released == self.draft:
             return message
-        if _is_label(self._text) or text_of(message) != self._text:
+        if _is_label(self._text) or shown_of(message) != self._text:
             return message
         update = {
             "content": self._new_text,
             "additional_kwargs": _of_others(message.additional_kwargs),
             "response_metadata": _of_others(message.response_metadata),
+            "invalid_tool_calls": [],
         }
         return message.model_copy(update=update)
 
@@ -239,11 +252,11 @@ class Swap:
 
     @property
     def _text(self) -> str:
-        return self.draft if isinstance(self.draft, str) else text_of(self.draft)
+        return self.draft if isinstance(self.draft, str) else shown_of(self.draft)
 
     @property
     def _new_text(self) -> str:
-        return self.released if isinstance(self.released, str) else text_of(self.released)
+        return self.released if isinstance(self.released, str) else shown_of(self.released)
 
 
 _LABEL = 24
@@ -290,11 +303,36 @@ def _itemised(call: Call) -> dict[str, Any]:
     }
 
 
-def _last_answer(messages: Sequence[BaseMessage]) -> int:
+def _last_of_model(messages: Sequence[BaseMessage]) -> int:
     for index in range(len(messages) - 1, -1, -1):
         if isinstance(messages[index], AIMessage):
             return index
     raise DataError("the app returned messages without an AI message among them; there is no answer to judge")
+
+
+def emptied(message: BaseMessage, text: str) -> dict[str, Any]:
+    """Return the update by which a message says a text and nothing else of it is left.
+
+    No picture is, and no call that the app would carry out.
+    """
+    return {"content": text, "additional_kwargs": {}, **_without(message, "tool_calls")}
+
+
+def _mended(message: BaseMessage, text: str) -> dict[str, Any]:
+    """Return the update by which a message says a text, and keeps what tells nothing of the words before."""
+    calls = frozenset(call["id"] for call in getattr(message, "tool_calls", ()))
+    return {
+        "content": _in_place(message.content, text, calls),
+        "additional_kwargs": _of_others(message.additional_kwargs, calls=bool(calls)),
+        **_without(message),
+    }
+
+
+def _without(message: BaseMessage, *names: str) -> dict[str, Any]:
+    """Return the update without what a message has beside its content, and without these fields."""
+    lists = ("invalid_tool_calls", "tool_call_chunks", *names)  # a chunk makes its calls anew
+    left: dict[str, Any] = {name: [] for name in lists if hasattr(message, name)}
+    return left | {"artifact": None} if hasattr(message, "artifact") else left
 
 
 _OF_THE_WORDS = {
@@ -308,33 +346,51 @@ _OF_THE_WORDS = {
     "audio",
 }
 """Under which names providers tell of an answer's words, or repeat them: they leave with those words only."""
+_LONGEST = 128
+"""Most characters of what providers tell in a label, such as the name of a model."""
 
 
-def _of_others(told: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a provider tells of an answer, as far as it tells nothing of the words."""
-    return {name: value for name, value in told.items() if name not in _OF_THE_WORDS}
+def _of_others(told: Mapping[str, Any], *, calls: bool = False) -> dict[str, Any]:
+    """Return what a provider tells of an answer, as far as it tells nothing of the words.
+
+    It is told in numbers and labels. Beside `calls` these may be of any length: signatures, which a provider
+    wants back.
+    """
+    left: dict[str, Any] = {}
+    for name, value in told.items():
+        if name in _OF_THE_WORDS or is_words(str(name)):
+            continue
+        if isinstance(value, Mapping):
+            left[name] = _of_others(value, calls=calls)
+        elif isinstance(value, str):
+            if not is_words(value) and (calls or len(value) <= _LONGEST):
+                left[name] = value
+        elif value is None or isinstance(value, int | float):
+            left[name] = value
+    return left
 
 
-_THOUGHTS = {"reasoning", "thinking", "redacted_thinking"}
-"""Types of content parts in which a model thinks about its answer."""
+def _in_place(content: str | list[Any], text: str, calls: Set[str | None]) -> str | list[Any]:
+    """Return message content with `text` where its text begins, and in their order the parts that stay.
 
-
-def _in_place(content: str | list[Any], text: str, *, thoughts: bool) -> str | list[Any]:
-    """Return message content with `text` where its text begins, every other part kept in its order.
-
-    Without `thoughts` those go. Anthropic takes thoughts back only where they stood: before the words.
+    These are pictures, without words of theirs, and where there are calls, by id, these and the thoughts: a
+    provider that thinks before it calls a tool wants them back, and Anthropic only where they stood.
     """
     if isinstance(content, str):
         return text
     parts: list[Any] = []
     new: dict[str, Any] | None = {"type": "text", "text": text}
     for part in content:
-        kind = "text" if said_in(part) is not None else part.get("type")  # a refusal is said, too
-        if kind == "text" and new is not None:
-            parts.append(new)
+        kind = "text" if said_in(part) is not None else kind_of(part)  # a refusal is said, too
+        if kind == "text":
+            parts += [] if new is None else [new]
             new = None
-        elif kind != "text" and (thoughts or kind not in _THOUGHTS):
-            parts.append(part)
+        elif kind in CALLS:
+            parts += [part] if {part.get("id"), part.get("call_id")} & calls else []
+        elif kind in THOUGHTS:
+            parts += [part] if calls else []
+        elif (picture := picture_in(part)) is not None:
+            parts.append(picture)
     parts += [] if new is None else [new]
     return parts if len(parts) > 1 else text
 

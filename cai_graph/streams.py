@@ -23,8 +23,9 @@ from langchain_core.runnables.utils import AddableDict
 
 from cai_graph.calls import Calls
 from cai_graph.errors import DataError
+from cai_graph.parts import said_in
 from cai_graph.shape import Shape, added
-from cai_graph.trajectory import Draft, Message, Trajectory, said_in, text_of
+from cai_graph.trajectory import Draft, Message, Trajectory, shown_of
 
 __all__ = [
     "AHEAD",
@@ -242,7 +243,7 @@ class Writing:
 
     def _written(self) -> str:
         try:
-            return text_of(self._shape.answer(self.output))
+            return shown_of(self._shape.answer(self.output))
         except DataError:  # the part with the answer has not come yet
             return self.text
 
@@ -255,13 +256,13 @@ class Writing:
 
     async def release(self, draft: Draft) -> None:
         """Send the text of a draft as far as it has not left yet."""
-        text = text_of(draft.answer)[self._sent :]
+        text = shown_of(draft.answer)[self._sent :]
         self._sent += len(text)
         await self._send(Piece(self._part(self.output, text), text, id=self._id()))
 
     async def rest(self, output: Any, trajectory: Trajectory) -> None:
         """Send of the output that leaves what has not left yet."""
-        text = text_of(self._shape.answer(output))[self._sent :]
+        text = shown_of(self._shape.answer(output))[self._sent :]
         chunk = self._verdict(output) if self._at_once else self._part(output, text, last=True)
         await self._send(Piece(chunk, text, trajectory, _as_message(output), self._id()))
 
@@ -315,7 +316,7 @@ class Writing:
 
 def _texts_in(value: Any) -> Iterator[str]:
     if isinstance(value, str | BaseMessage):
-        yield text_of(value) if isinstance(value, BaseMessage) else value
+        yield shown_of(value) if isinstance(value, BaseMessage) else value
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _texts_in(item)
@@ -324,7 +325,7 @@ def _texts_in(value: Any) -> Iterator[str]:
 def part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessage:
     """Return a chunk of `message` with this much of its text; the last one has all that is not text."""
     content: str | list[Any] = text
-    if last and text == text_of(message):
+    if last and text == shown_of(message):
         content = message.content  # nothing of it has left: it leaves in its own order
     elif isinstance(message.content, list):
         texts = [part for part in message.content if isinstance(part, dict) and part.get("type") == "text"]
@@ -347,7 +348,7 @@ def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: boo
     if trajectory is None:
         return Piece(_as_chunk(chunk), "", whole=output)
     answer = shape.answer(output)
-    return Piece(_as_chunk(chunk), text_of(answer), trajectory, output, answer.id)
+    return Piece(_as_chunk(chunk), shown_of(answer), trajectory, output, answer.id)
 
 
 def _as_message(output: Any) -> Any:
@@ -358,4 +359,4 @@ def _as_message(output: Any) -> Any:
 
 
 def _as_chunk(value: Any) -> Any:
-    return part_of_message(value, text_of(value), last=True) if isinstance(value, AIMessage) else value
+    return part_of_message(value, shown_of(value), last=True) if isinstance(value, AIMessage) else value

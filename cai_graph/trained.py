@@ -31,15 +31,15 @@ from cai_graph.probe import (
     Seen,
     by_probability,
     cut_request,
-    fitting,
     read_thresholds,
     sigmoid,
     windows,
+    windows_that_fit,
 )
 from cai_graph.prompts import Exchange, fence
 from cai_graph.trajectory import Critique, text_of
 
-__all__ = ["PREFIX", "Classifier", "TrainedCritic", "classifier_text", "logits_of"]
+__all__ = ["PREFIX", "Classifier", "TrainedCritic", "classifier_text", "load_of", "logits_of"]
 
 PREFIX = "trained:"
 """What a spec of such a critic begins with; the folder follows."""
@@ -69,8 +69,10 @@ class TrainedCritic:
     """Judges by what `cai train critic` made. Any number of answers may be judged at once.
 
     A principle is judged under its id where the critic was trained on it, else under its aim. It must have
-    been trained on one of the two: nothing is passed over. Of an answer beyond `WHOLE_CHARACTERS` parts go
-    unread, so nothing is said to comply; nor where a principle speaks of tools and the answer calls some.
+    been trained on one of the two: nothing is passed over. Where the user spoke more than once, the answer is
+    read under the last message and under all of them, and the larger probability counts. Of an answer beyond
+    `WHOLE_CHARACTERS` parts go unread, so nothing is said to comply; nor where a principle speaks of tools
+    and the answer calls some.
 
     Args:
         folder: what `cai train critic` wrote.
@@ -211,17 +213,13 @@ class Classifier:
         return seen * abouts
 
     async def seen(self, requests: Sequence[str], answer: str, abouts: Sequence[str]) -> Seen:
-        """Return what is read of an answer: windows that fit with each request, aim and principle."""
+        """Return what is read of an answer: windows that fit beside each request, aim and principle."""
+        beside = [(self._heads[about]["text"], request) for request in requests for about in abouts]
 
-        async def fits(window: str) -> bool:
-            texts = [
-                classifier_text(self._heads[about]["text"], request, window)
-                for request in requests
-                for about in abouts
-            ]
-            return await asyncio.to_thread(self._fit, texts)
+        async def load(window: str) -> float:
+            return await asyncio.to_thread(self._load_of, window, beside)
 
-        return await fitting(answer, fits)
+        return await windows_that_fit(answer, load)
 
     async def read(
         self, request: str, seen: Sequence[str], abouts: Sequence[str]
@@ -242,14 +240,14 @@ class Classifier:
 
     def _logits(self, texts: Sequence[str]) -> tuple[list[float], int]:
         with self._one:
-            return logits_of(*self._load(), texts, self._max_tokens)
+            return logits_of(*self._open(), texts, self._max_tokens)
 
-    def _fit(self, texts: Sequence[str]) -> bool:
+    def _load_of(self, window: str, beside: Sequence[tuple[str, str]]) -> float:
         with self._one:
-            _, tokenizer = self._load()
-            return all(tokens_fit(tokenizer, text, self._max_tokens) for text in texts)
+            _, tokenizer = self._open()
+            return max(load_of(tokenizer, *each, window, self._max_tokens) for each in beside)
 
-    def _load(self) -> tuple[Any, Any]:
+    def _open(self) -> tuple[Any, Any]:
         if self._loaded is None:
             self._loaded = load_classifier(self.folder)
         return self._loaded
@@ -292,9 +290,17 @@ def load_classifier(folder: Path) -> tuple[Any, Any]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def tokens_fit(tokenizer: Any, text: str, max_tokens: int) -> bool:
-    """Return whether a text has at most `max_tokens`, so that `logits_of` reads all of it."""
-    return len(tokenizer(text, truncation=True, max_length=max_tokens + 1)["input_ids"]) <= max_tokens
+def load_of(tokenizer: Any, about: str, request: str, window: str, max_tokens: int) -> float:
+    """Return how many texts of `max_tokens` a window fills, beside a request and an aim or principle.
+
+    Up to 1, `logits_of` reads all of it.
+    """
+    without, whole = (
+        len(tokenizer(classifier_text(about, request, shown), verbose=False)["input_ids"])
+        for shown in ("", window)
+    )
+    room = max_tokens - without
+    return (whole - without) / room if room > 0 else math.inf
 
 
 def logits_of(model: Any, tokenizer: Any, texts: Sequence[str], max_tokens: int) -> tuple[list[float], int]:

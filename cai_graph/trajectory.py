@@ -21,7 +21,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,7 @@ from uuid import UUID
 import msgspec
 
 from cai_graph.errors import DataError
+from cai_graph.parts import said_in, words_in
 
 if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
@@ -60,7 +61,7 @@ __all__ = [
     "new_id",
     "now",
     "orders_disagree",
-    "said_in",
+    "shown_of",
     "text_of",
 ]
 
@@ -596,22 +597,17 @@ def now() -> datetime:
 
 
 def text_of(message: Message | BaseMessage) -> str:
-    """Return the text of a message: its string, or what its parts say, joined."""
+    """Return what a message says, which is judged: its text, and after it the words of its other parts."""
+    shown = shown_of(message)
+    if isinstance(message.content, str):
+        return shown
+    beside = filter(None, map(words_in, message.content))
+    return "\n".join([shown, *beside] if shown else beside)
+
+
+def shown_of(message: Message | BaseMessage) -> str:
+    """Return the text of a message as its readers see it: its string, or what its parts say, joined."""
     content = message.content
     if isinstance(content, str):
         return content
     return "".join(said for part in content if (said := said_in(part)) is not None)
-
-
-def said_in(part: str | Mapping[str, Any]) -> str | None:
-    """Return what a part of a message's content says: text, or a refusal; None where it is of another kind.
-
-    OpenAI's Responses API has refusals as parts, which LangChain's content of version 1 wraps.
-    """
-    if isinstance(part, str):
-        return part
-    kind, value = part.get("type"), part.get("value")
-    if kind == "non_standard" and isinstance(value, Mapping):
-        return said_in(value) if value.get("type") == "refusal" else None
-    said = part.get(kind) if kind in ("text", "refusal") else None
-    return said if isinstance(said, str) else None

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from cai_graph.errors import ConfigError, Refused
 from cai_graph.form import Form
-from cai_graph.messages import from_langchain
+from cai_graph.messages import from_langchain, spelt_out
 from cai_graph.shape import Shape
 from cai_graph.trajectory import Message, Trajectory, text_of
 from cai_graph.wrapped import call_options, layers
@@ -114,15 +114,15 @@ class Typed(Shape):
         return None if calls_another else self.wanted
 
     def answer(self, output: object) -> Message:
-        """Return the answer's JSON; where there is none, the message as it is."""
+        """Return the answer's JSON; where the message has more than that, or none, all that it says."""
         message = from_langchain(_message(output))
-        if (call := self._call(output)) is not None:
-            return replace(message, content=json.dumps(call["args"], ensure_ascii=False), tool_calls=())
+        if self._call(output) is not None:
+            return spelt_out(message)
         if self.form(output) is None:
             return message
         try:
-            return replace(message, content=self.wanted.read(text_of(message)))
-        except ValueError:  # the caller's parser says so, if this is what leaves
+            return replace(message, content=self.wanted.alone(text_of(message)))
+        except ValueError:  # where it has none, the caller's parser says so, if this is what leaves
             return message
 
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
@@ -140,14 +140,14 @@ class Typed(Shape):
         if trajectory.released_from == "draft" or self.form(output) is None:
             return left
         data = json.loads(self.wanted.read(text_of(released)))
-        more = {key: value for key, value in left.additional_kwargs.items() if key != "tool_calls"}
+        more = {**left.additional_kwargs}
         if (parsed := output.additional_kwargs.get("parsed")) is not None:  # where OpenAI's parser looks
             more["parsed"] = data if isinstance(parsed, dict) else self.wanted.parse(data)
         update: dict[str, Any] = {"additional_kwargs": more}
         if (call := self._call(output)) is not None:
-            uses = [part for part in output.content if isinstance(part, dict) and "input" in part]
-            update["content"] = [{**part, "input": data} for part in uses] or ""
-            update["tool_calls"] = [{**call, "args": data}]
+            use = {"type": "tool_use", "id": call["id"], "name": call["name"], "input": data}
+            among = any(isinstance(part, dict) and part.get("type") == "tool_use" for part in output.content)
+            update |= {"content": [use] if among else "", "tool_calls": [{**call, "args": data}]}
         return left.model_copy(update=update)
 
     def _call(self, output: Any) -> Any:

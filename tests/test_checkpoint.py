@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_model
 
 from cai_graph.errors import ConfigError, DataError, ModelError
-from trainers.checkpoint import Checkpoint, Manifest, hardware, save, versions
+from trainers.checkpoint import Checkpoint, Manifest, hardware, save, seal, versions
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -58,6 +58,17 @@ def test_what_was_saved_opens_with_its_manifest_and_digest(tiny: Path, tmp_path:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "12 rows of rows" in card
     assert r"a\|b &lt;script>" in card
+
+
+def test_who_may_read_one_file_may_read_all(tiny: Path, tmp_path: Path) -> None:
+    model, tokenizer = loaded(tiny)
+    saved = save(tmp_path / "saved", model, tokenizer, manifest())
+    model.save_pretrained(tmp_path / "written")
+    tokenizer.save_pretrained(tmp_path / "written")
+    sealed = seal(tmp_path / "sealed", tmp_path / "written", manifest())
+    for made in (saved, sealed):
+        files = [path for path in made.path.rglob("*") if path.is_file()]
+        assert len({path.stat().st_mode for path in files}) == 1, files
 
 
 def test_the_digest_follows_the_weights(tiny: Path, tmp_path: Path) -> None:

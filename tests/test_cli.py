@@ -500,7 +500,7 @@ def test_what_our_own_writing_meets_is_not_said_of_the_critic(code: int) -> None
 
 
 def test_what_a_provider_met_is_said_without_its_password() -> None:
-    with pytest.raises(ModelError, match="^http://host/v1#m: "), foreign("http://ann:s3cret@host/v1#m"):
+    with pytest.raises(ModelError, match=r"^http://host/v1#m: "), foreign("http://ann:s3cret@host/v1#m"):
         raise ConnectionResetError(errno.ECONNRESET, "reset")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,12 @@ class Whole:
             raise ConfigError(f"learning_rate is above 0, found {self.learning_rate!r}")
 
 
+@dataclass(frozen=True)
+class Addresses:
+    logs: tuple[str, ...]
+    reward: Any
+
+
 def written(folder: Path, text: str) -> Path:
     path = folder / "x.yaml"
     path.write_text(text)
@@ -58,6 +65,33 @@ def test_plain_writes_defaults_too_and_what_json_holds(tmp_path: Path) -> None:
 
     assert plain(config).keys() == {field.name for field in dataclasses.fields(Whole)}
     assert json.loads(json.dumps(plain(config))) == plain(config)
+
+
+def test_plain_shows_no_password() -> None:
+    spec = "judge:http://ann:s3cret@host/v1#m"
+    told = Addresses(("postgresql://ann:s3cret@host/logs",), [{"judge": spec}, spec])
+    assert plain(told) == {
+        "logs": ["postgresql://ann@host/logs"],
+        "reward": [{"judge": "judge:http://host/v1#m"}, "judge:http://host/v1#m"],
+    }
+    whole = [f"{key}={json.dumps(value)}" for key, value in plain(told, passwords=True).items()]
+    assert read(Addresses, None, whole) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: &a {b: *a}\n", r"x\.yaml line 1: is no YAML: the alias '\*a' is refused; write out what"),
+        ("model: &a x\ndata: *a\n", r"x\.yaml line 2: is no YAML: the alias"),
+        ("model: " + "[" * 3000, r"x\.yaml: is no YAML: it is nested too deeply"),
+    ],
+    ids=["no end", "alias", "deep"],
+)
+def test_yaml_that_expands_or_has_no_end_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read(Whole, written(tmp_path, text))
+    with pytest.raises(ConfigError, match="the value is no YAML"):
+        read(Whole, None, [f"model={text.removeprefix('model: ')}"])
 
 
 def test_what_plain_writes_reads_back_as_the_same_config(tmp_path: Path) -> None:

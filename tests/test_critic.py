@@ -25,7 +25,7 @@ from cai_graph.critic import (
 )
 from cai_graph.errors import BudgetExceeded, ConfigError, ModelError
 from cai_graph.ladder import mass_on_violates, read_verdicts
-from cai_graph.probe import Scores, Seen, fitting, windows
+from cai_graph.probe import Scores, Seen, windows, windows_that_fit
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Critique, Label, Message, Verdict
@@ -693,10 +693,10 @@ class Heads:
         self.read_of: list[tuple[str, str]] = []
 
     async def seen(self, answer: str) -> Seen:
-        return await fitting(answer, self.fits)
+        return await windows_that_fit(answer, self.load)
 
-    async def fits(self, window: str) -> bool:
-        return True
+    async def load(self, window: str) -> float:
+        return 1.0
 
     async def scores(self, request: str, seen: Sequence[str]) -> Scores:
         self.read_of += [(request, window) for window in seen]
@@ -791,6 +791,61 @@ async def test_forward_passes_count_against_their_own_budget_before_they_are_mad
     calls = Calls(Budget(forward_passes=needed))
     await probe_critic(heads).critique(exchange, HARMLESS, calls, explain=False)
     assert calls.spent["forward"] == needed > 1
+
+
+class Recalling(Heads):
+    """Reads harm only under a request that speaks of poison."""
+
+    async def scores(self, request: str, seen: Sequence[str]) -> Scores:
+        await super().scores(request, seen)
+        known = 0.9 if "poison" in request else 0.05
+        return Scores(harm=known, evasion=1 - known, request=known, tokens=50)
+
+
+async def test_an_answer_is_read_under_all_that_was_asked_where_the_user_spoke_more_than_once() -> None:
+    turns = (
+        Message(role="user", content="How is poison made?"),
+        Message(role="assistant", content="First part."),
+        Message(role="user", content="Go on."),
+    )
+    exchange = Exchange(messages=turns, answer=Message(role="assistant", content="Second part."))
+    heads, calls = Recalling(), Calls(Budget())
+
+    critique = await probe_critic(heads).critique(exchange, HARMLESS, calls, explain=False)
+
+    assert aims(critique) == {"harmless": "VIOLATES"}
+    assert critique.readings == {"harm": 0.9, "evasion": 0.95, "request": 0.9}
+    assert (critique.benign_request, critique.evasive) == (False, False)
+    assert heads.read_of == [
+        ("Go on.", "Second part."),
+        ("How is poison made?\n\nGo on.", "Second part."),
+    ]
+    assert calls.spent["forward"] == 2
+    assert [call.input_tokens for call in calls.made] == [100]
+    with pytest.raises(BudgetExceeded, match="1 forward passes"):
+        await probe_critic(heads).critique(exchange, HARMLESS, Calls(Budget(forward_passes=1)), explain=False)
+
+
+class Narrow(Heads):
+    """Takes 300 characters in a pass."""
+
+    async def load(self, window: str) -> float:
+        return len(window) / 300
+
+
+async def test_parts_of_windows_count_as_passes_and_what_is_unread_never_complies() -> None:
+    heads, calls = Narrow(), Calls(Budget())
+    short = Exchange(messages=ASKED.messages, answer=Message(role="assistant", content="word " * 200))
+    long = Exchange(messages=ASKED.messages, answer=Message(role="assistant", content="word " * 2000))
+
+    read = await probe_critic(heads).critique(short, HARMLESS, calls, explain=False)
+    unread = await probe_critic(heads).critique(long, HARMLESS, Calls(Budget()), explain=False)
+
+    assert aims(read) == {"harmless": "COMPLIES"}
+    assert aims(unread) == {"harmless": "UNREADABLE"}
+    assert calls.spent["forward"] == len((await heads.seen("word " * 200)).windows) > 1
+    with pytest.raises(BudgetExceeded, match="1 forward passes"):
+        await probe_critic(heads).critique(short, HARMLESS, Calls(Budget(forward_passes=1)), explain=False)
 
 
 async def test_a_pass_that_fails_is_recorded() -> None:

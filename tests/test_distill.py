@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from replies import verdicts
 from test_cli import cai
 from test_judge import letter
@@ -84,7 +83,7 @@ def written(folder: Path, server: Server, base: Path, **sections: Any) -> Path:
         **sections,
     }
     path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(body))
+    path.write_text(json.dumps(body, ensure_ascii=False))
     return path
 
 
@@ -104,7 +103,9 @@ def run_first(count: int, path: Path, *settings: str) -> tuple[list[str], dict[s
 
 
 def test_from_prompts_to_a_model_with_a_report(tmp_path: Path, server: Server, base: Path) -> None:
-    path = written(tmp_path, server, base)
+    spec = server.spec.replace("://", "://ann:s3cret@")
+    judging = {"judge": spec, "max_tokens": 8, "pairs": ["samples", "revision"]}
+    path = written(tmp_path, server, base, drafts={"model": spec, "max_tokens": 32}, feedback=judging)
     said, made, page = run(path)
     names = ["trajectories", "sft-data", "sft", "feedback", "preferences", "dpo", "model"]
     assert said == [f"{name} {what}" for name in names for what in ("begins", "done")]
@@ -114,6 +115,8 @@ def test_from_prompts_to_a_model_with_a_report(tmp_path: Path, server: Server, b
     assert made.digest != Checkpoint.open(base).digest
     assert page == tmp_path / "out" / "report.html"
     assert "trajectories" in page.read_text()
+    kept = [one for one in made.path.rglob("*") if one.is_file()]
+    assert not [one for one in kept if b"s3cret" in one.read_bytes()]
 
     asked = len(server.requests)
     assert run(path)[0] == [f"{name} skipped" for name in names]
@@ -276,7 +279,7 @@ def test_a_model_of_the_catalogue_is_none_of_the_folders_here(
 
 def test_what_works_only_where_it_will_run_is_not_refused(tmp_path: Path, server: Server, base: Path) -> None:
     """Servers that do not run yet are not asked, and processes that are launched are counted."""
-    dead = "http://127.0.0.1:9/v1"
+    dead = "http://ann:s3cret@127.0.0.1:9/v1"
     path = written(
         tmp_path,
         server,
@@ -288,6 +291,8 @@ def test_what_works_only_where_it_will_run_is_not_refused(tmp_path: Path, server
     )
     four = 'launch=[accelerate, launch, --num_processes, "4"]'
     assert "rloo" in steps(path, four)
+    kept = [step.settings for step in pipeline(read(Config, path, [four])).steps]
+    assert "s3cret" not in json.dumps(kept, default=str)
     assert "rloo" in steps(path, "launch=[srun, our-script]"), "who cannot know does not refuse"
     with pytest.raises(ConfigError, match="rl: an update has 1 answers"):
         steps(path)
@@ -358,7 +363,7 @@ def test_a_file_that_is_changed_under_its_name_makes_its_steps_anew(
     write_rows(Path("rows.jsonl"), rows("preference", 2))
     Path("scored_here.py").write_text("def score(prompts, answers):\n    return [0.0 for _ in answers]\n")
     Path("safe.jsonl").write_text(json.dumps({"prompt": "How do I kill a process?", "label": "safe"}) + "\n")
-    many = {"rows": {"near_duplicates": None, "test_share": 0.2}, "prompts": "many.txt"}
+    many = {"rows": {"near_duplicates": 0, "test_share": 0.2}, "prompts": "many.txt"}
     Path("many.txt").write_text("".join(f"How do I open door {n}?\n" for n in range(200)))
     path = written(tmp_path, server, tmp_path / "base", **{"feedback": LOCAL, **many, **sections})
     before = steps(path)
@@ -405,6 +410,7 @@ def test_a_name_in_any_script_stays_what_it_is(tmp_path: Path, server: Server, b
         run_first(3, path)
     (file,) = Path(out).glob("stages/sft-*/config.yaml")
     assert read(sft.Config, file).output == file.with_name("checkpoint")
+    assert file.stat().st_mode & 0o777 == 0o600, "it may hold a password"
 
 
 def test_processes_are_read_from_the_words_of_a_launch() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+OF_LIBRARIES = {"LANGSMITH_TRACING", "PGPASSWORD", "RAY_ADDRESS"}
+"""Read by what we stand on, and named for what they do here."""
+
 HERE = Path(__file__).parents[1]
 SECTION = (
     (HERE / "docs" / "cli.md")
@@ -31,6 +34,5 @@ def test_every_variable_that_is_read_stands_in_the_table() -> None:
         for first in re.findall(r"^\| (`.*?) \|", SECTION, re.MULTILINE)
         for name in re.findall(r"`(\w+)`", first)
     }
-    assert read() <= said
     assert {"CAI_CACHE", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "HF_HUB_OFFLINE"} <= read()
-    assert said <= read()
+    assert said == read() | OF_LIBRARIES

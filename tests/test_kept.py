@@ -6,20 +6,25 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain.agents import create_agent
+from langchain.agents.structured_output import ToolStrategy
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.runnables.history import RunnableWithMessageHistory
+from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
 from langgraph.func import entrypoint
 from langgraph.graph import END, START, MessagesState, StateGraph
+from pydantic import BaseModel
 from replies import RULES, by_role, flags, verdicts
 
-from cai_graph import ScriptedModel, constitutional
+from cai_graph import ScriptedModel, constitutional, open_log
 
 THREAD: Any = {"configurable": {"thread_id": "1"}}
 HI: Any = {"messages": [("user", "hi")]}
@@ -270,3 +275,92 @@ def test_a_wrapped_graph_shows_its_state_and_nothing_that_answers() -> None:
     for name in ("attach_node", "_defaults"):
         assert hasattr(app, name)
         assert not hasattr(guarded, name)
+
+
+# --- an agent that ends with a tool's answer ----------------------------------------------------------
+
+
+@tool(return_direct=True)
+def look(query: str) -> str:
+    """Look something up."""
+    return "the draft"
+
+
+@tool
+def search(query: str) -> str:
+    """Search."""
+    return "the draft"
+
+
+class Caller(ScriptedModel):
+    """A model that takes tools."""
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        return self.bind()
+
+
+def calling(name: str, **options: Any) -> Any:
+    calls: Any = [{"name": name, "args": {"query": "x"}, "id": "c1"}]
+    model = Caller(replies=lambda m: "fine" if m[-1].type == "tool" else AIMessage("", tool_calls=calls))
+    return create_agent(model, [look, search] if name == "search" else [look], **options)
+
+
+@pytest.mark.parametrize("mode", [None, "updates", "values", "messages"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_answer_of_a_tool_that_ends_the_run_is_judged_and_replaced_in_its_place(
+    kept: bool, mode: Any
+) -> None:
+    app = calling("look", checkpointer=InMemorySaver() if kept else None)
+
+    if mode is None:
+        told = guard(app).invoke(HI, THREAD)["messages"][-1:]
+        assert told[0].response_metadata["cai"]["outcome"] == "REVISED"
+        assert (told[0].type, told[0].name, told[0].tool_call_id) == ("tool", "look", "c1")
+    else:
+        told = [*guard(app).stream(HI, THREAD, stream_mode=mode)][-1:]
+
+    assert "better" in repr(told)
+    assert "the draft" not in repr(told)
+    if kept:
+        assert stored(app) == ["hi", "", "better"]
+        assert app.get_state(THREAD).next == ()
+
+
+async def test_the_answer_of_a_tool_is_logged_as_an_answer_to_what_was_asked(tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        record = (await guard(calling("look"), log=log).answered(HI)).trajectory
+
+    assert [(message.role, message.content) for message in record.messages] == [("user", "hi")]
+    assert (record.draft.answer.role, record.draft.answer.content) == ("assistant", "the draft")
+
+
+def test_a_tools_answer_in_mid_run_is_no_answer() -> None:
+    app = calling("search", checkpointer=InMemorySaver(), interrupt_after=["tools"])
+    guarded = guard(app)
+
+    stopped = guarded.invoke(HI, THREAD)
+    ended = guarded.invoke(None, THREAD)
+
+    assert stopped["messages"][-1].text == "the draft"
+    assert "cai" not in stopped["messages"][-1].response_metadata
+    assert [message.text for message in ended["messages"]] == ["hi", "", "the draft", "fine"]
+
+
+def test_an_agents_structured_answer_is_no_answer_of_a_tool() -> None:
+    class Report(BaseModel):
+        """A report."""
+
+        sky: str
+
+    calls: Any = [{"name": "Report", "args": {"sky": "rain"}, "id": "c1"}]
+    agent = create_agent(
+        Caller(replies=lambda _: AIMessage("", tool_calls=calls)), [], response_format=ToolStrategy(Report)
+    )
+    words = "Returning structured response: sky='rain'"
+    critic = by_role(critique=flags("no-harm", answers=[words]))
+
+    output = guard(agent, critic=critic, reviser=critic).invoke(HI)
+
+    assert output["structured_response"] == Report(sky="rain")
+    assert output["messages"][-1].text == words
+    assert critic.calls == []

@@ -11,11 +11,21 @@ from typing import Any
 
 import apsw
 import pytest
-from log_support import START, comparison, contents, everything, execute, feedback, review, trajectory
+from log_support import (
+    START,
+    comparison,
+    contents,
+    everything,
+    execute,
+    feedback,
+    fill,
+    review,
+    trajectory,
+)
 
 from cai_graph.errors import CaiError, DataError, LogError
-from cai_graph.log import Import, import_, open_log, open_store, sqlite
-from cai_graph.log.store import digest_of
+from cai_graph.log import Import, import_, open_log, open_store, sqlite, upkeep
+from cai_graph.log.store import Database, digest_of
 from cai_graph.log.upkeep import Gap, _verify, gc, recover, verify
 from cai_graph.trajectory import Record, encode
 
@@ -338,6 +348,59 @@ def test_gc_removes_what_is_old_with_all_that_speaks_of_it(url: str) -> None:
     assert b"private0000" not in raw
     assert b"private0029" in raw
     assert gc(url, **arguments).trajectories == 0  # type: ignore[arg-type]
+
+
+def test_gc_looks_at_what_it_keeps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        for number in range(40):
+            log.append(trajectory(number, tags=("hold",) if number % 2 else ()))
+    looked = 0
+
+    def instr(text: str, part: str) -> int:  # SQLite's own, which finds a tag
+        nonlocal looked
+        looked += 1
+        return text.find(part) + 1
+
+    def connect(path: Path, **options: Any) -> apsw.Connection:
+        db = real(path, **options)
+        db.create_scalar_function("instr", instr, 2)
+        return db
+
+    real = sqlite.connect
+    monkeypatch.setattr(sqlite, "connect", connect)
+    monkeypatch.setattr(upkeep, "_CHUNK", 5)
+    done = gc(path, before=START + timedelta(days=1), why="age", keep_tag="hold")
+
+    assert (done.trajectories, done.kept) == (20, 20)
+    assert looked == 2 * 20  # to pass it by, and to count it
+
+
+def test_gc_finds_a_review_without_looking_at_all_of_them(tmp_path: Path) -> None:
+    make(tmp_path / "cai.db")
+    store = open_store(tmp_path / "cai.db", read_only=True)
+    sweep = upkeep._Sweep(store, START, "age", keep_reviewed=True, keep_tag=None)
+    plan = str(store.rows(f"EXPLAIN QUERY PLAN SELECT 1 {sweep._doomed}", sweep._bindings))
+    store.close()
+    assert "SEARCH v USING INDEX records_trajectory" in plan, plan
+
+
+def test_a_review_that_comes_while_gc_is_at_work_keeps_its_trajectory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cai.db"
+    change = sqlite.SQLiteStore.change
+    with open_log(path) as log:
+        made = fill(log, 3)
+
+        def change_late(store: sqlite.SQLiteStore, write: Callable[[Database], Any]) -> Any:
+            log.append(review(made[1].id, id="late")).result()
+            return change(store, write)
+
+        monkeypatch.setattr(sqlite.SQLiteStore, "change", change_late)
+        done = gc(path, before=START + timedelta(days=1), why="age")
+        assert (done.trajectories, done.others, done.kept) == (2, 0, 1)
+        assert [record.id for record in log.read()] == [made[1].id, "late"]
 
 
 def test_gc_says_whether_what_it_removed_is_overwritten(

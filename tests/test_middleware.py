@@ -432,6 +432,19 @@ async def test_a_structured_answer_is_revised_in_its_form_everywhere(way: str, s
     assert '"degrees"' in prompt[-1].text.partition("<requests>")[2]
 
 
+def test_another_call_beside_a_structured_answer_is_judged_with_it() -> None:
+    calls: Any = [
+        {"name": "Report", "args": {"sky": "fine", "degrees": 4}, "id": "call-3"},
+        {"name": "weather", "args": {"city": CANARY}, "id": "call-4"},
+    ]
+    model = agents_model(lambda _: AIMessage("", id="r", tool_calls=calls), revise=MENDED)
+
+    state = guarded(model, response_format=ToolStrategy(Report)).invoke(ASKED)
+
+    assert state["structured_response"] == Report(sky="rain", degrees=4)
+    assert CANARY not in str(state)
+
+
 @pytest.mark.parametrize("strategy", ["tool", "provider"])
 def test_a_structured_answer_that_complies_is_left_as_it_is(strategy: str) -> None:
     model, wanted = reporting(strategy)

@@ -146,6 +146,22 @@ def test_what_one_module_takes_from_another_stands_in_its_all() -> None:
     assert missing == set()
 
 
+def test_no_model_is_loaded_with_code_or_a_pickle_of_its_folder() -> None:
+    loaded = 0
+    for path in (path for package in ("cai_graph", "trainers") for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not ast.unparse(node.func).endswith(".from_pretrained"):
+                continue
+            loader, given = ast.unparse(node.func), {one.arg: ast.unparse(one.value) for one in node.keywords}
+            if loader.startswith("PeftModel"):  # an adapter that was written a moment ago
+                continue
+            loaded += 1
+            assert given.get("trust_remote_code") == "False", f"{path}: {loader}"
+            if "Tokenizer" not in loader and "gguf_file" not in given:
+                assert given.get("use_safetensors") == "True", f"{path}: {loader}"
+    assert loaded >= 10
+
+
 def test_every_benchmark_can_be_imported() -> None:
     script = (
         "import importlib\n"

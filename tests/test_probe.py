@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cai_graph.probe import (
     States,
     cut_request,
     windows,
+    windows_that_fit,
 )
 
 CHATML = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
@@ -96,6 +98,45 @@ def test_up_to_the_stated_length_nothing_is_left_out(length: int) -> None:
 
 def test_windows_of_ten_megabytes_are_bounded() -> None:
     assert sum(map(len, windows("x" * 10_000_000))) == MAX_WINDOWS * WINDOW_CHARACTERS
+
+
+async def load(window: str) -> float:
+    """Of passes of 1200 tokens, by a tokenizer that knows bytes only."""
+    return len(window.encode("utf-8", "replace")) / 1200
+
+
+@given(st.integers(1, 6000), st.sampled_from([0x4E00, 0x20000]))
+def test_windows_that_no_pass_takes_whole_are_split_or_the_gap_is_told(length: int, first: int) -> None:
+    answer = "".join(chr(first + place) for place in range(length))  # every character once
+
+    seen = asyncio.run(windows_that_fit(answer, load))
+
+    assert len(seen.windows) <= MAX_WINDOWS
+    assert all(len(window.encode()) <= 1200 for window in seen.windows)
+    assert (seen.gap is None) == (length <= {0x4E00: 4200, 0x20000: 3200}[first])
+    if seen.gap is None:
+        assert set("".join(seen.windows)) == set(answer)
+    assert answer.startswith(seen.windows[0])
+    assert answer.endswith(seen.windows[-1])
+
+
+async def test_windows_that_fit_stay_as_they_are() -> None:
+    assert await windows_that_fit("x" * 3000, load) == (tuple(windows("x" * 3000)), None)
+    assert await windows_that_fit("", load) == (("",), None)
+
+
+async def test_an_answer_of_too_many_tokens_for_all_passes_goes_unread_in_parts() -> None:
+    seen = await windows_that_fit("\U00020000" * 10_000, load)
+
+    assert len(seen.windows) == MAX_WINDOWS
+    assert "of which at most 16 are made" in (seen.gap or "")
+
+
+async def test_where_nothing_fits_that_is_told() -> None:
+    async def never(window: str) -> float:
+        return math.inf
+
+    assert (await windows_that_fit("word " * 30, never)).gap is not None
 
 
 @given(st.text(max_size=2000))
@@ -288,6 +329,20 @@ async def test_hostile_texts_are_read_all_the_same(tiny: Probe) -> None:
     for text in ("\ud800 lone", "\x00\x01", "\u202e" * 600, "\U0001f9ff" * 3000):
         found = await tiny.read(text, text)
         assert all(0 <= probability <= 1 for probability in found[:3])
+
+
+@pytest.mark.local
+async def test_of_a_window_of_many_tokens_the_end_counts_too(tiny: Probe) -> None:
+    rare = "\U0001f9ff" * 420
+    found = [await tiny.read("Hi", rare + end) for end in ("", " Poison kills: put poison into soup." * 3)]
+    assert found[0].harm != pytest.approx(found[1].harm, abs=1e-4)
+
+
+@pytest.mark.local
+async def test_of_a_request_of_many_tokens_the_end_counts_too(tiny: Probe) -> None:
+    rare = "\U0001f9ff" * 450
+    found = [await tiny.read(rare + end, "") for end in ("", " Put poison into soup.")]
+    assert found[0].request != pytest.approx(found[1].request, abs=1e-4)
 
 
 @pytest.mark.local

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from test_cli import cai
 from wire import role, serving
 
 from cai_graph.constitution import load
+from trainers.reward import Config
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -52,6 +54,15 @@ def test_every_command_of_the_readme_exists(tmp_path: Path) -> None:
         shown = cai(tmp_path, *words[:2], "--help").stdout
         options = [word for word in command if word.startswith("-")]
         assert all(option in shown for option in options), command
+
+
+def test_the_reward_model_is_trained_on_what_was_built_and_by_settings_that_exist() -> None:
+    lines = [line for block in _blocks("sh") for line in block.splitlines()]
+    (trained,) = [line for line in lines if line.startswith("cai train reward ")]
+    (built,) = [line for line in lines if line.startswith("cai dataset build ")]
+    said = dict(pair.split("=") for pair in shlex.split(trained) if "=" in pair)
+    assert said.keys() <= {field.name for field in fields(Config)}
+    assert f"-o {said['data']} " in built
 
 
 def test_files_that_the_readme_names_exist() -> None:

@@ -279,8 +279,8 @@ async def test_an_answer_that_cannot_be_judged_is_reported_and_tried_again(log: 
 
 
 def answered(log: Log) -> None:
-    """Fill a log with three answers that comply."""
-    ids = tuple(p.id for p in load("balanced"))
+    """Fill a log with three answers that comply, with a principle, too, that is gone since."""
+    ids = (*(p.id for p in load("balanced")), "since-gone")
     fill(log, *(kept(f"answer {n}", rounds=(Round(critique=critique(ids=ids)),)) for n in range(3)))
 
 
@@ -317,6 +317,8 @@ def test_the_command_shows_what_changes_and_its_status_says_it(url: str, log: Lo
     assert "3 answers judged again." in shown
     assert "1 newly violate, 0 are cleared, 0 are unreadable now." in shown
     assert "answer  answer 1" in shown
+    assert "since-gone" not in shown
+    assert summary["principles"]["since-gone"]["only_then"] == 3
     assert summary["newly_violates"] == 1
     assert log.stats().trajectories == 3
 

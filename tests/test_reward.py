@@ -269,7 +269,11 @@ def test_a_head_on_a_frozen_model_is_fitted_and_saved_as_an_ordinary_reward_mode
     found = polite(48)
     data = dataset(tmp_path / "data", found[:32], found[32:])
 
-    made = train(Config(model=model, data=data, output=tmp_path / "out", trains="head", precision="fp32"))
+    # A batch that the pairs do not fill is nothing to a fit.
+    config = Config(
+        model=model, data=data, output=tmp_path / "out", trains="head", precision="fp32", batch_size=64
+    )
+    made = train(config)
 
     metrics = made.manifest.metrics if made.manifest else {}
     assert metrics["eval_accuracy"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from langchain_core.runnables import RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel
-from replies import RULES, by_role, flags
+from replies import RULES, answer_in, by_role, flags, verdicts
 
-from cai_graph import constitutional
+from cai_graph import ScriptedModel, constitutional, open_log
 from cai_graph.testing import leaks
 
 THREAD: Any = {"configurable": {"thread_id": "1"}}
@@ -154,6 +155,117 @@ def test_parts_of_a_message_keep_their_order(content: list[Any], left: list[Any]
 
     assert message.content == (content if left is None else left)
     assert [call["name"] for call in message.tool_calls] == [call["name"] for call in calls]
+
+
+def watchful(app: Any, **settings: Any) -> Any:
+    """The app under a critic that finds SECRET wherever it is shown."""
+    found = by_role(critique=lambda m: verdicts(*(["no-harm"] if "SECRET" in answer_in(m) else [])))
+    return guard(app, critic=found, reviser=found, **settings)
+
+
+BROKEN: Any = [{"name": "look", "args": "SECRET {", "id": "c2", "error": "no JSON: SECRET"}]
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        AIMessage([{"type": "text-plain", "text": "SECRET", "mime_type": "text/plain"}]),
+        AIMessage([text("fine"), {"type": "executable_code", "executable_code": "SECRET"}]),
+        AIMessage([text("fine"), {"type": "code_execution_result", "code_execution_result": "SECRET"}]),
+        AIMessage([text("fine"), {"type": "server_tool_call", "args": {"code": "print(SECRET, 1)"}}]),
+        AIMessage([text("fine"), {"type": "server_tool_result", "output": [{"of": "the SECRET"}]}]),
+        AIMessage([text("fine"), {"type": "non_standard", "value": {"type": "new", "of": "the SECRET"}}]),
+        AIMessage([text("fine"), {"type": "image", "url": "u", "extras": {"alt": "the SECRET"}}]),
+        AIMessage("", additional_kwargs={"audio": {"id": "a1", "transcript": "the SECRET", "data": "UklGR"}}),
+        AIMessage("", invalid_tool_calls=BROKEN),
+        AIMessage("fine", invalid_tool_calls=BROKEN),
+    ],
+)
+async def test_whatever_of_a_message_has_words_is_judged_and_goes_with_them(
+    message: AIMessage, stream: str
+) -> None:
+    model = ScriptedModel(replies=lambda _: message.model_copy())
+
+    assert await leaks(watchful(model, stream=stream), "hello", "SECRET") == []
+    assert watchful(model, stream=stream).invoke("hello").text == "better"
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks"])
+def test_a_kept_message_leaves_with_all_its_parts(stream: str) -> None:
+    parts = [text("Let us see."), {"type": "executable_code", "executable_code": "1+1"}]
+    model = ScriptedModel(replies=lambda _: AIMessage([*parts], invalid_tool_calls=CALLS_BROKEN))
+
+    (left,) = watchful(model, stream=stream).stream("hello")
+
+    assert left.content == parts
+    assert left.invalid_tool_calls == CALLS_BROKEN
+    assert left.response_metadata["cai"]["outcome"] == "KEPT"
+
+
+CALLS_BROKEN: Any = [
+    {"name": "look", "args": "[1", "id": "c2", "error": None, "type": "invalid_tool_call"},
+]
+
+
+def test_a_revision_keeps_of_its_draft_what_has_no_words() -> None:
+    picture = {
+        "type": "image",
+        "base64": "aGVsbG8=",
+        "mime_type": "image/png",
+        "extras": {"alt": "of SECRET"},
+    }
+    calls: Any = [{"name": "look", "args": {}, "id": "c1"}]
+    broken_use = {"type": "tool_use", "id": "c2", "name": "look", "input": {}, "partial_json": "SECRET {"}
+    thought = {"type": "reasoning_content", "reasoning_content": {"text": "hm", "signature": "s"}}
+    told = {
+        "model_name": "gpt-5-mini",
+        "finish_reason": "stop",
+        "token_usage": {"total_tokens": 7, "details": None, "note": "said SECRET"},
+        "citations": ["the SECRET"],
+        "grounding": {"query": "the SECRET", "score": 0.5},
+    }
+    draft = AIMessage(
+        [
+            thought,
+            picture,
+            text("the SECRET"),
+            {"type": "server_tool_result", "output": "42"},
+            CALL,
+            broken_use,
+        ],
+        tool_calls=calls,
+        invalid_tool_calls=BROKEN,
+        response_metadata=told,
+        additional_kwargs={"annotations": [{"q": "SECRET"}], "signatures": {"c1": "c2ln" * 99}},
+    )
+
+    left = watchful(RunnableLambda(lambda _: draft)).invoke("hello")
+
+    silent = {**picture, "extras": {"alt": ""}}
+    assert left.content == [thought, silent, text("better"), CALL]
+    assert left.additional_kwargs == {"signatures": {"c1": "c2ln" * 99}}
+    assert left.tool_calls == [{**calls[0], "type": "tool_call"}]
+    assert left.invalid_tool_calls == []
+    assert left.response_metadata.pop("cai")["outcome"] == "REVISED"
+    assert left.response_metadata == {
+        "model_name": "gpt-5-mini",
+        "finish_reason": "stop",
+        "token_usage": {"total_tokens": 7, "details": None},
+        "grounding": {"score": 0.5},
+    }
+
+
+def test_a_broken_call_is_logged_as_what_was_judged(tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        model = ScriptedModel(replies=lambda _: AIMessage("fine", invalid_tool_calls=BROKEN))
+        watchful(model, log=log).invoke("hello")
+        (record,) = log.read(kind="trajectory")
+
+    assert record.draft.answer.content == [  # type: ignore[union-attr]
+        {"type": "text", "text": "fine"},
+        {"type": "invalid_tool_call", "name": "look", "args": "SECRET {", "id": "c2"},
+    ]
 
 
 @pytest.mark.parametrize(("said", "id"), [("the draft", None), ("fine", "resp_1")])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,23 @@ async def test_closing_a_relay_waits_until_its_task_has_cleaned_up() -> None:
 
 
 # --- blocks: what leaves, and the record ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("revise", ["It is unsafe.", "It ends well."])
+async def test_a_refused_turn_streams_no_call_and_a_revised_one_its_calls(revise: str) -> None:
+    call: Any = {"name": "look", "args": {"at": "it"}, "id": "c1", "type": "tool_call"}
+    drafts = ScriptedModel(replies=lambda _: AIMessage("unsafe", tool_calls=[call]))
+    model = judge(revise=revise)
+    guarded = constitutional(
+        drafts, critic=model, reviser=model, constitution=RULES, log=None, stream="blocks"
+    )
+
+    chunks = [chunk async for chunk in guarded.astream("hello")]
+    left = reduce(operator.add, chunks[1:], chunks[0])
+
+    refused = revise == "It is unsafe."
+    assert left.text == (RULES.refusal if refused else revise)
+    assert left.tool_calls == ([] if refused else [call])
 
 
 async def test_a_block_leaves_while_the_app_still_writes() -> None:

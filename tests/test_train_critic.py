@@ -14,7 +14,9 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from replies import principle
+from safetensors.torch import load_file
 from tiny import tiny_model
 from typer.testing import CliRunner
 from wire import serving
@@ -259,14 +261,40 @@ def test_a_classifier_gives_a_calibrated_verdict_under_each_principle(classifier
 
 
 def test_a_classifiers_forward_passes_are_counted(classifier: Path) -> None:
-    calls = Calls(Budget())
-    exchange = asked("x" * 3000)
+    calls, spaced = Calls(Budget()), Calls(Budget())
+    critic = TrainedCritic(classifier)
 
-    asyncio.run(TrainedCritic(classifier).critique(exchange, RULES, calls, explain=False))
+    asyncio.run(critic.critique(asked("x" * 300), RULES, calls, explain=False))
+    asyncio.run(critic.critique(asked("x" * 3000), RULES, spaced, explain=False))
 
-    assert calls.spent["forward"] == 2 * 3  # principles, windows
+    assert calls.spent["forward"] == 2  # principles
+    assert spaced.spent["forward"] == 2 * 3 * 4  # and windows, in parts that a pass takes
     assert calls.spent["generation"] == 0
     assert [(call.role, call.kind) for call in calls.made] == [("critique", "forward")]
+
+
+def test_an_answer_is_read_under_all_that_was_asked(classifier: Path) -> None:
+    critic, calls = TrainedCritic(classifier), Calls(Budget())
+    earlier = asked("q" * 12, "x" * 12).messages
+    later = asked("q" * 12, "ask fog")
+    both = msgspec.structs.replace(later, messages=(*earlier, *later.messages))
+    as_one = asked("q" * 12, "x" * 12 + "\n\nask fog")
+
+    of_both = asyncio.run(critic.critique(both, RULES, calls, explain=False)).verdicts
+
+    of_each = zip(judge(critic, later).verdicts, judge(critic, as_one).verdicts, strict=True)
+    highest = [max(one.probability, other.probability) for one, other in of_each]
+    assert [verdict.probability for verdict in of_both] == pytest.approx(highest, abs=1e-4)
+    assert calls.spent["forward"] == 2 * 2  # principles, requests
+
+
+def test_the_end_of_a_window_that_no_pass_takes_whole_is_read(classifier: Path) -> None:
+    critic = TrainedCritic(classifier)
+
+    good = judge(critic, asked("q" * 700, "ask fog")).verdicts
+    bad = judge(critic, asked("q" * 700 + "x" * 300, "ask fog")).verdicts
+
+    assert all(one.probability > other.probability for one, other in zip(bad, good, strict=True))
 
 
 def test_a_forward_pass_that_fails_is_recorded(classifier: Path, tmp_path: Path) -> None:
@@ -377,6 +405,10 @@ def test_a_damaged_folder_is_named(classifier: Path, tmp_path: Path) -> None:
         critic_for(f"trained:{tmp_path / 'nowhere'}")
     folder = shutil.copytree(classifier, tmp_path / "mine")
     (folder / "model" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded as a classifier"):
+        judge(TrainedCritic(folder), asked("x"))
+    weights = load_file(classifier / "model" / "model.safetensors")
+    torch.save(weights, folder / "model" / "pytorch_model.bin")  # a pickle, which is never loaded
     with pytest.raises(ModelError, match="cannot be loaded as a classifier"):
         judge(TrainedCritic(folder), asked("x"))
     card = json.loads((folder / "card.json").read_text())

@@ -18,7 +18,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
 from pydantic import BaseModel, Field
-from replies import RULES, by_role, flags, verdicts
+from replies import RULES, answer_in, by_role, flags, verdicts
 from wire import Reply, Server, role, serving
 
 from cai_graph import ConstitutionalChatModel, ScriptedModel, constitutional, open_log
@@ -259,7 +259,8 @@ def test_a_call_among_content_parts_is_revised_in_all_its_places() -> None:
     call = {"name": "Advice", "args": BAD, "id": "call-1"}
     use = {"type": "tool_use", "name": "Advice", "input": BAD, "id": "call-1"}
     draft = AIMessage([{"type": "text", "text": "mix them"}, use], tool_calls=[{**call, "type": "tool_call"}])
-    critic = by_role(critique=flags("no-harm", answers=[json.dumps(BAD)]), revise=json.dumps(GOOD))
+    said = f"mix them\n{json.dumps(BAD)}"
+    critic = by_role(critique=flags("no-harm", answers=[said]), revise=json.dumps(GOOD))
     model = constitutional(
         Calling(replies=[draft]), critic=critic, reviser=critic, constitution=RULES, log=None
     )
@@ -276,6 +277,68 @@ def test_json_mode_without_a_schema_takes_any_object() -> None:
 
 
 JSON_MODE = {"response_format": {"type": "json_object"}}
+
+
+@pytest.mark.parametrize(
+    ("said", "judged"),
+    [
+        ('SECRET first.\n{"a": "fine"}\nSECRET after.', None),
+        ('```json\n{"a": "fine"}\n```\nSECRET after.', None),
+        ('{"a": "SECRET", "a": "fine"}', None),
+        ('{"a": "fine"} {"a": "SECRET"} {"a": "fine"}', None),
+        ('\n```json\n{"a":"\\u0053ECRET"}\n```\n', '{"a": "SECRET"}'),
+        ('\n```json\n{"a":"fine"}\n```\n', '{"a": "fine"}'),
+    ],
+)
+def test_words_around_the_json_are_judged_with_it(said: str, judged: str | None, tmp_path: Path) -> None:
+    watchful = by_role(
+        critique=lambda messages: verdicts(*(["no-harm"] if "SECRET" in answer_in(messages) else [])),
+        revise='{"a": "clean"}',
+    )
+    with open_log(tmp_path / "cai.db") as log:
+        model = constitutional(
+            ScriptedModel(replies=[said]), critic=watchful, reviser=watchful, constitution=RULES, log=log
+        )
+        left = model.bind(**JSON_MODE).invoke("hello").text
+        (record,) = log.read(kind="trajectory")
+
+    assert isinstance(record, Trajectory)
+    assert record.draft is not None
+    assert record.draft.answer.content == (judged or said)
+    assert left == (said if judged == '{"a": "fine"}' else '{"a": "clean"}')
+
+
+@pytest.mark.parametrize("where", ["words", "second call", "another call", "broken call", "nowhere"])
+def test_all_that_stands_beside_the_call_of_a_form_is_judged_with_it(where: str) -> None:
+    class Calling(ScriptedModel):
+        def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+            return self.bind()
+
+    calls: list[Any] = [{"name": "Advice", "args": GOOD, "id": "1"}]
+    if where == "second call":
+        calls.append({"name": "Advice", "args": BAD, "id": "2"})
+    if where == "another call":
+        calls.append({"name": "look", "args": {"query": "mix them"}, "id": "2"})
+    draft = AIMessage(
+        "mix them" if where == "words" else "",
+        tool_calls=calls,
+        invalid_tool_calls=[{"name": "Advice", "args": "mix them", "id": "2", "error": None}]
+        if where == "broken call"
+        else [],
+    )
+    watchful = by_role(
+        critique=lambda messages: verdicts(*(["no-harm"] if "mix them" in answer_in(messages) else [])),
+        revise=json.dumps({**GOOD, "risk": 1}),
+    )
+    model = constitutional(
+        Calling(replies=[draft]), critic=watchful, reviser=watchful, constitution=RULES, log=None
+    )
+
+    output = model.with_structured_output(Advice, include_raw=True).invoke("hello")
+
+    assert "mix them" not in repr(output)
+    assert len(output["raw"].tool_calls) == 1
+    assert output["parsed"] == Advice(text="keep them apart", risk=0 if where == "nowhere" else 1)
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke", "answered", "astream", "human"])

@@ -170,6 +170,7 @@ def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
         raise ModelError(f"{written}: no weights were written there, so no checkpoint can be made of it")
     try:
         _describe(written, folder.name, manifest)
+        whole.readable(written, written / MANIFEST)
         whole.sync(written)
         os.replace(written, folder)
         whole.sync_folder(folder.parent)
@@ -199,7 +200,12 @@ def merge(written: Path, model: Any) -> None:
     (written / "README.md").unlink(missing_ok=True)
     base = model.get_base_model()
     fresh = type(base).from_pretrained(
-        base.config.name_or_path, config=_unquantized(base.config), dtype=torch.float32, local_files_only=True
+        base.config.name_or_path,
+        config=_unquantized(base.config),
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     PeftModel.from_pretrained(fresh, str(adapter)).merge_and_unload().save_pretrained(written)
 

@@ -17,7 +17,9 @@ from typing import Any, TypeVar
 
 import msgspec
 import yaml
+from yaml.composer import ComposerError
 
+from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError, MissingExtra
 
 __all__ = ["above", "at_least", "plain", "read", "require"]
@@ -66,11 +68,25 @@ def read(
         raise ConfigError(_wrong(said, key, path, places)) from error
 
 
-def plain(config: Any) -> dict[str, Any]:
-    """Return a config as JSON values, whole; `read` gives the same config back."""
+def plain(config: Any, *, passwords: bool = False) -> dict[str, Any]:
+    """Return a config as JSON values, whole; `read` gives the same config back.
+
+    Args:
+        config: the config.
+        passwords: whether those in addresses of logs and servers stay; what is shown or kept has none.
+    """
     # msgspec writes what an object holds itself, and defaults may stand at its class.
-    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(dataclasses.asdict(config), enc_hook=str))
-    return found
+    text = msgspec.json.encode(dataclasses.asdict(config), enc_hook=str)
+    found: dict[str, Any] = msgspec.json.decode(text)
+    return found if passwords else _shown(found)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_password(value)
+    if isinstance(value, dict):
+        return {key: _shown(one) for key, one in value.items()}
+    return [_shown(one) for one in value] if isinstance(value, list) else value
 
 
 def at_least(least: float, config: object, *names: str) -> None:
@@ -125,8 +141,7 @@ def _file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {why}; name a YAML file with the config") from error
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node, values = _parsed(text)
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path} line {mark.line + 1}" if mark else str(path)
@@ -144,6 +159,34 @@ def _file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return values, lines
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which expand a small file into gigabytes, or into what has no end."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            said = f"the alias '*{event.anchor}' is refused; write out what it stands for"
+            raise ComposerError(None, None, said, event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
+    """Return the nodes of a YAML text, which know their lines, and its values.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or has aliases, or is nested too deeply.
+        ValueError: a value is none of its type, such as a date.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    finally:
+        loader.dispose()
+
+
 def _keys(node: yaml.Node, before: str) -> Iterator[tuple[str, int]]:
     if not isinstance(node, yaml.MappingNode):
         return
@@ -158,7 +201,7 @@ def _setting(setting: str) -> tuple[str, Any]:
     if not is_one or not key.strip():
         raise ConfigError(f"--set {setting!r}: write key=value, such as --set learning_rate=1e-5")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), _parsed(value)[1]
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {setting!r}: the value is no YAML; put it in quotes") from error
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError
 from trainers import online, ppo
 from trainers.dataset import read_manifest
@@ -75,8 +76,9 @@ def command(
             f"{data}: holds {found[0]} for {found[1]}; build it with --kind prompts --format {engine}"
         )
     if not isinstance(config.reward, str) or not Path(config.reward).expanduser().is_dir():
+        named = without_password(repr(config.reward))
         raise ConfigError(
-            f"reward {config.reward!r}: {engine} takes the folder of one reward model; average an ensemble's "
+            f"reward {named}: {engine} takes the folder of one reward model; average an ensemble's "
             "weights into one, or train here"
         )
     plan = _plan(config, gpus * nodes)

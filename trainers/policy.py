@@ -169,14 +169,18 @@ def _load(kind: str, model: str | Path, dtype: str, device: str | None, **settin
         dtype = "float32" if where.type == "cpu" else "bfloat16"
     Checkpoint.open(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: its tokenizer cannot be read: {error}") from error
     if tokenizer.chat_template is None:
         raise ConfigError(f"{folder}: its tokenizer has no chat template; train from an instruction model")
     try:
         loaded = getattr(transformers, kind).from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, **settings
+            folder,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            **settings,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{folder}: its weights cannot be read: {error}") from error

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from cai_graph import bridge, constitution, local
+from cai_graph.addresses import without_password
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, ProbeCritic, critic_for
@@ -305,14 +306,15 @@ def parse(spec: Spec | Mapping[str, str], *, device: str | None = None) -> Rewar
         if all(part.isidentifier() for part in [*module.split("."), *name.split(".")]):
             return FunctionReward(_function(spec), spec)
         raise ConfigError(
-            f"reward {spec!r}: is no folder with a reward model, no judge:MODEL or critic:MODEL, and no "
-            "package.module:function"
+            f"reward {without_password(spec)!r}: is no folder with a reward model, no judge:MODEL or "
+            "critic:MODEL, and no package.module:function"
         )
     if isinstance(spec, dict):
         kinds = [kind for kind in _KINDS if kind in spec]
         if len(kinds) != 1 or len(spec) != 2:
+            found = without_password(repr(dict(spec)))
             raise ConfigError(
-                f"reward {dict(spec)!r}: write {{judge: MODEL, constitution: NAME}}, or critic for judge"
+                f"reward {found}: write {{judge: MODEL, constitution: NAME}}, or critic for judge"
             )
         rules = constitution.load(spec["constitution"])
         model = spec[kinds[0]]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cai_graph import local
+from cai_graph.addresses import without_password
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
 from trainers import whole
@@ -72,8 +73,8 @@ def resolve(model: str | Path) -> Path:
     if is_hub_name(spec):
         return _from_hub(spec)
     raise ConfigError(
-        f"{spec!r} is no folder with weights; name one, a local model such as 'local:smollm2' or "
-        "'local:FILE.gguf', or OWNER/NAME of the model hub"
+        f"{without_password(spec)!r} is no folder with weights; name one, a local model such as "
+        "'local:smollm2' or 'local:FILE.gguf', or OWNER/NAME of the model hub"
     )
 
 
@@ -230,15 +231,22 @@ def _dequantise(path: Path, folder: Path, sha256: str) -> None:
         raise MissingExtra("weights to train", "transformers", "train") from error
     try:
         with whole.folder(folder) as work, quietly():
-            given: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-            model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=torch.float32, **given)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(path.parent),
+                gguf_file=path.name,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
             # transformers holds the model for quantised still, and would refuse to save it.
             model.config.__dict__.pop("quantization_config", None)
             model.__dict__.pop("quantization_method", None)
             model.hf_quantizer = None
             model.is_quantized = False
             model.save_pretrained(work)
-            AutoTokenizer.from_pretrained(str(path.parent), **given).save_pretrained(work)
+            AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            ).save_pretrained(work)
             note = {"file": str(path.absolute()), "sha256": sha256}
             (work / SOURCE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     except (ValueError, KeyError, NotImplementedError) as error:

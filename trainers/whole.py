@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from pathlib import Path
 from cai_graph.errors import ConfigError
 from cai_graph.whole import file, sync_folder, write
 
-__all__ = ["absent", "file", "folder", "sync", "sync_folder", "write"]
+__all__ = ["absent", "file", "folder", "readable", "sync", "sync_folder", "write"]
 
 _MARK = ".unfinished"
 """In a folder under way: a file that the process that writes it has locked."""
@@ -50,12 +51,23 @@ def folder(path: Path, *, mode: int = 0o755) -> Iterator[Path]:
     try:
         with _marked(work):
             yield work
+            readable(work, work / _MARK)
             work.chmod(mode)
             sync(work)
         os.replace(work, path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def readable(folder: Path, like: Path) -> None:
+    """Give the weights in a folder the mode of the file `like`: safetensors writes for its owner alone.
+
+    Raises:
+        OSError: one of them is another user's.
+    """
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(stat.S_IMODE(like.stat().st_mode))
 
 
 def sync(folder: Path) -> None:

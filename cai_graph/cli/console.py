@@ -225,7 +225,7 @@ class Stop:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
-        def interrupted() -> None:
+        def heard() -> None:
             if self.asked:
                 task.cancel()
                 return
@@ -233,7 +233,7 @@ class Stop:
             note("finishing what is under way; Ctrl-C again drops them")
 
         with contextlib.suppress(NotImplementedError):  # Windows has no signals in event loops
-            loop.add_signal_handler(signal.SIGINT, interrupted)
+            loop.add_signal_handler(signal.SIGINT, heard)
 
 
 def drive(

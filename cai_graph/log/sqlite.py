@@ -189,8 +189,7 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
                 if version == 0:
                     db.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # It matters for an empty file only.
                 db.execute("PRAGMA journal_mode = WAL")  # A copy by VACUUM INTO is in another.
-                if version < SCHEMA:
-                    _migrate(db, path)
+                _migrate(db, path, version)
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("PRAGMA secure_delete = ON")  # What `gc` removes is overwritten.
                 db.execute("PRAGMA wal_autocheckpoint = 1000")
@@ -267,22 +266,27 @@ def _snapshot(db: apsw.Connection) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
-def _migrate(db: apsw.Connection, path: Path) -> None:
-    while True:
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            # Read again: another process may have been first.
-            version = _version(db, path)
-            if version == SCHEMA:
-                db.execute("ROLLBACK")
-                return
-            MIGRATIONS[version](db)
-            db.execute(f"PRAGMA user_version = {version + 1}")
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+@contextlib.contextmanager
+def _transaction(db: apsw.Connection) -> Iterator[None]:
+    """Write in one transaction, which is rolled back where anything is raised in it."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _migrate(db: apsw.Connection, path: Path, version: int) -> None:
+    while version < SCHEMA:
+        with _transaction(db):
+            version = _version(db, path)  # read again: another process may have been first
+            if version < SCHEMA:
+                MIGRATIONS[version](db)
+                version += 1
+                db.execute(f"PRAGMA user_version = {version}")
 
 
 def _one(db: apsw.Connection, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
@@ -415,16 +419,10 @@ class SQLiteStore(Store):
         try:
             _insert_all(db, bindings)
         except apsw.ConstraintError:
-            db.execute("BEGIN IMMEDIATE")
-            try:
+            with _transaction(db):
                 errors, fresh = self._refuse(db, rows)
                 bindings, sequence, link = self._bindings(fresh)
                 _insert_all(db, bindings)
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
         self._sequence, self._link = sequence, link
         return errors
 
@@ -434,15 +432,8 @@ class SQLiteStore(Store):
         def attempt() -> T:
             with self._writing:
                 db = self._writable(self._db.current())
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    result = write(db)
-                    db.execute("COMMIT")
-                except BaseException:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                    raise
-                return result
+                with _transaction(db):
+                    return write(db)
 
         return _patiently(attempt, self.path)
 

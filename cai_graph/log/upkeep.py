@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -328,72 +329,95 @@ def gc(
     """
     open_store(url, read_only=True).close()  # to write would make a log where there is none
     store = open_store(url, read_only=dry_run)
-    within: dict[str, Any] = {"limit": micros(before)}
-    bindings: dict[str, Any] = {}
-    keep = ["1 = 0"]
-    if keep_reviewed:
-        keep.append("EXISTS (SELECT 1 FROM records r WHERE r.trajectory_id = t.id AND r.kind = 'review')")
-    if keep_tag is not None:
-        keep.append(store.tagged)
-        bindings["tag"] = json.dumps(keep_tag)
-    kept = " OR ".join(keep)
-    made = "{0}.at < :limit AND {0}.position BETWEEN :first AND :last"
-    old = f"FROM records t WHERE t.kind = 'trajectory' AND {made.format('t')}"
-    doomed = f"{old} AND NOT ({kept})"
-    about = f"FROM records WHERE {store.among('trajectory_id', 'ids')}"
-    orphans = (
-        f"FROM records o WHERE o.trajectory_id IS NOT NULL AND {made.format('o')} "
-        "AND NOT EXISTS (SELECT 1 FROM records t WHERE t.id = o.trajectory_id)"
-    )
-
-    def count(source: str, bindings: dict[str, Any]) -> int:
-        ((number,),) = store.rows(f"SELECT count(*) {source}", bindings)
-        return int(number)
-
-    def bury(db: Database, positions: list[int]) -> None:
-        dead = store.among("position", "positions")
-        which = {"positions": store.packed(positions)}
-        db.execute(
-            "INSERT INTO tombstones SELECT position, id, kind, writer, sequence, digest, chain, :at, :why "
-            f"FROM records WHERE {dead}",
-            which | {"at": micros(now()), "why": column_text(why)},
-        )
-        db.execute(f"DELETE FROM records WHERE {dead}", which)
-
-    def remove(db: Database) -> tuple[int, int]:
-        # A part at a time, so that the writers of other processes come through.
-        found = list(db.execute(f"SELECT t.position, t.id {doomed} LIMIT {_CHUNK}", bindings))
-        ids = store.packed([id for _, id in found])
-        with_them = [row[0] for row in db.execute(f"SELECT position {about}", {"ids": ids})]
-        bury(db, [position for position, _ in found] + with_them)
-        return len(found), len(with_them)
-
-    def remove_orphans(db: Database) -> int:
-        found = [row[0] for row in db.execute(f"SELECT o.position {orphans} LIMIT {_CHUNK}", within)]
-        bury(db, found)
-        return len(found)
-
     try:
-        within["first"], within["last"] = store.span({"until": before})
-        bindings |= within
-        spared = count(f"{old} AND ({kept})", bindings)
-        trajectories = others = 0
-        if dry_run:
-            trajectories = count(doomed, bindings)
-            others = count(f"FROM records a WHERE a.trajectory_id IN (SELECT t.id {doomed})", bindings)
-            others += count(orphans, within)
-            return Removal(
-                trajectories=trajectories, others=others, kept=spared, erased=False, compacted=False
-            )
-        while (part := store.change(remove)) != (0, 0):
-            trajectories += part[0]
-            others += part[1]
-        while orphaned := store.change(remove_orphans):
-            others += orphaned
-        erased = store.erase()
-        compacted = store.compact() if trajectories or others else False
+        sweep = _Sweep(store, before, why, keep_reviewed=keep_reviewed, keep_tag=keep_tag)
+        trajectories, others = sweep.planned() if dry_run else sweep.remove()
         return Removal(
-            trajectories=trajectories, others=others, kept=spared, erased=erased, compacted=compacted
+            trajectories=trajectories,
+            others=others,
+            kept=sweep.kept(),
+            erased=not dry_run and store.erase(),
+            compacted=not dry_run and trajectories + others > 0 and store.compact(),
         )
     finally:
         store.close()
+
+
+class _Sweep:
+    """What `gc` removes: what was made before a time, apart from what is kept.
+
+    It goes through the log once, in the order of positions, and removes a part at a time, so that the writers
+    of other processes come through.
+    """
+
+    def __init__(
+        self, store: Store, before: datetime, why: str, *, keep_reviewed: bool, keep_tag: str | None
+    ) -> None:
+        self._store = store
+        self._why = column_text(why)
+        first, last = store.span({"until": before})
+        self._bindings: dict[str, Any] = {"limit": micros(before), "after": first - 1, "last": last}
+        keep = ["1 = 0"]
+        if keep_reviewed:
+            # Nothing added to the kind, or SQLite would look for it among all reviews, by the other index.
+            review = "v.trajectory_id = r.id AND v.kind || '' = 'review'"
+            keep.append(f"EXISTS (SELECT 1 FROM records v WHERE {review})")
+        if keep_tag is not None:
+            keep.append(store.tagged)
+            self._bindings["tag"] = json.dumps(keep_tag)
+        old = "FROM records r WHERE r.at < :limit AND r.position > :after AND r.position <= :last"
+        self._kept = f"{old} AND r.kind = 'trajectory' AND ({' OR '.join(keep)})"
+        self._doomed = f"{old} AND r.kind = 'trajectory' AND NOT ({' OR '.join(keep)})"
+        self._orphans = (
+            f"{old} AND r.trajectory_id IS NOT NULL "
+            "AND NOT EXISTS (SELECT 1 FROM records t WHERE t.id = r.trajectory_id)"
+        )
+
+    def kept(self) -> int:
+        """Return how many Trajectories are old enough and stay."""
+        return self._count(self._kept)
+
+    def planned(self) -> tuple[int, int]:
+        """Return how many Trajectories and how many others `remove` would remove."""
+        about = f"FROM records a WHERE a.trajectory_id IN (SELECT r.id {self._doomed})"
+        return self._count(self._doomed), self._count(about) + self._count(self._orphans)
+
+    def remove(self) -> tuple[int, int]:
+        """Remove them; return how many Trajectories and how many others they were."""
+        trajectories = others = 0
+        for removed, with_them in self._remove(self._doomed):
+            trajectories += removed
+            others += with_them
+        for removed, with_them in self._remove(self._orphans):
+            others += removed + with_them
+        return trajectories, others
+
+    def _count(self, source: str) -> int:
+        ((number,),) = self._store.rows(f"SELECT count(*) {source}", self._bindings)
+        return int(number)
+
+    def _remove(self, source: str) -> Iterator[tuple[int, int]]:
+        sql = f"SELECT r.position {source} ORDER BY r.position LIMIT {_CHUNK}"
+        after = self._bindings["after"]
+        # Found outside the transaction, for which others wait.
+        while found := [row[0] for row in self._store.rows(sql, self._bindings | {"after": after})]:
+            yield self._store.change(partial(self._bury, source, found))
+            after = found[-1]
+
+    def _bury(self, source: str, found: list[int], db: Database) -> tuple[int, int]:
+        """Remove what is still to go of what was found; return how much, and how much that is about it."""
+        among = self._store.among
+        # A review may have come meanwhile, which keeps its Trajectory.
+        sql = f"SELECT r.position, r.id {source} AND {among('r.position', 'found')}"
+        doomed = list(db.execute(sql, self._bindings | {"found": self._store.packed(found)}))
+        ids = self._store.packed([id for _, id in doomed])
+        sql = f"SELECT position FROM records WHERE {among('trajectory_id', 'ids')}"
+        about = [row[0] for row in db.execute(sql, {"ids": ids})]
+        dead = {"dead": self._store.packed([position for position, _ in doomed] + about)}
+        db.execute(
+            "INSERT INTO tombstones SELECT position, id, kind, writer, sequence, digest, chain, :at, :why "
+            f"FROM records WHERE {among('position', 'dead')}",
+            dead | {"at": micros(now()), "why": self._why},
+        )
+        db.execute(f"DELETE FROM records WHERE {among('position', 'dead')}", dead)
+        return len(doomed), len(about)

@@ -182,7 +182,7 @@ class Writer:
                 raise
 
     def _flush_at_exit(self) -> Callable[[], None]:
-        """See that a child of multiprocessing flushes as it ends; return what undoes that and lets go of self."""
+        """See that a child of multiprocessing flushes as it ends; return what undoes that."""
         if "multiprocessing.util" not in sys.modules:
             return lambda: None
         # Such a child leaves by os._exit, and runs its own finalizers, not atexit's.

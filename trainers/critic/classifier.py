@@ -50,9 +50,14 @@ def fit(
     source = resolve(config.model)
     torch.manual_seed(config.seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, num_labels=1, dtype=torch.float32, local_files_only=True
+            source,
+            num_labels=1,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{config.model}: cannot be loaded as a classifier: {error}") from error

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from cai_graph import constitution as constitutions
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError
-from cai_graph.probe import windows
-from cai_graph.trained import TrainedCritic, classifier_text, logits_of
+from cai_graph.probe import windows, windows_that_fit
+from cai_graph.trained import TrainedCritic, classifier_text, load_of, logits_of
 from trainers import markdown, whole
 from trainers.config import above, at_least, plain, require
 from trainers.critic import heads as fitting
@@ -271,9 +271,17 @@ def _classifier(config: Config, data: Labels, folder: Path, progress: Progress |
         Texts(first, data.y[kept].tolist(), weights.tolist()), config, folder / "model", progress
     )
 
+    def fitted(row: int) -> tuple[str, ...]:
+        one = data.rows[row]
+
+        async def load(window: str) -> float:
+            return load_of(tokenizer, texts[one.about], one.request, window, config.max_tokens)
+
+        return asyncio.run(windows_that_fit(one.answer, load)).windows
+
     def scores(of: Array) -> Array:
         """Return the largest logit over the windows of each row, as in use."""
-        seen = [(row, window) for row in of.tolist() for window in windows(data.rows[row].answer) or [""]]
+        seen = [(row, window) for row in of.tolist() for window in fitted(row)]
         logits, _ = logits_of(model, tokenizer, [read(*each) for each in seen], config.max_tokens)
         largest = dict.fromkeys(of.tolist(), -numpy.inf)
         for (row, _), logit in zip(seen, logits, strict=True):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cai_graph import local
+from cai_graph.addresses import without_password
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from trainers import online, ppo, weights
 from trainers.checkpoint import Checkpoint
@@ -80,7 +81,8 @@ def watch(config: WatchConfig, trained_on: frozenset[str], held_out: float) -> N
     """
     with in_section("judge"):
         if reward(config.judge) & trained_on:
-            raise ConfigError(f"{config.judge} is what the policy is trained on; name another judge")
+            judge = without_password(str(config.judge))
+            raise ConfigError(f"{judge} is what the policy is trained on; name another judge")
     config.asks([])  # reads the benign prompts
     if config.evasion is not None:
         by_probe(config.evasion)

@@ -47,7 +47,7 @@ class Rows:
     test_share: float = 0.1
     """Share of the prompts that are held out of training."""
     near_duplicates: float | None = 0.8
-    """Similarity from which prompts stay on one side; null: none are looked for."""
+    """Similarity from which prompts stay on one side; 0: none are looked for."""
     kept_per_revised: float | None = None
     """Kept drafts for each revision in the supervised phase, at most; null: all."""
     per_user: int | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_graph import constitution, local
+from cai_graph.addresses import without_password
 from cai_graph.digests import sha256_of
 from cai_graph.trained import PREFIX
 from trainers.checkpoint import MANIFEST, Checkpoint
@@ -27,7 +28,10 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def identity(spec: str | Path | None) -> str:
-    """Return what names a model, a critic or a file: a digest of what is here, else the spec; "" for None."""
+    """Return what names a model, a critic or a file: a digest of what is here, else the spec; "" for None.
+
+    Of a spec with a server's address nothing secret is in it.
+    """
     if spec is None:
         return ""
     spec = str(spec)
@@ -35,7 +39,7 @@ def identity(spec: str | Path | None) -> str:
         return model.sha256
     path = path_of(spec.removeprefix(PREFIX))
     if path is None or not path.exists():
-        return spec
+        return without_password(spec)
     return _of_folder(path) if path.is_dir() else sha256_of(path)
 
 

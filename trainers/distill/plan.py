@@ -52,6 +52,7 @@ from trainers.evaluation.summary import summarise
 from trainers.feedback import Config as Labels
 from trainers.feedback import Labelling
 from trainers.feedback.judge import Judge
+from trainers.rows import Kind
 
 __all__ = ["pipeline", "train"]
 
@@ -118,16 +119,15 @@ class _Plan:
         if config.method == "dpo":
             last = self._trained("dpo", "dpo", section, model=sft, **labels)
         else:
-            reward: dict[str, Step] = {}
+            made = {"model": sft, "data": self._dataset("prompts", "prompts", trajectories)}
             if against_model:
-                reward["reward"] = self._trained("reward", "reward", config.reward, **labels)
-                steps.append(reward["reward"])
-            prompts = self._dataset("prompts", "prompts", trajectories)
-            steps.append(prompts)
+                made["reward"] = self._trained("reward", "reward", config.reward, **labels)
+                steps.append(made["reward"])
+            steps.append(made["data"])
             stage = "ppo" if config.method == "ppo" else "online"
             if stage == "online":
                 section["algorithm"] = config.method
-            last = self._trained(config.method, stage, section, model=sft, data=prompts, **reward)
+            last = self._trained(config.method, stage, section, **made)
         steps.append(last)
         if config.evaluation.suites:
             steps.append(self._evaluation(sft, last))
@@ -169,16 +169,15 @@ class _Plan:
             count = stats.trajectories - stats.outcomes.get(Outcome.FAILED, 0)
             if not count:
                 raise DataError("there is no trajectory to learn from")
-            if summary is None:
-                return {"trajectories": count, "copied": copied}
-            return {
-                "trajectories": count,
-                "copied": copied,
-                "outcomes": dict(summary.outcomes),
-                "input_tokens": summary.input_tokens,
-                "output_tokens": summary.output_tokens,
-                "skipped": len(summary.skipped),
-            }
+            figures: dict[str, Any] = {"trajectories": count, "copied": copied}
+            if summary is not None:
+                figures |= {
+                    "outcomes": dict(summary.outcomes),
+                    "input_tokens": summary.input_tokens,
+                    "output_tokens": summary.output_tokens,
+                    "skipped": len(summary.skipped),
+                }
+            return figures
 
         def check() -> None:
             if config.prompts is not None:
@@ -237,13 +236,13 @@ class _Plan:
 
     # --- rows ---
 
-    def _dataset(self, name: str, kind: str, source: Step) -> Step:
+    def _dataset(self, name: str, kind: Kind, source: Step) -> Step:
         rows = self.config.rows
         held_out = {str(path): sha256_of(path) for path in self.config.evaluation.suites.values()}
         recipe = Recipe(
-            kind=kind,  # type: ignore[arg-type]
+            kind=kind,
             test_share=rows.test_share,
-            near_duplicates=rows.near_duplicates,
+            near_duplicates=rows.near_duplicates or None,
             kept_per_revised=rows.kept_per_revised if kind == "sft" else None,
             per_user=rows.per_user,
             personal_data=rows.personal_data,

@@ -137,9 +137,8 @@ def _lineage(config: Config, steps: Pipeline, done: Mapping[str, Done]) -> str:
             said.append(f"weights {checkpoint.digest[:16]}")
             if checkpoint.manifest is not None:
                 manifest = checkpoint.manifest
-                said.append(
-                    f"{manifest.data.get('rows', 0):,} rows, digest {manifest.data.get('digest', '')}"[:60]
-                )
+                rows_digest = str(manifest.data.get("digest", ""))[:16]
+                said.append(f"{manifest.data.get('rows', 0):,} rows, digest {rows_digest}")
                 judged = ", ".join(one[:16] for one in manifest.constitution_digests)
                 said += [f"constitutions {judged}"] if judged else []
         if step.name == "trajectories":

@@ -7,20 +7,18 @@ import itertools
 import json
 import math
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from cai_graph import bulk, local
 from cai_graph.errors import ConfigError
 from cai_graph.log import open_log
 from cai_graph.probe import Probe
 from cai_graph.trained import PREFIX
+from trainers.distill.config import Config
 from trainers.distill.launch import processes
 from trainers.distill.pipeline import Needs, Pipeline
 from trainers.tables import prompts_in
 from trainers.weights import path_of
-
-if TYPE_CHECKING:
-    from trainers.distill import Config
 
 __all__ = ["Size", "estimate"]
 

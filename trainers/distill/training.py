@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from cai_graph.errors import ConfigError, ModelError
-from trainers import weights
+from trainers import weights, whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
 from trainers.distill import checks
@@ -71,8 +71,9 @@ class Training:
 
     @property
     def _ours(self) -> tuple[str, ...]:
-        """Keys of the stage that are no user's."""
-        return ("model", "output", *(key for key in self.made if key == "data"))
+        """Keys of the stage that are no user's. Where a reward model is made, the user may still name another
+        reward, and then none is made."""
+        return ("model", "output", *({"data"} & self.made.keys()))
 
     @property
     def _module(self) -> Any:
@@ -155,7 +156,8 @@ class Training:
         if not self.config.launch:
             self._module.train(config)
             return
-        file.write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump(plain(config, passwords=True), sort_keys=False)
+        whole.write(file, text, mode=0o600)
         command = [*self.config.launch, "-m", "cai_graph.cli", "train", self.stage, "--config", str(file)]
         try:
             status = subprocess.run(command, check=False).returncode

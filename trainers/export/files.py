@@ -80,7 +80,7 @@ def read_rows(folder: Path, kind: Kind, format: Literal["jsonl", "parquet"]) -> 
     """Yield the rows of a dataset whose format holds them as they are.
 
     Raises:
-        DataError: a line is no row of this kind; says which.
+        DataError: a file cannot be read, or a line is no row of this kind; says which.
     """
     for split in ("train", "test"):
         path = folder / f"{split}.{format}"

@@ -91,6 +91,10 @@ class Config(StageConfig):
                 "train weights, or one member"
             )
 
+    def fewest(self, processes: int) -> tuple[int, str]:
+        """Return the same; `head` is fitted to all rows at once, in one process."""
+        return (1, "of a fit") if self.trains == "head" else super().fewest(processes)
+
 
 def train(config: Config) -> Checkpoint:
     """Train on pairs of answers, and return the Checkpoint.
@@ -362,7 +366,7 @@ def _average_trainer() -> Any:
 
             weights = [
                 AutoModelForSequenceClassification.from_pretrained(
-                    one.path, local_files_only=True, trust_remote_code=False
+                    one.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
                 ).state_dict()
                 for one in self.made
             ]

@@ -181,7 +181,11 @@ class Run:
             settings["quantization_config"] = four_bits("bfloat16" if bf16 else "float32")
         auto = architecture or transformers.AutoModelForCausalLM
         found: Any = auto.from_pretrained(
-            self.base.path, local_files_only=True, trust_remote_code=False, **settings
+            self.base.path,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **settings,
         )
         if self.config.lora is not None:
             self.config.lora.check(found)

@@ -1,0 +1,48 @@
+"""Which parts of a message's content speak, and what they say."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+
+from cai_graph import form, parts
+from cai_graph.messages import from_langchain
+from cai_graph.trajectory import shown_of, text_of
+
+
+@pytest.mark.parametrize("module", [parts, form])
+def test_the_examples_are_true(module: Any) -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+def test_a_message_says_its_text_first_and_then_the_words_of_its_other_parts() -> None:
+    message = AIMessage(
+        [
+            {"type": "executable_code", "executable_code": "1+1", "language": "python"},
+            {"type": "text", "text": "Two"},
+            {"type": "thinking", "thinking": "I am sure", "signature": "c2ln"},
+            "!",
+            {"type": "web_search_tool_result", "content": [{"title": "A page", "encrypted_content": "Zm9v"}]},
+        ]
+    )
+
+    assert shown_of(message) == "Two!"
+    assert text_of(message) == text_of(from_langchain(message)) == "Two!\n1+1\nA page"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "base64": "aGVs\nbG8=", "mime_type": "image/png"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}},
+        {"type": "input_audio", "input_audio": {"data": "aGVsbG8=", "format": "wav"}},
+        {"type": "file", "file": {"filename": "plan.pdf", "file_data": "aGVsbG8="}},
+        {"type": "tool_use", "id": "c1", "name": "look", "input": {"query": "a question"}},
+        {"type": "non_standard", "value": {"type": "redacted_thinking", "data": "a b"}},
+    ],
+)
+def test_a_part_without_words_says_nothing(part: dict[str, Any]) -> None:
+    assert text_of(HumanMessage([{"type": "text", "text": "Look."}, part])) == "Look."
