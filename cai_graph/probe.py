@@ -166,7 +166,7 @@ async def windows_that_fit(answer: str, load: Callable[[str], Awaitable[float]])
             # What the parts share makes them longer by as much as this.
             longer = 1 + OVERLAP_CHARACTERS / WINDOW_CHARACTERS
             count = min(math.ceil(filled * longer), math.ceil(len(window) / _SMALLEST_WINDOW))
-            shared = OVERLAP_CHARACTERS // count
+            shared = min(OVERLAP_CHARACTERS // count, len(window) // 4)
             length = math.ceil((len(window) + (count - 1) * shared) / count)
             waiting += _spread(window, length, count)[::-1]
     if len(found) > MAX_WINDOWS:

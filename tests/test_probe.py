@@ -120,6 +120,18 @@ def test_windows_that_no_pass_takes_whole_are_split_or_the_gap_is_told(length: i
     assert answer.endswith(seen.windows[-1])
 
 
+@pytest.mark.parametrize("length", [101, 102, 150, 199, 201, 1200])
+@pytest.mark.parametrize("taken", [60, 99, 100, 101, 200])
+async def test_splitting_ends_however_few_characters_a_pass_takes(length: int, taken: int) -> None:
+    async def load(window: str) -> float:
+        return len(window) / taken
+
+    seen = await windows_that_fit("x" * length, load)
+
+    assert all(len(window) <= max(taken, 100) for window in seen.windows)
+    assert (seen.gap is None) == (len(seen.windows) < MAX_WINDOWS and max(map(len, seen.windows)) <= taken)
+
+
 async def test_windows_that_fit_stay_as_they_are() -> None:
     assert await windows_that_fit("x" * 3000, load) == (tuple(windows("x" * 3000)), None)
     assert await windows_that_fit("", load) == (("",), None)
