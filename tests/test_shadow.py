@@ -398,11 +398,11 @@ def test_an_invoke_of_another_stream_mode_is_judged_as_what_the_graph_came_to(lo
 
 
 def test_an_input_without_a_request_passes_and_is_logged_as_such(log: Log) -> None:
-    guarded = behind(RunnableLambda(lambda number: f"{number}"), log)
+    asked, answered = (behind(RunnableLambda(app), log) for app in (str, lambda asked: 7))
 
-    assert guarded.invoke(7) == "7"
-    assert behind(RunnableLambda(lambda asked: 7), log).invoke("hello") == 7
-    guarded.shadow.close()
+    assert (asked.invoke(7), answered.invoke("hello")) == ("7", 7)
+    asked.shadow.close()
+    answered.shadow.close()
 
     assert [(t.outcome, (t.error or "")[:10]) for t in records(log)] == [(Outcome.FAILED, "DataError:")] * 2
 
