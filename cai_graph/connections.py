@@ -90,13 +90,12 @@ def _per_loop(kind: Any, **settings: Any) -> Any:
 
     async def send(request: Any, **options: Any) -> Any:
         loop = asyncio.get_running_loop()
-        if loop not in lent:  # a loop runs in one thread, so no other adds it meanwhile
-            left = [lent.pop(other, None) for other in list(lent) if other.is_closed()]
-            lent[loop] = lend(loop)
-            for clients in filter(None, left):  # of loops that were closed without their generators
-                with suppress(Exception):  # a connection cannot say goodbye in a closed loop
-                    await clients.aclose()
-        client = await anext(lent[loop])
+        # A loop runs in one thread, so no other adds it meanwhile.
+        left = [] if loop in lent else [lent.pop(other, None) for other in list(lent) if other.is_closed()]
+        client = await anext(lent.setdefault(loop, lend(loop)))
+        for clients in filter(None, left):  # of loops that were closed without their generators
+            with suppress(Exception):  # a connection cannot say goodbye in a closed loop
+                await clients.aclose()
         return await client.send(request, **options)
 
     pool.send = send

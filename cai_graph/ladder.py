@@ -16,7 +16,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -76,17 +76,20 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
     begun.subtract(identifier for identifier, _ in written)
     doubted = {identifier for identifier, unread in begun.items() if unread > 0}
     if objects:
-        before = _from_lines(text[: text.find("{")], ids)
-        doubted |= {identifier for identifier, verdict in before if not _complies(verdict)}
+        before = _lines(text[: text.find("{")], ids)
+        doubted |= {identifier for identifier, word in before if _label(word) is not Label.COMPLIES}
     calls = [call["args"] for call in getattr(reply, "tool_calls", ())]
     calls = [call for call in calls if isinstance(call.get("verdicts"), list)]
     called = [each for call in calls for each in _from_objects(call["verdicts"], ids, "tool")]
     for broken in getattr(reply, "invalid_tool_calls", ()):
         doubted.update(_MENTION.findall(broken["args"] or ""))
     alone = not calls and _BEGINS_AS_JSON.match(text) and _GOES_ON_AS_JSON.fullmatch(rest)
+    doubted.update(identifier for identifier, verdict in (*written, *called) if verdict is None)
+    lines = _lines(rest, ids)
+    doubted.update(identifier for identifier, word in lines if Label.VIOLATES.value in word.upper())
     if cut_short(reply) and not alone:
         doubted.update(ids)
-    found = _last_words([*written, *_from_lines(rest, ids), *called], doubted)
+    found = _last_words([*written, *_from_lines(lines), *called], doubted)
     if probabilities := _label_probabilities(reply, ids):
         found = {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}
     evasions = [word.lower() == "true" for word in _EVADES.findall(text)]
@@ -95,12 +98,15 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
 
 
 def _last_words(said: Iterable[_Said], doubted: Iterable[str]) -> dict[str, Verdict]:
-    """Return the last verdict on each principle, but no COMPLIES where anything else is said or in doubt."""
+    """Return the last verdict on each principle, but no COMPLIES where VIOLATES is said, too, or in doubt.
+
+    A line without a label doubts what stands before it; what comes after may be the verdict that it led to.
+    """
     last: dict[str, Verdict | None] = {}
     otherwise = set(doubted)
     for identifier, verdict in said:
         last[identifier] = verdict
-        if not _complies(verdict):
+        if verdict is not None and not _complies(verdict):
             otherwise.add(identifier)
     return {
         identifier: verdict
@@ -155,20 +161,25 @@ def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> l
     return said
 
 
-def _from_lines(text: str, ids: Sequence[str]) -> list[_Said]:
-    """Return what the labelled lines say, in their order."""
-    said: list[_Said] = []
+def _lines(text: str, ids: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the lines that begin with a principle, in their order: its id, and what stands behind it."""
     names = {identifier.casefold(): identifier for identifier in ids}
     if len(ids) == 1:
         names["verdict"] = ids[0]
+    found: list[tuple[str, str]] = []
     for line in text.splitlines():
         name, separator, word = line.partition(":" if ":" in line else "=")
         identifier = names.get(name.strip(_EMPHASIS + _BULLETS).casefold())
         if separator and identifier is not None:
-            label = _label(word.strip(_EMPHASIS))
-            verdict = Verdict(label=label, principle=identifier, read_by="line") if label else None
-            said.append((identifier, verdict))
-    return said
+            found.append((identifier, word.strip(_EMPHASIS)))
+    return found
+
+
+def _from_lines(lines: Iterable[tuple[str, str]]) -> Iterator[_Said]:
+    """Yield what labelled lines say, in their order."""
+    for identifier, word in lines:
+        label = _label(word)
+        yield identifier, Verdict(label=label, principle=identifier, read_by="line") if label else None
 
 
 def _label(word: object) -> Label | None:

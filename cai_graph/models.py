@@ -203,8 +203,8 @@ def _only_model(url: str, key: str) -> str:
         raise MissingExtra(f"the model {shown!r}", "httpx", "local") from error
 
     async def reply() -> Any:
-        # httpx bounds each read alone, so that a server that dribbles would hold it for ever.
-        async with asyncio.timeout(_LISTED_WITHIN_S), httpx.AsyncClient() as client:
+        # Bounded as a whole: httpx bounds each read, so that a server that dribbles would hold it for ever.
+        async with asyncio.timeout(_LISTED_WITHIN_S), httpx.AsyncClient(timeout=None) as client:
             got = await client.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"})
         return got.raise_for_status().json()
 

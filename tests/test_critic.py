@@ -101,6 +101,29 @@ def test_a_tool_call_is_read_before_the_text() -> None:
     assert reading.evades is True
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "no-harm:\nIt is friendly.\nVerdict: COMPLIES",
+        "no-harm: It is friendly.\nno-harm: COMPLIES",
+        AIMessage(
+            "no-harm: it is friendly.",
+            tool_calls=[
+                {
+                    "name": "verdicts",
+                    "args": {"verdicts": [{"principle": "no-harm", "verdict": "COMPLIES"}]},
+                    "id": "1",
+                }
+            ],
+        ),
+    ],
+)
+def test_a_comment_before_the_verdict_leaves_it_standing(reply: str | AIMessage) -> None:
+    message = AIMessage(reply) if isinstance(reply, str) else reply
+
+    assert read_verdicts(message, ["no-harm"]).verdicts["no-harm"].label is Label.COMPLIES
+
+
 def called(*labels: str, text: str = "", **metadata: Any) -> AIMessage:
     """A reply with tool calls, each of which gives this verdict on `no-harm`."""
     calls: list[dict[str, Any]] = [
