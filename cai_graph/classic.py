@@ -27,7 +27,7 @@ from cai_graph.errors import ConfigError, DataError, RunError
 from cai_graph.guard import Guard
 from cai_graph.runnable import ConstitutionalRunnable
 from cai_graph.shape import Shape
-from cai_graph.trajectory import Label, Message, Trajectory, text_of
+from cai_graph.trajectory import Label, Message, Trajectory, shown_of
 
 __all__ = ["ConstitutionalChain", "ConstitutionalPrinciple"]
 
@@ -254,9 +254,9 @@ class _Steps(Shape):
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> dict[str, Any]:
         """Return the old class's outputs, intermediate steps included."""
         assert trajectory.draft is not None  # an answer left
-        initial = text_of(trajectory.draft.answer)
+        initial = shown_of(trajectory.draft.answer)
         kept = trajectory.released_from == "draft"
-        answer = initial if kept else text_of(released).strip()
+        answer = initial if kept else shown_of(released).strip()
         return {
             "output": answer,
             "initial_output": initial,

@@ -36,7 +36,7 @@ from cai_graph.policy import Settings
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.streams import part_of_message
-from cai_graph.trajectory import Message, Trajectory, text_of
+from cai_graph.trajectory import Message, Trajectory, shown_of, text_of
 
 try:
     from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
@@ -289,7 +289,7 @@ class _Turn(Shape):
             form = self.form(response)
             assert form is not None
             call = _structured_call(response)
-            data = call["args"] if call else json.loads(form.read(text_of(_turn(response))))
+            data = call["args"] if call else json.loads(form.read(shown_of(_turn(response))))
             response = replace(response, structured_response=form.parse(data))
         return response
 

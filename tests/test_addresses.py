@@ -19,6 +19,8 @@ def test_the_examples_are_true() -> None:
     [
         ("https://t0ken@host/v1", "https://host/v1"),
         ("http://ann:w@rd/x@host:1/v1?key=word#@cf/model", "http://host:1/v1#@cf/model"),
+        ("https://gw.example:8443/account/@cf/v1#m", "https://gw.example:8443/account/@cf/v1#m"),
+        ("https://t0ken@gw.example/@cf/v1?key=word", "https://gw.example/@cf/v1"),
         ("--critic=http://ann:word@host/v1#m", "--critic=http://host/v1#m"),
         ("--log=postgresql+psycopg://ann:word@host/db", "--log=postgresql+psycopg://ann@host/db"),
         ("postgres://ann@host/db?sslpassword=word", "postgres://ann@host/db"),

@@ -94,6 +94,27 @@ def test_yaml_that_expands_or_has_no_end_is_refused(tmp_path: Path, text: str, s
         read(Whole, None, [f"model={text.removeprefix('model: ')}"])
 
 
+@pytest.mark.parametrize("value", ["!!int x", "!!bool x", "!!timestamp x", '!!float ""', "9" * 5000])
+def test_yaml_that_is_not_what_its_type_says_is_an_error(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"x\.yaml: is no YAML: a value cannot be read as its type"):
+        read(Whole, written(tmp_path, f"model: {value}\n"))
+    with pytest.raises(ConfigError, match=r"--set 'model=.*: a value cannot be read as its type"):
+        read(Whole, None, [f"model={value}"])
+
+
+def test_a_setting_that_is_no_yaml_is_told_why() -> None:
+    with pytest.raises(
+        ConfigError, match=r"--set 'model=\*a': the value is no YAML: the alias '\*a' is refused"
+    ):
+        read(Whole, None, ["model=*a"])
+
+
+@pytest.mark.parametrize("day", ["2026-02-28", "2026-02-30", "2026-02-28 10:00:00"])
+def test_a_date_is_a_text(tmp_path: Path, day: str) -> None:
+    assert read(Whole, written(tmp_path, f"model: {day}\ndata: d\n")).model == day
+    assert read(Whole, None, [f"model={day}", "data=d"]).model == day
+
+
 def test_what_plain_writes_reads_back_as_the_same_config(tmp_path: Path) -> None:
     import yaml
 

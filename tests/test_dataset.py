@@ -13,10 +13,12 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from langchain_core.messages import AIMessage
 from log_support import comparison, feedback, review, trajectories, trajectory
 
 from cai_graph import open_log
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.messages import from_langchain
 from cai_graph.trajectory import (
     Critique,
     Draft,
@@ -34,6 +36,7 @@ from cai_graph.trajectory import (
     encode,
 )
 from trainers.dataset import Recipe, build, explain
+from trainers.dataset.reading import turn
 from trainers.dataset.split import normalise
 from trainers.ledger import Reason
 from trainers.rows import KINDS, CriticRow, Kind, PreferenceRow, Row, read_row
@@ -157,6 +160,13 @@ def test_an_accepted_revision_is_preferred_to_the_draft_that_violates(tmp_path: 
     assert (row.chosen[0].content, row.rejected[0].content) == ("revised 0", "draft 0")
     assert (row.p_chosen, row.margin, row.source, row.judge) == (1.0, 1.0, "revision", "fake:critic")
     assert (row.trajectory_id, row.principles) == (record.id, ("no-harm",))
+
+
+def test_a_call_that_cannot_be_made_leaves_the_text_beside_it() -> None:
+    broken = {"name": "look", "args": "{", "id": "1", "error": None}
+    said = from_langchain(AIMessage("Some words.", invalid_tool_calls=[broken]))
+
+    assert turn(said).content == "Some words."
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from trainers import dpo, kto, sft
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain, read
 from trainers.dataset import Recipe, build
-from trainers.stages import Lora, StageConfig, check_machine
+from trainers.stages import Lora, StageConfig, check_machine, partial
 from trainers.stages.encoding import Encoder, Shape, encode
 
 
@@ -311,6 +311,18 @@ def test_rows_of_more_than_one_batch_are_encoded_in_order(tiny: Path, tmp_path: 
     assert counts.rows == 1001
     found = Dataset.from_file(str(tmp_path / "a"))["ids"]
     assert [tokenizer.decode(ids) for ids in found] == [f"yes, {n}.<|im_end|>\n" for n in range(1001)]
+
+
+def test_a_run_whose_plan_kept_a_password_goes_on_and_shows_none(tmp_path: Path) -> None:
+    """Plans of earlier versions kept them."""
+    begun = {"reward": ["judge:http://ann:s3cret@host/v1#m"], "seed": 0}
+    (tmp_path / "plan.json").write_text(json.dumps({"config": begun}))
+    (tmp_path / "state-1").touch()
+    now = {"reward": ["judge:http://host/v1#m"], "seed": 0}
+
+    partial.same_plan(tmp_path, {"config": now}, (), points="state-*")
+    with pytest.raises(ConfigError, match=r"was \['judge:http://host/v1#m'\] and is 'own:score'"):
+        partial.same_plan(tmp_path, {"config": now | {"reward": "own:score"}}, (), points="state-*")
 
 
 # --- hazards of the machine and the model -------------------------------------------------------------

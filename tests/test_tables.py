@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def as_parquet(path: Path, found: list[dict[str, Any]]) -> Path:
         ("set.json", lines_of(ROWS)),
         ("set.json.gz", lines_of(ROWS)),
         ("set.json", json.dumps({"version": 1, "data": ROWS})),
+        ("set.json", json.dumps({"version": 1, "data": ROWS}, indent=2)),
+        ("set.jsonl", json.dumps(ROWS)),
+        ("set.jsonl", "\ufeff\n" + json.dumps(ROWS, indent=2)),
+        ("set.jsonl.gz", json.dumps(ROWS, indent=2)),
     ],
 )
 def test_rows_are_the_same_in_each_form(tmp_path: Path, name: str, text: str) -> None:
@@ -58,6 +63,47 @@ def test_a_rows_number_is_its_line_and_blank_lines_are_no_rows(tmp_path: Path) -
     path = written(tmp_path, "set.jsonl", f"\n{json.dumps(ROWS[0])}\n \n{json.dumps(ROWS[1])}")
 
     assert list(rows(path)) == [(2, ROWS[0]), (4, ROWS[1])]
+
+
+def test_a_mark_alone_on_the_first_line_is_no_row(tmp_path: Path) -> None:
+    for name in ("set.jsonl", "set.json"):
+        path = written(tmp_path, name, f"\ufeff\n{lines_of(ROWS)}")
+        assert list(rows(path)) == [(2, ROWS[0]), (3, ROWS[1])]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"prompt": [{"role": "user", "content": "a"}], "tags": ["b"]},
+        {"question": "a", "tags": ["b"]},
+        {"chosen": [{"role": "user", "content": "a"}], "rejected": []},
+    ],
+)
+def test_a_row_alone_is_no_table(tmp_path: Path, row: dict[str, Any], indent: int | None) -> None:
+    assert list(rows(written(tmp_path, "set.json", json.dumps(row, indent=indent)))) == [(1, row)]
+    assert list(rows(written(tmp_path, "set.jsonl", json.dumps(row)))) == [(1, row)]
+
+
+def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+    for name in ("set.json", "set.jsonl", "set.json.gz"):
+        assert list(rows(written(tmp_path, name, "\n"))) == []
+
+
+def test_lines_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    path = written(tmp_path, "set.json", lines_of([{"text": "x" * 1000}] * 20_000))
+
+    tracemalloc.start()
+    found = each(path)
+    next(found)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < path.stat().st_size / 20
+    found.close()
 
 
 def test_parquet_is_read_in_batches_whole_or_by_columns(tmp_path: Path) -> None:
@@ -74,7 +120,9 @@ def test_parquet_is_read_in_batches_whole_or_by_columns(tmp_path: Path) -> None:
         ("set.jsonl", '{"a": 1}\n{no\n', r"set\.jsonl line 2: not JSON: Expecting"),
         ("set.jsonl", '"text"\n', r"set\.jsonl line 1: a row is an object, found str"),
         ("set.json", '[{"a": 1},\n7]', r"set\.json row 2: a row is an object, found int"),
-        ("set.json", "[1,", r"set\.json: cannot be read: Expecting value"),
+        ("set.json", "[1,", r"set\.json: cannot be read: not JSON: Expecting value"),
+        ("set.json", '{"a": 1}', r"set\.json: cannot be read: it holds a JSON object; give an array of rows"),
+        ("set.json", '{"tags": ["a"]}', r"set\.json: cannot be read: it holds a JSON object"),
         ("set.jsonl.gz", "", r"set\.jsonl\.gz: cannot be read: Not a gzipped file"),
         ("set.parquet", "no", r"set\.parquet: cannot be read as Parquet: "),
     ],
@@ -96,12 +144,21 @@ def test_an_absent_file_and_a_name_that_does_not_say_the_form_are_errors(tmp_pat
 
 
 def test_a_row_that_cannot_be_read_costs_no_other(tmp_path: Path) -> None:
-    path = written(tmp_path, "set.jsonl", f"{json.dumps(ROWS[0])}\n[1]\n{{no\n{json.dumps(ROWS[1])}\n")
+    for name in ("set.jsonl", "set.json"):
+        path = written(tmp_path, name, f"{json.dumps(ROWS[0])}\n[1]\n{{no\n{json.dumps(ROWS[1])}\n")
 
-    (_, first), (_, listed), (_, broken), last = each(path)
+        (_, first), (_, listed), (_, broken), last = each(path)
 
-    assert (first, last) == (ROWS[0], (4, ROWS[1]))
-    assert str(listed) == "a row is an object, found list"
+        assert (first, last) == (ROWS[0], (4, ROWS[1]))
+        assert str(listed) == "a row is an object, found list"
+        assert str(broken).startswith("not JSON: Expecting")
+
+
+@pytest.mark.parametrize(("name", "text"), [("set.json", "{no"), ("set.jsonl", "[no"), ("set.jsonl", "{no")])
+def test_a_first_line_that_cannot_be_read_costs_no_other(tmp_path: Path, name: str, text: str) -> None:
+    (number, broken), *others = each(written(tmp_path, name, f"{text}\n{lines_of(ROWS)}"))
+
+    assert (number, others) == (1, [(2, ROWS[0]), (3, ROWS[1])])
     assert str(broken).startswith("not JSON: Expecting")
 
 
@@ -133,8 +190,14 @@ def test_nulls_are_left_out_and_arguments_are_objects() -> None:
             ),
         ),
         ("set.jsonl", '{"turns": ["a", "b"]}'),
+        ("set.jsonl", '["a", "b"]'),
+        ("set.jsonl", json.dumps([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])),
+        ("set.jsonl", json.dumps(ROWS)),
+        ("set.jsonl", json.dumps(["a", "b"], indent=2)),
+        ("set.json", '{"turns": ["a", "b"]}'),
         ("set.json", json.dumps(["a", "b"])),
         ("set.json", json.dumps({"prompts": ["a", "b"]})),
+        ("set.json", json.dumps({"goal": ["a", "b"]})),
         ("set.json", json.dumps({"version": "1.0", "data": ROWS})),
         ("set.csv", "\ufeffprompt,label\na,safe\nb,"),
         ("set.csv.gz", "id,question\n1,a\n2,b\n"),
@@ -153,7 +216,14 @@ def test_prompts_are_found_in_parquet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "found",
-    [{"a": ["x"], "b": ["y"]}, {"drugs": {"a": ["x"]}}, {"prompt": "x", "tags": ["y"]}, "a text", 7],
+    [
+        {"a": ["x"], "b": ["y"]},
+        {"goal": ["x"], "target": ["y"]},
+        {"drugs": {"a": ["x"]}},
+        {"tag": "x"},
+        "a text",
+        7,
+    ],
 )
 def test_json_that_is_no_array_of_prompts_is_an_error_and_not_read_by_its_keys(
     tmp_path: Path, found: Any

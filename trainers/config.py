@@ -1,6 +1,7 @@
 """Configs of stages: a frozen dataclass out of YAML and settings, with errors that name the place.
 
 read, plain            a config out of a file and settings, and as JSON
+shown                  JSON without the passwords in it
 at_least, above        bounds of its numbers
 require                packages that a stage needs
 """
@@ -22,7 +23,7 @@ from yaml.composer import ComposerError
 from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError, MissingExtra
 
-__all__ = ["above", "at_least", "plain", "read", "require"]
+__all__ = ["above", "at_least", "plain", "read", "require", "shown"]
 
 C = TypeVar("C")
 
@@ -78,15 +79,16 @@ def plain(config: Any, *, passwords: bool = False) -> dict[str, Any]:
     # msgspec writes what an object holds itself, and defaults may stand at its class.
     text = msgspec.json.encode(dataclasses.asdict(config), enc_hook=str)
     found: dict[str, Any] = msgspec.json.decode(text)
-    return found if passwords else _shown(found)
+    return found if passwords else shown(found)
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
+    """Return a JSON value as it may be shown and kept: without the passwords of its addresses."""
     if isinstance(value, str):
         return without_password(value)
     if isinstance(value, dict):
-        return {key: _shown(one) for key, one in value.items()}
-    return [_shown(one) for one in value] if isinstance(value, list) else value
+        return {key: shown(one) for key, one in value.items()}
+    return [shown(one) for one in value] if isinstance(value, list) else value
 
 
 def at_least(least: float, config: object, *names: str) -> None:
@@ -142,11 +144,10 @@ def _file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{path}: cannot be read: {why}; name a YAML file with the config") from error
     try:
         node, values = _parsed(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path} line {mark.line + 1}" if mark else str(path)
-        said = getattr(error, "problem", None) or error
-        raise ConfigError(f"{place}: is no YAML: {said}") from error
+        raise ConfigError(f"{place}: is no YAML: {_reason(error)}") from error
     if node is None:
         return {}, {}
     if not isinstance(values, dict):
@@ -160,7 +161,12 @@ def _file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, which expand a small file into gigabytes, or into what has no end."""
+    """YAML in which a date is a text, and without aliases, which make gigabytes of a few lines."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name for what it reads there
+        first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -174,8 +180,8 @@ def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
     """Return the nodes of a YAML text, which know their lines, and its values.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or has aliases, or is nested too deeply.
-        ValueError: a value is none of its type, such as a date.
+        yaml.YAMLError: it is no YAML, or has aliases, or is nested too deeply, or a value cannot be read as
+            its type.
     """
     loader = _Loader(text)
     try:
@@ -183,8 +189,14 @@ def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
         return node, None if node is None else loader.construct_document(node)
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
+    except (ValueError, LookupError, AttributeError, ArithmeticError) as error:  # PyYAML lets them out
+        raise yaml.YAMLError("a value cannot be read as its type, such as !!int") from error
     finally:
         loader.dispose()
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error).partition("\n")[0]
 
 
 def _keys(node: yaml.Node, before: str) -> Iterator[tuple[str, int]]:
@@ -203,7 +215,9 @@ def _setting(setting: str) -> tuple[str, Any]:
     try:
         return key.strip(), _parsed(value)[1]
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {setting!r}: the value is no YAML; put it in quotes") from error
+        raise ConfigError(
+            f"--set {setting!r}: the value is no YAML: {_reason(error)}; put a text in quotes"
+        ) from error
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

@@ -7,12 +7,13 @@ without_nulls  a row as it was before Arrow filled it up
 prompts_in     the user messages of a set of prompts
 prompt_rows    its rows; `prompt_in` is the prompt of one, `text_in` the text of a message
 
-A file's name says how it is written: `.jsonl` and `.ndjson`, `.json` (an array, or an object that holds one;
-or lines, which such files often are), `.parquet`. All but Parquet may be compressed (`.gz`).
+A file's name says how it is written: `.jsonl` and `.ndjson`, `.json` (an array, an object that holds one, a
+row; or lines, which such files often are), `.parquet`. All but Parquet may be compressed (`.gz`).
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -20,6 +21,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -77,7 +79,7 @@ def each(path: Path, *, bare: str | None = None) -> Iterator[tuple[int, Row | Da
         ends = ", ".join((*_JSON, ".jsonl.gz", ".json.gz"))
         raise ConfigError(f"{path}: the name does not say how it is written; end it in {ends} or .parquet")
     with _opened(path) as file:
-        for number, value in _document(file) if form == ".json" else _lines(file):
+        for number, value in _values(file, form, bare=bare is not None):
             if isinstance(value, dict | DataError):
                 yield number, value
             elif bare is not None:
@@ -146,39 +148,92 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _values(file: BinaryIO, form: str, *, bare: bool) -> Iterator[tuple[int, Any]]:
+    """Yield what a file of JSON holds, each value with its number; in a broken line's place its error."""
+    lines = _lines(file)
+    begun = list(islice(lines, 2))
+    table = _table(file, begun, form, bare=bare)
+    if table is not None:
+        yield from enumerate(table, 1)
+        return
+    for number, line in chain(begun, lines):
+        yield number, _value(line)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | DataError]]:
+    """Yield the lines that are not blank, without the mark that some write in front."""
     number = 0
     try:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    value = DataError(f"not JSON: {error}")
-                yield number, value
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield number, text
     except (EOFError, zlib.error) as error:
         yield number + 1, DataError(f"the compressed file is cut off or damaged: {error}")
 
 
-def _document(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _value(text: bytes | DataError) -> Any:
+    if isinstance(text, DataError):
+        return text
     try:
-        found = json.loads(file.read())
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":  # one value behind another: these are lines
-            raise
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"not JSON: {error}")
+
+
+def _table(
+    file: BinaryIO, begun: Sequence[tuple[int, bytes | DataError]], form: str, *, bare: bool
+) -> list[Any] | None:
+    """Return the rows of a file that is one JSON value; None: each line is one.
+
+    The first two lines tell, so that a file of lines is never held in memory. An array is one whatever the
+    file's name says.
+    """
+    if not begun:
+        return None
+    (_, first), *more = begun
+    is_array = isinstance(first, bytes) and first.lstrip().startswith(b"[")
+    found = _value(first)
+    if isinstance(found, DataError):
+        if not is_array and form != ".json":
+            return None
+        after = file.tell()
         file.seek(0)
-        yield from _lines(file)
-    else:
-        yield from enumerate(_array(found), 1)
+        found = _value(file.read())
+        if isinstance(found, DataError):
+            if is_array and form == ".json":
+                raise ValueError(str(found))
+            file.seek(after)
+            return None
+    elif more or (form != ".json" and not (isinstance(found, list) and _holds_rows(found, bare=bare))):
+        return None
+    return _rows_in(found, bare=bare)
 
 
-def _array(found: Any) -> list[Any]:
-    """Return the array that a JSON file is, or the only one in the object that it is."""
+def _holds_rows(array: list[Any], *, bare: bool) -> bool:
+    """Return whether an array is of rows, and not one prompt: messages, or a user's turns."""
+    return not bare or all(isinstance(item, dict) and "role" not in item for item in array)
+
+
+def _is_row(found: Row) -> bool:
+    """Return whether an object is a row and no table, although what it holds may be arrays."""
+    if not found.keys().isdisjoint(("chosen", "rejected", "completion", "messages", "turns")):
+        return True
+    asked = prompt_in(found)
+    if isinstance(asked, list):  # messages, and not a column of prompts
+        return all(isinstance(message, dict) and "role" in message for message in asked)
+    return isinstance(asked, str)
+
+
+def _rows_in(found: Any, *, bare: bool) -> list[Any]:
+    """Return the array that a JSON file is, the only one in the object that it is, or the row that it is."""
     if isinstance(found, list):
         return found
     if isinstance(found, dict):
+        if _is_row(found):
+            return [found]
         arrays = [value for value in found.values() if isinstance(value, list)]
-        if len(arrays) == 1 and not isinstance(prompt_in(found), str):
+        if len(arrays) == 1 and (bare or all(isinstance(item, dict) for item in arrays[0])):
             return arrays[0]
     raise ValueError(
         f"it holds a JSON {'object' if isinstance(found, dict) else type(found).__name__}; give an array of "

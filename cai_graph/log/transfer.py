@@ -29,7 +29,7 @@ from cai_graph.trajectory import (
     Verdict,
     decode,
     now,
-    text_of,
+    shown_of,
 )
 
 if TYPE_CHECKING:
@@ -183,8 +183,8 @@ def _parquet_row(line: bytes) -> dict[str, Any]:
         "tags": [_storable(tag) for tag in record.tags],
         "violated": [_storable(name) for name in record.violated],
         "prompt": _storable(record.prompt),
-        "draft": None if record.draft is None else _storable(text_of(record.draft.answer)),
-        "released": None if record.released is None else _storable(text_of(record.released)),
+        "draft": None if record.draft is None else _storable(shown_of(record.draft.answer)),
+        "released": None if record.released is None else _storable(shown_of(record.released)),
         "calls": len(record.calls),
         "seconds": record.seconds,
     }

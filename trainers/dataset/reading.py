@@ -231,8 +231,11 @@ class NotText(Exception):  # noqa: N818 - an image is no error
     """A message holds something other than text."""
 
 
-_BESIDE_TEXT = frozenset({"tool_use", "tool_call", "thinking", "reasoning", "redacted_thinking"})
-"""Content parts beside the text: calls stand in `tool_calls`, and reasoning is not the answer."""
+_BESIDE_TEXT = frozenset(
+    {"tool_use", "tool_call", "invalid_tool_call", "thinking", "reasoning", "redacted_thinking"}
+)
+"""Content parts beside the text: calls stand in `tool_calls` where they can be made, and reasoning is not the
+answer."""
 
 
 def turn(message: Message) -> Turn:

@@ -26,7 +26,7 @@ from cai_graph.failures import is_about_all_rows
 from cai_graph.messages import to_langchain
 from cai_graph.shape import Shape
 from cai_graph.together import side_by_side
-from cai_graph.trajectory import text_of
+from cai_graph.trajectory import shown_of, text_of
 from trainers.checkpoint import Checkpoint
 from trainers.evaluation.suites import Prompt
 from trainers.lines import Row
@@ -107,7 +107,7 @@ class AppSubject:
         answer, cut, error = "", None, None
         try:
             output = await app.ainvoke(to_langchain(asked.prompt.messages))
-            answer = text_of(Shape().answer(output))
+            answer = shown_of(Shape().answer(output))
             cut = cut_short(output) if isinstance(output, BaseMessage) else None
         except Exception as raised:
             if is_about_all_rows(raised):

@@ -15,6 +15,7 @@ from typing import Any
 
 from cai_graph.errors import ConfigError
 from trainers import whole
+from trainers.config import shown
 
 __all__ = ["changed", "folder", "held", "same_plan", "unwritable"]
 
@@ -103,10 +104,11 @@ def same_plan(work: Path, plan: Mapping[str, Any], may_change: Collection[str], 
 
 def changed(begun: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> list[str]:
     """Return in words what makes another run of a plan, as `same_plan` takes it; nothing: it is the same."""
+    before = shown(begun["config"])  # a run of an earlier version kept passwords, too
     found = [
-        f"{key} was {begun['config'].get(key)!r} and is {value!r}"
+        f"{key} was {before.get(key)!r} and is {value!r}"
         for key, value in now["config"].items()
-        if key not in may_change and begun["config"].get(key) != value
+        if key not in may_change and before.get(key) != value
     ]
     return found + [f"the {key} changed" for key in now if key != "config" and begun.get(key) != now[key]]
 
