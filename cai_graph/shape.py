@@ -20,8 +20,8 @@ from cai_graph.calls import END_REASONS
 from cai_graph.errors import DataError
 from cai_graph.form import Form
 from cai_graph.messages import from_langchain
-from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, picture_in, said_in
-from cai_graph.trajectory import Call, Message, Trajectory, shown_of, text_of
+from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, left_of, said_in, unwrapped
+from cai_graph.trajectory import Call, Message, Trajectory, shown_of
 
 __all__ = ["Shape", "Swap", "added", "emptied"]
 
@@ -112,7 +112,7 @@ class Shape:
         """Return the output with the released answer in the answer's place."""
         kept = trajectory.released_from == "draft"
         if isinstance(output, str):
-            return output if kept else text_of(released)
+            return output if kept else shown_of(released)
         if isinstance(output, BaseMessage):
             about = {
                 "trajectory_id": trajectory.id,
@@ -125,9 +125,9 @@ class Shape:
             update: dict[str, Any] = {"response_metadata": {**told, "cai": about}}
             dropped = bool(getattr(output, "tool_calls", None)) and not released.tool_calls
             if trajectory.released_from == "refusal" or dropped:
-                update |= emptied(output, text_of(released))
+                update |= emptied(output, shown_of(released))
             elif not kept:
-                update |= _mended(output, text_of(released))
+                update |= _mended(output, shown_of(released))
             return output.model_copy(update=update)
         answer = self.answer_in(output)
 
@@ -162,7 +162,8 @@ class Shape:
     def answer_in(self, output: object) -> str | BaseMessage:
         """Return the answer itself, as it stands in an output.
 
-        Among messages it is the model's last one, or that of a tool which ended the run behind it.
+        Among messages it is the model's last one; where that says nothing, what a tool says that ended the
+        run behind it.
         """
         inside = output[self.output_in(output)] if isinstance(output, Mapping) else output
         if isinstance(inside, Mapping):
@@ -173,7 +174,8 @@ class Shape:
             # An agent tells of its structured answer in a tool's message, too, which is no answer itself.
             typed = isinstance(output, Mapping) and output.get("structured_response") is not None
             found = inside[_last_of_model(inside)]
-            return inside[-1] if isinstance(inside[-1], ToolMessage) and not typed else found
+            silent = not shown_of(from_langchain(found)).strip()
+            return inside[-1] if isinstance(inside[-1], ToolMessage) and silent and not typed else found
         raise DataError(
             f"the app returned a {type(inside).__name__}, and an answer is read from a string, a message, "
             "messages, or a dict with one of them; say where with output_key="
@@ -346,6 +348,8 @@ _OF_THE_WORDS = {
     "audio",
 }
 """Under which names providers tell of an answer's words, or repeat them: they leave with those words only."""
+_OF_THE_MODEL = {"model", "model_name", "model_provider"}
+"""Under which names they tell of the model, be it in several words."""
 _LONGEST = 128
 """Most characters of what providers tell in a label, such as the name of a model."""
 
@@ -363,7 +367,7 @@ def _of_others(told: Mapping[str, Any], *, calls: bool = False) -> dict[str, Any
         if isinstance(value, Mapping):
             left[name] = _of_others(value, calls=calls)
         elif isinstance(value, str):
-            if not is_words(value) and (calls or len(value) <= _LONGEST):
+            if (name in _OF_THE_MODEL or not is_words(value)) and (calls or len(value) <= _LONGEST):
                 left[name] = value
         elif value is None or isinstance(value, int | float):
             left[name] = value
@@ -373,7 +377,7 @@ def _of_others(told: Mapping[str, Any], *, calls: bool = False) -> dict[str, Any
 def _in_place(content: str | list[Any], text: str, calls: Set[str | None]) -> str | list[Any]:
     """Return message content with `text` where its text begins, and in their order the parts that stay.
 
-    These are pictures, without words of theirs, and where there are calls, by id, these and the thoughts: a
+    These are what has no words, such as pictures, and where there are calls, by id, these and the thoughts: a
     provider that thinks before it calls a tool wants them back, and Anthropic only where they stood.
     """
     if isinstance(content, str):
@@ -386,11 +390,12 @@ def _in_place(content: str | list[Any], text: str, calls: Set[str | None]) -> st
             parts += [] if new is None else [new]
             new = None
         elif kind in CALLS:
-            parts += [part] if {part.get("id"), part.get("call_id")} & calls else []
+            named = unwrapped(part)
+            parts += [part] if {named.get("id"), named.get("call_id")} & calls else []
         elif kind in THOUGHTS:
             parts += [part] if calls else []
-        elif (picture := picture_in(part)) is not None:
-            parts.append(picture)
+        elif (left := left_of(part)) is not None:
+            parts.append(left)
     parts += [] if new is None else [new]
     return parts if len(parts) > 1 else text
 

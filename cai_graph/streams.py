@@ -189,11 +189,17 @@ class Writing:
         """Return the draft up to the end of its next block; unfinished where the app still writes."""
         start = self._ends[-1] if self._ends else 0
         least = min(FIRST_BLOCK << len(self._ends), LARGEST_BLOCK)
-        while self._finished or (end := block_end(self.text, start, least)) is None:
+        while self._finished or (end := self._block_end(start, least)) is None:
             if not await self._read(calls, config):
                 return self._draft()
         self._ends.append(end)
         return Draft(answer=Message(role="assistant", content=self.text[:end]), unfinished=True)
+
+    def _block_end(self, start: int, least: int) -> int | None:
+        """Return where a block ends; None also where the words, as spoken ones, stand outside the content."""
+        found = self._shape.answer_in(self.output) if self.text else self.text
+        apart = isinstance(found, BaseMessage) and not found.content
+        return None if apart else block_end(self.text, start, least)
 
     async def whole(self, calls: Calls, config: RunnableConfig) -> Draft:
         """Return the draft once the app has written all of it."""
@@ -261,7 +267,10 @@ class Writing:
         await self._send(Piece(self._part(self.output, text), text, id=self._id()))
 
     async def rest(self, output: Any, trajectory: Trajectory) -> None:
-        """Send of the output that leaves what has not left yet."""
+        """Send of the output that leaves what has not left yet; where nothing has, it leaves as it is."""
+        if not self._at_once and not self._sent:
+            await self._send(whole(_as_message(output), self._shape, trajectory))
+            return
         text = shown_of(self._shape.answer(output))[self._sent :]
         chunk = self._verdict(output) if self._at_once else self._part(output, text, last=True)
         await self._send(Piece(chunk, text, trajectory, _as_message(output), self._id()))

@@ -597,7 +597,7 @@ def now() -> datetime:
 
 
 def text_of(message: Message | BaseMessage) -> str:
-    """Return what a message says, which is judged: its text, and after it the words of its other parts."""
+    """Return what a message says, which is judged: its text, and after it what other parts of it say."""
     shown = shown_of(message)
     if isinstance(message.content, str):
         return shown

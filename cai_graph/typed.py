@@ -23,7 +23,7 @@ from cai_graph.errors import ConfigError, Refused
 from cai_graph.form import Form
 from cai_graph.messages import from_langchain, spelt_out
 from cai_graph.shape import Shape
-from cai_graph.trajectory import Message, Trajectory, text_of
+from cai_graph.trajectory import Message, Trajectory, shown_of, text_of
 from cai_graph.wrapped import call_options, layers
 
 __all__ = ["Typed", "form_asked", "form_of", "with_model"]
@@ -133,13 +133,13 @@ class Typed(Shape):
         """
         if trajectory.released_from == "refusal":
             raise Refused(
-                f"the structured answer was refused: {text_of(released)}", trajectory_id=trajectory.id
+                f"the structured answer was refused: {shown_of(released)}", trajectory_id=trajectory.id
             )
         calls = from_langchain(_message(output)).tool_calls
         left = super().put(output, replace(released, tool_calls=calls), trajectory)
         if trajectory.released_from == "draft" or self.form(output) is None:
             return left
-        data = json.loads(self.wanted.read(text_of(released)))
+        data = json.loads(self.wanted.read(shown_of(released)))
         more = {**left.additional_kwargs}
         if (parsed := output.additional_kwargs.get("parsed")) is not None:  # where OpenAI's parser looks
             more["parsed"] = data if isinstance(parsed, dict) else self.wanted.parse(data)

@@ -286,6 +286,12 @@ def look(query: str) -> str:
     return "the draft"
 
 
+@tool(return_direct=True)
+def recall(query: str) -> str:
+    """Find what was said."""
+    return "found"
+
+
 @tool
 def search(query: str) -> str:
     """Search."""
@@ -332,6 +338,26 @@ async def test_the_answer_of_a_tool_is_logged_as_an_answer_to_what_was_asked(tmp
 
     assert [(message.role, message.content) for message in record.messages] == [("user", "hi")]
     assert (record.draft.answer.role, record.draft.answer.content) == ("assistant", "the draft")
+
+
+@pytest.mark.parametrize("content", ["the draft", [{"type": "text", "text": "the draft"}]])
+def test_words_beside_a_call_that_ends_the_run_are_the_answer(content: Any) -> None:
+    calls: Any = [{"name": "recall", "args": {"query": "x"}, "id": "c1"}]
+    model = Caller(replies=lambda _: AIMessage(content, tool_calls=calls))
+    app = create_agent(model, [recall], checkpointer=InMemorySaver())
+
+    output = guard(app).invoke(HI, THREAD)
+
+    assert [message.text for message in output["messages"]] == ["hi", "better", "found"]
+    assert output["messages"][1].tool_calls[0]["name"] == "recall"
+    assert stored(app) == ["hi", "better", "found"]
+
+
+def test_a_blank_beside_a_call_that_ends_the_run_is_no_answer() -> None:
+    calls: Any = [{"name": "look", "args": {"query": "x"}, "id": "c1"}]
+    app = create_agent(Caller(replies=lambda _: AIMessage("\n\n", tool_calls=calls)), [look])
+
+    assert guard(app).invoke(HI)["messages"][-1].text == "better"
 
 
 def test_a_tools_answer_in_mid_run_is_no_answer() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.runnables import RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
@@ -172,23 +173,88 @@ BROKEN: Any = [{"name": "look", "args": "SECRET {", "id": "c2", "error": "no JSO
     [
         AIMessage([{"type": "text-plain", "text": "SECRET", "mime_type": "text/plain"}]),
         AIMessage([text("fine"), {"type": "executable_code", "executable_code": "SECRET"}]),
-        AIMessage([text("fine"), {"type": "code_execution_result", "code_execution_result": "SECRET"}]),
-        AIMessage([text("fine"), {"type": "server_tool_call", "args": {"code": "print(SECRET, 1)"}}]),
-        AIMessage([text("fine"), {"type": "server_tool_result", "output": [{"of": "the SECRET"}]}]),
-        AIMessage([text("fine"), {"type": "non_standard", "value": {"type": "new", "of": "the SECRET"}}]),
-        AIMessage([text("fine"), {"type": "image", "url": "u", "extras": {"alt": "the SECRET"}}]),
         AIMessage("", additional_kwargs={"audio": {"id": "a1", "transcript": "the SECRET", "data": "UklGR"}}),
         AIMessage("", invalid_tool_calls=BROKEN),
         AIMessage("fine", invalid_tool_calls=BROKEN),
     ],
 )
-async def test_whatever_of_a_message_has_words_is_judged_and_goes_with_them(
-    message: AIMessage, stream: str
-) -> None:
+async def test_whatever_a_model_says_is_judged_and_goes(message: AIMessage, stream: str) -> None:
     model = ScriptedModel(replies=lambda _: message.model_copy())
 
     assert await leaks(watchful(model, stream=stream), "hello", "SECRET") == []
     assert watchful(model, stream=stream).invoke("hello").text == "better"
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "web_fetch_tool_result", "content": {"source": {"type": "text", "data": "the SECRET"}}},
+        {"type": "web_search_call", "action": {"query": "the SECRET"}},
+        {"type": "code_execution_result", "code_execution_result": "SECRET"},
+        {"type": "server_tool_call", "args": {"code": "print(SECRET, 1)"}},
+        {"type": "server_tool_result", "output": [{"of": "the SECRET"}]},
+        {"type": "non_standard", "value": {"type": "new", "of": "the SECRET"}},
+        {"type": "compaction", "content": "the SECRET"},
+    ],
+)
+async def test_what_a_providers_tool_fetched_is_not_judged_but_goes_with_a_rejected_answer(
+    part: dict[str, Any], stream: str
+) -> None:
+    fine = ScriptedModel(replies=lambda _: AIMessage([text("fine"), part]))
+    draft = ScriptedModel(replies=lambda _: AIMessage([text("the draft, so to say"), part]))
+    model = by_role(
+        critique=lambda m: verdicts(*(["no-harm"] if "draft" in answer_in(m) else [])), revise="better"
+    )
+
+    (left,) = watchful(fine, stream=stream).stream("hello")
+
+    assert (left.content, left.response_metadata["cai"]["outcome"]) == ([text("fine"), part], "KEPT")
+    guarded = guard(draft, critic=model, reviser=model, stream=stream)
+    assert await leaks(guarded, "hello", "SECRET") == []
+    assert guarded.invoke("hello").content == "better"
+
+
+def test_a_turn_that_calls_a_tool_and_one_of_its_providers_passes_without_a_critic_call() -> None:
+    parts = [{"type": "web_search_call", "action": {"query": "the weather"}}, CALL]
+    model = by_role(critique=verdicts())
+
+    guard(RunnableLambda(lambda _: AIMessage(parts, tool_calls=CALLS)), critic=model).invoke("hello")
+
+    assert model.calls == []
+
+
+@pytest.mark.parametrize("reply", ["better", "the draft again"])
+def test_of_a_revision_its_text_leaves_and_nothing_that_stands_beside_it(reply: str) -> None:
+    parts = [{"type": "executable_code", "executable_code": "1+1"}, text(reply)]
+    model = by_role(
+        critique=lambda m: verdicts(*(["no-harm"] if "the draft" in answer_in(m) else [])),
+        revise=AIMessage(parts),
+    )
+
+    for said in ("the draft", AIMessage("the draft")):
+        app = RunnableLambda(lambda _, said=said: said)
+        left = guard(app, critic=model, reviser=model, on_violation="open").invoke("hello")
+        told = left if isinstance(left, str) else left.content
+        assert told == ("better" if reply == "better" else "the draft")
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks", "audit"])
+async def test_a_spoken_answer_that_is_kept_leaves_as_the_app_gave_it(stream: Any) -> None:
+    said = ["It is a fine sentence that goes on until the first block may end. ", "And so it does here. "] * 2
+
+    async def app(_: Any) -> AsyncIterator[AIMessageChunk]:
+        for number, words in enumerate(said):
+            told = {"transcript": words, "data": "QUJD"} | ({} if number else {"id": "a1"})
+            yield AIMessageChunk("", id="m1", additional_kwargs={"audio": told})
+
+    chunks = [chunk async for chunk in guard(RunnableLambda(app), stream=stream).astream("hello")]
+
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+    assert total.content == ""
+    assert total.additional_kwargs == {"audio": {"id": "a1", "transcript": "".join(said), "data": "QUJD" * 4}}
 
 
 @pytest.mark.parametrize("stream", ["buffer", "blocks"])
@@ -218,8 +284,12 @@ def test_a_revision_keeps_of_its_draft_what_has_no_words() -> None:
     calls: Any = [{"name": "look", "args": {}, "id": "c1"}]
     broken_use = {"type": "tool_use", "id": "c2", "name": "look", "input": {}, "partial_json": "SECRET {"}
     thought = {"type": "reasoning_content", "reasoning_content": {"text": "hm", "signature": "s"}}
+    signature = {"type": "function_call_signature", "signature": "c2ln" * 99, "index": 0}
+    packed = {"type": "compaction", "id": "cmp_1", "encrypted_content": "c2ln" * 99}
+    own = {"type": "custom_tool_call", "id": "ctc_1", "call_id": "c1", "name": "look", "input": "some words"}
+    wrapped = {"type": "non_standard", "value": own}
     told = {
-        "model_name": "gpt-5-mini",
+        "model_name": "GPT 5 mini",
         "finish_reason": "stop",
         "token_usage": {"total_tokens": 7, "details": None, "note": "said SECRET"},
         "citations": ["the SECRET"],
@@ -231,7 +301,11 @@ def test_a_revision_keeps_of_its_draft_what_has_no_words() -> None:
             picture,
             text("the SECRET"),
             {"type": "server_tool_result", "output": "42"},
+            packed,
             CALL,
+            own,
+            wrapped,
+            signature,
             broken_use,
         ],
         tool_calls=calls,
@@ -243,13 +317,13 @@ def test_a_revision_keeps_of_its_draft_what_has_no_words() -> None:
     left = watchful(RunnableLambda(lambda _: draft)).invoke("hello")
 
     silent = {**picture, "extras": {"alt": ""}}
-    assert left.content == [thought, silent, text("better"), CALL]
+    assert left.content == [thought, silent, text("better"), packed, CALL, own, wrapped, signature]
     assert left.additional_kwargs == {"signatures": {"c1": "c2ln" * 99}}
     assert left.tool_calls == [{**calls[0], "type": "tool_call"}]
     assert left.invalid_tool_calls == []
     assert left.response_metadata.pop("cai")["outcome"] == "REVISED"
     assert left.response_metadata == {
-        "model_name": "gpt-5-mini",
+        "model_name": "GPT 5 mini",
         "finish_reason": "stop",
         "token_usage": {"total_tokens": 7, "details": None},
         "grounding": {"score": 0.5},
