@@ -286,7 +286,7 @@ def test_a_broken_row_is_named(tiny: Path, tmp_path: Path, row: dict[str, Any], 
     ("text", "said"),
     [
         ("{", r"rows\.jsonl line 1: not JSON: Expecting"),
-        ("[1]\n", "line 1: a row is an object, found list"),
+        ("[1]\n", "line 1: a row is an object, found int"),
         ("", "no row is left to train on; 0 were read$"),
     ],
 )
