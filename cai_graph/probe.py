@@ -266,12 +266,14 @@ class Reader:
         return States(numpy.stack([mean, start]), len(tokens))
 
     async def load(self, window: str) -> float:
-        """Return how many passes a window of an answer fills.
+        """Return how many passes a window of an answer fills, at most that where it fits into one.
 
         Raises:
             ModelError: the engine cannot start or answer.
             MissingExtra: the extra `local` is not installed.
         """
+        if window.isascii() and len(window) <= _WINDOW_TOKENS:
+            return len(window) / _WINDOW_TOKENS  # a token has a character at least: no need to count them
         engine = await asyncio.to_thread(self._engine)
         return len(await engine.tokens(_valid(window), markers=False)) / _WINDOW_TOKENS
 

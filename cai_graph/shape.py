@@ -171,11 +171,13 @@ class Shape:
         if isinstance(inside, str | BaseMessage):
             return inside
         if isinstance(inside, list) and inside and all(isinstance(item, BaseMessage) for item in inside):
+            messages: list[BaseMessage] = inside
+            found, last = messages[_last_of_model(messages)], messages[-1]
             # An agent tells of its structured answer in a tool's message, too, which is no answer itself.
             typed = isinstance(output, Mapping) and output.get("structured_response") is not None
-            found = inside[_last_of_model(inside)]
-            silent = not shown_of(from_langchain(found)).strip()
-            return inside[-1] if isinstance(inside[-1], ToolMessage) and silent and not typed else found
+            if isinstance(last, ToolMessage) and not typed and not shown_of(from_langchain(found)).strip():
+                return last
+            return found
         raise DataError(
             f"the app returned a {type(inside).__name__}, and an answer is read from a string, a message, "
             "messages, or a dict with one of them; say where with output_key="

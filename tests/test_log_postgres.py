@@ -24,9 +24,10 @@ from postgres_server import Network, Server
 from replies import verdicts
 
 from cai_graph import constitutional
+from cai_graph.addresses import without_password
 from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
-from cai_graph.log import Log, open_log, postgres_session, recover, without_password
+from cai_graph.log import Log, open_log, postgres_session, recover
 from cai_graph.log import postgres as postgres_store
 from cai_graph.log.postgres_session import LOCK, SCHEMA
 from cai_graph.log.upkeep import verify

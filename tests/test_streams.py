@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import operator
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -182,16 +181,9 @@ def test_a_block_ends_with_a_sentence_or_a_line_or_else_between_words(
     assert (None if end is None else text[:end]) == block
 
 
-def test_looking_for_the_end_of_a_block_takes_time_in_proportion_to_the_text() -> None:
-    def seconds(characters: int) -> float:
-        marks = "!" * characters
-        started = time.process_time()
-        for _ in range(20):
-            block_end(marks, 0, 80)
-        return time.process_time() - started
-
-    # Forty times as many once took 1,600 times as long.
-    assert min(seconds(20_000) for _ in range(3)) < 400 * max(min(seconds(500) for _ in range(3)), 1e-5)
+def test_a_long_run_of_marks_is_looked_at_once() -> None:
+    # From each mark to the end of the run, as it was, takes hours; a test is stopped after minutes.
+    assert block_end("!" * 1_000_000, 0, 80) == 320
 
 
 # --- relay ---------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Configs of stages: a frozen dataclass out of YAML and settings, with errors that name the place.
 
-read, plain            a config out of a file and settings, and as JSON
+read, convert, plain   a config out of a file and settings, out of values, and as JSON
 shown                  JSON without the passwords in it
 at_least, above        bounds of its numbers
 require                packages that a stage needs
@@ -23,7 +23,7 @@ from yaml.composer import ComposerError
 from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError, MissingExtra
 
-__all__ = ["above", "at_least", "plain", "read", "require", "shown"]
+__all__ = ["above", "at_least", "convert", "plain", "read", "require", "shown"]
 
 C = TypeVar("C")
 
@@ -59,6 +59,24 @@ def read(
         key, value = _setting(setting)
         _put(values, key, value)
         places[key] = "--set: "
+    return _convert(cls, values, path, places, hidden, further)
+
+
+def convert(
+    cls: type[C], values: Mapping[str, Any], *, hidden: Collection[str] = (), further: Sequence[str] = ()
+) -> C:
+    """Return a config out of values, as YAML holds them; arguments and errors are those of `read`."""
+    return _convert(cls, values, None, {}, hidden, further)
+
+
+def _convert(
+    cls: type[C],
+    values: Mapping[str, Any],
+    path: Path | None,
+    places: Mapping[str, str],
+    hidden: Collection[str],
+    further: Sequence[str],
+) -> C:
     _check_keys(cls, values, "", places, hidden=hidden, further=further)
     try:
         # Not strict: YAML 1.1 reads 1e-5 as text, for want of a dot.

@@ -17,6 +17,8 @@ import typer
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
+from cai_graph.addresses import without_password
+
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
@@ -131,15 +133,11 @@ def is_attended() -> bool:
 
 def log_option(log: str) -> str:
     """Return the option that names a log in a command to type next; nothing for the default one."""
-    from cai_graph.log import without_password
-
     return "" if log == DEFAULT_LOG else f" --log {shlex.quote(without_password(log))}"
 
 
 def again() -> str:
     """Return the word and the command that was typed, to end a sentence that asks to type it once more."""
-    from cai_graph.log import without_password
-
     words = [without_password(word) if "://" in word else word for word in sys.argv[1:]]
     same = " with the same input" if "-" in words else ""  # standard input is over
     return f"again{same}: {shlex.join(['cai', *words])}"

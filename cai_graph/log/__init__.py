@@ -57,7 +57,6 @@ __all__ = [
     "recover",
     "redact_texts",
     "verify",
-    "without_password",
 ]
 
 _LATER = {

@@ -27,8 +27,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
+from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError, DataError
-from cai_graph.log import without_password
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
 from trainers import whole
 from trainers.dataset import near

@@ -16,7 +16,7 @@ import yaml
 from cai_graph.errors import ConfigError, ModelError
 from trainers import weights, whole
 from trainers.checkpoint import Checkpoint
-from trainers.config import plain, read
+from trainers.config import convert, plain
 from trainers.distill import checks
 from trainers.distill.config import Config, Section
 from trainers.distill.identity import identity, identity_of_reward
@@ -87,12 +87,11 @@ class Training:
     def _read(self, paths: Mapping[str, Path]) -> Any:
         """Return the stage's Config; errors name the section."""
         values = {**{key: str(path) for key, path in paths.items()}, "seed": self.config.seed, **self.section}
-        settings = [f"{key}={yaml.safe_dump(value)}" for key, value in values.items()]
         further = ("method",) if self._part == "rl" else ()
         try:
-            return read(self._module.Config, None, settings, hidden=self._ours, further=further)
+            return convert(self._module.Config, values, hidden=self._ours, further=further)
         except ConfigError as error:
-            raise ConfigError(f"{self._part}: {str(error).removeprefix('--set: ')}") from error
+            raise ConfigError(f"{self._part}: {error}") from error
 
     @cached_property
     def _processes(self) -> int | None:
