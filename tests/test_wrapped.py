@@ -1,0 +1,398 @@
+"""A guarded app in a LangGraph graph and around one, and the graphs that remember."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, cast
+
+import pytest
+from langchain_core.messages import AIMessage, HumanMessage, convert_to_messages
+from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langgraph.channels import Topic
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.types import Command, GraphOutput, interrupt
+from replies import RULES, by_role, flags, guard, verdicts
+
+from cai_graph.errors import DataError, RunError, Violation
+from cai_graph.log import open_log
+from cai_graph.trajectory import Trajectory, text_of
+
+# --- in and around LangGraph --------------------------------------------------------------------------
+
+
+def outer_graph(node: Any, saver: InMemorySaver | None = None) -> Any:
+    graph = StateGraph(MessagesState)
+    graph.add_node("answer", node)
+    graph.add_edge(START, "answer")
+    graph.add_edge("answer", END)
+    return graph.compile(checkpointer=saver)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_as_a_node_it_writes_nothing_of_its_own_into_the_outer_checkpoints(way: str) -> None:
+    guarded = guard(by_role(critique=flags("no-harm")))
+    saver, plain_saver = InMemorySaver(), InMemorySaver()
+
+    def node(state: MessagesState, config: RunnableConfig) -> Any:
+        return {"messages": [guarded.invoke(state["messages"], config)]}
+
+    async def anode(state: MessagesState, config: RunnableConfig) -> Any:
+        return {"messages": [await guarded.ainvoke(state["messages"], config)]}
+
+    def plain(state: MessagesState) -> Any:
+        return {"messages": [AIMessage("better")]}
+
+    config: Any = {"configurable": {"thread_id": "1"}}
+    asked: Any = {"messages": [HumanMessage("hello")]}
+    if way == "invoke":
+        output = outer_graph(node, saver).invoke(asked, config)
+    else:
+        output = await outer_graph(anode, saver).ainvoke(asked, config)
+    outer_graph(plain, plain_saver).invoke(asked, config)
+
+    assert output["messages"][-1].content == "better"
+    spaces = {tuple.config["configurable"]["checkpoint_ns"] for tuple in saver.list(config)}
+    assert spaces == {""}
+    assert len(list(saver.list(config))) == len(list(plain_saver.list(config)))
+    assert set(saver.storage["1"]) == {""}
+
+
+class Count(TypedDict):
+    question: str
+    turns: int
+    answer: str
+
+
+def counting_app(saver: InMemorySaver) -> Any:
+    def step(state: Count) -> Any:
+        return {"turns": state.get("turns", 0) + 1, "answer": "the draft"}
+
+    graph = StateGraph(Count)
+    graph.add_node("step", step)
+    graph.add_edge(START, "step")
+    graph.add_edge("step", END)
+    return graph.compile(checkpointer=saver)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_a_wrapped_graph_keeps_its_state_under_its_thread(way: str) -> None:
+    saver = InMemorySaver()
+    app = counting_app(saver)
+    guarded = guard(app)
+    config: Any = {"configurable": {"thread_id": "1"}}
+
+    for turns in (1, 2):
+        asked: Any = {"question": "hello"}
+        output = guarded.invoke(asked, config) if way == "invoke" else await guarded.ainvoke(asked, config)
+        assert output == {"question": "hello", "turns": turns, "answer": "better"}
+
+    assert app.get_state(config).values["turns"] == 2
+    assert set(saver.storage["1"]) == {""}
+
+
+def test_a_wrapped_graph_may_take_as_many_steps_as_unwrapped() -> None:
+    class State(TypedDict, total=False):
+        input: str
+        steps: int
+        answer: str
+
+    def step(state: State) -> Any:
+        return {"steps": state.get("steps", 0) + 1, "answer": "fine"}
+
+    graph = StateGraph(State)
+    graph.add_node("step", step)
+    graph.add_edge(START, "step")
+    graph.add_conditional_edges("step", lambda state: END if state["steps"] == 60 else "step")
+    app = graph.compile()
+
+    assert app.invoke({"input": "hello"})["steps"] == 60
+    assert guard(app).invoke({"input": "hello"})["steps"] == 60
+
+
+class Asked(TypedDict, total=False):
+    question: str
+    answer: str
+
+
+def asking_app() -> StateGraph[Asked]:
+    def step(state: Asked) -> Any:
+        return {"answer": "the draft" if interrupt("may I?") else "no"}
+
+    graph = StateGraph(Asked)
+    graph.add_node("step", step)
+    graph.add_edge(START, "step")
+    graph.add_edge("step", END)
+    return graph
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_app_that_waits_for_a_person_is_neither_judged_nor_logged(way: str, tmp_path: Path) -> None:
+    app = asking_app().compile(checkpointer=InMemorySaver())
+    config: Any = {"configurable": {"thread_id": "1"}}
+    asked: Any = {"question": "hello"}
+
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(app, log=log)
+        paused = guarded.invoke(asked, config) if way == "invoke" else await guarded.ainvoke(asked, config)
+        with pytest.raises(RunError, match="waits for a person"):
+            await guarded.answered(asked, {"configurable": {"thread_id": "2"}})
+        log.flush()
+
+        assert paused["__interrupt__"][0].value == "may I?"
+        assert list(log.read(kind="trajectory")) == []
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_app_that_waited_for_a_person_is_judged_when_it_is_resumed(way: str, tmp_path: Path) -> None:
+    config: Any = {"configurable": {"thread_id": "1"}}
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(asking_app().compile(checkpointer=InMemorySaver()), log=log)
+        for given in ({"question": "hello"}, Command(resume=True)):
+            output = (
+                guarded.invoke(given, config) if way == "invoke" else await guarded.ainvoke(given, config)
+            )
+        log.flush()
+        (trajectory,) = log.read(kind="trajectory")
+
+    assert output["answer"] == "better"
+    assert isinstance(trajectory, Trajectory)
+    assert trajectory.prompt == "hello"
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_answer_of_an_app_that_remembers_is_judged_in_what_came_before(way: str) -> None:
+    app = StateGraph(MessagesState)
+    app.add_node("answer", lambda state: {"messages": [AIMessage(f"answer {len(state['messages'])}")]})
+    app.add_edge(START, "answer")
+    judge = by_role(critique=verdicts())
+    guarded = guard(app.compile(checkpointer=InMemorySaver()), critic=judge, reviser=judge)
+    config: Any = {"configurable": {"thread_id": "1"}}
+
+    for asked in ("first", "second"):
+        given: Any = {"messages": [HumanMessage(asked)]}
+        _ = guarded.invoke(given, config) if way == "invoke" else await guarded.ainvoke(given, config)
+
+    _, conversation = [call[-1].text.partition("<answer>") for call in judge.calls]
+    assert [word in conversation[0] for word in ("first", "answer 1", "second")] == [True] * 3
+    assert "answer 3" in conversation[2]
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_as_a_node_an_app_that_waits_for_a_person_pauses_the_outer_graph(
+    way: str, tmp_path: Path
+) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(asking_app().compile(), log=log)
+
+        def node(state: Asked, config: RunnableConfig) -> Any:
+            return guarded.invoke(state, config)
+
+        async def anode(state: Asked, config: RunnableConfig) -> Any:
+            return await guarded.ainvoke(state, config)
+
+        graph = StateGraph(Asked)
+        graph.add_node("app", node if way == "invoke" else anode)
+        graph.add_edge(START, "app")
+        outer = graph.compile(checkpointer=InMemorySaver())
+        config: Any = {"configurable": {"thread_id": "1"}}
+
+        async def call(given: Any) -> Any:
+            return outer.invoke(given, config) if way == "invoke" else await outer.ainvoke(given, config)
+
+        paused = await call({"question": "hello"})
+        log.flush()
+        assert paused["__interrupt__"][0].value == "may I?"
+        assert list(log.read(kind="trajectory")) == []
+
+        assert (await call(Command(resume=True)))["answer"] == "better"
+        log.flush()
+        assert len(list(log.read(kind="trajectory"))) == 1
+
+
+# --- graphs that remember ------------------------------------------------------------------------------
+
+
+def joined(before: list[Any], new: list[Any]) -> list[Any]:
+    return [*before, *convert_to_messages(new)]
+
+
+class Joined(TypedDict):
+    messages: Annotated[list[Any], joined]
+
+
+def remembering(state: Any = MessagesState, **options: Any) -> Any:
+    """An app whose every answer is `the draft`, and that keeps its conversation."""
+    graph = StateGraph(state)
+    graph.add_node("prepare", lambda state: {})
+    graph.add_node("answer", lambda state: {"messages": [AIMessage("the draft")]})
+    graph.add_edge(START, "prepare")
+    graph.add_edge("prepare", "answer")
+    return graph.compile(checkpointer=InMemorySaver(), **options)
+
+
+THREAD: Any = {"configurable": {"thread_id": "1"}}
+HELLO: Any = {"messages": [("user", "hello")]}
+WAYS = ["invoke", "ainvoke", "stream", "astream"]
+
+
+async def call(app: Any, way: str, given: Any, config: Any = THREAD) -> Any:
+    match way:
+        case "invoke":
+            return app.invoke(given, config)
+        case "ainvoke":
+            return await app.ainvoke(given, config)
+        case "stream":
+            return list(app.stream(given, config))
+        case _:
+            return [chunk async for chunk in app.astream(given, config)]
+
+
+def stored(app: Any, config: Any = THREAD) -> list[str]:
+    state = app.get_state(config)
+    assert state.next == ()
+    return [message.text for message in state.values["messages"]]
+
+
+@pytest.mark.parametrize("state", [MessagesState, Joined])
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_graph_remembers_what_left_and_not_its_draft(way: str, state: Any) -> None:
+    app = remembering(state)
+    guarded = guard(app)
+
+    for turn in (1, 2):
+        await call(guarded, way, HELLO)
+        assert stored(app) == ["hello", "better"] * turn
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_graph_remembers_a_refusal_where_nothing_left(way: str) -> None:
+    app = remembering()
+
+    with pytest.raises(Violation):
+        await call(
+            guard(app, reviser=by_role(critique="", revise="the draft"), on_violation="raise"), way, HELLO
+        )
+
+    assert stored(app) == ["hello", RULES.refusal]
+
+
+def test_a_graph_that_began_at_an_earlier_checkpoint_remembers_what_left_from_there() -> None:
+    app = remembering()
+    guarded = guard(app)
+    guarded.invoke(HELLO, THREAD)
+    first = app.get_state(THREAD).config
+    guarded.invoke(HELLO, THREAD)
+
+    guarded.invoke({"messages": [("user", "another way")]}, first)
+
+    assert stored(app) == ["hello", "better", "another way", "better"]
+
+
+async def test_a_text_in_the_state_is_remembered_as_it_left() -> None:
+    app = counting_app(InMemorySaver())
+
+    guard(app).invoke({"question": "hello"}, THREAD)
+
+    assert app.get_state(THREAD).values["answer"] == "better"
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+@pytest.mark.parametrize("own", [True, False])
+async def test_in_a_node_a_graph_with_a_memory_of_its_own_remembers_what_left(way: str, own: bool) -> None:
+    app = remembering()
+    if own:
+        app.checkpointer = True  # a memory in the outer graph's checkpointer, from turn to turn
+    guarded, seen = guard(app), []
+
+    def node(state: MessagesState, config: RunnableConfig) -> Any:
+        output = guarded.invoke({"messages": state["messages"][-1:]}, config)
+        seen.append([message.text for message in output["messages"]])
+        return {"messages": output["messages"][-1:]}
+
+    async def anode(state: MessagesState, config: RunnableConfig) -> Any:
+        output = await guarded.ainvoke({"messages": state["messages"][-1:]}, config)
+        seen.append([message.text for message in output["messages"]])
+        return {"messages": output["messages"][-1:]}
+
+    outer = outer_graph(node if way == "invoke" else anode, InMemorySaver())
+    for _ in (1, 2):
+        await call(outer, way, HELLO)
+
+    assert stored(outer) == ["hello", "better"] * 2
+    assert seen == [["hello", "better"], ["hello", "better"] * 2] if own else [["hello", "better"]] * 2
+
+
+class Notes(MessagesState):
+    notes: Annotated[list[str], Topic(str, accumulate=True)]
+
+
+@pytest.mark.parametrize(
+    ("others", "why"), [([], "in 'notes' nothing can be replaced"), (["log"], "Ambiguous update")]
+)
+def test_a_memory_that_cannot_be_changed_is_warned_of(others: list[str], why: str) -> None:
+    notes = [] if others else ["the draft"]
+    graph = StateGraph(Notes)
+    graph.add_node("answer", lambda state: {"messages": [AIMessage("the draft")], "notes": notes})
+    graph.add_edge(START, "answer")
+    for other in others:  # beside the answer: no node is the last one
+        graph.add_node(other, lambda state: {})
+        graph.add_edge(START, other)
+    app = graph.compile(checkpointer=InMemorySaver())
+    guarded = guard(app)
+
+    with pytest.warns(RuntimeWarning, match=f"{why}.*ConstitutionalMiddleware"):
+        assert guarded.invoke(HELLO, THREAD)["messages"][-1].text == "better"
+    assert stored(app) == ["hello", "the draft" if others else "better"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_at_a_breakpoint_nothing_is_judged_and_none_goes_on(way: str, tmp_path: Path) -> None:
+    app = remembering(interrupt_before=["answer"])
+    with open_log(tmp_path / "cai.db") as log:
+        guarded = guard(app, log=log)
+        for turn in (1, 2):
+            stopped = await call(guarded, way, HELLO)
+            log.flush()
+            assert len(list(log.read(kind="trajectory"))) == turn - 1
+            assert "better" not in str(stopped[-1] if isinstance(stopped, list) else stopped["messages"][-1:])
+            await call(guarded, way, None)
+            assert stored(app) == ["hello", "better"] * turn
+        log.flush()
+        told = [[text_of(m) for m in t.messages] for t in log.read(kind="trajectory")]
+
+    assert told == [["hello"], ["hello", "better", "hello"]]
+
+
+def test_none_is_no_request_to_an_app_that_is_no_graph() -> None:
+    with pytest.raises(DataError, match="NoneType"):
+        guard(RunnableLambda(lambda _: "fine")).invoke(None)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_an_output_of_version_2_stays_one(way: str) -> None:
+    app = asking_app().compile(checkpointer=InMemorySaver())
+    guarded = guard(app)
+
+    async def typed(given: Any) -> GraphOutput[Any]:
+        if way == "invoke":
+            return cast("GraphOutput[Any]", guarded.invoke(given, THREAD, version="v2"))
+        return cast("GraphOutput[Any]", await guarded.ainvoke(given, THREAD, version="v2"))
+
+    paused = await typed({"question": "hello"})
+    answered = await typed(Command(resume=True))
+
+    assert isinstance(paused, GraphOutput)
+    assert [each.value for each in paused.interrupts] == ["may I?"]
+    assert answered == GraphOutput(value={"question": "hello", "answer": "better"})
+
+
+@pytest.mark.parametrize(
+    "one", [{"role": "user", "content": "hello"}, ("user", "hello"), HumanMessage("hello")]
+)
+def test_one_message_stands_for_a_list_of_it_as_in_langgraph(one: Any) -> None:
+    app = remembering()
+
+    output: Any = guard(app).invoke({"messages": one}, THREAD)
+
+    assert [message.text for message in output["messages"]] == ["hello", "better"]
