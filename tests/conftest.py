@@ -1,7 +1,8 @@
-"""What the whole suite stands on: a closed network, the tiny model, and a PostgreSQL."""
+"""What the whole suite stands on: a closed network, the tiny model, logs, and servers on the loopback."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 from postgres_server import Server
+from wire import Script, serving
+from wire import Server as ModelServer
 
 from cai_graph import local
+from cai_graph.log import Log, open_log
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
@@ -90,3 +94,24 @@ def new_log(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], str]
 def url(new_log: Callable[[], str]) -> str:
     """The URL of a log that does not exist yet."""
     return new_log()
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[Log]:
+    """A new log in SQLite."""
+    with open_log(tmp_path / "cai.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Script], ModelServer]]:
+    """A function that starts a server of models, another one at each call."""
+    with contextlib.ExitStack() as servers:
+        yield lambda script: servers.enter_context(serving(script))

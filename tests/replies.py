@@ -1,4 +1,4 @@
-"""What the tests of the core share: a small constitution, the replies of a scripted critic, a guarded app."""
+"""What the tests of the core share: a small constitution, a scripted critic, a guarded app, its log."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 
 from cai_graph.chain import ConstitutionalRunnable, constitutional
 from cai_graph.constitution import Constitution, Principle
+from cai_graph.log import Log
+from cai_graph.runnable import Answered
 from cai_graph.testing import ScriptedModel
+from cai_graph.trajectory import Trajectory
 
 IDS = ("no-harm", "be-kind", "be-true")
 
@@ -115,5 +119,16 @@ JUDGE = by_role(critique=flags("no-harm"))
 
 def guard(app: Any, **settings: Any) -> ConstitutionalRunnable[Any, Any]:
     """An app under RULES without a log; where it is no model, JUDGE judges and revises."""
-    judge = {} if isinstance(app, ScriptedModel) else {"critic": JUDGE, "reviser": JUDGE}
+    judge = {} if isinstance(app, BaseChatModel) else {"critic": JUDGE, "reviser": JUDGE}
     return constitutional(app, **{"constitution": RULES, "log": None, **judge, **settings})
+
+
+async def ask(app: Any, **settings: Any) -> Answered:
+    """What a guarded app says to "hello", and the Trajectory."""
+    return await guard(app, **settings).answered("hello")
+
+
+def logged(log: Log) -> list[Trajectory]:
+    """The Trajectories of an open log, the latest too."""
+    log.flush()
+    return [record for record in log.read(kind="trajectory") if isinstance(record, Trajectory)]

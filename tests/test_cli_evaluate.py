@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import cai
 from replies import verdicts
-from test_cli import cai
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wire import Reply, role, serving

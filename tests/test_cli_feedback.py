@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from cli_support import cai, start
 from log_support import comparison, contents, fill
-from test_cli import cai, start
 from test_feedback import prefers_revisions
 from wire import Reply, serving, under
 

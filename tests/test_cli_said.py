@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import BALANCED, cai, commands, start
 from log_support import fill
-from test_cli import BALANCED, cai, commands, start
 from wire import Reply, serving, under
 
 from cai_graph import open_log

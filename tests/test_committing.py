@@ -6,8 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,12 +20,6 @@ from cai_graph.log.store import Duplicate
 from cai_graph.runnable import Answered
 
 ERROR = ConnectionError("the provider is down")
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Iterator[Log]:
-    with open_log(tmp_path / "cai.db") as opened:
-        yield opened
 
 
 async def ask(replies: Sequence[Any] = ("the draft", verdicts()), **settings: Any) -> Answered:

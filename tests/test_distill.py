@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import cai
 from replies import verdicts
-from test_cli import cai
 from test_judge import letter
 from tiny import rows, tiny_model, write_rows
 from wire import Reply, Server, serving, under

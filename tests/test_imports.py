@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cli_support import cai
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import cai
 
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import open_log

@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -24,13 +23,6 @@ from cai_graph.log.sqlite import APPLICATION_ID, SCHEMA
 from cai_graph.log.store import Filters
 from cai_graph.log.upkeep import verify
 from cai_graph.trajectory import Outcome, Trajectory
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Iterator[Log]:
-    with open_log(tmp_path / "cai.db") as log:
-        yield log
-
 
 # --- opening and closing -----------------------------------------------------------------------------
 

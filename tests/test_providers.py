@@ -476,7 +476,7 @@ async def test_a_stream_that_breaks_is_an_error_with_a_sentence_and_its_record_s
 
 
 def test_the_command_line_says_who_failed_and_what_to_do(tmp_path: Path) -> None:
-    from test_cli import cai
+    from cli_support import cai
 
     with serving(lambda body: "the draft") as drafts, serving(lambda body: Reply("no", status=401)) as critic:
         ended = cai(tmp_path, "ask", "hi", "--model", drafts.spec, "--critic", critic.spec, status=1)

@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from cli_support import cai
 from replies import verdicts
-from test_cli import cai
 from wire import role, serving
 
 from cai_graph.constitution import load

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import cai
 from langchain_core.runnables import RunnableLambda
-from test_cli import cai
 from test_judge import letter
 from wire import Reply, serving, under
 

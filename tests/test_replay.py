@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import cai
 from log_support import trajectory
 from replies import IDS, RULES, answer_in, by_role, principle, verdicts
-from test_cli import cai
 from wire import Reply, serving
 
 from cai_graph.constitution import Constitution, load

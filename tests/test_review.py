@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -30,12 +29,6 @@ from trainers.rows import CriticRow, read_row
 THREAD: Any = {"configurable": {"thread_id": "1"}}
 
 both_ways = pytest.mark.parametrize("way", ["invoke", "ainvoke"])
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Iterator[Log]:
-    with open_log(tmp_path / "cai.db") as opened:
-        yield opened
 
 
 @pytest.fixture

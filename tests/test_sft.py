@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import cai
+from cli_support import cai
 from tiny import rows, tiny_model, turn, write_rows
 
 from trainers import sft

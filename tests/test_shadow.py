@@ -5,14 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -28,7 +24,7 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
-from replies import RULES, by_role, flags, verdicts
+from replies import RULES, by_role, flags, logged, verdicts
 from wire import role, serving
 
 from cai_graph import Settings, constitutional, open_log, shadow
@@ -38,18 +34,7 @@ from cai_graph.log import Log
 from cai_graph.log.commit import Commit, resolve
 from cai_graph.shadow import Tally
 from cai_graph.testing import ScriptedModel
-from cai_graph.trajectory import Outcome, Trajectory, text_of
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Iterator[Log]:
-    with open_log(tmp_path / "log.db") as opened:
-        yield opened
-
-
-def records(log: Log) -> list[Trajectory]:
-    log.flush()
-    return [record for record in log.read() if isinstance(record, Trajectory)]
+from cai_graph.trajectory import Outcome, text_of
 
 
 class Gate:
@@ -135,9 +120,9 @@ async def test_an_app_that_remembers_is_recorded_with_what_came_before(
             await call(Command(resume=said) if waits == "interrupt" else None)
     await guarded.shadow.aclose()
 
-    found = [[text_of(message) for message in (*t.messages, t.released)] for t in records(log)]
+    found = [[text_of(message) for message in (*t.messages, t.released)] for t in logged(log)]
     assert sorted(found) == [["first", "answer 1"], ["first", "answer 1", "second", "answer 3"]]
-    assert {t.outcome for t in records(log)} == {Outcome.KEPT if sample else Outcome.UNJUDGED}
+    assert {t.outcome for t in logged(log)} == {Outcome.KEPT if sample else Outcome.UNJUDGED}
 
 
 # --- untouched ----------------------------------------------------------------------------------------
@@ -162,7 +147,7 @@ async def test_what_leaves_is_what_the_bare_app_gives(kind: str, log: Log) -> No
     assert guarded.batch([asked, asked]) == bare.batch([asked, asked])
 
     await guarded.shadow.aclose()
-    found = records(log)
+    found = logged(log)
     assert [(t.mode, t.outcome, t.released_from) for t in found] == [("shadow", Outcome.REVISED, "draft")] * 6
     assert {t.released and text_of(t.released) for t in found} == {"the draft"}
     assert {t.rounds[0].revisions[0].accepted for t in found} == {True}
@@ -189,7 +174,7 @@ def test_langchains_own_entry_to_a_model_passes_too(log: Log) -> None:
     assert (message.usage_metadata, "cai" in message.response_metadata) == (usage, False)
     assert counter.usage_metadata["m"] == ambient.usage_metadata["m"] == usage
     guarded.shadow.close()
-    assert [t.outcome for t in records(log)] == [Outcome.REVISED]
+    assert [t.outcome for t in logged(log)] == [Outcome.REVISED]
 
 
 def test_json_that_a_call_asks_for_is_revised_as_json(log: Log) -> None:
@@ -206,7 +191,7 @@ def test_json_that_a_call_asks_for_is_revised_as_json(log: Log) -> None:
     assert guarded.shadow is not None
     guarded.shadow.close()
 
-    (record,) = records(log)
+    (record,) = logged(log)
     assert record.outcome is Outcome.REVISED
     assert text_of(record.rounds[-1].revisions[0].answer) == '{"city": "Oslo"}'
 
@@ -263,7 +248,7 @@ async def test_an_agents_turns_pass_and_are_judged_behind(log: Log) -> None:
     assert guard.shadow is not None
     await guard.shadow.aclose()
 
-    assert [(t.outcome, t.released_from) for t in records(log)] == [(Outcome.REVISED, "draft")] * 2
+    assert [(t.outcome, t.released_from) for t in logged(log)] == [(Outcome.REVISED, "draft")] * 2
 
 
 def test_the_app_runs_in_the_callers_thread(log: Log) -> None:
@@ -301,7 +286,7 @@ def test_a_loop_that_ends_leaves_the_judgement_going(log: Log) -> None:
     gate.open.set()
     guarded.shadow.close()
 
-    assert [t.outcome for t in records(log)] == [Outcome.KEPT] * 2
+    assert [t.outcome for t in logged(log)] == [Outcome.KEPT] * 2
 
 
 async def test_answered_waits_for_the_record(log: Log) -> None:
@@ -340,7 +325,7 @@ def test_tracers_see_the_calls_behind_and_the_callers_metadata_is_recorded(log: 
     guarded.shadow.close()
 
     assert tracer.seen == 4
-    (found,) = records(log)
+    (found,) = logged(log)
     assert (found.metadata, found.tags) == ({"user": "u1"}, ("beta",))
 
 
@@ -354,7 +339,7 @@ def test_the_apps_own_error_leaves_and_is_logged(log: Log) -> None:
         guarded.invoke("hello")
     guarded.shadow.close()
 
-    (found,) = records(log)
+    (found,) = logged(log)
     assert (found.outcome, found.draft, found.released) == (Outcome.FAILED, None, None)
     assert found.error == "ValueError: app broke"
     assert guarded.shadow.tally == Tally(answers=1, failed=1)
@@ -366,7 +351,7 @@ def test_a_critic_that_fails_costs_the_verdict_and_not_the_answer(log: Log) -> N
     assert guarded.invoke("hello").content == "the draft"
     guarded.shadow.close()
 
-    (found,) = records(log)
+    (found,) = logged(log)
     assert (found.outcome, found.error) == (Outcome.FAILED, "OSError: critic down")
     assert found.released is not None
     assert found.released_from == "draft"
@@ -381,7 +366,7 @@ def test_the_outcome_is_what_the_policies_would_have_done(policy: Any, log: Log)
     guarded.shadow.close()
 
     would = {"raise": Outcome.FAILED, "closed": Outcome.REFUSED, "open": Outcome.EXHAUSTED}
-    (found,) = records(log)
+    (found,) = logged(log)
     assert (found.outcome, found.released_from) == (would[policy], "draft")
 
 
@@ -393,7 +378,7 @@ def test_an_invoke_of_another_stream_mode_is_judged_as_what_the_graph_came_to(lo
     guarded.shadow.close()
 
     assert isinstance(chunks, list)
-    (found,) = records(log)
+    (found,) = logged(log)
     assert (found.outcome, found.error) == (Outcome.KEPT, None)
 
 
@@ -404,7 +389,7 @@ def test_an_input_without_a_request_passes_and_is_logged_as_such(log: Log) -> No
     asked.shadow.close()
     answered.shadow.close()
 
-    assert [(t.outcome, (t.error or "")[:10]) for t in records(log)] == [(Outcome.FAILED, "DataError:")] * 2
+    assert [(t.outcome, (t.error or "")[:10]) for t in logged(log)] == [(Outcome.FAILED, "DataError:")] * 2
 
 
 def test_a_stream_that_its_reader_closes_is_logged_as_far_as_it_left(log: Log) -> None:
@@ -414,7 +399,7 @@ def test_a_stream_that_its_reader_closes_is_logged_as_far_as_it_left(log: Log) -
     chunks.close()
     guarded.shadow.close()
 
-    (found,) = records(log)
+    (found,) = logged(log)
     assert (found.outcome, found.error) == (Outcome.FAILED, "RunError: the reader closed the stream")
     assert found.released is not None
     assert text_of(found.released) == "the "
@@ -445,7 +430,7 @@ def test_a_sample_is_judged_and_the_rest_is_logged_unjudged(log: Log) -> None:
         guarded.invoke(f"question {number}")
     guarded.shadow.close()
 
-    found = records(log)
+    found = logged(log)
     drawn = [t for t in found if t.unjudged is None]
     assert 5 <= len(drawn) <= 35
     assert {t.outcome for t in drawn} == {Outcome.REVISED}
@@ -462,12 +447,11 @@ def test_a_sample_is_judged_and_the_rest_is_logged_unjudged(log: Log) -> None:
 def test_with_a_seed_the_conversation_decides(log: Log) -> None:
     def drawn(seed: int) -> list[bool]:
         guarded = behind(drafting(), log, sample=0.5, seed=seed)
-        ids = []
         for number in range(30):
             guarded.invoke(f"question {number}")
         guarded.shadow.close()
-        ids = sorted(records(log)[-30:], key=lambda t: int(t.prompt.split()[1]))
-        return [t.unjudged is None for t in ids]
+        answered = sorted(logged(log)[-30:], key=lambda t: int(t.prompt.split()[1]))
+        return [t.unjudged is None for t in answered]
 
     first = drawn(1)
     assert {True, False} == set(first)
@@ -511,7 +495,7 @@ def test_what_is_over_the_bound_is_logged_unjudged_counted_and_warned_of(
     guarded.shadow.close()
 
     assert guarded.shadow.tally == Tally(answers=11, judged=4, unjudged=7)
-    assert sum(t.unjudged == "overload" for t in records(log)) == 7
+    assert sum(t.unjudged == "overload" for t in logged(log)) == 7
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1  # at most one in ten seconds
     assert said[0].startswith(
@@ -528,7 +512,7 @@ def test_bytes_are_bounded_too(log: Log, monkeypatch: pytest.MonkeyPatch) -> Non
     gate.open.set()
     guarded.shadow.close()
 
-    assert [t.unjudged for t in sorted(records(log), key=lambda t: t.prompt)] == [None, "overload"]
+    assert [t.unjudged for t in sorted(logged(log), key=lambda t: t.prompt)] == [None, "overload"]
 
 
 def test_where_the_log_itself_is_stuck_the_loss_is_counted_and_said(
@@ -552,7 +536,7 @@ def test_where_the_log_itself_is_stuck_the_loss_is_counted_and_said(
         open_.set()
         guarded.shadow.close()
         assert guarded.shadow.tally == Tally(answers=7, lost=3, unjudged=4)
-        assert len(records(stuck)) == 4
+        assert len(logged(stuck)) == 4
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -596,7 +580,7 @@ def test_a_drain_that_runs_out_of_time_logs_the_rest_unjudged(log: Log) -> None:
 
     assert guarded.shadow.drain(0.05) is False
     assert guarded.shadow.tally == Tally(answers=5, unjudged=5)
-    assert [(t.outcome, t.unjudged, t.error) for t in records(log)] == [
+    assert [(t.outcome, t.unjudged, t.error) for t in logged(log)] == [
         (Outcome.UNJUDGED, "shutdown", None)
     ] * 5
     gate.open.set()
@@ -612,188 +596,7 @@ def _until(holds: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-# --- the end of the process ---------------------------------------------------------------------------
-
-PROGRAM = """
-import asyncio, os, signal, sys, threading, time
-from replies import RULES, verdicts
-from cai_graph import constitutional, open_log
-from cai_graph.testing import ScriptedModel
-
-class Slow(ScriptedModel):
-    async def _agenerate(self, messages, *args, **kwargs):
-        await asyncio.sleep(0.2)
-        # Clients without a native async path, and look-ups of names, work in the loop's thread pool.
-        return await asyncio.to_thread(self._generate, messages, *args, **kwargs)
-
-def make(count):
-    app = ScriptedModel(replies=lambda messages: "the draft")
-    critic = Slow(replies=lambda messages: verdicts())
-    return constitutional(app, constitution=RULES, critic=critic, reviser=app, mode="shadow",
-                          log=sys.argv[1], shadow_concurrency=count)
-
-def answer(guarded, count):
-    for number in range(count):
-        guarded.invoke(f"question {number} of {os.getpid()}")
-    print("answered", flush=True)
-"""
-
-
-def run(tmp_path: Path, rest: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM + rest, str(tmp_path / "log.db")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *sys.path])},
-    )
-
-
-def ended(process: subprocess.Popen[str], status: int) -> None:
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (status, "")
-
-
-def judged(tmp_path: Path) -> list[str | None]:
-    with open_log(tmp_path / "log.db", read_only=True) as log:
-        return [record.unjudged for record in log.read() if isinstance(record, Trajectory)]
-
-
-@pytest.mark.parametrize("rest", ["", "sys.exit(0)", "asyncio.run(guarded.ainvoke('last'))"])
-def test_an_exit_judges_what_waits(rest: str, tmp_path: Path) -> None:
-    ended(run(tmp_path, f"guarded = make(4)\nanswer(guarded, 10)\n{rest}"), 0)
-
-    assert judged(tmp_path) == [None] * (11 if "last" in rest else 10)
-
-
-def test_an_exit_by_an_exception_judges_what_waits(tmp_path: Path) -> None:
-    process = run(tmp_path, "answer(make(4), 3)\nraise SystemExit(7)")
-    ended(process, 7)
-
-    assert judged(tmp_path) == [None] * 3
-
-
-@pytest.mark.parametrize("waits", ["time.sleep(60)", "asyncio.run(asyncio.sleep(60))"])
-def test_sigterm_judges_what_waits_and_then_ends_the_process(waits: str, tmp_path: Path) -> None:
-    process = run(tmp_path, f"answer(make(4), 10)\n{waits}")
-    assert process.stdout is not None
-    assert process.stdout.readline() == "answered\n"
-    process.send_signal(signal.SIGTERM)
-    ended(process, -signal.SIGTERM)
-
-    assert judged(tmp_path) == [None] * 10
-
-
-def test_a_sigterm_handler_of_the_applications_own_stays_and_its_exit_drains(tmp_path: Path) -> None:
-    process = run(
-        tmp_path,
-        "def mine(*args):\n    print('mine', flush=True)\n    sys.exit(3)\n"
-        "signal.signal(signal.SIGTERM, mine)\nanswer(make(4), 10)\ntime.sleep(60)",
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "answered\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout.readline() == "mine\n"
-    ended(process, 3)
-
-    assert judged(tmp_path) == [None] * 10
-
-
-def test_a_handler_that_was_set_later_can_hand_on_to_ours(tmp_path: Path) -> None:
-    process = run(
-        tmp_path,
-        "guarded = make(4)\nbefore = signal.getsignal(signal.SIGTERM)\n"
-        "def mine(*args):\n    print('mine', flush=True)\n    before(*args)\n"
-        "signal.signal(signal.SIGTERM, mine)\nanswer(guarded, 10)\ntime.sleep(60)",
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "answered\n"
-    process.send_signal(signal.SIGTERM)
-    ended(process, -signal.SIGTERM)
-
-    assert judged(tmp_path) == [None] * 10
-
-
-def test_an_app_wrapped_in_another_thread_warns_until_the_main_thread_can_see_to_sigterm(
-    tmp_path: Path,
-) -> None:
-    process = run(
-        tmp_path,
-        "apps = []\nthread = threading.Thread(target=lambda: apps.extend([make(4), make(4)]))\n"
-        "thread.start()\nthread.join()\n"
-        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
-        "answer(apps[0], 10)\ntime.sleep(60)",
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "answered\n"
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-
-    assert process.returncode == -signal.SIGTERM
-    assert errors.count("outside the main thread") == errors.count("\n") == 1
-    assert judged(tmp_path) == [None] * 10
-
-
-def test_a_kill_loses_only_what_was_not_in_the_log_yet_and_the_log_is_whole(tmp_path: Path) -> None:
-    from cai_graph.log import verify
-
-    process = run(
-        tmp_path,
-        "guarded = make(2)\nanswer(guarded, 20)\n"
-        "while guarded.shadow.tally.judged < 4: time.sleep(0.01)\nprint('some', flush=True)\ntime.sleep(60)",
-    )
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["answered\n", "some\n"]
-    process.kill()
-    process.communicate(timeout=60)
-
-    found = judged(tmp_path)
-    assert 4 <= len(found) < 20
-    assert set(found) == {None}
-    assert verify(tmp_path / "log.db").ok
-
-
-def test_workers_forked_from_a_preloaded_app_judge_each_their_own(tmp_path: Path) -> None:
-    process = run(
-        tmp_path,
-        """
-guarded = make(4)
-guarded.invoke("in the parent, before the fork")
-workers = []
-open(sys.argv[1] + '.go', 'w').close()
-for _ in range(2):
-    worker = os.fork()
-    if worker == 0:  # as gunicorn's: it handles SIGTERM itself, and leaves by sys.exit
-        assert guarded.shadow.tally.answers == 0
-        alive = [True]
-        signal.signal(signal.SIGTERM, lambda *args: alive.clear())
-        answer(guarded, 5)
-        open(sys.argv[1] + '.go', 'a').write('x')
-        while alive: time.sleep(0.01)
-        sys.exit(0)
-    workers.append(worker)
-time.sleep(0.1)
-while len(open(sys.argv[1] + '.go').read()) < 2: time.sleep(0.01)
-for worker in workers: os.kill(worker, signal.SIGTERM)
-for worker in workers: assert os.waitpid(worker, 0)[1] == 0
-""",
-    )
-    ended(process, 0)
-
-    assert judged(tmp_path) == [None] * 11
-
-
-def test_a_child_of_multiprocessing_judges_what_waits(tmp_path: Path) -> None:
-    process = run(
-        tmp_path,
-        "import multiprocessing\nguarded = make(4)\n"
-        "child = multiprocessing.get_context('fork').Process(target=answer, args=(guarded, 5))\n"
-        "child.start()\nchild.join()\nassert child.exitcode == 0",
-    )
-    ended(process, 0)
-
-    assert judged(tmp_path) == [None] * 5
+# --- documentation ------------------------------------------------------------------------------------
 
 
 def test_the_page_runs_as_it_stands(

@@ -5,146 +5,25 @@ from __future__ import annotations
 import asyncio
 import operator
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.output_parsers import JsonOutputParser, StrOutputParser
-from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda, RunnableParallel
-from langchain_core.runnables.utils import AddableDict
-from langchain_core.tools import tool
-from langchain_core.tracers.base import BaseTracer
-from langchain_core.tracers.schemas import Run
-from replies import IDS, RULES, answer_in, by_role, role_of, verdicts
+from langchain_core.messages import AIMessage, BaseMessage
+from replies import RULES, answer_in, logged, role_of
+from typist import DRAFT, FINE, ONE, THREE, TWO, Typist, drawn, guarded, judge, unsafe, until_error
 
-from cai_graph import Budget, ScriptedModel, constitutional
-from cai_graph.errors import BudgetExceeded, ConfigError, DataError, Unreadable, Violation
-from cai_graph.log import Log, open_log
+from cai_graph import Budget, ScriptedModel
+from cai_graph.errors import BudgetExceeded, Unreadable, Violation
+from cai_graph.log import Log
 from cai_graph.streams import AHEAD, block_end, relay
 from cai_graph.trajectory import Outcome, Trajectory, text_of
 
-ONE = "This is the first group of sentences, and it is as long as the first block has to be."
-TWO = (
-    " The second one is unsafe, and it says so at once, for a hundred and sixty characters and more, which is"
-)
-TWO += " how long the second block has to be before it may end, so that it goes on until here, the end of it."
-THREE = " And the third one is the last."
-DRAFT = ONE + TWO + THREE
-FINE = DRAFT.replace("unsafe", "harmless")
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Iterator[Log]:
-    with open_log(tmp_path / "cai.db") as opened:
-        yield opened
-
 
 def recorded(log: Log) -> Trajectory:
-    log.flush()
-    (record,) = log.read(kind="trajectory")
-    assert isinstance(record, Trajectory)
+    (record,) = logged(log)
     return record
-
-
-def unsafe(messages: list[BaseMessage]) -> str:
-    """The reply of a critic that finds `unsafe` in an answer, batched or parallel."""
-    asked = [identifier for identifier in IDS if f"\n{identifier}: " in messages[0].text]
-    found = [identifier for identifier in asked[:1] if "unsafe" in answer_in(messages)]
-    return verdicts(*found, ids=asked)
-
-
-Critique = Callable[[list[BaseMessage]], str | AIMessage | Exception]
-
-
-def judge(critique: Critique = unsafe, revise: str = "It ends well.") -> ScriptedModel:
-    def answers_afresh(messages: list[BaseMessage]) -> str:
-        raise AssertionError("the app drafts, not this model")
-
-    return by_role(draft=answers_afresh, critique=critique, revise=revise)
-
-
-class Typist:
-    """An app that writes word by word; what it has written, where, and whether it was stopped."""
-
-    def __init__(self, text: str = DRAFT, *, before: Callable[[str], Any] = lambda word: None) -> None:
-        self.words = [word + " " for word in text.split(" ")]
-        self.words[-1] = self.words[-1].removesuffix(" ")
-        self.before = before
-        self.waits_at: dict[str, int] = {}
-        """Word -> how many chunks of the stream must have been seen before it is written."""
-        self.seen = 0
-        self.written: list[str] = []
-        self.threads: set[threading.Thread] = set()
-        self.stopped = False
-
-    @property
-    def app(self) -> Runnable[Any, str]:
-        return RunnableGenerator(self._write, self._awrite)
-
-    def _write(self, input: Iterator[Any]) -> Iterator[str]:
-        list(input)
-        try:
-            for word in self.words:
-                self.before(word)
-                self._wrote(word)
-                yield word
-        except GeneratorExit:
-            self.stopped = True
-            raise
-
-    async def _awrite(self, input: AsyncIterator[Any]) -> AsyncIterator[str]:
-        [part async for part in input]
-        try:
-            for word in self.words:
-                if (waiting := self.before(word)) is not None:
-                    await waiting
-                while self.seen < self.waits_at.get(word.strip(), 0):
-                    await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                self._wrote(word)
-                yield word
-        except (GeneratorExit, asyncio.CancelledError):
-            self.stopped = True
-            raise
-
-    def _wrote(self, word: str) -> None:
-        self.written.append(word)
-        self.threads.add(threading.current_thread())
-
-
-def guarded(
-    app: Runnable[Any, Any], model: ScriptedModel | None = None, *, stream: str = "blocks", **settings: Any
-) -> Any:
-    model = model or judge()
-    settings = {"log": None, "constitution": RULES} | settings
-    return constitutional(app, critic=model, reviser=model, stream=stream, **settings)
-
-
-async def drawn(app: Any, input: Any = "hello", config: Any = None, *, at_pace_of: Any = None) -> list[Any]:
-    """The chunks of a stream; a typist `at_pace_of` it writes a group of sentences once the last is seen."""
-    chunks = []
-    if at_pace_of is not None:
-        at_pace_of.waits_at = {"The": 1, "And": 2}
-    async for chunk in app.astream(input, config):
-        chunks.append(chunk)
-        if at_pace_of is not None:
-            at_pace_of.seen += 1
-    return chunks
-
-
-async def until_error(app: Any) -> tuple[list[Any], Exception | None]:
-    """The chunks of a stream, and what it raises at its end."""
-    chunks = []
-    try:
-        async for chunk in app.astream("hello"):
-            chunks.append(chunk)
-    except Exception as error:
-        return chunks, error
-    return chunks, None
 
 
 def prompts(model: ScriptedModel, role: str) -> Sequence[list[BaseMessage]]:
@@ -243,13 +122,8 @@ async def test_closing_a_relay_waits_until_its_task_has_cleaned_up() -> None:
 async def test_a_refused_turn_streams_no_call_and_a_revised_one_its_calls(revise: str) -> None:
     call: Any = {"name": "look", "args": {"at": "it"}, "id": "c1", "type": "tool_call"}
     drafts = ScriptedModel(replies=lambda _: AIMessage("unsafe", tool_calls=[call]))
-    model = judge(revise=revise)
-    guarded = constitutional(
-        drafts, critic=model, reviser=model, constitution=RULES, log=None, stream="blocks"
-    )
 
-    chunks = [chunk async for chunk in guarded.astream("hello")]
-    left = reduce(operator.add, chunks[1:], chunks[0])
+    left = reduce(operator.add, await drawn(guarded(drafts, judge(revise=revise))))
 
     refused = revise == "It is unsafe."
     assert left.text == (RULES.refusal if refused else revise)
@@ -380,7 +254,6 @@ async def test_policy_raise_raises_after_what_has_left_and_the_record_says_what_
     chunks, error = await until_error(app)
 
     assert isinstance(error, Violation)
-
     assert chunks == [ONE]
     record = recorded(log)
     assert record.released is not None
@@ -524,6 +397,19 @@ async def test_an_app_is_not_read_further_than_a_bounded_way_beyond_its_reader()
     assert written < 4 * AHEAD < len(typist.words)
 
 
+async def test_events_that_nobody_reads_on_stop_the_app_too(log: Log) -> None:
+    typist = Typist(FINE + THREE * 500)
+
+    events = guarded(typist.app, log=log).astream_events("hello", version="v2")
+    async for event in events:
+        if event["event"] == "on_chain_stream":
+            break
+    await events.aclose()
+
+    assert typist.stopped
+    assert recorded(log).outcome is Outcome.FAILED
+
+
 # --- audit ---------------------------------------------------------------------------------------------
 
 
@@ -570,215 +456,3 @@ async def test_a_critic_that_fails_in_audit_raises_at_the_end_and_what_left_is_r
 
 async def test_audit_answers_an_invoke_as_every_mode_does() -> None:
     assert await guarded(Typist().app, stream="audit").ainvoke("hello") == "It ends well."
-
-
-# --- shapes --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stream", ["buffer", "blocks", "audit"])
-async def test_the_chunks_of_a_chat_model_add_up_to_what_invoke_returns(stream: str) -> None:
-    call = {"name": "look_up", "args": {"word": "x"}, "id": "1", "type": "tool_call"}
-    usage = {"input_tokens": 3, "output_tokens": 5, "total_tokens": 8}
-    said = AIMessage(FINE, tool_calls=[call], usage_metadata=usage, response_metadata={"model": "m"}, id="7")  # type: ignore[arg-type]
-    model = by_role(draft=said, critique=unsafe)
-    app = constitutional(model, constitution=RULES, log=None, stream=stream)  # type: ignore[arg-type]
-
-    chunks = [chunk async for chunk in app.astream("hello")]
-
-    assert all(isinstance(chunk, AIMessageChunk) for chunk in chunks)
-    total: Any = chunks[0]
-    for chunk in chunks[1:]:
-        total += chunk
-    whole = await app.ainvoke("hello")
-    for name in ("content", "tool_calls", "usage_metadata", "id"):
-        assert getattr(total, name) == getattr(whole, name), name
-    assert total.response_metadata["model"] == "m"
-    assert total.response_metadata["cai"]["outcome"] == "KEPT"
-    assert {chunk.id for chunk in chunks} == {"7"}
-
-
-async def test_content_in_parts_stays_in_parts() -> None:
-    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AIMessageChunk]:
-        for index, word in enumerate(FINE.split(" ")):
-            part = {"type": "text", "text": word if index == 0 else f" {word}", "index": 0}
-            yield AIMessageChunk(content=[part], id="7")
-        yield AIMessageChunk(content=[{"type": "image", "url": "x", "index": 1}], id="7")
-
-    chunks = await drawn(guarded(RunnableGenerator(write)))
-
-    total = chunks[0]
-    for chunk in chunks[1:]:
-        total += chunk
-    assert len(chunks) == 3
-    assert total.content == [
-        {"type": "text", "text": FINE, "index": 0},
-        {"type": "image", "url": "x", "index": 1},
-    ]
-
-
-async def test_what_stands_beside_the_answer_leaves_with_the_first_block_once() -> None:
-    typist = Typist(FINE)
-    app = RunnableParallel(answer=typist.app, documents=RunnableLambda(lambda _: ["a document"]))
-
-    chunks = await drawn(guarded(app, context_keys=["documents"]), at_pace_of=typist)
-
-    assert [sorted(chunk) for chunk in chunks] == [["answer", "documents"], ["answer"], ["answer"]]
-    total = chunks[0]
-    for chunk in chunks[1:]:
-        total += chunk
-    assert total == {"answer": FINE, "documents": ["a document"]}
-
-
-async def test_what_grows_beside_the_answer_leaves_whole() -> None:
-    seen = asyncio.Event()
-
-    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AddableDict]:
-        yield AddableDict(pages=["one"], answer=ONE + " And")
-        await seen.wait()
-        yield AddableDict(pages=["two"], answer=" so it ends.")
-
-    chunks = []
-    async for chunk in guarded(RunnableGenerator(write)).astream("hello"):
-        chunks.append(chunk)
-        seen.set()
-
-    assert chunks == [{"pages": ["one"], "answer": ONE}, {"pages": ["two"], "answer": " And so it ends."}]
-
-
-@pytest.mark.parametrize("key", ["answer", "output"])
-async def test_a_copy_beside_the_answer_waits_until_all_is_judged_and_is_replaced(key: str) -> None:
-    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AddableDict]:
-        yield AddableDict(pages=["a page"], answer=ONE, output=ONE)
-        yield AddableDict(answer=TWO + THREE, output=TWO + THREE)
-
-    app = guarded(RunnableGenerator(write), output_key=key, max_rounds=0)
-
-    chunks = await drawn(app)
-
-    told = "".join(chunk.get("answer", "") + chunk.get("output", "") for chunk in chunks)
-    assert "unsafe" not in told
-    assert chunks[0]["pages"] == ["a page"]
-
-
-def executor(*, replies: Callable[[list[BaseMessage]], Any]) -> Any:
-    """LangChain's old agent; it streams its messages, which `invoke` does not return."""
-    from langchain_classic.agents import AgentExecutor, create_tool_calling_agent
-
-    class Agent(ScriptedModel):
-        def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
-            return self.bind(tools=["look"])
-
-    @tool
-    def look(q: str) -> str:
-        """Look."""
-        return f"found {q}"
-
-    prompt = ChatPromptTemplate.from_messages([("user", "{input}"), ("placeholder", "{agent_scratchpad}")])
-    agent = create_tool_calling_agent(Agent(replies=replies), [look], prompt)
-    return AgentExecutor(agent=agent, tools=[look])
-
-
-def words_then(answer: str) -> Callable[[list[BaseMessage]], Any]:
-    call: Any = {"name": "look", "args": {"q": "x"}, "id": "1"}
-    return lambda messages: answer if messages[-1].type == "tool" else AIMessage("I look.", tool_calls=[call])
-
-
-async def test_blocks_of_an_old_agent_show_no_draft_under_another_key() -> None:
-    said = "It is unsafe, said at length."
-
-    chunks = await drawn(guarded(executor(replies=words_then(said)), max_rounds=0), {"input": "?"})
-
-    assert "unsafe" not in repr(chunks)
-    assert chunks[-1]["output"] == RULES.refusal
-
-
-async def test_audit_follows_an_old_agent_that_speaks_before_it_calls_a_tool() -> None:
-    app = guarded(executor(replies=words_then("It is fine.")), stream="audit")
-
-    chunks = await drawn(app, {"input": "?"})
-
-    assert [sorted(chunk) for chunk in chunks] == [
-        ["actions", "messages"],
-        ["messages", "steps"],
-        ["messages", "output"],
-    ]
-    assert chunks[-1]["output"] == "It is fine."
-
-
-async def test_an_app_that_takes_back_what_has_left_is_an_error() -> None:
-    async def write(input: AsyncIterator[Any]) -> AsyncIterator[dict[str, str]]:
-        for text in (ONE + " And", "Something else. And so on, and on, until the end of it."):
-            yield {"answer": text}  # plain dicts do not add up: each replaces the one before
-
-    with pytest.raises(DataError, match="took back text that has left"):
-        await drawn(guarded(RunnableGenerator(write)))
-
-
-async def test_an_app_that_repeats_itself_at_greater_length_is_streamed_by_what_is_new() -> None:
-    model = by_role(draft='{"answer": "' + FINE + '"}', critique=unsafe)
-
-    chunks = await drawn(guarded(model | JsonOutputParser(), model))
-
-    assert chunks[0]["answer"].startswith(ONE)
-    assert "".join(chunk["answer"] for chunk in chunks) == FINE
-
-
-async def test_an_input_in_chunks_is_what_they_add_up_to() -> None:
-    async def parts() -> AsyncIterator[str]:
-        yield "hel"
-        yield "lo"
-
-    model = by_role(draft=lambda messages: f"{messages[0].text} to you", critique=unsafe)
-    app = guarded(model | StrOutputParser(), model)
-
-    assert [chunk async for chunk in app.atransform(parts())] == ["hello to you"]
-    assert list(app.transform(iter(["hel", "lo"]))) == ["hello to you"]
-
-
-# --- what stands around --------------------------------------------------------------------------------
-
-
-async def test_a_stream_is_traced_under_the_name_and_tags_that_its_caller_gives() -> None:
-    class Tracer(BaseTracer):
-        def _persist_run(self, run: Run) -> None:
-            self.run = run
-
-    tracer = Tracer()
-    config = {"callbacks": [tracer], "run_name": "mine", "tags": ["a tag"]}
-    chunks = await drawn(guarded(Typist().app), "hello", config)
-
-    assert (tracer.run.name, tracer.run.tags) == ("mine", ["a tag"])
-    assert tracer.run.outputs == {"output": "".join(chunks)}
-
-
-@pytest.mark.parametrize("stream", ["buffer", "blocks"])
-async def test_progress_travels_as_custom_events_without_a_word_of_the_draft(stream: str) -> None:
-    app = guarded(Typist().app, judge(revise="It stays unsafe."), stream=stream)
-
-    events = [event async for event in app.astream_events("hello", version="v2")]
-
-    steps = [event["data"]["step"] for event in events if event["event"] == "on_custom_event"]
-    assert {event["name"] for event in events if event["event"] == "on_custom_event"} == {"cai_progress"}
-    started = ["drafting", "critiquing"] * (2 if stream == "blocks" else 1)
-    heard_out = ["drafting"] if stream == "blocks" else []
-    assert steps == [*started, *heard_out, "revising 1/2", "revising 2/2"]
-
-
-def test_a_setting_that_cannot_be_streamed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="stream is one of buffer, blocks, audit"):
-        guarded(Typist().app, stream="live")
-    with pytest.raises(ConfigError, match="strategy 'sampled' holds nothing back"):
-        guarded(Typist().app, strategy="sampled")
-
-
-async def test_events_that_nobody_reads_on_stop_the_app_too(log: Log) -> None:
-    typist = Typist(FINE + THREE * 500)
-
-    events = guarded(typist.app, log=log).astream_events("hello", version="v2")
-    async for event in events:
-        if event["event"] == "on_chain_stream":
-            break
-    await events.aclose()
-
-    assert typist.stopped
-    assert recorded(log).outcome is Outcome.FAILED
