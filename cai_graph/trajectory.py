@@ -284,7 +284,7 @@ class Call(Base, frozen=True, kw_only=True):
     kind: Literal["generation", "forward"] = "generation"
     """`generation` writes tokens; `forward` is one pass that writes none."""
     prompt_digest: str | None = None
-    """First 16 hex digits of the sha256 of the messages sent."""
+    """First 16 hex digits of the sha256 of the messages sent; None in a log that redacts."""
     input_tokens: int | None = None
     """Tokens of the prompt, as the provider counts them."""
     cached_input_tokens: int | None = None

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -16,10 +17,13 @@ from typing import Any
 
 import pytest
 from cli_support import BALANCED, cai, trajectories
+from log_support import trajectory
 from postgres_server import Server as PostgreSQL
 from wire import under
 
 from cai_graph.cli import log as log_commands
+from cai_graph.log import open_log
+from cai_graph.trajectory import Message
 
 
 @pytest.fixture
@@ -121,7 +125,9 @@ def test_a_dataset_without_a_test_part_says_so_and_errors_name_options(logged: P
     made = cai(logged, *build, "-o", "made", "--test-share", "1e-6")
     assert "no prompt fell to the test part; raise --test-share (now 1e-06)" in made.stderr
     assert not (logged / "made" / "test.jsonl").exists()
-    assert "no prompt fell" not in cai(logged, *build, "-o", "all", "--test-share", "0").stderr
+    whole = cai(logged, *build, "-o", "all", "--test-share", "0", "--without-user", "anne")
+    assert "no prompt fell" not in whole.stderr
+    assert "--without-user anne: no trajectory is of this user" in whole.stderr
     assert "--test-share is a share" in cai(logged, *build, "-o", "x", "--test-share", "2", status=1).stderr
     said = cai(logged, *build, "-o", "x", "--max-tokens", "9", status=1).stderr
     assert "--tokenizer and --max-tokens belong together" in said
@@ -146,6 +152,26 @@ def test_a_full_disk_behind_standard_output_is_one_line(logged: Path, args: tupl
 
     assert ended.returncode == 1
     assert ended.stderr == "what was to be written is not whole: No space left on device\n"
+
+
+@pytest.mark.parametrize("args", [("log", "export", "-"), ("log", "list", "--json")])
+def test_lines_for_a_standard_output_that_is_closed_are_an_error(logged: Path, args: tuple[str, ...]) -> None:
+    command = shlex.join([sys.executable, "-m", "cai_graph.cli", *args])
+    ended = subprocess.run(f"{command} >&-", shell=True, cwd=logged, stderr=subprocess.PIPE, text=True)
+
+    assert ended.returncode == 1
+    assert ended.stderr == "standard output is closed; redirect it into a file or a pipe\n"
+
+
+def test_what_an_encoding_of_the_terminal_lacks_is_escaped(logged: Path) -> None:
+    with open_log(logged / "cai.db") as log:
+        log.append(trajectory(messages=(Message(role="user", content="\N{SNOWMAN}" * 99),))).result()
+    listing = [sys.executable, "-m", "cai_graph.cli", "log", "list", "--limit", "1"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(listing, cwd=logged, env=env, capture_output=True, text=True)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert r"\u2603\u2603" in ended.stdout
 
 
 def test_a_log_of_a_newer_release_is_refused_and_unchanged(logged: Path) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from contextlib import aclosing
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,15 +20,13 @@ from wire import Reply, Server, serving
 from cai_graph import models
 from cai_graph.constitution import Constitution
 from cai_graph.critic import ModelCritic
-from cai_graph.errors import ConfigError, DataError, LogError
-from cai_graph.log import Log, gc, open_log
-from cai_graph.log.feedback import import_feedback, new_feedback
+from cai_graph.errors import ConfigError
+from cai_graph.log import Log, open_log
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import (
     Comparison,
     Critique,
     Draft,
-    Feedback,
     Label,
     Message,
     Outcome,
@@ -480,7 +477,7 @@ async def test_a_judge_is_compared_with_the_people_who_reviewed_the_same_answers
         log.append(review(made[0].id)),
         log.append(review(made[1].id, decision="flip")),
         log.append(review(made[2].id, decision="flip")),
-        log.append(review(made[2].id, decision="undo")),
+        log.append(review(made[2].id, decision="undo", at=START + timedelta(seconds=1))),
         log.append(review(made[3].id)),
         log.append(review(made[3].id, decision="flip", reviewer="bob")),
         log.append(review(made[4].id, decision="reject")),
@@ -498,70 +495,3 @@ async def test_a_judge_is_compared_with_the_people_who_reviewed_the_same_answers
         "n": 2,
     }
     assert again.positions.summary() == job.positions.summary()
-
-
-# --- what end users say -------------------------------------------------------------------------------
-
-
-def test_feedback_of_a_file_is_appended_and_broken_lines_are_reported(
-    log: Log, url: str, tmp_path: Path
-) -> None:
-    about = trajectory()
-    fill(log, about)
-    lines = [
-        {"trajectory_id": about.id, "score": 1, "user": "u1", "note": "thanks", "at": "2026-11-24T10:00:00"},
-        {"trajectory_id": about.id, "score": -0.5},
-        {"trajectory_id": "absent", "score": 1},
-        {"trajectory_id": about.id, "score": 7},
-        {"trajectory_id": about.id, "score": True},
-        {"trajectory_id": about.id, "score": 1, "thumb": "up"},
-        {"score": 1},
-        {"trajectory_id": about.id, "score": 1, "at": "yesterday"},
-        [1],
-    ]
-    path = tmp_path / "f.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n{cut")
-    done = import_feedback(url, path)
-
-    assert (done.added, done.present) == (2, 0)
-    assert [line.line for line in done.broken] == [3, 4, 5, 6, 7, 8, 9, 11]
-    assert done.broken[0].what == "there is no trajectory 'absent' in this log"
-    assert done.broken[1].what == "'score' is a number from -1 (bad) to 1 (good), found 7"
-    again = import_feedback(url, path)
-    assert (again.added, again.present) == (0, 2)
-    first, second = log.read(kind="feedback")
-    assert isinstance(first, Feedback)
-    assert isinstance(second, Feedback)
-    assert (first.score, first.user, first.note, first.at.isoformat()) == (
-        1.0,
-        "u1",
-        "thanks",
-        "2026-11-24T10:00:00+00:00",
-    )
-    assert second.score == -0.5
-
-
-def test_feedback_about_what_was_removed_is_not_added(url: str, tmp_path: Path) -> None:
-    with open_log(url) as log:
-        log.append(about := trajectory()).result()
-    gc(url, before=START + timedelta(days=1), why="the user asked for it")
-    (tmp_path / "f.jsonl").write_text(json.dumps({"trajectory_id": about.id, "score": 1, "note": "thanks"}))
-
-    done = import_feedback(url, tmp_path / "f.jsonl")
-
-    assert (done.added, [line.line for line in done.broken]) == (0, [1])
-
-
-def test_feedback_needs_a_log_and_a_file_that_are_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        import_feedback(tmp_path / "cai.db", tmp_path / "absent.jsonl")
-    (tmp_path / "f.jsonl").write_text("")
-    with pytest.raises(LogError):
-        import_feedback(tmp_path / "cai.db", tmp_path / "f.jsonl")
-    assert not (tmp_path / "cai.db").exists()
-
-
-def test_new_feedback_is_a_new_record_each_time() -> None:
-    assert new_feedback("t", 1).id != new_feedback("t", 1).id
-    with pytest.raises(DataError, match="'note' is text"):
-        new_feedback("t", 1, None, 3)

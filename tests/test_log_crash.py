@@ -183,6 +183,18 @@ log.close()
     assert found.records == 201
 
 
+def test_what_is_appended_after_the_log_has_drained_at_exit_is_written(url: str) -> None:
+    earlier = "import atexit\natexit.register(lambda: log.append(trajectory(1)))\n"  # so it comes later
+    script = "log = open_log(sys.argv[1])\nlog.append(trajectory(0))"
+    subprocess.run([sys.executable, "-c", earlier + PRELUDE + script, url], check=True)
+    assert not Path(f"{url.removeprefix('sqlite:///')}-wal").exists()  # nobody has the file open
+    with open_log(url, read_only=True) as log:
+        assert [record.prompt for record in log.read() if isinstance(record, Trajectory)] == [
+            "ask 0",
+            "ask 1",
+        ]
+
+
 def test_a_terminated_process_loses_nothing_acknowledged(url: str) -> None:
     with start(WRITE_UNTIL_KILLED, url) as child:
         assert child.stdout is not None

@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from cai_graph import constitutional
 from cai_graph.addresses import without_password
 from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
-from cai_graph.log import Log, open_log, postgres_session, recover
+from cai_graph.log import Log, open_log, open_store, postgres_session, recover
 from cai_graph.log import postgres as postgres_store
 from cai_graph.log.postgres_session import LOCK, SCHEMA
+from cai_graph.log.store import row_of
 from cai_graph.log.upkeep import verify
 from cai_graph.testing import ScriptedModel
-from cai_graph.trajectory import Trajectory
+from cai_graph.trajectory import Trajectory, encode
 
 FALLS = int(os.environ.get("CAI_LOG_FALLS", "2"))
 
@@ -69,6 +72,33 @@ def test_commits_are_synced_whatever_the_server_s_default(url: str) -> None:
         assert setting == "on"
     finally:
         execute(url, "ALTER ROLE postgres RESET synchronous_commit")
+
+
+def test_a_duplicate_fails_no_neighbour_whatever_the_server_s_isolation(url: str) -> None:
+    execute(url, "ALTER ROLE postgres SET default_transaction_isolation = 'repeatable read'")
+    try:
+        with open_log(url) as log, closing(open_store(url)) as another, ThreadPoolExecutor(1) as thread:
+            (first,), second, third = fill(log, 1), trajectory(1), trajectory(2)
+            with psycopg.connect(url.replace("+psycopg", "")) as other:
+                other.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
+                appended = [log.append(record) for record in (first, second, third)]
+                wait_in_line(url, 1)
+                inserted = thread.submit(another.insert, [row_of(second, encode(second))])
+                wait_in_line(url, 2)
+            # The first is refused, and the second is committed while the log waits for its turn again.
+            assert inserted.result() == [None]
+            assert [commit.exception() for commit in appended] == [None] * 3
+        assert {record.id for record in contents(url)} == {first.id, second.id, third.id}
+    finally:
+        execute(url, "ALTER ROLE postgres RESET default_transaction_isolation")
+
+
+def wait_in_line(url: str, count: int) -> None:
+    """Wait until so many writers wait for their turn."""
+    while execute(url, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") != [
+        (count,)
+    ]:
+        time.sleep(0.01)
 
 
 def test_a_server_without_fsync_is_refused(postgres: Server, url: str) -> None:
@@ -364,6 +394,12 @@ def test_memory_stays_flat_where_records_are_large(log: Log) -> None:
     assert len(store.page(sql, {})) == 3  # the first that are together more than 4 MB
     assert list(log.read()) == big
     assert list(log.read(newest_first=True)) == big[::-1]
+
+
+def test_no_encoding_that_a_url_names_loses_a_record(url: str) -> None:
+    with open_log(f"{url}&client_encoding=LATIN1") as log:
+        log.append(record := trajectory(source="\N{CJK UNIFIED IDEOGRAPH-65E5}")).result()
+        assert list(log.read(source=record.source)) == [record]
 
 
 def test_tags_of_any_text_are_found(log: Log) -> None:

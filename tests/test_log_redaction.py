@@ -15,6 +15,8 @@ from cai_graph import trajectory as records_of
 from cai_graph.log import WITHHELD, open_log, redact_texts, redaction
 from cai_graph.log.redaction import is_withheld, withhold
 from cai_graph.trajectory import (
+    Call,
+    Comparison,
     Critique,
     Message,
     Outcome,
@@ -52,6 +54,16 @@ def test_redaction_comes_before_the_first_write(url: str) -> None:
     assert stored.source == "run:1"
     assert stored.rounds == record.rounds
     assert not is_withheld(stored)
+
+
+@pytest.mark.parametrize("hook", [lambda record: record, withhold, lambda record: None])
+def test_no_digest_by_which_a_redacted_prompt_could_be_guessed_is_written(url: str, hook) -> None:
+    call = Call(role="draft", model="fake:app", prompt_digest="0f" * 8)
+    with open_log(url, redact=hook) as log:
+        for record in (trajectory(calls=(call,)), comparison("t", calls=(call,))):
+            log.append(record).result()
+        stored = [record for record in log.read() if isinstance(record, Trajectory | Comparison)]
+    assert [call.prompt_digest for record in stored for call in record.calls] == [None, None]
 
 
 def test_keys_that_redaction_makes_the_same_lose_no_value() -> None:

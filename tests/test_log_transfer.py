@@ -9,7 +9,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,12 +21,13 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from log_support import contents, feedback, fill, records, trajectory
+from log_support import contents, feedback, fill, records, store_of, trajectory
 
 import cai_graph.log as log_module
 import cai_graph.trajectory as trajectory_module
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
 from cai_graph.log import Import, export, import_, open_log, redact_texts
+from cai_graph.log.redaction import is_withheld
 from cai_graph.trajectory import SCHEMA_VERSION, Label, Message, Outcome, Record, Trajectory, encode
 
 
@@ -308,12 +312,61 @@ def test_a_demonstration_becomes_an_imported_trajectory(url: str, tmp_path: Path
 def test_a_demonstration_s_id_follows_from_its_content(tmp_path: Path) -> None:
     lines = tmp_path / "in.jsonl"
     changed = DEMONSTRATION | {"draft": "Never."}
-    reordered = dict(reversed(DEMONSTRATION.items())) | {"author": "bob"}
-    lines.write_text("\n".join(json.dumps(one) for one in (DEMONSTRATION, changed, reordered)))
+    reordered = dict(reversed(DEMONSTRATION.items()))
+    others = [DEMONSTRATION | {"author": author, "when": 1} for author in ("ann", "bob")]
+    again = {"when": 1, "author": "bob"} | DEMONSTRATION
+    made = [DEMONSTRATION, changed, reordered, *others, again]
+    lines.write_text("\n".join(map(json.dumps, made)))
     done = import_(tmp_path / "cai.db", lines)
-    assert (done.demonstrations, done.present, done.broken) == (2, 1, ())
+    assert (done.demonstrations, done.present, done.broken) == (4, 2, ())
     done = import_(tmp_path / "cai.db", lines)
-    assert (done.demonstrations, done.present, done.broken) == (0, 3, ())
+    assert (done.demonstrations, done.present, done.broken) == (0, 6, ())
+
+
+def test_no_id_tells_what_was_redacted(tmp_path: Path) -> None:
+    hide = redact_texts(lambda text: re.sub(r"\d", "#", text))
+    ids = set()
+    for pin in ("4821", "0007"):
+        (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": f"My PIN is {pin}.", "draft": "Noted."}))
+        log = tmp_path / f"{pin}.db"
+        assert import_(log, tmp_path / "in.jsonl", redact=hide).demonstrations == 1
+        assert import_(log, tmp_path / "in.jsonl", redact=hide).present == 1
+        ids |= {record.id for record in contents(log)}
+    assert len(ids) == 1
+
+
+def test_demonstrations_are_kept_apart_where_redaction_withholds_all_of_their_texts(tmp_path: Path) -> None:
+    made = [{"prompt": f"p{n}", "draft": "d"} for n in range(2)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, made)))
+    done = import_(tmp_path / "cai.db", tmp_path / "in.jsonl", redact=lambda record: 1 / 0)  # type: ignore
+    assert (done.demonstrations, done.present) == (2, 0)
+    assert all(map(is_withheld, contents(tmp_path / "cai.db")))
+
+
+def test_of_two_imports_at_once_the_later_finds_the_demonstration_there(url: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "p", "draft": "d" * 10_000}))
+    with open_log(url) as log, ThreadPoolExecutor(2) as threads:
+        with store_of(log)._writing:  # type: ignore[attr-defined]  # so that neither sees the other's
+            imports = [threads.submit(import_, url, tmp_path / "in.jsonl") for _ in range(2)]
+            while log._shared.writer.pending_bytes < 20_000:  # type: ignore[union-attr]
+                time.sleep(0.001)
+        done = [one.result() for one in imports]
+    assert [one.broken for one in done] == [(), ()]
+    assert sorted((one.demonstrations, one.present) for one in done) == [(0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("end", ["jsonl", "parquet"])
+def test_an_import_holds_a_few_megabytes_whatever_the_size_of_a_record(tmp_path: Path, end: str) -> None:
+    pytest.importorskip("pyarrow")
+    made = [trajectory(n, metadata={"text": f"{n % 10}" * 1_000_000}) for n in range(12)]
+    make(tmp_path / "cai.db", *made)
+    export(tmp_path / "cai.db", tmp_path / f"out.{end}")
+    tracemalloc.start()
+    try:
+        assert import_(tmp_path / "copy.db", tmp_path / f"out.{end}").records == 12
+        assert tracemalloc.get_traced_memory()[1] < 25_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ failed check, 2 wrong usage, 3 finished but something was skipped, 130 interrupt
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -68,6 +69,8 @@ app.add_typer(evaluate.commands, name="evaluate")
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that its encoding lacks is no error
     try:
         try:
             app()

@@ -18,6 +18,7 @@ from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 from cai_graph.addresses import without_password
+from cai_graph.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -74,6 +75,18 @@ def group(help: str = "", **settings: Any) -> typer.Typer:
     return typer.Typer(
         help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, **settings
     )
+
+
+def print_lines(lines: Iterable[bytes]) -> None:
+    """Print records, each a line of ASCII JSON with its line end.
+
+    Raises:
+        ConfigError: the shell has closed standard output.
+    """
+    if sys.stdout is None:
+        raise ConfigError("standard output is closed; redirect it into a file or a pipe")
+    for line in lines:
+        sys.stdout.write(line.decode("ascii"))
 
 
 def print_json(value: object) -> None:

@@ -110,6 +110,8 @@ def dataset_build(
         _print(built.ledger)
     rows = built.ledger.rows
     note(f"{show.count(rows, 'row')} {'is' if rows == 1 else 'are'} in {output}")
+    for what, id in built.unmet:
+        note(f"--without-{what} {id}: no trajectory is of this {what}, so nothing was removed for it")
     if test_share and not built.ledger.kept.get("test"):
         note(f"no prompt fell to the test part; raise --test-share (now {test_share:g})")
 

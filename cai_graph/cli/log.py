@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -20,6 +19,7 @@ from cai_graph.cli.console import (
     is_attended,
     note,
     out,
+    print_lines,
     print_record,
 )
 from cai_graph.cli.options import AsJson, ExportFormat, LogUrl, OutcomeFilter, Since, Source, Tag
@@ -61,8 +61,7 @@ def log_list(
     }
     with open_log(log, read_only=True) as opened:
         if as_json:
-            for line in opened.lines(**filters):
-                sys.stdout.write(line.decode("ascii"))
+            print_lines(opened.lines(**filters))
             return
         rows = [_row(record) for record in opened.read(**filters)]  # type: ignore[arg-type]
     out.print(show.table(rows, ("id", "at", "outcome", "prompt")))
@@ -126,8 +125,7 @@ def log_export(
         if format == "parquet":
             raise typer.BadParameter("standard output takes JSONL alone; name a file", param_hint="--format")
         with open_log(log, read_only=True) as opened:
-            for line in opened.lines(**filters):
-                sys.stdout.write(line.decode("ascii"))
+            print_lines(opened.lines(**filters))
         return
     count = transfer.export(log, file, format=format, **filters)
     note(f"{show.count(count, 'record')} written to {file}")

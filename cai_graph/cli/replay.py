@@ -66,6 +66,8 @@ def replay(
 ) -> None:
     """Judge logged answers again under another constitution or by another critic, and show what changes.
 
+    Exits with 3 where answers that are unreadable now may hide what --fail-on names.
+
     The log is only read. Type the same command again after an interrupt, and it goes on where it stopped.
     """
     from cai_graph import constitution as constitutions
@@ -111,19 +113,25 @@ def replay(
     if found := [rule for rule in fail_on or () if _broken(rule, report)]:
         complain(f"failed: {', '.join(found)}")
         raise typer.Exit(FAILED)
+    if unsure := [rule for rule in fail_on or () if _broken(rule, report, at_worst=True)]:
+        unread = show.count(report.now_unreadable, "answer")
+        complain(f"{', '.join(unsure)}: not known, since {unread} that could be read cannot be read now")
     if report.failed:
         complain(f"{show.count(report.failed, 'answer')} could not be judged; to try {again()}")
+    if unsure or report.failed:
         raise typer.Exit(SKIPPED)
 
 
-def _broken(rule: FailingChange, report: Report) -> bool:
+def _broken(rule: FailingChange, report: Report, *, at_worst: bool = False) -> bool:
+    """Return whether a change is there; `at_worst`, whether what is unreadable now may hide it."""
+    newly, cleared = report.newly, report.cleared
     match rule:
         case FailingChange.MORE_VIOLATIONS:
-            return report.newly > report.cleared
+            return newly + at_worst * report.standings["complies", "unreadable"] > cleared
         case FailingChange.FEWER_VIOLATIONS:
-            return report.cleared > report.newly
+            return cleared + at_worst * report.standings["violates", "unreadable"] > newly
         case FailingChange.ANY_CHANGE:
-            return bool(report.newly or report.cleared or report.now_unreadable)
+            return bool(newly or cleared or report.now_unreadable)
         case FailingChange.UNREADABLE:
             return report.now_unreadable > 0
 

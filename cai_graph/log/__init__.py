@@ -121,7 +121,8 @@ def open_log(url: str | os.PathLike[str], *, redact: Redactor | None = None, rea
             .db, .sqlite or .sqlite3, or `postgresql://user@host:5432/database`, also written
             `postgresql+psycopg://…`, with the parameters that libpq knows.
         redact: applied to each record appended through this Log, before anything is written. Where it
-            fails, the record is stored without its texts (`WITHHELD`).
+            fails, the record is stored without its texts (`WITHHELD`). Either way calls are stored without
+            their `prompt_digest`, by which a short text could be guessed.
         read_only: reads only; an absent log is an error and `append` raises.
 
     Raises:
@@ -375,12 +376,16 @@ def _close(shared: _Shared) -> None:
 
 @atexit.register
 def _drain() -> None:
-    """Write what is pending when the program ends without closing."""
+    """Write what is pending when the program ends without closing, and let go of the files.
+
+    The Logs stay open: a handler that was registered before this one comes after it, and may append, too.
+    """
     with _lock:
         remaining = list(_open.values())
-        _open.clear()
     for shared in remaining:
-        _close(shared)
+        if shared.writer is not None:
+            shared.writer.drain()
+        shared.store.close()
 
 
 def _before_fork() -> None:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from cai_graph.errors import DataError
 from cai_graph.log import Log, Redactor, open_log
-from cai_graph.log.transfer import BrokenLine, content_id
+from cai_graph.log.store import Duplicate
+from cai_graph.log.transfer import BrokenLine, redacted, under_content_id, windows
 from cai_graph.trajectory import Feedback, new_id, now
 
 __all__ = ["FeedbackImport", "import_feedback", "new_feedback"]
 
 _KEYS = ("trajectory_id", "score", "user", "note", "at")
-_WINDOW = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,9 @@ def import_feedback(
     """Append the feedback of a JSONL file to a log; a line that cannot be read is reported and skipped.
 
     A line is an object with `trajectory_id`, `score` and, where known, `user`, `note` and `at`, as in
-    `new_feedback`. A line's id follows from its content, so that importing a file again adds nothing.
+    `new_feedback`. A line's id follows from its content, as `redact` leaves it, so that importing a file
+    again adds nothing. Of a user's equal lines one counts; those of a file that name no user count each. A
+    line whose redaction fails is added each time.
 
     Args:
         url: the log, which must be there.
@@ -93,19 +93,20 @@ def import_feedback(
         file = source.open("rb")
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror}") from error
-    added = present = 0
+    added = present = lines = 0
     broken: list[BrokenLine] = []
-    with file, _present(url), open_log(url, redact=redact) as log:
-        lines = enumerate(file, 1)
-        while window := list(islice(lines, _WINDOW)):
+    nameless: Counter[str] = Counter()
+    with file, _present(url), open_log(url) as log:
+        for window in windows(file):
             read: list[tuple[int, Feedback]] = []
-            for number, line in window:
+            for number, line in enumerate(window, lines + 1):
                 if not line.strip():
                     continue
                 try:
-                    read.append((number, _parse(line)))
+                    read.append((number, _parse(line, redact, nameless)))
                 except DataError as error:
                     broken.append(BrokenLine(number, str(error)))
+            lines += len(window)
             known = log.known([one.id for _, one in read])
             about = log.known([one.trajectory_id for _, one in read], removed=False)
             waiting = []
@@ -121,6 +122,8 @@ def import_feedback(
             for number, future in waiting:
                 try:
                     future.result()
+                except Duplicate:  # another import was quicker
+                    present += 1
                 except DataError as error:
                     broken.append(BrokenLine(number, str(error)))
                 else:
@@ -133,7 +136,14 @@ def _present(url: str | os.PathLike[str]) -> Log:
     return open_log(url, read_only=True)
 
 
-def _parse(line: bytes) -> Feedback:
+def _parse(line: bytes, redact: Redactor | None, nameless: Counter[str]) -> Feedback:
+    """Return the feedback of a line, redacted.
+
+    Args:
+        line: the line.
+        redact: see `open_log`.
+        nameless: how often each feedback that names no user stood in the file so far, by its id.
+    """
     try:
         data: Any = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:
@@ -144,5 +154,12 @@ def _parse(line: bytes) -> Feedback:
         raise DataError(f"unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
     if not isinstance(data.get("trajectory_id"), str):
         raise DataError("no 'trajectory_id', the id of what the feedback is about")
-    made = new_feedback(data["trajectory_id"], *(data.get(key) for key in _KEYS[1:]))
-    return msgspec.structs.replace(made, id=content_id(["feedback", *map(data.get, _KEYS)]))
+    made = redacted(new_feedback(data["trajectory_id"], *(data.get(key) for key in _KEYS[1:])), redact)
+    at = None if data.get("at") is None else made.at.isoformat()
+    content = ["feedback", made.trajectory_id, made.score, made.user, made.note, at]
+    made = under_content_id(made, content)
+    if made.user is None:
+        nameless[made.id] += 1
+        if nameless[made.id] > 1:
+            made = under_content_id(made, [*content, nameless[made.id]])
+    return made

@@ -1,8 +1,8 @@
 """Records out of the raw pages of a damaged log file, past SQLite.
 
-Every table leaf is looked at, in the file and in its WAL, whether the tree still leads to it or not; where
-a page's own list of cells is damaged, every offset is tried. A row counts only if its checksum holds, so
-nothing is found that was not written. The format: https://www.sqlite.org/fileformat2.html.
+Every page is looked at, in the file and in its WAL, whether the tree still leads to it or not, and whatever
+its own header says that it is; what looks like the header of a row is tried. A row counts only if its
+checksum holds, so nothing is found that was not written. The format: https://www.sqlite.org/fileformat2.html.
 """
 
 from __future__ import annotations
@@ -10,29 +10,34 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from cai_graph.errors import CaiError, LogError
 from cai_graph.log.sqlite import PAGE_SIZE
 from cai_graph.log.store import Row, column_text, digest_of, row_of
-from cai_graph.trajectory import decode
+from cai_graph.trajectory import Record, decode
 
 __all__ = ["Found", "scan"]
 
 _LEAF = 13
-_OTHER_TREE_PAGES = {2, 5, 10}
 _RECORD_COLUMNS = 15
 _TOMBSTONE_COLUMNS = 9
 _MAX_PAYLOAD = 1 << 30
-_HEADER = re.compile(rb"[\x0a-\x40](?=\0)")
-"""How the header of a row of ours begins: its length, and NULL for the column that is the row's number."""
+_HEADER_SIZES = range(10, 65)
+"""Bytes in which a row of ours tells the kinds of its columns; the first of these is NULL, for its number."""
 _BEFORE_HEADER = 14
 """Bytes that may stand before it: the row's size (up to 5) and number (up to 9)."""
+_ZEROS = re.compile(rb"\0+")
+"""Payloads hold none, since they are ASCII, so a page is searched fast for what may be that NULL."""
+_FAULTS = (AttributeError, TypeError, ValueError, CaiError)
+"""What comes of a row that is damaged, in which anything may stand."""
 
 
 class _Place(NamedTuple):
@@ -43,14 +48,18 @@ class _Place(NamedTuple):
     offset: int
 
 
-class _Cell(NamedTuple):
-    """One row as its page holds it."""
+class _Row(NamedTuple):
+    """One row of ours, as its first bytes tell it."""
 
     position: int
-    values: list[Any]
-    """Its columns; empty where the table is not ours."""
-    overflow: list[int]
-    """Pages that it goes on in."""
+    start: int
+    """Where its header begins in the page, with the columns behind it."""
+    size: int
+    """Bytes from there, those on overflow pages included."""
+    header: int
+    """Bytes of the header."""
+    types: list[int]
+    """The kind of each column."""
 
 
 @dataclass
@@ -70,7 +79,10 @@ class Found:
 
 
 class _Pages:
-    """Pages by number, each in all versions that the file and the WAL hold; the newest first."""
+    """Pages by number, each in all versions that the file and the WAL hold.
+
+    A version is where the page begins in the WAL; 0 is that of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -90,11 +102,15 @@ class _Pages:
         self._bytes = os.fstat(self._file.fileno()).st_size
         self.count = -(-self._bytes // self.size)
         self._frames: dict[int, list[int]] = {}
+        self._commits: list[int] = []
+        """Those versions, in order, that end a transaction; behind them where the WAL ends."""
         wal_bytes = 0 if self._wal is None else os.fstat(self._wal.fileno()).st_size
-        for start in range(32, wal_bytes - 24 - self.size + 1, 24 + self.size):
-            number = int.from_bytes(self._read(self._wal, start, 4))
-            if 0 < number < 1 << 31:
-                self._frames.setdefault(number, []).insert(0, start + 24)
+        for start in range(32 + 24, wal_bytes - self.size + 1, 24 + self.size):
+            frame = self._read(self._wal, start - 24, 8)
+            self._frames.setdefault(int.from_bytes(frame[:4]), []).append(start)
+            if any(frame[4:]):
+                self._commits.append(start)
+        self._commits.append(wal_bytes)
 
     def close(self) -> None:
         self._file.close()
@@ -109,16 +125,43 @@ class _Pages:
         except OSError as error:
             raise LogError(f"{self._path}: cannot be read at byte {offset}: {error.strerror}") from error
 
-    def numbers(self) -> Iterator[int]:
-        yield from range(1, self.count + 1)
-        yield from sorted(number for number in self._frames if number > self.count)
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Yield the number and version of every page."""
+        beyond = sorted(number for number in self._frames if not 0 < number <= self.count)
+        for number in chain(range(1, self.count + 1), beyond):
+            yield from ((number, version) for version in self._versions(number))
 
-    def versions(self, number: int) -> Iterator[bytes]:
-        for start in self._frames.get(number, ()):
-            yield self._read(self._wal, start, self.size)
-        start = (number - 1) * self.size
-        if 0 <= start < self._bytes:
-            yield self._read(self._file, start, self.size).ljust(self.size, b"\0")
+    def page(self, number: int, version: int) -> bytes:
+        if version:
+            return self._read(self._wal, version, self.size)
+        return self._read(self._file, (number - 1) * self.size, self.size).ljust(self.size, b"\0")
+
+    def as_of(self, number: int, version: int) -> bytes | None:
+        """Return a page as the transaction left it that wrote this version, of whichever page.
+
+        What is later may have overwritten it, and so may what is left of the WAL from before it began anew:
+        the salts of its frames are others.
+        """
+        salts = self._salts(version)
+        end = self._commits[bisect_left(self._commits, version)]
+        for start in self._versions(number):
+            if start == 0 or (start <= end and self._salts(start) == salts):
+                return self.page(number, start)
+        return None
+
+    def newest(self, number: int, version: int) -> bytes | None:
+        """Return a page as it stands last in the WAL, or else in the file."""
+        return next((self.page(number, start) for start in self._versions(number)), None)
+
+    def _versions(self, number: int) -> Iterator[int]:
+        """Yield the versions of a page, the newest first."""
+        yield from reversed(self._frames.get(number, ()))
+        if 0 < number <= self.count:
+            yield 0
+
+    def _salts(self, version: int) -> bytes:
+        """Return the two numbers that the WAL had when this version was written; none for the file's."""
+        return self._read(self._wal, version - 16, 8) if version else b""
 
 
 @contextlib.contextmanager
@@ -144,27 +187,23 @@ class _Scanner:
         self.tombstones: dict[str, tuple[int, tuple[Any, ...]]] = {}
         self.suspects: dict[tuple[int, str | None], str] = {}
         self.sequences: dict[str, set[int]] = defaultdict(set)
-        self.claimed: set[int] = set()
 
     def run(self) -> None:
-        doubtful: list[int] = []
-        for number in self.pages.numbers():
-            for version, page in enumerate(self.pages.versions(number)):
-                base = 100 if number == 1 else 0
-                kind = page[base]
-                if kind == _LEAF:
-                    if not self._leaf(page, base, number, version):
-                        doubtful.append(number)
-                elif kind not in _OTHER_TREE_PAGES:
-                    doubtful.append(number)
-        for number in doubtful:
-            # What is left after the intact records' overflow pages: damaged leaves, and little else.
-            if number in self.claimed:
-                continue
-            for version, page in enumerate(self.pages.versions(number)):
-                for header in _HEADER.finditer(page):
-                    for offset in range(max(0, header.start() - _BEFORE_HEADER), header.start() - 1):
-                        self._take(page, _Place(number, version, offset), lenient=False)
+        for number, version in self.pages.places():
+            page = self.pages.page(number, version)
+            seen = set()
+            for offset in _listed(page, 100 if number == 1 else 0):
+                if (row := _row_at(page, offset)) is not None:
+                    seen.add(row.start)
+                    self._take(page, row, _Place(number, version, offset), listed=True)
+            # What no list leads to: the list is damaged, or the page's own kind.
+            for zeros in _ZEROS.finditer(page, 1):
+                start = zeros.start() - 1
+                if page[start] in _HEADER_SIZES and start not in seen and _types_at(page, start):
+                    for offset in range(max(0, start - _BEFORE_HEADER), start - 1):
+                        row = _row_at(page, offset)
+                        if row is not None and row.start == start:
+                            self._take(page, row, _Place(number, version, offset), listed=False)
 
     def found(self) -> Found:
         # An id may be appended again after it was removed: what came last holds.
@@ -186,118 +225,125 @@ class _Scanner:
         )
 
     def _rows(self, intact: list[tuple[int, _Place]]) -> Iterator[Row]:
-        for _, (number, version, offset) in intact:
-            page = next(islice(self.pages.versions(number), version, None))
-            cell = self._cell(page, offset)
-            assert cell is not None
-            payload = cell.values[-1]
-            yield row_of(decode(payload), payload)
+        for _, place in intact:
+            page = self.pages.page(place.number, place.version)
+            row = _row_at(page, place.offset)
+            assert row is not None
+            for columns in self._readings(page, row, place.version):
+                with contextlib.suppress(*_FAULTS):
+                    yield row_of(_record_of(columns), columns[-1])
+                    break
 
-    def _leaf(self, page: bytes, base: int, number: int, version: int) -> bool:
-        """Take the rows of a table leaf; return whether each of its cells is a sound one."""
-        count = int.from_bytes(page[base + 3 : base + 5])
-        if base + 8 + 2 * count > len(page):
-            return False
-        sound = True
-        for at in range(base + 8, base + 8 + 2 * count, 2):
-            place = _Place(number, version, int.from_bytes(page[at : at + 2]))
-            sound &= self._take(page, place, lenient=True)
-        return sound
+    def _take(self, page: bytes, row: _Row, place: _Place, *, listed: bool) -> None:
+        """Take a row if it is a sound one; note a damaged one that its page lists."""
+        fault: tuple[str | None, str] | None = None
+        for columns in self._readings(page, row, place.version):
+            try:
+                if len(columns) == _TOMBSTONE_COLUMNS:
+                    self._take_tombstone(row.position, columns)
+                else:
+                    self._take_record(row.position, columns, place)
+                return
+            except _FAULTS as error:
+                if len(columns) == _RECORD_COLUMNS:
+                    id = columns[1].decode("utf-8", "replace") if isinstance(columns[1], bytes) else None
+                    fault = fault or (id, str(error))
+        if listed and fault is not None:
+            id, what = fault
+            self.suspects.setdefault((row.position, id), what)
 
-    def _take(self, page: bytes, place: _Place, *, lenient: bool) -> bool:
-        """Take the row that begins here if there is a sound one; return whether there is.
+    def _take_record(self, position: int, columns: list[Any], place: _Place) -> None:
+        id = column_text(_record_of(columns).id)
+        self.sequences[columns[3].decode()].add(columns[4])
+        if id not in self.records or self.records[id][0] < position:
+            self.records[id] = (position, place)
 
-        Args:
-            lenient: a row of a table that is not ours is sound, and a damaged row of ours is noted.
-        """
-        cell = self._cell(page, place.offset)
-        if cell is None:
-            return False
-        match len(cell.values):
-            case 0:
-                return lenient
-            case n if n == _TOMBSTONE_COLUMNS:
-                return self._take_tombstone(cell)
-            case _:
-                return self._take_record(cell, place, lenient)
+    def _take_tombstone(self, position: int, columns: list[Any]) -> None:
+        (_, id, kind, writer, sequence, digest, link, removed_at, why) = columns
+        id, kind, writer, why = (text.decode() for text in (id, kind, writer, why))
+        if len(digest) != 16 or len(link) != 16 or not isinstance(sequence, int):
+            raise ValueError("is no tombstone")
+        self.sequences[writer].add(sequence)
+        if id not in self.tombstones or self.tombstones[id][0] < position:
+            self.tombstones[id] = (position, (id, kind, writer, sequence, digest, link, removed_at, why))
 
-    def _cell(self, page: bytes, offset: int) -> _Cell | None:
-        try:
-            size, offset = _varint(page, offset)
-            position, offset = _varint(page, offset)
-            position -= (position >> 63) << 64  # what `recover` wrote stands at negative ones
-            if not 0 < size < _MAX_PAYLOAD:
-                return None
-            # The first bytes of a row say how many columns it has; only rows of ours are read on.
-            header, at = _varint(page, offset)
-            types: list[int] = []
-            while at < offset + header:
-                serial, at = _varint(page, at)
-                types.append(serial)
-            if at != offset + header or sum(map(_width, types)) + header != size:
-                return None
-            if len(types) not in (_RECORD_COLUMNS, _TOMBSTONE_COLUMNS) or types[0] != 0:
-                return _Cell(position, [], [])
-            body, overflow = self._body(page, offset, size)
-            return _Cell(position, list(_values(body, header, types)), overflow)
-        except (IndexError, ValueError):
-            return None
-
-    def _body(self, page: bytes, offset: int, size: int) -> tuple[bytes, list[int]]:
+    def _readings(self, page: bytes, row: _Row, version: int) -> Iterator[list[Any]]:
+        """Yield the columns of a row; twice where it goes on in overflow pages that may be one or others."""
         usable = self.pages.size
-        most = usable - 35
-        if size <= most:
-            return page[offset : offset + size], []
-        least = (usable - 12) * 32 // 255 - 23
-        local = least + (size - least) % (usable - 4)
-        local = local if local <= most else least
-        parts = [page[offset : offset + local]]
-        number = int.from_bytes(page[offset + local : offset + local + 4])
-        left = size - local
-        chain: list[int] = []
+        local = most = usable - 35
+        if row.size > most:
+            least = (usable - 12) * 32 // 255 - 23
+            local = least + (row.size - least) % (usable - 4)
+            local = local if local <= most else least
+        end = row.start + min(local, row.size)
+        for find in (self.pages.as_of, self.pages.newest) if row.size > local else (self.pages.as_of,):
+            with contextlib.suppress(ValueError):
+                body = page[row.start : end]
+                if row.size > local:
+                    first = int.from_bytes(page[end : end + 4])
+                    body += self._overflow(first, row.size - local, partial(find, version=version))
+                yield list(_values(body, row.header, row.types))
+
+    def _overflow(self, number: int, left: int, find: Callable[[int], bytes | None]) -> bytes:
+        parts: list[bytes] = []
         while left > 0:
-            versions = self.pages.versions(number)
-            following = next(versions, None)
-            if following is None or number in chain[-1:]:
+            page = find(number)
+            if page is None or int.from_bytes(page[:4]) == number:
                 raise ValueError("the chain of overflow pages is broken")
-            chain.append(number)
-            parts.append(following[4 : 4 + min(left, usable - 4)])
-            left -= usable - 4
-            number = int.from_bytes(following[:4])
-        return b"".join(parts), chain
+            parts.append(page[4 : 4 + left])
+            left -= len(parts[-1])
+            number = int.from_bytes(page[:4])
+        return b"".join(parts)
 
-    def _take_record(self, cell: _Cell, place: _Place, lenient: bool) -> bool:
-        (_, id, _, writer, sequence, *_, digest, _, payload) = cell.values
-        try:
-            name = writer.decode("ascii")
-            if digest_of(name, sequence, payload) != digest:
-                raise ValueError("its bytes do not match its checksum")
-            record = decode(payload)
-        except (AttributeError, TypeError, ValueError, CaiError) as error:
-            if lenient:
-                text = id.decode("utf-8", "replace") if isinstance(id, bytes) else None
-                self.suspects.setdefault((cell.position, text), str(error))
-            return False
-        self.claimed.update(cell.overflow)
-        self.sequences[name].add(sequence)
-        found = self.records.get(column_text(record.id))
-        if found is None or found[0] < cell.position:
-            self.records[column_text(record.id)] = (cell.position, place)
-        return True
 
-    def _take_tombstone(self, cell: _Cell) -> bool:
-        (_, id, kind, writer, sequence, digest, chain, removed_at, why) = cell.values
-        try:
-            texts = [text.decode() for text in (id, kind, writer, why)]
-            if len(digest) != 16 or len(chain) != 16 or not isinstance(sequence, int):
-                return False
-        except (AttributeError, TypeError, UnicodeDecodeError):
-            return False
-        self.sequences[texts[2]].add(sequence)
-        if texts[0] not in self.tombstones or self.tombstones[texts[0]][0] < cell.position:
-            stone = (*texts[:3], sequence, digest, chain, removed_at, texts[3])
-            self.tombstones[texts[0]] = (cell.position, stone)
-        return True
+def _record_of(columns: list[Any]) -> Record:
+    """Return the record of a row whose checksum holds. Raises one of _FAULTS where it does not."""
+    (_, _, _, writer, sequence, *_, digest, _, payload) = columns
+    if digest_of(writer.decode("ascii"), sequence, payload) != digest:
+        raise ValueError("its bytes do not match its checksum")
+    return decode(payload)
+
+
+def _listed(page: bytes, base: int) -> Iterator[int]:
+    """Yield where the rows of a table leaf begin, by its own list."""
+    count = int.from_bytes(page[base + 3 : base + 5])
+    if page[base] == _LEAF and base + 8 + 2 * count <= len(page):
+        for at in range(base + 8, base + 8 + 2 * count, 2):
+            yield int.from_bytes(page[at : at + 2])
+
+
+def _row_at(page: bytes, offset: int) -> _Row | None:
+    """Return the row of ours that begins at an offset of a page, if one does."""
+    try:
+        size, at = _varint(page, offset)
+        position, at = _varint(page, at)
+    except IndexError:
+        return None
+    found = _types_at(page, at)
+    if found is None or not 0 < size < _MAX_PAYLOAD:
+        return None
+    header, types = found
+    if sum(map(_width, types)) + header != size:
+        return None
+    position -= (position >> 63) << 64  # what `recover` wrote stands at negative ones
+    return _Row(position, at, size, header, types)
+
+
+def _types_at(page: bytes, start: int) -> tuple[int, list[int]] | None:
+    """Return the size of the header that begins here, and its kinds of columns, if it is one of ours."""
+    try:
+        header, at = _varint(page, start)
+        if page[at] != 0 or header > _HEADER_SIZES[-1]:
+            return None
+        types: list[int] = []
+        while at < start + header:
+            serial, at = _varint(page, at)
+            types.append(serial)
+    except IndexError:
+        return None
+    if at != start + header or len(types) not in (_RECORD_COLUMNS, _TOMBSTONE_COLUMNS):
+        return None
+    return header, types
 
 
 def _varint(data: bytes, offset: int) -> tuple[int, int]:

@@ -33,6 +33,8 @@ _URL_FORM = "postgresql://USER@HOST:5432/DATABASE"
 _SETTINGS = {
     "search_path": "cai_log",
     "client_min_messages": "warning",
+    # A transaction sees what others have committed until its turn came, above all the ids of their records.
+    "default_transaction_isolation": r"read\ committed",
     # Records are read in the order of an index, page by page. A server that has not counted the table yet
     # would rather sort all that is left, for each page anew.
     "enable_sort": "off",
@@ -151,7 +153,7 @@ MIGRATIONS: dict[int, Callable[[Session], None]] = {0: _create}
 
 
 def parameters_of(dsn: str, name: str) -> dict[str, Any]:
-    """Return the parameters of libpq that a URL says, beside those that bound every wait.
+    """Return the parameters of libpq that a URL says, beside those that bound every wait, in UTF-8.
 
     Raises:
         ConfigError: it is no URL that PostgreSQL reads.
@@ -166,14 +168,14 @@ def parameters_of(dsn: str, name: str) -> dict[str, Any]:
         ) from None
     defaults = {
         "application_name": "cai_graph",
-        "client_encoding": "UTF8",
         "connect_timeout": CONNECT_S,
         "keepalives_idle": 30,
         "keepalives_interval": 10,
         "keepalives_count": 3,
         "tcp_user_timeout": 10_000,
     }
-    return {**defaults, **parameters}
+    # In another encoding there are texts that it cannot write.
+    return {**defaults, **parameters, "client_encoding": "UTF8"}
 
 
 def connect(parameters: Mapping[str, Any], name: str, *, read_only: bool) -> Session:

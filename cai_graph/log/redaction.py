@@ -81,7 +81,11 @@ def redact_texts(redact: Callable[[str], str]) -> Redactor:
 
 
 def apply(redactor: Redactor, record: Record) -> Record:
-    """Return what the hook makes of the record, or the record without its texts where the hook fails."""
+    """Return what the hook makes of the record, or the record without its texts where the hook fails.
+
+    Neither has its calls' digests of their prompts, by which whoever guesses a text knows that it is the one.
+    """
+    record = _without_digests(record)
     try:
         redacted = redactor(record)
     except BaseException:  # Of any kind, since the writer lives on. It may quote the text: drop it.
@@ -93,7 +97,7 @@ def apply(redactor: Redactor, record: Record) -> Record:
 
 def withhold(record: Record) -> Record:
     """Return the record with every text replaced and the fact noted (`is_withheld`)."""
-    bare: Record = _map(record, lambda _: WITHHELD, _withheld_json)
+    bare: Record = _map(_without_digests(record), lambda _: WITHHELD, _withheld_json)
     replace = msgspec.structs.replace
     match record:
         case Trajectory():
@@ -112,6 +116,13 @@ def is_withheld(record: Record) -> bool:
     if isinstance(record, Trajectory | Comparison):
         return record.metadata.get("redaction") == "failed"
     return record.note == WITHHELD
+
+
+def _without_digests(record: Record) -> Record:
+    if not isinstance(record, Trajectory | Comparison):
+        return record
+    replace = msgspec.structs.replace
+    return replace(record, calls=tuple(replace(call, prompt_digest=None) for call in record.calls))
 
 
 def _map(value: Any, redact: Callable[[str], str], json: Callable[[Any], Any]) -> Any:

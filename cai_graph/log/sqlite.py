@@ -20,18 +20,15 @@ from typing import Any, TypeVar
 import apsw
 
 from cai_graph.errors import CaiError, LogError
+from cai_graph.log.sqlite_schema import APPLICATION_ID, MIGRATIONS, SCHEMA
 from cai_graph.log.store import MAX_ROWS, PAGE_BYTES, TAGGED, Database, Row, Store
-from cai_graph.log.wal import is_at_rest, make, set_aside, wal_of
+from cai_graph.log.wal import is_at_rest, keep_unread, make, set_aside, unread_of, wal_of
 
-__all__ = ["APPLICATION_ID", "PAGE_SIZE", "SCHEMA", "SQLiteStore", "connect"]
+__all__ = ["APPLICATION_ID", "MIGRATIONS", "PAGE_SIZE", "SCHEMA", "SQLiteStore", "connect"]
 
-APPLICATION_ID = 0x63616947
-"""`caiG`, in the header of every log."""
 PAGE_SIZE = 32768
 """Bytes: records of a few kilobytes share a page and leave little of it empty. With half of it, those of 9 KB
 stand alone on pages of their own, and a transaction of many takes half as long again."""
-SCHEMA = 3
-"""The version of the tables that this release writes."""
 BUSY_S = 60.0
 """How long an operation waits for other processes before it gives up."""
 _BUSY_SLICE_MS = 500
@@ -50,93 +47,7 @@ _NO_DATABASE = (
 T = TypeVar("T")
 
 
-# --- schema and migration -----------------------------------------------------------------------------
-
-
-def _create(db: apsw.Connection) -> None:
-    db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    db.execute(
-        """
-        CREATE TABLE records (
-            position      INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given twice, so `after` holds
-            id            TEXT    NOT NULL UNIQUE,
-            kind          TEXT    NOT NULL,
-            writer        TEXT    NOT NULL,
-            sequence      INTEGER NOT NULL,
-            at            INTEGER NOT NULL,                   -- microseconds since 1970 UTC
-            trajectory_id TEXT,
-            outcome       TEXT,
-            constitution  TEXT,
-            source        TEXT,
-            tags          TEXT,                               -- JSON array
-            withheld      INTEGER NOT NULL,
-            digest        BLOB    NOT NULL,
-            chain         BLOB    NOT NULL,
-            payload       BLOB    NOT NULL                    -- last: the columns are read without it
-        ) STRICT;
-        CREATE INDEX records_trajectory ON records (trajectory_id) WHERE trajectory_id IS NOT NULL;
-        CREATE INDEX records_source ON records (source) WHERE source IS NOT NULL;
-        CREATE TABLE tombstones (
-            position   INTEGER PRIMARY KEY,
-            id         TEXT    NOT NULL UNIQUE,
-            kind       TEXT    NOT NULL,
-            writer     TEXT    NOT NULL,
-            sequence   INTEGER NOT NULL,
-            digest     BLOB    NOT NULL,
-            chain      BLOB    NOT NULL,
-            removed_at INTEGER NOT NULL,                      -- microseconds since 1970 UTC
-            why        TEXT    NOT NULL
-        ) STRICT;
-        """
-    )
-
-
-def _add_indexes(db: apsw.Connection) -> None:
-    # Behind what an index is on stands the position, so each is in the order in which records are read.
-    db.execute(
-        """
-        CREATE INDEX records_kind ON records (kind) WHERE trajectory_id IS NOT NULL;  -- few are no Trajectory
-        CREATE INDEX records_outcome ON records (outcome) WHERE outcome IS NOT NULL;
-        CREATE INDEX records_constitution ON records (constitution) WHERE constitution IS NOT NULL;
-        CREATE INDEX records_at ON records (at);
-        CREATE INDEX records_tags ON records (position, tags) WHERE tags IS NOT NULL;
-        CREATE INDEX records_withheld ON records (withheld) WHERE withheld = 1;
-        -- An id may be appended again after it was removed, and be removed again.
-        CREATE TABLE buried (
-            position   INTEGER PRIMARY KEY,
-            id         TEXT    NOT NULL,
-            kind       TEXT    NOT NULL,
-            writer     TEXT    NOT NULL,
-            sequence   INTEGER NOT NULL,
-            digest     BLOB    NOT NULL,
-            chain      BLOB    NOT NULL,
-            removed_at INTEGER NOT NULL,                      -- microseconds since 1970 UTC
-            why        TEXT    NOT NULL
-        ) STRICT;
-        INSERT INTO buried SELECT * FROM tombstones;
-        DROP TABLE tombstones;
-        ALTER TABLE buried RENAME TO tombstones;
-        CREATE INDEX tombstones_id ON tombstones (id);
-        """
-    )
-
-
-def _join_indexes(db: apsw.Connection) -> None:
-    # A commit writes a page of every index that it adds to, whatever the size of the record. In one index
-    # in the order of positions, a filter walks past what it does not want, and no payload is read for it.
-    db.execute(
-        """
-        DROP INDEX records_outcome;
-        DROP INDEX records_constitution;
-        DROP INDEX records_at;
-        DROP INDEX records_tags;
-        CREATE INDEX records_filtered ON records (position, at, outcome, constitution, tags);
-        """
-    )
-
-
-MIGRATIONS: dict[int, Callable[[apsw.Connection], None]] = {0: _create, 1: _add_indexes, 2: _join_indexes}
-"""Version n -> what turns a file of version n into version n + 1, inside one transaction."""
+# --- statements ---------------------------------------------------------------------------------------
 
 _INSERT = """
     INSERT INTO records (id, kind, at, trajectory_id, outcome, constitution, source, tags, withheld, payload,
@@ -180,6 +91,9 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
             db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             db.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
             version = _version(db, path)
+            unread = unread_of(path, db)
+            if unread is not None:
+                keep_unread(path, db, unread, read_only=read_only)
             if read_only:
                 if version == 0:
                     raise LogError(_EMPTY.format(path))
@@ -194,7 +108,8 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
                 db.execute("PRAGMA secure_delete = ON")  # What `gc` removes is overwritten.
                 db.execute("PRAGMA wal_autocheckpoint = 1000")
                 db.execute("PRAGMA journal_size_limit = 67108864")
-            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
+            if unread is None or not read_only:
+                db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         except BaseException:
             db.close()
             raise
@@ -438,7 +353,11 @@ class SQLiteStore(Store):
         return _patiently(attempt, self.path)
 
     def erase(self) -> bool:
-        """Overwrite in the file and its WAL what was removed; see `Store.erase`."""
+        """Overwrite in the file and its WAL what was removed; see `Store.erase`.
+
+        SQLite overwrites a row as it removes it, but not the copies that it left behind when it moved the row
+        to another page: those go as the file is written anew.
+        """
         end = time.monotonic() + _ERASE_S
 
         def attempt() -> bool:
@@ -451,12 +370,13 @@ class SQLiteStore(Store):
 
         while not (done := _patiently(attempt, self.path)) and time.monotonic() < end:
             time.sleep(0.05)
-        return done
+        return done and not self._has_copies()
 
     def compact(self) -> bool:
-        """Give free space back to the disk, if no other connection has the log open; see `Store.compact`.
+        """Write the file anew, if anything was removed and no other connection has it open; see
+        `Store.compact`.
 
-        To write the file anew takes minutes for a large one, and whoever wants to write waits for its end.
+        That takes minutes for a large one, and whoever wants to write waits for its end.
         """
 
         def attempt() -> bool:
@@ -467,13 +387,27 @@ class SQLiteStore(Store):
                 try:
                     db.execute("PRAGMA locking_mode = EXCLUSIVE")  # of the file, from the next statement on
                     db.execute("VACUUM")
+                    with _transaction(db):
+                        db.execute("DELETE FROM sqlite_sequence WHERE name = 'tombstones'")
+                        db.execute(
+                            "INSERT INTO sqlite_sequence SELECT 'tombstones', count(*) FROM tombstones"
+                        )
                 except (apsw.FullError, apsw.BusyError, apsw.LockedError):
                     return False
                 finally:
                     db.close()
                 return True
 
-        return _patiently(attempt, self.path)
+        return self._has_copies() and _patiently(attempt, self.path)
+
+    def _has_copies(self) -> bool:
+        """Return whether the file may hold copies of what was removed since it was last written anew.
+
+        How many tombstones there were then stands where SQLite keeps such numbers for tables that need one.
+        """
+        written = "SELECT seq FROM sqlite_sequence WHERE name = 'tombstones'"
+        sql = f"SELECT count(*) > coalesce(({written}), 0) FROM tombstones"
+        return bool(self.query(lambda db: _one(db, sql)))
 
     def _writable(self, db: apsw.Connection) -> apsw.Connection:
         if self._run != self._db.opened:
@@ -507,7 +441,7 @@ class SQLiteStore(Store):
         return self.query(read)
 
     def faults(self) -> list[str]:
-        """Return what SQLite's own check of the file reports; see `Store.faults`."""
+        """Return what SQLite's own check of the file reports, and ours of its WAL; see `Store.faults`."""
         wal = Path(f"{self.path}-wal")
         crashed = wal.exists() and wal.stat().st_size > 0
 
@@ -515,8 +449,10 @@ class SQLiteStore(Store):
             if crashed:
                 # What a crash left in the WAL stays there; closing would move it into the file.
                 db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            unread = unread_of(self.path, db)
             db.execute("PRAGMA cell_size_check = ON")
-            return [str(row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            faults = [str(row[0]) for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            return faults if unread is None else [unread, *faults]
 
         try:
             return self.query(check)

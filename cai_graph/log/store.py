@@ -38,6 +38,7 @@ __all__ = [
     "Row",
     "Store",
     "StoredPayload",
+    "advances",
     "chain_of",
     "column_text",
     "digest_of",
@@ -196,11 +197,13 @@ class Store(ABC):
 
     @abstractmethod
     def erase(self) -> bool:
-        """Overwrite what was removed, wherever the log's files still hold it; return whether that worked."""
+        """Overwrite what was removed, wherever the log's files still hold it; return whether all of it is."""
 
     @abstractmethod
     def compact(self) -> bool:
-        """Give free space back to the disk, unless somebody would wait for it; return whether that worked."""
+        """Give the space of what was removed back to the disk, unless somebody would wait for it; return
+        whether that worked.
+        """
 
     @abstractmethod
     def faults(self) -> list[str]:
@@ -274,11 +277,13 @@ class Store(ABC):
             rows = self.page(sql, bindings | {"first": first, "last": last, "wanted": wanted})
             if not rows:
                 return
-            if newest_first:
-                last = rows[-1][0] - 1
-            else:
-                first = rows[-1][0] + 1
-            for _, *stored in rows:
+            for position, *stored in rows:
+                if not advances(position, first, last):
+                    raise self.out_of_order()
+                if newest_first:
+                    last = position - 1
+                else:
+                    first = position + 1
                 yield self._checked(*stored)
             if left is not None:
                 left -= len(rows)
@@ -390,12 +395,23 @@ class Store(ABC):
         return first, last
 
     def _checked(self, id: str, writer: str, sequence: int, digest: bytes, payload: bytes) -> StoredPayload:
-        if digest_of(writer, sequence, payload) != digest:
+        try:
+            sound = digest_of(writer, sequence, payload) == digest
+        except (AttributeError, TypeError):  # a damaged row may hold NULL anywhere
+            sound = False
+        if not sound:
             raise LogError(
                 f"{self.name}: record {id!r} is damaged, its bytes do not match its checksum; "
                 "`cai log verify` finds all such records, `cai log recover` saves the intact ones"
             )
         return StoredPayload(id, payload)
+
+    def out_of_order(self) -> LogError:
+        """Return the error of rows that do not come in the order of their positions."""
+        return LogError(
+            f"{self.name}: the log is damaged, its records do not come in the order of their positions; "
+            "`cai log verify` says where, `cai log recover` saves every intact record of a file"
+        )
 
     def _missing(self, id: str) -> DataError:
         sql = "SELECT removed_at, why FROM tombstones WHERE id = :id"
@@ -477,6 +493,11 @@ def _check(filters: Filters) -> None:
             raise ConfigError(f"{name} is one of {', '.join(menu)}; found {value!r}")
         if name in ("since", "until") and not isinstance(value, datetime | None):
             raise ConfigError(f"{name} is a datetime, found {value!r}")
+
+
+def advances(position: Any, first: int, last: int) -> bool:
+    """Return whether a row stands where the next one may. In a damaged tree others come, over and over."""
+    return isinstance(position, int) and first <= position <= last
 
 
 def digest_of(writer: str, sequence: int, payload: bytes) -> bytes:

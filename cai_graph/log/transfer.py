@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, TypeVar, Unpack
 from uuid import UUID
+
+import msgspec
 
 from cai_graph import whole
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
 from cai_graph.log import CURRENT_END, Filters, Log, Redactor, open_log, place_of
+from cai_graph.log.redaction import is_withheld
+from cai_graph.log.store import Duplicate
+from cai_graph.log.writer import redacted_row
 from cai_graph.trajectory import (
     ConstitutionRef,
     Critique,
@@ -28,6 +33,8 @@ from cai_graph.trajectory import (
     Trajectory,
     Verdict,
     decode,
+    encode,
+    new_id,
     now,
     shown_of,
 )
@@ -37,7 +44,20 @@ if TYPE_CHECKING:
 
     from cai_graph.log.commit import Commit
 
-__all__ = ["IMPORTED", "BrokenLine", "Format", "Import", "content_id", "export", "import_"]
+__all__ = [
+    "IMPORTED",
+    "BrokenLine",
+    "Format",
+    "Import",
+    "content_id",
+    "export",
+    "import_",
+    "redacted",
+    "under_content_id",
+    "windows",
+]
+
+R = TypeVar("R", bound=Record)
 
 Format = Literal["jsonl", "parquet"]
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -45,6 +65,7 @@ _OF_A_LOG = ("", "-wal", "-shm", "-journal")
 _ROW_GROUP = 1000
 _ROW_GROUP_BYTES = 16 << 20
 _WINDOW = 500
+_WINDOW_BYTES = 4 << 20
 
 
 # --- export -------------------------------------------------------------------------------------------
@@ -139,7 +160,7 @@ def _parquet_writer() -> Callable[[Log, Filters, BinaryIO], int]:
     def write(log: Log, filters: Filters, file: BinaryIO) -> int:
         count = 0
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for group in _groups(log.lines(**filters)):
+            for group in _groups(log.lines(**filters), _ROW_GROUP, _ROW_GROUP_BYTES):
                 writer.write_table(_table(pa, schema, group))
                 count += len(group)
         return count
@@ -147,15 +168,21 @@ def _parquet_writer() -> Callable[[Log, Filters, BinaryIO], int]:
     return write
 
 
-def _groups(lines: Iterator[bytes]) -> Iterator[list[bytes]]:
+def windows(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield lines as many at a time as an import adds in one go: some hundreds, of a few megabytes in all."""
+    return _groups(lines, _WINDOW, _WINDOW_BYTES)
+
+
+def _groups(lines: Iterable[bytes], count: int, size: int) -> Iterator[list[bytes]]:
+    """Yield groups of `count` lines, or of fewer where these are more than `size` bytes already."""
     group: list[bytes] = []
-    size = 0
+    length = 0
     for line in lines:
         group.append(line)
-        size += len(line)
-        if len(group) == _ROW_GROUP or size > _ROW_GROUP_BYTES:
+        length += len(line)
+        if len(group) == count or length > size:
             yield group
-            group, size = [], 0
+            group, length = [], 0
     if group:
         yield group
 
@@ -238,7 +265,8 @@ def import_(
     `export` writes it, or a demonstration that a person wrote: an object with `prompt`, `draft` and, where
     they apply, `critique`, `revision`, `principle` and `label` (`VIOLATES` where there is a revision,
     otherwise `COMPLIES`); other keys go to `metadata`. What is in the log already, by id, is not added
-    again; a demonstration's id follows from its content.
+    again; a demonstration's id follows from its content, as `redact` leaves it. One whose redaction fails is
+    added each time.
 
     Args:
         url: the log; made where it is absent.
@@ -258,15 +286,10 @@ def import_(
     with file:
         parquet = file.peek(4)[:4] == b"PAR1"
         lines = _parquet_lines(file, source) if parquet else file  # before the log, which opening makes
-        with open_log(url, redact=redact) as log:
-            importer = _Importer(log, redacted=redact is not None)
-            window: list[tuple[int, bytes]] = []
-            for number, line in enumerate(lines, 1):
-                window.append((number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line))
-                if len(window) == _WINDOW:
-                    importer.take(window)
-                    window = []
-            importer.take(window)
+        with open_log(url) as log:
+            importer = _Importer(log, redact)
+            for window in windows(lines):
+                importer.take(window)
             return importer.result()
 
 
@@ -287,9 +310,10 @@ def _parquet_lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
 
     def read() -> Iterator[bytes]:
         try:
-            for batch in table.iter_batches(_WINDOW, columns=["json"]):
-                for text in batch.column(0).to_pylist():
-                    yield (text or "null").encode() + b"\n"
+            for group in range(table.num_row_groups):  # a batch of several would be as large as they are
+                for batch in table.iter_batches(_WINDOW, row_groups=[group], columns=["json"]):
+                    for text in batch.column(0):
+                        yield (text.as_py() or "null").encode() + b"\n"
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{source}: cannot be read to its end: {error}") from error
 
@@ -297,22 +321,23 @@ def _parquet_lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
 
 
 class _Importer:
-    def __init__(self, log: Log, *, redacted: bool) -> None:
+    def __init__(self, log: Log, redact: Redactor | None) -> None:
         self.log = log
-        self.redacted = redacted
+        self.redact = redact
+        self.lines = 0
         self.records = self.demonstrations = self.present = self.removed = 0
         self.broken: list[BrokenLine] = []
         self.truncated = False
 
-    def take(self, window: list[tuple[int, bytes]]) -> None:
-        """Add a few hundred lines, and wait until they are committed."""
+    def take(self, window: list[bytes]) -> None:
+        """Add the next lines, and wait until they are committed."""
         parsed: dict[str, _Line] = {}
-        for number, line in window:
-            text = line.strip()
+        for number, line in enumerate(window, self.lines + 1):
+            text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
             if not text:
                 continue
             try:
-                read = _parse(number, text)
+                read = _parse(number, text, self.redact)
             except DataError as error:
                 if line.endswith(b"\n"):
                     self.broken.append(BrokenLine(number, str(error)))
@@ -324,17 +349,20 @@ class _Importer:
             first = parsed.setdefault(read.record.id, read)
             if first is not read:
                 self._compare(read, first.record)
+        self.lines += len(window)
         known = self.log.known(list(parsed))
         waiting: list[tuple[_Line, Commit]] = []
         for id, read in parsed.items():
             if id in known:
                 self._meet(read)
             else:
-                exact = None if self.redacted else read.payload
-                waiting.append((read, self.log.append_encoded(read.record, exact)))
+                waiting.append((read, self.log.append_encoded(read.record, read.payload)))
         for read, future in waiting:
             try:
                 future.result()
+            except Duplicate:  # another import was quicker
+                self._meet(read)
+                continue
             except DataError as error:
                 self.broken.append(BrokenLine(read.number, str(error)))
                 continue
@@ -352,7 +380,7 @@ class _Importer:
 
     def _compare(self, read: _Line, other: Record) -> None:
         # A demonstration's id is its content; a redacted record differs from its line on purpose.
-        if read.demonstration or self.redacted or read.record == other:
+        if read.demonstration or self.redact is not None or read.record == other:
             self.present += 1
         else:
             what = f"a different record of the id {read.record.id!r} is there already; records never change"
@@ -377,7 +405,7 @@ class _Line(NamedTuple):
     demonstration: bool
 
 
-def _parse(number: int, line: bytes) -> _Line:
+def _parse(number: int, line: bytes, redact: Redactor | None) -> _Line:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -385,10 +413,13 @@ def _parse(number: int, line: bytes) -> _Line:
     if not isinstance(data, dict):
         raise DataError(f"a line is a JSON object, found {type(data).__name__}")
     if "record" in data:
-        exact = line.isascii() and line.endswith(CURRENT_END)
-        return _Line(number, decode(line), line if exact else None, demonstration=False)
+        exact = redact is None and line.isascii() and line.endswith(CURRENT_END)
+        record = redacted(decode(line), redact)
+        return _Line(number, record, line if exact else None, demonstration=False)
     if "prompt" in data:
-        return _Line(number, _demonstration(data), None, demonstration=True)
+        record = redacted(_demonstration(data), redact)
+        said = [getattr(record, name) for name in ("messages", "draft", "rounds", "released", "metadata")]
+        return _Line(number, under_content_id(record, ["demonstration", *said]), None, demonstration=True)
     raise DataError(
         "neither a record (it would have 'record') nor a demonstration (it would have 'prompt' and 'draft'); "
         f"found {', '.join(map(repr, data)) or 'no key'}"
@@ -417,7 +448,7 @@ def _demonstration(data: dict[str, Any]) -> Trajectory:
         outcome = Outcome.EXHAUSTED if verdict.label is Label.VIOLATES else Outcome.KEPT
     metadata = {name: value for name, value in data.items() if name not in _DEMONSTRATION}
     return Trajectory(
-        id=content_id([data.get(name) for name in _DEMONSTRATION]),
+        id=new_id(),
         started_at=now(),
         seconds=0.0,
         mode="imported",
@@ -437,9 +468,34 @@ def _demonstration(data: dict[str, Any]) -> Trajectory:
     )
 
 
+def redacted(record: R, redact: Redactor | None) -> R:
+    """Return the record that a log with this hook stores."""
+    if redact is None:
+        return record
+    stored = decode(redacted_row(encode(record), redact).payload)
+    assert isinstance(stored, type(record))
+    return stored
+
+
+def under_content_id(record: R, content: Sequence[Any]) -> R:
+    """Return the record under the id that follows from its content; one that is withheld, under its own.
+
+    The content is what `redact` has left, since what was redacted could be guessed by its digest.
+    """
+    return record if is_withheld(record) else msgspec.structs.replace(record, id=content_id(content))
+
+
 def content_id(content: Sequence[Any]) -> str:
-    """Return a UUIDv8 (RFC 9562, section 5.8) that follows from the content."""
-    digest = hashlib.sha256(json.dumps(content).encode()).digest()
+    """Return a UUIDv8 (RFC 9562, section 5.8) that follows from the content: JSON, and parts of records.
+
+    Raises:
+        DataError: it is nested too deep.
+    """
+    try:
+        text = json.dumps(content, sort_keys=True, default=msgspec.to_builtins)
+    except RecursionError as error:
+        raise DataError(f"it is nested too deep: {error}") from error
+    digest = hashlib.sha256(text.encode()).digest()
     value = int.from_bytes(digest[:16])
     value = value & ~(0xF << 76) | 0x8 << 76  # version
     value = value & ~(0x3 << 62) | 0x2 << 62  # variant

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cai_graph import whole
 from cai_graph.errors import CaiError, ConfigError, LogError
 from cai_graph.log import is_open, open_store, place_of
-from cai_graph.log.store import Database, Store, chain_of, column_text, digest_of, micros, row_of
+from cai_graph.log.store import (
+    MAX_ROWS,
+    PAGE_BYTES,
+    Database,
+    Row,
+    Store,
+    advances,
+    chain_of,
+    column_text,
+    digest_of,
+    micros,
+    row_of,
+)
 from cai_graph.trajectory import decode, now
+
+if TYPE_CHECKING:
+    from cai_graph.log.pages import Found
 
 __all__ = ["Damage", "Gap", "Recovery", "Removal", "Verification", "gc", "recover", "verify"]
 
@@ -96,11 +113,13 @@ class Removal:
     kept: int
     """Trajectories old enough that were kept, because of a review or a tag."""
     erased: bool
-    """Whether nothing of what was removed is left in the log's files. A reader may hold that up until the
-    next `gc`; PostgreSQL overwrites when it uses the space again."""
+    """Whether nothing of what this or an earlier `gc` removed is left in the log's files. What stood in a
+    file's records is overwritten, but SQLite may have left copies beside them, which go only when the file is
+    written anew; a reader may hold up both until the next `gc`. PostgreSQL overwrites when it uses the space
+    again."""
     compacted: bool
-    """Whether the space went back to the disk; otherwise the log uses it again. A file that anybody else has
-    open is not written anew."""
+    """Whether the file was written anew and space went back to the disk; otherwise the log uses it again. A
+    file that anybody else has open is not written anew."""
 
 
 # --- verify -------------------------------------------------------------------------------------------
@@ -217,11 +236,20 @@ def _paged(
 
 
 def _page(store: Store, sql: str, position: int, last: int, integrity: list[str]) -> list[Any]:
+    """Return the next rows, each behind the one before it, whatever a damaged tree leads to."""
     try:
-        return store.page(sql, {"position": position, "last": last})
+        rows = store.page(sql, {"position": position, "last": last})
     except LogError as error:
         integrity.append(f"after position {position} nothing can be read: {error.__cause__ or error}")
         return []
+    found: list[Any] = []
+    for row in rows:
+        if advances(row[0], position + 1, last):
+            found.append(row)
+            position = row[0]
+        elif (what := f"after position {position} stand rows that are out of order") not in integrity:
+            integrity.append(what)
+    return found
 
 
 # --- recover ------------------------------------------------------------------------------------------
@@ -234,7 +262,8 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
 
     Reads the file page by page, past SQLite, so that a damaged index or tree loses no intact record; each
     record is taken only if its checksum holds. The damaged file is left as it is. In the new log the
-    records stand under one new writer; ids and contents are unchanged.
+    records stand under one new writer; ids and contents are unchanged. The new log appears whole or not at
+    all.
 
     Args:
         url: the damaged log. No process may have it open.
@@ -245,9 +274,8 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
         LogError: the damaged file cannot be read or holds no intact record, or `into` exists or cannot be
             written.
     """
-    # Here, since both are for SQLite alone, which a log in PostgreSQL does not load.
+    # Here, as what else is for SQLite alone, which a log in PostgreSQL does not load.
     from cai_graph.log.pages import scan
-    from cai_graph.log.sqlite import SQLiteStore
 
     source, target = (_file_of(log) for log in (url, into))
     if target.exists() and target.stat().st_size:
@@ -260,24 +288,66 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
                 f"{source}: holds no intact record of a log, so nothing was written; name another file, or "
                 "restore a backup"
             )
-        store = SQLiteStore(target)
-        try:
-            while part := list(islice(found.rows, _CHUNK)):
-                store.insert(part)
-            # Below every position that the new log gives, so that none is given twice.
-            stones = [
-                dict(zip(_STONE, (-n, *stone), strict=True)) for n, stone in enumerate(found.tombstones, 1)
-            ]
-            sql = f"INSERT INTO tombstones VALUES ({', '.join(f':{name}' for name in _STONE)})"
-            store.change(lambda db: [db.execute(sql, stone) for stone in stones])
-        finally:
-            store.close()
+        with _appearing(target) as work:
+            _save(found, work)
     return Recovery(
         into=target,
         records=found.records,
         damaged=tuple(Damage(*damage) for damage in found.damaged),
         gaps=tuple(_missing(found.sequences)),
     )
+
+
+def _save(found: Found, path: Path) -> None:
+    """Make a log of what was found."""
+    from cai_graph.log.sqlite import SQLiteStore
+
+    store = SQLiteStore(path)
+    try:
+        part: list[Row] = []
+        size = 0
+        for row in found.rows:
+            part.append(row)
+            size += len(row.payload)
+            if len(part) == MAX_ROWS or size > PAGE_BYTES:
+                store.insert(part)
+                part, size = [], 0
+        store.insert(part)
+        # Below every position that the new log gives, so that none is given twice.
+        stones = [dict(zip(_STONE, (-n, *stone), strict=True)) for n, stone in enumerate(found.tombstones, 1)]
+        sql = f"INSERT INTO tombstones VALUES ({', '.join(f':{name}' for name in _STONE)})"
+        store.change(lambda db: [db.execute(sql, stone) for stone in stones])
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """Give where to make a log, which stands at `target` once the body has ended, or goes away.
+
+    Raises:
+        LogError: it cannot be written.
+    """
+    import apsw
+
+    from cai_graph.log.wal import set_aside, wal_of
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            work = Path(folder, target.name)
+            yield work
+            if wal_of(work) is not None:
+                raise LogError(f"{target}: cannot be written, since its WAL stays; free some space")
+            if (stale := wal_of(target)) is not None:
+                set_aside(target, stale)
+            work.replace(target)
+            whole.sync_folder(target.parent)
+    except OSError as error:
+        raise LogError(f"{target}: cannot be made: {error.strerror}") from error
+    except LogError as error:
+        if isinstance(error.__cause__, apsw.Error):  # It names a file that is gone.
+            raise LogError(f"{target}: cannot be written, so nothing was: {error.__cause__}") from error
+        raise
 
 
 def _file_of(url: str | os.PathLike[str]) -> Path:
@@ -314,7 +384,7 @@ def gc(
     """Remove Trajectories made before a time, with everything appended about them.
 
     A tombstone of each keeps its id, when it was removed, and why; `get` says so, and `import` does not
-    bring it back. What is removed from a file is overwritten on the disk, which `erased` confirms.
+    bring it back. Whether nothing of what was removed is left in a file, `erased` says.
 
     Args:
         url: the log.
@@ -332,12 +402,14 @@ def gc(
     try:
         sweep = _Sweep(store, before, why, keep_reviewed=keep_reviewed, keep_tag=keep_tag)
         trajectories, others = sweep.planned() if dry_run else sweep.remove()
+        erased = not dry_run and store.erase()  # which waits for readers
+        compacted = not dry_run and store.compact()
         return Removal(
             trajectories=trajectories,
             others=others,
             kept=sweep.kept(),
-            erased=not dry_run and store.erase(),
-            compacted=not dry_run and trajectories + others > 0 and store.compact(),
+            erased=erased or compacted,
+            compacted=compacted,
         )
     finally:
         store.close()
@@ -398,9 +470,11 @@ class _Sweep:
 
     def _remove(self, source: str) -> Iterator[tuple[int, int]]:
         sql = f"SELECT r.position {source} ORDER BY r.position LIMIT {_CHUNK}"
-        after = self._bindings["after"]
+        after, last = self._bindings["after"], self._bindings["last"]
         # Found outside the transaction, for which others wait.
         while found := [row[0] for row in self._store.rows(sql, self._bindings | {"after": after})]:
+            if not advances(found[-1], after + 1, last):
+                raise self._store.out_of_order()
             yield self._store.change(partial(self._bury, source, found))
             after = found[-1]
 

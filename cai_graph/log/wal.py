@@ -1,8 +1,11 @@
-"""The WAL beside a log's file that is not that file's: it is set aside, so that nothing in it is lost.
+"""The WAL beside a log's file that SQLite would lose records of: it is set aside first.
 
 SQLite takes any `cai.db-wal` for that of `cai.db`. Where the file was moved away while a process had it open,
 or after a crash, the WAL stays behind with records that were committed. A new file is empty, and beside an
 empty one SQLite deletes the WAL; to one that was put in its place SQLite would apply it.
+
+Of a WAL that was left by a crash SQLite reads what stands before the first frame that is damaged, and writes
+over the rest. The format: https://www.sqlite.org/fileformat2.html#walformat.
 """
 
 from __future__ import annotations
@@ -10,16 +13,27 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
+import struct
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+import apsw
+
+from cai_graph import whole
+from cai_graph.errors import LogError
 from cai_graph.log.alarm import say
 
-__all__ = ["is_at_rest", "make", "set_aside", "wal_of"]
+__all__ = ["is_at_rest", "keep_unread", "make", "set_aside", "unread_of", "wal_of"]
 
 _HEADER = 32
 """Bytes before the first frame."""
+_FRAME = 24
+"""Bytes of a frame before its page: the page's number, the size of the file where it ends a transaction or 0,
+the salts, which the header has, too, and a checksum over all frames up to it."""
+_BIG_ENDIAN = bytes.fromhex("377f0683")
+"""The first bytes of a WAL whose checksums are over big-endian words."""
 
 
 def wal_of(path: Path) -> bytes | None:
@@ -58,6 +72,97 @@ def set_aside(path: Path, wal: bytes) -> None:
 def is_at_rest(path: Path) -> bool:
     """Return whether no process has a log open, and this one could not help it to its WAL."""
     return not os.path.exists(f"{path}-wal") and not os.access(path.parent, os.W_OK)
+
+
+def unread_of(path: Path, db: apsw.Connection) -> str | None:
+    """Return what to say where damage to its WAL hides committed transactions; None where SQLite reads all.
+
+    A power cut may tear the last transaction, which was not acknowledged then; but one that others follow was
+    whole once. So damage to the last one does not show.
+
+    Args:
+        path: the log.
+        db: a connection to it, outside a transaction.
+    """
+    while (header := wal_of(path)) is not None and (frames := _frames_read(db)) >= 0:
+        if not _goes_on(path, header, frames, int(db.pragma("page_size"))):
+            break
+        # Other processes may write meanwhile, or begin the WAL anew.
+        if (wal_of(path), _frames_read(db)) == (header, frames):
+            return (
+                f"the WAL is damaged after frame {frames}, and what was committed behind it cannot be read; "
+                "`cai log recover` saves it, before anything writes to the log"
+            )
+    return None
+
+
+def keep_unread(path: Path, db: apsw.Connection, unread: str, *, read_only: bool) -> None:
+    """Say what SQLite does not read of a WAL, and copy that before anything is written over it.
+
+    Raises:
+        LogError: it cannot be copied.
+    """
+    if read_only:
+        say(logging.ERROR, "%s: %s", path, unread)
+        return
+    try:
+        with _alone_in(path.parent):
+            if unread_of(path, db) is None:  # another process was first
+                return
+            kept = Path(f"{path}-wal.damaged-{(wal_of(path) or b'')[16:24].hex()}")  # one for each beginning
+            if not kept.exists():
+                with whole.file(kept, mode=0o600) as work:
+                    shutil.copyfile(f"{path}-wal", work)
+                say(
+                    logging.ERROR,
+                    "%s: %s. This may write to it, so the WAL was copied to %s: copy the log, too, put that "
+                    "beside the copy, under its name and -wal, and recover the copy",
+                    path,
+                    unread,
+                    kept,
+                )
+            with contextlib.suppress(apsw.BusyError, apsw.LockedError):
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or it would be found again
+    except OSError as error:
+        raise LogError(f"{path}: {unread}; nor can it be copied: {error.strerror}") from error
+
+
+def _frames_read(db: apsw.Connection) -> int:
+    """Return how many frames SQLite reads; -1 where there is no WAL for it, or it cannot tell now."""
+    try:
+        return db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
+    except (apsw.ReadOnlyError, apsw.BusyError, apsw.LockedError):
+        return -1  # Busy: another process, which has looked, moves it into the file.
+
+
+def _goes_on(path: Path, header: bytes, frames: int, page_size: int) -> bool:
+    """Return whether one transaction was written on another behind the frames that SQLite reads of a WAL."""
+    order = ">" if header.startswith(_BIG_ENDIAN) else "<"
+    # Other salts are left from before the WAL began anew. Those of a damaged header are not known.
+    salts = header[16:24] if _checksum(header[:24], bytes(8), order) == header[24:] else None
+    size = _FRAME + page_size
+    # The WAL may be removed while it is open; then there is nothing behind.
+    with contextlib.suppress(FileNotFoundError), open(f"{path}-wal", "rb", buffering=0) as file:
+        previous = bytes(_FRAME)
+        for start in range(_HEADER + frames * size, os.fstat(file.fileno()).st_size - size + 1, size):
+            frame = os.pread(file.fileno(), _FRAME, start)
+            follows_commit = any(previous[4:8]) and frame[8:16] == previous[8:16]
+            if follows_commit and salts in (None, frame[8:16]):
+                page = os.pread(file.fileno(), page_size, start + _FRAME)
+                if _checksum(frame[:8] + page, previous[16:], order) == frame[16:]:
+                    return True
+            previous = frame
+    return False
+
+
+def _checksum(data: bytes, before: bytes, order: str) -> bytes:
+    """Return the checksum that a WAL has of this data behind what `before` is the checksum of."""
+    one, two = struct.unpack(">2I", before)
+    words = iter(struct.unpack(f"{order}{len(data) // 4}I", data))
+    for first, second in zip(words, words, strict=True):
+        one = (one + first + two) & 0xFFFFFFFF
+        two = (two + second + one) & 0xFFFFFFFF
+    return struct.pack(">2I", one, two)
 
 
 def _clear(path: Path) -> None:

@@ -22,7 +22,7 @@ from cai_graph.log.redaction import Redactor, apply, withhold
 from cai_graph.log.store import MAX_ROWS, Row, Store, row_of
 from cai_graph.trajectory import Record, decode, encode
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "redacted_row"]
 
 MAX_PENDING_BYTES = 64 << 20
 """Appends wait while more than this is not committed yet."""
@@ -54,6 +54,8 @@ class Writer:
         self._store = store
         self._name = name
         self._closing = False
+        self._leaving = False
+        """Whether nobody sees to what is appended from now on, so that an append does so itself."""
         self._failing = False
         self._reset()
 
@@ -93,7 +95,7 @@ class Writer:
         except Exception as error:
             self._resolve([commit], [_unstorable(record, error)])
             return commit
-        redaction = None if redactor is None else partial(_redacted, row.payload, redactor)
+        redaction = None if redactor is None else partial(redacted_row, row.payload, redactor)
         size = _size(row)
         if self.pending_bytes + size > MAX_PENDING_BYTES:
             self._wait_for_room(size)
@@ -103,8 +105,8 @@ class Writer:
         self._uncounted.append(size)
         self._count()
         self._wake()
-        if self._closing and threading.current_thread() is not self._thread:
-            self.flush()  # Another thread closed the log meanwhile, and nobody else would see to it.
+        if self._leaving and threading.current_thread() is not self._thread:
+            self.flush()
             self._store.close()
         return commit
 
@@ -127,9 +129,14 @@ class Writer:
         self._wake()
         reached.wait()
 
+    def drain(self) -> None:
+        """Write what is pending as the program ends; an append from here on returns once it is decided."""
+        self._leaving = True
+        self.flush()
+
     def close(self) -> None:
         """Write what is pending and end the thread. Closing twice is harmless."""
-        self._closing = True
+        self._leaving = self._closing = True  # in this order, so that no append is seen to by nobody
         self._arrived.set()
         with self._starting:  # an append may be about to start it
             thread = self._thread
@@ -267,7 +274,8 @@ def _size(row: Row) -> int:
     return len(row.payload) + _ROW_BYTES
 
 
-def _redacted(payload: bytes, redactor: Redactor) -> Row:
+def redacted_row(payload: bytes, redactor: Redactor) -> Row:
+    """Return the row of what the hook makes of an encoded record; where it fails, of one without texts."""
     record = decode(payload)
     redacted = apply(redactor, record)
     try:
