@@ -105,6 +105,16 @@ def test_the_card_has_the_hubs_metadata_and_loads_with_the_dataset(tmp_path: Pat
     assert datasets.load_dataset(str(folder), split="test", cache_dir=str(tmp_path / "cache")).num_rows
 
 
+def test_the_card_says_of_json_lines_what_the_build_said(tmp_path: Path) -> None:
+    folder = made(tmp_path)
+    _, built, _ = (folder / "README.md").read_text().split("---\n", 2)
+
+    _, front, _ = report(folder, licence="mit").card.read_text().split("---\n", 2)
+
+    metadata = yaml.safe_load(front)
+    assert {key: metadata[key] for key in ("dataset_info", "configs")} == yaml.safe_load(built)
+
+
 def test_what_a_log_says_is_text_on_the_page(tmp_path: Path) -> None:
     hostile = revised(90, metadata={})
     judged = [comparison(hostile.id, method="logprob", judge=HOSTILE, p_a=(0.9, 0.9))]
@@ -114,6 +124,31 @@ def test_what_a_log_says_is_text_on_the_page(tmp_path: Path) -> None:
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert page.count("<img ") == 5
+
+
+def test_what_a_log_says_is_text_on_the_card(tmp_path: Path) -> None:
+    image = "![x](http://t/x.png) **b**"
+    judged = [comparison(revised(90).id, method="logprob", judge=image, p_a=(0.9, 0.9))]
+    folder = made(tmp_path, extra=judged)
+
+    _, _, body = report(folder, licence="unknown", title=image).card.read_text().split("---\n", 2)
+
+    assert r"# !\[x\](http://t/x.png) \*\*b\*\*" in body
+    assert r"| !\[x\](http://t/x.png) \*\*b\*\*: chose a place" in body
+
+
+def test_the_card_names_neither_who_was_removed_nor_the_folders_of_the_machine(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", [*records(), revised(90, metadata={"user": "ann@corp"})])
+    recipe = Recipe(kind="preference", test_share=0.3, without_users=("ann@corp",))
+    folder = build([log], tmp_path / "set", recipe).path
+    Path(log).unlink()
+
+    card = report(folder, licence="unknown").card.read_text()
+
+    assert "ann@corp" not in card
+    assert '"without_users": 1' in card
+    assert str(tmp_path) not in card
+    assert "| logs not found, so no figures of judges | log.jsonl |" in card
 
 
 def test_judges_are_measured_where_the_log_has_their_comparisons(tmp_path: Path) -> None:

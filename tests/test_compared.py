@@ -60,6 +60,21 @@ def test_what_prefers_neither_answer_has_its_reason(comparisons: list[Comparison
     assert judged_pairs(comparisons) == [reason]
 
 
+def test_judges_on_different_sides_disagree_however_sure_one_is() -> None:
+    one, other = between("a", "b", 0.95, 0.95, judge="j1"), between("a", "b", 0.1, 0.1, judge="j2")
+    again = between("a", "b", 0.9, 0.9, judge="j1", principle="be-kind")
+
+    assert judged_pairs([one, other]) == judged_pairs([one, again, other]) == [Reason.DISAGREEMENT]
+
+
+def test_judges_count_alike_however_many_principles_each_is_asked_about() -> None:
+    often = [between("a", "b", 0.9, 0.9, judge="j1", principle=f"p{n}") for n in range(3)]
+
+    (found,) = judged_pairs([*often, between("a", "b", 0.6, 0.6, judge="j2")])
+    assert isinstance(found, Judged)
+    assert found.p_chosen == pytest.approx((0.9 + 0.6) / 2)
+
+
 def test_a_disagreement_under_one_principle_leaves_what_another_says() -> None:
     (found,) = judged_pairs([between("a", "b", 0.9, 0.3), between("a", "b", 0.8, 0.7)])
     assert isinstance(found, Judged)
@@ -88,7 +103,7 @@ def test_samples_that_beat_each_other_in_a_circle_give_no_pair() -> None:
 
 def test_two_labellings_are_two_tournaments() -> None:
     found = judged_pairs([sampled("0", "1", 0.9), sampled("2", "3", 0.2, "label:2/t/x")])
-    assert [one.chosen.content for one in found if isinstance(one, Judged)] == ["0", "3"]
+    assert {one.chosen.content for one in found if isinstance(one, Judged)} == {"0", "3"}
     assert {one.source for one in found if isinstance(one, Judged)} == {"comparison"}
 
 

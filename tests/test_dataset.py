@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
-from log_support import comparison, feedback, review, trajectories, trajectory
+from log_support import START, comparison, feedback, review, trajectories, trajectory
 
 from cai_graph import open_log
-from cai_graph.errors import ConfigError, DataError
+from cai_graph.errors import CaiError, ConfigError, DataError
 from cai_graph.messages import from_langchain
 from cai_graph.trajectory import (
     Critique,
@@ -231,7 +232,8 @@ def test_a_review_outranks_the_critic_and_the_judge(tmp_path: Path) -> None:
 )
 def test_reviews_are_weighed(tmp_path: Path, said: list[Any], reason: Reason | None) -> None:
     record = revised()
-    log = write(tmp_path / "log.jsonl", [record, *(review(record.id, **r) for r in said), revised(99)])
+    reviews = [review(record.id, at=START + timedelta(minutes=n), **fields) for n, fields in enumerate(said)]
+    log = write(tmp_path / "log.jsonl", [record, *reviews, revised(99)])
 
     ledger = build([log], tmp_path / "out", Recipe(kind="preference")).ledger
     assert ledger.dropped == ({} if reason is None else {reason: 1})
@@ -306,6 +308,29 @@ def test_a_person_is_removed_and_the_rest_is_the_same(tmp_path: Path) -> None:
     every = rows_of(tmp_path / "all", "preference")
     assert rows_of(tmp_path / "rest", "preference") == [row for row in every if row.trajectory_id not in gone]
     assert without.ledger.dropped == {Reason.REMOVED: len(gone)}
+
+
+def test_who_is_removed_is_not_named_in_the_dataset_and_who_is_not_there_is_told(tmp_path: Path) -> None:
+    image = Message(role="user", content=[{"type": "image"}])
+    records: list[Record] = [
+        revised(1, metadata={"user": "ann@corp", "tenant": "t"}),
+        revised(2, metadata={"user": "bob", "tenant": 7}),
+        revised(3, metadata={"user": "eve"}, messages=(image,)),
+    ]
+    log = write(tmp_path / "log.jsonl", records)
+    users, tenants = ("ann@corp", "anne@corp", "eve"), ("7", "bob")
+
+    recipe = Recipe(kind="sft", test_share=0, without_users=users[1:], without_tenants=tenants[1:])
+    assert build([log], tmp_path / "two", recipe).ledger.rows == 2
+    recipe = Recipe(kind="sft", test_share=0, without_users=users, without_tenants=("bob",))
+    built = build([log], tmp_path / "one", recipe)
+
+    assert built.unmet == (("tenant", "bob"), ("user", "anne@corp"))
+    (row,) = rows_of(built.path, "sft")
+    assert row.trajectory_id == records[1].id
+    manifest = (built.path / "manifest.json").read_text()
+    assert "@corp" not in manifest
+    assert json.loads(manifest)["recipe"]["without_users"] == 3
 
 
 def test_a_person_of_no_name_is_not_the_one_who_is_called_none(tmp_path: Path) -> None:
@@ -493,3 +518,29 @@ def test_a_row_leads_back_to_its_trajectory_and_who_judged_it(tmp_path: Path, na
     assert (origin.critics, origin.judges) == (("fake:critic",), ("ann",))
     with pytest.raises(DataError, match="no row 'nothing'"):
         explain("nothing", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["cai.db", "sqlite:///cai.db", "cai.jsonl"])
+def test_a_datasets_log_is_the_one_that_it_was_built_from_in_whatever_folder_one_asks(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = revised()
+    (tmp_path / "elsewhere").mkdir()
+    for folder, logged in (
+        (tmp_path, record),
+        (tmp_path / "elsewhere", revised(id=record.id, metadata={"b": 1})),
+    ):
+        write(folder / "cai.jsonl", [logged])
+        with open_log(folder / "cai.db") as log:
+            log.append(logged).result()
+    monkeypatch.chdir(tmp_path)
+    build([name], Path("out"), Recipe(kind="preference"))
+    (row,) = rows_of(Path("out"), "preference")
+
+    monkeypatch.chdir("elsewhere")
+
+    assert explain(row.id, Path("../out")).trajectory == record
+    (tmp_path / "cai.db").unlink()
+    (tmp_path / "cai.jsonl").unlink()
+    with pytest.raises(CaiError, match=f"{tmp_path}/cai"):
+        explain(row.id, Path("../out"))

@@ -1,10 +1,9 @@
-"""What is left out of a dataset, and on which side the rest stands; bad input; every reason of the ledger."""
+"""What is left out of a dataset, and why: every reason of the ledger; bad input; personal data; workers."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,6 @@ from cai_graph.trajectory import (
     encode,
 )
 from trainers.dataset import Recipe, build, spool
-from trainers.dataset.near import PromptFile, clusters, fingerprints
-from trainers.dataset.privacy import personal
-from trainers.dataset.split import key_of, normalise
 from trainers.ledger import Reason
 
 LONG = "How do I get the red wine stain out of my grandmother's white table cloth before the guests arrive"
@@ -238,19 +234,47 @@ def test_a_recipe_that_cannot_work_is_refused(fields: dict[str, Any]) -> None:
 def test_a_tokenizer_without_a_chat_template_is_named_before_anything_is_read(
     tmp_path: Path, tokenizer: Path
 ) -> None:
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    for file in tokenizer.iterdir():
-        if file.name != "chat_template.jinja":
-            (plain / file.name).write_bytes(file.read_bytes())
-    config = json.loads((plain / "tokenizer_config.json").read_text())
-    config.pop("chat_template", None)
-    (plain / "tokenizer_config.json").write_text(json.dumps(config))
+    plain = with_template(tokenizer, tmp_path / "plain", None)
 
     with pytest.raises(ConfigError, match="has no chat template"):
         build(["absent.jsonl"], tmp_path / "out", Recipe(kind="sft", tokenizer=str(plain), max_tokens=9))
     with pytest.raises(ConfigError, match="cannot be loaded"):
         build(["absent.jsonl"], tmp_path / "out", Recipe(kind="sft", tokenizer=str(tmp_path), max_tokens=9))
+
+
+def with_template(tokenizer: Path, folder: Path, template: Any) -> Path:
+    """Copy a tokenizer, with another chat template."""
+    shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m.content }", "unexpected '}'"),
+        ([{"name": "rag", "template": "x"}, {"name": "tools", "template": "y"}], "no default"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_said_before_anything_is_read(
+    tmp_path: Path, tokenizer: Path, template: Any, said: str
+) -> None:
+    folder = with_template(tokenizer, tmp_path / "other", template)
+
+    with pytest.raises(ConfigError, match=f"its chat template cannot be used: .*{said}"):
+        build(["absent.jsonl"], tmp_path / "out", Recipe(kind="sft", tokenizer=str(folder), max_tokens=9))
+
+
+def test_a_conversation_on_which_the_chat_template_fails_is_not_in_its_format(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    template = "{{ 1 // (messages[0].content | length - 3) }}"
+    folder = with_template(tokenizer, tmp_path / "other", template)
+
+    recipe = {"tokenizer": str(folder), "max_tokens": 60}
+    assert dropped(tmp_path, [revised(messages=asks("why"))], **recipe) == {Reason.NOT_IN_FORMAT: 1}
 
 
 # --- workers and stores -------------------------------------------------------------------------------
@@ -294,191 +318,30 @@ def test_evidence_that_the_end_of_a_file_does_not_show_is_used(tmp_path: Path) -
     assert row.chosen[0].content == "draft"  # type: ignore[union-attr]
 
 
+def test_a_mix_is_the_share_as_it_is_written(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.jsonl", [r for n in range(100) for r in (revised(n), kept(200 + n))])
+
+    built = build([log], tmp_path / "out", Recipe(kind="sft", kept_per_revised=0.29, near_duplicates=None))
+
+    assert built.ledger.rows == 100 + 29
+
+
 def test_what_was_said_of_a_trajectory_that_is_gone_is_counted(tmp_path: Path) -> None:
     log = write(tmp_path / "log.jsonl", [revised(), review("gone"), feedback("gone"), feedback("gone too")])
 
     assert build([log], tmp_path / "out", Recipe(kind="preference")).ledger.orphans == 2
 
 
-# --- near duplicates ----------------------------------------------------------------------------------
+def test_what_was_said_of_a_trajectory_with_an_image_is_about_one_that_is_there(tmp_path: Path) -> None:
+    shown = revised(1, messages=(Message(role="user", content=[{"type": "image"}]),))
+    log = write(tmp_path / "log.jsonl", [revised(), shown, review(shown.id)])
 
+    ledger = build([log], tmp_path / "out", Recipe(kind="preference")).ledger
 
-def test_near_duplicates_stand_on_one_side(tmp_path: Path) -> None:
-    records: list[Record] = [revised(n, messages=asks(f"{LONG} {n}?")) for n in range(40)]
-    records += [
-        revised(n, messages=asks(f"{n}: {chr(97 + n % 26) * 9} something else {n * n}")) for n in range(40)
-    ]
-    log = write(tmp_path / "log.jsonl", records)
-
-    build([log], tmp_path / "near", Recipe(kind="preference", test_share=0.5))
-    build([log], tmp_path / "far", Recipe(kind="preference", test_share=0.5, near_duplicates=None))
-
-    def sides(name: str, similar: bool) -> set[str]:
-        rows = rows_of(tmp_path / name, "preference")
-        return {row.split for row in rows if row.prompt[0].content.startswith(LONG) == similar}
-
-    assert len(sides("near", True)) == 1
-    assert sides("near", False) == sides("far", True) == {"train", "test"}
-
-
-def test_near_duplicates_stand_on_one_side_in_every_kind_whatever_a_recipe_leaves_out(tmp_path: Path) -> None:
-    subjects = [hashlib.sha512(bytes([n])).hexdigest() for n in range(40)]
-    records: list[Record] = [
-        make(n, messages=asks(f"{subject} {variant}"))
-        for n, subject in enumerate(subjects)
-        for variant, make in enumerate((revised, kept))
-    ]
-    log = write(tmp_path / "log.jsonl", records)
-    held_out = tmp_path / "held.txt"
-    held_out.write_text("\n".join(f"{subject} 0" for subject in subjects[:20]))
-
-    recipes = {
-        "pairs": Recipe(kind="preference", test_share=0.5),
-        "answers": Recipe(kind="sft", test_share=0.5),
-        "prompts": Recipe(kind="prompts", test_share=0.5),
-        "some prompts": Recipe(kind="prompts", test_share=0.5, held_out=(str(held_out),)),
-    }
-    sides: dict[str, set[str]] = {}
-    for name, recipe in recipes.items():
-        build([log], tmp_path / name, recipe)
-        for row in rows_of(tmp_path / name, recipe.kind):
-            sides.setdefault(row.prompt[-1].content.split(" ")[0], set()).add(row.split)
-
-    assert len(sides) == 40
-    assert {len(found) for found in sides.values()} == {1}
-    assert set.union(*sides.values()) == {"train", "test"}
-
-
-def test_prompts_that_differ_by_white_space_alone_make_the_same_clusters_in_any_order(tmp_path: Path) -> None:
-    text = (
-        "今天天气很好我们想去公园散步然后再去图书馆看书晚上一起做饭请帮我写一份详细的计划并列出需要准备的东西"
-    )
-    records = [
-        kept(n, messages=asks(one)) for n, one in enumerate((text, " ".join(text), text[:-2] + "物品"))
-    ]
-
-    for name, order in (("one", (0, 1, 2)), ("other", (1, 0, 2))):
-        log = write(tmp_path / f"{name}.jsonl", [records[n] for n in order])
-        build([log], tmp_path / name, Recipe(kind="prompts", per_cluster=1))
-
-    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "other")
-    assert len(rows_of(tmp_path / "one", "prompts")) == 1
-
-
-def test_similarity_is_that_of_the_texts(tmp_path: Path) -> None:
-    """The estimate is within four standard deviations of the Jaccard similarity of the 5-grams."""
-    texts = [
-        normalise(LONG),
-        normalise(LONG.replace("red wine", "beetroot")),
-        "ü" * 30,
-        "",
-        "日本語で書いてください",
-    ]
-    file = PromptFile(tmp_path / "prompts")
-    for text in texts:
-        file.add(key_of(text), text)
-    file.close()
-
-    keys, prints = fingerprints(file.path)
-
-    assert keys == b"".join(map(key_of, texts))
-    read = ["".join(text.split()) for text in texts]
-    grams = [{(text + " " * 5)[i : i + 5] for i in range(len(text) + 1)} for text in read]
-    for a in range(len(texts)):
-        for b in range(len(texts)):
-            exact = len(grams[a] & grams[b]) / len(grams[a] | grams[b])
-            assert abs((prints[a] == prints[b]).mean() - exact) < 0.18, (a, b)
-    assert clusters([(keys, prints)], 0.99) == {}
-    assert len(clusters([(keys, prints)], 0.5)) == 1
-
-
-# --- evaluation sets ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["set.jsonl", "set.json", "set.csv", "set.txt", "set.jsonl.gz", "set.parquet"]
-)
-def test_no_prompt_of_an_evaluation_set_is_in_a_dataset(tmp_path: Path, name: str) -> None:
-    rows = [{"question": "Is this in it?"}, {"question": LONG}]
-    text = {
-        "json": json.dumps(rows),
-        "csv": f'question\nIs this in it?\n"{LONG}"\n',
-        "txt": f"Is this in it?\n{LONG}\n",
-    }.get(name.rpartition(".")[2], "\n".join(map(json.dumps, rows)))
-    path = tmp_path / name
-    if name.endswith("parquet"):
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-    records: list[Record] = [
-        revised(1, messages=asks("is THIS\nin it?")),
-        revised(2, messages=asks(f"A question. {LONG}? Please answer.")),
-        revised(3, messages=(*asks("hello"), says("hi"), *asks("Is this in it?"))),
-        revised(4, messages=asks("Is this in it, too?")),
-    ]
-
-    assert dropped(tmp_path, records, held_out=(str(path),)) == {Reason.HELD_OUT: 3}
-
-
-def test_an_evaluation_set_without_prompts_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "set.jsonl").write_text('{"answer": "42"}\n')
-
-    with pytest.raises(DataError, match="holds no prompt; its column is one of prompt, question"):
-        dropped(tmp_path, [], held_out=(str(tmp_path / "set.jsonl"),))
-    with pytest.raises(DataError, match="cannot be read"):
-        dropped(tmp_path, [], held_out=(str(tmp_path / "absent.jsonl"),))
+    assert (ledger.dropped, ledger.orphans) == ({Reason.NOT_TEXT: 1}, 0)
 
 
 # --- personal data ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "form"),
-    [
-        ("write to jo.doe+x@mail.corp.co.uk now", "email address"),
-        ("call +49 30 901820 please", "phone number"),
-        ("call (415) 555-2671", "phone number"),
-        ("4111 1111 1111 1111", "card number"),
-        ("DE89 3704 0044 0532 0130 00", "bank account"),
-        ("078-05-1120", "social security number"),
-        ("key sk-proj-abcdefghijklmnopqrstuvwx", "secret"),
-        ("-----BEGIN RSA PRIVATE KEY-----", "secret"),
-        ("jo@example.com or jo@mail.example.org", None),
-        ("between 1914-1918 and 1939-1945", None),
-        ("4111 1111 1111 1112", None),
-        ("pi is 3.14159265358979, e is 2.718281828", None),
-        ("on 2024-11-05 at 12:30:45", None),
-        ("ISBN 978-3-16-148410-0", None),
-        ("@everyone, see §4", None),
-    ],
-)
-def test_personal_data_is_known_by_its_form(text: str, form: str | None) -> None:
-    assert personal(text.encode()) == form
-
-
-@pytest.mark.parametrize("before", ["\n", "\t", "\r\n", '"', "\\", "\x1f"])
-@pytest.mark.parametrize(
-    ("text", "form"),
-    [
-        ("jo.doe@corp.co.uk", "email address"),
-        ("jo@example.com", None),
-        ("555-123-4567", "phone number"),
-        ("+49 30 901820", "phone number"),
-        ("4111 1111 1111 1111", "card number"),
-        ("DE89370400440532013000", "bank account"),
-        ("078-05-1120", "social security number"),
-        ("sk-abcdefghijklmnopqrstuvwx123", "secret"),
-        ("AKIAIOSFODNN7EXAMPLE", "secret"),
-        ("ghp_" + "a1" * 18, "secret"),
-    ],
-)
-def test_personal_data_is_known_at_the_start_of_a_line_of_json(
-    before: str, text: str, form: str | None
-) -> None:
-    assert personal(json.dumps({"content": f"mine{before}{text}{before}BERLIN"}).encode()) == form
 
 
 def test_ids_and_digests_of_a_row_are_no_personal_data(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cai_graph.errors import ConfigError
 from cai_graph.trajectory import (
     ConstitutionRef,
     Critique,
+    Draft,
     Label,
     Message,
     Outcome,
@@ -32,6 +33,7 @@ from cai_graph.trajectory import (
 )
 from trainers.dataset import Recipe, build, explain
 from trainers.export import FORMATS, SHAPES, Format, provenances
+from trainers.export.features import OPTIONAL, for_card, rows_features
 from trainers.ledger import Reason
 from trainers.rows import KINDS, Kind
 
@@ -167,6 +169,47 @@ def test_a_field_that_no_turn_has_gets_no_column(log: str, tmp_path: Path) -> No
     folder = build([plain], tmp_path / "out", Recipe(kind="sft", test_share=0), format="parquet").path
 
     assert set(loaded(folder)[0]["prompt"][0]) == {"role", "content"}
+
+
+@pytest.mark.parametrize("where", ["late in train", "in test alone"])
+def test_datasets_reads_a_field_wherever_it_first_occurs(tmp_path: Path, where: str) -> None:
+    asked = Message(role="user", content="question", name="ann")
+    some = [kept(1), revised(2), kept(3, messages=(asked,)), revised(4, messages=calls(4, {"limit": 3}))]
+    some += [kept(number) for number in range(5, 20)]  # so that there are rows on both sides
+    recipe = Recipe(kind="sft", test_share=0.5, near_duplicates=None)
+    folder = build([write(tmp_path / "log.jsonl", some)], tmp_path / "out", recipe).path
+    rows = b"".join((folder / f"{split}.jsonl").read_bytes() for split in ("train", "test"))
+    plain = kept(20, draft=Draft(answer=says("word " * 200_000)))
+    build([write(tmp_path / "plain.jsonl", [plain])], tmp_path / "plain", Recipe(kind="sft", test_share=0))
+    many = 11 * (tmp_path / "plain" / "train.jsonl").read_bytes()  # datasets guesses by ten megabytes
+
+    (folder / "train.jsonl").write_bytes(many + rows if where == "late in train" else many)
+    (folder / "test.jsonl").write_bytes(rows)
+
+    found = loaded(folder, "train" if where == "late in train" else "test")[-len(some) :]
+    assert sorted(row["principles"] for row in found)[-2:] == [["no-demeaning"], ["no-demeaning"]]
+    assert {turn["name"] for row in found for turn in row["prompt"]} == {"ann", None}
+    made = [call for row in found for turn in row["prompt"] for call in turn["tool_calls"] or ()]
+    assert [call["function"] for call in made] == [{"name": "search", "arguments": {"limit": 3}}]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_card_names_columns_as_datasets_does(kind: Kind) -> None:
+    from datasets import Features
+
+    columns = rows_features(KINDS[kind], frozenset(OPTIONAL))
+    assert for_card(columns) == Features.from_dict(columns)._to_yaml_list()
+
+
+def test_arguments_that_look_like_a_call_come_back_as_they_were(tmp_path: Path) -> None:
+    nested = {"call": {"name": "inner", "arguments": {"a": [1, "x"]}}}
+    log = write(tmp_path / "log.jsonl", [revised(1, messages=calls(1, nested))])
+    for format in ("jsonl", "parquet"):
+        folder = build([log], tmp_path / format, Recipe(kind="sft", test_share=0), format=format).path
+
+        (call,) = loaded(folder)[0]["prompt"][2]["tool_calls"]
+        assert call["function"]["arguments"] == nested
+        assert "name" not in loaded(folder)[0]["prompt"][2]
 
 
 @pytest.fixture(scope="module")

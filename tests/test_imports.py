@@ -5,6 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cai_graph.errors import ConfigError, DataError
-from cai_graph.log import open_log
+from cai_graph.log import gc, open_log, redact_texts
 from cai_graph.log.transfer import BrokenLine
 from cai_graph.trajectory import Comparison, Message, Outcome, Trajectory, text_of
 from trainers.dataset import Recipe, build
@@ -118,6 +122,32 @@ def test_a_soft_label_becomes_a_comparison(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, "preference")
     assert isinstance(row, PreferenceRow)
     assert (row.p_chosen, row.judge) == (0.7, "set")
+
+
+def test_a_soft_label_that_a_stopped_import_left_out_is_added(tmp_path: Path) -> None:
+    path = file(tmp_path, {**SHAPES["explicit texts"], "p_chosen": 0.2})
+    (whole,) = read_preferences(path)
+    assert isinstance(whole, Imports)
+    with open_log(tmp_path / "cai.db") as log:
+        log.append(whole.trajectory).result()
+
+    added, again = (import_preferences(tmp_path / "cai.db", path) for _ in range(2))
+
+    assert (added.pairs, added.present, again.pairs, again.present) == (1, 0, 0, 1)
+    (row,) = rows(tmp_path, "preference")
+    assert isinstance(row, PreferenceRow)
+    assert (row.p_chosen, row.rejected[0].content) == (0.8, "Gladly.")
+
+
+def test_a_soft_label_of_a_pair_that_was_removed_is_not_added(tmp_path: Path) -> None:
+    import_preferences(tmp_path / "cai.db", file(tmp_path, SHAPES["explicit texts"]))
+    gc(tmp_path / "cai.db", before=datetime.now(UTC) + timedelta(days=1), why="the user asked for it")
+
+    soft = file(tmp_path, {**SHAPES["explicit texts"], "p_chosen": 0.2})
+
+    assert import_preferences(tmp_path / "cai.db", soft).present == 1
+    with open_log(tmp_path / "cai.db", read_only=True) as log:
+        assert not list(log.read())
 
 
 @pytest.mark.parametrize(
@@ -270,6 +300,40 @@ def test_real_hh_rlhf_lines_give_the_pairs_that_are_known(subset: str) -> None:
         )
         for row in known
     ]
+
+
+def test_no_id_tells_what_was_redacted(tmp_path: Path) -> None:
+    hide = redact_texts(lambda text: re.sub(r"\d", "#", text))
+    done = [
+        import_preferences(tmp_path / "cai.db", file(tmp_path, row), redact=hide)
+        for pin in ("4821", "0007")
+        for row in (
+            {
+                "prompt": f"My PIN is {pin}.",
+                "chosen": "Keep it secret.",
+                "rejected": "Nice.",
+                "p_chosen": 0.8,
+            },
+            {"prompt": f"My PIN is {pin}.", "completion": "Keep it secret.", "label": True},
+        )
+    ]
+
+    assert [(one.pairs + one.answers, one.present) for one in done] == [(1, 0), (1, 0), (0, 1), (0, 1)]
+    with open_log(tmp_path / "cai.db") as log:
+        assert {record.messages[0].content for record in log.read(kind="trajectory")} == {"My PIN is ####."}
+
+
+def test_of_two_imports_at_once_the_later_finds_the_rows_there(tmp_path: Path) -> None:
+    path = file(tmp_path, {"prompt": "Help?", "chosen": "y" * 10_000, "rejected": "No."})
+    with open_log(tmp_path / "cai.db") as log, ThreadPoolExecutor(2) as threads:
+        with log._shared.store._writing:  # type: ignore[attr-defined]  # so that neither sees the other's
+            imports = [threads.submit(import_preferences, tmp_path / "cai.db", path) for _ in range(2)]
+            while log._shared.writer.pending_bytes < 20_000:  # type: ignore[union-attr]
+                time.sleep(0.001)
+        done = [one.result() for one in imports]
+
+    assert [one.broken for one in done] == [(), ()]
+    assert sorted((one.pairs, one.present) for one in done) == [(0, 1), (1, 0)]
 
 
 def test_the_command_reports_broken_lines_and_adds_nothing_twice(tmp_path: Path) -> None:

@@ -323,6 +323,21 @@ def test_the_command_shows_what_changes_and_its_status_says_it(url: str, log: Lo
     assert log.stats().trajectories == 3
 
 
+def test_what_is_unreadable_now_does_not_pass_as_no_more_violations(folder: Path) -> None:
+    def mute(body: dict[str, Any]) -> Reply:
+        return Reply("I would rather not judge this.")
+
+    with serving(mute) as server:
+        args = ("replay", "--critic", server.spec, "-o", "kept.jsonl", "--fail-on")
+        ended = cai(folder, *args, "more-violations", status=3)
+        assert (
+            "more-violations: not known, since 3 answers that could be read cannot be read now"
+            in ended.stderr
+        )
+        cai(folder, *args, "fewer-violations", status=0)  # none of them violated
+        cai(folder, *args, "unreadable", status=1)
+
+
 def test_an_outcome_that_does_not_exist_is_refused_before_anything_is_judged(folder: Path) -> None:
     with serving(stricter) as server:
         args = ("replay", "--critic", server.spec, "-o", "kept.jsonl", "--outcome")

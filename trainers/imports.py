@@ -26,7 +26,8 @@ import msgspec
 
 from cai_graph.errors import DataError
 from cai_graph.log import Redactor, open_log
-from cai_graph.log.transfer import IMPORTED, BrokenLine, content_id
+from cai_graph.log.store import Duplicate
+from cai_graph.log.transfer import IMPORTED, BrokenLine, content_id, redacted, under_content_id
 from cai_graph.messages import from_langchain
 from cai_graph.trajectory import (
     Comparison,
@@ -39,6 +40,7 @@ from cai_graph.trajectory import (
     Round,
     Trajectory,
     Verdict,
+    new_id,
     now,
     text_of,
 )
@@ -55,7 +57,7 @@ class Imported:
     """What `import_preferences` did with each row."""
 
     pairs: int
-    """Pairs that were added."""
+    """Pairs that were added, or whose soft label was."""
     answers: int
     """Answers with a label that were added."""
     present: int
@@ -74,6 +76,11 @@ class Imports(NamedTuple):
     comparison: Comparison | None
     """The soft label of a pair, where the row has one."""
 
+    @property
+    def records(self) -> tuple[Trajectory | Comparison, ...]:
+        """All of it, in the order in which it is appended."""
+        return (self.trajectory,) if self.comparison is None else (self.trajectory, self.comparison)
+
 
 def import_preferences(
     url: str | os.PathLike[str],
@@ -84,8 +91,9 @@ def import_preferences(
 ) -> Imported:
     """Add a preference set to a log; a row that cannot be read is reported and skipped.
 
-    A row's id follows from its content, so that importing a file again, or a row that stands twice in it,
-    adds nothing.
+    A record's id follows from its content, as `redact` leaves it, so that importing a file again, or a row
+    that stands twice in it, adds nothing but what a stopped import left out, or a soft label that the pair
+    had not. What `gc` removed stays away. A row whose redaction fails is added each time.
 
     Args:
         url: the log; made where it is absent.
@@ -102,28 +110,32 @@ def import_preferences(
     """
     pairs = answers = present = 0
     broken: list[BrokenLine] = []
-    rows = read_preferences(path, name)
+    rows = read_preferences(path, name, redact)
     first = list(islice(rows, _WINDOW))  # what cannot be read at all is said before a log is made
-    with open_log(url, redact=redact) as log:
+    with open_log(url) as log:
         window = first
         while window:
             waiting = []
-            known = log.known([row.trajectory.id for row in window if isinstance(row, Imports)])
+            ids = [record.id for row in window if isinstance(row, Imports) for record in row.records]
+            known = log.known(ids)
+            removed = known - log.known(ids, removed=False)
             for row in window:
                 if isinstance(row, BrokenLine):
                     broken.append(row)
-                elif row.trajectory.id in known:
+                    continue
+                missing = [record for record in row.records if record.id not in known]
+                if row.trajectory.id in removed or not missing:
                     present += 1
                 else:
-                    known.add(row.trajectory.id)
-                    commits = [log.append(row.trajectory)]
-                    if row.comparison is not None:
-                        commits.append(log.append(row.comparison))
-                    waiting.append((row, commits))
+                    known.update(record.id for record in missing)
+                    waiting.append((row, [log.append(record) for record in missing]))
             for row, commits in waiting:
                 try:
                     for commit in commits:
                         commit.result()
+                except Duplicate:  # another import was quicker
+                    present += 1
+                    continue
                 except DataError as error:
                     broken.append(BrokenLine(row.line, str(error)))
                     continue
@@ -133,7 +145,9 @@ def import_preferences(
     return Imported(pairs=pairs, answers=answers, present=present, broken=tuple(sorted(broken)))
 
 
-def read_preferences(path: str | os.PathLike[str], name: str | None = None) -> Iterator[Imports | BrokenLine]:
+def read_preferences(
+    path: str | os.PathLike[str], name: str | None = None, redact: Redactor | None = None
+) -> Iterator[Imports | BrokenLine]:
     """Yield each row of a preference set, in order. See `import_preferences` for what is raised."""
     source = Path(path)
     called = name or source.name.partition(".")[0]
@@ -142,7 +156,7 @@ def read_preferences(path: str | os.PathLike[str], name: str | None = None) -> I
             yield BrokenLine(line, str(row))
             continue
         try:
-            yield _imports(line, row, called)
+            yield _imports(line, row, called, redact)
         except DataError as error:
             yield BrokenLine(line, str(error))
 
@@ -156,43 +170,44 @@ class _Compared(NamedTuple):
     rejected: Message
 
 
-def _imports(line: int, row: Mapping[str, Any], name: str) -> Imports:
+def _imports(line: int, row: Mapping[str, Any], name: str, redact: Redactor | None) -> Imports:
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        return _paired(line, row, name)
+        return _paired(line, row, name, redact)
     if row.get("completion") is not None and isinstance(row.get("label"), bool):
-        return _labelled(line, row, name)
+        return Imports(line, _stored(["unpaired", row["label"]], _labelled(line, row, name), redact), None)
     found = ", ".join(map(repr, row)) or "none"
     raise DataError(
         f"neither a pair (chosen and rejected) nor an answer with a label (completion, label); keys: {found}"
     )
 
 
-def _paired(line: int, row: Mapping[str, Any], name: str) -> Imports:
+def _paired(line: int, row: Mapping[str, Any], name: str, redact: Redactor | None) -> Imports:
     found = _compared(row)
     if _said(found.chosen) == _said(found.rejected):
         raise DataError("chosen and rejected are the same")
-    trajectory = Trajectory(
-        id=content_id(["preference", *_content(*found.prompt, found.chosen, found.rejected)]),
+    revision = Revision(answer=found.chosen, accepted=True)
+    pair = Trajectory(
+        id=new_id(),
         outcome=Outcome.REVISED,
         messages=found.prompt,
         draft=Draft(answer=found.rejected),
-        rounds=(
-            Round(critique=Critique(critic=name), revisions=(Revision(answer=found.chosen, accepted=True),)),
-        ),
+        rounds=(Round(critique=Critique(critic=name), revisions=(revision,)),),
         released=found.chosen,
         released_from="revision",
         **_common(line, row, name),
     )
+    trajectory = _stored(["preference"], pair, redact)
     p = row.get("p_chosen")
     if p is None:
         return Imports(line, trajectory, None)
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise DataError(f"'p_chosen' is a probability from 0 to 1, found {p!r}")
+    chosen, rejected = _answers(trajectory)
     comparison = Comparison(
         id=content_id(["p_chosen", trajectory.id, float(p)]),
         at=now(),
         trajectory_id=trajectory.id,
-        answers=(found.chosen, found.rejected),
+        answers=(chosen, rejected),
         origins=("revision:0:0", "draft"),
         judge=name,
         p_a=(float(p), float(p)),
@@ -200,13 +215,13 @@ def _paired(line: int, row: Mapping[str, Any], name: str) -> Imports:
     return Imports(line, trajectory, comparison)
 
 
-def _labelled(line: int, row: Mapping[str, Any], name: str) -> Imports:
+def _labelled(line: int, row: Mapping[str, Any], name: str) -> Trajectory:
     prompt = _messages(row.get("prompt"), "prompt", "user")
     answer = _one(_messages(row["completion"], "completion", "assistant"), "completion")
     good = row["label"]
     verdict = Verdict(label=Label.COMPLIES if good else Label.VIOLATES, read_by="imported")
-    trajectory = Trajectory(
-        id=content_id(["unpaired", good, *_content(*prompt, answer)]),
+    return Trajectory(
+        id=new_id(),
         outcome=Outcome.KEPT if good else Outcome.EXHAUSTED,
         messages=prompt,
         draft=Draft(answer=answer),
@@ -215,7 +230,19 @@ def _labelled(line: int, row: Mapping[str, Any], name: str) -> Imports:
         released_from="draft",
         **_common(line, row, name),
     )
-    return Imports(line, trajectory, None)
+
+
+def _stored(what: Sequence[object], trajectory: Trajectory, redact: Redactor | None) -> Trajectory:
+    """Return a Trajectory as the log stores it, under the id that follows from what is left of it."""
+    made = redacted(trajectory, redact)
+    return under_content_id(made, [*what, *_content(*made.messages, *_answers(made))])
+
+
+def _answers(trajectory: Trajectory) -> tuple[Message, ...]:
+    """Return the answers of an imported row: of a pair the chosen one first."""
+    assert trajectory.draft is not None
+    chosen = (revision.answer for revision in trajectory.rounds[0].revisions)
+    return (*chosen, trajectory.draft.answer)
 
 
 def _common(line: int, row: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Reason(StrEnum):
     TIE = "tie"
     """Neither answer is better."""
     DISAGREEMENT = "disagreement"
-    """The evidence contradicts itself: the two orders, two judges, two reviewers, or user and critic."""
+    """The evidence contradicts itself: the two orders, two judges, two people, or people and critic."""
     HELD_OUT = "held_out"
     """The prompt stands in an evaluation set that was named."""
     PII = "pii"

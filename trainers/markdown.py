@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["cell", "table"]
+__all__ = ["bold", "cell", "table"]
+
+_SIGNS = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|<")
+"""What may open or close emphasis, code, a link, an image, a column, a formula, an entity or a tag. An
+underscore within a word opens nothing."""
+_WRITTEN = {"<": "&lt;", "&": "&amp;"}
+
+
+class _Marked(str):
+    """A cell that is Markdown already."""
+
+
+def bold(value: Any) -> str:
+    """Return a cell in bold; see `cell`."""
+    return _Marked(f"**{cell(value)}**")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -19,6 +34,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a text, or another value as JSON, on one line in which nothing opens a column or a tag."""
+    """Return a text, or another value as JSON, on one line that is read as text: nothing in it is a column, a
+    tag, an image, a mark or a link under other words. A bare address stays one, and may be shown as a link.
+    """
+    if isinstance(value, _Marked):
+        return value
     text = value if isinstance(value, str) else json.dumps(value)
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return _SIGNS.sub(lambda sign: _WRITTEN.get(sign[0], f"\\{sign[0]}"), " ".join(text.split()))

@@ -11,6 +11,8 @@
 
 In its JSON a row says first where it came from, then, from `prompt` on, what it holds. Its id is a digest of
 kind and content alone: rows of the same content have the same id, whatever log, order or engine made them.
+Rows that say the opposite of each other (the same two answers the other way round, the other label of the
+same answer) have the first half of their ids in common.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_64_digest, xxh3_128_digest
 
 from trainers.ledger import Reason
 
@@ -241,14 +243,24 @@ _CONTENT = b',"prompt":['
 def encode_row(kind: Kind, row: Row) -> tuple[bytes, bytes]:
     """Return a row's digest, 16 bytes, and its body: its JSON object without braces, id and split.
 
-    The digest identifies content; it is no signature.
+    The digest identifies content; it is no signature. Its first half is what rows have in common that say the
+    opposite of each other.
 
     Raises:
         UnicodeEncodeError: a text holds a lone surrogate.
     """
     body = _encoder.encode(row)[1:-1]
     # Within a JSON string every quote is escaped, so what is found is the key itself.
-    return xxh3_128_digest(kind.encode() + body[body.index(_CONTENT) :]), body
+    content = kind.encode() + body[body.index(_CONTENT) :]
+    if isinstance(row, PreferenceRow):
+        answers = sorted((_encoder.encode(row.chosen), _encoder.encode(row.rejected)))
+        # Both answers stand at the end, behind the prompt.
+        asked = content[: -len(b',"chosen":,"rejected":') - sum(map(len, answers))]
+        return xxh3_64_digest(b"".join((asked, *answers))) + xxh3_64_digest(content), body
+    if isinstance(row, UnpairedRow):
+        asked = content[: content.rindex(b',"label":')]
+        return xxh3_64_digest(asked) + xxh3_64_digest(content), body
+    return xxh3_128_digest(content), body
 
 
 def content_of(body: bytes) -> int:

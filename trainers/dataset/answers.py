@@ -14,7 +14,7 @@ import msgspec
 from cai_graph.trajectory import Label, Message, Review
 from trainers.dataset.evidence import NO_EVIDENCE, Evidence
 from trainers.dataset.reading import Logged, LoggedCritique, LoggedRevision, LoggedVerdict, NotText, turn
-from trainers.dataset.reviews import SIDES, standing
+from trainers.dataset.reviews import SIDES, scores, standing
 from trainers.ledger import Reason
 from trainers.rows import Turn
 
@@ -31,11 +31,14 @@ __all__ = [
     "draft_of",
     "draft_passed",
     "failed_by_draft",
+    "heed_users",
+    "is_cut",
     "is_same",
     "liking_of",
     "mended_by",
     "prompt_of",
     "review_of",
+    "saw",
     "seen_beside_the_draft",
     "violated",
     "vouching",
@@ -105,6 +108,11 @@ def draft_of(logged: Logged) -> Turn:
     return logged.draft.answer
 
 
+def is_cut(logged: Logged) -> bool:
+    """Return whether the draft was cut off at the model's token limit."""
+    return logged.draft is not None and logged.draft.truncated
+
+
 def accepted_of(logged: Logged) -> list[LoggedRevision]:
     """Return the revisions that replaced the answer before them, in order."""
     return [revision for round_ in logged.rounds for revision in round_.revisions if revision.accepted]
@@ -140,14 +148,36 @@ def review_of(evidence: Evidence) -> Review | None:
         raise Drop(Reason.REVIEWED_OUT)
     if len({SIDES[review.decision] for review in last}) > 1:
         raise Drop(Reason.DISAGREEMENT)
-    return max(last, key=lambda review: (review.at, review.id))
+    return last[-1]
 
 
-def liking_of(evidence: Evidence) -> float:
-    """Return the mean of the end users' scores of the released answer, in [-1, 1]; 0 where there are none."""
+def liking_of(evidence: Evidence) -> int:
+    """Return whether end users like the answer that they saw (1) or dislike it (-1); 0: they do not say.
+
+    Of each user the last score counts. Drops what one user likes and another dislikes.
+    """
     if evidence is NO_EVIDENCE or not evidence.feedback:
-        return 0.0
-    return sum(feedback.score for feedback in evidence.feedback) / len(evidence.feedback)
+        return 0
+    said = scores(evidence.feedback)
+    liked, disliked = any(score > 0 for score in said), any(score < 0 for score in said)
+    if liked and disliked:
+        raise Drop(Reason.DISAGREEMENT)
+    return liked - disliked
+
+
+def saw(logged: Logged, answer: Turn) -> bool:
+    """Return whether an answer is the one that the end user saw; where nothing was released, any may be."""
+    return logged.released is None or is_same(logged.released, answer)
+
+
+def heed_users(logged: Logged, evidence: Evidence, answer: Turn) -> None:
+    """Drop an answer to imitate that end users saw and dislike, or that stands for another that they like."""
+    if liking := liking_of(evidence):
+        seen = saw(logged, answer)
+        if seen and liking < 0:
+            raise Drop(Reason.DISLIKED)
+        if not seen and liking > 0:
+            raise Drop(Reason.DISAGREEMENT)
 
 
 # --- critics ------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from trainers.dataset.heldout import HeldOut
 from trainers.dataset.lengths import Lengths, Refused
 from trainers.dataset.near import PromptFile
 from trainers.dataset.privacy import personal
-from trainers.dataset.reading import Head, Logged, Stretch, read_logged
+from trainers.dataset.reading import Head, Logged, Mixed, Stretch, read_logged
 from trainers.dataset.recipe import Recipe
 from trainers.dataset.split import prompt_key, prompt_text
 from trainers.dataset.spool import KEPT_DRAFT, NOBODY, REMOVED, Spooled, Spools, pack
@@ -48,6 +48,8 @@ class Part:
     """Name of each constitution that judged, by digest."""
     judged: set[str] = field(default_factory=set)
     """Trajectories that a person or a judge spoke about."""
+    met: set[tuple[str, str]] = field(default_factory=set)
+    """Of `Recipe.leaving` those of whom there is a trajectory."""
 
     def add(self, other: Part) -> None:
         """Add what another stretch came to."""
@@ -55,6 +57,7 @@ class Part:
         self.log_digest = (self.log_digest + other.log_digest) % _DIGESTS
         self.constitutions |= other.constitutions
         self.judged |= other.judged
+        self.met |= other.met
 
 
 class Judged(Exception):  # noqa: N818 - no error: the evidence is gathered first
@@ -98,7 +101,7 @@ class Candidates:
         self._held_out = _held_out(recipe)
         self._lengths = None if recipe.tokenizer is None else Lengths(recipe.tokenizer)
         self._is_checked = recipe.personal_data == "drop" or self._lengths is not None
-        self._users, self._tenants = frozenset(recipe.without_users), frozenset(recipe.without_tenants)
+        self._leaving = recipe.leaving
 
     def of(self, payloads: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
         """Yield the header and the body of each candidate.
@@ -164,6 +167,10 @@ class Candidates:
         evidence = NO_EVIDENCE
         if self.evidence is not None and (evidence := self.evidence(logged.id)) is not NO_EVIDENCE:
             self.part.judged.add(logged.id)
+        if self._leaving:
+            self.part.met |= self._leaving & _whose(logged.metadata)
+        if isinstance(logged, Mixed):
+            return Dropped(Reason.NOT_TEXT)
         rows = rows_of(self.recipe.kind, logged, evidence, self._terms)
         if (
             self._held_out is not None
@@ -201,11 +208,12 @@ class Candidates:
 
     def _people(self, metadata: dict[str, Any]) -> tuple[bytes, bytes, int]:
         """Return what stands for user and tenant, and the flag if one of them is to be removed."""
-        user, tenant = metadata.get("user"), metadata.get("tenant")
-        gone = (user is not None and str(user) in self._users) or (
-            tenant is not None and str(tenant) in self._tenants
-        )
-        return _group(user), _group(tenant), REMOVED if gone else 0
+        gone = bool(self._leaving) and not self._leaving.isdisjoint(_whose(metadata))
+        return _group(metadata.get("user")), _group(metadata.get("tenant")), REMOVED if gone else 0
+
+
+def _whose(metadata: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(what, str(id)) for what in ("user", "tenant") if (id := metadata.get(what)) is not None}
 
 
 def _group(name: object) -> bytes:

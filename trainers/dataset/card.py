@@ -22,7 +22,7 @@ from cai_graph.trajectory import Comparison, decode
 from trainers import markdown, svg, whole
 from trainers.dataset.dataset import read_manifest
 from trainers.dataset.reading import appended, stretches
-from trainers.export import Format, read_rows
+from trainers.export import CARD, Format, loading, read_rows
 from trainers.feedback.positions import Positions, Share
 from trainers.page import document, figure, table
 from trainers.refusal import REFUSAL
@@ -73,6 +73,8 @@ class Summary:
 
     manifest: dict[str, Any]
     """How the dataset was made; see `trainers.dataset.dataset`."""
+    loading: dict[str, Any]
+    """What tells `datasets` how to read the files, for the card."""
     splits: Counter[str] = field(default_factory=Counter)
     """Rows by split."""
     sources: Counter[str] = field(default_factory=Counter)
@@ -145,7 +147,7 @@ def report(folder: Path, *, licence: str, title: str | None = None) -> Report:
     """
     summary = summarise(folder)
     name = title or folder.name
-    made = Report(folder / "README.md", folder / "report.html")
+    made = Report(folder / CARD, folder / "report.html")
     whole.write(made.card, card(summary, licence, name))
     whole.write(made.page, page(summary, name))
     return made
@@ -165,7 +167,7 @@ def summarise(folder: Path) -> Summary:
         from py3langid import classify
     except ImportError as error:
         raise MissingExtra("`cai dataset report`", "py3langid", "train") from error
-    summary = Summary(manifest)
+    summary = Summary(manifest, loading(folder, kind, format))
     for number, row in enumerate(read_rows(folder, kind, format)):
         summary.add(row)
         if number < LANGUAGE_ROWS:
@@ -214,7 +216,9 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         if found.agreement.of:
             facts.append((f"{judge}: prefers the revision to the draft", str(found.agreement)))
     if summary.missing_logs:
-        facts.append(("logs not found, so no figures of judges", ", ".join(summary.missing_logs)))
+        # Without their folders, which say more of the machine than a card should.
+        names = ", ".join(log.rpartition("/")[2] for log in summary.missing_logs)
+        facts.append(("logs not found, so no figures of judges", names))
     return facts
 
 
@@ -245,17 +249,13 @@ def card(summary: Summary, licence: str, title: str) -> str:
     Format: https://huggingface.co/docs/hub/datasets-cards
     """
     rows = sum(summary.splits.values())
-    suffix = summary.manifest["format"]
-    files = [
-        {"split": split, "path": f"{split}.{suffix}"} for split in ("train", "test") if summary.splits[split]
-    ]
     metadata = {
         "pretty_name": title,
         "license": licence,
         "language": sorted(code for code, count in summary.languages.items() if code != "und" and count > 1),
         "size_categories": [next((name for most, name in _SIZES if rows < most), "n>1M")],
         "tags": ["cai-graph", "constitutional-ai", summary.kind],
-        "configs": [{"config_name": "default", "data_files": files}],
+        **summary.loading,
     }
     accounts = [(label, f"{count:,}") for label, count in _accounts(summary)]
     principles = [(name, f"{count:,}") for name, count in summary.principles.most_common()]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cai_graph.trajectory import Comparison, Message, Outcome, Review
+from cai_graph.trajectory import Message, Outcome, Review
 from trainers.dataset.answers import (
     UNREADABLE,
     VIOLATES,
@@ -23,11 +23,14 @@ from trainers.dataset.answers import (
     draft_of,
     draft_passed,
     failed_by_draft,
+    heed_users,
+    is_cut,
     is_same,
     liking_of,
     mended_by,
     prompt_of,
     review_of,
+    saw,
     seen_beside_the_draft,
     violated,
     vouching,
@@ -132,15 +135,15 @@ def sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[SFTRow]:
         ]
     if review is not None and review.decision == "approve" and logged.released is not None:
         return [row(logged.released, "human", review.reviewer, ())]
-    if liking_of(evidence) < 0:
-        raise Drop(Reason.DISLIKED)
     if logged.outcome == "REVISED" and accepted:
         final = accepted[-1]
+        heed_users(logged, evidence, final.answer)
         if logged.mode == "imported":
             return [row(final.answer, "imported", author_of(logged), failed_by_draft(logged))]
         return [row(final.answer, "revision", vouching(final.critique).critic, failed_by_draft(logged))]
     if logged.outcome == "KEPT":
-        if logged.draft is not None and logged.draft.truncated:
+        heed_users(logged, evidence, draft)
+        if is_cut(logged):
             raise Drop(Reason.TRUNCATED)
         judged = logged.rounds[0].critique if logged.rounds else None
         critique = vouching(judged, passed=draft_passed(logged))
@@ -177,8 +180,14 @@ def _wordings(logged: Logged, terms: Terms, principles: Sequence[str]) -> list[W
 
 
 def critique_sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[CritiqueRow]:
-    """The skill of the paper's supervised phase, as two steps: critique an answer, then revise it."""
+    """The skill of the paper's supervised phase, as two steps: critique an answer, then revise it.
+
+    None of it is learnt where people would not have the revision.
+    """
     prompt = prompt_of(logged)
+    _bear_out(logged, review_of(evidence), "edit")
+    if accepted := accepted_of(logged):
+        heed_users(logged, evidence, accepted[-1].answer)
     rows: list[CritiqueRow] = []
     before = draft_of(logged)
     for round_ in logged.rounds:
@@ -220,9 +229,12 @@ def critique_sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[Criti
 
 
 def privileged(logged: Logged, evidence: Evidence, terms: Terms) -> list[PrivilegedRow]:
-    """The critique of the draft, as context that a teacher has and the student has not."""
+    """The critique of a draft that people do not like, as context that a teacher has and the student not."""
     prompt = prompt_of(logged)
-    draft_of(logged)
+    draft = draft_of(logged)
+    _bear_out(logged, review_of(evidence))
+    if liking_of(evidence) > 0 and saw(logged, draft):
+        raise Drop(Reason.DISAGREEMENT)
     for round_ in logged.rounds[:1]:
         words = _words(round_.critique)
         if words and (logged.mode == "sampled" or failed_by_draft(logged)):
@@ -240,6 +252,25 @@ def privileged(logged: Logged, evidence: Evidence, terms: Terms) -> list[Privile
     raise Drop(Reason.NO_CRITIQUE)
 
 
+def _bear_out(logged: Logged, review: Review | None, *contradicting: str) -> None:
+    """Drop a trajectory of which people do not say, as the critic does, that the draft is the worse answer.
+
+    Args:
+        logged: the trajectory.
+        review: the decision that the reviewers came to.
+        contradicting: decisions that do not bear out what is to be learnt, either.
+    """
+    if review is None:
+        return
+    if review.decision == "tie":
+        raise Drop(Reason.TIE)
+    approves_the_draft = review.decision == "approve" and logged.released_from == "draft"
+    if review.decision in ("flip", "draft", *contradicting) or (
+        approves_the_draft and seen_beside_the_draft(logged) is None
+    ):
+        raise Drop(Reason.DISAGREEMENT)
+
+
 # --- preference ---------------------------------------------------------------------------------------
 
 
@@ -249,8 +280,8 @@ def preference(logged: Logged, evidence: Evidence, terms: Terms) -> list[Prefere
         if (review := review_of(evidence)) is not None:
             return [_reviewed(logged, review)]
         if evidence.comparisons:
-            return _compared(logged, evidence.comparisons, liking_of(evidence))
-    return _revised(logged, liking_of(evidence))
+            return _compared(logged, evidence)
+    return _revised(logged, evidence)
 
 
 def _pair(
@@ -293,11 +324,12 @@ def _reviewed(logged: Logged, review: Review) -> PreferenceRow:
     return _pair(logged, better, worse, "human", review.reviewer, principles, 1.0)
 
 
-def _compared(logged: Logged, comparisons: Sequence[Comparison], liking: float) -> list[PreferenceRow]:
+def _compared(logged: Logged, evidence: Evidence) -> list[PreferenceRow]:
     """Pairs that were compared, unless end users said the opposite of the answer that they saw."""
     rows: list[PreferenceRow] = []
     reasons: list[Reason] = []
-    for judged in judged_pairs(comparisons):
+    liking = liking_of(evidence)
+    for judged in judged_pairs(evidence.comparisons):
         if isinstance(judged, Reason):
             reasons.append(judged)
             continue
@@ -316,7 +348,7 @@ def _compared(logged: Logged, comparisons: Sequence[Comparison], liking: float) 
     return rows
 
 
-def _revised(logged: Logged, liking: float) -> list[PreferenceRow]:
+def _revised(logged: Logged, evidence: Evidence) -> list[PreferenceRow]:
     """The accepted revision over the draft, and over the candidates that the critic found worse."""
     if logged.outcome == "KEPT":
         raise Drop(Reason.NO_PAIR)
@@ -332,7 +364,7 @@ def _revised(logged: Logged, liking: float) -> list[PreferenceRow]:
         source, mended = "imported", Mended(tuple(failed_by_draft(logged)), 1.0, author_of(logged))
     else:
         mended = mended_by(logged.rounds[0].critique, final.critique)
-    if liking:
+    if liking := liking_of(evidence):
         # The user saw one of the two, and spoke for it or against it.
         if (logged.released_from == "draft") == (liking > 0):
             raise Drop(Reason.DISAGREEMENT)
@@ -384,13 +416,14 @@ class _Labelled(NamedTuple):
 def unpaired(logged: Logged, evidence: Evidence, terms: Terms) -> list[UnpairedRow]:
     """Answers with a label each: by a person, by end users, or by the critic."""
     prompt = prompt_of(logged)
-    draft_of(logged)
-    review, liking = review_of(evidence), liking_of(evidence)
+    draft = draft_of(logged)
     reason = Reason.NOT_ACCEPTED
-    if review is not None:
+    if (review := review_of(evidence)) is not None:
         labelled = _by_person(logged, review)
-    elif liking and logged.released is not None and logged.released_from != "refusal":
-        labelled = [_Labelled(logged.released, liking > 0, "feedback", "")]
+    elif (liking := liking_of(evidence)) and (seen := logged.released) and logged.released_from != "refusal":
+        if liking > 0 and is_cut(logged) and is_same(seen, draft):
+            raise Drop(Reason.TRUNCATED)
+        labelled = [_Labelled(seen, liking > 0, "feedback", "")]
     else:
         labelled, reason = _by_critic(logged)
     rows: list[UnpairedRow] = []
@@ -427,6 +460,9 @@ def _by_person(logged: Logged, review: Review) -> list[_Labelled]:
         own = _Labelled(review.answer, True, "human", review.reviewer)
         return [own, _Labelled(worse, False, "human", review.reviewer)]
     revision = seen_beside_the_draft(logged)
+    if review.decision == "approve" and revision is None and logged.released is not None:
+        # What left is approved, which need not be the draft.
+        return [_Labelled(logged.released, True, "human", review.reviewer)]
     draft_is_good = review.decision in ("flip", "draft") or revision is None
     labelled = [_Labelled(draft_of(logged), draft_is_good, "human", review.reviewer, failed_by_draft(logged))]
     if revision is not None:
@@ -470,7 +506,7 @@ def _by_critic(logged: Logged) -> tuple[list[_Labelled], Reason]:
             labelled.append(_Labelled(answer, False, source, critique.critic, failed))
         elif any(verdict.label == UNREADABLE for verdict in critique.verdicts):
             reason = Reason.UNREADABLE_VERDICT
-        elif source == "draft" and logged.draft is not None and logged.draft.truncated:
+        elif source == "draft" and is_cut(logged):
             reason = Reason.TRUNCATED  # nothing is wrong with it but its end, which would be learnt
         else:
             labelled.append(_Labelled(answer, True, source, critique.critic))
@@ -503,6 +539,8 @@ def ranked(logged: Logged, evidence: Evidence, terms: Terms) -> list[RankedRow]:
     accepted = accepted_of(logged)
     if len(accepted) < 2:
         raise Drop(Reason.NO_PAIR)
+    _bear_out(logged, review_of(evidence), "edit")
+    heed_users(logged, evidence, accepted[-1].answer)
     first, middle, last = answer_of(draft), answer_of(accepted[-2].answer), answer_of(accepted[-1].answer)
     if is_same(first, middle) or is_same(middle, last) or is_same(first, last):
         raise Drop(Reason.IDENTICAL)

@@ -35,7 +35,7 @@ from trainers.dataset import near
 from trainers.dataset.candidates import Converted, Judged, Part, checked, convert
 from trainers.dataset.cluster import Cluster
 from trainers.dataset.evidence import Mapped, gather
-from trainers.dataset.reading import Stretch, about, stretches
+from trainers.dataset.reading import Stretch, about, located, stretches
 from trainers.dataset.recipe import Recipe
 from trainers.dataset.selection import Decisions, Lost, Selected, completed, select_portion, settle, shared
 from trainers.dataset.spool import portions
@@ -58,6 +58,8 @@ class Dataset(NamedTuple):
     """Its folder."""
     ledger: Ledger
     """What became of every trajectory."""
+    unmet: tuple[tuple[str, str], ...] = ()
+    """Those of `Recipe.leaving` of whom there is no trajectory."""
 
 
 def build(
@@ -107,7 +109,7 @@ def build(
         _check(ledger, logs)
         manifest = _manifest(part, recipe, format, ledger, logs)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return Dataset(output, ledger)
+    return Dataset(output, ledger, tuple(sorted(recipe.leaving - part.met)))
 
 
 def _local(
@@ -225,9 +227,9 @@ def _manifest(
     if recipe.near_duplicates is not None:
         versions["fingerprints"] = near.algorithm()
     return {
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.to_json(),
         "format": format,
-        "logs": [without_password(log) for log in logs],
+        "logs": [located(log) for log in logs],
         "log_digest": f"{part.log_digest:032x}",
         "constitutions": dict(sorted(part.constitutions.items())),
         "ledger": ledger.to_json(),

@@ -1,24 +1,29 @@
 """Evaluation sets that no training row may come from.
 
 A prompt is held out where one of its user messages is the same text, normalised, as a prompt of the set, or
-shares 13 words in a row with one (the n-gram of Brown et al. 2020, appendix C).
+shares 13 words in a row with one (the n-gram of Brown et al. 2020, appendix C). Punctuation does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from cai_graph.errors import DataError
-from trainers.dataset.split import key_of, normalise
+from trainers.dataset.split import normalise
 from trainers.rows import Turn
 from trainers.tables import COLUMNS, prompts_in
 
 __all__ = ["HeldOut"]
 
 _WORDS = 13
+_OPERATORS = "#%&*/@\\"
+"""Punctuation to Unicode; but they tell C# from C."""
 
 
 class HeldOut:
@@ -36,10 +41,10 @@ class HeldOut:
         for path in paths:
             found = False
             for text in prompts_in(Path(path)):
-                if normal := normalise(text):
+                if words := _words(text):
                     found = True
-                    self._keys.add(key_of(text))
-                    self._grams.update(_grams(normal))
+                    self._keys.add(_key(words))
+                    self._grams.update(_grams(words))
             if not found:
                 raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(COLUMNS)}")
 
@@ -48,12 +53,30 @@ class HeldOut:
         return any(turn.role == "user" and self._has(turn.content) for turn in prompt)
 
     def _has(self, text: str) -> bool:
-        if key_of(text) in self._keys:
+        words = _words(text)
+        if _key(words) in self._keys:
             return True
-        return bool(self._grams) and any(gram in self._grams for gram in _grams(normalise(text)))
+        return bool(self._grams) and any(gram in self._grams for gram in _grams(words))
 
 
-def _grams(normal: str) -> Iterator[int]:
-    words = normal.split(" ")
+def _words(text: str) -> list[str]:
+    """Return the words of a text, normalised, without punctuation unless there is nothing else."""
+    normal = normalise(text)
+    return _punctuation().sub("", normal).split() or normal.split()
+
+
+@cache
+def _punctuation() -> re.Pattern[str]:
+    """Return what is left out of texts: punctuation, but not between digits, which it makes other numbers."""
+    signs = (sign for sign in map(chr, range(0x20000)) if unicodedata.category(sign)[0] == "P")
+    found = "".join(re.escape(sign) for sign in signs if sign != "_" and sign not in _OPERATORS)
+    return re.compile(rf"[{found}](?:(?<!\d.)|(?!\d))")
+
+
+def _key(words: Sequence[str]) -> bytes:
+    return xxh3_128_digest("".join(words).encode("utf-8", "surrogatepass"))
+
+
+def _grams(words: Sequence[str]) -> Iterator[int]:
     for start in range(len(words) - _WORDS + 1):
         yield xxh3_64_intdigest(" ".join(words[start : start + _WORDS]).encode("utf-8", "surrogatepass"))

@@ -3,7 +3,7 @@
     fingerprints   128 hashes a prompt; two agree in as large a share as the prompts' 5-grams do (Jaccard)
     clusters       prompts that agree enough, directly or through others
 
-Prompts are looked at in the order of their keys, so the clusters do not depend on the order of the log.
+Prompts are looked at in an order of their keys, so the clusters do not depend on the order of the log.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def algorithm() -> str:
     """Return which hashes these are; others give other clusters."""
     import rensa
 
-    return f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}, white space left out"
+    return f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}, {GRAM}-grams, white space left out"
 
 
 class PromptFile:
@@ -118,8 +118,9 @@ def hashed(texts: Sequence[str]) -> Array:
     import numpy
     from rensa import RMinHash
 
-    # Every text is padded, so that each has a gram, and its last grams do not run into the next text.
-    padded = [text + " " * GRAM for text in texts]
+    # A text shorter than a gram is padded to one. A longer one is not: its last character would stand in
+    # many more grams than any other, and a question without its mark would be far from itself.
+    padded = [text.ljust(GRAM) for text in texts]
     codes = numpy.frombuffer("".join(padded).encode("utf-32-le", "replace"), numpy.uint32).astype(
         numpy.uint64
     )
@@ -147,11 +148,12 @@ def clusters(found: Iterable[tuple[bytes, Array]], similarity: float) -> Cluster
     import numpy
 
     parts = list(found)
-    # As two big-endian numbers, keys sort as bytes do.
     halves = numpy.frombuffer(b"".join(keys for keys, _ in parts), ">u8").reshape(-1, 2)
     prints = numpy.concatenate([prints for _, prints in parts]) if parts else numpy.empty((0, HASHES))
     parts.clear()  # The fingerprints are most of what the build holds.
-    order = numpy.lexsort((halves[:, 1], halves[:, 0]))
+    # By their last eight bytes, since the first of a cluster stands for it, and the first eight say the side:
+    # the least of many keys would be on the side of the low ones, `test`, nearly always.
+    order = numpy.lexsort((halves[:, 0], halves[:, 1]))
     halves = halves[order]
     first = numpy.ones(len(halves), bool)
     first[1:] = (halves[1:] != halves[:-1]).any(axis=1)
@@ -194,5 +196,5 @@ def _root(parent: list[int], index: int) -> int:
 
 def _join(parent: list[int], one: int, other: int) -> None:
     one, other = _root(parent, one), _root(parent, other)
-    # The least index, which is the least key, stands for all.
+    # The least index, the first in the order of the keys, stands for all.
     parent[max(one, other)] = min(one, other)

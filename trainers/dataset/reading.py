@@ -2,6 +2,7 @@
 
     Logged       what rows need of a Trajectory; other fields are skipped, not parsed
     Head         of that what says whether there can be rows at all
+    Mixed        the Head of one whose messages rows cannot hold
     Stretch      a part of a log or of a JSONL file, which one worker reads
 
 Messages come as the rows hold them (`Turn`), since nearly every message needs no change for that.
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 
 from cai_graph.errors import DataError
-from cai_graph.log import CURRENT_END, open_log
+from cai_graph.log import CURRENT_END, open_log, place_of
 from cai_graph.trajectory import (
     Critique,
     Message,
@@ -41,10 +42,12 @@ __all__ = [
     "LoggedRevision",
     "LoggedRound",
     "LoggedVerdict",
+    "Mixed",
     "NotText",
     "Stretch",
     "about",
     "appended",
+    "located",
     "logged_of",
     "read_logged",
     "stretches",
@@ -141,6 +144,10 @@ class Logged(Head, frozen=True):
     released_from: str | None = None
 
 
+class Mixed(Head, frozen=True):
+    """What a Trajectory was of which a message holds something other than text."""
+
+
 _decoder = msgspec.json.Decoder(Logged)
 _heads = msgspec.json.Decoder(Head)
 _MARKS = {outcome: b',"outcome":"%b",' % outcome.value.encode() for outcome in Outcome}
@@ -149,8 +156,8 @@ _MARKS = {outcome: b',"outcome":"%b",' % outcome.value.encode() for outcome in O
 def read_logged(payload: bytes, head_enough: Outcome | None = None) -> Logged | Head | Dropped | None:
     """Return what rows need of an encoded Trajectory; None for a record of another kind.
 
-    Dropped as `not_text` where a message holds something other than text, and as `unreadable_record` where
-    the payload is no record that this release reads.
+    Mixed where a message holds something other than text; Dropped as `unreadable_record` where the payload
+    is no record that this release reads.
 
     Args:
         payload: the record.
@@ -174,14 +181,18 @@ def read_logged(payload: bytes, head_enough: Outcome | None = None) -> Logged | 
     return logged_of(record) if isinstance(record, Trajectory) else None
 
 
-def logged_of(record: Trajectory) -> Logged | Dropped:
-    """Return what rows need of a Trajectory. Dropped where a message holds something other than text."""
+def logged_of(record: Trajectory) -> Logged | Mixed:
+    """Return what rows need of a Trajectory; Mixed where a message holds something other than text."""
+    head: dict[str, Any] = {
+        "id": record.id,
+        "mode": record.mode,
+        "constitution": LoggedConstitution(record.constitution.name, record.constitution.digest),
+        "outcome": record.outcome.value,
+        "metadata": record.metadata,
+    }
     try:
         return Logged(
-            id=record.id,
-            mode=record.mode,
-            constitution=LoggedConstitution(record.constitution.name, record.constitution.digest),
-            outcome=record.outcome.value,
+            **head,
             messages=tuple(map(turn, record.messages)),
             draft=None
             if record.draft is None
@@ -203,10 +214,9 @@ def logged_of(record: Trajectory) -> Logged | Dropped:
             ),
             released=None if record.released is None else turn(record.released),
             released_from=record.released_from,
-            metadata=record.metadata,
         )
     except NotText:
-        return Dropped(Reason.NOT_TEXT)
+        return Mixed(**head)
 
 
 def _critique(critique: Critique) -> LoggedCritique:
@@ -336,6 +346,18 @@ class Stretch(NamedTuple):
 def is_file(source: str) -> bool:
     """Return whether a source is a JSONL file rather than a log."""
     return source.endswith(_JSONL)
+
+
+def located(source: str) -> str:
+    """Return a source by a name that says the same in every working directory; a password is left out.
+
+    Raises:
+        ConfigError: it is neither a file nor a log.
+    """
+    if is_file(source):
+        return os.path.abspath(source)
+    place = place_of(source)
+    return place.name if place.path is None else f"sqlite:///{place.path}"
 
 
 def stretches(source: str, count: int) -> list[Stretch]:

@@ -1,9 +1,9 @@
-"""The recipe: what a dataset depends on besides the log. It stands whole in the manifest."""
+"""The recipe: what a dataset depends on besides the log. It stands in the manifest."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from cai_graph.errors import ConfigError
 from trainers.config import at_least
@@ -48,6 +48,20 @@ class Recipe:
     """Users whose rows are removed, after every other decision."""
     without_tenants: tuple[str, ...] = ()
     """Tenants whose rows are removed, after every other decision."""
+
+    @property
+    def leaving(self) -> frozenset[tuple[str, str]]:
+        """Whose rows are removed: `user` or `tenant`, and the id."""
+        return frozenset(
+            [("user", id) for id in self.without_users] + [("tenant", id) for id in self.without_tenants]
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as the manifest holds it: of those whose rows are removed only how many they are,
+        since a dataset is handed on, and they asked to be left out of it.
+        """
+        without = {name: len(getattr(self, name)) for name in ("without_users", "without_tenants")}
+        return asdict(self) | without
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

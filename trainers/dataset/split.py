@@ -6,6 +6,7 @@ it, so none of them can stand on the other side.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -18,17 +19,26 @@ __all__ = ["key_of", "normalise", "prompt_key", "prompt_text", "test_keys"]
 _HASHES = 1 << 64
 _LOWER = bytes(range(256)).lower()
 _WHITESPACE = bytes(code for code in range(128) if chr(code).isspace())
+_CONTROLS = bytes(code for code in (*range(32), 127) if not chr(code).isspace())
+_NOT_SEEN = _WHITESPACE + _CONTROLS
+_INVISIBLE = re.compile(
+    "[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufff9-\ufffb"
+    # What Unicode has as default ignorable: soft hyphens, joiners, marks of direction, variation selectors.
+    "\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 def normalise(text: str) -> str:
-    """Return a text as it is compared: NFKC, case folded, each run of whitespace one space.
+    """Return a text as it is compared: NFKC, case folded, each run of whitespace one space, and nothing that
+    is not seen.
 
     >>> normalise("  Ｗhat\\n IS this? ")
     'what is this?'
     """
     if text.isascii():  # What follows would not change more.
-        return " ".join(text.lower().split())
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+        return " ".join(text.encode().translate(_LOWER, _CONTROLS).decode().split())
+    return " ".join(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).casefold().split())
 
 
 def prompt_text(prompt: Sequence[Turn]) -> str:
@@ -49,7 +59,7 @@ def key_of(text: str) -> bytes:
     than to fold it, and texts that differ by it alone have one key either way.
     """
     if text.isascii():
-        return xxhash.xxh3_128_digest(text.encode().translate(_LOWER, _WHITESPACE))
+        return xxhash.xxh3_128_digest(text.encode().translate(_LOWER, _NOT_SEEN))
     return xxhash.xxh3_128_digest("".join(normalise(text).split()).encode("utf-8", "surrogatepass"))
 
 

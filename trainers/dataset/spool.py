@@ -1,8 +1,9 @@
 """Candidate rows on disk, apart by the first bits of their id, and the decision which of them stay.
 
 Rows of the same content have the same id, so they meet in one spool and one of them stays: that of the best
-evidence, then of the least `order`. A spool is read again in portions of some megabytes, up to 8 GB of rows
-in all, and no decision depends on the order of reading.
+evidence, then of the least `order`. Rows that say the opposite of each other meet there as well: those of the
+best evidence stay, and none where that is on both sides. A spool is read again in portions of some megabytes,
+up to 8 GB of rows in all, and no decision depends on the order of reading.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from struct import Struct
 from typing import NamedTuple
@@ -267,7 +270,8 @@ class Mix(Limit):
 
     def settle(self) -> None:
         """Decide, all candidates seen."""
-        self.cap = int(self.ratio * self.others)
+        # 0.29 of 100 are 29: as it is written, and not as the float next to it.
+        self.cap = int(Fraction(str(self.ratio)) * self.others)
         super().settle()
 
 
@@ -275,18 +279,39 @@ def decided(
     spooling: Iterable[Spooling], limits: Sequence[Limit]
 ) -> Iterator[tuple[Candidate, bytes, Reason | None]]:
     """Yield the candidates of one portion in the order of their ids, each with why it goes, if it does."""
-    before = b""
-    for candidate, body in sorted(spooling):
+    for _, rivals in groupby(sorted(spooling), _question):
+        for candidate, body, reason in _weighed(list(rivals)):
+            if reason is None:
+                for limit in limits:
+                    if limit.forbids(candidate):
+                        reason = limit.reason
+                        break
+                else:
+                    if candidate.flags & REMOVED:
+                        reason = Reason.REMOVED
+            yield candidate, body, reason
+
+
+def _question(spooling: Spooling) -> bytes:
+    """Return what rows have in common that say the same, or the opposite."""
+    return spooling[0].digest[:8]
+
+
+def _weighed(rivals: list[Spooling]) -> list[tuple[Candidate, bytes, Reason | None]]:
+    """Return the rows of one question in the order of their ids, each with why it goes for another, if so."""
+    if len(rivals) == 1:
+        return [(*rivals[0], None)]
+    best = min(candidate.rank for candidate, _ in rivals)
+    sides = {candidate.digest for candidate, _ in rivals if candidate.rank == best}
+    stays = sides.pop() if len(sides) == 1 else None
+    before = None
+    weighed: list[tuple[Candidate, bytes, Reason | None]] = []
+    for candidate, body in rivals:
         reason = None
-        if candidate.digest == before:
+        if candidate.digest != stays:
+            reason = Reason.DISAGREEMENT
+        elif candidate.digest == before:
             reason = Reason.DUPLICATE
-        else:
-            before = candidate.digest
-            for limit in limits:
-                if limit.forbids(candidate):
-                    reason = limit.reason
-                    break
-            else:
-                if candidate.flags & REMOVED:
-                    reason = Reason.REMOVED
-        yield candidate, body, reason
+        before = candidate.digest
+        weighed.append((candidate, body, reason))
+    return weighed

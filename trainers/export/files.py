@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -16,11 +17,15 @@ import yaml
 from cai_graph.errors import ConfigError, DataError, MissingExtra
 from trainers import tables
 from trainers.export.configs import axolotl_config, llama_factory_info
-from trainers.export.parquet import OPTIONAL, Schema, rows_schema, verl_schema
+from trainers.export.features import Feature, for_card, optional_in, rows_features, verl_features
+from trainers.export.parquet import schema_of
 from trainers.export.shapes import FORMATS, SHAPES, Format, Shape
 from trainers.rows import KINDS, Kind, Provenance, Row, Split, provenance_of, read_row
 
-__all__ = ["PROVENANCE", "Sink", "fits_in", "provenances", "read_rows", "sink_for"]
+__all__ = ["CARD", "PROVENANCE", "Sink", "fits_in", "loading", "provenances", "read_rows", "sink_for"]
+
+CARD = "README.md"
+"""What the hub and `datasets` read about a dataset."""
 
 PROVENANCE = "provenance.jsonl"
 """Where rows came from, in the order of the files' rows, all of `train` before `test`."""
@@ -46,13 +51,13 @@ def sink_for(format: Format, kind: Kind, folder: Path) -> Sink:
     if format not in FORMATS:
         raise ConfigError(f"format is one of {', '.join(FORMATS)}; found {format!r}")
     if format == "jsonl":
-        return _JsonLines(folder)
+        return _Rows(folder, kind)
     if format == "parquet":
-        return _Parquet(folder, rows_schema(KINDS[kind]))
+        return _Parquet(folder, partial(rows_features, KINDS[kind]))
     shapes = SHAPES[format]
     if kind not in shapes:
         raise ConfigError(f"{format} has no place for the kind {kind!r}; it takes {', '.join(shapes)}")
-    files = _Parquet(folder, verl_schema(kind)) if format == "verl" else _JsonLines(folder)
+    files = _Parquet(folder, partial(verl_features, kind)) if format == "verl" else _JsonLines(folder)
     return _Shaped(format, kind, shapes[kind], folder, files)
 
 
@@ -60,6 +65,24 @@ def fits_in(format: Format, kind: Kind) -> Callable[[bytes], bool] | None:
     """Return whether the format holds a row whole, as a function of its line; None: it holds every row."""
     shape = SHAPES.get(format, {}).get(kind)
     return None if shape is None else lambda line: shape(read_row(kind, line)) is not None
+
+
+def loading(folder: Path, kind: Kind, format: Literal["jsonl", "parquet"]) -> dict[str, Any]:
+    """Return what a card says to `datasets` of a dataset's files: the splits, and what columns hold.
+
+    Parquet says itself what it holds. Of JSON lines `datasets` would go by the first ten megabytes of
+    `train`, and fail where the first name, principle or call comes later, or stands in `test` alone.
+    """
+    files = {s: path for s in ("train", "test") if (path := folder / f"{s}.{format}").exists()}
+    found = [{"split": split, "path": path.name} for split, path in files.items()]
+    configs = {"configs": [{"config_name": "default", "data_files": found}]}
+    if format == "parquet":
+        return configs
+    occur: set[str] = set()
+    for path in files.values():
+        for line in _lines(path):
+            occur |= optional_in(line)
+    return {"dataset_info": {"features": for_card(rows_features(KINDS[kind], frozenset(occur)))}, **configs}
 
 
 def provenances(folder: Path, format: Format) -> Iterator[bytes]:
@@ -121,19 +144,31 @@ class _JsonLines:
                 os.fsync(file.fileno())
 
 
-class _Parquet(_JsonLines):
-    """`train.parquet` and `test.parquet`, made of JSON lines once it is known which fields occur.
+class _Rows(_JsonLines):
+    """JSON lines of rows as they are, and a card by which `datasets` reads them."""
 
-    A field that no row has gets no column: chat templates take the absence of `tool_calls` for what it is,
-    and stumble over a null. Arguments of tool calls differ from call to call, so they are JSON columns.
-    """
+    def __init__(self, folder: Path, kind: Kind) -> None:
+        super().__init__(folder)
+        self.kind = kind
+
+    def close(self) -> None:
+        super().close()
+        metadata = yaml.safe_dump(loading(self.folder, self.kind, "jsonl"), sort_keys=False)
+        said = (
+            f"Rows of the kind `{self.kind}`, by `cai dataset build`. `cai dataset report` writes the card."
+        )
+        (self.folder / CARD).write_text(f"---\n{metadata}---\n\n{said}\n")
+
+
+class _Parquet(_JsonLines):
+    """`train.parquet` and `test.parquet`, made of JSON lines once it is known which fields occur."""
 
     ROWS = 1024
     """Rows of a row group, and at most so many in memory."""
 
-    def __init__(self, folder: Path, schema: Schema) -> None:
+    def __init__(self, folder: Path, columns: Callable[[frozenset[str]], Feature]) -> None:
         super().__init__(folder)
-        self.schema = schema
+        self.columns = columns
         self._occur: set[str] = set()
         try:
             import pyarrow.parquet  # noqa: F401 - asked for before anything is converted
@@ -141,8 +176,7 @@ class _Parquet(_JsonLines):
             raise MissingExtra("a dataset in Parquet", "pyarrow", "train") from error
 
     def write(self, split: str, lines: bytes) -> None:
-        # Inside a JSON string the quotes would be escaped.
-        self._occur |= {name for name in OPTIONAL - self._occur if f'"{name}":'.encode() in lines}
+        self._occur |= optional_in(lines)
         super().write(split, lines)
 
     def close(self) -> None:
@@ -150,8 +184,8 @@ class _Parquet(_JsonLines):
         import pyarrow.parquet
 
         super().close()
-        occur = frozenset(self._occur)
-        plain, schema = self.schema(occur, False), self.schema(occur, True)
+        columns = self.columns(frozenset(self._occur))
+        plain, schema = schema_of(columns, as_json=False), schema_of(columns, as_json=True)
         for split in self._files:
             lines = self.folder / f"{split}.jsonl"
             target = self.folder / f"{split}.parquet"
@@ -201,7 +235,7 @@ class _Shaped:
 def _stretches(source: Any, count: int) -> Iterator[list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     for line in source:
-        rows.append(json.loads(line, object_hook=_arguments_as_text))
+        rows.append(_arguments_as_text(json.loads(line)))
         if len(rows) == count:
             yield rows
             rows = []
@@ -209,7 +243,10 @@ def _stretches(source: Any, count: int) -> Iterator[list[dict[str, Any]]]:
         yield rows
 
 
-def _arguments_as_text(value: dict[str, Any]) -> dict[str, Any]:
-    if value.keys() == {"name", "arguments"}:
-        return {"name": value["name"], "arguments": json.dumps(value["arguments"], ensure_ascii=False)}
-    return value
+def _arguments_as_text(row: dict[str, Any]) -> dict[str, Any]:
+    for value in row.values():
+        for turn in value if isinstance(value, list) else ():
+            for call in turn.get("tool_calls", ()) if isinstance(turn, dict) else ():
+                function = call["function"]
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return row

@@ -1,13 +1,14 @@
 """From the Comparisons of one Trajectory to pairs with a soft label, or why there is none.
 
-P is averaged over both orders, then over principles and judges. What a judge chose by its place, what is
-unreadable and what is a tie gives no pair. Of several sampled answers that were compared all against all,
-the best stands against the worst.
+P is averaged over both orders, then over a judge's principles, then over judges. What a judge chose by its
+place, what is unreadable, what is a tie and what two judges see differently gives no pair. Of several sampled
+answers that were compared all against all, the best stands against the worst.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 from cai_graph.trajectory import Comparison, Message, text_of
@@ -42,6 +43,8 @@ _Groups = dict[frozenset[_Answer], list[Comparison]]
 
 def judged_pairs(comparisons: Iterable[Comparison]) -> list[Judged | Reason]:
     """Return, for each pair of answers that was compared, which is better, or why that is not known."""
+    # By id, so that the order of the log does not show in any sum.
+    comparisons = sorted(comparisons, key=lambda comparison: comparison.id)
     pairs: _Groups = {}
     tournaments: dict[str, _Groups] = {}
     for comparison in comparisons:
@@ -74,7 +77,14 @@ def _label(group: list[Comparison]) -> Judged | Reason:
     clear = [(c, p) for c, p in readable if not c.orders_disagree]
     if not clear:
         return Reason.DISAGREEMENT if readable else Reason.UNREADABLE_VERDICT
-    p_a = sum(p if same_answer(c.answers[0], one.answers[0]) else 1 - p for c, p in clear) / len(clear)
+    by_judge: dict[str, list[float]] = {}
+    for c, p in clear:
+        p_a = p if same_answer(c.answers[0], one.answers[0]) else 1 - p
+        by_judge.setdefault(c.judge, []).append(p_a)
+    means = [fmean(found) for found in by_judge.values()]
+    if min(means) < 0.5 - _TIE and max(means) > 0.5 + _TIE:
+        return Reason.DISAGREEMENT
+    p_a = fmean(means)
     if abs(p_a - 0.5) < _TIE:
         return Reason.TIE
     chosen, rejected = one.answers if p_a > 0.5 else one.answers[::-1]

@@ -1,0 +1,101 @@
+"""What the columns of a dataset hold, in the words of `datasets`: those of its JSON, and those of a card.
+
+{"dtype": "string", "_type": "Value"}    text; "float64" and "bool" likewise
+{"feature": …, "_type": "List"}          a list
+{"_type": "Json"}                        any JSON value: it comes back as it was
+{"role": …, "content": …}                an object
+"""
+
+from __future__ import annotations
+
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from trainers.rows import Kind, Row, Turn
+
+__all__ = ["OPTIONAL", "Feature", "for_card", "optional_in", "rows_features", "verl_features"]
+
+Feature = dict[str, Any]
+"""What a column holds, or all columns by name."""
+
+OPTIONAL = ("name", "tool_calls", "tool_call_id")
+"""Fields of a turn that most datasets do without.
+
+One that no turn of a dataset has gets no column: chat templates take the absence of `tool_calls` for what it
+is, and stumble over a null.
+"""
+
+_TEXT: Feature = {"dtype": "string", "_type": "Value"}
+_PLAIN: dict[Any, Feature] = {
+    str: _TEXT,
+    float: {"dtype": "float64", "_type": "Value"},
+    bool: {"dtype": "bool", "_type": "Value"},
+}
+
+
+def optional_in(lines: bytes) -> set[str]:
+    """Return which optional fields occur in rows; it may name one that only tool arguments have."""
+    # No turn and no call begins with one of them but a call's function, and in a string quotes are escaped.
+    return {name for name in OPTIONAL if f',"{name}":'.encode() in lines}
+
+
+def rows_features(row: type[Row], occur: frozenset[str]) -> Feature:
+    """Return the columns of our own rows, which are a row's fields."""
+    hints = get_type_hints(row)
+    named = {field.name: _feature(hints[field.name], occur) for field in msgspec.structs.fields(row)}
+    ordered = ["id", *(name for name in named if name not in ("id", "split")), "split"]
+    return {name: named[name] for name in ordered}
+
+
+def verl_features(kind: Kind, occur: frozenset[str]) -> Feature:
+    """Return the columns that verl reads: messages, or those of the prompts of an RL run."""
+    turns = _list(_turn(occur))
+    if kind != "prompts":
+        return {"messages": turns}
+    return {
+        "data_source": _TEXT,
+        "prompt": turns,
+        "ability": _TEXT,
+        "reward_model": {"style": _TEXT, "ground_truth": _TEXT},
+        "extra_info": {"split": _TEXT, "id": _TEXT},
+    }
+
+
+def _list(of: Feature) -> Feature:
+    return {"feature": of, "_type": "List"}
+
+
+def _feature(hint: Any, occur: frozenset[str]) -> Feature:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return _list(_turn(occur) if inner[0] is Turn else _feature(inner[0], occur))
+    if origin in (Union, UnionType, Literal):
+        return _TEXT  # a closed set of words
+    return _PLAIN[hint]
+
+
+def _turn(occur: frozenset[str]) -> Feature:
+    # Arguments differ from call to call.
+    call = {"id": _TEXT, "type": _TEXT, "function": {"name": _TEXT, "arguments": {"_type": "Json"}}}
+    optional = {"name": _TEXT, "tool_calls": _list(call), "tool_call_id": _TEXT}
+    return {"role": _TEXT, "content": _TEXT} | {n: kind for n, kind in optional.items() if n in occur}
+
+
+def for_card(columns: Feature) -> list[dict[str, Any]]:
+    """Return columns as the YAML of a card holds them, under `dataset_info: features`."""
+    return [{"name": name, **_in_card(feature)} for name, feature in columns.items()]
+
+
+def _in_card(feature: Feature) -> dict[str, Any]:
+    match feature.get("_type"):
+        case "Value":
+            return {"dtype": feature["dtype"]}
+        case "Json":
+            return {"dtype": "json"}
+        case "List":
+            ((form, inner),) = _in_card(feature["feature"]).items()
+            return {"list": {form: inner} if form == "list" else inner}
+        case _:
+            return {"struct": for_card(feature)}
