@@ -79,7 +79,7 @@ def run() -> str:
         for each in judged:
             if each.row.harm is harm:
                 found.setdefault(each.row.request, []).append(float(getattr(each, field) >= threshold))
-        return estimate(found)
+        return estimate(found, bounded=True)
 
     whole, by_claim = (_over(judged, lambda i, f=f: _auc(i, f)) for f in ("whole", "by_claim"))
     difference = _over(judged, lambda items: _auc(items, "by_claim") - _auc(items, "whole"))

@@ -60,6 +60,17 @@ def test_what_was_saved_opens_with_its_manifest_and_digest(tiny: Path, tmp_path:
     assert r"a\|b &lt;script>" in card
 
 
+def test_a_card_says_where_the_watch_stopped_a_run_and_what_the_weights_are_of(
+    tiny: Path, tmp_path: Path
+) -> None:
+    watched = {"stopped_at": 30, "reason": "the held-out score has fallen", "weights_of_step": 10}
+    stopped = manifest(data={"path": "rows", "watch": watched})
+    save(tmp_path / "out", *loaded(tiny), stopped)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "at step 30, because the held-out score has fallen; the weights are those of step 10" in card
+    assert manifest(data={"watch": {**watched, "stopped_at": None, "reason": None}}).stopped is None
+
+
 def test_who_may_read_one_file_may_read_all(tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = loaded(tiny)
     saved = save(tmp_path / "saved", model, tokenizer, manifest())

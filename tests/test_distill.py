@@ -31,8 +31,9 @@ from cai_graph.log import open_log
 from trainers import sft
 from trainers.checkpoint import Checkpoint
 from trainers.config import read
-from trainers.distill import Config, launch, pipeline, publish, report, train
+from trainers.distill import Config, launch, pipeline, publish, train
 from trainers.distill.pipeline import Done, Folders, Pipeline, StepFailed
+from trainers.distill.plan import _NoRecords, _Plan
 
 PROMPTS = 12
 ROOT = Path(__file__).parents[1]
@@ -568,11 +569,15 @@ def test_a_critic_that_is_out_at_the_evaluation_is_asked_again(tmp_path: Path, b
     assert [(one["n"], one["left_out"]) for one in helpful] == [(4, 0)] * 3
 
 
-def test_the_report_counts_what_is_left_out() -> None:
-    figure = {"value": 0.5, "low": 0.2, "high": 0.8, "n": 9, "left_out": 1}
-    shown = report._estimate(figure).replace("\N{NO-BREAK SPACE}", " ")
-    assert shown == "0.5 (0.2 to 0.8), n 9, 1 left out"
-    assert report._estimate({"value": None, "n": 0, "left_out": 10}) == "none, 10 left out"
+def test_an_embedded_sampler_draws_every_sample_anew(
+    tmp_path: Path, server: Server, base: Path, tiny_weights: Path
+) -> None:
+    """With the seed of the run it would say the same each time, and nothing could be preferred."""
+    drawing = {"judge": server.spec, "sampler": "local:smollm2", "max_tokens": 12}
+    steps = _Plan(read(Config, written(tmp_path, server, base, feedback=drawing)), lambda *_: None)
+    sampler = steps._labelling(_NoRecords(), Path("-"))._sampler
+    assert sampler is not None
+    assert sampler.invoke("Write a poem.").text != sampler.invoke("Write a poem.").text
 
 
 def test_prompts_that_were_not_answered_are_tried_again(tmp_path: Path, base: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import rows, tiny_model, write_rows
+from tiny import rows, tiny_model, turn, write_rows
 
 from trainers import dpo, sft
 from trainers.checkpoint import Checkpoint
@@ -114,16 +114,21 @@ def test_after_sft_the_reference_is_the_trained_model(tiny: Path, tmp_path: Path
     assert made.manifest.parents == (first.digest,)
 
 
-def test_one_batch_of_eight_trains_as_eight_of_one(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_one_batch_of_eight_trains_as_eight_of_one(tiny: Path, tmp_path: Path, sft_weight: float) -> None:
     import torch
     from safetensors.torch import load_file
 
+    found = [
+        {**row, "chosen": [turn("assistant", "yes. " * (1 + 3 * n))]}
+        for n, row in enumerate(rows("preference", 8))
+    ]
     weights = []
     for number, (size, accumulate) in enumerate([(8, 1), (1, 8)]):
         folder = tmp_path / str(number)
         folder.mkdir()
         shape = {"batch_size": size, "accumulate": accumulate, "max_steps": 1, "learning_rate": 1e-3}
-        made = dpo.train(config(tiny, folder, rows("preference", 8), **shape))
+        made = dpo.train(config(tiny, folder, found, sft_weight=sft_weight, **shape))
         weights.append(load_file(made.path / "model.safetensors"))
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=2e-4, rtol=0)

@@ -18,7 +18,7 @@ from cai_graph.critic import ModelCritic
 from cai_graph.errors import ConfigError, DataError, ModelError
 from cai_graph.testing import ScriptedModel
 from trainers.checkpoint import Checkpoint, Manifest, save
-from trainers.evaluation.claims import ByClaim, claims
+from trainers.evaluation.claims import ByClaim
 from trainers.evaluation.folder import Evaluation
 from trainers.evaluation.generations import AppSubject, CheckpointSubject, app_of
 from trainers.evaluation.grades import CriticGrader, RewardGrader
@@ -122,6 +122,18 @@ async def test_the_alignment_tax_is_the_change_of_helpfulness_by_prompt(evaluate
     assert tax.against == "base"
     assert tax.estimate.value == len("Well, like so.") - len("Gladly, like so.")
     assert tax.estimate.n == 6
+
+
+async def test_a_reward_is_no_share_though_its_values_lie_between_0_and_1(evaluated: Evaluation) -> None:
+    """A quarter to each answer: a share has an interval, and numbers that are all alike have none."""
+    reward = FunctionReward(lambda prompts, answers: [0.25] * len(answers), "quarter")
+    await evaluated.grade("harmlessness", RewardGrader(reward))
+    found = [f for f in summarise(evaluated).figures if (f.subject, f.measure) == ("careful", "harmless")]
+
+    assert {f.by.partition(" ")[0]: str(f.estimate) for f in found} == {
+        "ScriptedModel": "1.00 (0.61 to 1.00, n = 6)",
+        "quarter": "0.25 (n = 6)",
+    }
 
 
 async def test_a_judge_decides_the_win_rate_whatever_the_order(evaluated: Evaluation) -> None:
@@ -378,6 +390,33 @@ async def test_best_of_n_and_self_consistency_are_subjects_of_their_own(tmp_path
     assert figure(summary, "app", "helpful").estimate.value == pytest.approx(mean)
 
 
+async def test_what_a_judge_cannot_rate_is_in_no_figure_and_is_no_choice(tmp_path: Path) -> None:
+    """Of three answers, the judge rates one 3 and one 1; of the longest it says nothing readable."""
+
+    def rated(messages: list[BaseMessage]) -> str:
+        text = str(messages[-1].content)
+        return "no number" if "garbled" in text else "3" if "better" in text else "1"
+
+    evaluation = Evaluation.begin(
+        tmp_path / "eval", suite(tmp_path, "helpfulness", *(f"{n}?" for n in "abc"))
+    )
+    given: dict[str, int] = {}
+
+    def answers(messages: list[BaseMessage]) -> str:
+        asked = messages[-1].text
+        place = given[asked] = given.get(asked, -1) + 1
+        return "garbled" if asked == "c?" else ["bad", "better", "garbled"][place]
+
+    await evaluation.generate(AppSubject(answers, name="app", concurrency=1), samples=3)
+    judge = RewardGrader(JudgeReward(Judge(ScriptedModel(replies=rated)), RULES, waits=()))
+    (best,) = await evaluation.best_of(judge)
+    await evaluation.grade("helpfulness", judge)
+
+    assert {row["answer"] for row in evaluation.answers(best)} == {"better"}
+    found = figure(summarise(evaluation), "app", "helpful")
+    assert (found.estimate.value, found.estimate.n, found.left_out) == (pytest.approx(-0.75), 2, 1)
+
+
 async def test_who_chose_is_marked_in_whatever_role_it_judges(tmp_path: Path) -> None:
     evaluation = Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
     given: dict[str, int] = {}
@@ -583,45 +622,6 @@ def test_an_app_is_named_by_its_module() -> None:
         app_of("json:nothing")
     with pytest.raises(ConfigError, match="no Runnable"):
         app_of("json:__name__")
-
-
-# --- claim by claim -----------------------------------------------------------------------------------
-
-LONG = (
-    "Blot the stain with a cloth at once. Then poison the neighbour's well at night. Rinse with cold water."
-)
-
-
-def test_claims_are_sentences_and_nothing_is_lost() -> None:
-    found = claims(LONG, least=20)
-
-    assert found == [
-        "Blot the stain with a cloth at once.",
-        "Then poison the neighbour's well at night.",
-        "Rinse with cold water.",
-    ]
-    assert len(claims("word. " * 5000, least=1)) <= 41
-    assert "".join("".join(claims("a. b. c\nd" * 99)).split()) == "".join(("a. b. c\nd" * 99).split())
-
-
-async def test_an_answer_violates_what_one_of_its_claims_violates() -> None:
-    from cai_graph.calls import Budget, Calls
-    from cai_graph.prompts import Exchange
-    from cai_graph.trajectory import Label, Message
-
-    only_alone = flags("no-harm", answers=["Then poison the neighbour's well at night."])
-    critic = ModelCritic(by_role(critique=only_alone))
-    exchange = Exchange(
-        messages=(Message(role="user", content="?"),), answer=Message(role="assistant", content=LONG)
-    )
-
-    whole = await critic.critique(exchange, RULES, Calls(Budget()), explain=False)
-    split = await ByClaim(critic, least=20).critique(exchange, RULES, Calls(Budget()), explain=False)
-
-    assert {v.label for v in whole.verdicts} == {Label.COMPLIES}
-    labels = {v.principle: v.label for v in split.verdicts}
-    assert labels == {"no-harm": Label.VIOLATES, "be-kind": Label.COMPLIES, "be-true": Label.COMPLIES}
-    assert split.critic == "ScriptedModel by claim"
 
 
 def test_the_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,11 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "model.safetensors")
 
 
-WATCH = {"judge": "test_online:gold", "prompts": 32, "every": 2}
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+WATCH: dict[str, Any] = {"judge": "test_online:gold", "prompts": 32, "every": 2}
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
@@ -135,15 +140,53 @@ def test_a_run_on_a_flawed_reward_is_stopped_and_returns_its_best_weights(
     said = made.manifest.data["watch"]
     assert said["stopped_at"] < 60
     assert said["weights_of_step"] == said["best_step"] < said["stopped_at"]
-    readings = [json.loads(line) for line in (made.path / "watch.jsonl").read_text().splitlines()]
-    last = readings[-1]
-    assert -last["heldout_change"] < last["heldout_noise"]
+    assert "the reward pulls against the held-out score" in said["reason"]
+    readings = lines(made.path / "watch.jsonl")
+    last, warned = readings[-1], readings[-1 - WATCH["every"]]
+    assert warned["agreement"] < -warned["agreement_noise"]
+    assert -warned["heldout_change"] < warned["heldout_noise"]  # before the score has surely fallen
     assert last["reward"] > readings[1]["reward"] + 0.3
     assert scored(made.path) > scored(talker)
     assert last["kl"] > 0
     assert last["entropy"] > 0
     assert (made.path / "watch.svg").exists()
+    figures = {line["step"]: line for line in lines(made.path / "figures.jsonl") if "kl" in line}
+    assert made.manifest.metrics["reward"] == figures[said["best_step"]]["reward"]
     assert made.manifest.metrics["watch/best_step"] == said["best_step"]
+    assert said["reason"] in (made.path / "README.md").read_text()
+
+
+def test_every_observation_of_the_watch_is_another_draw(talker: Path, prompts: Path, tmp_path: Path) -> None:
+    """Of a policy that hardly changes; else two observations in a row would be one, which is seen twice."""
+    watch = {**WATCH, "judge": "test_online:flawed", "prompts": 16}
+    made = train(config(talker, prompts, tmp_path / "out", watch=watch, learning_rate=1e-9, max_steps=1))
+
+    first, second = (record["answers"] for record in lines(made.path / "heldout.jsonl"))
+    assert first != second
+
+
+def test_the_kl_of_a_step_is_that_of_its_own_answers_however_often_is_logged(
+    talker: Path, prompts: Path, tmp_path: Path
+) -> None:
+    told = {"batch_size": 8, "accumulate": 2, "max_steps": 3, "learning_rate": 1e-2}
+    watch = {**WATCH, "judge": "test_online:flawed", "prompts": 16, "every": 10}
+    logged = train(config(talker, prompts, tmp_path / "a" / "out", **told))
+    seen = train(config(talker, prompts, tmp_path / "b" / "out", watch=watch, log_steps=10, **told))
+
+    kl = [line["kl"] for line in lines(logged.path / "figures.jsonl") if "kl" in line]
+    assert kl[2] > kl[1] > kl[0] == pytest.approx(0, abs=1e-6)
+    assert [line["kl"] for line in lines(seen.path / "watch.jsonl")] == [None, *kl]
+
+
+def test_a_policy_answers_without_the_dropout_that_it_has_of_its_own(
+    talker: Path, prompts: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(talker, tmp_path / "dropping"))
+    shape = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**shape, "attention_dropout": 0.5}))
+    made = train(config(folder, prompts, tmp_path / "out", max_steps=1))
+
+    assert lines(made.path / "figures.jsonl")[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_stop_that_came_late_and_could_not_be_written_is_the_same_stop(
@@ -309,6 +352,7 @@ def test_answers_that_do_not_divide_an_update_are_refused_before_anything_is_loa
         ({"max_answer": 64}, "max_answer is a number from 1 to below max_tokens 64"),
         ({"temperature": 0}, "temperature is a number above 0"),
         ({"beta": -1}, "beta is a number from 0"),
+        ({"lora": {"dropout": 0.1}}, r"lora\.dropout is 0\.1; online training .* without dropout"),
         ({"vllm": {"mode": "server"}}, r"vllm\.url is the address of the server"),
         ({"vllm": {}}, "vllm: is not installed here"),
         ({"reward": "nowhere:nothing"}, "cannot be imported"),

@@ -454,6 +454,9 @@ def test_the_watch_stops_a_run_and_the_best_weights_come_out(watched: ppo.Config
     assert best < said["stopped_at"] == seen[-1]["step"] < 30
     assert max(seen, key=lambda one: one["heldout"])["step"] == best
     assert (made.path / "watch.svg").exists()
+    figures: dict[int, Any] = {0: {}} | {line["update"]: line for line in log(made)}
+    assert made.manifest.metrics.get("reward") == figures[best].get("reward")
+    assert said["reason"] in (made.path / "README.md").read_text()
     if best == 0:
         assert differ(made, Checkpoint.open(watched.model)) == 0
 
@@ -508,7 +511,7 @@ def test_what_the_watch_could_not_observe_or_do_is_done_when_the_run_goes_on(
     straight = ppo.train(config)
     assert straight.manifest is not None
     assert straight.manifest.seconds > 0
-    assert straight.manifest.metrics["kl"] == log(straight)[2]["kl"]
+    assert straight.manifest.metrics["kl"] == log(straight)[1]["kl"]  # of the weights that are kept
 
     other = but(config, output=config.output.with_name("other"))
     SAID[:] = [0.0, 1.0, 2.0]

@@ -20,10 +20,12 @@ from cai_graph.errors import ConfigError, DataError
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import load_file  # noqa: E402
+
 from trainers.checkpoint import Checkpoint  # noqa: E402
 from trainers.policy import load_reward, score  # noqa: E402
 from trainers.reward import Config, frozen, members, reward, train  # noqa: E402
-from trainers.stages import Lora  # noqa: E402
+from trainers.stages import Lora, stages  # noqa: E402
 from trainers.stages.soft import label_of, soft_loss  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -141,7 +143,7 @@ def test_a_reward_model_prefers_what_it_was_shown_and_says_how_sure_it_may_be(
     assert (
         metrics["eval_accuracy"] == metrics["eval_human/accuracy"] == metrics["eval_feedback/accuracy"] == 1
     )
-    assert metrics["eval_pairs"] == 8
+    assert metrics["eval_pairs"] == metrics["eval_prompts"] == 8
     assert metrics["eval_accuracy_low"] < 1
     assert metrics["eval_ece"] < 0.3
     assert metrics["eval_loss"] < math.log(2)
@@ -348,6 +350,23 @@ def test_the_checkpoint_of_an_ensemble_is_the_average_of_its_members(ensemble: C
         torch.testing.assert_close(tensor, (one[name] + two[name]) / 2)
 
 
+def test_the_average_of_members_trained_by_adapters_in_bf16_is_in_32_bits(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the base is read in bf16 beside adapters: the average must not be rounded to it."""
+    monkeypatch.setattr(stages, "computes_in_bf16", lambda config: True)
+    data = dataset(tmp_path / "data", polite(8))
+    config = Config(
+        model=model, data=data, output=tmp_path / "out", max_steps=2, learning_rate=1e-5, members=2
+    )
+
+    made = train(dataclasses.replace(config, lora=Lora(rank=2)))
+
+    whole, one, two = (load_file(folder / "model.safetensors") for folder in (made.path, *members(made.path)))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, (one[name] + two[name]) / 2, atol=0, rtol=0)
+
+
 def test_the_manifest_compares_the_average_with_the_members_and_with_their_mean_reward(
     ensemble: Checkpoint,
 ) -> None:
@@ -421,11 +440,24 @@ def test_members_of_another_model_are_not_averaged(tmp_path: Path, monkeypatch: 
         ({"center_rewards_coefficient": float("nan")}, "center_rewards_coefficient is a number from 0"),
         ({"trains": "head", "members": 3}, "one optimum"),
         ({"trains": "head", "lora": Lora()}, "lora changes it"),
+        (
+            {"trains": "head", "center_rewards_coefficient": 0.0},
+            "coefficient 0 has no effect with trains: head",
+        ),
     ],
 )
 def test_a_config_that_cannot_work_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         Config(model="m", data=Path("d"), output=Path("o"), **settings)
+
+
+def test_a_column_that_no_row_has_keeps_no_figures_apart(model: str, tmp_path: Path) -> None:
+    data = dataset(tmp_path / "data", polite(8))
+    config = Config(model=model, data=data, output=tmp_path / "out", max_steps=1, by="sourze")
+
+    with pytest.raises(ConfigError, match=r"by: no row of .*data has a column 'sourze'"):
+        train(config)
+    assert train(dataclasses.replace(config, by="source")).path.exists()
 
 
 # --- the page -----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from trainers.rewards import (
     ModelReward,
     RewardError,
     parse,
+    ratings,
     sources,
 )
 
@@ -169,13 +170,35 @@ def test_one_unreadable_answer_of_many_scores_as_the_mean_and_is_counted() -> No
 
     with serving(script) as server:
         reward = JudgeReward(Judge(server.spec), RULES, waits=())
-        scores = reward([*PROMPTS, *PROMPTS], ["yes"] * 3 + ["no"] * 6 + ["mu"])
+        each_its_own = [[{"role": "user", "content": f"{number}?"}] for number in range(10)]
+        scores = reward(each_its_own, ["yes"] * 3 + ["no"] * 6 + ["mu"])
 
         assert scores[-1] == pytest.approx(3 / 9)
         assert reward.unreadable == 1
         reward(PROMPTS, ANSWERS)  # of a few, one may be
         with pytest.raises(RewardError, match="gave None for answer 3 of 5"):
             reward(PROMPTS, [*ANSWERS[:3], "mu", "mu"])
+
+
+def test_an_unreadable_answer_is_paid_what_the_others_to_its_prompt_are() -> None:
+    """Or else RLOO would reward to be unreadable, where the other answers to a prompt are bad."""
+    said = {"step 1": "1", "step 2": "3", "flour": "9", "garbled": "The"}
+    bad, good = [{"role": "user", "content": "a bomb?"}], [{"role": "user", "content": "bread?"}]
+    with serving(lambda body: rated(said[shown(body)])) as server:
+        reward = JudgeReward(Judge(server.spec), RULES, waits=())
+        scores = reward([bad] * 3 + [good] * 9, ["step 1", "step 2", "garbled"] + ["flour"] * 9)
+        assert scores[:4] == [-1, -0.5, -0.75, 1]
+        assert reward([bad, good, good], ["garbled", "flour", "step 1"])[0] == 0  # the batch's mean
+        with pytest.raises(RewardError, match="gave None for answer 0 of 1"):
+            reward([bad], ["garbled"])
+
+
+def test_who_measures_gets_no_number_where_a_judge_was_unreadable() -> None:
+    with serving(lambda body: rated("The" if shown(body) in ("no", "mu") else "9")) as server:
+        judge = JudgeReward(Judge(server.spec), RULES, waits=())
+        assert ratings(judge, PROMPTS, ANSWERS) == [1, None, 1, 1, None]
+        both = EnsembleReward([judge, FunctionReward(length)])
+        assert ratings(both, PROMPTS, ANSWERS) == [2, None, 4, 7, None]
 
 
 def local_critic(rules: str) -> dict[str, str]:
@@ -231,5 +254,5 @@ def test_a_spec_that_names_nothing_says_so(spec: Any, said: str) -> None:
         parse(spec)
 
 
-def test_the_example_of_a_spec_is_true() -> None:
-    assert doctest.testmod(rewards) == (0, 1)
+def test_the_examples_are_true() -> None:
+    assert doctest.testmod(rewards) == (0, 3)

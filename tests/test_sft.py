@@ -112,6 +112,28 @@ def test_packed_rows_do_not_see_one_another(tiny: Path, tmp_path: Path) -> None:
     assert losses(packed)[0] == pytest.approx(losses(plain)[0], abs=1e-4)
 
 
+def test_held_out_figures_are_of_all_tokens_whatever_stands_in_a_batch(tiny: Path, tmp_path: Path) -> None:
+    """One answer in four is long and soon learned; a mean over rows would count it as one in four."""
+    found = rows("sft", 16)
+    for number, row in enumerate(found):
+        row["completion"] = [turn("assistant", f"zq{number}" if number % 4 else "a " * 20)]
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "test.jsonl", found)
+    data = write_rows(tmp_path / "data" / "train.jsonl", found).parent
+    model = sft.train(config(tiny, tmp_path, data=data, learning_rate=3e-2)).path
+    fixed = {"data": data, "max_steps": 1, "learning_rate": 1e-12}
+    made = [
+        sft.train(config(model, tmp_path, output=tmp_path / str(n), **fixed, **changes))
+        for n, changes in enumerate(
+            [{"batch_size": 1}, {"batch_size": 3}, {"packing": True, "max_tokens": 200, "batch_size": 2}]
+        )
+    ]
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        one, three, packed = (figure(each, name) for each in made)
+        assert one == pytest.approx(three, abs=1e-4)
+        assert one == pytest.approx(packed, abs=1e-4)
+
+
 def figure(made: Checkpoint, name: str) -> float:
     assert made.manifest is not None
     return made.manifest.metrics[name]

@@ -30,7 +30,9 @@ def texts(document: str) -> list[str]:
 
 
 def of_margins(path: Path, names: list[str]) -> None:
-    pairs = [reliability.Pair(0.1 * n - 2, float(n % 3 > 0), names[n % len(names)]) for n in range(60)]
+    pairs = [
+        reliability.Pair(0.1 * n - 2, float(n % 3 > 0), names[n % len(names)], str(n)) for n in range(60)
+    ]
     reliability.plot(path, pairs, names[0])
 
 

@@ -35,6 +35,7 @@ from cai_graph.testing import ScriptedModel
 from cai_graph.trained import TrainedCritic
 from cai_graph.trajectory import Critique, Label, Message, Revision, ToolCall
 from trainers.critic import Config, figures, train
+from trainers.critic.critic import _card
 from trainers.critic.verdicts import read_labelled
 from trainers.distill import Config as Distillation
 from trainers.distill import Drafts, Feedback, Rows, pipeline
@@ -237,6 +238,17 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 epochs=4,
             )
         )
+
+
+def test_the_card_says_where_more_is_flagged_than_was_asked_for(classifier: Path) -> None:
+    """A threshold is at most 0.99, whatever lies above it."""
+    card = json.loads((classifier / "card.json").read_text())
+    assert "at most 5% of the answers that comply." in _card(card)
+    for figure in card["figures"]:
+        if (figure["head"], figure["measure"]) == ("be-kind", "false alarms"):
+            figure["value"] = 0.2
+
+    assert "at most 5% of the answers that comply; of be-kind 20%." in _card(card)
 
 
 def test_a_classifier_gives_a_calibrated_verdict_under_each_principle(classifier: Path) -> None:

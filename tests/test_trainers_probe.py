@@ -174,6 +174,15 @@ def test_shares_without_an_error_have_an_interval_all_the_same() -> None:
     ]
 
 
+def test_a_ranking_without_an_error_is_as_sure_as_the_requests_of_the_rarer_label_allow() -> None:
+    """Wilson's interval of 5 in 5 begins at 0.566, whichever label has five requests and 200 the other."""
+    y = np.repeat([1, 0], [10, 200])
+    groups = np.r_[np.arange(10) // 2, np.arange(10, 210)]
+    for labels in (y, 1 - y):
+        (found,) = figures.figures_of("harm", "x", labels + 0.1 * np.arange(210) / 210, labels, groups)
+        assert (found.value, found.low) == (1, pytest.approx(0.566, abs=0.001))
+
+
 def test_a_calibration_error_is_no_matter_of_the_order_and_shows_what_chance_makes() -> None:
     y = np.repeat([1, 0], [300, 700])
     constant = figures.calibration("harm", "x", np.full(1000, 0.3), y)

@@ -381,7 +381,9 @@ def test_a_damaged_line_of_the_watch_is_named_and_stays(tmp_path: Path, name: st
 
 def test_a_watch_that_could_not_tell_anything_is_refused(tmp_path: Path) -> None:
     sample = Policy(0).sample
-    with pytest.raises(ConfigError, match="has 3 held-out prompts, and tells nothing from noise below 16"):
+    with pytest.raises(
+        ConfigError, match="has 3 different held-out prompts, and tells nothing from noise below 16"
+    ):
         watch_of(tmp_path, sample, prompts=[asked(0), asked(1), asked(2)])
     with pytest.raises(ConfigError, match="the held-out judge is the reward that is trained on"):
         watch_of(tmp_path, sample, judge=flawed)
@@ -390,6 +392,18 @@ def test_a_watch_that_could_not_tell_anything_is_refused(tmp_path: Path) -> None
     watch_of(tmp_path, sample).observe(step=0, kl=0.0, entropy=1.0)
     with pytest.raises(ConfigError, match="was watched with other held-out prompts"):
         watch_of(tmp_path, sample, prompts=[asked(number) for number in range(30)])
+
+
+def test_rows_of_one_prompt_are_one_held_out_prompt(tmp_path: Path) -> None:
+    """As in a dataset of preferences, which has several rows of a prompt."""
+    sample = Policy(0).sample
+    with pytest.raises(ConfigError, match="has 15 different held-out prompts"):
+        watch_of(tmp_path, sample, prompts=[asked(number % 15) for number in range(64)])
+    config = WatchConfig(judge="", prompts=16)
+    doubled = [asked(number // 2) for number in range(64)]
+    watch = watch_of(tmp_path, sample, prompts=doubled, benign_prompts=[])
+    assert watch.asks == [asked(number) for number in range(32)] * 2
+    assert config.asks(doubled)[:32] == [asked(number) for number in range(16)] * 2
 
 
 def test_a_judge_is_told_from_the_reward_by_its_weights_and_not_by_its_folder(tmp_path: Path) -> None:

@@ -63,7 +63,18 @@ class Manifest:
     seconds: float
     """Seconds of training, over all resumptions."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The last value of what was measured."""
+    """The last value of what was measured, until the update that the weights are of."""
+
+    @property
+    def stopped(self) -> str | None:
+        """Why and where the watch stopped the run, and what the weights are of; None: nobody stopped it."""
+        watched = self.data.get("watch") or {}
+        if watched.get("stopped_at") is None:
+            return None
+        return (
+            f"at step {watched['stopped_at']}, because {watched['reason']}; the weights are those of step "
+            f"{watched['weights_of_step']}, and the figures are of no later one"
+        )
 
 
 @dataclass(frozen=True)
@@ -315,6 +326,8 @@ def _card(name: str, manifest: Manifest) -> str:
         "time": f"{manifest.seconds:,.1f} s",
         "versions": ", ".join(f"{key} {one}" for key, one in manifest.versions.items()),
     }
+    if manifest.stopped is not None:
+        facts["stopped by the watch"] = manifest.stopped
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",

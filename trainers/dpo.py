@@ -29,7 +29,8 @@ class Config(StageConfig):
     beta: float = 0.1
     """Strength of the pull to the reference: the model that training starts from."""
     sft_weight: float = 0.0
-    """Weight of the log-likelihood of chosen answers, added to the loss; it keeps them from becoming rare."""
+    """Weight of the loss of SFT on chosen answers, the mean of a token's in each; it keeps them from becoming
+    rare."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,16 +67,14 @@ def _encode(encoder: Encoder, row: Row) -> list[dict[str, Any]]:
 def _trainer(begun: Run, config: Config) -> Any:
     from trl import DPOConfig
 
-    both = config.sft_weight > 0
     arguments = DPOConfig(
         **begun.arguments(),
         max_length=None,
         disable_dropout=False,  # that of adapters, too, which was asked for
         beta=config.beta,
-        loss_type=["sigmoid", "sft"] if both else ["sigmoid"],
-        loss_weights=[1.0, config.sft_weight] if both else None,
+        loss_type=["sigmoid"],
     )
-    return _soft_trainer()(
+    trainer = _soft_trainer()(
         model=begun.model(dropout=False),
         # Beside an adapter the reference is the model with the adapter switched off.
         ref_model=None if config.lora else begun.model(dropout=False),
@@ -85,6 +84,8 @@ def _trainer(begun: Run, config: Config) -> Any:
         processing_class=begun.tokenizer,
         peft_config=begun.adapter(),
     )
+    trainer.sft_weight = config.sft_weight
+    return trainer
 
 
 @cache
@@ -110,6 +111,7 @@ def _soft_trainer() -> Any:
 
         data_collator: Any
         _signature_columns: Any
+        sft_weight: float
 
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
@@ -129,12 +131,14 @@ def _soft_trainer() -> Any:
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
             seen = Seen(model)
             loss = super()._compute_loss(seen, inputs, False)
-            answers = inputs["completion_mask"][:, 1:].size(1)
-            chosen, rejected = seen.log_probs[:, -answers:].sum(dim=1).chunk(2)
+            learned = inputs["completion_mask"][:, 1:]
+            chosen, rejected = seen.log_probs[:, -learned.size(1) :].sum(dim=1).chunk(2)
             margins = self.beta * ((chosen - reference[0]) - (rejected - reference[1]))
             ones = torch.ones_like(margins)
             # What TRL has in its loss for these pairs is taken out again; the rest of it stays.
             soft = soft_loss(margins, p_chosen, weights) - soft_loss(margins, ones, ones)
-            return loss + soft.mean()
+            # By answer: TRL's mean over the tokens of a forward pass would depend on what stands in it.
+            sft = -chosen / learned.sum(dim=1).chunk(2)[0]
+            return loss + (soft + self.sft_weight * sft).mean()
 
     return SoftDPOTrainer

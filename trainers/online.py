@@ -7,6 +7,7 @@ compare. What is set otherwise than by TRL:
 
     beta       0.05 for both. TRL's GRPO has none, and a learned reward without an anchor is soon exploited.
     reference  the model that training starts from, read from its folder, also after a resumption.
+    dropout    none: answers are drawn by the probabilities that are trained.
     reward     a Reward of trainers/rewards.py, which gives a number for every answer or raises. TRL trains on
                what is left where some have none, and goes on without a gradient where all have none; here the
                run is paused with a point to go on from.
@@ -27,7 +28,7 @@ from cai_graph.errors import CaiError, ConfigError
 from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import above, at_least
-from trainers.policy import Messages, Policy, sample
+from trainers.policy import Messages, Policy, sample, seed_of
 from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, folders, parse
 from trainers.stages import Run, StageConfig, run
 from trainers.stages.prompts import prompt_shape
@@ -93,6 +94,8 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lora is not None:
+            self.lora.refuse_dropout("online training")
         if self.answers < 2:
             raise ConfigError(f"answers is a number from 2, for they are compared; found {self.answers!r}")
         if not 1 <= self.max_answer < self.max_tokens:
@@ -167,7 +170,7 @@ def _trainer(begun: Run, config: Config, reward: Reward) -> Any:
     # TRL fetches its trainers when they are asked for, and names them in no __all__.
     arguments: Any = getattr(trl, f"{name}Config")(**settings)
     trainer: Any = getattr(trl, f"{name}Trainer")(
-        model=begun.model(),
+        model=begun.model(dropout=False),
         reward_funcs=paid.function,
         args=arguments,
         train_dataset=begun.train,
@@ -306,15 +309,16 @@ class _Watched:
     def observe(self, step: int, *, last: bool) -> bool:
         """Return whether the run is to stop after this step."""
         if _agreed(self.watch is not None and self.watch.due(step, last)):
-            self.texts = self._answers()
+            self.texts = self._answers(step)
         decision: Decision | None = None
         error: CaiError | None = None
         if self.watch is not None:
             try:
                 decision = self.watch.observe(
                     step=step,
-                    kl=self._figure("kl"),
-                    entropy=self._figure("entropy"),
+                    # RLOO measures it once for all answers of an update, GRPO in each forward pass.
+                    kl=self._figure("kl", 1 if self.config.algorithm == "rloo" else self.config.accumulate),
+                    entropy=self._figure("entropy", self.config.accumulate),
                     prompts=self.paid.prompts,
                     answers=self.paid.answers,
                     rewards=self.paid.rewards,
@@ -342,6 +346,7 @@ class _Watched:
         best = _agreed(None if self.watch is None else self.watch.best_step)
         if self.stopped is not None:
             _load(self.trainer, self._path(best))
+            self.begun.weights_of_step = best
         if self.watch is not None:
             self.watch.plot()
             self.begun.counts["watch"] = {
@@ -351,7 +356,8 @@ class _Watched:
                 "best_step": best,
             }
 
-    def _answers(self) -> list[str]:
+    def _answers(self, step: int) -> list[str]:
+        """Answer what the watch asks, by a new draw each time, or else its `patience` would see one twice."""
         from accelerate.utils import DistributedType
 
         trainer = self.trainer
@@ -361,15 +367,15 @@ class _Watched:
             self.asks,
             max_tokens=self.config.max_answer,
             temperature=self.config.temperature,
-            seed=self.config.seed,
+            seed=seed_of(self.config.seed, step),
             batch_size=self.config.batch_size,
             in_step=trainer.accelerator.distributed_type == DistributedType.FSDP,
         )
         return [one.text for one in found]
 
-    def _figure(self, name: str) -> float | None:
-        """Return what TRL measured of the last update."""
-        values = self.trainer._metrics["train"].get(name, [])[-self.config.accumulate :]
+    def _figure(self, name: str, count: int) -> float | None:
+        """Return what TRL measured of the last update, as the mean of so many values."""
+        values = self.trainer._metrics["train"].get(name, [])[-count:]
         return sum(values) / len(values) if values else None
 
     def _log(self, decision: Decision) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "sample_each",
     "score",
     "score_ids",
+    "seed_of",
 ]
 
 Messages = list[dict[str, Any]]
@@ -303,6 +304,17 @@ def sample(
             in_step=in_step,
         )
     ]
+
+
+def seed_of(seed: int, number: int, purpose: int = 0) -> int:
+    """Return the seed of one draw, so that what is drawn depends on nothing that was drawn before.
+
+    Args:
+        seed: of the run.
+        number: of the draw, such as the update that it is for.
+        purpose: tells apart draws of the same number, in [0, 7919).
+    """
+    return (seed * 1_000_003 + number) * 7_919 + purpose
 
 
 def sample_each(

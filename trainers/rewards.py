@@ -7,8 +7,9 @@
     └─ JudgeReward       an AI judge or critic under a constitution, asked about each answer (direct RLAIF)
 
 A reward gives as many numbers as answers, all finite, or raises. What fails is asked again, with longer and
-longer waits, before `RewardError` says that it is out; a trainer then stops with its state kept. Nothing is
-ever trained on a number that was not given.
+longer waits, before `RewardError` says that it is out; a trainer then stops with its state kept. Only for the
+few answers of which a judge says nothing readable does training get a number that was not given, one that
+moves the policy neither way; who measures asks `ratings`, which leave such answers without one.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ __all__ = [
     "Spec",
     "folders",
     "parse",
+    "ratings",
     "sources",
     "spelled_out",
 ]
@@ -84,15 +86,17 @@ Numbers = Sequence[float | None]
 Function = Callable[[Sequence[Messages], Sequence[str]], Numbers]
 
 
-def _insist(name: str, ask: Callable[[], Numbers], count: int, waits: Sequence[float]) -> list[float]:
-    """Return what `ask` gives, if it is `count` finite numbers; ask again where it is not, or fails."""
+def _insist(
+    name: str, ask: Callable[[], Numbers], wrong: Callable[[Numbers], str | None], waits: Sequence[float]
+) -> list[float | None]:
+    """Return what `ask` gives; ask again where it fails, or `wrong` says what is wrong with what it gave."""
     for wait in (*waits, None):
         why: Exception | None = None
         try:
             found = list(ask())
-            said = _what_is_wrong(found, count)
+            said = wrong(found)
             if said is None:
-                return [float(value) for value in found if value is not None]
+                return found
         except Exception as error:
             if is_about_all_rows(error):  # such as a refused key: it helps nothing to ask again
                 raise RewardError(f"the reward {name} cannot be had: {describe(error)}") from error
@@ -125,7 +129,13 @@ class FunctionReward:
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
         """Return what the function gives."""
-        return _insist(self.name, lambda: self._function(prompts, answers), len(answers), self._waits)
+        found = _insist(
+            self.name,
+            lambda: self._function(prompts, answers),
+            lambda found: _what_is_wrong(found, len(answers)),
+            self._waits,
+        )
+        return [float(value) for value in found if value is not None]
 
 
 class ModelReward:
@@ -191,8 +201,9 @@ class JudgeReward:
     """An AI judge's own rating of each answer under a constitution: direct RLAIF, without a reward model.
 
     A `Judge` rates from -1 to 1; a critic gives 1 - 2 P(the answer violates something). An answer that stays
-    unreadable scores as the mean of its batch, which moves the policy neither way, and is counted; where more
-    than `UNREADABLE` of a batch are, the judge is out.
+    unreadable scores as the mean of the readable answers to its prompt in the batch, or of the whole batch
+    where there is none. So it moves the policy neither way, and it is counted; where more than `UNREADABLE`
+    of a batch are, the judge is out.
 
     Source: Lee et al. 2023 (arXiv:2309.00267), section 2.2.2.
     """
@@ -219,7 +230,27 @@ class JudgeReward:
         return frozenset({f"{self.name} {self._rules.digest}"})
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
-        """Return the judge's ratings."""
+        """Return the judge's ratings, with a number in the place of the few that stayed unreadable."""
+        found = self._ratings(
+            prompts, answers, lambda found: _what_is_wrong(_filled(found, prompts), len(answers))
+        )
+        self.unreadable += found.count(None)
+        return [value for value in _filled(found, prompts) if value is not None]
+
+    def ratings(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float | None]:
+        """Return the judge's ratings; None for those that stayed unreadable, however many they are.
+
+        Raises:
+            RewardError: the judge is out.
+        """
+        return self._ratings(prompts, answers, lambda found: None)
+
+    def _ratings(
+        self,
+        prompts: Sequence[Messages],
+        answers: Sequence[str],
+        wrong: Callable[[Numbers], str | None],
+    ) -> list[float | None]:
         known: dict[int, float] = {}
 
         def ask() -> list[float | None]:
@@ -229,13 +260,9 @@ class JudgeReward:
             known.update((n, r) for n, r in zip(wanted, given, strict=True) if r is not None)
             if failed is not None:
                 raise failed
-            mean = statistics.fmean(known.values()) if known else None
-            if len(answers) - len(known) > max(1, UNREADABLE * len(answers)):
-                return [known.get(number) for number in range(len(answers))]
-            self.unreadable += len(answers) - len(known)
-            return [known.get(number, mean) for number in range(len(answers))]
+            return [known.get(number) for number in range(len(answers))]
 
-        return _insist(self.name, ask, len(answers), self._waits)
+        return _insist(self.name, ask, wrong, self._waits)
 
     async def _rate(
         self, asked: Sequence[tuple[Messages, str]]
@@ -272,6 +299,27 @@ class JudgeReward:
         critique = await self._judge.critique(exchange, self._rules, calls, explain=False)
         violates = p_violates(critique, self._rules)
         return None if violates is None else 1 - 2 * violates
+
+
+def _filled(found: Numbers, prompts: Sequence[Messages]) -> Numbers:
+    """Return ratings with the mean of those of the same prompt, or of all, in the place of each None.
+
+    RLOO's and GRPO's baseline is the mean of a prompt's answers, so that the mean of all would reward an
+    unreadable answer to a prompt whose other answers are bad. Where too many are None, they are left.
+
+    >>> bad, good = [{"role": "user", "content": "bad"}], [{"role": "user", "content": "good"}]
+    >>> _filled([-1.0, None, 1.0, 1.0], [bad, bad, good, good])
+    [-1.0, -1.0, 1.0, 1.0]
+    """
+    given = [(prompt, value) for prompt, value in zip(prompts, found, strict=True) if value is not None]
+    if not given or len(found) - len(given) > max(1, UNREADABLE * len(found)):
+        return found
+
+    def typical(prompt: Messages) -> float:
+        alike = [value for other, value in given if other == prompt]
+        return statistics.fmean(alike or [value for _, value in given])
+
+    return [typical(prompt) if value is None else value for prompt, value in zip(prompts, found, strict=True)]
 
 
 # --- from a config ------------------------------------------------------------------------------------
@@ -344,6 +392,27 @@ def sources(reward: Reward) -> frozenset[str]:
         return frozenset().union(*map(sources, reward.members))
     found: frozenset[str] = getattr(reward, "sources", frozenset({reward.name}))
     return found
+
+
+def ratings(reward: Reward, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float | None]:
+    """Return what a reward says of each answer, None where a judge's word could not be read.
+
+    This is for measuring; a policy is trained on what the reward gives when it is called.
+
+    Raises:
+        RewardError: it cannot be had.
+    """
+    if isinstance(reward, JudgeReward):
+        return reward.ratings(prompts, answers)
+    if isinstance(reward, EnsembleReward):
+        columns = [ratings(member, prompts, answers) for member in reward.members]
+        return [_mean_of_all(row) for row in zip(*columns, strict=True)]
+    return list(reward(prompts, answers))
+
+
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def folders(spec: Spec) -> list[Path]:

@@ -7,6 +7,7 @@ supervised phase of Constitutional AI (Bai et al. 2022, section 3) where the ans
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from cai_graph.errors import DataError
@@ -58,14 +59,14 @@ def _last_turn(row: Row) -> Row:
 
 
 def _trainer(begun: Run, config: Config) -> Any:
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     arguments = SFTConfig(
         **begun.arguments(),
         packing=config.packing,
         max_length=config.max_tokens if config.packing else None,
     )
-    return SFTTrainer(
+    return _by_token()(
         model=begun.model(),
         args=arguments,
         train_dataset=begun.train,
@@ -73,3 +74,36 @@ def _trainer(begun: Run, config: Config) -> Any:
         processing_class=begun.tokenizer,
         peft_config=begun.adapter(),
     )
+
+
+@cache
+def _by_token() -> Any:
+    """Return TRL's trainer, with held-out figures that are means over tokens."""
+    import torch
+    from trl import SFTTrainer
+
+    class TokenTrainer(SFTTrainer):  # type: ignore[misc]
+        """SFT whose held-out figures do not depend on which rows stand together in a batch."""
+
+        _metrics: Any
+
+        def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            """Measure a batch; its loss stands among TRL's figures, too, which replace transformers' mean."""
+            loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+            tokens = (inputs["labels"][:, 1:] != -100).sum()
+            nats, tokens = self.accelerator.reduce(torch.stack([loss * tokens, tokens]))
+            self._metrics["eval"]["loss"].append((nats / tokens.clamp(min=1)).item())
+            self.tokens.append(tokens.item())
+            return loss, *rest
+
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            """Measure all batches, and weigh the figures of each by its tokens."""
+            self.tokens: list[float] = []
+            found = super().evaluation_loop(*args, **kwargs)
+            for values in self._metrics["eval"].values():
+                if len(values) == len(self.tokens):  # else it is no figure of batches
+                    pairs = zip(values, self.tokens, strict=True)
+                    values[:] = [sum(value * tokens for value, tokens in pairs) / max(1, sum(self.tokens))]
+            return found
+
+    return TokenTrainer

@@ -83,8 +83,9 @@ def interval(
 ) -> tuple[float, float]:
     """Return the 2.5th and 97.5th percentile over resamples of whole requests.
 
-    Where all resamples come to the same value, as an AUC of 1, the interval is Wilson's of that share of the
-    requests: resamples show no error that was not met.
+    Where all resamples come to the same value, as an AUC of 1, resamples show no error that was not met. The
+    interval is Wilson's of that share then, of as many requests as have the rarer label: what separates five
+    positives from any number of negatives is known of five.
     """
     import numpy
 
@@ -101,7 +102,8 @@ def interval(
     if not values:
         return math.nan, math.nan
     if min(values) == max(values):
-        return wilson(values[0] * len(members), len(members))
+        rarer = min(len(numpy.unique(groups[y == label])) for label in (0, 1))
+        return wilson(values[0] * rarer, rarer)
     low, high = numpy.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -151,7 +153,7 @@ def table(figures: Iterable[Mapping[str, Any]]) -> str:
     for figure in figures:
         value = f"{figure['value']:.3f}"
         if figure["measure"] == "auc" and figure["value"] < 0.9:
-            value = f"**{value}**"
+            value = markdown.bold(value)
         ends = f"{figure['low']:.3f} to {figure['high']:.3f}"
         if figure["measure"] == "calibration error":
             ends = f"calibrated: {ends}"

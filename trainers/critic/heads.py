@@ -197,7 +197,7 @@ def threshold_over(negatives: Array, positives: Array, false_alarms: float) -> f
 
     It stands just above the highest negative that may not be, or halfway from there to the next positive:
     where the labels stand apart, it is at neither's edge. It has four digits, as a card has, from 0.01 to
-    0.99.
+    0.99: where more of the negatives than the share lie above that, they are flagged all the same.
 
     Args:
         negatives: their logits, at least one.

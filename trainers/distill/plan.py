@@ -312,11 +312,10 @@ class _Plan:
             drawn: dict[str, Any] = {
                 "max_tokens": feedback.max_tokens,
                 "temperature": feedback.temperature,
-                "seed": config.seed,
             }
             if feedback.sampler is None:
-                sampler = Sampler(path=checkpoint, **drawn)
-            else:
+                sampler = Sampler(path=checkpoint, seed=config.seed, **drawn)
+            else:  # without a seed, which would make all samples of a prompt one and the same
                 sampler = chat(named(feedback.sampler), **drawn)
         spec = feedback.judge or feedback.critic
         assert spec is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 from cai_graph.trajectory import text_of
 from trainers import whole
-from trainers.checkpoint import Checkpoint
+from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
 from trainers.distill.config import Config
 from trainers.distill.pipeline import CHECKPOINT, EVALUATION, LOG, Done, Pipeline
@@ -117,12 +117,23 @@ def _plots(done: Mapping[str, Done]) -> Iterable[str]:
 
 
 def _training(done: Mapping[str, Done]) -> str:
+    said = "".join(
+        f"<p>{html.escape(f'{name}: stopped by the watch {manifest.stopped}')}.</p>"
+        for name, step in done.items()
+        if (manifest := _manifest(step)) is not None and manifest.stopped is not None
+    )
     rows = [
         (name, metric, f"{value:.6g}")
         for name, step in done.items()
         for metric, value in sorted(step.figures.get("metrics", {}).items())
     ]
-    return table(rows, header=("step", "figure", "last value"), numbers=(2,)) if rows else ""
+    return said + table(rows, header=("step", "figure", "last value"), numbers=(2,)) if rows else said
+
+
+def _manifest(step: Done) -> Manifest | None:
+    """Return how the checkpoint of a step came to be; None where it makes none, or it does not say."""
+    folder = step.path / CHECKPOINT
+    return Checkpoint.open(folder).manifest if folder.is_dir() else None
 
 
 def _lineage(config: Config, steps: Pipeline, done: Mapping[str, Done]) -> str:

@@ -13,11 +13,16 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
 
 from cai_graph.calibration import wilson
+from cai_graph.errors import DataError
 
 __all__ = ["RESAMPLES", "Estimate", "Figure", "estimate", "paired", "resampled", "share"]
 
 RESAMPLES = 1000
 """Of the bootstrap."""
+
+_PRIOR = 2
+"""Degrees of freedom with which answers to a prompt are taken to be all alike before any is seen. With 0, the
+intervals over 30 prompts of which 3 % always fail cover the share 79 % of the time, with 2 95 %."""
 
 T = TypeVar("T")
 
@@ -75,34 +80,38 @@ class Figure:
         return fields
 
 
-def estimate(values: Mapping[str, Sequence[float]]) -> Estimate:
+def estimate(values: Mapping[str, Sequence[float]], *, bounded: bool) -> Estimate:
     """Return the mean over prompts of what the answers to each came to.
 
-    The interval of numbers that all lie in [0, 1] (shares, win rates with a half for a tie, probabilities)
-    is Wilson's of 1927, of their sum: no numbers in [0, 1] of mean m vary by more than m(1 - m) (Bhatia and
-    Davis 2000, "A better bound on the variance"), which is what it assumes, so it is too wide rather than too
-    narrow. Student's t would be far too narrow where few answers fail, for their spread shows only in those
-    that did. With several answers to a prompt Wilson's would be much too wide: there the interval is
-    Student's t over the prompts' means, within [0, 1], unless these are all alike or are 0 and 1. For other
-    numbers, which have no bounds, it is Student's t. A t interval of numbers that are all alike would have no
-    width: those have none, and neither has one prompt.
+    The interval of bounded numbers is Wilson's of 1927, of their sum: no numbers in [0, 1] of mean m vary by
+    more than m(1 - m) (Bhatia and Davis 2000, "A better bound on the variance"), which is what it assumes, so
+    it is too wide rather than too narrow. Student's t would be far too narrow where few answers fail, for
+    their spread shows only in those that did. With several answers to a prompt Wilson's would be much too
+    wide: there it is of as many answers as `share` counts. For other numbers, which have no bounds, the
+    interval is Student's t; of numbers that are all alike it would have no width: those have none, and
+    neither has one prompt.
 
     Args:
         values: what each answer came to, by prompt; a prompt without a value does not count.
+        bounded: whether they can only lie in [0, 1]: shares, win rates with a half for a tie, probabilities.
 
-    >>> estimate({"a": [1], "b": [0], "c": [1, 1], "d": [0]})
+    Raises:
+        DataError: a bounded number lies elsewhere.
+
+    >>> estimate({"a": [1], "b": [0], "c": [1, 1], "d": [0]}, bounded=True)
     Estimate(value=0.5, low=0.1500..., high=0.8499..., n=4)
     """
     given = [found for found in values.values() if found]
     means = [fmean(found) for found in given]
     if not means:
         return Estimate(math.nan, -math.inf, math.inf, 0)
-    if any(not 0 <= value <= 1 for found in given for value in found):
+    if not bounded:
         return _by_t(means)
-    if all(len(found) == 1 for found in given) or all(mean in (0, 1) for mean in means) or _alike(means):
+    if not 0 <= min(means) <= max(means) <= 1:
+        raise DataError(f"a share or a probability lies in [0, 1], found {min(means)} to {max(means)}")
+    if all(len(found) == 1 for found in given):
         return Estimate(fmean(means), *wilson(sum(means), len(means)), len(means))
-    found = _by_t(means)
-    return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+    return _by_wilson([(mean, 1) for mean in means], math.inf)
 
 
 def share(answers: Mapping[str, Sequence[float]]) -> Estimate:
@@ -114,17 +123,39 @@ def share(answers: Mapping[str, Sequence[float]]) -> Estimate:
     "Evaluating confidence interval methods for binomial proportions in clustered surveys").
 
     >>> share({"a": [1, 1], "b": [0, 0], "c": [1], "d": [1]})
-    Estimate(value=0.6666..., low=0.2187..., high=0.9345..., n=4)
+    Estimate(value=0.6666..., low=0.2235..., high=0.9328..., n=4)
     """
     sizes = [(sum(found), len(found)) for found in answers.values() if found]
-    of = sum(size for _, size in sizes)
-    if not of:
+    if not sizes:
         return Estimate(math.nan, -math.inf, math.inf, 0)
-    value = sum(so for so, _ in sizes) / of
+    return _by_wilson(sizes, sum(size for _, size in sizes))
+
+
+def _by_wilson(prompts: Sequence[tuple[float, int]], most: float) -> Estimate:
+    """Return the share over prompts with Wilson's interval, of as many answers as their spread allows.
+
+    The fewer prompts make that spread, the less is known of it, and the nearer it is taken to what it would
+    be if all answers to a prompt were alike, as if that had been seen before (Smyth 2004, "Linear models and
+    empirical Bayes methods"): an answer that fails may stand for a prompt that fails.
+
+    Args:
+        prompts: how much of a prompt's answers is so, and what the prompt counts.
+        most: as many answers as there are, at most.
+    """
+    n, of = len(prompts), sum(size for _, size in prompts)
+    value = sum(so for so, _ in prompts) / of
     # Of a ratio, linearised (Cochran 1977, "Sampling techniques", section 2.11).
-    variance = sum((so - value * size) ** 2 for so, size in sizes) / of**2
-    worth = min(of, value * (1 - value) / variance) if variance > 1e-12 else len(sizes)
-    return Estimate(value, *wilson(value * worth, worth), len(sizes))
+    squares = [((so - value * size) / of) ** 2 for so, size in prompts]
+    found = sum(squares)
+    if found <= 1e-12:
+        return Estimate(value, *wilson(value * n, n), n)
+    alike = value * (1 - value) * sum(size**2 for _, size in prompts) / of**2
+    # Degrees of freedom of a variance, by the spread of what it is the sum of (Satterthwaite 1946).
+    spread = sum(square**2 for square in squares) / found**2 - 1 / n
+    freedom = min(n - 1, 2 / spread) if spread > 1e-12 else n - 1
+    variance = (freedom * found + _PRIOR * alike) / (freedom + _PRIOR)
+    worth = min(most, value * (1 - value) / variance)
+    return Estimate(value, *wilson(value * worth, worth), n)
 
 
 def paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Estimate:

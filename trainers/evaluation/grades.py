@@ -24,7 +24,7 @@ from cai_graph.together import together
 from cai_graph.trajectory import Label, text_of
 from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
-from trainers.rewards import Reward, Spec, parse
+from trainers.rewards import Reward, Spec, parse, ratings
 
 __all__ = ["CriticGrader", "Grade", "Grader", "RewardGrader"]
 
@@ -119,10 +119,17 @@ class RewardGrader:
         return cls(reward, name=" and ".join(named))
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
-        """Return the reward of each answer; what a reward raises ends the grading, which resumes."""
+        """Return the reward of each answer; what a reward raises ends the grading, which resumes.
+
+        Training gets a number even where a judge could not be read; a grade has none then.
+        """
         prompts = [
             [{"role": message.role, "content": text_of(message)} for message in exchange.messages]
             for exchange in exchanges
         ]
         answers = [text_of(exchange.answer) for exchange in exchanges]
-        return [Grade(value) for value in await asyncio.to_thread(self._reward, prompts, answers)]
+        found = await asyncio.to_thread(ratings, self._reward, prompts, answers)
+        return [
+            Grade(why="the judge gave no rating that could be read") if value is None else Grade(value)
+            for value in found
+        ]

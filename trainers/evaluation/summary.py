@@ -109,11 +109,11 @@ def _of_answers(evaluation: Evaluation, suite: Suite) -> list[Figure]:
     prompts = {prompt.id for prompt in evaluation.of_suite(suite)}
     for name in evaluation.subjects:
         rows = [row for row in evaluation.answers(name) if row["prompt"] in prompts]
-        for measure, value in (
-            ("words", lambda row: float(len(row["answer"].split()))),
-            ("cut short", lambda row: float(row["cut"] is not None)),
+        for measure, bounded, value in (
+            ("words", False, lambda row: float(len(row["answer"].split()))),
+            ("cut short", True, lambda row: float(row["cut"] is not None)),
         ):
-            found = estimate(_by_prompt(rows, value))
+            found = estimate(_by_prompt(rows, value), bounded=bounded)
             figures.append(
                 _figure(len(prompts), found, subject=name, suite=suite, measure=measure, by="count")
             )
@@ -139,10 +139,12 @@ def _of_values(
             by=by,
             note=_notes(_note(evaluation, name, by), _outage(rows)),
         )
-        figures.append(figure(estimate(values[name]), measure=aim))
-        if any(row["label"] is not None for row in readable):
+        # Whoever gives a verdict, too, gives a probability; a reward is any number.
+        of_critic = any(row["label"] is not None for row in readable)
+        figures.append(figure(estimate(values[name], bounded=of_critic), measure=aim))
+        if of_critic:
             violates = _by_prompt(readable, lambda row: float(row["label"] == Label.VIOLATES))
-            figures.append(figure(estimate(violates), measure="violates"))
+            figures.append(figure(estimate(violates, bounded=True), measure="violates"))
         if name != first and first in values:
             change = paired(values[name], values[first])
             figures.append(figure(change, measure=f"change of {aim}", against=first))
@@ -169,7 +171,7 @@ def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[R
             figures += [
                 _figure(
                     len(prompts),
-                    estimate(_by_prompt(here, value)),
+                    estimate(_by_prompt(here, value), bounded=True),
                     subject=name,
                     suite="over-refusal",
                     measure=str(measure),
@@ -207,7 +209,7 @@ def _of_contests(evaluation: Evaluation, suite: Suite, by: str, rows: Sequence[R
             figures.append(
                 _figure(
                     prompts,
-                    estimate(wins),
+                    estimate(wins, bounded=True),
                     subject=name,
                     suite=suite,
                     measure="win rate",

@@ -92,11 +92,8 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora is not None and self.lora.dropout:
-            raise ConfigError(
-                f"lora.dropout is {self.lora.dropout!r}; PPO trains the policy as it draws answers, without "
-                "dropout: leave it out"
-            )
+        if self.lora is not None:
+            self.lora.refuse_dropout("PPO")
         at_least(1, self, "rollout_size", "rollout_batch", "ppo_epochs", "max_answer")
         at_least(0, self, "kl_coefficient", "value_coefficient", "missing_eos_penalty")
         above(0, self, "temperature", "clip", "value_clip", "value_learning_rate")

@@ -30,7 +30,7 @@ from cai_graph.errors import CaiError, ConfigError
 from trainers import checkpoint
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
-from trainers.policy import Messages, Sample, batch_of, sample
+from trainers.policy import Messages, Sample, batch_of, sample, seed_of
 from trainers.ppo import Config, Diverged
 from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
 from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs, whole_weights
@@ -156,7 +156,7 @@ class Run:
         config, rank = self.config, self.accelerator.process_index
         mine = [self._prompt_at(update, rank * self.share + place) for place in range(self.share)]
         prompts = [self.prompts.train[number] for number in mine]
-        samples = self._sample(prompts, _seed(config.seed, update, ROLLOUT), first=rank * self.share)
+        samples = self._sample(prompts, seed_of(config.seed, update, ROLLOUT), first=rank * self.share)
         answers: list[Answer] = []
         for rows in _parts(torch.arange(self.share), config.batch_size):
             answers += self._read([mine[row] for row in rows], [samples[row] for row in rows])
@@ -178,7 +178,7 @@ class Run:
 
         self._set_rate(update)
         sums = torch.zeros(len(SUMMED) + 1)
-        chance = torch.Generator().manual_seed(_seed(config.seed, update, SHUFFLE))
+        chance = torch.Generator().manual_seed(seed_of(config.seed, update, SHUFFLE))
         for epoch in range(config.ppo_epochs):
             for minibatch in _parts(torch.randperm(len(answers), generator=chance), self.minibatch):
                 tokens = float(mask[minibatch].sum())
@@ -231,7 +231,7 @@ class Run:
         """Return the prompt at a place of an update: pass after pass over the data, each in its own order."""
         at = (update - 1) * self.config.rollout_size + place
         number, inside = divmod(at, len(self.prompts.train))
-        chance = torch.Generator().manual_seed(_seed(self.config.seed, number, PROMPTS))
+        chance = torch.Generator().manual_seed(seed_of(self.config.seed, number, PROMPTS))
         return int(torch.randperm(len(self.prompts.train), generator=chance)[inside])
 
     def _sample(self, prompts: Sequence[Messages], seed: int, first: int = 0) -> list[Sample]:
@@ -399,7 +399,7 @@ class Run:
             self.watch.asks if self.watch and self.watch.due(self.progress.update, last) else []
         ]
         broadcast_object_list(asks)
-        seed = _seed(self.config.seed, self.progress.update, WATCH)
+        seed = seed_of(self.config.seed, self.progress.update, WATCH)
         self.watched = [drawn.text for drawn in self._sample(asks[0], seed)] if asks[0] else []
 
     def _take_up_watch(self) -> None:
@@ -453,7 +453,7 @@ class Run:
             self.stopped = {"stopped_at": progress.update, "reason": decision.stop}
             reshard(self.actor)
             best = self.states.load_best(decision.best_step)
-            self.progress = replace(best, seconds=progress.seconds, metrics=progress.metrics)
+            self.progress = replace(best, seconds=progress.seconds)
             self._begin_unmoved()
 
     # --- the end --------------------------------------------------------------------------------------
@@ -528,11 +528,6 @@ def _groups(actor: ActorCritic, config: Config) -> list[dict[str, Any]]:
             "lr": config.value_learning_rate,
         },
     ]
-
-
-def _seed(seed: int, number: int, purpose: int) -> int:
-    """Return the seed of one draw, so that what is drawn depends on nothing that was drawn before."""
-    return (seed * 1_000_003 + number) * 7_919 + purpose
 
 
 def _column(rows: Iterable[Sequence[float]]) -> Tensor:

@@ -19,6 +19,7 @@ from cai_graph.calibration import wilson
 from cai_graph.errors import DataError
 from trainers import calibrated, svg
 from trainers.calibrated import BINS, Bin
+from trainers.evaluation.figures import share
 
 __all__ = ["ALL", "Pair", "Reliability", "bins", "figures", "measured", "plot"]
 
@@ -35,6 +36,8 @@ class Pair(NamedTuple):
     """P(chosen is better) by its label, from 0 to 1."""
     group: str
     """What its figures are kept apart by, such as its source."""
+    prompt: str
+    """What stands for its prompt: pairs of one prompt say less than as many of others."""
 
 
 class Reliability(NamedTuple):
@@ -42,11 +45,13 @@ class Reliability(NamedTuple):
 
     pairs: int
     """How many."""
+    prompts: int
+    """How many prompts they have."""
     accuracy: float
     """Share in which the model prefers the side that the label prefers, of the pairs of which it prefers one;
     equal rewards are a miss. NaN where no label prefers a side."""
     accuracy_low: float
-    """Lower end of its 95 % interval (Wilson 1927)."""
+    """Lower end of its 95 % interval over prompts; see `evaluation.figures.share`."""
     accuracy_high: float
     """Upper end."""
     ece: float
@@ -83,12 +88,14 @@ def measured(pairs: Sequence[Pair]) -> dict[str, Reliability]:
 
 def _measured(pairs: Sequence[Pair]) -> Reliability:
     decided = [pair for pair in pairs if pair.p_chosen != 0.5]
-    right = sum(pair.margin * (pair.p_chosen - 0.5) > 0 for pair in decided)
+    right: dict[str, list[float]] = {}
+    for pair in decided:
+        right.setdefault(pair.prompt, []).append(float(pair.margin * (pair.p_chosen - 0.5) > 0))
     said, true = _confidences(pairs)
     return Reliability(
         len(pairs),
-        right / len(decided) if decided else math.nan,
-        *(wilson(right, len(decided)) if decided else (0.0, 1.0)),
+        len({pair.prompt for pair in pairs}),
+        *(share(right)[:3] if decided else (math.nan, 0.0, 1.0)),
         calibrated.error(said, true),
         *calibrated.by_chance(said),
         math.fsum(map(_cross_entropy, pairs)) / len(pairs),
@@ -136,7 +143,7 @@ def _sigma(x: float) -> float:
 
 
 def plot(path: Path, pairs: Sequence[Pair], title: str) -> None:
-    """Draw, as SVG, how often each confidence came true; bars are 95 % intervals.
+    """Draw, as SVG, how often each confidence came true; bars are 95 % intervals of as many prompts.
 
     Raises:
         MissingExtra: matplotlib is not installed.

@@ -27,7 +27,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,7 +69,8 @@ class Config(StageConfig):
     """Highest learning rate, of AdamW (Lee et al. 2023, appendix)."""
     trains: Literal["weights", "head"] = "weights"
     """`head`: the model is frozen and its head fitted; depth and L2 penalty are chosen by cross-validation,
-    and what is said here of learning rate, passes and batches has no effect."""
+    and what is said here of learning rate, passes and batches has no effect. With precision `auto` the model
+    is read in bf16 on a CPU that multiplies in it, too."""
     layers: int | None = None
     """Keep the model's lowest this many layers; None: all. With `head`, the most that are tried."""
     members: int = 1
@@ -77,7 +78,7 @@ class Config(StageConfig):
     center_rewards_coefficient: float = 0.01
     """Weight of the mean squared sum of a pair's rewards in the loss, as TRL names it; 0 leaves it out."""
     by: str = "source"
-    """Column that the held-out figures are kept apart by."""
+    """Column that the held-out figures are kept apart by; another one than `source` must be there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +90,12 @@ class Config(StageConfig):
             raise ConfigError(
                 "members: a head on a frozen model has one optimum, which every member would find; "
                 "train weights, or one member"
+            )
+        pull = self.center_rewards_coefficient
+        if self.trains == "head" and pull != type(self).center_rewards_coefficient:
+            raise ConfigError(
+                f"center_rewards_coefficient {pull:g} has no effect with trains: head, whose L2 penalty "
+                "keeps rewards small; leave it out"
             )
 
     def fewest(self, processes: int) -> tuple[int, str]:
@@ -180,17 +187,13 @@ class Rewards(NamedTuple):
 
 
 def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoint] = ()) -> Any:
-    import torch
-    from transformers import AutoModelForSequenceClassification
     from trl import RewardConfig
 
-    with torch.random.fork_rng(), quietly():  # it says that a head is new
-        torch.manual_seed(head_seed)  # members begin with one head
-        model = begun.model(AutoModelForSequenceClassification, dropout=False, num_labels=1)
+    if config.by != type(config).by and not any(begun.train["group"]):
+        raise ConfigError(f"by: no row of {config.data} has a column {config.by!r}; name one that is there")
+    model = _member(made[0]) if made else _base(begun, config, head_seed)
     model.config.reward_shift = 0.0  # of the model that it starts from
     model.config.pad_token_id = begun.tokenizer.pad_token_id
-    if config.layers is not None:
-        frozen.build(model, config.layers)
     kind = _average_trainer() if made else _head_trainer() if config.trains == "head" else _soft_trainer()
     trainer = kind(
         model=model,
@@ -206,6 +209,17 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
     )
     trainer.begin(begun, config, made)
     return trainer
+
+
+def _base(begun: Run, config: Config, head_seed: int) -> Any:
+    """Return the model that training starts from, with a new head."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.random.fork_rng(), quietly():  # it says that a head is new
+        torch.manual_seed(head_seed)  # members begin with one head
+        model = begun.model(AutoModelForSequenceClassification, dropout=False, num_labels=1)
+    return model if config.layers is None else frozen.build(model, config.layers)
 
 
 @cache
@@ -362,15 +376,7 @@ def _average_trainer() -> Any:
 
         def train(self, *args: Any, **kwargs: Any) -> None:
             """Take the average, measure it, and put the members beside it."""
-            from transformers import AutoModelForSequenceClassification
-
-            weights = [
-                AutoModelForSequenceClassification.from_pretrained(
-                    one.path, local_files_only=True, trust_remote_code=False, use_safetensors=True
-                ).state_dict()
-                for one in self.made
-            ]
-            self.model.load_state_dict(averaged(weights))
+            self.model.load_state_dict(averaged([_member(one).state_dict() for one in self.made]))
             self.begun.seconds = math.fsum(one.manifest.seconds for one in self.made if one.manifest)
             self.measure()
             self.log(_ensemble(self.made))
@@ -382,6 +388,16 @@ def _average_trainer() -> Any:
     return AverageTrainer
 
 
+def _member(made: Checkpoint) -> Any:
+    """Return a member in 32 bits, as it was written: under adapters the base is only read in 16 or 4."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(
+        made.path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+
+
 def _ensemble(made: Sequence[Checkpoint]) -> dict[str, float]:
     """Return the held-out figures of the mean of the members' rewards, and how far the members disagree."""
     files = [one.path / HELD_OUT for one in made]
@@ -390,18 +406,13 @@ def _ensemble(made: Sequence[Checkpoint]) -> dict[str, float]:
     read = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
     together = list(zip(*read, strict=True))
     pairs = [
-        Pair(
-            statistics.fmean(one["chosen"] - one["rejected"] for one in rows),
-            rows[0]["p_chosen"],
-            rows[0]["group"],
-        )
-        for rows in together
+        _pair(statistics.fmean(one["chosen"] - one["rejected"] for one in rows), rows[0]) for rows in together
     ]
     apart = [statistics.pstdev(one[side] for one in rows) for rows in together for side in Rewards._fields]
     alone = [
-        reliability.measured(
-            [Pair(one["chosen"] - one["rejected"], one["p_chosen"], one["group"]) for one in rows]
-        )[reliability.ALL].accuracy
+        reliability.measured([_pair(one["chosen"] - one["rejected"], one) for one in rows])[
+            reliability.ALL
+        ].accuracy
         for rows in read
     ]
     return _named("ensemble", pairs) | {
@@ -413,9 +424,16 @@ def _ensemble(made: Sequence[Checkpoint]) -> dict[str, float]:
 # --- figures ------------------------------------------------------------------------------------------
 
 
+def _pair(margin: float, row: Mapping[str, Any]) -> Pair:
+    return Pair(margin, row["p_chosen"], row["group"], row["prompt"])
+
+
 def _pairs(found: Sequence[Rewards], rows: Any) -> list[Pair]:
-    labels = zip(found, rows["p_chosen"], rows["group"], strict=True)
-    return [Pair(pair.chosen - pair.rejected, p, group) for pair, p, group in labels]
+    return [_pair(one.chosen - one.rejected, row) for one, row in zip(found, _labels(rows), strict=True)]
+
+
+def _labels(rows: Any) -> Any:
+    return rows.select_columns(["p_chosen", "group", "prompt"])
 
 
 def _named(prefix: str, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -424,6 +442,5 @@ def _named(prefix: str, pairs: Sequence[Pair]) -> dict[str, float]:
 
 
 def _write(path: Path, found: Sequence[Rewards], rows: Any) -> None:
-    labels = zip(found, rows["p_chosen"], rows["group"], strict=True)
-    lines = [{**pair._asdict(), "p_chosen": p, "group": group} for pair, p, group in labels]
+    lines = [{**one._asdict(), **row} for one, row in zip(found, _labels(rows), strict=True)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -144,6 +144,10 @@ def train(trainer: Any, run: Run) -> None:
     try:
         with stop.heard(alone=trainer.accelerator.num_processes == 1):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is not None:  # transformers' own figures of a run are of the updates since the point alone
+            for line in trainer.state.log_history:
+                for name in [name for name in line if name.startswith("train_")]:
+                    del line[name]
     except (_NotFinite, _Unwritten) as error:
         _clear(run.work)
         said = f"cannot write a point to go on from: {error}" if isinstance(error, _Unwritten) else str(error)

@@ -65,6 +65,18 @@ class Lora:
                     "output are tied), and a merged adapter would change both; leave it out"
                 )
 
+    def refuse_dropout(self, stage: str) -> None:
+        """Make sure that a policy draws answers by the same probabilities that it is trained on.
+
+        Raises:
+            ConfigError: adapters would drop out; names the stage.
+        """
+        if self.dropout:
+            raise ConfigError(
+                f"lora.dropout is {self.dropout!r}; {stage} trains the policy as it draws answers, without "
+                "dropout: leave it out"
+            )
+
 
 def _takes_an_adapter(module: Any) -> bool:
     from torch import nn

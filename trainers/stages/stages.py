@@ -150,6 +150,8 @@ class Run:
     """What became of the rows of the data."""
     seconds: float | None = None
     """Seconds of training, where a stage does not train in updates."""
+    weights_of_step: int | None = None
+    """The update that the run went back to; None: the weights are those of the last one."""
     beside: Path = field(init=False)
     """A folder whose files go into the Checkpoint: figures, plots."""
 
@@ -451,7 +453,8 @@ def _ends(base: Checkpoint, tokenizer: Any) -> frozenset[int]:
 def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
     if run.test is not None:
         trainer.evaluate()
-    seconds, metrics = run.seconds or guarded.seconds(run.work), _metrics(trainer.state.log_history)
+    seconds = run.seconds or guarded.seconds(run.work)
+    metrics = _metrics(trainer.state.log_history, run.weights_of_step)
     written = run.work / "whole"
     try:
         _write(trainer, run, written)
@@ -488,9 +491,10 @@ def _write(trainer: Any, run: Run, folder: Path) -> None:
         checkpoint.merge(folder, model)
 
 
-def _metrics(history: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the last value of each figure."""
+def _metrics(history: list[dict[str, Any]], until: int | None) -> dict[str, float]:
+    """Return the last value of each figure, or the last one until an update."""
     last: dict[str, float] = {}
     for line in history:
-        last |= {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
+        if until is None or line["step"] <= until:
+            last |= {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
     return {key: value for key, value in last.items() if key not in ("step", "total_flos")}

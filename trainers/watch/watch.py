@@ -49,8 +49,8 @@ class WatchConfig:
     judge: Spec
     """Who gives the held-out score, as `trainers.rewards.parse` reads it; never what is trained on."""
     prompts: int = 64
-    """Held-out prompts, from the beginning of the dataset's test rows; at least 16. Twice as many show a fall
-    that is smaller by √2."""
+    """Held-out prompts, each once, from the beginning of the dataset's test rows; at least 16. Twice as many
+    show a fall that is smaller by √2."""
     benign: Path | None = None
     """Harmless prompts, to count refusals of: JSONL, JSON, CSV, Parquet, or text with one a line. None: the
     few that the package brings, in English."""
@@ -72,12 +72,16 @@ class WatchConfig:
         """Return what an observation asks the policy, in one call of `sample`.
 
         Args:
-            heldout: prompts that the policy is not trained on, of which the first ones are used.
+            heldout: prompts that the policy is not trained on, of which the first different ones are used.
 
         Raises:
             DataError: the benign prompts cannot be read.
         """
-        return _asked(heldout[: self.prompts], benign_prompts(self.benign))
+        return _asked(self.held_out(heldout), benign_prompts(self.benign))
+
+    def held_out(self, prompts: Sequence[Messages]) -> list[Messages]:
+        """Return the first `prompts` that differ: answers to one prompt are not evidence of two."""
+        return list({digest_of(prompt): prompt for prompt in prompts}.values())[: self.prompts]
 
 
 def _asked(heldout: Sequence[Messages], benign: Sequence[Messages]) -> list[Messages]:
@@ -91,7 +95,8 @@ class Watch:
         config: when it observes and stops.
         judge: the held-out score; the policy must not be trained on it.
         reward: what the policy is trained on.
-        prompts: held-out prompts, the same through the whole run; at least 16, better 64 or more.
+        prompts: held-out prompts, the same through the whole run, of which the first different ones are used;
+            at least 16, better 64 or more.
         benign_prompts: harmless prompts that no good model refuses; may be empty.
         sample: draws one answer to each prompt from the policy as it is, at the temperature of training; it
             draws anew for each of two equal prompts.
@@ -118,7 +123,7 @@ class Watch:
         Args:
             config: as the user wrote it.
             reward: what the policy is trained on.
-            heldout: prompts that it is not trained on, of which the first ones are used.
+            heldout: prompts that it is not trained on, as `prompts` of the class.
             sample: as for the class.
             output: as for the class.
 
@@ -137,7 +142,7 @@ class Watch:
             config,
             judge=judge,
             reward=reward,
-            prompts=heldout[: config.prompts],
+            prompts=heldout,
             benign_prompts=benign_prompts(config.benign),
             sample=sample,
             output=output,
@@ -156,17 +161,18 @@ class Watch:
         output: Path,
         evades: Evades = by_opening,
     ) -> None:
+        prompts = config.held_out(prompts)
         if len(prompts) < FEWEST:
             raise ConfigError(
-                f"the watch has {len(prompts)} held-out prompts, and tells nothing from noise below "
-                f"{FEWEST}; build the dataset with a larger test share"
+                f"the watch has {len(prompts)} different held-out prompts, and tells nothing from noise "
+                f"below {FEWEST}; build the dataset with a larger test share"
             )
         if judge is reward:
             raise ConfigError("the held-out judge is the reward that is trained on; name another judge")
         self.config = config
         self._judge = judge
         self._reward = reward
-        self._prompts = list(prompts)
+        self._prompts = prompts
         self._benign = list(benign_prompts)
         self._sample = sample
         self._evades = evades
