@@ -1,9 +1,10 @@
 """The one bridge from synchronous callers to the async core.
 
-A daemon event loop, one a process, runs the core. `run` blocks the calling thread until the core is
-done, and `stream` until it has the next item; meanwhile the core may hand work back to that thread
-(`Caller.call`), so that under a synchronous `invoke` the wrapped app's own `invoke` runs where its author
-expects it: in the caller's thread, with the caller's context variables, connections and thread-locals.
+A daemon event loop, one a process, runs the core; what blocks goes to daemon threads. `run` blocks the
+calling thread until the core is done, and `stream` until it has the next item; meanwhile the core may hand
+work back to that thread (`Caller.call`), so that under a synchronous `invoke` the wrapped app's own `invoke`
+runs where its author expects it: in the caller's thread, with the caller's context variables, connections and
+thread-locals.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, TypeVar, cast
+
+from cai_graph.threads import Threads
 
 __all__ = ["Caller", "run", "stream"]
 
@@ -32,6 +35,7 @@ class _Loop:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(_threads)
         self.thread = _LoopThread(target=self._run, name="cai_graph", daemon=True)
         self.thread.start()
 
@@ -46,6 +50,8 @@ class _Loop:
 
 _shared: _Loop | None = None
 _lock = threading.Lock()
+_threads = Threads()
+"""For what blocks; all loops share them."""
 
 
 def _loop() -> _Loop:
@@ -64,8 +70,8 @@ def _shared_loop() -> _Loop:
 
 
 def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # the parent may have held it
+    global _lock, _threads
+    _lock, _threads = threading.Lock(), Threads()  # the parent may have held the lock, and has the threads
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from langchain_core.callbacks import (
@@ -30,10 +31,11 @@ from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
 from cai_graph import bridge
-from cai_graph.calls import END_REASONS, within
+from cai_graph.calls import END_REASONS
 from cai_graph.errors import ConfigError
 from cai_graph.guard import Guard
 from cai_graph.handlers import ModelRun, Told, manager_for, only, shows_answers, under_a_model
+from cai_graph.placed import Placed
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
 from cai_graph.shadow import Shadow
@@ -41,7 +43,6 @@ from cai_graph.shape import Shape
 from cai_graph.streams import Piece
 from cai_graph.trajectory import Trajectory
 from cai_graph.typed import Typed, form_asked, form_of, with_model
-from cai_graph.wrapped import STREAM
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
@@ -69,7 +70,7 @@ class ConstitutionalChatModel(BaseChatModel):
     def __init__(self, guard: Guard) -> None:
         model = cast("BaseChatModel", guard.app)
         super().__init__(
-            name=f"Constitutional{model.get_name()}",
+            name=model.name or f"Constitutional{model.get_name()}",
             cache=False,  # an answer is judged and logged each time; the calls below have caches of their own
             tags=model.tags,
             metadata=model.metadata,
@@ -98,8 +99,8 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        options = options_of(stop, kwargs)
-        return bridge.run(lambda caller: self._result(messages, options, run_manager, caller))
+        options, configurable = options_of(stop, kwargs), _configurable.get()
+        return bridge.run(lambda caller: self._result(messages, options, run_manager, configurable, caller))
 
     async def _agenerate(
         self,
@@ -108,17 +109,18 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await self._result(messages, options_of(stop, kwargs), run_manager)
+        return await self._result(messages, options_of(stop, kwargs), run_manager, _configurable.get())
 
     async def _result(
         self,
         messages: list[BaseMessage],
         options: Mapping[str, Any],
         run_manager: ModelRun | None,
+        configurable: dict[str, Any],
         caller: bridge.Caller | None = None,
     ) -> ChatResult:
         """Return the answer; the streams that stand around the run are shown it on its way."""
-        guard, config = self._judging(options), self._below(run_manager)
+        guard, config = self._judging(options), self._below(run_manager, configurable)
         if run_manager is None or not any(map(shows_answers, run_manager.handlers)):
             message, trajectory = await guard.answer(messages, config, options, caller=caller)
             return result_of(message, _usage(message, trajectory))
@@ -157,7 +159,7 @@ class ConstitutionalChatModel(BaseChatModel):
         caller: bridge.Caller | None = None,
         configurable: dict[str, Any] | None = None,
     ) -> AsyncGenerator[ChatGenerationChunk, None]:
-        below: RunnableConfig = {**self._below(run_manager), "configurable": configurable or {}}
+        below = self._below(run_manager, configurable)
         async with aclosing(self._judging(options).stream(messages, below, options, caller=caller)) as pieces:
             async for piece in pieces:
                 yield ChatGenerationChunk(message=_chunk(piece))
@@ -174,7 +176,8 @@ class ConstitutionalChatModel(BaseChatModel):
         if self.plan.settings.asks:
             options = options_of(stop, kwargs)
             return _Asking(self._judging(options)).invoke(input, config, **options)
-        return super().invoke(input, config, stop=stop, **kwargs)
+        with _configured_by(config):
+            return super().invoke(input, config, stop=stop, **kwargs)
 
     async def ainvoke(
         self,
@@ -188,7 +191,8 @@ class ConstitutionalChatModel(BaseChatModel):
         if self.plan.settings.asks:
             options = options_of(stop, kwargs)
             return await _Asking(self._judging(options)).ainvoke(input, config, **options)
-        return await super().ainvoke(input, config, stop=stop, **kwargs)
+        with _configured_by(config):
+            return await super().ainvoke(input, config, stop=stop, **kwargs)
 
     # LangChain's own `stream`, and its `invoke` where it streams, tell `_stream` nothing of the run, under
     # which the calls below are traced.
@@ -294,7 +298,7 @@ class ConstitutionalChatModel(BaseChatModel):
         """Return the guard for a call's arguments, its model at the place where the call is made."""
         guard = self._formed(options)
         if (place := var_child_runnable_config.get()) is not None:
-            guard = dataclasses.replace(guard, app=_Placed.at(place, guard.app))
+            guard = dataclasses.replace(guard, app=Placed.at(place, guard.app))
         return guard
 
     def _formed(self, options: Mapping[str, Any]) -> Guard:
@@ -304,10 +308,13 @@ class ConstitutionalChatModel(BaseChatModel):
             guard = dataclasses.replace(guard, shape=Typed(wanted=form))
         return guard
 
-    def _below(self, run_manager: ModelRun | None) -> RunnableConfig:
+    def _below(
+        self, run_manager: ModelRun | None, configurable: dict[str, Any] | None = None
+    ) -> RunnableConfig:
         """Return the configuration of what runs below a run of this model."""
+        configurable = configurable or {}
         if run_manager is None:
-            return RunnableConfig(callbacks=AsyncCallbackManager(handlers=[]))
+            return RunnableConfig(callbacks=AsyncCallbackManager(handlers=[]), configurable=configurable)
         # What LangChain noted of this model's parameters is not the critic's.
         noted = run_manager.inheritable_metadata
         metadata = {key: value for key, value in noted.items() if key not in _PARAMETERS}
@@ -322,7 +329,7 @@ class ConstitutionalChatModel(BaseChatModel):
             metadata={**metadata},
             inheritable_metadata={**metadata},
         )
-        return RunnableConfig(callbacks=callbacks, tags=tags, metadata=metadata)
+        return RunnableConfig(callbacks=callbacks, tags=tags, metadata=metadata, configurable=configurable)
 
     # --- tools and configuration ---
 
@@ -392,6 +399,11 @@ class ConstitutionalChatModel(BaseChatModel):
             copy._guard = dataclasses.replace(self._guard, app=copy._model)
         return copy
 
+    def configurable_fields(self, **kwargs: Any) -> Any:
+        """Return a Runnable that answers as this model does, with fields of the wrapped one configurable."""
+        drafting = self._model.configurable_fields(**kwargs)
+        return ConstitutionalRunnable(dataclasses.replace(self._guard, app=drafting))
+
     # --- what the wrapped model says of itself ---
 
     if not TYPE_CHECKING:  # else every misspelt attribute would pass the type checker
@@ -456,67 +468,17 @@ class ConstitutionalChatModel(BaseChatModel):
         return self._model.get_num_tokens_from_messages(messages, *args, **kwargs)
 
 
-class _Placed(RunnableBinding[LanguageModelInput, AIMessage]):
-    """A model at the place where its caller called it.
+_configurable: ContextVar[dict[str, Any]] = ContextVar("_configurable", default={})  # noqa: B039 - never changed
+"""What the call under way is configured with, of which LangChain tells `_generate` nothing."""
 
-    A request's graph has surroundings of its own. In a node of another one, a model may look for that node's
-    runtime, store and stream writer.
-    """
 
-    place: dict[str, Any]
-    """The configuration that LangChain or LangGraph carries there."""
-
-    @classmethod
-    def at(cls, place: RunnableConfig, model: Runnable[LanguageModelInput, AIMessage]) -> _Placed:
-        """Return the model at the place of this configuration."""
-        # A graph inside the model streams nothing of a draft to the graph around.
-        known = {key: value for key, value in place.get("configurable", {}).items() if key != STREAM}
-        return cls(bound=model, kwargs={}, config={}, place={**place, "configurable": known})
-
-    def invoke(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AIMessage:
-        """Answer."""
-        with self._here(config):
-            return self.bound.invoke(input, config, **kwargs)
-
-    async def ainvoke(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AIMessage:
-        """Answer."""
-        with self._here(config):
-            return await self.bound.ainvoke(input, config, **kwargs)
-
-    # Between two chunks the surroundings are the reader's.
-
-    def stream(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> Iterator[AIMessage]:
-        """Answer in chunks."""
-        with closing(cast("Generator[AIMessage]", self.bound.stream(input, config, **kwargs))) as chunks:
-            while True:
-                with self._here(config):
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                yield chunk
-
-    async def astream(
-        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
-    ) -> AsyncIterator[AIMessage]:
-        """Answer in chunks."""
-        made = cast("AsyncGenerator[AIMessage]", self.bound.astream(input, config, **kwargs))
-        async with aclosing(made) as chunks:
-            while True:
-                with self._here(config):
-                    chunk = await anext(chunks, None)
-                if chunk is None:
-                    return
-                yield chunk
-
-    def _here(self, config: RunnableConfig | None) -> within:
-        # What runs in the model is traced under the request, by callbacks that feed no stream.
-        return within(cast("RunnableConfig", {**self.place, "callbacks": (config or {}).get("callbacks")}))
+@contextmanager
+def _configured_by(config: RunnableConfig | None) -> Iterator[None]:
+    token = _configurable.set((config or {}).get("configurable") or {})
+    try:
+        yield
+    finally:
+        _configurable.reset(token)
 
 
 class _Asking(ConstitutionalRunnable[Any, AIMessage]):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cai_graph.errors import ConfigError, LogError, MissingExtra
 
-__all__ = ["annotate", "is_about_all_rows", "meaning", "note_of"]
+__all__ = ["annotate", "forget_task", "is_about_all_rows", "meaning", "note_of"]
 
 _PREFIX = "cai_graph: "
 
@@ -63,6 +63,16 @@ def note_of(error: BaseException) -> str | None:
             said: str = note.removeprefix(_PREFIX)
             return said
     return None
+
+
+def forget_task(error: BaseException) -> None:
+    """Take back the note in which LangGraph, last of all, tells of the task of our own graph that failed.
+
+    It says nothing to who catches the error, and one that is raised again and again would collect them.
+    """
+    notes = getattr(error, "__notes__", None)
+    if notes and notes[-1].startswith("During task with name "):
+        notes.pop()
 
 
 def is_about_all_rows(error: Exception) -> bool:

@@ -31,7 +31,7 @@ from langgraph.types import Command, Send
 
 from cai_graph.calls import Calls, apart
 from cai_graph.critic import failed_principles
-from cai_graph.failures import annotate
+from cai_graph.failures import annotate, forget_task
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress, accept
 from cai_graph.request import Run
@@ -300,5 +300,8 @@ async def drive(run: Run, config: RunnableConfig) -> None:
                 pass
         except NodeCancelledError as cancelled:  # LangGraph's, for what its caller knows as a cancellation
             raise asyncio.CancelledError from cancelled
+        except Exception as error:
+            forget_task(error)
+            raise
     if run.paused is not None:
         raise run.paused

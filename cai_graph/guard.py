@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
-from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackManager
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableConfig
 
@@ -22,10 +23,10 @@ from cai_graph.calls import Calls, apart
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.drafts import DraftCalls
-from cai_graph.errors import ConfigError, DataError, RunError
+from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.handlers import progress, unstreamed
 from cai_graph.held import Held
-from cai_graph.kept import Kept, refused
+from cai_graph.kept import Kept
 from cai_graph.log import Log
 from cai_graph.overheard import Overheard
 from cai_graph.plain import plain
@@ -34,9 +35,10 @@ from cai_graph.request import Request
 from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer
 from cai_graph.run import Ending, run
 from cai_graph.shadow import Shadow
-from cai_graph.shape import Shape
+from cai_graph.shape import Shape, refused
 from cai_graph.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
 from cai_graph.trajectory import Draft, Trajectory
+from cai_graph.turns import Turn
 from cai_graph.wrapped import (
     STREAM,
     Paused,
@@ -45,7 +47,6 @@ from cai_graph.wrapped import (
     layers,
     outer_writer,
     resumes,
-    step_limit,
     untyped,
     waits,
 )
@@ -67,6 +68,9 @@ class Guard:
     """Keeps requests that wait for a person, where no graph with one of its own stands around them."""
     shadow: Shadow | None = None
     """Judges behind the answers, in mode `shadow`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        return replace(self, app=deepcopy(self.app, memo))  # what judges and logs serves the copy, too
 
     @classmethod
     def of(
@@ -138,23 +142,49 @@ class Guard:
             GraphInterrupt: a person is waited for, inside an outer graph.
             Exception: what else `run` raises, but for a pause of the app's.
         """
+        kept = Kept.of(self.app, config, caller)
+        try:
+            return await self._answer(input, config, options, kept, caller, source, held)
+        finally:
+            kept.turn.end()
+
+    async def _answer(
+        self,
+        input: Any,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        kept: Kept,
+        caller: bridge.Caller | None,
+        source: str | None,
+        held: Held | None,
+    ) -> tuple[Any, Trajectory | None]:
         outputs: list[Any] = []
-        resumed, kept = resumes(input, self.app), Kept.of(self.app, config, caller)
+        resumed = resumes(input, self.app)
         messages = () if resumed else self.shape.conversation(input)
         desk: Desk | None = None
         if self.plan.settings.asks:
             desk = Desk.of(self.plan, self.shape, config, messages, self.checkpointer, caller)
             if (waiting := await desk.lying()) is not None:
+                await kept.begin(Calls(self.plan.settings.budget))
                 left = await self._leave(await desk.settle(waiting, input), kept)
                 if resumed or desk.within is not None:
                     return left  # else it was decided before: only the log had not taken it
             elif resumed and not is_graph(self.app):
                 raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")
 
+        begun = False
+
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
-            under, handler = self._under(config, calls, node)
+            nonlocal begun
+            under, handler = self._under(config, calls, node, kept.listener)
+            waited = await kept.begin(calls)
+            if not resumed:
+                await kept.mend(calls, self.shape, self._refusal)
+            if waited and desk is not None and (waiting := await desk.lying()) is not None:
+                raise AwaitsReview(waiting["question"])
+            begun = True
             if held is not None:
-                streamed = _written(self.app, input, under, held.options, caller)
+                streamed = _written(self.app, input, under, held.options, caller, kept.turn)
                 async with calls.deadline(), aclosing(streamed) as written:
                     async for batch in written:
                         for chunk in batch.items:
@@ -163,13 +193,13 @@ class Guard:
             elif caller is not None:
 
                 def invoke() -> Any:
-                    with apart():
+                    with apart(), kept.turn.inside():
                         return self.app.invoke(input, under, **options)
 
                 output = await caller.call(invoke)
             else:
                 async with calls.deadline():
-                    with apart():
+                    with apart(), kept.turn.inside():
                         output = await self.app.ainvoke(input, under, **options)
             outputs.append(output := untyped(output))
             if waits(output) or await kept.stopped():
@@ -191,8 +221,8 @@ class Guard:
         except Paused:
             return outputs[0], None
         except (Exception, asyncio.CancelledError) as error:
-            if outputs and not is_pause(error):
-                await self._forget(outputs[0], kept)
+            if begun and not is_pause(error):
+                await self._forget(outputs, kept)
             raise
         if desk is not None and ending.released is None:
             waiting = await desk.lay_down(ending, outputs[0])
@@ -210,11 +240,14 @@ class Guard:
             await kept.replace(lambda: self.shape.swap(output, left))
         return left, trajectory
 
-    async def _forget(self, output: Any, kept: Kept) -> None:
+    async def _forget(self, outputs: Sequence[Any], kept: Kept) -> None:
         """Make a graph remember a refusal where nothing of its answer left."""
+        if not outputs:
+            await kept.forget(self.shape, self._refusal)
+            return
         with suppress(DataError):  # there is no answer in it
-            swap, settings = self.shape.swap(output, output), self.plan.settings
-            refusal = refused(swap.draft, self.plan.constitution.refusal_in(settings.language))
+            swap = self.shape.swap(outputs[0], outputs[0])
+            refusal = refused(swap.draft, self._refusal())
             await kept.replace(lambda: replace(swap, released=refusal))
 
     async def stream(
@@ -244,7 +277,7 @@ class Guard:
             async def chunks(calls: Calls, node: RunnableConfig) -> AsyncGenerator[Batch[Any], None]:
                 under, handler = self._under(config, calls, node)
                 writing.cut = handler.cut
-                async with aclosing(_written(self.app, input, under, options, caller)) as written:
+                async with aclosing(_written(self.app, input, under, options, caller, Turn())) as written:
                     async for batch in written:
                         for chunk in batch.items:
                             if waits(chunk):
@@ -295,19 +328,29 @@ class Guard:
         return await run(self.plan, made, RunnableConfig(callbacks=unstreamed(callbacks)))
 
     def _under(
-        self, config: RunnableConfig, calls: Calls, node: RunnableConfig
+        self,
+        config: RunnableConfig,
+        calls: Calls,
+        node: RunnableConfig,
+        listener: BaseCallbackHandler | None = None,
     ) -> tuple[RunnableConfig, DraftCalls]:
-        """Return the configuration under which the app runs, and what records the calls that it makes."""
+        """Return the configuration under which the app runs, and what records the calls that it makes.
+
+        Further `listener` hears the run.
+        """
         handler = DraftCalls(calls, self._model_name)
         # The caller's configuration, traced under the node; the graph's own must not leak into the app.
         callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
         callbacks.add_handler(handler, inherit=True)
+        if listener is not None:
+            callbacks.add_handler(listener, inherit=True)  # what is bound to a graph calls it as its own run
         under: RunnableConfig = {**config, "callbacks": callbacks}
         configurable = config.get("configurable") or {}
         under["configurable"] = {key: configurable[key] for key in configurable if key != STREAM}
-        if (limit := step_limit(self.app, config)) is not None:
-            under["recursion_limit"] = limit
         return under, handler
+
+    def _refusal(self) -> str:
+        return self.plan.constitution.refusal_in(self.plan.settings.language)
 
     @cached_property
     def _model_name(self) -> str | None:
@@ -322,6 +365,7 @@ async def _written(
     config: RunnableConfig,
     options: Mapping[str, Any],
     caller: bridge.Caller | None,
+    turn: Turn,
 ) -> AsyncGenerator[Batch[Any], None]:
     """Yield the app's chunks, each time all that there are.
 
@@ -330,7 +374,7 @@ async def _written(
 
     async def work(send: Send[Any]) -> None:
         if caller is None:
-            with apart():
+            with apart(), turn.inside():
                 async with aclosing(app.astream(input, config, **options)) as chunks:  # type: ignore[type-var]
                     async for chunk in chunks:
                         await send(chunk)
@@ -338,11 +382,11 @@ async def _written(
         iterator, end = app.stream(input, config, **options), object()
 
         def pull() -> Any:
-            with apart():
+            with apart(), turn.inside():
                 return next(iterator, end)
 
         def close() -> None:
-            with apart():
+            with apart(), turn.inside():
                 getattr(iterator, "close", lambda: None)()
 
         try:

@@ -244,7 +244,8 @@ class Told:
         self._caller = caller
         self._streams = only(run, _is_stream)
         self._others = only(run, lambda handler: not _is_stream(handler))
-        self._all: AIMessageChunk | None = None
+        self.all: AIMessageChunk | None = None
+        """What was shown so far."""
 
     @classmethod
     async def begin(
@@ -263,19 +264,19 @@ class Told:
 
     async def piece(self, part: AIMessageChunk) -> None:
         """Show a part of the answer."""
-        self._all = part if self._all is None else self._all + part
+        self.all = part if self.all is None else self.all + part
         for run, shown in self._each(part):
             chunk = ChatGenerationChunk(message=shown)
             await _tell(partial(run.on_llm_new_token, chunk.text, chunk=chunk), self._caller)
 
     async def end(self, whole: AIMessage | None = None) -> None:
         """Say that nothing more comes; `whole` is the answer, if not the sum of its parts."""
-        for run, shown in self._each(whole or self._all):
+        for run, shown in self._each(whole or self.all):
             await _tell(partial(run.on_llm_end, _result(shown)), self._caller)
 
     async def error(self, error: BaseException) -> None:
         """Say that nothing more comes, and why."""
-        for run, shown in self._each(self._all):
+        for run, shown in self._each(self.all):
             await _tell(partial(run.on_llm_error, error, response=_result(shown)), self._caller)
 
     def _each(self, message: Any) -> Iterator[tuple[Any, Any]]:
@@ -321,37 +322,34 @@ class Shown:
     are told nothing: they saw the calls that were made.
     """
 
-    def __init__(self, config: RunnableConfig, messages: list[BaseMessage], name: str) -> None:
+    def __init__(
+        self, config: RunnableConfig, messages: list[BaseMessage], name: str, caller: bridge.Caller | None
+    ) -> None:
         callbacks = cast("BaseCallbackManager", config["callbacks"])
-        self._manager = chosen(AsyncCallbackManager, callbacks, shows_answers)
-        self._messages = messages
-        self._name = name
-        self._run: AsyncCallbackManagerForLLMRun | None = None
-        self._all: AIMessageChunk | None = None
+        manager = chosen(manager_for(caller), callbacks, shows_answers)
+        self._begin = partial(Told.begin, manager, messages, caller, name=name) if manager.handlers else None
+        self._told: Told | None = None
 
     async def piece(self, piece: Piece) -> None:
         """Show a piece."""
-        if not self._manager.handlers or not (piece.text or piece.trajectory):
+        if self._begin is None or not (piece.text or piece.trajectory):
             return
-        run = await self._begun()
-        chunk = piece.output
+        told, chunk = await self._begun(self._begin), piece.output
         if not isinstance(chunk, AIMessageChunk):
-            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{run.run_id}")
-        self._all = chunk if self._all is None else self._all + chunk
-        await run.on_llm_new_token(piece.text, chunk=ChatGenerationChunk(message=chunk))
+            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{told.run.run_id}")
+        await told.piece(chunk)
 
     async def end(self) -> None:
         """Say that the answer is whole."""
-        if self._run is not None and self._all is not None:
-            message = message_chunk_to_message(self._all)
-            await self._run.on_llm_end(LLMResult(generations=[[ChatGeneration(message=message)]]))
+        if self._told is not None and self._told.all is not None:
+            await self._told.end(cast("AIMessage", message_chunk_to_message(self._told.all)))
 
     async def error(self, error: BaseException) -> None:
         """Say that nothing more comes, also where nothing came: who reads tokens waits for an end."""
-        if self._manager.handlers:
-            await (await self._begun()).on_llm_error(error)
+        if self._begin is not None:
+            await (await self._begun(self._begin)).error(error)
 
-    async def _begun(self) -> AsyncCallbackManagerForLLMRun:
-        if self._run is None:
-            (self._run,) = await self._manager.on_chat_model_start({}, [self._messages], name=self._name)
-        return self._run
+    async def _begun(self, begin: Callable[[], Awaitable[Told]]) -> Told:
+        if self._told is None:
+            self._told = await begin()
+        return self._told

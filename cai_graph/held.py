@@ -3,8 +3,8 @@
 What LangGraph streams are states, updates, tokens and more, in the modes that the caller asks for. All of it
 is taken down while the graph runs. In `messages` mode only tokens of messages that stay in the final state
 are told again: other models of the graph may have written drafts. Where another answer than the draft
-leaves, the draft's message is replaced wherever it stands, and the `custom` stream, which could hold
-anything, is left out.
+leaves, the draft's message and its copies are replaced wherever they stand, and the `custom` stream, which
+could hold anything, is left out.
 """
 
 from __future__ import annotations
@@ -90,11 +90,14 @@ class Held:
             yield from (self._as_asked(part, part.data) for part in parts)
             return
         swap = shape.swap(self.output, output)
-        draft, released = swap.draft, swap.released
+        released = swap.released
         stays = {message.id for message in _messages(output)}
         kept, shown = trajectory.released_from == "draft", False
+        said = () if kept else _messages(self.output)
+        replaced = {message.id: new for message in said if (new := swap(message)) is not message}
         tokens = [] if isinstance(released, ToolMessage) else [part for part in parts if _is_token(part)]
         last = tokens[-1] if tokens else None
+        told: set[str | None] = set()
         for part in parts:
             data = part.data
             if part.mode == "messages":
@@ -103,10 +106,13 @@ class Held:
                     if shown or part is not last:
                         continue
                     data = (_chunk(released), about)  # the tokens of this answer have another id, or none
-                elif message.id == _id(draft) and not kept:
-                    if shown:
+                elif message.id in replaced:
+                    if message.id in told:
                         continue
-                    data = (_chunk(released), about)
+                    told.add(message.id)
+                    data = (_chunk(replaced[message.id]), about)
+                elif not kept:
+                    data = (swap(message), about)
                 shown = shown or data[0].id == _id(released) or part is last
             elif part.mode == "custom" and not kept:
                 continue
@@ -136,11 +142,11 @@ def _chunk(answer: str | BaseMessage) -> BaseMessage:
 
 
 def _messages(value: Any) -> Iterator[BaseMessage]:
-    if isinstance(value, BaseMessage):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _messages(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _messages(item)
+    waiting, seen = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, BaseMessage):
+            yield value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:  # it may hold itself
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)

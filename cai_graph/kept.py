@@ -2,23 +2,25 @@
 
 A graph with a checkpointer has written its draft there before anybody judged it, and shows it to its model
 in the next turn. So what leaves in the draft's place is put into its place there, too, as an update of the
-thread's state; where nothing leaves, the refusal is. Checkpoints before that one keep the draft. A memory
-that cannot be reached from here, such as that of a graph inside a chain, is warned of.
+thread's state; where nothing leaves, the refusal is. A run that broke off on its way may have left a draft
+there, too: the next request puts the refusal into its place. Checkpoints before that one keep the draft. A
+memory that cannot be reached from here, such as that of a graph inside a chain, is warned of.
 """
 
 from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseLanguageModel
-from langchain_core.messages import BaseMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.history import RunnableWithMessageHistory
+from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.constants import END, START
 from langgraph.errors import InvalidUpdateError
@@ -27,11 +29,13 @@ from langgraph.pregel import Pregel
 from langgraph.types import Overwrite
 
 from cai_graph import bridge
-from cai_graph.calls import apart
-from cai_graph.shape import Swap, emptied
-from cai_graph.wrapped import STREAM, configurable_of, graph_of
+from cai_graph.calls import Calls, apart
+from cai_graph.errors import DataError
+from cai_graph.shape import Shape, Swap
+from cai_graph.turns import Turn
+from cai_graph.wrapped import CHECKPOINTER, RESUMING, STREAM, call_options, configurable_of, graph_of
 
-__all__ = ["Kept", "as_owner", "refused"]
+__all__ = ["Kept", "as_owner"]
 
 T = TypeVar("T")
 
@@ -66,6 +70,8 @@ class Kept:
 
     app: Runnable[Any, Any]
     """The wrapped app."""
+    turn: Turn
+    """When the request may use the thread."""
 
     @staticmethod
     def of(app: Runnable[Any, Any], config: RunnableConfig, caller: bridge.Caller | None = None) -> Kept:
@@ -78,19 +84,38 @@ class Kept:
         """
         compiled = graph_of(app)
         if compiled is None or not getattr(compiled, "checkpointer", None):
-            return Kept(app)
+            return Kept(app, Turn())
         given = configurable_of(app, config)
+        if (name := given.get("thread_id")) is None:  # the graph itself says that it needs one
+            return Kept(app, Turn())
         # The run may have begun at an earlier checkpoint; what it came to stands in the thread's last one.
         thread = {key: value for key, value in given.items() if key not in (STREAM, "checkpoint_id")}
-        return Thread(app, compiled, RunnableConfig(configurable=thread), caller)
+        keeper = given.get(CHECKPOINTER) or compiled.checkpointer
+        turn = Turn((id(keeper), str(name), given.get("checkpoint_ns") or ""))
+        return Thread(app, turn, compiled, RunnableConfig(configurable=thread), caller)
+
+    @property
+    def listener(self) -> BaseCallbackHandler | None:
+        """What is to hear the run, so that `stopped` can be told."""
+        return None
 
     async def stopped(self) -> bool:
-        """Return whether the app stands at a breakpoint, from which it goes on when it is resumed."""
+        """Return whether the run stopped at a breakpoint, from which it goes on when it is resumed."""
         return False
 
     def stopped_here(self) -> bool:
         """Return the same, in this thread."""
         return False
+
+    async def begin(self, calls: Calls) -> bool:
+        """Wait until no other request uses the thread; return whether one did."""
+        return False
+
+    async def mend(self, calls: Calls, shape: Shape, refusal: Callable[[], str]) -> None:
+        """Put a refusal into the place of what nobody judged, since the run that said it broke off."""
+
+    async def forget(self, shape: Shape, refusal: Callable[[], str]) -> None:
+        """Put a refusal into the place of what a run said that ended, and of which nobody heard."""
 
     async def replace(self, swap: Callable[[], Swap]) -> None:
         """Put what leaves into the draft's place, wherever the app keeps it; warn where that cannot be.
@@ -111,27 +136,122 @@ class Thread(Kept):
     """Says which thread."""
     caller: bridge.Caller | None
     """The thread that waits for the answer, where it is a synchronous one."""
+    pauses: _Pauses = field(default_factory=lambda: _Pauses())
+    """Where the run stopped."""
+    met: list[Any] = field(default_factory=list)
+    """The state that the request met, where it was read."""
+
+    @property
+    def listener(self) -> BaseCallbackHandler:
+        """What is to hear the run, so that `stopped` can be told."""
+        return self.pauses
 
     async def stopped(self) -> bool:
-        """Return whether the graph stands at a breakpoint, from which it goes on when it is resumed."""
-        return bool((await self._state()).next)
+        """Return whether the run stopped at a breakpoint, from which it goes on when it is resumed.
+
+        False where that cannot be told, as another run has written into the thread meanwhile.
+        """
+        return bool(self.pauses.at) and self.pauses.is_one(await self._state())
 
     def stopped_here(self) -> bool:
         """Return the same, in this thread."""
         with apart():
-            return bool(self.graph.get_state(self.config).next)
+            return bool(self.pauses.at) and self.pauses.is_one(self.graph.get_state(self.config))
+
+    async def begin(self, calls: Calls) -> bool:
+        """Wait until no other request uses the thread; return whether one did.
+
+        Raises:
+            BudgetExceeded: the request's seconds are over.
+            RunError: it would wait for ever.
+        """
+        async with calls.deadline():
+            return await self.turn.begin(self.caller)
+
+    async def mend(self, calls: Calls, shape: Shape, refusal: Callable[[], str]) -> None:
+        """Put a refusal into the place of what nobody judged, since the run that said it broke off.
+
+        What the thread shows where it waits for a person, or stands at a breakpoint, has been shown before.
+        """
+        if self.turn.is_inside or self.config["configurable"].get(RESUMING):
+            return  # a run that stands around is under way, or goes on with this one
+        async with calls.deadline():
+            state = await self._state()
+            self.met.append(state)
+            if not state.next or state.interrupts or await self._is_at_breakpoint(state):
+                return
+            await self._refuse(state, await self._before(state), shape, refusal())
+            self.met[:] = [await self._state()]
+
+    async def forget(self, shape: Shape, refusal: Callable[[], str]) -> None:
+        """Put a refusal into the place of what a run said that ended, and of which nobody heard.
+
+        Such a one was cancelled while its last checkpoint was being written. One that can go on is left as it
+        is.
+        """
+        if self.turn.has_it():
+            await _to_the_end(self._forget(shape, refusal))
+
+    async def _forget(self, shape: Shape, refusal: Callable[[], str]) -> None:
+        with suppress(Exception):  # a checkpointer that fails, say: its error has been raised already
+            state = await self._state()
+            if not state.next and not self.turn.is_inside:
+                before = self.met[0] if self.met else await self._before(state)
+                await self._refuse(state, before, shape, refusal())
+
+    async def _refuse(self, state: Any, before: Any, shape: Shape, refusal: str) -> None:
+        """Put a refusal into the place of what a state has of a model, and an earlier one has not."""
+        known = [] if before is None else [swap.draft for swap in self._unjudged(before, shape, refusal)]
+        for swap in self._unjudged(state, shape, refusal):
+            if swap.draft not in known:
+                await self._replace(swap)
+
+    def _unjudged(self, state: Any, shape: Shape, refusal: str) -> list[Swap]:
+        """Return `Shape.unjudged` of what the graph returns of a state."""
+        shown = self.graph.output_channels
+        keys = {shown} if isinstance(shown, str) else {*shown}
+        try:
+            values = state.values if isinstance(state.values, Mapping) else {}
+            return shape.unjudged({key: values[key] for key in values if key in keys}, refusal)
+        except DataError:  # it has not come to an answer
+            return []
+
+    async def _is_at_breakpoint(self, state: Any) -> bool:
+        """Return whether a state is one at which the graph stops by itself."""
+        bound = call_options(self.app, {})
+        before = bound.get("interrupt_before") or self.graph.interrupt_before_nodes
+        after = bound.get("interrupt_after") or self.graph.interrupt_after_nodes
+        if _has_any(before, state.next):
+            return True
+        return bool(after) and _has_any(after, (await self._state(state.parent_config)).next)
+
+    async def _before(self, state: Any) -> Any:
+        """Return the state to which a thread's last input was given; None where it is not kept.
+
+        That of a thread which only its owner has written is the very state.
+        """
+        unknown = state if (state.metadata or {}).get("source") == "update" else None
+
+        def directly() -> Any:
+            for past in self.graph.get_state_history(self.config):
+                if past.metadata and past.metadata.get("source") == "input":
+                    return past
+            return unknown
+
+        async def awaited() -> Any:
+            async for past in self.graph.aget_state_history(self.config):
+                if past.metadata and past.metadata.get("source") == "input":
+                    return past
+            return unknown
+
+        return await as_owner(self.caller, directly, awaited)
 
     async def replace(self, swap: Callable[[], Swap]) -> None:
         """Put what leaves into the draft's place, wherever the thread's state has it.
 
         Warns where the state cannot be so changed. A caller who is cancelled meanwhile is held until it is.
         """
-        replacing = asyncio.ensure_future(self._replace(swap()))
-        try:
-            await asyncio.shield(replacing)
-        except asyncio.CancelledError:
-            await asyncio.wait([replacing])
-            raise
+        await _to_the_end(self._replace(swap()))
 
     async def _replace(self, swap: Swap) -> None:
         state = await self._state()
@@ -146,7 +266,8 @@ class Thread(Kept):
             return
         try:
             await self._put(update)
-            if (await self._state()).next:  # edges were asked again, about a turn that had ended
+            # Edges were asked again. Where the turn had ended it stays so; else another run is under way.
+            if not state.next and (await self._state()).next:
                 await self._update(None, as_node=END)
         except InvalidUpdateError as error:
             _warn(str(error))
@@ -178,20 +299,17 @@ class Thread(Kept):
         saved = found.checkpoint["channel_values"].get(_PREVIOUS) if found is not None else None
         return entrypoint.final(value=swap(state.values), save=swap(saved))
 
-    async def _state(self) -> Any:
+    async def _state(self, at: RunnableConfig | None = None) -> Any:
+        config = at or self.config
         return await as_owner(
-            self.caller,
-            lambda: self.graph.get_state(self.config),
-            lambda: self.graph.aget_state(self.config),
+            self.caller, lambda: self.graph.get_state(config), lambda: self.graph.aget_state(config)
         )
 
     async def _put(self, update: Any) -> None:
-        """Update the state as the node that ran last; as another one, where the edges from there fail."""
+        """Update the state as the node that ran last; as another one, where several did or its edges fail."""
         try:
             await self._update(update)
             return
-        except InvalidUpdateError:
-            raise
         except Exception as error:
             failed = error  # such as an agent's, whose last node LangGraph takes for the one before
         for node in [node for node in self.graph.nodes if node != START]:
@@ -206,6 +324,40 @@ class Thread(Kept):
             lambda: self.graph.update_state(self.config, values, as_node),
             lambda: self.graph.aupdate_state(self.config, values, as_node),
         )
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do some work to its end; who is cancelled meanwhile is held until then."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+class _Pauses(GraphCallbackHandler):
+    """Hears at which checkpoints a graph stops, and the graphs that it calls."""
+
+    run_inline = True  # else it costs an asynchronous app a thread hop
+    ignore_llm = ignore_chat_model = ignore_chain = ignore_agent = True
+    ignore_retriever = ignore_retry = ignore_custom_event = True
+
+    def __init__(self) -> None:
+        self.at: set[str] = set()
+
+    def on_interrupt(self, event: GraphInterruptEvent) -> None:
+        """Take down where a graph stops."""
+        self.at.add(event.checkpoint_id)
+
+    def is_one(self, state: Any) -> bool:
+        """Return whether a graph's state is one at which it stopped, and from which it goes on."""
+        return bool(state.next) and state.config["configurable"].get("checkpoint_id") in self.at
+
+
+def _has_any(nodes: str | Sequence[str], names: Sequence[str]) -> bool:
+    """Return whether there is one of these nodes among the names; LangGraph has `*` for all of them."""
+    return bool(names) and (nodes == "*" or not set(nodes).isdisjoint(names))
 
 
 _PREVIOUS = "__previous__"
@@ -260,10 +412,3 @@ def _write(channel: Any, before: Any, wanted: Any) -> Any:
         except Exception:  # a reducer of the app's own, which may not take it
             continue
     return _UNWRITABLE
-
-
-def refused(draft: str | BaseMessage, refusal: str) -> str | BaseMessage:
-    """Return the refusal as it stands in a draft's place where nothing left."""
-    if isinstance(draft, str):
-        return refusal
-    return draft.model_copy(update={**emptied(draft, refusal), "response_metadata": {}})

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
+import msgspec
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, ToolCall, ToolMessage
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.messages import AIMessage, AIMessageChunk, ToolCall, ToolMessage
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.config import get_async_callback_manager_for_config
 from langgraph.config import get_config
 
@@ -37,6 +38,7 @@ from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.streams import part_of_message
 from cai_graph.trajectory import Message, Trajectory, shown_of, text_of
+from cai_graph.wrapped import layers
 
 try:
     from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
@@ -98,6 +100,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
             log=log,
             settings=settings,
         )
+        self._judged_by_others = critic is not None and reviser is not None
         self._plans: dict[int, tuple[BaseChatModel, Plan]] = {}
         chosen = Settings(**settings)
         self.shadow = Shadow(chosen) if chosen.mode == "shadow" else None
@@ -158,13 +161,31 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         return Guard(call, self._plan(request.model), _Turn(request=request), shadow=self.shadow)
 
     def _plan(self, model: BaseChatModel) -> Plan:
-        """Return the plan around the agent's model, which other middleware may change from call to call."""
+        """Return the plan around the agent's model, which other middleware may change from call to call.
+
+        Raises:
+            ConfigError: the model cannot judge or revise, and who does is not given.
+        """
         kept = self._plans.get(id(model))
         if kept is None or kept[0] is not model:
+            judge = _chat_model_in(model)
+            if judge is None and not self._judged_by_others:
+                raise ConfigError(
+                    f"the agent's model is a {type(model).__name__} and cannot judge and revise itself; name "
+                    'critic= and reviser=, for example critic="openai:gpt-5-mini"'
+                )
             if len(self._plans) >= _PLANS:
                 self._plans = {}
-            kept = self._plans[id(model)] = (model, self._planned(model))
+            kept = self._plans[id(model)] = (model, self._planned(judge))
         return kept[1]
+
+
+def _chat_model_in(model: Runnable[Any, Any]) -> BaseChatModel | None:
+    """Return the chat model in an agent's model, without what is bound to it and what it falls back to."""
+    inner = layers(model)[-1]
+    if isinstance(inner, RunnableWithFallbacks):
+        return _chat_model_in(inner.runnable)
+    return inner if isinstance(inner, BaseChatModel) else None
 
 
 class _ModelCall(Runnable[ModelRequest[Any], ModelResponse[Any]]):
@@ -230,8 +251,15 @@ class _Turn(Shape):
         return tuple(map(from_langchain, [*system, *self.request.messages]))
 
     def answer(self, output: Any) -> Message:
-        """Return the turn's message; a structured answer that was given as a call, as its JSON."""
-        found = from_langchain(_turn(output))
+        """Return the turn's message; a structured answer that was given as a call, as its JSON.
+
+        Further messages, which other middleware may have added, leave too and so are part of the answer.
+        """
+        found, *more = (from_langchain(m) for m in output.result if isinstance(m, AIMessage))
+        if more:
+            said = "\n\n".join(filter(None, map(text_of, (found, *more))))
+            calls = tuple(call for message in (found, *more) for call in message.tool_calls)
+            found = msgspec.structs.replace(found, content=said, tool_calls=calls)
         return found if _structured_call(output) is None else spelt_out(found)
 
     def form(self, output: Any) -> Form | None:
@@ -256,6 +284,9 @@ class _Turn(Shape):
             Refused: a refusal cannot be typed as the structured answer.
         """
         message, call, form = _turn(output), _structured_call(output), self.form(output)
+        if trajectory.released_from != "draft":  # it speaks for all that was said
+            result = [m for m in output.result if m is message or not isinstance(m, AIMessage)]
+            output = replace(output, result=result)
         if form is None or trajectory.released_from == "draft":
             left = super().put(message, from_langchain(message) if call else released, trajectory)
             return replace(output, result=[left if m is message else m for m in output.result])
@@ -271,9 +302,7 @@ class _Turn(Shape):
             update |= {"content": "", "tool_calls": [{**call, "args": data}]}
         left = super().put(message, released, trajectory).model_copy(update=update)
         told = {"content": f"Returning structured response: {structured}"}  # LangChain's words for it
-        result: list[BaseMessage] = [
-            m.model_copy(update=told) if isinstance(m, ToolMessage) else m for m in output.result
-        ]
+        result = [m.model_copy(update=told) if isinstance(m, ToolMessage) else m for m in output.result]
         result[output.result.index(message)] = left
         return ModelResponse(result=result, structured_response=structured)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import reduce
@@ -26,9 +26,12 @@ from cai_graph.request import Request
 from cai_graph.shadow import Shadow, size_of
 from cai_graph.shape import Shape, added
 from cai_graph.trajectory import Draft, Message, Trajectory, now
-from cai_graph.wrapped import gives_chunks, is_graph, is_pause, resumes, step_limit, untyped, waits
+from cai_graph.wrapped import gives_chunks, is_graph, is_pause, resumes, untyped, waits
 
-__all__ = ["Overheard"]
+__all__ = ["UNHEARD", "Overheard"]
+
+UNHEARD: Any = object()
+"""Stands for an input that comes in chunks later on."""
 
 _UNBOUNDED = Budget(calls=None, forward_passes=None, tokens=None, seconds=None)
 
@@ -42,7 +45,7 @@ class Overheard:
         shape: where the request and the answer are.
         shadow: what judges behind it.
         model: the app's name in the records, where it is one chat model.
-        input: what the app is given.
+        input: what the app is given; UNHEARD where it comes in chunks.
         config: the caller's, with the callbacks under which the run is traced.
         source: recorded in the Trajectory.
     """
@@ -71,9 +74,10 @@ class Overheard:
         self._end = _End(callbacks.parent_run_id)
         if is_graph(app):
             hearing.add_handler(self._end, inherit=False)
+        self._kept = Kept.of(app, config)
+        if self._kept.listener is not None:
+            hearing.add_handler(self._kept.listener, inherit=True)
         self._under: RunnableConfig = {**config, "callbacks": hearing}
-        if (limit := step_limit(app, config)) is not None:
-            self._under["recursion_limit"] = limit
         self._behind = RunnableConfig(
             callbacks=unstreamed(callbacks),
             metadata=config.get("metadata") or {},
@@ -86,10 +90,11 @@ class Overheard:
         self._error: BaseException | None = None
         try:
             self._metadata = plain(config.get("metadata") or {})  # now, since its owner may change it later
-            self._messages = () if resumes(input, app) else shape.conversation(input)
-        except Exception as error:  # the app may take what is no request
+        except Exception as error:
             self._error = error
-        self._kept = Kept.of(app, config)
+        self._inputs: list[Any] = []
+        if input is not UNHEARD:
+            self._read()
         self._stopped = False
         """Whether the app stands at a breakpoint, and so has not answered yet."""
         self._recorded: Future[Trajectory] | None = None
@@ -112,8 +117,21 @@ class Overheard:
 
     def stream(self, options: Mapping[str, Any]) -> Iterator[Any]:
         """Yield the app's chunks; it writes in this thread."""
+        return self._streamed(lambda: self._app.stream(self._input, self._under, **options))
+
+    def transform(self, inputs: Iterator[Any], options: Mapping[str, Any]) -> Iterator[Any]:
+        """Yield the app's chunks to an input that comes in chunks; it may answer before it has all."""
+
+        def heard() -> Iterator[Any]:
+            for part in inputs:
+                self._inputs.append(part)
+                yield part
+
+        return self._streamed(lambda: self._app.transform(heard(), self._under, **options))
+
+    def _streamed(self, begin: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         with self:
-            chunks = self._app.stream(self._input, self._under, **options)
+            chunks = begin()
             try:
                 for chunk in chunks:
                     self._chunks.append(chunk)
@@ -122,10 +140,23 @@ class Overheard:
                 getattr(chunks, "close", lambda: None)()
             self._look()
 
-    async def astream(self, options: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+    def astream(self, options: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
         """Yield the app's chunks."""
+        return self._astreamed(lambda: self._app.astream(self._input, self._under, **options))
+
+    def atransform(self, inputs: AsyncIterator[Any], options: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """Yield the app's chunks to an input that comes in chunks; it may answer before it has all."""
+
+        async def heard() -> AsyncIterator[Any]:
+            async for part in inputs:
+                self._inputs.append(part)
+                yield part
+
+        return self._astreamed(lambda: self._app.atransform(heard(), self._under, **options))
+
+    async def _astreamed(self, begin: Callable[[], AsyncIterator[Any]]) -> AsyncGenerator[Any, None]:
         with self:
-            chunks = self._app.astream(self._input, self._under, **options)
+            chunks = begin()
             try:
                 async for chunk in chunks:
                     self._chunks.append(chunk)
@@ -134,6 +165,13 @@ class Overheard:
                 if (close := getattr(chunks, "aclose", None)) is not None:
                     await close()
             await self._alook()
+
+    def _read(self) -> None:
+        """Read the request, now, since its owner may change it later."""
+        try:
+            self._messages = () if resumes(self._input, self._app) else self._shape.conversation(self._input)
+        except Exception as error:  # the app may take what is no request
+            self._error = error
 
     def _take(self, output: Any, options: Mapping[str, Any]) -> None:
         if gives_chunks(self._app, options):
@@ -166,6 +204,10 @@ class Overheard:
         last = self._chunks[-1] if self._chunks else self._output
         if self._stopped or is_pause(error) or waits(last):
             return
+        if self._input is UNHEARD:
+            with suppress(Exception):  # what does not add up is no request
+                self._input = reduce(added, self._inputs)
+            self._read()
         if isinstance(error, GeneratorExit):
             error = RunError("the reader closed the stream")
         self._error = error or self._error

@@ -31,4 +31,11 @@ def _told(value: Any, levels: int) -> Any:
         if isinstance(value, Mapping):
             return {_told(str(key), 0): _told(item, levels - 1) for key, item in value.items()}
         return [_told(item, levels - 1) for item in value]
-    return value if value is None or isinstance(value, bool | int) else repr(value)
+    return value if value is None or isinstance(value, bool | int) else _repr(value)
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # the application's own, and no answer is lost for it
+        return object.__repr__(value)

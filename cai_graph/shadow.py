@@ -26,7 +26,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextvars import Context, copy_context
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
 
+from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig
+from pydantic import BaseModel
 
 from cai_graph import bridge
 from cai_graph.errors import RunError
@@ -304,15 +306,43 @@ def _drawn(settings: Settings, request: Request) -> bool:
 
 
 def size_of(value: Any) -> int:
-    """Return about how many bytes an input or output of an app holds."""
-    if isinstance(value, str):
-        return 64 + len(value)
+    """Return about how many bytes an input or output of an app holds. Never raises, whatever it is."""
+    size, waiting, seen = 0, [value], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str | bytes):
+            size += 64 + len(part)
+        elif part is None or isinstance(part, int | float):
+            size += 32
+        elif id(part) not in seen:  # it may hold itself
+            seen.add(id(part))
+            try:
+                if isinstance(part, dict):
+                    waiting.extend(part.values())
+                elif isinstance(part, list | tuple):
+                    waiting.extend(part)
+                else:
+                    size += 512
+                    waiting.extend(_inside(part))
+            except Exception:  # an app's own class may do anything when it is looked into
+                continue
+    return size
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """Return what an object holds that is no list and no dict."""
+    if isinstance(value, BaseMessage):
+        return (value.content,)  # what else there is says little, and takes long to look at
+    if isinstance(value, BaseModel):
+        return [*vars(value).values(), *(value.model_extra or {}).values()]
     if isinstance(value, Mapping):
-        return sum(map(size_of, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(size_of, value))
+        return value.values()
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, set | frozenset):
+        return value
     content = getattr(value, "content", None)
-    return 512 if content is None else 512 + size_of(content)
+    return () if content is None else (content,)
 
 
 # --- the end of the process ---------------------------------------------------------------------------
@@ -331,8 +361,9 @@ def _watch(shadow: Shadow) -> None:
     _live.add(shadow)
     if not _drains:
         _drains = True
-        # Python ends its thread pools before it calls atexit's functions, and a client without a native
-        # async path works in one; so what waits is judged before that. The hook is private, so atexit, too.
+        # When atexit's functions are called, Python has ended its thread pools, and some versions start no
+        # more threads. A critic may need either, so what waits is judged before. The hook is private, so
+        # atexit, too.
         with contextlib.suppress(AttributeError, RuntimeError):
             threading._register_atexit(_drain)  # type: ignore[attr-defined]
         atexit.register(_drain)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from langchain_core.messages import AIMessage, BaseMessage, ToolMessage, convert_to_messages
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue
 from msgspec.structs import replace
 from pydantic import BaseModel
@@ -23,7 +23,7 @@ from cai_graph.messages import from_langchain
 from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, left_of, said_in, unwrapped
 from cai_graph.trajectory import Call, Message, Trajectory, shown_of
 
-__all__ = ["Shape", "Swap", "added", "emptied"]
+__all__ = ["Shape", "Swap", "added", "refused"]
 
 _INPUT_KEYS = ("input", "question", "query", "prompt")
 _OUTPUT_KEYS = ("answer", "output", "text")
@@ -137,13 +137,14 @@ class Shape:
             return self.put(value, released, trajectory)
 
         if not isinstance(output, Mapping):
-            return put_into(output)
+            left = put_into(output)
+            return left if kept else self.swap(output, left)(left)
         key = self.output_in(output)
         left = {**output, key: put_into(output[key])}
         if kept:
             return left
         swap = self.swap(output, left)
-        return {k: value if k == key else swap(value, k) for k, value in left.items()}
+        return {k: swap(value, k) for k, value in left.items()}
 
     def swap(self, output: Any, left: Any) -> Swap:
         """Return what puts the answer that left into the draft's place, wherever that stands.
@@ -153,7 +154,25 @@ class Shape:
             left: the same with what left in the answer's place.
         """
         key = self.output_in(output) if isinstance(output, Mapping) else None
-        return Swap(self.answer_in(output), self.answer_in(left), key)
+        answer = self.answer_in(output)
+        return Swap(answer, self.answer_in(left), key, _earlier(output, answer))
+
+    def unjudged(self, state: Mapping[str, Any], refusal: str) -> list[Swap]:
+        """Return what puts a refusal into the place of whatever may be an answer in the last turn of a state.
+
+        These are all words of the model behind the user's last message: of a run that broke off nobody knows
+        which were to be the answer.
+
+        Raises:
+            DataError: there is none.
+        """
+        key = self.output_in(state)
+        found, answer = state[key], self.answer_in(state)
+        said: list[str | BaseMessage] = [answer]
+        if isinstance(found, list):
+            turn = found[_turn(found) :]
+            said = [m for m in turn if m is answer or (isinstance(m, AIMessage) and shown_of(m).strip())]
+        return [Swap(each, refused(each, refusal, found), key, _earlier(state, each)) for each in said]
 
     def output_in(self, output: Mapping[str, Any]) -> str:
         """Return the key of the answer in an output."""
@@ -206,27 +225,40 @@ class Swap:
     """Puts an answer that left into its draft's place wherever that is: in an output, a stream, a state.
 
     A message is known by its id. A text is the draft under the answer's key, and elsewhere where it reads the
-    same to the letter and is no mere label, as "yes" is. Where the answer is a text, so is a model's message
-    that reads the same.
+    same to the letter and is no mere label, as "yes" is. So is the text of a model's or a tool's message in
+    this turn; in an earlier one it left as that turn's answer, and stays.
     """
 
     draft: str | BaseMessage
     released: str | BaseMessage
     key: str | None
     """Key of the answer in the app's output; None where that has no keys."""
+    earlier: frozenset[str | int] = frozenset()
+    """The messages of earlier turns, as `_named` names them."""
 
     def __call__(self, value: Any, key: str | None = None) -> Any:
         """Return what stands under `key` with the draft replaced; the very value where no draft is in it."""
+        return self._in(value, key, {})
+
+    def _in(self, value: Any, key: str | None, around: dict[int, Any]) -> Any:
+        """Return the same; `around` has what is being made of the values around this one, which may hold
+        themselves."""
+        if id(value) in around:
+            return around[id(value)]
         if isinstance(value, BaseMessage):
             return self._message(value)
         if isinstance(value, str):
             same = value == self._text and (self._is_place(key) or not _is_label(value))
             return self._new_text if same else value
         if isinstance(value, Mapping):
-            by_key = {name: self(item, name) for name, item in value.items()}
+            by_key: dict[Any, Any] = {}
+            around = {**around, id(value): by_key}
+            by_key.update((name, self._in(item, name, around)) for name, item in value.items())
             return by_key if any(by_key[name] is not value[name] for name in value) else value
         if isinstance(value, list | tuple):
-            items = [self(item, key) for item in value]
+            items: list[Any] = []
+            around = {**around, id(value): items}
+            items.extend(self._in(item, key, around) for item in value)
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             if isinstance(value, list):
@@ -235,19 +267,20 @@ class Swap:
         return value
 
     def _message(self, message: BaseMessage) -> BaseMessage:
-        if isinstance(self.released, BaseMessage):
-            draft = self.draft
-            same = message.id == getattr(draft, "id", None) if message.id else message == draft
-            return self.released if same else message
-        if not isinstance(message, AIMessage) or self.released == self.draft:
+        draft, text = self.draft, self._text
+        if _named(message) in self.earlier:
             return message
-        if _is_label(self._text) or shown_of(message) != self._text:
+        if isinstance(draft, BaseMessage) and (message.id == draft.id if message.id else message == draft):
+            return self.released if isinstance(self.released, BaseMessage) else message
+        if self._new_text == text or _is_label(text):
+            return message
+        if not isinstance(message, AIMessage | ToolMessage) or shown_of(message) != text:
             return message
         update = {
             "content": self._new_text,
             "additional_kwargs": _of_others(message.additional_kwargs),
             "response_metadata": _of_others(message.response_metadata),
-            "invalid_tool_calls": [],
+            **_without(message),
         }
         return message.model_copy(update=update)
 
@@ -270,6 +303,27 @@ _LABEL = 24
 def _is_label(text: str) -> bool:
     """Return whether a text may well mean something else than the answer that reads the same."""
     return len(text.split()) < 2 and len(text.encode("utf-8", "surrogatepass")) <= _LABEL
+
+
+def _turn(messages: Sequence[Any], end: int | None = None) -> int:
+    """Return where among messages, up to `end`, the turn begins that the user's last one opens."""
+    asked = [index for index, each in enumerate(messages[:end]) if isinstance(each, HumanMessage)]
+    return asked[-1] if asked else 0
+
+
+def _named(message: BaseMessage) -> str | int:
+    """Return what tells a message from others: its id, or else that it is itself."""
+    return message.id or id(message)
+
+
+def _earlier(output: Any, answer: str | BaseMessage) -> frozenset[str | int]:
+    """Return the messages in an output that stand before the turn of its answer."""
+    found: set[str | int] = set()
+    for value in output.values() if isinstance(output, Mapping) else [output]:
+        if isinstance(value, list):
+            end = next((index for index, each in enumerate(value) if each is answer), None)
+            found |= {_named(each) for each in value[: _turn(value, end)] if isinstance(each, BaseMessage)}
+    return frozenset(found)
 
 
 def added(total: Any, part: Any) -> Any:
@@ -320,6 +374,21 @@ def emptied(message: BaseMessage, text: str) -> dict[str, Any]:
     No picture is, and no call that the app would carry out.
     """
     return {"content": text, "additional_kwargs": {}, **_without(message, "tool_calls")}
+
+
+def refused(draft: str | BaseMessage, refusal: str, among: Any = None) -> str | BaseMessage:
+    """Return the refusal as it stands in a draft's place where nothing left.
+
+    Where the messages `among` which it stands have what came of its calls, these stay: providers take no
+    result without its call.
+    """
+    if isinstance(draft, str):
+        return refusal
+    results = among if isinstance(among, list) else []
+    known = {each.tool_call_id for each in results if isinstance(each, ToolMessage)}
+    answered = any(call["id"] in known for call in getattr(draft, "tool_calls", ()))
+    update = _mended(draft, refusal) if answered else emptied(draft, refusal)
+    return draft.model_copy(update={**update, "response_metadata": {}})
 
 
 def _mended(message: BaseMessage, text: str) -> dict[str, Any]:

@@ -9,13 +9,15 @@ from typing import Any
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.config import DEFAULT_RECURSION_LIMIT
+from langchain_core.runnables.config import var_child_runnable_config
 from langgraph.config import get_stream_writer
 from langgraph.errors import GraphBubbleUp
 from langgraph.pregel import Pregel
 from langgraph.types import Command, GraphOutput
 
 __all__ = [
+    "CHECKPOINTER",
+    "RESUMING",
     "STEP_LIMIT",
     "STREAM",
     "Paused",
@@ -36,6 +38,10 @@ __all__ = [
 
 STREAM = "__pregel_stream"
 """Key of a configuration under which LangGraph hands an outer graph's stream to the graphs inside."""
+CHECKPOINTER = "__pregel_checkpointer"
+"""Key under which it hands them the checkpointer that keeps it."""
+RESUMING = "__pregel_resuming"
+"""Key under which it tells them that it was resumed, and so they go on, too."""
 STEP_LIMIT = 10_000
 """How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
 
@@ -74,13 +80,18 @@ def configurable_of(app: Runnable[Any, Any], config: RunnableConfig) -> dict[str
     return {name: value for each in configs for name, value in (each.get("configurable") or {}).items()}
 
 
-def step_limit(app: Runnable[Any, Any], config: RunnableConfig) -> int | None:
-    """Return how many steps an app may take under its caller's configuration; None where it does not say."""
-    limit = config.get("recursion_limit")
-    if limit != DEFAULT_RECURSION_LIMIT or not is_graph(app):
-        return limit
-    bound = [each["recursion_limit"] for each in _bound_configs(app) if "recursion_limit" in each]
-    return bound[0] if bound else STEP_LIMIT  # LangChain filled in its own, which is small
+def step_limit(app: Runnable[Any, Any], given: RunnableConfig | None) -> int | None:
+    """Return how many steps a graph may take; None where an app is none.
+
+    `given` is what its caller gave, as it was given: LangChain fills in a limit that looks like a caller's.
+    Next to say is what is bound to the graph, then what stands around it, as without a constitution.
+    """
+    if not is_graph(app):
+        return None
+    for config in (given or {}, *_bound_configs(app), var_child_runnable_config.get() or {}):
+        if "recursion_limit" in config:
+            return config["recursion_limit"]
+    return STEP_LIMIT
 
 
 def _bound_configs(app: Runnable[Any, Any]) -> list[RunnableConfig]:

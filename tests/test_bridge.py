@@ -178,6 +178,84 @@ def test_a_forked_child_gets_a_loop_of_its_own() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_has_threads_of_its_own_for_what_blocks() -> None:
+    done = run_python(
+        """
+        import asyncio, os
+        from cai_graph import bridge
+
+        async def core(caller):
+            return await asyncio.to_thread(os.getpid)
+
+        assert bridge.run(core) == os.getpid()  # its thread is idle when the child comes into being
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if bridge.run(core) == os.getpid() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_calls_that_hang_keep_nothing_else_from_its_turn() -> None:
+    hangs = threading.Event()
+
+    async def core(caller: bridge.Caller) -> int:
+        hanging = [asyncio.ensure_future(asyncio.to_thread(hangs.wait, 30)) for _ in range(40)]
+        await asyncio.sleep(0)  # each of them begins
+        try:
+            async with asyncio.timeout(5):
+                return await asyncio.to_thread(lambda: 7)
+        finally:
+            hangs.set()
+            await asyncio.gather(*hanging)
+
+    assert bridge.run(core) == 7
+
+
+def test_threads_that_outlive_the_main_one_go_on_as_before() -> None:
+    done = run_python(
+        """
+        import asyncio, concurrent.futures.thread, threading, time
+        from cai_graph import bridge
+
+        async def core(caller):
+            return await asyncio.to_thread(lambda: 7)
+
+        def work():
+            while not concurrent.futures.thread._shutdown:  # Python has ended its own pools
+                time.sleep(0.01)
+            print(bridge.run(core))
+
+        threading.Thread(target=work).start()
+        """
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "7\n", "")
+
+
+def test_a_process_does_not_wait_at_its_end_for_a_call_that_hangs() -> None:
+    done = run_python(
+        """
+        import asyncio, threading
+        from cai_graph import bridge
+
+        begun = threading.Event()
+
+        def hang():
+            begun.set()
+            threading.Event().wait()
+
+        bridge.start(lambda: asyncio.to_thread(hang))
+        begun.wait()
+        """
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_process_that_used_the_bridge_ends_in_silence() -> None:
     done = run_python(
         """

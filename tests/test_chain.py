@@ -8,16 +8,24 @@ import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import (
+    ConfigurableField,
+    RunnableConfig,
+    RunnableLambda,
+    RunnablePassthrough,
+)
+from langgraph.graph import START, MessagesState, StateGraph
 from replies import JUDGE, RULES, by_role, flags, guard, role_of, verdicts
 
 from cai_graph.chain import constitutional
@@ -74,13 +82,13 @@ def test_parts_of_the_content_that_are_no_text_are_kept() -> None:
 
 
 def test_the_last_ai_message_of_messages_is_judged_and_replaced_in_its_place() -> None:
-    first, tool = AIMessage("the draft", id="a"), HumanMessage("more?", id="h")
+    first, tool = AIMessage("a moment", id="a"), HumanMessage("more?", id="h")
     last = AIMessage("the draft", id="b")
     state = {"messages": [HumanMessage("hello"), first, last, tool], "other": object()}
 
     output = guard(app_of(state)).invoke("hello")
 
-    assert [message.content for message in output["messages"]] == ["hello", "the draft", "better", "more?"]
+    assert [message.content for message in output["messages"]] == ["hello", "a moment", "better", "more?"]
     assert output["messages"][2].id == "b"
     assert output["messages"][1] is first
     assert output["other"] is state["other"]
@@ -365,6 +373,65 @@ def test_it_shows_the_face_of_what_it_wraps() -> None:
     assert guarded.config_specs == model.config_specs
 
 
+def named_graph() -> Any:
+    """A graph with a name of its own."""
+    made = StateGraph(MessagesState)
+    made.add_node("say", lambda state: {"messages": [AIMessage("fine")]})
+    made.add_edge(START, "say")
+    return made.compile(name="researcher")
+
+
+async def test_an_app_with_a_name_of_its_own_is_known_by_it() -> None:
+    graph = named_graph()
+    outer = StateGraph(MessagesState)
+    outer.add_node(guard(graph))
+    outer.add_edge(START, "researcher")
+    chain: Any = RunnableLambda(lambda said: said).with_config(run_name="qa") | (lambda said: said)
+    events = guard(chain.with_config(run_name="asked")).astream_events("x", version="v2")
+
+    said = outer.compile().invoke({"messages": [("user", "hello")]})
+
+    assert said["messages"][-1].text == "fine"
+    assert guard(graph.with_config(run_name="x")).name == guard(graph.with_retry()).name == "researcher"
+    assert guard(chain).get_name() == "ConstitutionalRunnableSequence"
+    assert {event["name"] async for event in events if event["event"] == "on_chain_start"} == {"asked"}
+
+
+async def test_a_graph_says_of_itself_what_it_says_unwrapped() -> None:
+    graph = named_graph()
+    guarded: Any = guard(graph)
+
+    assert guarded.get_input_jsonschema() == graph.get_input_jsonschema()
+    assert guarded.get_output_jsonschema() == graph.get_output_jsonschema()
+    assert (await guarded.aget_graph()).to_json() == (await graph.aget_graph()).to_json()
+
+
+def test_what_is_configurable_of_a_chain_is_configurable_of_the_wrapped_one() -> None:
+    chain = RunnableLambda(lambda said: said) | (lambda said: "fine")
+    guarded = guard(chain).configurable_alternatives(
+        ConfigurableField("which"), default_key="fine", draft=app_of("the draft")
+    )
+    spoken: Any = RunnableLambda(lambda asked, said: said).bind(said="fine")
+    saying = guard(spoken).configurable_fields(kwargs=ConfigurableField("how"))
+
+    assert guarded.invoke("hello") == "fine"
+    assert guarded.with_config(configurable={"which": "draft"}).invoke("hello") == "better"
+    assert saying.invoke("hello") == "fine"
+    assert saying.with_config(configurable={"how": {"said": "the draft"}}).invoke("hello") == "better"
+
+
+@pytest.mark.parametrize("kind", ["chain", "model"])
+def test_a_deep_copy_is_judged_by_the_same(kind: str) -> None:
+    model = FakeListChatModel(responses=["the draft"])
+    guarded: Any = guard(model | StrOutputParser() if kind == "chain" else model, critic=JUDGE, reviser=JUDGE)
+
+    copy = deepcopy(guarded)
+
+    assert copy.app is not guarded.app
+    assert copy.plan is guarded.plan
+    assert copy.invoke("hello") == "better" if kind == "chain" else copy.invoke("hello").text == "better"
+
+
 def test_options_of_a_call_reach_the_app_whatever_their_names() -> None:
     seen: list[dict[str, Any]] = []
 
@@ -415,6 +482,22 @@ def test_under_a_synchronous_call_the_app_runs_in_the_callers_thread_and_context
         asked_by.reset(token)
 
     assert seen == [(threading.current_thread(), "me")]
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream"])
+def test_who_shows_tokens_is_told_in_the_callers_thread_and_counts_nothing_twice(way: str) -> None:
+    heard: list[Any] = []
+
+    class Printing(BaseCallbackHandler):
+        def on_llm_new_token(self, token: str, *, chunk: Any = None, **kwargs: Any) -> None:
+            heard.append((token, threading.current_thread(), chunk.message.usage_metadata))
+
+    draft = AIMessage("fine", usage_metadata={"input_tokens": 1, "output_tokens": 1, "total_tokens": 2})
+    guarded: Any = guard(app_of("hello") | by_role(draft=draft, critique=""))
+    config = {"callbacks": [Printing()]}
+    guarded.invoke("hello", config) if way == "invoke" else [*guarded.stream("hello", config)]
+
+    assert heard == [("fine", threading.current_thread(), None)]
 
 
 async def test_under_an_asynchronous_call_the_app_runs_in_the_callers_loop_and_context() -> None:

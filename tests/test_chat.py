@@ -15,7 +15,7 @@ from langchain_core.callbacks import (
 )
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableLambda
+from langchain_core.runnables import ConfigurableField, Runnable, RunnableBinding, RunnableLambda
 from langchain_core.tools import tool
 from langgraph.config import get_config, get_store, get_stream_writer
 from langgraph.graph import END, START, MessagesState, StateGraph
@@ -104,6 +104,20 @@ def test_a_copy_with_another_setting_of_the_wrapped_model_answers_by_it() -> Non
     assert (colder.invoke("hello").text, model.invoke("hello").text) == ("at 0.3", "at 0.7")
 
 
+def test_a_setting_can_be_made_configurable_at_each_call() -> None:
+    model = guard(Tempered(replies=[]), critic=by_role(critique=flags()))
+
+    chosen = model.configurable_fields(temperature=ConfigurableField("t"))
+
+    assert chosen.invoke("hello").text == "at 0.7"
+    assert chosen.with_config(configurable={"t": 0.3}).invoke("hello").text == "at 0.3"
+
+
+def test_a_model_with_a_name_of_its_own_keeps_it() -> None:
+    assert guard(ScriptedModel(replies=[], name="mine")).get_name() == "mine"
+    assert guard(ScriptedModel(replies=[])).get_name() == "ConstitutionalScriptedModel"
+
+
 def test_a_setting_that_a_copy_could_not_take_is_refused() -> None:
     class Remade(Tempered):
         def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
@@ -113,6 +127,31 @@ def test_a_setting_that_a_copy_could_not_take_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="temperature cannot be changed after tools were bound"):
         bound.model_copy(update={"temperature": 0.3})  # type: ignore[attr-defined]
+
+
+class Routing(ScriptedModel):
+    """A model that tells which route its call is configured with."""
+
+    def invoke(self, input: Any, config: Any = None, **kwargs: Any) -> AIMessage:
+        return super().invoke((config or {}).get("configurable", {}).get("route", "none"), config, **kwargs)
+
+    async def ainvoke(self, input: Any, config: Any = None, **kwargs: Any) -> AIMessage:
+        return self.invoke(input, config, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream"])
+async def test_what_a_call_is_configured_with_reaches_the_wrapped_model(way: str) -> None:
+    model = guard(Routing(replies=lambda messages: messages[-1].text), critic=by_role(critique=flags()))
+    config: Any = {"configurable": {"route": "east"}}
+
+    if way == "stream":
+        answers = [*model.stream("hello", config), *model.stream("hello")]
+    elif way == "invoke":
+        answers = [model.invoke("hello", config), model.invoke("hello")]  # type: ignore[list-item]
+    else:
+        answers = [await model.ainvoke("hello", config), await model.ainvoke("hello")]  # type: ignore[list-item]
+
+    assert [answer.text for answer in answers] == ["east", "none"]
 
 
 # --- in the place where it is called ------------------------------------------------------------------

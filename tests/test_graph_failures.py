@@ -284,6 +284,20 @@ async def test_the_apps_own_error_is_raised_as_it_is(error: Exception, policy: s
     assert len(logged(log)) == 1
 
 
+async def test_an_error_that_is_raised_again_and_again_collects_no_notes() -> None:
+    error = ValueError("mine")
+    error.add_note("my own")
+
+    async def app(_: str) -> str:
+        raise error
+
+    for _ in range(3):
+        with pytest.raises(ValueError, match="mine"):
+            await guard(RunnableLambda(app)).ainvoke("hello")
+
+    assert error.__notes__ == ["my own"]
+
+
 async def test_a_cancellation_that_the_app_raises_itself_stays_one(log: Log) -> None:
     async def app(_: str) -> str:
         raise asyncio.CancelledError

@@ -7,14 +7,14 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.history import RunnableWithMessageHistory
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
@@ -224,6 +224,11 @@ async def test_a_function_that_remembers_is_given_what_left(kind: str, way: str)
     assert seen == [["hi"], ["hi", "better", "two"]]
 
 
+def test_a_graph_that_is_told_no_thread_says_so_itself() -> None:
+    with pytest.raises(ValueError, match="Checkpointer requires"):
+        guard(graph(writer([]))).invoke(HI)
+
+
 def test_a_state_without_channels_is_warned_of() -> None:
     from langgraph.channels import LastValue
     from langgraph.pregel import NodeBuilder, Pregel
@@ -390,3 +395,205 @@ def test_an_agents_structured_answer_is_no_answer_of_a_tool() -> None:
     assert output["structured_response"] == Report(sky="rain")
     assert output["messages"][-1].text == words
     assert critic.calls == []
+
+
+# --- runs that broke off ------------------------------------------------------------------------------
+
+
+class Titled(MessagesState):
+    title: str
+
+
+def breaking(answer: Any = None, error: type[BaseException] | None = ConnectionError, **options: Any) -> Any:
+    """A graph that answers `hi` with the draft, and breaks off behind that the first time."""
+    runs: list[int] = []
+
+    def says(state: Titled) -> Any:
+        return {"messages": [AIMessage("the draft" if state["messages"][-1].text == "hi" else "fine")]}
+
+    async def title(state: Titled) -> Any:
+        runs.append(1)
+        if len(runs) == 1 and error is not None:
+            raise error("down")
+        return {"title": "a title"}
+
+    built = StateGraph(Titled)
+    built.add_node("answer", answer or says)
+    built.add_node("title", title)
+    built.add_edge(START, "answer")
+    built.add_edge("answer", "title")
+    return built.compile(**{"checkpointer": InMemorySaver(), **options})
+
+
+class Shallow(InMemorySaver):
+    """Keeps the last checkpoint only."""
+
+    def list(self, *args: Any, **kwargs: Any) -> Any:
+        yield from [*super().list(*args, **kwargs)][:1]
+
+
+@pytest.mark.parametrize("saver", [InMemorySaver, Shallow])
+@pytest.mark.parametrize("error", [ConnectionError, asyncio.CancelledError])
+async def test_a_draft_that_a_broken_run_left_behind_gives_way_to_the_refusal(error: Any, saver: Any) -> None:
+    app = breaking(error=error, checkpointer=saver())
+    guarded = guard(app)
+
+    with pytest.raises(error):
+        await guarded.ainvoke(HI, THREAD)
+    output = await guarded.ainvoke(TWO, THREAD)
+
+    assert [message.text for message in output["messages"]] == ["hi", RULES.refusal, "two", "fine"]
+    assert stored(app) == ["hi", RULES.refusal, "two", "fine"]
+
+
+async def test_a_broken_run_that_is_resumed_goes_on_and_is_judged() -> None:
+    app = breaking()
+    guarded = guard(app)
+
+    with pytest.raises(ConnectionError):
+        await guarded.ainvoke(HI, THREAD)
+    output = await guarded.ainvoke(None, THREAD)
+
+    assert [message.text for message in output["messages"]] == ["hi", "better"]
+
+
+async def test_in_a_graph_that_is_resumed_a_broken_run_goes_on_and_is_judged() -> None:
+    inner = guard(breaking(checkpointer=True))
+
+    async def answer(state: MessagesState, config: RunnableConfig) -> Any:
+        return {"messages": (await inner.ainvoke(HI, config))["messages"][-1:]}
+
+    built = StateGraph(MessagesState)
+    built.add_node("answer", answer)
+    built.add_edge(START, "answer")
+    outer = built.compile(checkpointer=InMemorySaver())
+
+    with pytest.raises(ConnectionError):
+        await outer.ainvoke(HI, THREAD)
+    output = await outer.ainvoke(None, THREAD)
+
+    assert [message.text for message in output["messages"]] == ["hi", "better"]
+
+
+async def test_a_run_that_broke_off_before_it_answered_leaves_earlier_turns_as_they_are() -> None:
+    def answer(state: Titled) -> Any:
+        if state["messages"][-1].text == "two":
+            raise ConnectionError("down")
+        return {"messages": [AIMessage("fine")]}
+
+    app = breaking(answer, error=None)
+    guarded = guard(app)
+    await guarded.ainvoke(HI, THREAD)
+
+    with pytest.raises(ConnectionError):
+        await guarded.ainvoke(TWO, THREAD)
+    await guarded.ainvoke(HI, THREAD)
+
+    assert stored(app) == ["hi", "fine", "two", "hi", "fine"]
+
+
+async def test_a_text_that_a_broken_run_left_behind_gives_way_too() -> None:
+    class Asked(TypedDict, total=False):
+        question: str
+        answer: str
+        seen: str
+
+    def answer(state: Asked) -> Any:
+        if state["question"] == "hi":
+            return {"answer": "the draft"}
+        return {"answer": "fine", "seen": state["answer"]}
+
+    def title(state: Asked) -> Any:
+        if state["question"] == "hi":
+            raise ConnectionError("down")
+        return {}
+
+    built = StateGraph(Asked)
+    built.add_node("write", answer)
+    built.add_node("title", title)
+    built.add_edge(START, "write")
+    built.add_edge("write", "title")
+    guarded = guard(built.compile(checkpointer=InMemorySaver()))
+
+    with pytest.raises(ConnectionError):
+        await guarded.ainvoke({"question": "hi"}, THREAD)
+
+    assert (await guarded.ainvoke({"question": "two"}, THREAD))["seen"] == RULES.refusal
+
+
+def test_a_broken_agent_keeps_its_calls_beside_what_came_of_them() -> None:
+    calls: Any = [{"name": "search", "args": {"query": "x"}, "id": "c1"}]
+
+    def says(messages: list[BaseMessage]) -> Any:
+        if messages[-1].text == "hi":
+            return AIMessage("I look it up", tool_calls=calls)
+        return ConnectionError("down") if messages[-1].type == "tool" else "fine"
+
+    app = create_agent(Caller(replies=says), [search], checkpointer=InMemorySaver())
+    guarded = guard(app)
+
+    with pytest.raises(ConnectionError):
+        guarded.invoke(HI, THREAD)
+    output = guarded.invoke(TWO, THREAD)
+
+    assert [message.text for message in output["messages"]] == [
+        "hi",
+        RULES.refusal,
+        "the draft",
+        "two",
+        "fine",
+    ]
+    assert [call["id"] for call in output["messages"][1].tool_calls] == ["c1"]
+
+
+@pytest.mark.parametrize("stop", [{"interrupt_before": ["title"]}, {"interrupt_after": ["answer"]}])
+async def test_what_was_shown_at_a_breakpoint_stays_though_nobody_went_on_from_there(stop: Any) -> None:
+    app = breaking(error=None, **stop)
+    guarded = guard(app)
+
+    await guarded.ainvoke(HI, THREAD)
+    stopped = await guarded.ainvoke(TWO, THREAD)
+
+    assert [message.text for message in stopped["messages"]] == ["hi", "the draft", "two", "fine"]
+
+
+class Slow(InMemorySaver):
+    """Takes a while to write a checkpoint, and says when it begins to write the last one."""
+
+    def __init__(self, saving: asyncio.Event) -> None:
+        super().__init__()
+        self.saving = saving
+
+    async def aput(self, config: Any, checkpoint: Any, metadata: Any, versions: Any) -> Any:
+        kept = await super().aput(config, checkpoint, metadata, versions)
+        if "the draft" in repr(checkpoint["channel_values"]):
+            self.saving.set()
+            await asyncio.sleep(0.02)
+        return kept
+
+
+async def test_a_request_that_is_cancelled_while_its_run_ends_leaves_no_draft_behind() -> None:
+    saving = asyncio.Event()
+    built = StateGraph(MessagesState)
+    built.add_node("answer", lambda state: {"messages": [AIMessage("the draft", id="a")]})
+    built.add_edge(START, "answer")
+    app = built.compile(checkpointer=Slow(saving))
+
+    calling = asyncio.create_task(guard(app).ainvoke(HI, THREAD))
+    await saving.wait()
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+    assert stored(app) == ["hi", RULES.refusal]
+
+
+async def test_a_request_that_fails_before_it_runs_leaves_earlier_turns_as_they_are() -> None:
+    app = graph(writer([]))
+    guarded = guard(app)
+    await guarded.ainvoke(TWO, THREAD)
+
+    with pytest.raises(ValueError, match="recursion_limit"):
+        await guarded.ainvoke(HI, {**THREAD, "recursion_limit": 0})
+
+    assert stored(app) == ["two", "fine"]

@@ -18,7 +18,7 @@ from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.outputs import ChatGenerationChunk
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_core.tools import tool
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
@@ -556,6 +556,59 @@ def test_critic_and_reviser_are_the_model_of_the_call_unless_given() -> None:
     assert {role_of(call) for call in judge.calls} == {"critique"}
     assert {role_of(call) for call in writer.calls} == {"revise"}
     assert {role_of(call) for call in own.calls} == {"draft"}
+
+
+@pytest.mark.parametrize(
+    "bind",
+    [
+        lambda model: model.bind(stop=["x"]),
+        lambda model: model.with_retry(),
+        lambda model: model.with_config(tags=["t"]),
+        lambda model: model.with_retry().with_fallbacks([agents_model()]),
+    ],
+    ids=["bind", "with_retry", "with_config", "with_fallbacks"],
+)
+def test_a_model_with_something_bound_to_it_judges_itself(bind: Callable[[Any], Any]) -> None:
+    own = agents_model(lambda _: f"{CANARY} you fool")
+
+    state = guarded(bind(own), tools=()).invoke(ASKED)
+
+    assert state["messages"][-1].text == RELEASED
+    assert [role_of(call) for call in own.calls] == ["draft", "critique", "revise", "critique"]
+
+
+def test_where_no_chat_model_is_found_the_error_says_to_name_who_judges() -> None:
+    model: Any = RunnableLambda(lambda messages: AIMessage("fine"))
+    judge = agents_model()
+
+    with pytest.raises(ConfigError, match="the agent's model is a RunnableLambda and cannot judge"):
+        guarded(model, tools=()).invoke(ASKED)
+    named = guarded(model, tools=(), settings={"critic": judge, "reviser": judge})
+    assert named.invoke(ASKED)["messages"][-1].text == "fine"
+
+
+class Adds(AgentMiddleware[Any, Any, Any]):
+    """Adds a message to what the model says."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def wrap_model_call(self, request: ModelRequest[Any], handler: Any) -> ModelResponse[Any]:
+        said = handler(request)
+        return ModelResponse(result=[*said.result, AIMessage(self._text)])
+
+
+@pytest.mark.parametrize("added", ["P.S. bye", f"P.S. {CANARY}"])
+def test_messages_that_other_middleware_adds_are_judged_with_the_answer(added: str, tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        face = ConstitutionalMiddleware(constitution=RULES, log=log)
+        agent = create_agent(agents_model(lambda _: "fine"), [], middleware=[face, Adds(added)])
+        said = [message.text for message in agent.invoke(ASKED)["messages"][1:]]
+        (trajectory,) = logged(log)
+
+    assert trajectory.draft is not None
+    assert trajectory.draft.answer.content == f"fine\n\n{added}"
+    assert said == ([RELEASED] if CANARY in added else ["fine", added])
 
 
 # --- the record, the policies, the arguments ----------------------------------------------------------

@@ -43,6 +43,17 @@ def test_what_is_nested_without_end_is_told_to_a_depth() -> None:
         assert "nested deeper than 100 levels" in told
 
 
+class Unsaid:
+    def __repr__(self) -> str:
+        raise ValueError("it says nothing of itself")
+
+
+def test_what_cannot_be_told_is_told_by_its_class() -> None:
+    (told,) = plain.plain([Unsaid()])
+
+    assert "Unsaid object at" in told
+
+
 @pytest.mark.parametrize("mode", ["enforce", "shadow"])
 def test_what_an_app_hands_over_costs_no_record(tmp_path: Path, mode: Any) -> None:
     args = {"amount": float("nan"), "most": float("inf"), "to": Markup("bob"), "deep": nested(300)}

@@ -23,7 +23,7 @@ from cai_graph.testing import ScriptedModel
 class Slow(ScriptedModel):
     async def _agenerate(self, messages, *args, **kwargs):
         await asyncio.sleep(0.2)
-        # Clients without a native async path, and look-ups of names, work in the loop's thread pool.
+        # Clients without a native async path, and look-ups of names, work in threads.
         return await asyncio.to_thread(self._generate, messages, *args, **kwargs)
 
 def make(count):

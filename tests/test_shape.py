@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
@@ -77,6 +78,107 @@ def test_a_copy_of_the_draft_is_replaced_in_output_stream_and_memory_alike(
     assert plain(output) == [*left, f"it said: {said}"]
     assert plain(app.get_state(THREAD).values) == plain(output)
     assert plain(streamed) == plain(output)
+
+
+def team(*others: Any, **options: Any) -> Any:
+    """A graph whose last node says again what the one before it said, the draft; `others` come between."""
+    built = StateGraph(MessagesState)
+    built.add_sequence(
+        [
+            ("alice", lambda state: {"messages": [AIMessage("the draft", name="alice")]}),
+            ("others", lambda state: {"messages": [*others]}),
+            ("bob", lambda state: {"messages": [AIMessage("the draft", name="bob")]}),
+        ]
+    )
+    built.add_edge(START, "alice")
+    return built.compile(**options)
+
+
+def test_what_another_message_of_the_turn_says_alike_is_replaced_in_output_stream_and_memory() -> None:
+    calls: Any = [{"name": "ask", "args": {}, "id": "c1"}]
+    others = (AIMessage("", tool_calls=calls, id="a"), ToolMessage("the draft", tool_call_id="c1", id="t"))
+    app = team(*others, checkpointer=InMemorySaver())
+    guarded = guard(app)
+
+    output = guarded.invoke(ASKED, THREAD)
+    *_, streamed = guarded.stream(ASKED, {"configurable": {"thread_id": "2"}}, stream_mode="values")
+    tokens = [*guarded.stream(ASKED, {"configurable": {"thread_id": "3"}}, stream_mode="messages")]
+    steps = [*guarded.stream(ASKED, {"configurable": {"thread_id": "4"}})]
+
+    told = ["hello", "better", "", "better", "better"]
+    for state in (output, streamed, app.get_state(THREAD).values):
+        assert [message.text for message in state["messages"]] == told
+        assert [call["id"] for call in state["messages"][2].tool_calls] == ["c1"]
+    assert [message.text for message, _ in tokens if message.text] == ["better"] * 3
+    assert "the draft" not in repr(steps)
+
+
+def test_the_tokens_of_a_message_that_says_alike_are_not_told() -> None:
+    class Typed(ScriptedModel):
+        def _stream(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+            for word in ("the ", "draft"):
+                yield ChatGenerationChunk(message=AIMessageChunk(word))
+
+    model, again = Typed(replies=["the draft"]), Typed(replies=["the draft"])
+    built = StateGraph(MessagesState)
+    built.add_node("alice", lambda state: {"messages": [model.invoke("hi")]})
+    built.add_node("bob", lambda state: {"messages": [again.invoke("hi")]})
+    built.add_edge(START, "alice")
+    built.add_edge("alice", "bob")
+
+    tokens = [*guard(built.compile()).stream(ASKED, stream_mode="messages")]
+
+    assert [message.text for message, _ in tokens if message.text] == ["better"] * 2
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_what_was_said_alike_in_an_earlier_turn_stays(ids: bool) -> None:
+    earlier = [HumanMessage("hi", id="1" if ids else None), AIMessage("the draft", id="2" if ids else None)]
+    app = team(checkpointer=InMemorySaver())
+    app.update_state(THREAD, {"messages": earlier}, as_node="bob")
+
+    output = guard(app).invoke(ASKED, THREAD)
+    listed = guard(RunnableLambda(lambda given: [*given, AIMessage("the draft")])).invoke(
+        [*earlier, HumanMessage("hello")]
+    )
+
+    told = ["hi", "the draft", "hello", "better", "better"]
+    assert [message.text for message in output["messages"]] == told
+    assert [message.text for message in app.get_state(THREAD).values["messages"]] == told
+    assert [message.text for message in listed] == told[:4]
+
+
+def holding_itself() -> Any:
+    notes: list[Any] = []
+    notes += [notes, AIMessage("the draft")]
+    built = StateGraph(State)
+    built.add_node("model", lambda state: {"messages": [AIMessage("the draft")], "notes": [notes]})
+    built.add_edge(START, "model")
+    return built.compile()
+
+
+def test_a_list_of_messages_has_what_leaves_in_each_copy() -> None:
+    said = [AIMessage("the draft", name="alice"), AIMessage("the draft", name="bob")]
+
+    output = guard(RunnableLambda(lambda asked: said)).invoke("hello")
+
+    assert [(message.name, message.text) for message in output] == [("alice", "better"), ("bob", "better")]
+
+
+def test_an_output_that_holds_itself_leaves_with_what_is_released_in_each_place() -> None:
+    def answer(asked: str) -> Any:
+        output: dict[str, Any] = {"answer": "the draft", "parts": [AIMessage("the draft")]}
+        output["self"] = output
+        output["parts"].append(output["parts"])
+        return output
+
+    output = guard(RunnableLambda(answer)).invoke("hello")
+    *_, streamed = guard(holding_itself()).stream(ASKED, stream_mode="values")
+
+    assert streamed["notes"][0][0] is streamed["notes"][0]
+    assert streamed["notes"][0][1].text == "better"
+    assert output["answer"] == output["self"]["answer"] == output["self"]["self"]["answer"] == "better"
+    assert output["parts"][0].text == output["parts"][1][1][0].text == "better"
 
 
 def test_a_kept_answer_is_streamed_with_its_outcome() -> None:

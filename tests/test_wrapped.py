@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, cast
 
@@ -10,6 +11,7 @@ from langchain_core.messages import AIMessage, HumanMessage, convert_to_messages
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.channels import Topic
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.errors import GraphRecursionError
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command, GraphOutput, interrupt
 from replies import RULES, by_role, flags, guard, verdicts
@@ -108,6 +110,34 @@ def test_a_wrapped_graph_may_take_as_many_steps_as_unwrapped() -> None:
 
     assert app.invoke({"input": "hello"})["steps"] == 60
     assert guard(app).invoke({"input": "hello"})["steps"] == 60
+
+
+@pytest.mark.parametrize("limit", [24, 25, 26])
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+async def test_a_limit_of_steps_that_a_caller_gives_holds(mode: Any, limit: int) -> None:
+    graph = StateGraph(MessagesState)
+    graph.add_node("step", lambda state: {"messages": [AIMessage("fine")]})
+    graph.add_edge(START, "step")
+    graph.add_edge("step", "step")
+    guarded = guard(graph.compile(), mode=mode)
+    config: Any = {"recursion_limit": limit}
+    calls: dict[str, Callable[[], Any]] = {
+        "invoke": lambda: guarded.invoke(HELLO, config),
+        "batch": lambda: guarded.batch([HELLO], config),
+        "stream": lambda: [*guarded.stream(HELLO, config)],
+        "transform": lambda: [*guarded.transform(iter([HELLO]), config)],
+        "in a chain": lambda: (RunnableLambda(lambda given: given) | guarded).invoke(HELLO, config),
+        "around": lambda: RunnableLambda(lambda given: guarded.invoke(given)).invoke(HELLO, config),
+    }
+
+    for call in calls.values():
+        with pytest.raises(GraphRecursionError, match=f"limit of {limit} reached"):
+            call()
+    for way in (guarded.ainvoke(HELLO, config), guarded.answered(HELLO, config)):
+        with pytest.raises(GraphRecursionError, match=f"limit of {limit} reached"):
+            await way
+    with pytest.raises(GraphRecursionError, match=f"limit of {limit} reached"):
+        [chunk async for chunk in guarded.astream(HELLO, config)]
 
 
 class Asked(TypedDict, total=False):
@@ -327,23 +357,30 @@ class Notes(MessagesState):
     notes: Annotated[list[str], Topic(str, accumulate=True)]
 
 
-@pytest.mark.parametrize(
-    ("others", "why"), [([], "in 'notes' nothing can be replaced"), (["log"], "Ambiguous update")]
-)
-def test_a_memory_that_cannot_be_changed_is_warned_of(others: list[str], why: str) -> None:
-    notes = [] if others else ["the draft"]
+def test_a_memory_that_cannot_be_changed_is_warned_of() -> None:
     graph = StateGraph(Notes)
-    graph.add_node("answer", lambda state: {"messages": [AIMessage("the draft")], "notes": notes})
+    graph.add_node("answer", lambda state: {"messages": [AIMessage("the draft")], "notes": ["the draft"]})
     graph.add_edge(START, "answer")
-    for other in others:  # beside the answer: no node is the last one
-        graph.add_node(other, lambda state: {})
-        graph.add_edge(START, other)
     app = graph.compile(checkpointer=InMemorySaver())
     guarded = guard(app)
 
-    with pytest.warns(RuntimeWarning, match=f"{why}.*ConstitutionalMiddleware"):
+    with pytest.warns(RuntimeWarning, match="in 'notes' nothing can be replaced.*ConstitutionalMiddleware"):
         assert guarded.invoke(HELLO, THREAD)["messages"][-1].text == "better"
-    assert stored(app) == ["hello", "the draft" if others else "better"]
+    assert stored(app) == ["hello", "better"]
+
+
+def test_a_graph_whose_last_nodes_are_several_remembers_what_left() -> None:
+    graph = StateGraph(MessagesState)
+    graph.add_node("answer", lambda state: {"messages": [AIMessage("the draft")]})
+    graph.add_node("log", lambda state: {})
+    graph.add_edge(START, "answer")
+    graph.add_edge(START, "log")
+    app = graph.compile(checkpointer=InMemorySaver())
+    guarded = guard(app)
+
+    for turn in (1, 2):
+        guarded.invoke(HELLO, THREAD)
+        assert stored(app) == ["hello", "better"] * turn
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -362,6 +399,21 @@ async def test_at_a_breakpoint_nothing_is_judged_and_none_goes_on(way: str, tmp_
         told = [[text_of(m) for m in t.messages] for t in log.read(kind="trajectory")]
 
     assert told == [["hello"], ["hello", "better", "hello"]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_where_a_graph_inside_stops_at_a_breakpoint_the_answer_is_judged(way: str) -> None:
+    inner, stopped = remembering(interrupt_before=["answer"]), []
+
+    def node(state: MessagesState) -> Any:
+        stopped.append(inner.invoke(HELLO, {"configurable": {"thread_id": "inner"}}))
+        return {"messages": [AIMessage("the draft")]}
+
+    app = outer_graph(node, InMemorySaver())
+    await call(guard(app), way, HELLO)
+
+    assert [message.text for message in stopped[0]["messages"]] == ["hello"]
+    assert stored(app) == ["hello", "better"]
 
 
 def test_none_is_no_request_to_an_app_that_is_no_graph() -> None:
