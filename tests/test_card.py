@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from cli_support import cai
 from log_support import comparison
 from test_dataset import write
 from test_export import calls, records, revised, says
@@ -151,6 +152,19 @@ def test_the_card_names_neither_who_was_removed_nor_the_folders_of_the_machine(t
     assert "| logs not found, so no figures of judges | log.jsonl |" in card
 
 
+def test_the_card_of_a_folder_that_was_built_before_names_nobody_either(tmp_path: Path) -> None:
+    folder = made(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["recipe"] |= {"without_users": ["ann@corp", "bob"], "without_tenants": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    card = report(folder, licence="unknown").card.read_text()
+
+    assert "ann@corp" not in card
+    assert '"without_users": 2' in card
+    assert '"without_tenants": 0' in card
+
+
 def test_judges_are_measured_where_the_log_has_their_comparisons(tmp_path: Path) -> None:
     first = records()[0]
     judged = [
@@ -167,7 +181,8 @@ def test_a_log_that_is_gone_is_named(tmp_path: Path) -> None:
     folder = made(tmp_path)
     (tmp_path / "log.jsonl").unlink()
 
-    assert summarise(folder).missing_logs == [str(tmp_path / "log.jsonl")]
+    assert report(folder, licence="unknown").missing_logs == (str(tmp_path / "log.jsonl"),)
+    assert f"{tmp_path / 'log.jsonl'}: cannot be read, so" in cai(tmp_path, "dataset", "report", "set").stderr
 
 
 def test_a_foreign_format_and_a_folder_without_a_dataset_are_errors(tmp_path: Path) -> None:

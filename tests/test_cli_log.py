@@ -90,6 +90,13 @@ def test_what_is_removed_is_named_and_asked_about_on_a_terminal(
     assert "Remove" not in cai(logged, *gc).stderr  # nothing is left to ask about
 
 
+def test_what_may_hold_removed_texts_beside_the_log_is_named(logged: Path) -> None:
+    (logged / "cai.db-wal.left-20261130T000000.000000").touch()
+    removed = cai(logged, "log", "gc", "--days", "0", "--yes")
+    assert re.search(r"overwritten on the disk +not yet", removed.stdout)
+    assert "cai.db-wal.left-20261130T000000.000000: saved of a WAL" in removed.stderr
+
+
 def test_nothing_is_removed_unasked_where_there_is_no_terminal(logged: Path) -> None:
     refused = cai(logged, "log", "gc", "--days", "0", input=b"n\n" * 9, status=2)
     assert "there is no terminal to ask at" in refused.stderr

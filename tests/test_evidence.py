@@ -118,6 +118,24 @@ def test_a_draft_that_users_or_reviewers_like_is_no_lesson_for_a_teacher() -> No
     assert of("privileged", let_out, decides(let_out, "approve")) is Reason.DISAGREEMENT
 
 
+@pytest.mark.parametrize("kind", [*REVISED, "sft"])
+def test_a_reviewer_outranks_users_whatever_they_say(kind: Kind) -> None:
+    record, shadowed = twice_revised(), in_shadow()
+    differ = (scores(record, -1), scores(record, 1, "v"))
+
+    for said in ((scores(record, -1),), differ):
+        assert not isinstance(of(kind, record, decides(record, "approve"), *said), Reason)
+    assert not isinstance(of(kind, shadowed, decides(shadowed, "approve"), scores(shadowed, 1)), Reason)
+
+
+@pytest.mark.parametrize("kind", ["critique-sft", "privileged"])
+def test_people_who_like_a_draft_that_the_critic_let_pass_contradict_nobody(kind: Kind) -> None:
+    record = kept()
+
+    for said in (decides(record, "approve"), decides(record, "draft"), scores(record, 1), scores(record, -1)):
+        assert of(kind, record, said) is Reason.NO_CRITIQUE
+
+
 def test_the_last_score_of_a_user_counts_and_users_who_differ_disagree() -> None:
     record = kept()
     changed = [scores(record, 1), scores(record, 1, minute=1), scores(record, -1, minute=2)]

@@ -212,6 +212,19 @@ def test_arguments_that_look_like_a_call_come_back_as_they_were(tmp_path: Path) 
         assert "name" not in loaded(folder)[0]["prompt"][2]
 
 
+def test_numbers_of_arguments_come_back_as_the_docs_say(tmp_path: Path) -> None:
+    numbers = {"pi": 3.141592653589793, "tiny": 1e-12, "least": -(2**63), "most": 2**64 - 1}
+    log = write(tmp_path / "log.jsonl", [revised(1, messages=calls(1, numbers))])
+    found = {}
+    for format in ("jsonl", "parquet"):
+        folder = build([log], tmp_path / format, Recipe(kind="sft", test_share=0), format=format).path
+        (call,) = loaded(folder)[0]["prompt"][2]["tool_calls"]
+        found[format] = call["function"]["arguments"]
+
+    assert found["parquet"] == numbers
+    assert found["jsonl"] == numbers | {"pi": 3.1415926536, "tiny": 0}
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("tiny"))

@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from log_support import START, store_of, trajectory
 
 from cai_graph.errors import DataError, LogError
 from cai_graph.log import Log, gc, open_log, redact_texts
 from cai_graph.log.feedback import import_feedback, new_feedback
-from cai_graph.trajectory import Feedback, Trajectory
+from cai_graph.trajectory import Feedback, Record, Trajectory
 
 
 @pytest.fixture
@@ -89,6 +90,22 @@ def test_no_id_of_feedback_tells_what_was_redacted(log: Log, url: str, tmp_path:
         import_feedback(url, tmp_path / "f.jsonl", redact=hide)
 
     assert [one.note for one in log.read(kind="feedback") if isinstance(one, Feedback)] == ["my PIN is ####"]
+
+
+def test_users_to_whom_redaction_leaves_one_name_count_each(log: Log, url: str, tmp_path: Path) -> None:
+    about = append(log)
+    users = ["anna", "bob", "anna", None, "cy"]
+    lines = [json.dumps({"trajectory_id": about.id, "score": 1, "user": user}) for user in users]
+    (tmp_path / "f.jsonl").write_text("\n".join(lines))
+
+    def hide(record: Record) -> Record:
+        named = isinstance(record, Feedback) and record.user is not None
+        return msgspec.structs.replace(record, user="[user]") if named else record
+
+    done = import_feedback(url, tmp_path / "f.jsonl", redact=hide)
+    assert (done.added, done.present, done.broken) == (4, 1, ())
+    done = import_feedback(url, tmp_path / "f.jsonl", redact=hide)
+    assert (done.added, done.present, done.broken) == (0, 5, ())
 
 
 def test_of_two_imports_at_once_the_later_finds_the_feedback_there(

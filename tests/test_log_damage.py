@@ -170,6 +170,56 @@ def test_damage_that_hides_committed_records_is_reported_and_written_over_by_non
     assert saved == {record.id for record in [*made, *after]}
 
 
+def test_damage_that_was_copied_sounds_no_alarm_while_a_reader_keeps_the_wal(
+    crashed: tuple[Path, list[Trajectory]], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, made = crashed
+    wal = Path(f"{path}-wal")
+    flip(wal, ends_of_transactions(wal.read_bytes())[2] - 1000)
+    damaged = wal.read_bytes()
+    reader = apsw.Connection(str(path))
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM records").get == 12
+    with open_log(path) as log:
+        for _ in range(2):  # writes over a part of what was copied
+            fill(log, 1)
+            assert verify(path).ok
+            assert contents(path)[:12] == made[:12]
+    with open_log(path):
+        (kept,) = damaged_copies(path)
+    assert kept.read_bytes() == damaged
+    assert wal.read_bytes()[-FRAME:] == damaged[-FRAME:]
+    assert caplog.text.count("what was committed behind it cannot be read") == 1
+    reader.close()
+
+
+def test_a_wal_that_is_damaged_once_more_is_copied_once_more(
+    crashed: tuple[Path, list[Trajectory]], tmp_path: Path
+) -> None:
+    path, _ = crashed
+    wal = Path(f"{path}-wal")
+    flip(wal, ends_of_transactions(wal.read_bytes())[2] - 1000)
+    reader = apsw.Connection(str(path))
+    reader.execute("BEGIN")
+    assert reader.execute("SELECT count(*) FROM records").get == 12
+    with open_log(path) as log:
+        for _ in range(12):
+            fill(log, 1)
+        crash(path, tmp_path / "again.db")
+    reader.close()
+    (first,) = damaged_copies(path)
+    path, wal = tmp_path / "again.db", tmp_path / "again.db-wal"
+    first.rename(path.with_name(first.name.replace("crashed", "again")))
+    assert len(ends_of_transactions(wal.read_bytes())) > 12
+    flip(wal, ends_of_transactions(wal.read_bytes())[6] - 1000)
+    damaged = wal.read_bytes()
+
+    assert "the WAL is damaged after frame" in verify(path).integrity[0]
+    with open_log(path):
+        _, second = sorted(damaged_copies(path), key=lambda copy: copy.stat().st_mtime_ns)
+    assert second.read_bytes() == damaged
+
+
 def test_damage_anywhere_before_the_last_transaction_of_a_wal_is_reported(
     crashed: tuple[Path, list[Trajectory]], tmp_path: Path
 ) -> None:
@@ -334,3 +384,22 @@ def test_gc_says_overwritten_once_no_copy_of_what_it_removed_is_left(tmp_path: P
     done = gc(path, **keeping)
     assert (done.trajectories, done.erased, done.compacted) == (0, True, False)
     assert path.stat().st_mtime_ns == before
+
+
+def test_gc_says_overwritten_only_where_no_copy_of_a_wal_stands_beside_the_log(
+    crashed: tuple[Path, list[Trajectory]],
+) -> None:
+    path, made = crashed
+    wal = Path(f"{path}-wal")
+    flip(wal, ends_of_transactions(wal.read_bytes())[4] - 1000)
+    removing: dict[str, Any] = {"before": START + timedelta(days=9), "why": "asked for"}
+    done = gc(path, **removing)
+    (kept,) = damaged_copies(path)
+    assert made[-1].id.encode() in kept.read_bytes()
+    assert (done.trajectories, done.erased, done.copies) == (14, False, (kept,))
+    kept.rename(left := Path(f"{wal}.left-20261130T000000.000000"))
+    done = gc(path, **removing)
+    assert (done.erased, done.copies) == (False, (left,))
+    left.unlink()
+    done = gc(path, **removing)
+    assert (done.erased, done.copies) == (True, ())

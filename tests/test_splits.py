@@ -14,9 +14,11 @@ from test_dataset_limits import LONG, asks, dropped
 from cai_graph.errors import DataError
 from cai_graph.trajectory import Record
 from trainers.dataset import Recipe, build
+from trainers.dataset.heldout import HeldOut
 from trainers.dataset.near import PromptFile, clusters, fingerprints, hashed, read_text
 from trainers.dataset.split import key_of, normalise
 from trainers.ledger import Reason
+from trainers.rows import Turn
 
 SHORT = (
     "How do I terminate a C program?",
@@ -190,6 +192,7 @@ def test_an_evaluation_set_without_prompts_is_an_error(tmp_path: Path) -> None:
         "How do I ki\u200bll a Python process?",
         "\ufeffHow do I kill a Python pro\u00adcess?\ufe0f",
         "How do I kill a Python process?\0",
+        "How do I - kill - a Python process?",
         f"An answer, please. {LONG}".replace("get", "get,").replace("table cloth", "table\u2060 'cloth'"),
     ],
 )
@@ -207,6 +210,12 @@ def test_marks_and_invisible_characters_hide_no_prompt_of_an_evaluation_set(
     [
         ("What is 7*8?", "What is 78?"),
         ("What is 1.5?", "What is 15?"),
+        ("What is 10 - 3?", "What is 103?"),
+        ("What is -5 + 3?", "What is 5 + 3?"),
+        ("What is (3)(1)?", "What is 31?"),
+        ("What is (3)-(1)?", "What is 31?"),
+        ("Is 1, 2 in the set?", "Is 12 in the set?"),
+        ("What does a != b say?", "What does a = b say?"),
         ("Write it in C#.", "Write it in C."),
         ("?!", "..."),
         ("?!", ""),
@@ -219,6 +228,47 @@ def test_marks_that_make_another_question_count(tmp_path: Path, held: str, asked
         dropped(tmp_path, [kept(messages=asks(asked))], "prompts", held_out=(str(tmp_path / "set.txt"),))
         == {}
     )
+
+
+@pytest.mark.parametrize(
+    ("held", "asked"),
+    [
+        ("What is 10 - 3?", "What is 10 – 3"),
+        ("What is 10 - 3?", "What is 10-3?"),
+        ("Is 1, 2 in the set?", "is 1,  2 in the set"),
+        ("What is COVID-19?", "What is covid 19?"),
+        ("Is a ≠ b?", "is a != b"),
+    ],
+)
+def test_one_question_is_known_however_its_marks_are_set(held: str, asked: str, tmp_path: Path) -> None:
+    (tmp_path / "set.txt").write_text(f"{held}\n")
+
+    held_out = HeldOut([str(tmp_path / "set.txt")])
+
+    assert held_out.holds(asked_by_a_user(asked))
+    assert not held_out.holds(asked_by_a_user(f"{asked} Say why."))  # longer than all that is held
+
+
+def asked_by_a_user(text: str) -> tuple[Turn, ...]:
+    return (Turn(role="user", content=text),)
+
+
+def test_a_prompt_is_known_although_it_is_mostly_marks_and_blanks(tmp_path: Path) -> None:
+    (tmp_path / "set.txt").write_text("What now?\n今天天气很好\n")
+    held_out = HeldOut([str(tmp_path / "set.txt")])
+
+    assert held_out.holds(asked_by_a_user("« What »" + " ...\n" * 99 + "now"))
+    assert held_out.holds(asked_by_a_user("今天、天气很好。"))
+    assert not held_out.holds(asked_by_a_user("What now? " * 99))
+
+
+@pytest.mark.parametrize("part", [".", "1.", "- ", "1 - ", "!=", "1..", "(-"])
+def test_held_out_sets_are_searched_in_time_that_grows_with_the_prompt(tmp_path: Path, part: str) -> None:
+    """Would take hours if each place in it were tried with each length, and pytest's limit ends the test."""
+    (tmp_path / "set.txt").write_text(f"What now?\n{LONG}\n")
+    held_out = HeldOut([str(tmp_path / "set.txt")])
+
+    assert not held_out.holds(asked_by_a_user("1" + part * (200_000 // len(part)) + "1"))
 
 
 # --- which texts are the same -------------------------------------------------------------------------

@@ -169,6 +169,8 @@ def dataset_report(
     from trainers.dataset import card
 
     written = card.report(data, licence=licence, title=title)
+    for log in written.missing_logs:
+        note(f"{log}: cannot be read, so there are no figures of the judges that it names")
     note(f"the card is {written.card}, and the page is {written.page}")
 
 

@@ -267,3 +267,5 @@ def _show_removal(removal: Removal, dry_run: bool) -> None:
         rows.append(("overwritten on the disk", "yes" if removal.erased else "not yet"))
         rows.append(("space given back to the disk", "yes" if removal.compacted else "no"))
     out.print(show.table(rows))
+    for copy in removal.copies:
+        complain(f"{copy}: saved of a WAL, may hold what was removed; recover from it, then delete it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,9 @@ from cai_graph.trajectory import Feedback, new_id, now
 __all__ = ["FeedbackImport", "import_feedback", "new_feedback"]
 
 _KEYS = ("trajectory_id", "score", "user", "note", "at")
+
+_Users = defaultdict[str, dict[str | int, int]]
+"""Of feedback that does not tell its users apart, by its id: the number of each user in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +79,9 @@ def import_feedback(
 
     A line is an object with `trajectory_id`, `score` and, where known, `user`, `note` and `at`, as in
     `new_feedback`. A line's id follows from its content, as `redact` leaves it, so that importing a file
-    again adds nothing. Of a user's equal lines one counts; those of a file that name no user count each. A
-    line whose redaction fails is added each time.
+    again adds nothing. Of a user's equal lines one counts, and so it is where `redact` has left several users
+    of a file one name; those of a file that name no user count each. A line whose redaction fails is added
+    each time.
 
     Args:
         url: the log, which must be there.
@@ -95,7 +99,7 @@ def import_feedback(
         raise DataError(f"{source}: cannot be read: {error.strerror}") from error
     added = present = lines = 0
     broken: list[BrokenLine] = []
-    nameless: Counter[str] = Counter()
+    users: _Users = defaultdict(dict)
     with file, _present(url), open_log(url) as log:
         for window in windows(file):
             read: list[tuple[int, Feedback]] = []
@@ -103,7 +107,7 @@ def import_feedback(
                 if not line.strip():
                     continue
                 try:
-                    read.append((number, _parse(line, redact, nameless)))
+                    read.append((number, _parse(line, redact, users)))
                 except DataError as error:
                     broken.append(BrokenLine(number, str(error)))
             lines += len(window)
@@ -136,13 +140,13 @@ def _present(url: str | os.PathLike[str]) -> Log:
     return open_log(url, read_only=True)
 
 
-def _parse(line: bytes, redact: Redactor | None, nameless: Counter[str]) -> Feedback:
+def _parse(line: bytes, redact: Redactor | None, users: _Users) -> Feedback:
     """Return the feedback of a line, redacted.
 
     Args:
         line: the line.
         redact: see `open_log`.
-        nameless: how often each feedback that names no user stood in the file so far, by its id.
+        users: what is known of the file's users so far.
     """
     try:
         data: Any = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
@@ -154,12 +158,14 @@ def _parse(line: bytes, redact: Redactor | None, nameless: Counter[str]) -> Feed
         raise DataError(f"unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
     if not isinstance(data.get("trajectory_id"), str):
         raise DataError("no 'trajectory_id', the id of what the feedback is about")
-    made = redacted(new_feedback(data["trajectory_id"], *(data.get(key) for key in _KEYS[1:])), redact)
+    given = new_feedback(data["trajectory_id"], *(data.get(key) for key in _KEYS[1:]))
+    made = redacted(given, redact)
     at = None if data.get("at") is None else made.at.isoformat()
     content = ["feedback", made.trajectory_id, made.score, made.user, made.note, at]
     made = under_content_id(made, content)
-    if made.user is None:
-        nameless[made.id] += 1
-        if nameless[made.id] > 1:
-            made = under_content_id(made, [*content, nameless[made.id]])
+    if given.user is None or made.user != given.user:
+        known = users[made.id]
+        number = known.setdefault(len(known) if given.user is None else given.user, len(known) + 1)
+        if number > 1:
+            made = under_content_id(made, [*content, number])
     return made

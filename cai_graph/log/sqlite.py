@@ -22,7 +22,7 @@ import apsw
 from cai_graph.errors import CaiError, LogError
 from cai_graph.log.sqlite_schema import APPLICATION_ID, MIGRATIONS, SCHEMA
 from cai_graph.log.store import MAX_ROWS, PAGE_BYTES, TAGGED, Database, Row, Store
-from cai_graph.log.wal import is_at_rest, keep_unread, make, set_aside, unread_of, wal_of
+from cai_graph.log.wal import copies_of, is_at_rest, keep_unread, make, set_aside, unread_of, wal_of
 
 __all__ = ["APPLICATION_ID", "MIGRATIONS", "PAGE_SIZE", "SCHEMA", "SQLiteStore", "connect"]
 
@@ -240,8 +240,8 @@ def explain(error: apsw.Error, path: Path) -> LogError:
             return LogError(f"{path}: no space left to write; free some, the log goes on by itself")
         case apsw.CorruptError():
             return LogError(
-                f"{path}: the file is damaged ({error}); `cai log verify` says where, "
-                "`cai log recover` saves every intact record"
+                f"{path}: the file is damaged ({error}); `cai log recover` saves every intact record, "
+                "and `cai log verify` says where, if the file can be opened"
             )
         case apsw.ReadOnlyError() | apsw.CantOpenError() | apsw.PermissionsError():
             return LogError(
@@ -370,7 +370,7 @@ class SQLiteStore(Store):
 
         while not (done := _patiently(attempt, self.path)) and time.monotonic() < end:
             time.sleep(0.05)
-        return done and not self._has_copies()
+        return done and not self._is_stale()
 
     def compact(self) -> bool:
         """Write the file anew, if anything was removed and no other connection has it open; see
@@ -398,9 +398,13 @@ class SQLiteStore(Store):
                     db.close()
                 return True
 
-        return self._has_copies() and _patiently(attempt, self.path)
+        return self._is_stale() and _patiently(attempt, self.path)
 
-    def _has_copies(self) -> bool:
+    def copies(self) -> Sequence[Path]:
+        """Return what was saved of WALs; see `Store.copies`."""
+        return copies_of(self.path)
+
+    def _is_stale(self) -> bool:
         """Return whether the file may hold copies of what was removed since it was last written anew.
 
         How many tombstones there were then stands where SQLite keeps such numbers for tables that need one.

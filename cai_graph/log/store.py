@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypedDict, TypeVar
 from uuid import uuid4
 
@@ -204,6 +205,10 @@ class Store(ABC):
         """Give the space of what was removed back to the disk, unless somebody would wait for it; return
         whether that worked.
         """
+
+    def copies(self) -> Sequence[Path]:
+        """Return files beside the log that may hold what was removed, and that neither of these touches."""
+        return ()
 
     @abstractmethod
     def faults(self) -> list[str]:

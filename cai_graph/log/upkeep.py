@@ -115,11 +115,14 @@ class Removal:
     erased: bool
     """Whether nothing of what this or an earlier `gc` removed is left in the log's files. What stood in a
     file's records is overwritten, but SQLite may have left copies beside them, which go only when the file is
-    written anew; a reader may hold up both until the next `gc`. PostgreSQL overwrites when it uses the space
-    again."""
+    written anew; a reader may hold up both until the next `gc`. Nor while there are `copies`. PostgreSQL
+    overwrites when it uses the space again."""
     compacted: bool
     """Whether the file was written anew and space went back to the disk; otherwise the log uses it again. A
     file that anybody else has open is not written anew."""
+    copies: tuple[Path, ...]
+    """What was saved of a damaged WAL, or of one that stayed behind, and stands beside the file: it may hold
+    what was removed. It is yours to delete, once you have recovered from it."""
 
 
 # --- verify -------------------------------------------------------------------------------------------
@@ -404,12 +407,14 @@ def gc(
         trajectories, others = sweep.planned() if dry_run else sweep.remove()
         erased = not dry_run and store.erase()  # which waits for readers
         compacted = not dry_run and store.compact()
+        copies = tuple(store.copies())
         return Removal(
             trajectories=trajectories,
             others=others,
             kept=sweep.kept(),
-            erased=erased or compacted,
+            erased=(erased or compacted) and not copies,
             compacted=compacted,
+            copies=copies,
         )
     finally:
         store.close()

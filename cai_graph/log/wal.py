@@ -25,7 +25,7 @@ from cai_graph import whole
 from cai_graph.errors import LogError
 from cai_graph.log.alarm import say
 
-__all__ = ["is_at_rest", "keep_unread", "make", "set_aside", "unread_of", "wal_of"]
+__all__ = ["copies_of", "is_at_rest", "keep_unread", "make", "set_aside", "unread_of", "wal_of"]
 
 _HEADER = 32
 """Bytes before the first frame."""
@@ -34,6 +34,11 @@ _FRAME = 24
 the salts, which the header has, too, and a checksum over all frames up to it."""
 _BIG_ENDIAN = bytes.fromhex("377f0683")
 """The first bytes of a WAL whose checksums are over big-endian words."""
+_PART = 1 << 20
+"""Bytes that are compared at a time."""
+_DAMAGED = "-wal.damaged-"
+_LEFT = "-wal.left-"
+"""What stands in the names of copies between the log's own and the time."""
 
 
 def wal_of(path: Path) -> bytes | None:
@@ -74,8 +79,17 @@ def is_at_rest(path: Path) -> bool:
     return not os.path.exists(f"{path}-wal") and not os.access(path.parent, os.W_OK)
 
 
+def copies_of(path: Path) -> list[Path]:
+    """Return the files that `set_aside` and `keep_unread` made beside a log."""
+    prefixes = (f"{path.name}{_DAMAGED}", f"{path.name}{_LEFT}")
+    with contextlib.suppress(OSError):
+        return sorted(file for file in path.parent.iterdir() if file.name.startswith(prefixes))
+    return []
+
+
 def unread_of(path: Path, db: apsw.Connection) -> str | None:
-    """Return what to say where damage to its WAL hides committed transactions; None where SQLite reads all.
+    """Return what to say where damage to its WAL hides committed transactions; None where it hides none, or a
+    copy has them.
 
     A power cut may tear the last transaction, which was not acknowledged then; but one that others follow was
     whole once. So damage to the last one does not show.
@@ -85,7 +99,8 @@ def unread_of(path: Path, db: apsw.Connection) -> str | None:
         db: a connection to it, outside a transaction.
     """
     while (header := wal_of(path)) is not None and (frames := _frames_read(db)) >= 0:
-        if not _goes_on(path, header, frames, int(db.pragma("page_size"))):
+        hidden = _hidden(path, header, frames, int(db.pragma("page_size")))
+        if hidden is None or any(_ends_alike(Path(f"{path}-wal"), copy, hidden) for copy in copies_of(path)):
             break
         # Other processes may write meanwhile, or begin the WAL anew.
         if (wal_of(path), _frames_read(db)) == (header, frames):
@@ -109,20 +124,20 @@ def keep_unread(path: Path, db: apsw.Connection, unread: str, *, read_only: bool
         with _alone_in(path.parent):
             if unread_of(path, db) is None:  # another process was first
                 return
-            kept = Path(f"{path}-wal.damaged-{(wal_of(path) or b'')[16:24].hex()}")  # one for each beginning
-            if not kept.exists():
-                with whole.file(kept, mode=0o600) as work:
-                    shutil.copyfile(f"{path}-wal", work)
-                say(
-                    logging.ERROR,
-                    "%s: %s. This may write to it, so the WAL was copied to %s: copy the log, too, put that "
-                    "beside the copy, under its name and -wal, and recover the copy",
-                    path,
-                    unread,
-                    kept,
-                )
+            kept = _name(path, _DAMAGED)
+            with whole.file(kept, mode=0o600) as work:
+                shutil.copyfile(f"{path}-wal", work)
+            say(
+                logging.ERROR,
+                "%s: %s. This may write to it, so the WAL was copied to %s: copy the log, too, put that "
+                "beside the copy, under its name and -wal, and recover the copy",
+                path,
+                unread,
+                kept,
+            )
+            # A reader may be in the way; then it stays, partly written over, until SQLite begins it anew.
             with contextlib.suppress(apsw.BusyError, apsw.LockedError):
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # or it would be found again
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except OSError as error:
         raise LogError(f"{path}: {unread}; nor can it be copied: {error.strerror}") from error
 
@@ -135,8 +150,10 @@ def _frames_read(db: apsw.Connection) -> int:
         return -1  # Busy: another process, which has looked, moves it into the file.
 
 
-def _goes_on(path: Path, header: bytes, frames: int, page_size: int) -> bool:
-    """Return whether one transaction was written on another behind the frames that SQLite reads of a WAL."""
+def _hidden(path: Path, header: bytes, frames: int, page_size: int) -> int | None:
+    """Return where a transaction begins that was written on another behind the frames that SQLite reads of a
+    WAL; None where there is none.
+    """
     order = ">" if header.startswith(_BIG_ENDIAN) else "<"
     # Other salts are left from before the WAL began anew. Those of a damaged header are not known.
     salts = header[16:24] if _checksum(header[:24], bytes(8), order) == header[24:] else None
@@ -150,8 +167,19 @@ def _goes_on(path: Path, header: bytes, frames: int, page_size: int) -> bool:
             if follows_commit and salts in (None, frame[8:16]):
                 page = os.pread(file.fileno(), page_size, start + _FRAME)
                 if _checksum(frame[:8] + page, previous[16:], order) == frame[16:]:
-                    return True
+                    return start
             previous = frame
+    return None
+
+
+def _ends_alike(wal: Path, copy: Path, start: int) -> bool:
+    """Return whether a copy holds what a WAL holds from there on, at the same place."""
+    with contextlib.suppress(OSError), wal.open("rb") as one, copy.open("rb") as other:
+        one.seek(start)
+        other.seek(start)
+        while (part := one.read(_PART)) == other.read(_PART):
+            if not part:
+                return True
     return False
 
 
@@ -168,7 +196,7 @@ def _checksum(data: bytes, before: bytes, order: str) -> bytes:
 def _clear(path: Path) -> None:
     wal = Path(f"{path}-wal")
     if wal_of(path) is not None:
-        left = Path(f"{wal}.left-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
+        left = _name(path, _LEFT)
         wal.rename(left)
         say(
             logging.ERROR,
@@ -181,6 +209,11 @@ def _clear(path: Path) -> None:
     wal.unlink(missing_ok=True)
     # Who still has the old file open shares his with those who have, too, and nobody else.
     Path(f"{path}-shm").unlink(missing_ok=True)
+
+
+def _name(path: Path, kind: str) -> Path:
+    """Return the name of a copy that is made now."""
+    return Path(f"{path}{kind}{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
 
 
 @contextlib.contextmanager

@@ -124,12 +124,14 @@ class Summary:
 
 
 class Report(NamedTuple):
-    """The two files that were written."""
+    """The two files that were written, and what they lack."""
 
     card: Path
     """The card."""
     page: Path
     """The page."""
+    missing_logs: tuple[str, ...]
+    """Logs that are not where they were, so that there are no figures of their judges."""
 
 
 def report(folder: Path, *, licence: str, title: str | None = None) -> Report:
@@ -147,7 +149,7 @@ def report(folder: Path, *, licence: str, title: str | None = None) -> Report:
     """
     summary = summarise(folder)
     name = title or folder.name
-    made = Report(folder / CARD, folder / "report.html")
+    made = Report(folder / CARD, folder / "report.html", tuple(summary.missing_logs))
     whole.write(made.card, card(summary, licence, name))
     whole.write(made.page, page(summary, name))
     return made
@@ -259,7 +261,7 @@ def card(summary: Summary, licence: str, title: str) -> str:
     }
     accounts = [(label, f"{count:,}") for label, count in _accounts(summary)]
     principles = [(name, f"{count:,}") for name, count in summary.principles.most_common()]
-    recipe = json.dumps(summary.manifest["recipe"], indent=2)
+    recipe = json.dumps(_of_nobody(summary.manifest["recipe"]), indent=2)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---
 
@@ -288,6 +290,14 @@ and evidence; `cai dataset explain ROW_ID` walks back to them.
 {recipe}
 ```
 """
+
+
+def _of_nobody(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe without who was removed: manifests of earlier releases name them."""
+    return {
+        name: len(value) if name.startswith("without_") and isinstance(value, list) else value
+        for name, value in recipe.items()
+    }
 
 
 # --- the page -----------------------------------------------------------------------------------------

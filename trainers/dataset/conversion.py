@@ -185,9 +185,6 @@ def critique_sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[Criti
     None of it is learnt where people would not have the revision.
     """
     prompt = prompt_of(logged)
-    _bear_out(logged, review_of(evidence), "edit")
-    if accepted := accepted_of(logged):
-        heed_users(logged, evidence, accepted[-1].answer)
     rows: list[CritiqueRow] = []
     before = draft_of(logged)
     for round_ in logged.rounds:
@@ -225,6 +222,7 @@ def critique_sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[Criti
         before = revision.answer
     if not rows:
         raise Drop(Reason.NO_CRITIQUE)
+    _heed_people(logged, evidence, accepted_of(logged)[-1].answer)
     return rows
 
 
@@ -232,42 +230,48 @@ def privileged(logged: Logged, evidence: Evidence, terms: Terms) -> list[Privile
     """The critique of a draft that people do not like, as context that a teacher has and the student not."""
     prompt = prompt_of(logged)
     draft = draft_of(logged)
-    _bear_out(logged, review_of(evidence))
-    if liking_of(evidence) > 0 and saw(logged, draft):
+    critique = logged.rounds[0].critique if logged.rounds else None
+    words = _words(critique) if critique else ""
+    if critique is None or not words or not (logged.mode == "sampled" or failed_by_draft(logged)):
+        raise Drop(Reason.NO_CRITIQUE)
+    if (review := review_of(evidence)) is not None:
+        _bear_out(logged, review)
+    elif liking_of(evidence) > 0 and saw(logged, draft):
         raise Drop(Reason.DISAGREEMENT)
-    for round_ in logged.rounds[:1]:
-        words = _words(round_.critique)
-        if words and (logged.mode == "sampled" or failed_by_draft(logged)):
-            return [
-                PrivilegedRow(
-                    trajectory_id=logged.id,
-                    source="critique",
-                    constitution=logged.constitution.digest,
-                    judge=round_.critique.critic or "",
-                    principles=tuple(failed_by_draft(logged)),
-                    prompt=prompt,
-                    privileged_context=words,
-                )
-            ]
-    raise Drop(Reason.NO_CRITIQUE)
+    return [
+        PrivilegedRow(
+            trajectory_id=logged.id,
+            source="critique",
+            constitution=logged.constitution.digest,
+            judge=critique.critic or "",
+            principles=tuple(failed_by_draft(logged)),
+            prompt=prompt,
+            privileged_context=words,
+        )
+    ]
 
 
-def _bear_out(logged: Logged, review: Review | None, *contradicting: str) -> None:
-    """Drop a trajectory of which people do not say, as the critic does, that the draft is the worse answer.
-
-    Args:
-        logged: the trajectory.
-        review: the decision that the reviewers came to.
-        contradicting: decisions that do not bear out what is to be learnt, either.
-    """
+def _heed_people(logged: Logged, evidence: Evidence, revision: Turn) -> None:
+    """Drop a trajectory whose revision is not borne out: by reviewers, or by end users where none spoke."""
+    review = review_of(evidence)
     if review is None:
-        return
+        heed_users(logged, evidence, revision)
+    elif review.decision == "edit":  # the revision was not good enough, either
+        raise Drop(Reason.DISAGREEMENT)
+    else:
+        _bear_out(logged, review)
+
+
+def _bear_out(logged: Logged, review: Review) -> None:
+    """Drop a trajectory of which a reviewer does not say, as the critic does, that the draft is worse."""
     if review.decision == "tie":
         raise Drop(Reason.TIE)
-    approves_the_draft = review.decision == "approve" and logged.released_from == "draft"
-    if review.decision in ("flip", "draft", *contradicting) or (
-        approves_the_draft and seen_beside_the_draft(logged) is None
-    ):
+    approves_the_draft = (
+        review.decision == "approve"
+        and logged.released_from == "draft"
+        and seen_beside_the_draft(logged) is None
+    )
+    if review.decision in ("flip", "draft") or approves_the_draft:
         raise Drop(Reason.DISAGREEMENT)
 
 
@@ -539,12 +543,11 @@ def ranked(logged: Logged, evidence: Evidence, terms: Terms) -> list[RankedRow]:
     accepted = accepted_of(logged)
     if len(accepted) < 2:
         raise Drop(Reason.NO_PAIR)
-    _bear_out(logged, review_of(evidence), "edit")
-    heed_users(logged, evidence, accepted[-1].answer)
     first, middle, last = answer_of(draft), answer_of(accepted[-2].answer), answer_of(accepted[-1].answer)
     if is_same(first, middle) or is_same(middle, last) or is_same(first, last):
         raise Drop(Reason.IDENTICAL)
     mended = mended_by(logged.rounds[0].critique, accepted[-1].critique)
+    _heed_people(logged, evidence, accepted[-1].answer)
     return [
         RankedRow(
             trajectory_id=logged.id,

@@ -1,7 +1,8 @@
 """Evaluation sets that no training row may come from.
 
 A prompt is held out where one of its user messages is the same text, normalised, as a prompt of the set, or
-shares 13 words in a row with one (the n-gram of Brown et al. 2020, appendix C). Punctuation does not count.
+shares 13 words in a row with one (the n-gram of Brown et al. 2020, appendix C). Punctuation does not count
+where it does not make another question.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ __all__ = ["HeldOut"]
 _WORDS = 13
 _OPERATORS = "#%&*/@\\"
 """Punctuation to Unicode; but they tell C# from C."""
+_BLANK = re.compile(r"(?<!\d) | (?!\d)")
+_MAY_GO = bytes(code for code in range(256) if code >= 128 or not chr(code).isalnum())
+"""Bytes of UTF-8 that may be punctuation or white space, or a part of it."""
 
 
 class HeldOut:
@@ -38,12 +42,14 @@ class HeldOut:
         """
         self._keys: set[bytes] = set()
         self._grams: set[int] = set()
+        self._longest = 0
         for path in paths:
             found = False
             for text in prompts_in(Path(path)):
-                if words := _words(text):
+                if words := _words(normalise(text)):
                     found = True
                     self._keys.add(_key(words))
+                    self._longest = max(self._longest, len("".join(words)))
                     self._grams.update(_grams(words))
             if not found:
                 raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(COLUMNS)}")
@@ -53,28 +59,50 @@ class HeldOut:
         return any(turn.role == "user" and self._has(turn.content) for turn in prompt)
 
     def _has(self, text: str) -> bool:
-        words = _words(text)
+        normal = normalise(text)
+        if not self._grams and _least(normal) > self._longest:
+            return False
+        words = _words(normal)
         if _key(words) in self._keys:
             return True
         return bool(self._grams) and any(gram in self._grams for gram in _grams(words))
 
 
-def _words(text: str) -> list[str]:
-    """Return the words of a text, normalised, without punctuation unless there is nothing else."""
-    normal = normalise(text)
-    return _punctuation().sub("", normal).split() or normal.split()
+def _least(normal: str) -> int:
+    """Return how many characters are left of a normalised text, at least, when its words are made."""
+    return len(normal.encode("utf-8", "surrogatepass").translate(None, _MAY_GO))
+
+
+def _words(normal: str) -> list[str]:
+    """Return the words of a normalised text, without punctuation unless there is nothing else."""
+    marks, minus = _punctuation()
+    # Signs of arithmetic are no punctuation to Unicode, so what is written for one is made one.
+    text = minus.sub("\N{MINUS SIGN}", normal).replace("!=", "\N{NOT EQUAL TO}")
+    return marks.sub("", text).split() or normal.split()
 
 
 @cache
-def _punctuation() -> re.Pattern[str]:
-    """Return what is left out of texts: punctuation, but not between digits, which it makes other numbers."""
-    signs = (sign for sign in map(chr, range(0x20000)) if unicodedata.category(sign)[0] == "P")
+def _punctuation() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return what is left out of texts, and what of it is a minus.
+
+    Left out is punctuation, but not between digits, which it makes other numbers. A dash before a number is a
+    minus, but after a letter a hyphen.
+    """
+    # Python looks fast for characters of two bytes alone; beyond them are marks of ancient scripts.
+    signs = [sign for sign in map(chr, range(0x10000)) if unicodedata.category(sign)[0] == "P"]
     found = "".join(re.escape(sign) for sign in signs if sign != "_" and sign not in _OPERATORS)
-    return re.compile(rf"[{found}](?:(?<!\d.)|(?!\d))")
+    dashes = "".join(re.escape(sign) for sign in signs if unicodedata.category(sign) == "Pd")
+    return (
+        # Runs of signs that have no digit on one side. What a pattern begins with is looked for fast.
+        re.compile(rf"[{found}](?<![{found}]{{2}})(?:(?<!\d.)[{found}]*+|[{found}]*+(?!\d))"),
+        re.compile(rf"[{dashes}](?= ?\d)(?<![^\W\d_].)"),
+    )
 
 
 def _key(words: Sequence[str]) -> bytes:
-    return xxh3_128_digest("".join(words).encode("utf-8", "surrogatepass"))
+    # Texts that differ by blanks alone are the same, but two numbers are not one.
+    text = _BLANK.sub("", " ".join(words))
+    return xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
 
 
 def _grams(words: Sequence[str]) -> Iterator[int]:

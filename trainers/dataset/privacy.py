@@ -42,7 +42,14 @@ _CARDS = [
 ]
 _SOCIAL = re.compile(_BEFORE + rb"(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}" + _AFTER)
 _INTERNATIONAL = re.compile(_BEFORE + rb"\+\d(?:[ ().-]{0,2}\d){7,14}" + _AFTER)
-_AMERICAN = re.compile(_BEFORE + rb"(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}" + _AFTER)
+_AMERICAN = re.compile(
+    _BEFORE + rb"(?:1[ .-])?(?!\d{3} \d{3} )(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}" + _AFTER
+)
+# With blanks alone it looks like numbers in a row: those of a phone are three, and two begin with 2 or more.
+_SPACED = re.compile(
+    rb"(?<!\d )" + _BEFORE + rb"(?:1[ .-])?[2-9]\d\d [2-9]\d\d \d{4}(?! \d++(?![\w/:]))" + _AFTER
+)
+_PHONES = (_INTERNATIONAL, _AMERICAN, _SPACED)
 _IBAN = re.compile(rb"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 
@@ -65,7 +72,7 @@ def personal(text: bytes, start: int = 0) -> str | None:
         if _TOGETHER.search(text):
             if any(_is_card(found[0]) for form in _CARDS for found in form.finditer(text)):
                 return "card number"
-            if _INTERNATIONAL.search(text) or _AMERICAN.search(text):
+            if any(form.search(text) for form in _PHONES):
                 return "phone number"
             if _SOCIAL.search(text):
                 return "social security number"

@@ -17,7 +17,7 @@ PersonalData = Literal["drop", "keep"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a dataset depends on besides the log; the same recipe and log give the same bytes."""
+    """What a dataset depends on besides the log; the same recipe and log give the same rows."""
 
     kind: Kind
     """The kind of data."""

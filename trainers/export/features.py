@@ -2,8 +2,11 @@
 
 {"dtype": "string", "_type": "Value"}    text; "float64" and "bool" likewise
 {"feature": …, "_type": "List"}          a list
-{"_type": "Json"}                        any JSON value: it comes back as it was
+{"_type": "Json"}                        any JSON value
 {"role": …, "content": …}                an object
+
+Out of Parquet a JSON value comes back as it was. Out of JSON lines `datasets` reads it by ujson, which rounds
+numbers to ten decimals. Neither gives back an integer beyond 64 bits.
 """
 
 from __future__ import annotations

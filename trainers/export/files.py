@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -67,8 +67,16 @@ def fits_in(format: Format, kind: Kind) -> Callable[[bytes], bool] | None:
     return None if shape is None else lambda line: shape(read_row(kind, line)) is not None
 
 
-def loading(folder: Path, kind: Kind, format: Literal["jsonl", "parquet"]) -> dict[str, Any]:
+def loading(
+    folder: Path, kind: Kind, format: Literal["jsonl", "parquet"], occur: Collection[str] | None = None
+) -> dict[str, Any]:
     """Return what a card says to `datasets` of a dataset's files: the splits, and what columns hold.
+
+    Args:
+        folder: the dataset.
+        kind: the kind of its rows.
+        format: the format of its files.
+        occur: optional fields of a turn that occur in it; None: it is read through for them.
 
     Parquet says itself what it holds. Of JSON lines `datasets` would go by the first ten megabytes of
     `train`, and fail where the first name, principle or call comes later, or stands in `test` alone.
@@ -78,10 +86,8 @@ def loading(folder: Path, kind: Kind, format: Literal["jsonl", "parquet"]) -> di
     configs = {"configs": [{"config_name": "default", "data_files": found}]}
     if format == "parquet":
         return configs
-    occur: set[str] = set()
-    for path in files.values():
-        for line in _lines(path):
-            occur |= optional_in(line)
+    if occur is None:
+        occur = {name for path in files.values() for line in _lines(path) for name in optional_in(line)}
     return {"dataset_info": {"features": for_card(rows_features(KINDS[kind], frozenset(occur)))}, **configs}
 
 
@@ -144,7 +150,19 @@ class _JsonLines:
                 os.fsync(file.fileno())
 
 
-class _Rows(_JsonLines):
+class _Noted(_JsonLines):
+    """JSON lines of which it is noted, as they come, which optional fields of a turn occur."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._occur: set[str] = set()
+
+    def write(self, split: str, lines: bytes) -> None:
+        self._occur |= optional_in(lines)
+        super().write(split, lines)
+
+
+class _Rows(_Noted):
     """JSON lines of rows as they are, and a card by which `datasets` reads them."""
 
     def __init__(self, folder: Path, kind: Kind) -> None:
@@ -153,14 +171,14 @@ class _Rows(_JsonLines):
 
     def close(self) -> None:
         super().close()
-        metadata = yaml.safe_dump(loading(self.folder, self.kind, "jsonl"), sort_keys=False)
+        metadata = yaml.safe_dump(loading(self.folder, self.kind, "jsonl", self._occur), sort_keys=False)
         said = (
             f"Rows of the kind `{self.kind}`, by `cai dataset build`. `cai dataset report` writes the card."
         )
         (self.folder / CARD).write_text(f"---\n{metadata}---\n\n{said}\n")
 
 
-class _Parquet(_JsonLines):
+class _Parquet(_Noted):
     """`train.parquet` and `test.parquet`, made of JSON lines once it is known which fields occur."""
 
     ROWS = 1024
@@ -169,15 +187,10 @@ class _Parquet(_JsonLines):
     def __init__(self, folder: Path, columns: Callable[[frozenset[str]], Feature]) -> None:
         super().__init__(folder)
         self.columns = columns
-        self._occur: set[str] = set()
         try:
             import pyarrow.parquet  # noqa: F401 - asked for before anything is converted
         except ImportError as error:
             raise MissingExtra("a dataset in Parquet", "pyarrow", "train") from error
-
-    def write(self, split: str, lines: bytes) -> None:
-        self._occur |= optional_in(lines)
-        super().write(split, lines)
 
     def close(self) -> None:
         import pyarrow
