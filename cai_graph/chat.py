@@ -27,6 +27,7 @@ from langchain_core.messages.ai import UsageMetadata, add_usage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import ensure_config, var_child_runnable_config
+from langchain_core.runnables.utils import ConfigurableField
 from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
@@ -404,6 +405,11 @@ class ConstitutionalChatModel(BaseChatModel):
         drafting = self._model.configurable_fields(**kwargs)
         return ConstitutionalRunnable(dataclasses.replace(self._guard, app=drafting))
 
+    def configurable_alternatives(self, which: ConfigurableField, **kwargs: Any) -> Any:
+        """Return a Runnable that answers as this model does, with what drafts configurable; all is judged."""
+        drafting = self._guard.app.configurable_alternatives(which, **kwargs)  # type: ignore[attr-defined]
+        return ConstitutionalRunnable(dataclasses.replace(self._guard, app=drafting))
+
     # --- what the wrapped model says of itself ---
 
     if not TYPE_CHECKING:  # else every misspelt attribute would pass the type checker
@@ -505,6 +511,13 @@ class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
         """Return the same with tools."""
         model = cast("ConstitutionalChatModel", self.bound)
         return self.model_copy(update={"bound": model.bind_tools(tools, **kwargs)})
+
+    def configurable_alternatives(self, which: ConfigurableField, **kwargs: Any) -> Any:
+        """Return a Runnable that answers as this does, with what drafts configurable; all is judged."""
+        guard = cast("ConstitutionalChatModel", self.bound)._guard
+        drafting = RunnableBinding(bound=guard.app, kwargs=self.kwargs, config=self.config)
+        made = drafting.configurable_alternatives(which, **kwargs)
+        return ConstitutionalRunnable(dataclasses.replace(guard, app=made))
 
     def with_structured_output(
         self, schema: dict[str, Any] | type | None = None, **kwargs: Any

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -178,8 +178,7 @@ class Guard:
             nonlocal begun
             under, handler = self._under(config, calls, node, kept.listener)
             waited = await kept.begin(calls)
-            if not resumed:
-                await kept.mend(calls, self.shape, self._refusal)
+            await kept.meet(calls, self.shape, self._refusal, options, resumed=resumed)
             if waited and desk is not None and (waiting := await desk.lying()) is not None:
                 raise AwaitsReview(waiting["question"])
             begun = True
@@ -222,7 +221,7 @@ class Guard:
             return outputs[0], None
         except (Exception, asyncio.CancelledError) as error:
             if begun and not is_pause(error):
-                await self._forget(outputs, kept)
+                await self._forget(outputs, kept, resumed)
             raise
         if desk is not None and ending.released is None:
             waiting = await desk.lay_down(ending, outputs[0])
@@ -240,15 +239,16 @@ class Guard:
             await kept.replace(lambda: self.shape.swap(output, left))
         return left, trajectory
 
-    async def _forget(self, outputs: Sequence[Any], kept: Kept) -> None:
+    async def _forget(self, outputs: Sequence[Any], kept: Kept, resumed: bool) -> None:
         """Make a graph remember a refusal where nothing of its answer left."""
-        if not outputs:
-            await kept.forget(self.shape, self._refusal)
-            return
-        with suppress(DataError):  # there is no answer in it
-            swap = self.shape.swap(outputs[0], outputs[0])
-            refusal = refused(swap.draft, self._refusal())
-            await kept.replace(lambda: replace(swap, released=refusal))
+        swap = None
+        if outputs:
+            try:
+                swap = self.shape.swap(outputs[0], outputs[0])
+            except DataError:  # there is no answer in it
+                return
+            swap = replace(swap, released=refused(swap.draft, self._refusal()))
+        await kept.forget(self.shape, self._refusal, swap, resumed=resumed)
 
     async def stream(
         self,

@@ -3,21 +3,25 @@
 A graph with a checkpointer has written its draft there before anybody judged it, and shows it to its model
 in the next turn. So what leaves in the draft's place is put into its place there, too, as an update of the
 thread's state; where nothing leaves, the refusal is. A run that broke off on its way may have left a draft
-there, too: the next request puts the refusal into its place. Checkpoints before that one keep the draft. A
-memory that cannot be reached from here, such as that of a graph inside a chain, is warned of.
+there, too: the next request puts the refusal into its place. What may have been given to somebody stays, and
+so does what the thread's owner wrote. Checkpoints before that one keep the draft. A memory that cannot be
+reached from here, such as that of a graph inside a chain, is warned of.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, TypeVar
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseLanguageModel
+from langchain_core.messages import HumanMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.history import RunnableWithMessageHistory
 from langgraph.callbacks import GraphCallbackHandler, GraphInterruptEvent
@@ -36,6 +40,8 @@ from cai_graph.turns import Turn
 from cai_graph.wrapped import CHECKPOINTER, RESUMING, STREAM, call_options, configurable_of, graph_of
 
 __all__ = ["Kept", "as_owner"]
+
+logger = logging.getLogger("cai_graph")
 
 T = TypeVar("T")
 
@@ -90,9 +96,11 @@ class Kept:
             return Kept(app, Turn())
         # The run may have begun at an earlier checkpoint; what it came to stands in the thread's last one.
         thread = {key: value for key, value in given.items() if key not in (STREAM, "checkpoint_id")}
+        at = given.get("checkpoint_id")
         keeper = given.get(CHECKPOINTER) or compiled.checkpointer
         turn = Turn((id(keeper), str(name), given.get("checkpoint_ns") or ""))
-        return Thread(app, turn, compiled, RunnableConfig(configurable=thread), caller)
+        begun = RunnableConfig(configurable={**thread, "checkpoint_id": at}) if at is not None else None
+        return Thread(app, turn, compiled, RunnableConfig(configurable=thread), begun, caller)
 
     @property
     def listener(self) -> BaseCallbackHandler | None:
@@ -111,11 +119,38 @@ class Kept:
         """Wait until no other request uses the thread; return whether one did."""
         return False
 
-    async def mend(self, calls: Calls, shape: Shape, refusal: Callable[[], str]) -> None:
-        """Put a refusal into the place of what nobody judged, since the run that said it broke off."""
+    async def meet(
+        self,
+        calls: Calls,
+        shape: Shape,
+        refusal: Callable[[], str],
+        options: Mapping[str, Any],
+        *,
+        resumed: bool,
+    ) -> None:
+        """Put a refusal into the place of what nobody was given, since the run that said it broke off.
 
-    async def forget(self, shape: Shape, refusal: Callable[[], str]) -> None:
-        """Put a refusal into the place of what a run said that ended, and of which nobody heard."""
+        Args:
+            calls: the request's; its seconds bound the work.
+            shape: where in the thread's state an answer is.
+            refusal: what to put there.
+            options: those of the call.
+            resumed: whether the request goes on with the last run, of which then nothing is replaced.
+        """
+
+    async def forget(
+        self, shape: Shape, refusal: Callable[[], str], swap: Swap | None, *, resumed: bool
+    ) -> None:
+        """Put a refusal into the place of what this request's run said, of which nobody heard.
+
+        Args:
+            shape: where in the thread's state an answer is.
+            refusal: what to put there.
+            swap: does so where the run returned something.
+            resumed: whether the request went on with the last run.
+        """
+        if swap is not None:
+            await self.replace(lambda: swap)
 
     async def replace(self, swap: Callable[[], Swap]) -> None:
         """Put what leaves into the draft's place, wherever the app keeps it; warn where that cannot be.
@@ -134,12 +169,14 @@ class Thread(Kept):
     """The compiled graph."""
     config: RunnableConfig
     """Says which thread."""
+    begun: RunnableConfig | None
+    """Says at which checkpoint of it the run begins, where it is not the last one."""
     caller: bridge.Caller | None
     """The thread that waits for the answer, where it is a synchronous one."""
     pauses: _Pauses = field(default_factory=lambda: _Pauses())
     """Where the run stopped."""
     met: list[Any] = field(default_factory=list)
-    """The state that the request met, where it was read."""
+    """The states that the request met, where it read them: the last one, and that at which it begins."""
 
     @property
     def listener(self) -> BaseCallbackHandler:
@@ -168,43 +205,121 @@ class Thread(Kept):
         async with calls.deadline():
             return await self.turn.begin(self.caller)
 
-    async def mend(self, calls: Calls, shape: Shape, refusal: Callable[[], str]) -> None:
-        """Put a refusal into the place of what nobody judged, since the run that said it broke off.
+    async def meet(
+        self,
+        calls: Calls,
+        shape: Shape,
+        refusal: Callable[[], str],
+        options: Mapping[str, Any],
+        *,
+        resumed: bool,
+    ) -> None:
+        """Put a refusal into the place of what nobody was given, since the run that said it broke off.
 
-        What the thread shows where it waits for a person, or stands at a breakpoint, has been shown before.
+        A thread that cannot be read or changed stays as it is, which is logged.
         """
-        if self.turn.is_inside or self.config["configurable"].get(RESUMING):
-            return  # a run that stands around is under way, or goes on with this one
+        under_way = self.turn.is_inside or self._goes_on(resumed)
         async with calls.deadline():
-            state = await self._state()
-            self.met.append(state)
-            if not state.next or state.interrupts or await self._is_at_breakpoint(state):
-                return
-            await self._refuse(state, await self._before(state), shape, refusal())
-            self.met[:] = [await self._state()]
+            try:
+                state = await self._state()
+                self.met.append(state)
+                if self.begun is not None:
+                    self.met.append(await self._state(self.begun))
+                if state.next and not under_way:
+                    for swap in await self._broken_off(state, shape, refusal(), options):
+                        await self._replace(swap)
+                    self.met[0] = await self._state()
+            except Exception as error:
+                self._leave(error)
 
-    async def forget(self, shape: Shape, refusal: Callable[[], str]) -> None:
-        """Put a refusal into the place of what a run said that ended, and of which nobody heard.
+    async def forget(
+        self, shape: Shape, refusal: Callable[[], str], swap: Swap | None, *, resumed: bool
+    ) -> None:
+        """Put a refusal into the place of what this request's run said, of which nobody heard.
 
-        Such a one was cancelled while its last checkpoint was being written. One that can go on is left as it
-        is.
+        Where it returned nothing, it was cancelled while its last checkpoint was being written; one that can
+        go on is left as it is. So is what stood in the thread before.
         """
-        if self.turn.has_it():
-            await _to_the_end(self._forget(shape, refusal))
+        if self.met and (swap is not None or self.turn.has_it()):
+            await _to_the_end(self._forget(shape, refusal, swap, resumed))
 
-    async def _forget(self, shape: Shape, refusal: Callable[[], str]) -> None:
-        with suppress(Exception):  # a checkpointer that fails, say: its error has been raised already
-            state = await self._state()
-            if not state.next and not self.turn.is_inside:
-                before = self.met[0] if self.met else await self._before(state)
-                await self._refuse(state, before, shape, refusal())
+    async def _forget(
+        self, shape: Shape, refusal: Callable[[], str], swap: Swap | None, resumed: bool
+    ) -> None:
+        known = self.met
+        if swap is not None and self._goes_on(resumed):  # its answer may be one that was shown at a pause
+            known = [state for state in known if not state.next]
+        try:
+            swaps = [swap] if swap is not None else await self._unheard(shape, refusal())
+            for each in _beside(swaps, known):
+                await self._replace(each)
+        except Exception as error:  # that of the request is raised
+            self._leave(error)
 
-    async def _refuse(self, state: Any, before: Any, shape: Shape, refusal: str) -> None:
-        """Put a refusal into the place of what a state has of a model, and an earlier one has not."""
-        known = [] if before is None else [swap.draft for swap in self._unjudged(before, shape, refusal)]
-        for swap in self._unjudged(state, shape, refusal):
-            if swap.draft not in known:
-                await self._replace(swap)
+    async def _unheard(self, shape: Shape, refusal: str) -> list[Swap]:
+        """Return what puts a refusal into the place of what a run said that ended, where this one did."""
+        state = await self._state()
+        met = [_checkpoint(each) for each in self.met]
+        if state.next or _writer(state) != "loop" or _checkpoint(state) in met:
+            return []
+        return self._unjudged(state, shape, refusal)
+
+    def _goes_on(self, resumed: bool) -> bool:
+        """Return whether this request goes on with the last run; so does one in a graph that is resumed."""
+        return resumed or bool(self.config["configurable"].get(RESUMING))
+
+    def _leave(self, why: object) -> None:
+        name = self.config["configurable"]["thread_id"]
+        logger.warning("thread %r stays as it is, though a run of it may have broken off: %s", name, why)
+
+    # --- runs that broke off ---
+
+    async def _broken_off(
+        self, state: Any, shape: Shape, refusal: str, options: Mapping[str, Any]
+    ) -> list[Swap]:
+        """Return what puts a refusal into the place of what the last run said since anybody heard of it.
+
+        There is nothing where that run did not break off, and nothing that has been written over since.
+        """
+        last = state if _writer(state) in ("loop", "input") else await self._last_of_a_run()
+        if last is None:
+            return []
+        past = await self._state(last.config)  # as it was written: a thread's last state is shown otherwise
+        if await self._was_shown(past, options):
+            return []
+        while past is not None and _writer(past) == "loop":
+            past = await self._state(past.parent_config) if past.parent_config else None
+            if past is not None and await self._was_shown(past, options):
+                break
+        swaps = [each for each in self._unjudged(last, shape, refusal) if _holds(state, each)]
+        if past is not None and _writer(past) is not None:
+            return _beside(swaps, [past])
+        if any(not _is_opened(state, each) for each in swaps):
+            self._leave("what it found there is not kept")
+            return []
+        return swaps
+
+    async def _last_of_a_run(self) -> Any:
+        """Return the last state that a run wrote, not its owner or this; None where none is kept."""
+        last: dict[str, Any] = {"filter": {"source": "loop"}, "limit": 1}
+
+        def directly() -> list[Any]:
+            return [*self.graph.get_state_history(self.config, **last)]
+
+        async def awaited() -> list[Any]:
+            return [each async for each in self.graph.aget_state_history(self.config, **last)]
+
+        found = await as_owner(self.caller, directly, awaited)
+        return found[0] if found else None
+
+    async def _was_shown(self, state: Any, options: Mapping[str, Any]) -> bool:
+        """Return whether a run came to its caller with a state: it ended there, or was to go on later.
+
+        It was not where one branch waits for a person and another one failed.
+        """
+        if not state.next or await self._is_at_breakpoint(state, options):
+            return True
+        return bool(state.interrupts) and not any(task.error and not task.interrupts for task in state.tasks)
 
     def _unjudged(self, state: Any, shape: Shape, refusal: str) -> list[Swap]:
         """Return `Shape.unjudged` of what the graph returns of a state."""
@@ -216,35 +331,19 @@ class Thread(Kept):
         except DataError:  # it has not come to an answer
             return []
 
-    async def _is_at_breakpoint(self, state: Any) -> bool:
-        """Return whether a state is one at which the graph stops by itself."""
-        bound = call_options(self.app, {})
+    async def _is_at_breakpoint(self, state: Any, options: Mapping[str, Any]) -> bool:
+        """Return whether a state may be one at which the graph stops by itself, under a call's options."""
+        bound = call_options(self.app, options)
         before = bound.get("interrupt_before") or self.graph.interrupt_before_nodes
         after = bound.get("interrupt_after") or self.graph.interrupt_after_nodes
         if _has_any(before, state.next):
             return True
-        return bool(after) and _has_any(after, (await self._state(state.parent_config)).next)
-
-    async def _before(self, state: Any) -> Any:
-        """Return the state to which a thread's last input was given; None where it is not kept.
-
-        That of a thread which only its owner has written is the very state.
-        """
-        unknown = state if (state.metadata or {}).get("source") == "update" else None
-
-        def directly() -> Any:
-            for past in self.graph.get_state_history(self.config):
-                if past.metadata and past.metadata.get("source") == "input":
-                    return past
-            return unknown
-
-        async def awaited() -> Any:
-            async for past in self.graph.aget_state_history(self.config):
-                if past.metadata and past.metadata.get("source") == "input":
-                    return past
-            return unknown
-
-        return await as_owner(self.caller, directly, awaited)
+        if not after:
+            return False
+        parent = await self._state(state.parent_config) if state.parent_config else None
+        if parent is None or not parent.metadata or parent.metadata["step"] + 1 != state.metadata["step"]:
+            return True  # which node ran last is not kept
+        return _has_any(after, parent.next)
 
     async def replace(self, swap: Callable[[], Swap]) -> None:
         """Put what leaves into the draft's place, wherever the thread's state has it.
@@ -306,13 +405,16 @@ class Thread(Kept):
         )
 
     async def _put(self, update: Any) -> None:
-        """Update the state as the node that ran last; as another one, where several did or its edges fail."""
+        """Update the state as the node that ran last; as another one, where several did or its edges fail.
+
+        The last one is the graph's beginning: as a rule nothing is asked on its edge.
+        """
         try:
             await self._update(update)
             return
         except Exception as error:
             failed = error  # such as an agent's, whose last node LangGraph takes for the one before
-        for node in [node for node in self.graph.nodes if node != START]:
+        for node in [*(node for node in self.graph.nodes if node != START), START]:
             with suppress(Exception):
                 await self._update(update, as_node=node)
                 return
@@ -353,6 +455,37 @@ class _Pauses(GraphCallbackHandler):
     def is_one(self, state: Any) -> bool:
         """Return whether a graph's state is one at which it stopped, and from which it goes on."""
         return bool(state.next) and state.config["configurable"].get("checkpoint_id") in self.at
+
+
+def _writer(state: Any) -> Any:
+    """Return what wrote a state: a run's `input` or `loop`, an `update`, a `fork`; None: it is not kept."""
+    return state.metadata and state.metadata.get("source")
+
+
+def _checkpoint(state: Any) -> Any:
+    return state.config["configurable"].get("checkpoint_id")
+
+
+def _holds(state: Any, swap: Swap) -> bool:
+    """Return whether a draft stands in a state, word for word."""
+    values = state.values
+    if not isinstance(values, Mapping):
+        places = [values]
+    else:
+        places = [values[swap.key]] if swap.key in values else [*values.values()]
+    return any(swap.draft in each if isinstance(each, list) else swap.draft == each for each in places)
+
+
+def _beside(swaps: Sequence[Swap], known: Sequence[Any]) -> list[Swap]:
+    """Return those of which no known state holds the draft, and which leave alone what these states have."""
+    new = [swap for swap in swaps if not any(_holds(state, swap) for state in known)]
+    return [reduce(lambda swap, state: swap.sparing(state.values), known, swap) for swap in new]
+
+
+def _is_opened(state: Any, swap: Swap) -> bool:
+    """Return whether the turn of a draft in a state is told from those before by what the user says."""
+    found = state.values[swap.key]
+    return isinstance(found, list) and any(isinstance(each, HumanMessage) for each in found)
 
 
 def _has_any(nodes: str | Sequence[str], names: Sequence[str]) -> bool:

@@ -236,6 +236,13 @@ class Swap:
     earlier: frozenset[str | int] = frozenset()
     """The messages of earlier turns, as `_named` names them."""
 
+    def sparing(self, state: Any) -> Swap:
+        """Return the same, which leaves alone the messages that another state has, too, by their ids."""
+        values = state.values() if isinstance(state, Mapping) else [state]
+        messages = [each for value in values if isinstance(value, list) for each in value]
+        ids = {each.id for each in messages if isinstance(each, BaseMessage) and each.id}
+        return dataclasses.replace(self, earlier=self.earlier | ids)
+
     def __call__(self, value: Any, key: str | None = None) -> Any:
         """Return what stands under `key` with the draft replaced; the very value where no draft is in it."""
         return self._in(value, key, {})

@@ -39,14 +39,19 @@ class Turn:
     def __init__(self, of: Hashable | None = None) -> None:
         self._of = of
         self.is_inside = False
-        """Whether an app asks itself: another turn of the same thread stands around."""
+        """Whether an app asks itself: a turn of the same thread stands around, or waits for one that does."""
+        self._around: tuple[Turn, ...] = ()
+        """The turns inside which this one is."""
         self._needs: frozenset[int] = frozenset()
         """The threads that this request needs in order to end."""
         self._loop: asyncio.AbstractEventLoop
         self._granted: Future[None]
 
     async def begin(self, caller: bridge.Caller | None) -> bool:
-        """Take the turn; return whether that took waiting. Inside a turn of the same thread it is taken.
+        """Take the turn; return whether that took waiting.
+
+        Inside a turn of the same thread it is taken. So it is where the one who has it waits for one that
+        stands around this, as where two apps ask each other.
 
         Args:
             caller: the thread that waits for the answer, where it is a synchronous one.
@@ -54,13 +59,17 @@ class Turn:
         Raises:
             RunError: it would wait for ever, since the caller blocks a thread that who has the turn needs.
         """
-        self.is_inside = any(turn._of == self._of and turn.has_it() for turn in _around.get())
+        self._around = _around.get()
+        self.is_inside = any(turn._of == self._of and turn.has_it() for turn in self._around)
         if self._of is None or self.is_inside or self.has_it():
             return False
         self._loop, self._granted = asyncio.get_running_loop(), Future()
         blocked = None if caller is None else await caller.call(threading.get_ident)
         self._needs = frozenset({threading.get_ident()} | ({blocked} if blocked is not None else set()))
         with _lock:
+            if self._of in _queues and _needs_one(_queues[self._of][0], self._around):
+                self.is_inside = True
+                return False
             queue = _queues.setdefault(self._of, deque())
             if any(blocked in turn._needs and not turn._loop.is_closed() for turn in queue):
                 raise RunError(
@@ -103,6 +112,21 @@ class Turn:
         with _lock:
             queue = _queues.get(self._of)
             return bool(queue) and queue[0] is self  # type: ignore[index]
+
+
+def _needs_one(turn: Turn, of: tuple[Turn, ...]) -> bool:
+    """Return whether a turn cannot end before one of these does, as far as turns go. The lock is held."""
+    needed, seen = [turn], set[Turn]()
+    while needed:
+        turn = needed.pop()
+        if turn in of:
+            return True
+        if turn not in seen:
+            seen.add(turn)
+            needed += [
+                queue[0] for queue in _queues.values() for each in [*queue][1:] if turn in each._around
+            ]
+    return False
 
 
 def _go_on(of: Hashable) -> None:

@@ -113,6 +113,20 @@ def test_a_setting_can_be_made_configurable_at_each_call() -> None:
     assert chosen.with_config(configurable={"t": 0.3}).invoke("hello").text == "at 0.3"
 
 
+@pytest.mark.parametrize("bound", [False, True])
+def test_an_alternative_to_a_model_is_judged_as_the_model_is(bound: bool) -> None:
+    judge = by_role(critique=flags("no-harm"))
+    made = guard(WithTools(replies=["fine"]), critic=judge, reviser=judge)
+    model = made.bind_tools([weather]) if bound else made
+
+    chosen = model.configurable_alternatives(
+        ConfigurableField("llm"), other=ScriptedModel(replies=["the draft"])
+    )
+
+    assert chosen.invoke("hello").text == "fine"
+    assert chosen.invoke("hello", {"configurable": {"llm": "other"}}).text == "better"
+
+
 def test_a_model_with_a_name_of_its_own_keeps_it() -> None:
     assert guard(ScriptedModel(replies=[], name="mine")).get_name() == "mine"
     assert guard(ScriptedModel(replies=[])).get_name() == "ConstitutionalScriptedModel"

@@ -301,5 +301,40 @@ async def test_a_graph_may_ask_itself_on_its_own_thread(way: str) -> None:
     assert texts(await calls[way]())[-1] == "it says better"
 
 
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+async def test_graphs_that_ask_each_other_do_not_wait_for_each_other(way: str) -> None:
+    both: dict[str, Any] = {}
+    met = threading.Barrier(2)
+
+    def asking(other: str) -> Any:
+        def answer(state: MessagesState) -> Any:
+            if state["messages"][-1].text == "one":
+                return says(state)
+            met.wait(5)  # each has its own turn
+            inner = both[other].invoke(asks("one"), THREAD)
+            return {"messages": [AIMessage(f"it says {inner['messages'][-1].text}")]}
+
+        async def aanswer(state: MessagesState) -> Any:
+            if state["messages"][-1].text == "one":
+                return says(state)
+            await asyncio.to_thread(met.wait, 5)
+            inner = await both[other].ainvoke(asks("one"), THREAD)
+            return {"messages": [AIMessage(f"it says {inner['messages'][-1].text}")]}
+
+        return graph(answer if way == "invoke" else aanswer)
+
+    for name, other in (("a", "b"), ("b", "a")):
+        both[name] = guard(asking(other), budget=Budget(seconds=5))
+
+    def call(name: str) -> Awaitable[Any]:
+        if way == "invoke":
+            return asyncio.to_thread(both[name].invoke, asks("outer"), THREAD)
+        return both[name].ainvoke(asks("outer"), THREAD)
+
+    outputs = await asyncio.gather(call("a"), call("b"))
+
+    assert [texts(output)[-1] for output in outputs] == ["it says better"] * 2
+
+
 async def last(chunks: Any) -> Any:
     return [chunk async for chunk in chunks][-1]
