@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from postgres_server import Server
 from wire import Script, serving
@@ -19,6 +20,12 @@ from cai_graph import local
 from cai_graph.log import Log, open_log
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+# How long an example takes says nothing on a machine that is shared.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -284,7 +284,7 @@ def shuffled(value: Any, random: Any) -> Any:
     return [shuffled(item, random) for item in value] if isinstance(value, list) else value
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=CONSTITUTION,
     random=st.randoms(use_true_random=False),
@@ -321,7 +321,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int
     return [path] if isinstance(value, str) else []
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=CONSTITUTION, choice=st.randoms(use_true_random=False))
 def test_digest_changes_with_any_text_that_is_sent_and_with_no_other(
     data: dict[str, Any], choice: Any

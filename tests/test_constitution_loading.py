@@ -336,14 +336,14 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=ANYTHING.filter(lambda value: isinstance(value, dict | list)))
 def test_whatever_is_loaded_gives_a_constitution_or_a_sentence(data: Any) -> None:
     with contextlib.suppress(ConstitutionError):
         assert len(load(data)) > 0
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     raw=st.binary(max_size=60) | st.text(alphabet="-:[]{}&*!|>'\"# \n\tabc", max_size=60).map(str.encode),
     suffix=st.sampled_from([".yaml", ".json", ".py", ".txt"]),

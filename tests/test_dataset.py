@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
 from log_support import START, comparison, feedback, review, trajectories, trajectory
@@ -109,7 +109,7 @@ def test_every_reason_is_documented_and_every_documented_reason_exists() -> None
 
 
 @given(st.lists(trajectories, min_size=1, max_size=8), st.sampled_from(list(KINDS)))
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 def test_any_log_reconciles_for_every_kind(tmp_path_factory: Any, records: list[Any], kind: Kind) -> None:
     folder = tmp_path_factory.mktemp("log")
     log = write(folder / "log.jsonl", [*records, revised()])
@@ -273,7 +273,7 @@ def test_users_who_dislike_what_the_critic_prefers_disagree(tmp_path: Path) -> N
 
 
 @given(st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_order_of_the_log_does_not_matter(tmp_path_factory: Any, rng: random.Random) -> None:
     folder = tmp_path_factory.mktemp("log")
     records: list[Record] = [
@@ -402,7 +402,7 @@ def test_a_draft_that_people_prefer_is_no_violation_to_learn_from(tmp_path: Path
         st.sampled_from(["Ask", "ask ", "ＡＳＫ", "other", "  OTHER\n", "third"]), min_size=4, max_size=30
     )
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_no_prompt_stands_on_both_sides(tmp_path_factory: Any, asked: list[str]) -> None:
     folder = tmp_path_factory.mktemp("log")
     records: list[Record] = [revised(n, messages=(says(text, "user"),)) for n, text in enumerate(asked)]

@@ -307,7 +307,7 @@ def test_what_a_local_model_thinks_first_is_no_verdict() -> None:
     assert labels(thought + verdicts()) == dict.fromkeys(IDS, "COMPLIES")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="noharm-:COMPLIESVT{}\"' \n*_,?!verdict=", max_size=120))
 def test_no_text_without_the_exact_word_reads_as_complies(text: str) -> None:
     if "COMPLIES" not in text.upper():
@@ -317,7 +317,7 @@ def test_no_text_without_the_exact_word_reads_as_complies(text: str) -> None:
 WORDS = ["not", "no-harm", ":", "COMPLIES", "VIOLATES", "complies", "\n", '"', "**", "?", "verdict", "maybe"]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(st.sampled_from(WORDS), max_size=14))
 def test_a_line_counts_only_with_the_label_alone_beside_the_name(words: list[str]) -> None:
     text = " ".join(words)
@@ -329,7 +329,7 @@ def test_a_line_counts_only_with_the_label_alone_beside_the_name(words: list[str
         assert {"no-harmcomplies", "verdictcomplies"} & set(bare)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(max_size=400))
 def test_any_text_is_read_without_an_error(text: str) -> None:
     read_verdicts(AIMessage(text), IDS)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from log_support import comparison, everything, feedback, records, review, store_of, trajectory
 
 from cai_graph import trajectory as records_of
@@ -202,7 +202,7 @@ def test_a_hook_that_fails_withholds_the_texts_and_keeps_the_record(url: str, ho
     assert len(stored[0].calls) == 2
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(records)
 def test_any_record_can_be_withheld(record: Record) -> None:
     bare = withhold(record)

@@ -19,7 +19,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_support import contents, feedback, fill, records, store_of, trajectory
 
@@ -53,7 +53,7 @@ def test_export_import_export_gives_the_same_bytes(new_log: Callable[[], str], t
     assert contents(a) == contents(b)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(st.lists(records, max_size=5))
 def test_any_records_go_out_and_in_again(made: list[Record]) -> None:
     made = [msgspec.structs.replace(record, id=f"{n}{record.id}") for n, record in enumerate(made)]

@@ -151,7 +151,7 @@ def own_tags(draw: st.DrawFn) -> str:
     return f"<{draw(SPACE)}{slash}{draw(SPACE)}{name}{draw(SPACE)}{draw(st.sampled_from(['', '>', ' x=1>']))}"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(own_tags(), st.text(max_size=10)), max_size=6).map("".join))
 def test_no_text_closes_or_opens_a_fence(text: str) -> None:
     fenced = fence("answer", text)
@@ -160,7 +160,7 @@ def test_no_text_closes_or_opens_a_fence(text: str) -> None:
     assert OWN_TAG.search(inside) is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=50), own_tags(), st.text(max_size=50))
 def test_every_part_of_an_exchange_is_fenced(before: str, tag: str, after: str) -> None:
     text = before + tag + after

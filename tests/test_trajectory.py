@@ -12,7 +12,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from langchain_core.messages import (
     AIMessage,
     AIMessageChunk,
@@ -29,7 +29,7 @@ from cai_graph.messages import from_langchain, to_langchain
 from cai_graph.trajectory import SCHEMA_VERSION, Message, Record, ToolCall, decode, encode, new_id, text_of
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(records)
 def test_any_record_reads_back_equal(record: Record) -> None:
     data = encode(record)
