@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from log_support import comparison, feedback, trajectory
 
 from cai_graph.trajectory import Comparison, Message, encode
+from trainers.dataset.compared import Judged, judged_pairs
 from trainers.dataset.conversion import Terms, rows_of
 from trainers.dataset.evidence import Evidence
 from trainers.dataset.reading import Logged, read_logged
-from trainers.feedback.compared import Judged, judged_pairs
 from trainers.ledger import Reason
 from trainers.rows import Dropped, PreferenceRow, Row
 

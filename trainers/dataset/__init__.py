@@ -3,6 +3,7 @@
 reading      of each logged Trajectory what rows are made of, at the speed of the parser
 evidence     what was said of it: Comparisons, Reviews, Feedback; reviews reads what people decided
 answers      what it shows of its answers: which were accepted, who vouches for them, how surely
+compared     from the Comparisons of a Trajectory to a pair with a soft label, or why there is none
 conversion   a pure function for each kind: a Trajectory → rows, or why none; critic_rows is one of them
 candidates   a stretch of the log → candidate rows in spools; lengths and privacy may refuse one
 split        which side a prompt is on; heldout: the evaluation sets that no row may come from

@@ -35,10 +35,10 @@ from trainers.dataset.answers import (
     violated,
     vouching,
 )
+from trainers.dataset.compared import judged_pairs
 from trainers.dataset.critic_rows import critic_rows
 from trainers.dataset.evidence import NO_EVIDENCE, Evidence
 from trainers.dataset.reading import Head, Logged, LoggedCritique, LoggedRevision
-from trainers.feedback.compared import judged_pairs
 from trainers.ledger import REASONS, Reason
 from trainers.rows import (
     CritiqueRow,

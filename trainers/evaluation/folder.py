@@ -30,12 +30,12 @@ from cai_graph.prompts import Exchange
 from cai_graph.together import side_by_side
 from cai_graph.trajectory import Message
 from trainers import lines, whole
+from trainers.dataset.compared import same_answer
 from trainers.evaluation.generations import Asked, Subject
 from trainers.evaluation.grades import Grader
 from trainers.evaluation.inference import best, most_agreed
 from trainers.evaluation.suites import Prompt, Suite
 from trainers.feedback import draw
-from trainers.feedback.compared import same_answer
 from trainers.feedback.judge import Judge
 from trainers.lines import Lines, Row
 

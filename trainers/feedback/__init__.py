@@ -2,7 +2,6 @@
 
 feedback    over a log: draws the pairs, asks, appends Comparisons; resumable
 judge       which of two answers is better under a principle, read from a model
-compared    from Comparisons to a pair with a soft label, or why there is none
 positions   what a judge is worth: its liking for a place, its ties, what it could not say
 """
 

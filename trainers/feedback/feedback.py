@@ -51,7 +51,7 @@ from cai_graph.trajectory import (
     text_of,
 )
 from trainers.config import at_least
-from trainers.feedback.compared import same_answer
+from trainers.dataset.compared import same_answer
 from trainers.feedback.judge import Judge, Opinion
 from trainers.feedback.positions import Positions, decided
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from cai_graph.calibration import wilson
 from cai_graph.log import Log
 from cai_graph.trajectory import Comparison, Review
+from trainers.dataset.compared import same_answer
 from trainers.dataset.reviews import Side, agreed_side
 from trainers.evaluation.figures import share
-from trainers.feedback.compared import same_answer
 
 __all__ = ["ByTrajectory", "Positions", "Share", "decided", "positions"]
 
