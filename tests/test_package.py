@@ -53,6 +53,10 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_after("import cai_graph").isdisjoint(HEAVY)
 
 
+def test_building_datasets_loads_no_model_code() -> None:
+    assert "langchain_core" not in loaded_after("import trainers.dataset")
+
+
 def test_the_whole_main_job_loads_neither_torch_nor_a_server_nor_a_provider() -> None:
     loaded = loaded_after(
         """
