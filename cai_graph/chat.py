@@ -402,12 +402,12 @@ class ConstitutionalChatModel(BaseChatModel):
 
     def configurable_fields(self, **kwargs: Any) -> Any:
         """Return a Runnable that answers as this model does, with fields of the wrapped one configurable."""
-        drafting = self._model.configurable_fields(**kwargs)
+        drafting = cast("Any", self._guard.app).configurable_fields(**kwargs)
         return ConstitutionalRunnable(dataclasses.replace(self._guard, app=drafting))
 
     def configurable_alternatives(self, which: ConfigurableField, **kwargs: Any) -> Any:
         """Return a Runnable that answers as this model does, with what drafts configurable; all is judged."""
-        drafting = self._guard.app.configurable_alternatives(which, **kwargs)  # type: ignore[attr-defined]
+        drafting = cast("Any", self._guard.app).configurable_alternatives(which, **kwargs)
         return ConstitutionalRunnable(dataclasses.replace(self._guard, app=drafting))
 
     # --- what the wrapped model says of itself ---

@@ -19,7 +19,7 @@ from log_support import START, fill, trajectory
 from cai_graph.errors import LogError
 from cai_graph.log import Log, open_log
 from cai_graph.log import sqlite as sqlite_store
-from cai_graph.log.sqlite import APPLICATION_ID, SCHEMA
+from cai_graph.log.sqlite_schema import APPLICATION_ID, SCHEMA
 from cai_graph.log.store import Filters
 from cai_graph.log.upkeep import verify
 from cai_graph.trajectory import Outcome, Trajectory

@@ -24,7 +24,7 @@ from cai_graph.log.sqlite_schema import APPLICATION_ID, MIGRATIONS, SCHEMA
 from cai_graph.log.store import MAX_ROWS, PAGE_BYTES, TAGGED, Database, Row, Store
 from cai_graph.log.wal import copies_of, is_at_rest, keep_unread, make, set_aside, unread_of, wal_of
 
-__all__ = ["APPLICATION_ID", "MIGRATIONS", "PAGE_SIZE", "SCHEMA", "SQLiteStore", "connect"]
+__all__ = ["PAGE_SIZE", "SQLiteStore", "connect"]
 
 PAGE_SIZE = 32768
 """Bytes: records of a few kilobytes share a page and leave little of it empty. With half of it, those of 9 KB
