@@ -435,15 +435,6 @@ def test_the_command_plans_runs_and_skips(tmp_path: Path, server: Server, base: 
     assert cai(tmp_path, *command, "--dry-run").stdout.count(" skipped ") == 7
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Ctrl-C is heard, as in a terminal; a shell has what runs in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_has_its_status_and_says_how_to_go_on(tmp_path: Path, base: Path) -> None:
     first = iter([signal.SIGINT])
 
