@@ -83,7 +83,7 @@ class Caller:
     def __init__(self) -> None:
         self._loop = _loop()
         self._context = copy_context()
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.current_thread()
         self.gone = False
         """Whether nobody waits any more: the stream was left unread and unclosed."""
@@ -131,22 +131,23 @@ class Caller:
 
         def start() -> None:
             task = loop.create_task(coroutine, context=self._context)
-            task.add_done_callback(lambda _: self._work.put(None))
+            task.add_done_callback(lambda _: self._work.put(lambda: None))  # wakes `_serve`
             started.put(task)
 
         loop.call_soon_threadsafe(start)
         task = started.get()
         try:
-            self._serve()
+            self._serve(task)
         except BaseException:
             loop.call_soon_threadsafe(task.cancel)
-            self._serve()
+            self._serve(task)
             raise
         return task.result()
 
-    def _serve(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()
+    def _serve(self, task: asyncio.Task[Any]) -> None:
+        """Do what is handed over until `task` is done; an interrupt may have taken the word that it is."""
+        while not task.done():
+            self._work.get()()
 
     def _leave(self) -> None:
         if self._loop is not _shared:

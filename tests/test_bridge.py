@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
 
 import pytest
@@ -52,6 +53,29 @@ def test_work_handed_back_runs_in_the_callers_thread() -> None:
     assert in_caller is threading.current_thread()
     assert in_core is not threading.current_thread()
     assert in_core.daemon
+
+
+class Interrupted(queue.SimpleQueue[Callable[[], None]]):
+    """A queue whose reader is interrupted once, when it has taken what lay there."""
+
+    once = True
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Callable[[], None]:
+        item = super().get(block, timeout)
+        if self.once:
+            self.once = False
+            raise KeyboardInterrupt
+        return item
+
+
+def test_an_interrupt_at_the_very_end_is_raised_and_does_not_hang() -> None:
+    async def core() -> None: ...
+
+    caller = bridge.Caller()
+    caller._work = Interrupted()
+
+    with pytest.raises(KeyboardInterrupt):
+        caller._wait(core())
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), TimeoutError("mine"), asyncio.CancelledError("mine")])
