@@ -220,9 +220,10 @@ def vouching(critique: LoggedCritique | None, *, passed: bool = True) -> LoggedC
     """
     if critique is None or not critique.verdicts:
         raise Drop(Reason.UNJUDGED)
-    if any(verdict.label == UNREADABLE for verdict in critique.verdicts):
+    labels = {verdict.label for verdict in critique.verdicts}
+    if UNREADABLE in labels:
         raise Drop(Reason.UNREADABLE_VERDICT)
-    if violated(critique, passed=passed):
+    if VIOLATES in labels and violated(critique, passed=passed):
         raise Drop(Reason.NOT_ACCEPTED)
     return critique
 

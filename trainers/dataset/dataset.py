@@ -37,7 +37,15 @@ from trainers.dataset.cluster import Cluster
 from trainers.dataset.evidence import Mapped, gather
 from trainers.dataset.reading import Stretch, about, located, stretches
 from trainers.dataset.recipe import Recipe
-from trainers.dataset.selection import Decisions, Lost, Selected, completed, select_portion, settle, shared
+from trainers.dataset.selection import (
+    Decisions,
+    Lost,
+    Selected,
+    completed,
+    select_in_processes,
+    select_portion,
+    settle,
+)
 from trainers.dataset.spool import portions
 from trainers.export import Format, Sink, provenances, sink_for
 from trainers.ledger import Ledger
@@ -117,17 +125,18 @@ def _local(
 ) -> tuple[Part, Ledger]:
     """Build with processes of this machine, over files in `folder` that are gone at the end."""
     recipe = decisions.recipe
-    parts = [stretch for log in logs for stretch in stretches(log, workers)]
+    sources = [stretch for log in logs for stretch in stretches(log, workers)]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spools.") as work, _mapping(workers) as mapped:
-        part, converted = _converted(recipe, parts, Path(work), mapped)
+        part, converted = _converted(recipe, sources, Path(work), mapped)
         if recipe.near_duplicates is not None:
             prompts = [one.prompts for one in converted]
             decisions.clusters = near.clusters(mapped(near.fingerprints, prompts), recipe.near_duplicates)
         spooled = [one.spooled for one in converted]
         settle(decisions, spooled)
-        select = partial(select_portion, decisions) if workers == 1 else shared(decisions, Path(work))
-        selected = mapped(select, portions(spooled))
-        return part, _written(sink, part.ledger, selected)
+        parts = portions(spooled)
+        if workers == 1:
+            return part, _written(sink, part.ledger, map(partial(select_portion, decisions), parts))
+        return part, _written(sink, part.ledger, select_in_processes(decisions, parts, mapped, Path(work)))
 
 
 def _written(sink: Sink, ledger: Ledger, selected: Iterable[Selected]) -> Ledger:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from itertools import count
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
+from trainers.dataset.evidence import Mapped
 from trainers.dataset.near import Clusters
 from trainers.dataset.recipe import Recipe
 from trainers.dataset.split import test_keys
@@ -26,9 +28,9 @@ __all__ = [
     "completed",
     "limits_of",
     "select",
+    "select_in_processes",
     "select_portion",
     "settle",
-    "shared",
 ]
 
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -134,15 +136,35 @@ def select_portion(decisions: Decisions, portion: Portion) -> Selected:
     return select(decisions, load(portion))
 
 
-def shared(decisions: Decisions, work: Path) -> Callable[[Portion], Selected]:
-    """Return `select_portion` for other processes of this machine, each of which reads the decisions once."""
-    path = work / "decisions"
-    path.write_bytes(pickle.dumps(decisions))
-    return partial(_select_by, path)
+def select_in_processes(
+    decisions: Decisions, parts: Iterable[Portion], mapped: Mapped, work: Path
+) -> Iterator[Selected]:
+    """Yield what `select` makes of each portion, in processes of this machine.
+
+    Each of them reads the decisions once. Rows come back in files in `work`: on the one pipe that all
+    processes share they would take longer than to select.
+    """
+    shared = work / "decisions"
+    shared.write_bytes(pickle.dumps(decisions))
+    for selected, paths in mapped(partial(_select_into, work, shared), parts, count()):
+        yield selected._replace(lines={split: _taken(path) for split, path in paths.items()})
 
 
-def _select_by(path: Path, portion: Portion) -> Selected:
-    return select_portion(_decisions(path), portion)
+def _select_into(
+    work: Path, shared: Path, portion: Portion, number: int
+) -> tuple[Selected, dict[Split, Path]]:
+    """Return what selecting came to without the lines, and the file of those of each split."""
+    selected = select_portion(_decisions(shared), portion)
+    paths: dict[Split, Path] = {split: work / f"{number}.{split}" for split in selected.lines}
+    for split, path in paths.items():
+        path.write_bytes(selected.lines[split])
+    return selected._replace(lines={}), paths
+
+
+def _taken(path: Path) -> bytes:
+    lines = path.read_bytes()
+    path.unlink()
+    return lines
 
 
 @cache
