@@ -17,6 +17,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import suppress
 from contextvars import copy_context
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from cai_graph.threads import Threads
@@ -36,16 +37,21 @@ class _Loop:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
         self.loop.set_default_executor(_threads)
+        self._is_over = False
         self.thread = _LoopThread(target=self._run, name="cai_graph", daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        self.loop.run_forever()
+        while not self._is_over:
+            with suppress(SystemExit, KeyboardInterrupt):  # of a task, which has it as its error as well
+                self.loop.run_forever()
         self.loop.close()
 
-    def stop(self) -> None:
+    def stop(self, *, wait: bool = True) -> None:
+        self._is_over = True
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
+        if wait:
+            self.thread.join()
 
 
 _shared: _Loop | None = None
@@ -85,17 +91,20 @@ class Caller:
         self._context = copy_context()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.current_thread()
+        self._interrupted: Callable[[], object] = lambda: None
+        """Fails what was handed over last and was interrupted, if anything was."""
         self.gone = False
-        """Whether nobody waits any more: the stream was left unread and unclosed."""
+        """Whether nobody waits any more: a stream was left unread and unclosed, or a wait was broken off."""
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` in the caller's thread and return what it returns, or raise what it raises.
 
         Raises:
-            RuntimeError: the caller left its stream unread and unclosed, so that nobody waits in its thread.
+            RuntimeError: nobody waits in the caller's thread any more.
         """
+        gone = RuntimeError("the caller is gone, and with it the thread to run the app in")
         if self.gone:
-            raise RuntimeError("the stream's reader is gone, and with it the thread to run the app in")
+            raise gone
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -108,23 +117,33 @@ class Caller:
                 future.set_result(result)  # type: ignore[arg-type]
 
         def work() -> None:
+            if self.gone:
+                loop.call_soon_threadsafe(settle, None, gone)
+                return
             result: T | None = None
             error: Exception | None = None
             try:
                 result = function()
             except StopIteration as stop:  # a future cannot carry it
                 error = RuntimeError(f"the wrapped app raised {stop!r}")
-            except Exception as raised:  # an interrupt is not caught here: it ends `run` itself
+            except Exception as raised:
                 error = raised
+            except BaseException as interrupt:  # it ends `run` itself
+                broken = RuntimeError(f"interrupted in the caller's thread by {interrupt!r}")
+                self._interrupted = partial(loop.call_soon_threadsafe, settle, None, broken)
+                raise
             loop.call_soon_threadsafe(settle, result, error)
 
         self._work.put(work)
+        if self.gone:  # meanwhile
+            raise gone
         return await future
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the loop, serve what it hands over, and return its result.
 
-        An interrupt of this thread (Ctrl-C) cancels it, waits until it has cleaned up, and is raised again.
+        An interrupt of this thread (Ctrl-C) cancels it, waits until it has cleaned up, and is raised again. A
+        second one is raised at once: what is left of the cleaning up goes on behind it, without this thread.
         """
         started: queue.SimpleQueue[asyncio.Task[T]] = queue.SimpleQueue()
         loop = self._loop.loop
@@ -140,13 +159,25 @@ class Caller:
             self._serve(task)
         except BaseException:
             loop.call_soon_threadsafe(task.cancel)
-            self._serve(task)
+            self._interrupted()  # after it: only what it does not reach, as it is shielded, hears of this
+            try:
+                self._serve(task)
+            except BaseException:
+                self._go()
+                raise
             raise
         return task.result()
 
     def _serve(self, task: asyncio.Task[Any]) -> None:
         """Do what is handed over until `task` is done; an interrupt may have taken the word that it is."""
         while not task.done():
+            self._work.get()()
+
+    def _go(self) -> None:
+        """Leave, so that nothing of what was handed over, or is yet to be, waits for this thread."""
+        self.gone = True
+        self._interrupted()
+        while not self._work.empty():
             self._work.get()()
 
     def _leave(self) -> None:
@@ -168,7 +199,7 @@ class Caller:
         def leave() -> None:
             _open.discard(items)
             if self._loop is not _shared:
-                loop.stop()
+                self._loop.stop(wait=False)
 
         loop = self._loop.loop
         loop.call_soon_threadsafe(begin)

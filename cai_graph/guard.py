@@ -6,7 +6,6 @@ draft, keeps drafts and critiques out of the caller's streams, and puts what lea
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import deepcopy
@@ -219,12 +218,17 @@ class Guard:
             )
         except Paused:
             return outputs[0], None
-        except (Exception, asyncio.CancelledError) as error:
-            if begun and not is_pause(error):
+        except BaseException as error:
+            # Whoever closes this coroutine has it wait for nothing any more.
+            if begun and not (is_pause(error) or isinstance(error, GeneratorExit)):
                 await self._forget(outputs, kept, resumed)
             raise
         if desk is not None and ending.released is None:
-            waiting = await desk.lay_down(ending, outputs[0])
+            try:
+                waiting = await desk.lay_down(ending, outputs[0])
+            except BaseException:  # no person will ever see it
+                await self._forget(outputs, kept, resumed)
+                raise
             if (paused := desk.paused(waiting, outputs[0])) is not None:
                 return paused, None
             return await self._leave(await desk.settle(waiting), kept)

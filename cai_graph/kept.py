@@ -34,7 +34,6 @@ from langgraph.types import Overwrite
 
 from cai_graph import bridge
 from cai_graph.calls import Calls, apart
-from cai_graph.errors import DataError
 from cai_graph.shape import Shape, Swap
 from cai_graph.turns import Turn
 from cai_graph.wrapped import CHECKPOINTER, RESUMING, STREAM, call_options, configurable_of, graph_of
@@ -225,7 +224,9 @@ class Thread(Kept):
                 self.met.append(state)
                 if self.begun is not None:
                     self.met.append(await self._state(self.begun))
-                if state.next and not under_way:
+                # Its owner may have closed it by hand since.
+                may_have_broken_off = state.next or _writer(state) in ("update", "fork")
+                if may_have_broken_off and not under_way:
                     for swap in await self._broken_off(state, shape, refusal(), options):
                         await self._replace(swap)
                     self.met[0] = await self._state()
@@ -240,18 +241,21 @@ class Thread(Kept):
         Where it returned nothing, it was cancelled while its last checkpoint was being written; one that can
         go on is left as it is. So is what stood in the thread before.
         """
-        if self.met and (swap is not None or self.turn.has_it()):
+        if swap is not None or (self.met and self.turn.has_it()):
             await _to_the_end(self._forget(shape, refusal, swap, resumed))
 
     async def _forget(
         self, shape: Shape, refusal: Callable[[], str], swap: Swap | None, resumed: bool
     ) -> None:
-        known = self.met
-        if swap is not None and self._goes_on(resumed):  # its answer may be one that was shown at a pause
-            known = [state for state in known if not state.next]
         try:
-            swaps = [swap] if swap is not None else await self._unheard(shape, refusal())
-            for each in _beside(swaps, known):
+            others = await self._unheard(shape, refusal()) if self.met and self.turn.has_it() else []
+            swaps = _beside(others, self.met)
+            if swap is not None:
+                swaps = [each for each in swaps if each.draft != swap.draft]
+                # The answer of a run that goes on may be one that was shown at a pause.
+                shown = [state for state in self.met if not (state.next and self._goes_on(resumed))]
+                swaps += _beside([swap], shown)
+            for each in swaps:
                 await self._replace(each)
         except Exception as error:  # that of the request is raised
             self._leave(error)
@@ -294,10 +298,10 @@ class Thread(Kept):
         swaps = [each for each in self._unjudged(last, shape, refusal) if _holds(state, each)]
         if past is not None and _writer(past) is not None:
             return _beside(swaps, [past])
-        if any(not _is_opened(state, each) for each in swaps):
+        opened = [each for each in swaps if _is_opened(state, each)]
+        if len(opened) < len(swaps):
             self._leave("what it found there is not kept")
-            return []
-        return swaps
+        return opened
 
     async def _last_of_a_run(self) -> Any:
         """Return the last state that a run wrote, not its owner or this; None where none is kept."""
@@ -323,13 +327,10 @@ class Thread(Kept):
 
     def _unjudged(self, state: Any, shape: Shape, refusal: str) -> list[Swap]:
         """Return `Shape.unjudged` of what the graph returns of a state."""
+        if isinstance(self.graph.stream_channels_asis, str):  # it has one value, and returns that
+            return shape.unjudged(state.values, None, refusal)
         shown = self.graph.output_channels
-        keys = {shown} if isinstance(shown, str) else {*shown}
-        try:
-            values = state.values if isinstance(state.values, Mapping) else {}
-            return shape.unjudged({key: values[key] for key in values if key in keys}, refusal)
-        except DataError:  # it has not come to an answer
-            return []
+        return shape.unjudged(state.values, [shown] if isinstance(shown, str) else shown, refusal)
 
     async def _is_at_breakpoint(self, state: Any, options: Mapping[str, Any]) -> bool:
         """Return whether a state may be one at which the graph stops by itself, under a call's options."""
@@ -407,14 +408,15 @@ class Thread(Kept):
     async def _put(self, update: Any) -> None:
         """Update the state as the node that ran last; as another one, where several did or its edges fail.
 
-        The last one is the graph's beginning: as a rule nothing is asked on its edge.
+        The first of them is the graph's beginning. As a rule nothing is asked on its edge, and no join counts
+        it among those that it waits for.
         """
         try:
             await self._update(update)
             return
         except Exception as error:
             failed = error  # such as an agent's, whose last node LangGraph takes for the one before
-        for node in [*(node for node in self.graph.nodes if node != START), START]:
+        for node in [START, *(node for node in self.graph.nodes if node != START)]:
             with suppress(Exception):
                 await self._update(update, as_node=node)
                 return
@@ -431,11 +433,15 @@ class Thread(Kept):
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
     """Do some work to its end; who is cancelled meanwhile is held until then."""
     task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:  # anyio, and so Starlette, cancels again and again
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
 
 
 class _Pauses(GraphCallbackHandler):
@@ -484,7 +490,7 @@ def _beside(swaps: Sequence[Swap], known: Sequence[Any]) -> list[Swap]:
 
 def _is_opened(state: Any, swap: Swap) -> bool:
     """Return whether the turn of a draft in a state is told from those before by what the user says."""
-    found = state.values[swap.key]
+    found = state.values[swap.key] if isinstance(state.values, Mapping) else state.values
     return isinstance(found, list) and any(isinstance(each, HumanMessage) for each in found)
 
 

@@ -7,7 +7,7 @@ so that callers see the types that they always saw.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -157,22 +157,35 @@ class Shape:
         answer = self.answer_in(output)
         return Swap(answer, self.answer_in(left), key, _earlier(output, answer))
 
-    def unjudged(self, state: Mapping[str, Any], refusal: str) -> list[Swap]:
+    def unjudged(self, state: Any, keys: Collection[str] | None, refusal: str) -> list[Swap]:
         """Return what puts a refusal into the place of whatever may be an answer in the last turn of a state.
 
-        These are all words of the model behind the user's last message: of a run that broke off nobody knows
-        which were to be the answer.
+        These are the answer, where there is one, and all words of the model behind the user's last message:
+        of a run that broke off nobody knows which were to be the answer.
 
-        Raises:
-            DataError: there is none.
+        Args:
+            state: the values of an app's channels, or its one value.
+            keys: of those the ones that the app returns; None: it returns what the state is.
+            refusal: what to put there.
         """
-        key = self.output_in(state)
-        found, answer = state[key], self.answer_in(state)
-        said: list[str | BaseMessage] = [answer]
-        if isinstance(found, list):
-            turn = found[_turn(found) :]
-            said = [m for m in turn if m is answer or (isinstance(m, AIMessage) and shown_of(m).strip())]
-        return [Swap(each, refused(each, refusal, found), key, _earlier(state, each)) for each in said]
+        swaps: list[Swap] = []
+        returned = state if keys is None else {key: state[key] for key in state if key in keys}
+        try:
+            key = self.output_in(returned) if isinstance(returned, Mapping) else None
+            answer = self.answer_in(returned)
+            among = returned if key is None else returned[key]
+            swaps.append(Swap(answer, refused(answer, refusal, among), key, _earlier(state, answer)))
+        except DataError:  # it has not come to an answer
+            answer = None
+        for name, value in state.items() if isinstance(state, Mapping) else ():
+            if isinstance(value, list):
+                said = [each for each in value[_turn(value) :] if isinstance(each, AIMessage)]
+                swaps += [
+                    Swap(each, refused(each, refusal, value), name, _earlier(state, each))
+                    for each in said
+                    if each is not answer and shown_of(each).strip()
+                ]
+        return swaps
 
     def output_in(self, output: Mapping[str, Any]) -> str:
         """Return the key of the answer in an output."""
@@ -237,11 +250,15 @@ class Swap:
     """The messages of earlier turns, as `_named` names them."""
 
     def sparing(self, state: Any) -> Swap:
-        """Return the same, which leaves alone the messages that another state has, too, by their ids."""
+        """Return the same, which leaves alone the messages that another state has, too, by their ids.
+
+        The draft is none of them: under its id that state may have what left in its place.
+        """
         values = state.values() if isinstance(state, Mapping) else [state]
         messages = [each for value in values if isinstance(value, list) for each in value]
         ids = {each.id for each in messages if isinstance(each, BaseMessage) and each.id}
-        return dataclasses.replace(self, earlier=self.earlier | ids)
+        own = {self.draft.id} if isinstance(self.draft, BaseMessage) else set()
+        return dataclasses.replace(self, earlier=self.earlier | (ids - own))
 
     def __call__(self, value: Any, key: str | None = None) -> Any:
         """Return what stands under `key` with the draft replaced; the very value where no draft is in it."""

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextvars import ContextVar
+from typing import cast
 
 import pytest
 
@@ -44,6 +46,63 @@ def test_a_core_that_cannot_be_started_raises_and_does_not_hang() -> None:
         bridge.run(core)  # type: ignore[arg-type]
 
 
+def test_a_second_interrupt_leaves_nothing_that_waits_for_its_thread() -> None:
+    ended: list[str] = []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    async def core(caller: bridge.Caller) -> None:
+        try:
+            await caller.call(interrupted)
+        finally:
+            with pytest.raises(RuntimeError, match="interrupted in the caller's thread"):
+                await caller.call(interrupted)
+            ended.append("first")
+            with pytest.raises(RuntimeError, match="caller is gone"):
+                await caller.call(threading.current_thread)
+            ended.append("all")
+
+    with pytest.raises(KeyboardInterrupt):
+        bridge.run(core)
+
+    until = time.monotonic() + 20
+    while "all" not in ended and time.monotonic() < until:
+        time.sleep(0.01)
+    assert ended == ["first", "all"]
+
+
+def test_an_interrupt_reaches_work_that_is_shielded_from_it() -> None:
+    ended: list[BaseException] = []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    async def core(caller: bridge.Caller) -> None:
+        shielded = asyncio.ensure_future(caller.call(interrupted))
+        try:
+            await asyncio.shield(shielded)
+        finally:
+            await asyncio.wait([shielded])
+            ended.append(cast("BaseException", shielded.exception()))
+
+    with pytest.raises(KeyboardInterrupt):
+        bridge.run(core)
+    assert isinstance(ended.pop(), RuntimeError)
+
+
+def test_an_exit_in_the_core_is_raised_and_the_next_request_is_answered() -> None:
+    async def leave(caller: bridge.Caller) -> None:
+        sys.exit(3)
+
+    async def core(caller: bridge.Caller) -> int:
+        return 7
+
+    with pytest.raises(SystemExit):
+        bridge.run(leave)
+    assert bridge.run(core) == 7
+
+
 def test_work_handed_back_runs_in_the_callers_thread() -> None:
     async def core(caller: bridge.Caller) -> tuple[threading.Thread, threading.Thread]:
         return threading.current_thread(), await caller.call(threading.current_thread)
@@ -58,21 +117,23 @@ def test_work_handed_back_runs_in_the_callers_thread() -> None:
 class Interrupted(queue.SimpleQueue[Callable[[], None]]):
     """A queue whose reader is interrupted once, when it has taken what lay there."""
 
-    once = True
+    is_read = False
 
     def get(self, block: bool = True, timeout: float | None = None) -> Callable[[], None]:
+        first, self.is_read = not self.is_read, True
         item = super().get(block, timeout)
-        if self.once:
-            self.once = False
+        if first:
             raise KeyboardInterrupt
         return item
 
 
 def test_an_interrupt_at_the_very_end_is_raised_and_does_not_hang() -> None:
-    async def core() -> None: ...
+    async def core() -> None:
+        while not work.is_read:
+            await asyncio.sleep(0)
 
     caller = bridge.Caller()
-    caller._work = Interrupted()
+    caller._work = work = Interrupted()
 
     with pytest.raises(KeyboardInterrupt):
         caller._wait(core())
@@ -423,7 +484,7 @@ def test_a_stream_that_is_collected_in_the_loops_own_thread_is_closed_and_nothin
             until = time.monotonic() + 20
             while not ended and time.monotonic() < until:
                 time.sleep(0.01)
-            assert "reader is gone" in ended.pop()
+            assert "caller is gone" in ended.pop()
         """
     )
 
