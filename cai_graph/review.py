@@ -39,8 +39,8 @@ from cai_graph.committing import commit
 from cai_graph.constitution import Constitution
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.form import Form
-from cai_graph.kept import as_owner
 from cai_graph.log.store import Duplicate
+from cai_graph.memory import as_owner
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress
 from cai_graph.run import Ending

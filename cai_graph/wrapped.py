@@ -7,9 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.language_models import BaseLanguageModel
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables.history import RunnableWithMessageHistory
 from langgraph.config import get_stream_writer
 from langgraph.errors import GraphBubbleUp
 from langgraph.pregel import Pregel
@@ -29,6 +31,7 @@ __all__ = [
     "is_graph",
     "is_pause",
     "layers",
+    "memory_in",
     "outer_writer",
     "resumes",
     "step_limit",
@@ -63,6 +66,27 @@ def graph_of(app: Runnable[Any, Any]) -> Pregel[Any, Any, Any, Any] | None:
 def is_graph(app: Runnable[Any, Any]) -> bool:
     """Return whether a wrapped app is a compiled LangGraph graph."""
     return graph_of(app) is not None
+
+
+def memory_in(app: Runnable[Any, Any]) -> object:
+    """Return what remembers inside an app, as far as its parts can be seen; None where nothing does."""
+    waiting, seen = [app], set[int]()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen or isinstance(part, BaseLanguageModel):  # a model has no memory
+            continue
+        seen.add(id(part))
+        if isinstance(part, RunnableWithMessageHistory) or (isinstance(part, Pregel) and part.checkpointer):
+            return part
+        if (memory := getattr(part, "memory", None)) is not None:  # a classic chain's
+            return memory
+        for value in vars(part).values():
+            many = value.values() if isinstance(value, Mapping) else value
+            inside = [*many] if isinstance(value, Mapping | list | tuple) else [value]
+            waiting += [each for each in inside if isinstance(each, Runnable)]
+        if isinstance(part, RunnableLambda):
+            waiting += part.deps  # what its function closes over
+    return None
 
 
 # --- how it is called ---------------------------------------------------------------------------------
