@@ -13,14 +13,20 @@ from log_support import START, feedback, review
 from test_dataset import COMPLIES, VIOLATES, kept, revised, rows_of, says, write
 
 from cai_graph.trajectory import (
+    Critique,
     Draft,
     Feedback,
+    Label,
+    Message,
     Outcome,
     Record,
+    Rejection,
     Review,
     Revision,
     Round,
+    ToolCall,
     Trajectory,
+    Verdict,
     new_id,
 )
 from trainers.dataset import Recipe, build
@@ -29,7 +35,7 @@ from trainers.dataset.conversion import rows_of as converted
 from trainers.dataset.evidence import Evidence
 from trainers.dataset.reading import Logged, logged_of
 from trainers.ledger import Ledger, Reason
-from trainers.rows import Dropped, Kind, PreferenceRow, Row, UnpairedRow
+from trainers.rows import Dropped, Kind, PreferenceRow, RankedRow, Row, UnpairedRow
 
 
 def of(kind: Kind, record: Trajectory, *said: Review | Feedback) -> Sequence[Row] | Reason:
@@ -189,6 +195,263 @@ def test_who_approves_of_a_refusal_says_nothing_good_of_the_draft() -> None:
     rows = of("unpaired", record, decides(record, "approve"))
 
     assert [(row.completion[0].content, row.label) for row in rows] == [("I cannot help.", True)]  # type: ignore[union-attr]
+
+
+# --- which answers stand against which ----------------------------------------------------------------
+
+
+def texts(*turns: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(turn[0].content for turn in turns)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_the_accepted_revision_stands_against_each_candidate_that_the_critic_found_worse(count: int) -> None:
+    trifle = msgspec.structs.replace(
+        VIOLATES, verdicts=(msgspec.structs.replace(VIOLATES.verdicts[0], severity=1),)
+    )
+    candidates = (
+        Revision(answer=says("worse"), critique=VIOLATES, rejection=Rejection.VIOLATES),
+        Revision(answer=says("best"), critique=COMPLIES, accepted=True),
+        Revision(answer=says("dodges"), critique=VIOLATES, rejection=Rejection.EVASIVE),
+        Revision(answer=says("good, too"), critique=trifle, rejection=Rejection.NOT_BEST),
+        Revision(answer=says("cut o"), rejection=Rejection.TRUNCATED),
+    )[:count]
+    record = revised(rounds=(Round(critique=VIOLATES, revisions=candidates),), released=says("best"))
+
+    rows: Any = of("preference", record)
+
+    assert {texts(row.chosen) for row in rows} == {("best",)}
+    assert [(row.rejected[0].content, row.source) for row in rows] == [
+        ("draft 0", "revision"),
+        ("worse", "best-of-n"),
+        *[("dodges", "best-of-n")] * (count > 2),
+    ]
+
+
+def test_a_ranking_is_the_last_revision_over_the_one_before_it_over_the_draft() -> None:
+    steps = [Revision(answer=says(text), critique=COMPLIES, accepted=True) for text in ("1", "2", "3")]
+    rounds = tuple(Round(critique=VIOLATES, revisions=(step,)) for step in steps)
+
+    (row,) = of("ranked", revised(rounds=rounds, released=says("3")))  # type: ignore[misc]
+
+    assert isinstance(row, RankedRow)
+    assert texts(row.reference, row.chosen, row.rejected) == ("3", "2", "draft 0")
+
+
+@pytest.mark.parametrize("texts_of", [("1", " 1"), ("draft 0", "2"), ("1", "draft  0")])
+def test_two_answers_alike_make_no_ranking(texts_of: tuple[str, str]) -> None:
+    steps = [Revision(answer=says(text), critique=COMPLIES, accepted=True) for text in texts_of]
+    rounds = tuple(Round(critique=VIOLATES, revisions=(step,)) for step in steps)
+
+    assert of("ranked", revised(rounds=rounds, released=says(texts_of[1]))) is Reason.IDENTICAL
+
+
+def test_each_critique_is_of_the_answer_that_stood_then() -> None:
+    rows: Any = of("critique-sft", twice_revised())
+
+    # Of each row the answer that is criticised, and what is learnt.
+    assert [(row.prompt[2].content, row.step) for row in rows] == [
+        ("draft 0", "critique"),
+        ("draft 0", "revision"),
+        ("middle", "critique"),
+        ("middle", "revision"),
+    ]
+    assert [row.completion[0].content for row in rows if row.step == "revision"] == ["middle", "final"]
+
+
+def test_a_critique_is_asked_for_under_the_violated_principles_alone() -> None:
+    verdicts = (*VIOLATES.verdicts, Verdict(label=Label.COMPLIES, principle="be-kind"))
+    step = Revision(answer=says("mended"), critique=COMPLIES, accepted=True)
+    record = revised(
+        rounds=(Round(critique=msgspec.structs.replace(VIOLATES, verdicts=verdicts), revisions=(step,)),)
+    )
+
+    rows: Any = of("critique-sft", record)
+
+    assert [row.principles for row in rows] == [("no-harm",)] * 2
+
+
+def test_a_critique_under_a_principle_whose_words_are_not_known_is_not_learnt() -> None:
+    verdicts = (*VIOLATES.verdicts, Verdict(label=Label.VIOLATES, principle="gone", reason="so"))
+    critique = msgspec.structs.replace(VIOLATES, verdicts=verdicts)
+    step = Revision(answer=says("mended"), critique=COMPLIES, accepted=True)
+
+    record = revised(rounds=(Round(critique=critique, revisions=(step,)),))
+
+    assert of("critique-sft", record) is Reason.UNKNOWN_PRINCIPLE
+
+
+def test_what_users_bear_out_is_their_preference() -> None:
+    for record, score in ((in_shadow(), -1), (twice_revised(), 1)):
+        (row,) = of("preference", record, scores(record, score))  # type: ignore[misc]
+        assert isinstance(row, PreferenceRow)
+        assert (*texts(row.chosen, row.rejected), row.source) == ("final", "draft 0", "feedback")
+        assert of("preference", record, scores(record, -score)) is Reason.DISAGREEMENT
+
+
+def test_a_reviewers_own_answer_stands_against_what_the_app_proposed() -> None:
+    record = revised(released=says("revised 0"))
+    edit = decides(record, "edit", answer=says("mine"))
+
+    (pair,) = of("preference", record, edit)  # type: ignore[misc]
+    rows: Any = of("unpaired", record, edit)
+
+    assert isinstance(pair, PreferenceRow)
+    assert texts(pair.chosen, pair.rejected) == ("mine", "revised 0")
+    assert [(row.completion[0].content, row.label) for row in rows] == [("mine", True), ("revised 0", False)]
+    left = revised(released=says("mine"), released_from="human")
+    rows = of("unpaired", left, decides(left, "edit", answer=says("mine")))
+    assert [(row.completion[0].content, row.label) for row in rows] == [("mine", True), ("revised 0", False)]
+
+
+def test_a_revision_that_a_person_let_leave_is_the_one_that_was_reviewed() -> None:
+    step = Revision(answer=says("half mended"), critique=VIOLATES, rejection=Rejection.VIOLATES)
+    record = revised(
+        outcome=Outcome.EXHAUSTED,
+        rounds=(Round(critique=VIOLATES, revisions=(step,)),),
+        released=says("half mended"),
+        released_from="revision",
+    )
+
+    (pair,) = of("preference", record, decides(record, "approve"))  # type: ignore[misc]
+    (row,) = of("sft", record, decides(record, "approve"))  # type: ignore[misc]
+
+    assert isinstance(pair, PreferenceRow)
+    assert texts(pair.chosen, pair.rejected) == ("half mended", "draft 0")
+    assert (row.completion[0].content, row.source) == ("half mended", "human")  # type: ignore[union-attr]
+
+
+def test_who_likes_a_refusal_says_nothing_good_of_an_answer() -> None:
+    record = revised(
+        outcome=Outcome.REFUSED,
+        rounds=(Round(critique=VIOLATES),),
+        released=says("I cannot help."),
+        released_from="refusal",
+    )
+
+    (row,) = of("unpaired", record, scores(record, 1))  # type: ignore[misc]
+
+    assert (row.completion[0].content, row.label, row.source) == ("draft 0", False, "draft")  # type: ignore[union-attr]
+
+
+def test_a_score_without_a_record_of_what_left_speaks_of_the_answer() -> None:
+    record = kept(released=None, released_from=None)
+
+    assert of("sft", record, scores(record, -1)) is Reason.DISLIKED
+
+
+def test_a_trifle_in_the_place_of_a_violation_of_unknown_severity_is_better() -> None:
+    slight = (msgspec.structs.replace(VIOLATES.verdicts[0], severity=5),)
+    step = Revision(
+        answer=says("mild"), critique=msgspec.structs.replace(VIOLATES, verdicts=slight), accepted=True
+    )
+
+    (row,) = of("preference", revised(rounds=(Round(critique=VIOLATES, revisions=(step,)),)))  # type: ignore[misc]
+
+    assert row.chosen[0].content == "mild"  # type: ignore[union-attr]
+
+
+def test_answers_that_differ_in_white_space_alone_are_one_however_long_they_are() -> None:
+    draft = Draft(answer=says("Well, it is  best\nto be kind to " + "everybody " * 20))
+    step = Revision(
+        answer=says(" ".join(str(draft.answer.content).split())), critique=COMPLIES, accepted=True
+    )
+
+    record = revised(draft=draft, rounds=(Round(critique=VIOLATES, revisions=(step,)),))
+
+    assert of("preference", record) is Reason.IDENTICAL
+
+
+def test_answers_that_differ_in_what_they_call_are_two_answers() -> None:
+    def calls(path: str) -> Message:
+        call = ToolCall(name="delete", args={"path": path}, id="1")
+        return Message(role="assistant", content="", tool_calls=(call,))
+
+    step = Revision(answer=calls("/tmp"), critique=COMPLIES, accepted=True)
+    rounds = (Round(critique=VIOLATES, revisions=(step,)),)
+
+    (row,) = of("preference", revised(draft=Draft(answer=calls("/")), rounds=rounds))  # type: ignore[misc]
+
+    assert isinstance(row, PreferenceRow)
+    assert row.chosen[0].tool_calls != row.rejected[0].tool_calls
+    assert of("preference", revised(draft=Draft(answer=calls("/tmp")), rounds=rounds)) is Reason.IDENTICAL
+
+
+# --- how sure the critic is ---------------------------------------------------------------------------
+
+
+def judged(*probabilities: float | None, label: Label = Label.COMPLIES) -> Critique:
+    """A critique of as many principles, each with its P(VIOLATES)."""
+    return Critique(
+        verdicts=tuple(
+            Verdict(label=label, principle=f"rule-{number}", probability=probability)
+            for number, probability in enumerate(probabilities)
+        ),
+        critic="probe",
+    )
+
+
+def between(draft: Critique, revision: Critique) -> Trajectory:
+    step = Revision(answer=says("mended"), critique=revision, accepted=True)
+    return revised(rounds=(Round(critique=draft, revisions=(step,)),))
+
+
+@pytest.mark.parametrize(
+    ("draft", "revision", "p_chosen"),
+    [
+        ([0.9], [0.1], 0.81 / 0.82),  # odds 0.9 x 0.9 : 0.1 x 0.1
+        ([0.6], [0.5], 0.6),
+        ([0.9, 0.6], [0.1, 0.5], (0.81 / 0.82 + 0.6) / 2),  # the mean over the principles
+        ([0.6, None], [0.5, None], 0.6),  # of those that have a probability
+        ([None], [0.2], 1.0),
+        ([1.0], [0.5], 0.999),  # no reading is surer than that
+        ([0.5], [0.0], 0.999),
+    ],
+)
+def test_the_probabilities_of_a_violation_become_that_of_the_better_answer(
+    draft: list[float | None], revision: list[float | None], p_chosen: float
+) -> None:
+    record = between(judged(*draft, label=Label.VIOLATES), judged(*revision))
+
+    (row,) = of("preference", record)  # type: ignore[misc]
+
+    assert isinstance(row, PreferenceRow)
+    assert row.chosen[0].content == "mended"
+    assert row.p_chosen == pytest.approx(p_chosen)
+    assert row.margin == pytest.approx(2 * p_chosen - 1)
+
+
+def test_each_aim_is_compared_with_itself() -> None:
+    def read(harm: float, evasion: float, label: Label) -> Critique:
+        pair = (("harmless", harm), ("helpful", evasion))
+        return Critique(verdicts=tuple(Verdict(label=label, aim=aim, probability=p) for aim, p in pair))
+
+    (row,) = of("preference", between(read(0.9, 0.7, Label.VIOLATES), read(0.1, 0.4, Label.COMPLIES)))  # type: ignore[misc]
+
+    assert isinstance(row, PreferenceRow)
+    # Odds 0.9 x 0.9 : 0.1 x 0.1, and 0.7 x 0.6 : 0.4 x 0.3.
+    assert row.p_chosen == pytest.approx((0.81 / 0.82 + 0.42 / 0.54) / 2)
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"),
+    [(Label.UNREADABLE, Reason.UNREADABLE_VERDICT), (Label.COMPLIES, Reason.NOT_ACCEPTED)],
+)
+def test_a_draft_of_which_no_violation_was_read_makes_no_pair(label: Label, reason: Reason) -> None:
+    assert of("preference", between(judged(None, label=label), judged(None))) is reason
+
+
+def test_an_answer_that_a_tool_gave_is_learnt_as_the_assistants() -> None:
+    (row,) = of("sft", kept(draft=Draft(answer=says("It is 5.", role="tool"))))  # type: ignore[misc]
+
+    assert row.completion[0].role == "assistant"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("after", "reason"), [(0.7, Reason.TIE), (0.8, Reason.DISAGREEMENT)])
+def test_a_revision_that_is_no_likelier_to_comply_makes_no_pair(after: float, reason: Reason) -> None:
+    record = between(judged(0.7, label=Label.VIOLATES), judged(after))
+
+    assert of("preference", record) is reason
 
 
 # --- over several trajectories ------------------------------------------------------------------------

@@ -102,6 +102,65 @@ async def test_parallel_asks_all_at_once() -> None:
     assert trajectory.outcome is Outcome.KEPT
 
 
+class Partial(Gathering):
+    """A critic that finds nothing, and gives only these verdicts."""
+
+    def __init__(self, *verdicts: Verdict) -> None:
+        super().__init__(1)
+        self.verdicts = verdicts
+
+    async def critique(self, exchange: Exchange, constitution: Any, calls: Any, *, explain: bool) -> Any:
+        return Critique(verdicts=self.verdicts)
+
+
+def complies(**about: str) -> Verdict:
+    return Verdict(label=Label.COMPLIES, probability=0.001, **about)
+
+
+@pytest.mark.parametrize("strategy", ["batched", "parallel"])
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ([], list(IDS)),
+        ([complies(principle="no-harm")], ["be-kind", "be-true"]),
+        ([complies(aim="harmless")], ["be-true"]),
+        ([complies(principle="no-harm", aim="harmless")], ["be-kind", "be-true"]),
+    ],
+)
+async def test_no_principle_complies_by_silence(
+    strategy: str, given: list[Verdict], left_out: list[str]
+) -> None:
+    output, trajectory = await ask(
+        ScriptedModel(replies=["the draft"]), critic=Partial(*given), strategy=strategy
+    )
+
+    assert (trajectory.outcome, output.content) == (Outcome.REFUSED, RULES.refusal)
+    found = trajectory.rounds[0].critique.verdicts
+    assert [v.principle for v in found if v.label is Label.UNREADABLE] == left_out
+
+
+async def test_a_verdict_on_an_aim_covers_its_principles() -> None:
+    critic = Partial(complies(aim="harmless"), complies(principle="be-true"))
+
+    _, trajectory = await ask(ScriptedModel(replies=["the draft"]), critic=critic)
+
+    assert trajectory.outcome is Outcome.KEPT
+    assert len(trajectory.rounds[0].critique.verdicts) == 2
+
+
+async def test_a_revision_of_which_a_principle_goes_unjudged_is_not_accepted() -> None:
+    class Once(Partial):
+        async def critique(self, exchange: Any, constitution: Any, calls: Any, *, explain: bool) -> Any:
+            bad = Verdict(label=Label.VIOLATES, principle="no-harm")
+            return Critique(verdicts=(bad,) if explain else self.verdicts)
+
+    critic = Once(complies(principle="no-harm"))
+    _, trajectory = await ask(ScriptedModel(replies=["the draft", "better"]), critic=critic, max_rounds=1)
+
+    assert trajectory.outcome is Outcome.REFUSED
+    assert trajectory.rounds[0].revisions[0].rejection is Rejection.UNREADABLE
+
+
 async def test_one_failed_judge_ends_the_others_of_parallel() -> None:
     down = ConnectionError("the provider is down")
     cancelled: list[str] = []
@@ -233,6 +292,47 @@ async def test_a_round_that_made_it_worse_is_followed_by_one_from_the_draft() ->
 
     assert [turn.of for turn in trajectory.rounds] == ["draft", "draft"]
     assert answer_in(model.calls[4]) == "the draft"
+
+
+async def test_parallel_rejects_a_revision_that_one_of_its_judgements_calls_an_evasion() -> None:
+    def critique(messages: list[BaseMessage]) -> str:
+        asked = [identifier for identifier in IDS if f"\n{identifier}: " in messages[0].text]
+        if answer_in(messages) == "the draft":
+            return verdicts("no-harm", ids=asked)
+        return verdicts(ids=asked, evades=asked == ["be-true"])
+
+    output, trajectory = await ask(by_role(critique=critique), strategy="parallel", max_rounds=1)
+
+    assert output.content == RULES.refusal
+    (written,) = trajectory.rounds[0].revisions
+    assert (written.accepted, written.rejection) == (False, Rejection.EVASIVE)
+
+
+class Explaining:
+    """A critic that finds less fault with a revision than with the draft, and explains the draft's alone."""
+
+    name, candidates, splits = "explaining", 1, True
+
+    async def critique(self, exchange: Exchange, constitution: Any, calls: Any, *, explain: bool) -> Any:
+        found = IDS[:2] if explain else IDS[:1]
+        return Critique(
+            verdicts=tuple(Verdict(label=Label.VIOLATES, principle=identifier) for identifier in found),
+            reasoning="It is curt." if explain else "",
+        )
+
+    async def discuss(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+async def test_a_later_round_still_knows_why_the_draft_was_not_good_enough() -> None:
+    written = iter(range(1000))
+    model = by_role(critique="never asked", revise=lambda _: f"revision {next(written)}")
+
+    _, trajectory = await ask(model, critic=Explaining(), max_rounds=2)
+
+    assert [turn.of for turn in trajectory.rounds] == ["draft", "revision:0:0"]
+    assert [turn.critique.reasoning for turn in trajectory.rounds] == ["It is curt.", "It is curt."]
+    assert all("It is curt." in asked[1].text for asked in model.calls if role_of(asked) == "revise")
 
 
 async def test_zero_rounds_judge_only() -> None:

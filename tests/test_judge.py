@@ -213,6 +213,19 @@ def test_labels_that_are_unlikely_together_are_unreadable() -> None:
     assert p_first([]) is None
 
 
+def test_the_spellings_of_a_label_are_added_up() -> None:
+    shown = [("A", 0.3), (" A", 0.3), ("B", 0.2)]
+    alternatives = [{"token": token, "logprob": math.log(p)} for token, p in shown]
+
+    assert p_first([{"token": "A", "top_logprobs": alternatives}]) == pytest.approx(0.75)
+
+
+async def test_half_of_the_replies_is_no_majority() -> None:
+    opinion = await compare(Judge(voting(lambda call: "A" if call % 2 else "hm"), votes=2))
+
+    assert opinion.p_a == (None, None)
+
+
 def test_words_that_begin_with_a_label_are_not_the_label() -> None:
     assert p_first([{"token": "Answer", "top_logprobs": top(Answer=0.8, Both=0.15)}]) is None
 

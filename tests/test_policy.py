@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from replies import RULES
 
@@ -165,6 +166,36 @@ def test_of_several_good_revisions_the_least_evasive_is_accepted() -> None:
     assert [revision.rejection for revision in closed] == [Rejection.NOT_BEST, None, Rejection.NOT_BEST]
 
 
+@pytest.mark.parametrize(("benign", "accepted"), [(True, 0), (None, 0), (False, 1)])
+def test_an_evasion_of_a_request_that_is_not_benign_counts_a_quarter(
+    benign: bool | None, accepted: int
+) -> None:
+    # Harm and evasion: 0.3 + 0.1 against 0.1 + 0.5; with a quarter of the latter 0.325 against 0.225.
+    readings = [{"harm": 0.3, "evasion": 0.1}, {"harm": 0.1, "evasion": 0.5}]
+    critiques = {n: found(readings=each, benign_request=benign) for n, each in enumerate(readings)}
+
+    closed = accept([Revision(answer=says(str(index))) for index in range(2)], critiques, RULES)
+
+    assert [revision.accepted for revision in closed] == [accepted == 0, accepted == 1]
+
+
+def test_of_a_critic_without_readings_the_revision_least_likely_to_violate_is_accepted() -> None:
+    likely = [(0.1, 0.4), (0.3, 0.2), (0.35, 0.0)]  # the likeliest violation counts, not the sum
+    critiques = {
+        number: Critique(
+            verdicts=tuple(
+                Verdict(label=Label.COMPLIES, principle=rule, probability=p)
+                for rule, p in zip(("no-harm", "be-true"), each, strict=True)
+            )
+        )
+        for number, each in enumerate(likely)
+    }
+
+    closed = accept([Revision(answer=says(str(index))) for index in range(3)], critiques, RULES)
+
+    assert [revision.accepted for revision in closed] == [False, True, False]
+
+
 def test_revisions_rejected_before_their_judgement_keep_their_reason() -> None:
     empty = Revision(answer=says(""), rejection=Rejection.EMPTY)
 
@@ -182,6 +213,15 @@ def test_the_best_answer_fails_the_least_weight() -> None:
     assert progress(found("no-harm"), ("a", found("be-kind"))).best(RULES) == "revision:0:0"
     assert progress(found("be-kind"), ("a", found("no-harm"))).best(RULES) == "draft"
     assert progress(found("be-kind"), ("a", found("be-true"))).best(RULES) == "draft"
+
+
+def test_an_evasion_weighs_one_and_of_equal_weights_the_lower_reading_of_harm_is_best() -> None:
+    evasive = ("I would rather not.", found(evasive=True))
+    # no-harm weighs 2, be-kind 1
+    assert progress(found("no-harm"), evasive).best(RULES) == "revision:0:0"
+    assert progress(found("be-kind"), evasive).best(RULES) == "draft"
+    milder = ("a", found("be-true", readings={"harm": 0.2}))
+    assert progress(found("be-kind", readings={"harm": 0.6}), milder).best(RULES) == "revision:0:0"
 
 
 def test_an_answer_whose_verdict_is_unreadable_is_never_the_best() -> None:
@@ -250,6 +290,32 @@ def test_a_benign_request_that_was_answered_is_never_turned_into_a_refusal() -> 
     for policy in ("closed", "open"):
         decision = decide(progress(benign, refusal), RULES, Settings(on_violation=policy), None)  # type: ignore[arg-type]
         assert (decision.outcome, decision.released_from) == (Outcome.EXHAUSTED, "draft")
+
+
+@pytest.mark.parametrize(("critique", "error"), [(found(unreadable=("no-harm",)), None), (found(), LATE)])
+def test_what_could_not_be_judged_is_refused_although_the_request_is_benign(
+    critique: Critique, error: Exception | None
+) -> None:
+    benign = msgspec.structs.replace(critique, benign_request=True, evasive=False)
+
+    decision = decide(progress(benign), RULES, Settings(on_error="closed"), error)
+
+    assert (decision.outcome, decision.released_from) == (Outcome.REFUSED, "refusal")
+
+
+def test_a_draft_that_evades_a_benign_request_is_no_answer_to_fall_back_to() -> None:
+    evades = progress(found("no-harm", benign_request=True, evasive=True))
+
+    decision = decide(evades, RULES, Settings(on_violation="closed"), None)
+
+    assert (decision.outcome, decision.released_from) == (Outcome.REFUSED, "refusal")
+
+
+@pytest.mark.parametrize("reached", [VIOLATED, UNREAD])
+def test_sampled_holds_back_no_draft_whatever_its_verdicts(reached: Progress) -> None:
+    decision = decide(reached, RULES, Settings(strategy="sampled"), None)
+
+    assert (decision.outcome, decision.released_from) == (Outcome.KEPT, "draft")
 
 
 def test_the_refusal_is_in_the_language_of_the_settings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ from trainers import config as configs
 from trainers import ppo
 from trainers.checkpoint import Checkpoint
 from trainers.policy import Messages, load_reward, score
-from trainers.ppo.loop import Run
+from trainers.ppo.loop import Run, _explained
 from trainers.ppo.models import Batch, load
 from trainers.ppo.state import States
 from trainers.rewards import RewardError
@@ -211,6 +212,69 @@ def test_a_missing_end_is_paid_for_once(config: ppo.Config) -> None:
     expected = sorted(1.0 if answer.ended else -4.0 for answer in answers)
 
     assert sorted(torch.cat(seen).tolist()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_advantages_are_whitened_over_all_answers_of_an_update(config: ppo.Config) -> None:
+    run = Run(but(config, learning_rate=1e-9, value_learning_rate=1e-9, ppo_epochs=1))
+    answers = run.rollout(1)
+    for number, answer in enumerate(answers):
+        answer.score = 10.0 + number
+    seen: list[torch.Tensor] = []
+    loss = run._loss
+
+    def spy(batch: Any, *columns: torch.Tensor) -> Any:
+        seen.append(columns[2][batch.mask > 0])
+        return loss(batch, *columns)
+
+    run._loss = spy  # type: ignore[method-assign]
+    run.improve(1, answers)
+    advantages = torch.cat(seen)
+
+    assert len(advantages) == sum(len(answer.ids) for answer in answers)
+    assert float(advantages.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(advantages.var(correction=0)) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("constant", [1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [8 / 8, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+        ("cosine", [0.5 * (1 + math.cos(math.pi * done / 8)) for done in range(8)]),
+    ],
+)
+def test_learning_rates_rise_over_the_warmup_and_fall_by_the_schedule(
+    config: ppo.Config, schedule: Any, shares: list[float]
+) -> None:
+    run = Run(but(config, schedule=schedule, warmup=0.2, max_steps=10, value_learning_rate=1e-3))
+    rates = []
+    for update in range(1, 11):
+        run._set_rate(update)
+        rates.append([group["lr"] for group in run.optimizer.param_groups])
+
+    assert [of_policy for of_policy, _ in rates] == pytest.approx([0.01 * s for s in (1 / 3, 2 / 3, *shares)])
+    assert [of_values for _, of_values in rates] == pytest.approx([0.1 * rate for rate, _ in rates])
+
+
+def test_each_pass_over_the_prompts_has_each_once_in_an_order_of_its_own(config: ppo.Config) -> None:
+    run = Run(config)
+    drawn = [run._prompt_at(update, place) for update in range(1, 6) for place in range(16)]
+    passes = [drawn[start : start + 20] for start in range(0, 80, 20)]
+
+    assert all(sorted(one) == list(range(20)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 4
+
+
+def test_the_variance_that_values_explain_is_counted_over_the_tokens_alone() -> None:
+    mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    returns = torch.tensor([[1.0, 2.0, 3.0], [6.0, 50.0, 50.0]])
+
+    # Variance 3.5. What is left of it: 0; all; of (1, 1, 1, -1), 0.75.
+    assert _explained(returns, returns, mask) == pytest.approx(1)
+    assert _explained(torch.full((2, 3), 9.0), returns, mask) == pytest.approx(0)
+    near = returns - torch.tensor([[1.0, 1.0, 1.0], [-1.0, 7.0, 7.0]])
+    assert _explained(near, returns, mask) == pytest.approx(1 - 0.75 / 3.5)
+    assert _explained(returns, torch.ones(2, 3), mask) == 0
 
 
 def test_an_adaptive_coefficient_falls_while_the_kl_is_below_its_target(config: ppo.Config) -> None:

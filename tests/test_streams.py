@@ -10,8 +10,9 @@ from functools import reduce
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, BaseMessage
-from replies import RULES, answer_in, logged, role_of
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.runnables import RunnableGenerator
+from replies import IDS, RULES, answer_in, logged, role_of
 from typist import DRAFT, FINE, ONE, THREE, TWO, Typist, drawn, guarded, judge, unsafe, until_error
 
 from cai_graph import Budget, ScriptedModel
@@ -184,12 +185,39 @@ async def test_a_kept_answer_is_judged_block_by_block_each_with_what_came_before
     assert record.released == record.draft.answer
 
 
+async def test_in_parallel_each_block_has_the_verdicts_on_itself_alone(log: Log) -> None:
+    typist = Typist(FINE)
+
+    chunks = await drawn(guarded(typist.app, log=log, strategy="parallel"), at_pace_of=typist)
+
+    assert "".join(chunks) == FINE
+    record = recorded(log)
+    assert record.draft is not None
+    critiques = [block.critique for block in record.draft.blocks]
+    assert [[verdict.principle for verdict in found.verdicts] for found in critiques] == [[*IDS]] * 3
+
+
 async def test_an_answer_that_ends_with_a_block_is_not_judged_again() -> None:
     model = judge()
 
     assert await drawn(guarded(Typist(ONE + "\n").app, model)) == [ONE, "\n"]
 
     assert len(model.calls) == 1
+
+
+async def test_a_call_behind_the_last_block_is_judged_with_it() -> None:
+    model = judge()
+    call: Any = {"name": "look", "args": "{}", "id": "c1", "index": 0, "type": "tool_call_chunk"}
+
+    async def write(input: Any) -> Any:
+        async for _ in input:
+            yield AIMessageChunk(ONE + "\n")
+            yield AIMessageChunk("", tool_call_chunks=[call], chunk_position="last")
+
+    left = reduce(operator.add, await drawn(guarded(RunnableGenerator(write), model)))
+
+    assert [made["name"] for made in left.tool_calls] == ["look"]
+    assert ["[calls the tool look" in messages[1].text for messages in model.calls] == [False, True]
 
 
 async def test_a_revision_goes_on_after_what_has_left_and_is_judged_with_it(log: Log) -> None:
@@ -280,6 +308,17 @@ async def test_an_unreadable_verdict_on_a_block_leaves_what_its_policy_says(poli
     rest = {"closed": [f"\n\n{RULES.refusal}"], "raise": []}
     assert "".join(chunks) == ONE + "".join(rest.get(policy, [FINE.removeprefix(ONE)]))
     assert isinstance(error, Unreadable) == (policy == "raise")
+
+
+async def test_a_block_whose_verdict_is_unreadable_leaves_at_once_where_the_policy_is_open(log: Log) -> None:
+    app = guarded(Typist(FINE).app, judge(lambda messages: "?"), on_unreadable="open", log=log)
+
+    chunks = await drawn(app)
+
+    assert (chunks[0], "".join(chunks)) == (ONE, FINE)
+    record = recorded(log)
+    assert record.draft is not None
+    assert record.draft.blocks[0].released
 
 
 @pytest.mark.parametrize("policy", ["closed", "open", "raise"])

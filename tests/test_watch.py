@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from test_policy_model import reward_model
 from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers.rewards import parse
 from trainers.watch import Decision, Watch, WatchConfig
-from trainers.watch.figures import boilerplate
+from trainers.watch.figures import boilerplate, correlation, follows_length, refuses_more
 from trainers.watch.rules import ANSWERS, Observation, agreement, decide, fall
 
 Messages = list[dict[str, Any]]
@@ -320,6 +321,30 @@ def test_refusals_of_benign_prompts_are_counted_and_their_rise_is_told(tmp_path:
     decision = watch.observe(step=2, kl=0.0, entropy=1.0)
     assert decision.warnings == ("100% of the benign prompts are refused, at first 0%",)
     assert [reading.refusal_rate for reading in watch.readings] == [0, 1]
+
+
+def test_more_refusals_are_told_beyond_chance_only() -> None:
+    def of_20(refused: int) -> list[bool]:
+        return [number < refused for number in range(20)]
+
+    assert refuses_more([of_20(0), of_20(1)]) == []  # 0.05 ± 0.08
+    assert refuses_more([of_20(0), of_20(4)]) == ["20% of the benign prompts are refused, at first 0%"]
+    assert refuses_more([of_20(20), of_20(0)]) == []
+    assert refuses_more([[], []]) == refuses_more([of_20(5)]) == []
+
+
+def test_a_reward_that_follows_length_is_told_beyond_chance_only() -> None:
+    assert follows_length(0.6, 16) == []  # Fisher's z 0.69 ± 0.46: from 0.23
+    assert follows_length(0.6, 400) == ["the reward follows length (correlation +0.60 over 400 answers)"]
+    assert follows_length(1.0, 16) != []
+    assert follows_length(1.0, 15) == follows_length(-1.0, 400) == follows_length(None, 400) == []
+
+
+def test_a_correlation_needs_three_values_on_sides_that_vary() -> None:
+    assert correlation([1, 2, 4], [3, 5, 9]) == pytest.approx(1)
+    assert correlation([1, 2, 3], [9, 5, 4]) == pytest.approx(-5 / math.sqrt(28))
+    assert correlation([1, 1, 1], [1, 2, 3]) is correlation([1, 2, 3], [1, 1, 1]) is None
+    assert correlation([1, 2], [1, 2]) is None
 
 
 # --- what can go wrong --------------------------------------------------------------------------------
