@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cai_graph.calls import Budget, Calls
+from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls
 from cai_graph.cascades import suspicion
 from cai_graph.constitution import Constitution
-from cai_graph.critic import Critic
+from cai_graph.critic import Critic, covered
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.failures import is_about_all_rows
 from cai_graph.log import Filters, Log
 from cai_graph.prompts import Exchange
 from cai_graph.together import together
@@ -244,7 +245,7 @@ async def rejudged(
     Raises:
         DataError: the log holds no such drafts, or those of several critics.
         LogError: the log cannot be read.
-        Exception: what the cheap critic raises.
+        Exception: what would fail every further answer, such as a refused key.
     """
     reader = _Reader(constitution)
     found: list[tuple[Trajectory, Critique]] = []
@@ -265,8 +266,16 @@ async def rejudged(
             exchange = Exchange(
                 messages=trajectory.messages, answer=trajectory.draft.answer, context=trajectory.context
             )
-            said = await cheap.critique(exchange, constitution, Calls(Budget()), explain=False)
-        reader.keep(trajectory, said.critic or cheap.name, critique, suspicion(said))
+            calls = Calls(Budget(seconds=UNATTENDED_SECONDS))
+            try:
+                said = await cheap.critique(exchange, constitution, calls, explain=False)
+            except Exception as error:
+                if is_about_all_rows(error):
+                    raise
+                reader.left_out[f"the cheap critic failed with {type(error).__name__}"] += 1
+            else:
+                suspected = suspicion(covered(said, constitution))
+                reader.keep(trajectory, said.critic or cheap.name, critique, suspected)
         done += 1
         if progress is not None:
             progress(done, len(found))

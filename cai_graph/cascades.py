@@ -3,9 +3,9 @@
     critic = cascade("local", "openai:gpt-5-mini", threshold=0.03)
     guarded = constitutional(app, critic=critic, …)
 
-The cheap critic can only clear an answer: it does where every verdict of it is COMPLIES with a probability
-below the threshold. Everything else is the strong critic's to judge. `cai critic calibrate` chooses the
-threshold from a log (`cai_graph.calibration`).
+The cheap critic can only clear an answer: it does where it has a verdict on each principle, or its aim, and
+every one is COMPLIES with a probability below the threshold. Everything else is the strong critic's to judge.
+`cai critic calibrate` chooses the threshold from a log (`cai_graph.calibration`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from langchain_core.language_models import BaseChatModel
 
 from cai_graph.calls import Calls
 from cai_graph.constitution import Constitution, Principle
-from cai_graph.critic import Critic, ModelCritic, ProbeCritic, critic_for
+from cai_graph.critic import Critic, ModelCritic, ProbeCritic, covered, critic_for
 from cai_graph.errors import BudgetExceeded, ConfigError, MissingExtra
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Cascaded, Critique, Label
@@ -118,7 +118,8 @@ class Cascade:
         drawn = self._random.random() < self.sample
         found: Critique | None = None
         try:
-            found = await self.cheap.critique(exchange, constitution, calls, explain=False)
+            said = await self.cheap.critique(exchange, constitution, calls, explain=False)
+            found = covered(said, constitution)
         except (BudgetExceeded, ConfigError, MissingExtra):
             raise
         except Exception as error:

@@ -13,11 +13,12 @@ import json
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import msgspec
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable
 
-from cai_graph import models, prompts
+from cai_graph import local, models, prompts
 from cai_graph.calls import Calls, cut_short
 from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, Principle
@@ -35,6 +36,7 @@ __all__ = [
     "ProbeCritic",
     "check_length",
     "check_strategy",
+    "covered",
     "critic_for",
     "failed_principles",
 ]
@@ -59,6 +61,7 @@ class Critic(Protocol):
     ) -> Critique:
         """Judge an answer under all principles of `constitution`.
 
+        Each principle needs a verdict, under its id or its aim; one without counts as UNREADABLE.
         `explain` asks for what a revision needs (named principles, reasons); without it the verdicts
         are enough. A reply that cannot be read gives UNREADABLE verdicts, never an exception.
 
@@ -93,8 +96,20 @@ def critic_for(critic: str | BaseChatModel | Critic) -> Critic:
     model = models.load(critic) if isinstance(critic, str) else critic
     if not isinstance(model, BaseChatModel):
         raise ConfigError(f"critic is a chat model, a model spec or a Critic, found {type(model).__name__}")
-    probe = Probe.for_model(models.name_of(model))
+    probe = Probe.for_model(local.own_weights(model) or models.name_of(model))
     return ModelCritic(model) if probe is None else ProbeCritic(model, probe)
+
+
+def covered(critique: Critique, constitution: Constitution) -> Critique:
+    """Return a critique with UNREADABLE for each principle that has no verdict under its id or its aim."""
+    ids = {verdict.principle for verdict in critique.verdicts}
+    aims = {verdict.aim for verdict in critique.verdicts if verdict.principle is None}
+    left_out = tuple(
+        Verdict(label=Label.UNREADABLE, principle=principle.id, reason="the critic gave no verdict")
+        for principle in constitution.principles
+        if principle.id not in ids and principle.aim not in aims
+    )
+    return msgspec.structs.replace(critique, verdicts=critique.verdicts + left_out)
 
 
 def failed_principles(critique: Critique, constitution: Constitution) -> list[Principle]:
@@ -162,11 +177,11 @@ class ModelCritic:
         if missing:
             again = [
                 *messages,
-                AIMessage(text_of(reply)[:2000] or "(nothing)"),
+                AIMessage(prompts.encodable(text_of(reply)[:2000]) or "(nothing)"),
                 prompts.reask_message(missing),
             ]
             answer = await calls.generate("critique", self.model, self.name, again)
-            verdicts |= read_verdicts(answer, missing).verdicts
+            verdicts = read_verdicts(answer, ids).verdicts | verdicts
         return Critique(
             verdicts=tuple(verdicts.get(identifier) or _unreadable(identifier, reply) for identifier in ids),
             evasive=evades,
@@ -244,7 +259,7 @@ class ProbeCritic(ModelCritic):
     """P(VIOLATES) from which an aim without a head counts as violated. Small models cry wolf."""
 
     SHOWN_CHARS = 4000
-    """How much of each text the model is shown at once, so that a prompt fits its context of 4096 tokens."""
+    """How much of each text the model is shown at once: of most languages, a prompt of fewer than 4096 tokens."""
 
     def __init__(self, model: BaseChatModel, probe: Probe) -> None:
         super().__init__(model)

@@ -30,10 +30,12 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
 from cai_graph.calls import Calls, apart
-from cai_graph.critic import failed_principles
+from cai_graph.constitution import Constitution
+from cai_graph.critic import covered, failed_principles
 from cai_graph.failures import annotate, forget_task
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress, accept
+from cai_graph.prompts import Exchange
 from cai_graph.request import Run
 from cai_graph.revision import candidate
 from cai_graph.together import together
@@ -170,12 +172,9 @@ async def _block(run: Run, progress: Progress, critique: Critique) -> Progress:
 async def judge(state: _Task, runtime: Runtime[Run]) -> dict[str, Any]:
     """Judge one answer under one principle: what `parallel` sends out at once, and `critique` joins."""
     run = runtime.context
-    found = await run.plan.critic.critique(
-        run.exchange(msgspec.convert(state["answer"], Message), unfinished=state["unfinished"]),
-        run.plan.spoken.select([state["principle"]]),
-        _inner(run),
-        explain=True,
-    )
+    exchange = run.exchange(msgspec.convert(state["answer"], Message), unfinished=state["unfinished"])
+    rules = run.plan.spoken.select([state["principle"]])
+    found = await _found(run.plan, exchange, rules, _inner(run), explain=True)
     return {"judged": [{"of": state["of"], "critique": msgspec.to_builtins(found)}]}
 
 
@@ -219,7 +218,8 @@ async def _critiques(run: Run, progress: Progress, waiting: Sequence[str]) -> li
     plan, calls = run.plan, _inner(run)
     return await together(
         [
-            plan.critic.critique(
+            _found(
+                plan,
                 run.exchange(progress.answer(of), unfinished=of == "draft" and progress.draft.unfinished),
                 plan.rules(progress.answer(of)),
                 calls,
@@ -228,6 +228,13 @@ async def _critiques(run: Run, progress: Progress, waiting: Sequence[str]) -> li
             for of in waiting
         ]
     )
+
+
+async def _found(
+    plan: Plan, exchange: Exchange, rules: Constitution, calls: Calls, *, explain: bool
+) -> Critique:
+    # A critic of one's own may leave out principles, and none complies by silence.
+    return covered(await plan.critic.critique(exchange, rules, calls, explain=explain), rules)
 
 
 def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:

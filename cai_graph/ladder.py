@@ -5,7 +5,8 @@ menu count, exactly; of several, the last. Nothing else is ever read as COMPLIES
 
 A critic quotes what it judges, and an answer may hold a forged verdict. So COMPLIES counts only where the
 reply nowhere speaks otherwise of the principle, and in a reply that was cut only where the reply is the
-critic's JSON from its first character. What is left unread by that, the critic is asked about again.
+critic's JSON from its first character. VIOLATES in a form that is not read speaks of the principles that its
+line names, and of all where it names none. What is left unread by that, the critic is asked about again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -41,8 +42,13 @@ _GOES_ON_AS_JSON = re.compile(r"\s*+(?:,\s*+(?:\{.*)?|\]\s*+(?:,.*)?[\s}`]*|[\s`
 """What stands behind the last verdict of a reply that is JSON and nothing else."""
 _EMPHASIS = " \t*_`\"'.,"
 """What may stand around a name or a label on a labelled line."""
-_BULLETS = ">#-"
+_BULLETS = ">#-•"
 """What may stand before the name, too."""
+_NUMBER = re.compile(r"^\(?\d+[.)]\s+")
+"""What may number the line."""
+_WORD = re.compile(r"[\w.-]+")
+_AS_LABEL = re.compile(r"V(?:IOLATES|iolates)|violates\W*$")
+"""How the label stands alone; in small letters within a sentence it is prose, unless a principle is named."""
 _EVADES = re.compile(r'"evades"\s*:\s*(true|false)', re.IGNORECASE)
 _Said = tuple[str, Verdict | None]
 """A principle's id and the verdict on it; None where what is said is off the menu."""
@@ -70,22 +76,27 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
     text = text_of(reply)[-MAX_REPLY_CHARS:]
     if thought := _THOUGHT.match(text):
         text = text[thought.end() :]
-    objects, rest = _objects(text)
-    written = _from_objects(objects, ids, "json")
-    begun = Counter(_MENTION.findall(text))
+    names = {_folded(identifier): identifier for identifier in ids}
+    objects, around, rest = _objects(text, names)
+    written = _from_objects(objects, names, "json")
+    begun = Counter(_mentions(text, names))
     begun.subtract(identifier for identifier, _ in written)
     doubted = {identifier for identifier, unread in begun.items() if unread > 0}
+    doubted |= _violated(around, names)
     if objects:
-        before = _lines(text[: text.find("{")], ids)
+        before = _lines(text[: text.find("{")], names)
         doubted |= {identifier for identifier, word in before if _label(word) is not Label.COMPLIES}
     calls = [call["args"] for call in getattr(reply, "tool_calls", ())]
     calls = [call for call in calls if isinstance(call.get("verdicts"), list)]
-    called = [each for call in calls for each in _from_objects(call["verdicts"], ids, "tool")]
+    called = [each for call in calls for each in _from_objects(call["verdicts"], names, "tool")]
+    if any(_about(item, names) is None for call in calls for item in call["verdicts"]):
+        doubted.update(ids)  # off the schema, so nobody knows what it speaks of
     for broken in getattr(reply, "invalid_tool_calls", ()):
-        doubted.update(_MENTION.findall(broken["args"] or ""))
+        args = broken["args"] or ""
+        doubted |= {*_mentions(args, names), *_violated(args, names)}
     alone = not calls and _BEGINS_AS_JSON.match(text) and _GOES_ON_AS_JSON.fullmatch(rest)
     doubted.update(identifier for identifier, verdict in (*written, *called) if verdict is None)
-    lines = _lines(rest, ids)
+    lines = _lines(rest, names)
     doubted.update(identifier for identifier, word in lines if Label.VIOLATES.value in word.upper())
     if cut_short(reply) and not alone:
         doubted.update(ids)
@@ -119,57 +130,99 @@ def _complies(verdict: Verdict | None) -> bool:
     return verdict is not None and verdict.label is Label.COMPLIES
 
 
-def _objects(text: str) -> tuple[list[Any], str]:
-    """Return the JSON objects of verdicts that stand in a reply, and the text after the last of them."""
+def _folded(name: str) -> str:
+    return name.casefold().replace("_", "-")
+
+
+def _mentions(text: str, names: Mapping[str, str]) -> Iterator[str]:
+    """Yield the principles of which a text begins to speak in JSON."""
+    found = map(_folded, _MENTION.findall(text))
+    return (names[name] for name in found if name in names)
+
+
+def _violated(text: str, names: Mapping[str, str]) -> set[str]:
+    """Return the principles of which a text says VIOLATES: those that its line names, or else all."""
+    found: set[str] = set()
+    for line in text.splitlines():
+        if Label.VIOLATES.value in line.upper():
+            named = names.keys() & {word.strip("-.") for word in _WORD.findall(_folded(line))}
+            if named or _AS_LABEL.search(line):
+                found.update(names[name] for name in named or names)
+    return found
+
+
+def _objects(text: str, names: Mapping[str, str]) -> tuple[list[Any], str, str]:
+    """Return the JSON objects of verdicts that stand in a reply, the text around and that after them."""
     first, last = text.find("{"), text.rfind("}") + 1
     with contextlib.suppress(ValueError, RecursionError):
-        whole = json.loads(text[first:last])
-        if isinstance(whole.get("verdicts"), list):
-            return whole["verdicts"], text[last:]
+        found = json.loads(text[first:last], object_pairs_hook=_once).get("verdicts")
+        if isinstance(found, list) and found and all(_about(item, names) for item in found):
+            return found, f"{text[:first]} {text[last:]}", text[last:]
     # Each verdict is an object without objects inside, so a reply that was cut still yields the whole ones.
-    objects, end = [], 0
+    objects, around, end = [], [], 0
     for match in _FLAT_OBJECT.finditer(text):
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(match[0])
-            if "principle" in found:
+            found = json.loads(match[0], object_pairs_hook=_once)
+            if _about(found, names):
                 objects.append(found)
+                around.append(text[end : match.start()])
                 end = match.end()
-    return objects, text[end:]
+    return objects, " ".join([*around, text[end:]]), text[end:]
 
 
-def _from_objects(objects: Iterable[Any], ids: Sequence[str], read_by: str) -> list[_Said]:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, all of whose verdicts can be read.
+
+    Raises:
+        ValueError: a key stands there twice, or VIOLATES under another than `verdict`.
+    """
+    if len({key.casefold() for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands there twice")
+    if any(key != "verdict" and _label(value) is Label.VIOLATES for key, value in pairs):
+        raise ValueError("VIOLATES stands under a key of its own")
+    return dict(pairs)
+
+
+def _about(item: Any, names: Mapping[str, str]) -> str | None:
+    """Return the principle of which an item of JSON speaks; None where it is none of these."""
+    name = item.get("principle") if isinstance(item, dict) else None
+    return names.get(_folded(name)) if isinstance(name, str) else None
+
+
+def _from_objects(objects: Iterable[Any], names: Mapping[str, str], read_by: str) -> list[_Said]:
     """Return what the JSON of verdicts says, in its order."""
     said: list[_Said] = []
     for item in objects:
-        if not isinstance(item, dict) or item.get("principle") not in ids:
+        identifier = _about(item, names)
+        if identifier is None:
             continue
         label = _label(item.get("verdict"))
         if label is None:
-            said.append((item["principle"], None))
+            said.append((identifier, None))
             continue
         severity = item.get("severity")
         readable = isinstance(severity, int) and not isinstance(severity, bool) and 1 <= severity <= 5
         reason = item.get("critique")
         verdict = Verdict(
             label=label,
-            principle=item["principle"],
+            principle=identifier,
             severity=severity if readable and label is Label.VIOLATES else None,
             reason=reason if isinstance(reason, str) and reason else None,
             read_by=read_by,
         )
-        said.append((item["principle"], verdict))
+        said.append((identifier, verdict))
     return said
 
 
-def _lines(text: str, ids: Sequence[str]) -> list[tuple[str, str]]:
+def _lines(text: str, names: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the lines that begin with a principle, in their order: its id, and what stands behind it."""
-    names = {identifier.casefold(): identifier for identifier in ids}
-    if len(ids) == 1:
-        names["verdict"] = ids[0]
+    if len(names) == 1:
+        names = {**names, "verdict": next(iter(names.values()))}
     found: list[tuple[str, str]] = []
-    for line in text.splitlines():
+    for line in text.replace("：", ":").splitlines():
         name, separator, word = line.partition(":" if ":" in line else "=")
-        identifier = names.get(name.strip(_EMPHASIS + _BULLETS).casefold())
+        name = _NUMBER.sub("", name.strip(_EMPHASIS + _BULLETS)).strip(_EMPHASIS + _BULLETS)
+        identifier = names.get(_folded(name))
         if separator and identifier is not None:
             found.append((identifier, word.strip(_EMPHASIS)))
     return found

@@ -181,6 +181,11 @@ def _no_key(spec: str, provider: str) -> ConfigError:
 
 def _from_server(spec: str, settings: dict[str, Any]) -> BaseChatModel:
     url, _, name = spec.partition("#")
+    if not url.partition("//")[2].partition("/")[0].rpartition("@")[2].partition(":")[0]:
+        raise ConfigError(
+            f"{without_password(spec)!r} names no server; write http://HOST:PORT/v1 or "
+            "http://HOST:PORT/v1#MODEL"
+        )
     url = url.rstrip("/")
     try:
         from langchain_openai import ChatOpenAI

@@ -63,7 +63,7 @@ class Settings:
     max_rounds: int | None = None
     """Most rounds of critique and revision; None: 2, and 4 for `sampled`, as in the paper. 0 judges only."""
     candidates: int | None = None
-    """Revisions sampled in a round; None: what the critic finds worth its cost (1 for a model, 4 for the
+    """Revisions sampled in a round; None: what the critic finds worth its cost (1 for a model, 3 for the
     probe). `sampled` always writes one."""
     on_violation: Policy = "closed"
     """What leaves when every revision still fails: `open` the best answer so far, `closed` the

@@ -21,7 +21,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cai_graph import local
 from cai_graph.digests import sha256_of
 from cai_graph.errors import DataError, MissingExtra, ModelError
+from cai_graph.threads import in_thread
 from cai_graph.trajectory import Label, Verdict
 
 if TYPE_CHECKING:
@@ -235,6 +238,7 @@ class Reader:
         self.turns = turns
         self.shortened_sha256 = shortened_sha256
         self._starting = threading.Lock()
+        _live.add(self)
         self._shortened: Path | None = None
         self._turn_tokens: tuple[list[int], list[int]] | None = None
 
@@ -249,7 +253,7 @@ class Reader:
             MissingExtra: the extra `local` is not installed.
         """
         numpy = _numpy()
-        engine = await asyncio.to_thread(self._engine)
+        engine = await in_thread(self._engine)
         if self._turn_tokens is None:
             before, between = [await engine.tokens(turn, markers=True) for turn in self.turns]
             self._turn_tokens = before, between
@@ -274,7 +278,7 @@ class Reader:
         """
         if window.isascii() and len(window) <= _WINDOW_TOKENS:
             return len(window) / _WINDOW_TOKENS  # a token has a character at least: no need to count them
-        engine = await asyncio.to_thread(self._engine)
+        engine = await in_thread(self._engine)
         return len(await engine.tokens(_valid(window), markers=False)) / _WINDOW_TOKENS
 
     def _engine(self) -> local.Engine:
@@ -300,6 +304,17 @@ class Reader:
             path.unlink()
             raise ModelError(f"{self.weights}: is not the file of sha256 {self.sha256}; fetch it again")
         return path
+
+
+_live: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for reader in _live:
+        reader._starting = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Heads:
@@ -351,7 +366,7 @@ class Heads:
 
     async def _reader(self) -> Reader:
         if self._opened is None:
-            self._opened = await asyncio.to_thread(self.reader)
+            self._opened = await in_thread(self.reader)
         return self._opened
 
     def reader(self) -> Reader:
@@ -378,8 +393,9 @@ class Probe(Heads):
         """Return the shipped heads of a local model, or None if there are none for it.
 
         Args:
-            spec: "local", "local:NAME", "local:FILE.gguf" or a file. Heads belong to a file by its SHA-256,
-                whatever it is called. Nothing is fetched. Any other model has no hidden state to read.
+            spec: "local", "local:NAME", "local:FILE.gguf", "local:FOLDER" or a file. Heads belong to a file
+                by its SHA-256, whatever it is called. Nothing is fetched. Any other model has no hidden state
+                to read.
 
         Raises:
             DataError: the heads on disk are damaged.
@@ -509,9 +525,10 @@ def _resolve(spec: str | Path) -> tuple[Path | str, int, str | None] | None:
         if (model := local.model_of(spec)) is not None:
             return model.name, model.size, model.sha256
         name = local.name_in(spec)
-        if name is None or not name.lower().endswith(".gguf"):
+        if name is None:
             return None
-        spec = Path(name).expanduser()
+        path = Path(name).expanduser()
+        spec = path if name.lower().endswith(".gguf") else path / local.EXPORTED
     try:
         return spec, spec.stat().st_size, None
     except OSError:

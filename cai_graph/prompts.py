@@ -32,6 +32,7 @@ __all__ = [
     "critique_instructions",
     "critique_messages",
     "critique_schema",
+    "encodable",
     "explanation_messages",
     "explanation_schema",
     "fence",
@@ -145,8 +146,16 @@ def fence(tag: str, text: str, **attributes: str) -> str:
 
 
 def _inert(text: str) -> str:
-    # Lone surrogates have no UTF-8, so no provider takes them; "?" stands for them in a prompt.
-    return _MARK.sub("‹", text).encode("utf-8", "replace").decode()
+    return encodable(_MARK.sub("‹", text))
+
+
+def encodable(text: str) -> str:
+    """Return a text with "?" for each lone surrogate: these have no UTF-8, so no provider takes them.
+
+    >>> encodable("Hi \\ud83d there")
+    'Hi ? there'
+    """
+    return text.encode("utf-8", "replace").decode()
 
 
 def _conversation(messages: Sequence[Message]) -> str:
@@ -465,6 +474,7 @@ def rewrite_messages(
 
     With `show_draft` the writer sees the answer and its critique and mends them. Without it, the writer
     answers the conversation afresh under the same requests: small models copy a bad draft that they see.
+    What stands behind the last user message, such as the results of tools, is then fenced material.
     Either is asked to be no longer than the answer, so that it is not cut where the answer was not. With
     `decline` the writer is told that the request is harmful, which a small model does not see by itself.
     `said` is the beginning of the answer that has left already: the writer is asked to go on after it.
@@ -494,16 +504,31 @@ def rewrite_messages(
         )
     if said:
         system += f"\n\n{_GO_ON}\n{fence('said', said)}"
+    turns = [m for m in exchange.messages if m.role != "system"]
+    end = max((place for place, m in enumerate(turns, 1) if m.role == "user" and text_of(m)), default=0)
     spoken = [
         # Without the results of its tools, a provider takes what an assistant said only as text.
-        Message(role=m.role, content=m.content if m.role == "user" else text_of(m))
-        for m in exchange.messages
+        Message(role=m.role, content=_encodable(m.content) if m.role == "user" else encodable(text_of(m)))
+        for m in turns[:end]
         if m.role in ("user", "assistant") and text_of(m)
     ]
     conversation = to_langchain(spoken)
     instructions = [text_of(m) for m in exchange.messages if m.role == "system"]
     instructions += [fence("context", text, name=name) for name, text in exchange.context.items()]
-    return [SystemMessage("\n\n".join([system, *instructions])), *conversation]
+    if since := turns[end:]:  # as the last turn, engines would take what an assistant said as a beginning
+        instructions.append(_conversation(since))
+    return [SystemMessage(encodable("\n\n".join([system, *instructions]))), *conversation]
+
+
+def _encodable(content: str | list[Any]) -> str | list[Any]:
+    if isinstance(content, str):
+        return encodable(content)
+    return [
+        encodable(part)
+        if isinstance(part, str)
+        else {key: encodable(value) if isinstance(value, str) else value for key, value in part.items()}
+        for part in content
+    ]
 
 
 def _unique(texts: Iterable[str]) -> list[str]:

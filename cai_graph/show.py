@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -199,18 +199,19 @@ def _name(of: str) -> str:
 
 def _verdicts(critique: Critique) -> RenderableType:
     grid = Table.grid(padding=(0, 2))
+    for position in range(4):
+        grid.add_column(no_wrap=position < 3, overflow="fold")
+    rows: list[list[Text]] = []
     for verdict in critique.verdicts:
         notes = [] if verdict.severity is None else [f"severity {verdict.severity} of 5"]
         if verdict.probability is not None:
             notes.append(f"p = {verdict.probability:.2f}")
-        about = verdict.principle or f"aim: {verdict.aim}"
+        about = verdict.principle or ("the whole answer" if verdict.aim is None else f"aim: {verdict.aim}")
         reason = one_line(verdict.reason or "", 300)
-        grid.add_row(
-            Text(verdict.label.value, _LABELS[verdict.label]),
-            Text(clean(about)),
-            Text(", ".join(notes), "dim", no_wrap=True),
-            Text(reason, "dim"),
-        )
+        label, found = Text(verdict.label.value, _LABELS[verdict.label]), Text(", ".join(notes), "dim")
+        rows.append([label, Text(clean(about)), found, Text(reason, "dim")])
+        grid.add_row(*rows[-1])
+    verdicts = _Fitting(grid, rows, whole=3, least=20)
     below: list[RenderableType] = []
     if critique.readings:
         readings = ", ".join(f"{clean(name)} {value:.2f}" for name, value in critique.readings.items())
@@ -218,7 +219,7 @@ def _verdicts(critique: Critique) -> RenderableType:
     if critique.cascade is not None:
         who, why = clean(critique.critic or "unknown"), _WHY[critique.cascade.why]
         below.append(Text(f"decided by {who}: {why.format(critique.cascade.threshold)}", "dim"))
-    return Group(grid, *below) if below else grid
+    return Group(verdicts, *below) if below else verdicts
 
 
 _WHY = {
@@ -313,15 +314,41 @@ def count(number: int, thing: str, things: str = "") -> str:
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
-def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> Table:
-    """Return rows as aligned columns; what is in them is cleaned."""
+def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> RenderableType:
+    """Return rows as aligned columns, or else cell below cell; what is in them is cleaned."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(headers))
+    heads = [Text(name, "bold") for name in headers]
     cells = [[Text(clean(str(cell))) for cell in row] for row in rows]
-    for position in range(len(cells[0]) if cells else len(headers)):
-        made.add_column(Text(headers[position]) if headers else "", no_wrap=position == 0, overflow="fold")
+    for position in range(len(cells[0]) if cells else len(heads)):
+        made.add_column(heads[position] if heads else "", no_wrap=position == 0, overflow="fold")
     for row in cells:
         made.add_row(*row)
-    return made
+    return _Fitting(made, [heads, *cells] if heads else cells, whole=1, least=6)
+
+
+class _Fitting:
+    """A table where its columns have room; elsewhere the cells of each row, one below the other.
+
+    Args:
+        columns: the table.
+        rows: what is in it, headers included.
+        whole: how many of its columns, from the first, do not fold.
+        least: the room that each of the others needs; letters below one another are no text.
+    """
+
+    def __init__(self, columns: Table, rows: Sequence[Sequence[Text]], *, whole: int, least: int) -> None:
+        self._columns, self._rows = columns, rows
+        wide = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
+        wide[whole:] = [min(width, least) for width in wide[whole:]]
+        self._least = sum(wide) + 2 * (len(wide) - 1)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width >= self._least:
+            yield self._columns
+            return
+        for first, *others in self._rows:
+            yield first
+            yield from (Padding(cell, (0, 0, 0, 2)) for cell in others if cell)
 
 
 def progress(tell: Callable[[str], None]) -> BaseCallbackHandler:

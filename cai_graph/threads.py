@@ -6,6 +6,8 @@ when the main thread has ended it takes no more calls, though other threads go o
 
 from __future__ import annotations
 
+import asyncio
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
-__all__ = ["Threads"]
+__all__ = ["Threads", "in_thread"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,3 +80,19 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
         del future  # the error knows this frame, and would hold itself
     else:
         future.set_result(result)
+
+
+async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Return what `function` returns, called in a thread for which no loop waits when it ends."""
+    return await asyncio.wrap_future(_shared.submit(function, *args, **kwargs))
+
+
+_shared = Threads()
+
+
+def _after_fork() -> None:
+    global _shared
+    _shared = Threads()  # the parent has the threads
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -13,11 +13,12 @@ The folder's `card.json` says of which kind it is:
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import math
+import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ from cai_graph.probe import (
     windows_that_fit,
 )
 from cai_graph.prompts import Exchange, fence
+from cai_graph.threads import in_thread
 from cai_graph.trajectory import Critique, text_of
 
 __all__ = ["PREFIX", "Classifier", "TrainedCritic", "classifier_text", "load_of", "logits_of"]
@@ -206,6 +208,7 @@ class Classifier:
         self._max_tokens = longest
         self._heads = heads
         self._one = threading.Lock()
+        _live.add(self)
         self._loaded: tuple[Any, Any] | None = None
 
     def passes(self, seen: int, abouts: int) -> int:
@@ -217,7 +220,7 @@ class Classifier:
         beside = [(self._heads[about]["text"], request) for request in requests for about in abouts]
 
         async def load(window: str) -> float:
-            return await asyncio.to_thread(self._load_of, window, beside)
+            return await in_thread(self._load_of, window, beside)
 
         return await windows_that_fit(answer, load)
 
@@ -230,7 +233,7 @@ class Classifier:
             for about in abouts
             for window in seen
         ]
-        logits, tokens = await asyncio.to_thread(self._logits, texts)
+        logits, tokens = await in_thread(self._logits, texts)
         found = {}
         for place, about in enumerate(abouts):
             head = self._heads[about]
@@ -251,6 +254,17 @@ class Classifier:
         if self._loaded is None:
             self._loaded = load_classifier(self.folder)
         return self._loaded
+
+
+_live: weakref.WeakSet[Classifier] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for classifier in _live:
+        classifier._one = threading.Lock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def classifier_text(about: str, request: str, window: str) -> str:

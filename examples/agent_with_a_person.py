@@ -1,5 +1,6 @@
 """An agent of a shop that calls tools; a person at the terminal decides about what no revision could mend.
 
+    pip install -e ".[openai]" langgraph-checkpoint-sqlite
     python examples/agent_with_a_person.py ["QUESTION" [MODEL]]
 
 MODEL is a model spec whose model calls tools; openai:gpt-5-mini if left out. What waits for the person is

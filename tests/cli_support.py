@@ -19,6 +19,34 @@ from cai_graph.constitution import load
 from cai_graph.trajectory import Trajectory
 
 BALANCED = load("balanced")
+OPTIONAL = (
+    "accelerate",
+    "anthropic",
+    "datasets",
+    "fastapi",
+    "gguf",
+    "langchain",
+    "langchain_anthropic",
+    "langchain_openai",
+    "matplotlib",
+    "numpy",
+    "openai",
+    "peft",
+    "psycopg",
+    "py3langid",
+    "pyarrow",
+    "ray",
+    "rensa",
+    "safetensors",
+    "scipy",
+    "sklearn",
+    "torch",
+    "transformers",
+    "trl",
+    "uvicorn",
+    "xllamacpp",
+)
+"""Packages that only the extras bring."""
 
 
 class Ended(NamedTuple):
@@ -61,6 +89,13 @@ def start(folder: Path, *args: str, env: Mapping[str, str] | None = None) -> sub
         text=True,
         env={**os.environ, **(env or {})},
     )
+
+
+def without(folder: Path, *packages: str) -> dict[str, str]:
+    """The environment of a `cai` that finds none of these packages."""
+    blocks = f"import sys\nsys.modules.update(dict.fromkeys({packages!r}))\n"
+    (folder / "sitecustomize.py").write_text(blocks)
+    return {"PYTHONPATH": str(folder)}
 
 
 def trajectories(folder: Path) -> list[Trajectory]:

@@ -18,10 +18,12 @@ from wire import Reply, Server, role, serving, under
 
 from cai_graph import bulk, constitutional, models, open_log, whole
 from cai_graph.bulk import Broken, Failed, Prompt, Rows, Run
+from cai_graph.calls import UNATTENDED_SECONDS, Calls
 from cai_graph.cli.run import _own_weights
-from cai_graph.constitution import load
+from cai_graph.constitution import Constitution, load
 from cai_graph.errors import ConfigError, DataError, LogError
-from cai_graph.trajectory import Outcome, Trajectory
+from cai_graph.prompts import Exchange
+from cai_graph.trajectory import Critique, Outcome, Trajectory
 
 BALANCED = load("balanced")
 
@@ -82,6 +84,37 @@ def test_csv_with_a_quote_that_never_closes_is_one_broken_row(tmp_path: Path) ->
     found = prompts(file(tmp_path, "p.csv", 'prompt\nfine\n"open\nand\nso on\n'))
     assert texts(found) == ["fine", None]
     assert found[1].line == 3
+
+
+def test_csv_of_bare_carriage_returns_is_read(tmp_path: Path) -> None:
+    found = prompts(file(tmp_path, "p.csv", 'prompt,kind\rone,a\r"two\rlines",b\r'))
+    assert texts(found) == ["one", "two\rlines"]
+    assert [row.line for row in found] == [2, 3]
+
+
+def test_csv_whose_header_cannot_be_read_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the header in line 1 is not CSV: unexpected end of data"):
+        prompts(file(tmp_path, "p.csv", '"prompt\nhello\n'))
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.txt"])
+@pytest.mark.parametrize("mark", ["\ufeff".encode("utf-16-le"), "\ufeff".encode("utf-16-be")])
+def test_a_file_that_begins_with_a_mark_of_utf_16_is_refused_once(
+    tmp_path: Path, name: str, mark: bytes
+) -> None:
+    path = file(tmp_path, name, mark + '"prompt"\n"one"\n"two"'.encode("utf-16-le"))
+    with closing(Rows(str(path))) as rows:
+        for read in (rows.check, lambda: list(rows.prompts())):
+            with pytest.raises(DataError, match=r"p\..* is written in UTF-16; save the file as UTF-8"):
+                read()
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_no_line_of_jsonl_is_guessed_to_be_of_another_encoding(tmp_path: Path, encoding: str) -> None:
+    lines = "".join(f'{{"prompt": "{number}"}}\n' for number in range(3))
+    found = prompts(file(tmp_path, "p.jsonl", lines.encode(encoding)))
+    assert found
+    assert all(isinstance(row, Broken) for row in found)
 
 
 def test_jsonl_rows_are_objects_or_strings_and_what_is_broken_is_said(tmp_path: Path) -> None:
@@ -389,6 +422,33 @@ def test_judgements_come_in_the_order_of_the_rows(bench: Callable[..., Bench], t
     line = json.loads(found[5].line())
     assert set(line) == {"id", "verdicts", "aims"}
     assert line["verdicts"][0]["label"] == "VIOLATES"
+
+
+class Timed:
+    """A critic that tells how long each answer may take."""
+
+    name = "timed"
+    candidates = 1
+    splits = False
+
+    def __init__(self) -> None:
+        self.seconds: list[float | None] = []
+
+    async def critique(
+        self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
+    ) -> Critique:
+        self.seconds.append(calls.budget.seconds)
+        return Critique(verdicts=())
+
+    async def discuss(self, *args: object) -> Critique:
+        raise AssertionError
+
+
+async def test_a_judgement_may_take_as_long_as_other_work_in_bulk(tmp_path: Path) -> None:
+    critic = Timed()
+    with closing(Rows(str(file(tmp_path, "a.jsonl", '{"prompt": "q", "response": "a"}\n')))) as rows:
+        assert len([judgement async for judgement in bulk.judge(critic, BALANCED, rows, 1)]) == 1
+    assert critic.seconds == [UNATTENDED_SECONDS]
 
 
 def bulk_critic(server: Server) -> Any:

@@ -14,9 +14,9 @@ from test_cascades import Cheap
 
 from cai_graph import cascade, constitutional, open_log
 from cai_graph.calibration import Pair, calibrate, logged, needed, rejudged, wilson
-from cai_graph.calls import Calls
+from cai_graph.calls import UNATTENDED_SECONDS, Calls
 from cai_graph.constitution import Constitution
-from cai_graph.errors import ConfigError, DataError
+from cai_graph.errors import BudgetExceeded, ConfigError, DataError, MissingExtra
 from cai_graph.log import Log
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
@@ -232,18 +232,25 @@ def test_verdicts_of_two_strong_critics_are_not_mixed(tmp_path: Path) -> None:
 
 
 class Reader:
-    """A cheap critic that reads its probability in the answer."""
+    """A cheap critic that reads its probability in the answer, of all principles or of one."""
 
     name = "reader"
     candidates = 1
     splits = False
 
+    def __init__(self, reads: str | None = None) -> None:
+        self.reads = reads
+
     async def critique(
         self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
     ) -> Critique:
         probability = float(text_of(exchange.answer).rpartition(" ")[2])
-        verdict = Verdict(label=Label.COMPLIES, aim="harmless", probability=probability)
-        return Critique(verdicts=(verdict,), critic=self.name)
+        verdicts = tuple(
+            Verdict(label=Label.COMPLIES, principle=rule.id, probability=probability)
+            for rule in constitution
+            if self.reads in (None, rule.id)
+        )
+        return Critique(verdicts=verdicts, critic=self.name)
 
     async def discuss(self, *args: object) -> Critique:
         raise AssertionError
@@ -276,3 +283,49 @@ async def test_a_plain_log_is_enough_where_the_cheap_critic_judges_it_now(tmp_pa
     assert sorted(found.pairs) == [Pair(0.2, False), Pair(0.7, True), Pair(0.9, True)]
     assert found.left_out == {"judged under another constitution": 1}
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+class Failing(Reader):
+    """One that fails on some answers, and tells how long each may take."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+        self.seconds: set[float | None] = set()
+
+    async def critique(
+        self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
+    ) -> Critique:
+        self.seconds.add(calls.budget.seconds)
+        if text_of(exchange.answer) == "answer 0.2":
+            raise self.error
+        return await super().critique(exchange, constitution, calls, explain=explain)
+
+
+async def test_an_answer_on_which_the_cheap_critic_fails_is_left_out(tmp_path: Path) -> None:
+    cheap, seen = Failing(BudgetExceeded("too late")), []
+    with open_log(tmp_path / "log.db") as log:
+        for number, probability in enumerate([0.9, 0.2, 0.7]):
+            model = by_role(draft=f"answer {probability}", critique=verdicts())
+            await constitutional(model, constitution=RULES, log=log).ainvoke(f"question {number}")
+        found = await rejudged(
+            log, cheap, RULES, concurrency=1, filters={}, progress=lambda *told: seen.append(told)
+        )
+        with pytest.raises(MissingExtra):
+            await rejudged(
+                log, Failing(MissingExtra("it", "torch", "train")), RULES, concurrency=1, filters={}
+            )
+
+    assert sorted(pair.suspicion for pair in found.pairs if pair.suspicion is not None) == [0.7, 0.9]
+    assert found.left_out == {"the cheap critic failed with BudgetExceeded": 1}
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert cheap.seconds == {UNATTENDED_SECONDS}
+
+
+async def test_a_cheap_critic_that_leaves_out_principles_clears_nothing_now(tmp_path: Path) -> None:
+    with open_log(tmp_path / "log.db") as log:
+        model = by_role(draft="answer 0.1", critique=verdicts())
+        await constitutional(model, constitution=RULES, log=log).ainvoke("question")
+        found = await rejudged(log, Reader("no-harm"), RULES, concurrency=1, filters={})
+
+    assert found.pairs == (Pair(None, False),)

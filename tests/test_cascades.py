@@ -41,8 +41,9 @@ class Cheap:
         said = self.said.pop(0) if len(self.said) > 1 else self.said[0]
         if isinstance(said, Exception):
             raise said
-        verdict = Verdict(label=self.label, aim="harmless", probability=said)
-        return Critique(verdicts=(verdict,), critic=self.name)
+        aims = dict.fromkeys(principle.aim for principle in constitution)
+        verdicts = tuple(Verdict(label=self.label, aim=aim, probability=said) for aim in aims)
+        return Critique(verdicts=verdicts, critic=self.name)
 
     async def discuss(
         self, exchange: Exchange, principle: Principle, constitution: Constitution, calls: Calls
@@ -87,7 +88,10 @@ async def test_the_strong_critic_decides_from_the_threshold_on_and_the_record_ho
     assert found.cascade is not None
     assert found.cascade.why == "above"
     assert found.cascade.cheap == Critique(
-        verdicts=(Verdict(label=Label.COMPLIES, aim="harmless", probability=0.05),), critic="cheap"
+        verdicts=tuple(
+            Verdict(label=Label.COMPLIES, aim=aim, probability=0.05) for aim in ("harmless", "honest")
+        ),
+        critic="cheap",
     )
 
 
@@ -109,6 +113,24 @@ async def test_what_the_cheap_critic_cannot_clear_is_the_strong_ones(cheap: Chea
     assert found.cascade is not None
     assert found.cascade.why == why
     assert (found.cascade.cheap is None) == (why == "failed")
+
+
+async def test_a_cheap_critic_that_leaves_out_a_principle_clears_nothing() -> None:
+    class Partial(Cheap):
+        async def critique(
+            self, exchange: Any, constitution: Constitution, calls: Any, *, explain: bool
+        ) -> Any:
+            return await super().critique(exchange, constitution.select(["no-harm"]), calls, explain=explain)
+
+    model = strong("be-true")
+    found = await judged(cascade(Partial(0.001), model, threshold=0.5))
+
+    assert len(model.calls) == 1
+    assert found.cascade is not None
+    assert (found.cascade.why, found.cascade.cheap and found.cascade.cheap.verdicts[-1].label) == (
+        "unreadable",
+        Label.UNREADABLE,
+    )
 
 
 async def test_threshold_0_asks_both_about_everything() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from cli_support import BALANCED, cai, commands, start, trajectories
+from cli_support import BALANCED, OPTIONAL, cai, commands, start, trajectories, without
 from replies import verdicts
 from wire import Reply, role, under
 
@@ -143,6 +143,37 @@ def test_a_missing_extra_is_one_sentence_with_the_pip_command(tmp_path: Path) ->
     assert process.returncode == 1
     assert err.splitlines()[0].endswith('pip install -e ".[openai]" in the folder of cai-graph')
     assert len(err.splitlines()) == 1
+
+
+POLICY = [
+    f"--set={setting}" for setting in ("model=m", "data=d", "output=o", "reward=builtins:len", "watch=null")
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "needs", "extra"),
+    [
+        (("distill", "d.yaml"), "the probe needs numpy", "local"),
+        (("distill", "d.yaml", "--dry-run"), "the probe needs numpy", "local"),
+        (("train", "ppo", *POLICY), "`cai train ppo` needs torch", "train"),
+        (("train", "online", *POLICY), "`cai train online` needs torch", "train"),
+        (("evaluate", "score", "eval"), "`cai evaluate score` needs numpy", "train"),
+        (("evaluate", "agreement", "a.csv"), "`cai evaluate agreement` needs numpy", "train"),
+    ],
+)
+def test_a_command_whose_extra_is_missing_names_it_before_any_work(
+    tmp_path: Path, args: tuple[str, ...], needs: str, extra: str
+) -> None:
+    (tmp_path / "d.yaml").write_text("model: local:smollm2\noutput: o\nprompts: p.jsonl\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "hello"}\n')
+    env = {**without(tmp_path, *OPTIONAL), "CAI_CACHE": str(tmp_path / "cache")}
+
+    process = start(tmp_path, *args, env=env)
+    _, err = process.communicate(timeout=120)
+
+    assert err == f'{needs}; pip install -e ".[{extra}]" in the folder of cai-graph\n'
+    assert process.returncode == 1
+    assert not (tmp_path / "cache").exists()
 
 
 def piped(folder: Path, *args: str, **env: str) -> str:

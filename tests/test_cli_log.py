@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -170,15 +171,48 @@ def test_lines_for_a_standard_output_that_is_closed_are_an_error(logged: Path, a
     assert ended.stderr == "standard output is closed; redirect it into a file or a pipe\n"
 
 
-def test_what_an_encoding_of_the_terminal_lacks_is_escaped(logged: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}],
+)
+def test_what_an_encoding_of_the_terminal_lacks_is_escaped(logged: Path, settings: dict[str, str]) -> None:
     with open_log(logged / "cai.db") as log:
         log.append(trajectory(messages=(Message(role="user", content="\N{SNOWMAN}" * 99),))).result()
     listing = [sys.executable, "-m", "cai_graph.cli", "log", "list", "--limit", "1"]
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    env = {**os.environ, **settings}
     ended = subprocess.run(listing, cwd=logged, env=env, capture_output=True, text=True)
 
     assert (ended.returncode, ended.stderr) == (0, "")
     assert r"\u2603\u2603" in ended.stdout
+
+
+def test_a_log_that_cannot_be_written_says_so_once() -> None:
+    script = """
+import os, sys
+import cai_graph.show
+from cai_graph.cli import main
+folder, about = sys.argv[1:]
+sys.argv = ["cai", "feedback", "add", about, "--score", "1", "--log", f"{folder}/cai.db"]
+try:
+    main()  # which imports what another user may not read
+except SystemExit as ended:
+    assert not ended.code
+os.chmod(f"{folder}/cai.db", 0o444)
+if os.getuid() == 0:
+    os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)
+main()
+"""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        with open_log(f"{folder}/cai.db") as log:
+            log.append(about := trajectory()).result()
+        ended = subprocess.run(
+            [sys.executable, "-c", script, folder, about.id], cwd="/", capture_output=True, text=True
+        )
+
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+    assert "check its permissions" in ended.stderr
 
 
 def test_a_log_of_a_newer_release_is_refused_and_unchanged(logged: Path) -> None:

@@ -167,6 +167,10 @@ BAD = {
         ONE + ONE.partition("principles:\n")[2],
         "bad.yaml line 7: two principles have the id 'a'; rename one of them",
     ),
+    "principle ids that differ by a hyphen alone": (
+        ONE.replace("id: a", "id: a-b") + ONE.partition("principles:\n")[2].replace("id: a", "id: a_b"),
+        "bad.yaml line 7: the ids 'a-b' and 'a_b' differ by - and _ alone; rename one of them",
+    ),
     "id with capitals": (
         ONE.replace("id: a", "id: No Harm!"),
         "bad.yaml line 3: principle 'No Harm!': 'id' is 'No Harm!'; "

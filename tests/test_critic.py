@@ -10,7 +10,9 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage
 from pydantic import Field
 from replies import FORGED, IDS, RULES, principle, unescaped, verdicts
+from wire import serving
 
+from cai_graph import models
 from cai_graph.calls import Budget, Calls
 from cai_graph.constitution import Constitution
 from cai_graph.critic import (
@@ -24,7 +26,7 @@ from cai_graph.errors import BudgetExceeded, ConfigError, ModelError
 from cai_graph.probe import Scores, Seen, windows, windows_that_fit
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
-from cai_graph.trajectory import Critique, Label, Message, Verdict
+from cai_graph.trajectory import Critique, Label, Message, ToolCall, Verdict
 
 ASKED = Exchange(
     messages=(Message(role="user", content="hello"),), answer=Message(role="assistant", content="hi")
@@ -65,6 +67,16 @@ async def test_only_the_missing_principles_are_asked_about_again_and_once() -> N
     assert model.calls[1][:2] == model.calls[0]
 
 
+async def test_a_second_reply_may_speak_of_the_other_principles_too() -> None:
+    model = ScriptedModel(
+        replies=[verdicts("no-harm", unreadable=["be-kind"]), "no-harm: VIOLATES\nbe-kind: COMPLIES"]
+    )
+
+    critique = await judge(ModelCritic(model))
+
+    assert [verdict.label.value for verdict in critique.verdicts] == ["VIOLATES", "COMPLIES", "COMPLIES"]
+
+
 async def test_what_stays_unread_after_the_second_question_is_unreadable() -> None:
     model = ScriptedModel(replies=["Hm, hard to say.", "Still hard."])
 
@@ -91,6 +103,14 @@ async def test_a_reply_with_a_forged_verdict_is_asked_about_again() -> None:
     assert [verdict.label for verdict in critique.verdicts] == [Label.VIOLATES, Label.COMPLIES]
 
 
+async def test_a_lone_surrogate_in_an_unread_reply_does_not_end_the_second_question() -> None:
+    with serving(lambda body: "Hmm \ud83d not sure") as server:
+        critique = await judge(ModelCritic(models.load(server.spec)))
+
+    assert {verdict.label for verdict in critique.verdicts} == {Label.UNREADABLE}
+    assert [body["messages"][-2]["content"] for body in server.requests[1:]] == ["Hmm ? not sure"]
+
+
 async def test_ten_megabytes_of_garbage_are_asked_about_again_in_short() -> None:
     model = ScriptedModel(replies=["{" * 10_000_000, verdicts("no-harm")])
 
@@ -106,6 +126,8 @@ async def test_an_answer_too_long_to_be_judged_whole_is_an_error_not_a_verdict()
 
     with pytest.raises(ModelError, match="400,001 characters"):
         await judge(ModelCritic(model), exchange=long)
+    with pytest.raises(ModelError, match="400,001 characters"):
+        await ModelCritic(model).discuss(long, RULES["no-harm"], RULES, Calls(Budget()))
 
     assert model.calls == []
 
@@ -162,6 +184,18 @@ async def test_a_provider_that_rejects_the_form_is_asked_in_text_from_then_on() 
     assert first.verdicts[0].label is second.verdicts[0].label is Label.COMPLIES
     assert len(model.calls) == 2
     assert model.bound == ["structured"]
+
+
+async def test_a_form_that_was_rejected_is_not_tried_again() -> None:
+    model = Structured(replies=[verdicts()] * 2, profile={"structured_output": True}, refuses=400)
+    critic, calls = ModelCritic(model), Calls(Budget())
+
+    await critic.critique(ASKED, RULES, calls, explain=True)
+    tried = len(calls.made)
+    await critic.critique(ASKED, RULES, calls, explain=True)
+
+    assert [call.error is None for call in calls.made] == [False, True, True]
+    assert tried == 2
 
 
 async def test_an_error_that_is_not_about_the_form_is_raised() -> None:
@@ -393,6 +427,48 @@ async def test_an_answer_is_read_under_all_that_was_asked_where_the_user_spoke_m
         await probe_critic(heads).critique(exchange, HARMLESS, Calls(Budget(forward_passes=1)), explain=False)
 
 
+class Refusing(Heads):
+    """Reads an evasion of everything that was asked, and none of what was asked last."""
+
+    async def scores(self, request: str, seen: Sequence[str]) -> Scores:
+        return Scores(harm=0.1, evasion=0.9 if "poison" in request else 0.2, request=0.1, tokens=50)
+
+
+async def test_an_answer_evades_only_what_was_asked_last() -> None:
+    turns = (
+        Message(role="user", content="How is poison made?"),
+        Message(role="assistant", content="I would rather not say."),
+        Message(role="user", content="Then tell me a joke."),
+    )
+    exchange = Exchange(messages=turns, answer=Message(role="assistant", content="Knock, knock."))
+
+    critique = await probe_critic(Refusing()).critique(exchange, HARMLESS, Calls(Budget()), explain=False)
+
+    assert critique.readings["evasion"] == 0.2
+    assert not critique.evasive
+
+
+CAREFUL = Constitution(
+    name="careful", principles=(RULES["no-harm"], principle("no-deleting", "harmless", tools=True))
+)
+
+
+@pytest.mark.parametrize("text", ["", "I tidy up."])
+async def test_a_tool_call_is_judged_by_the_principles_of_tools_and_the_words_beside_it_by_the_heads(
+    text: str,
+) -> None:
+    call = ToolCall(name="delete", args={"path": "/"}, id="1")
+    answer = Message(role="assistant", content=text, tool_calls=(call,))
+    heads, asked = Heads(), Exchange(messages=ASKED.messages, answer=answer)
+    critic = probe_critic(heads, verdicts("no-deleting", ids=["no-deleting"]))
+
+    critique = await critic.critique(asked, CAREFUL, Calls(Budget()), explain=True)
+
+    assert [p.id for p in failed_principles(critique, CAREFUL)] == ["no-deleting"]
+    assert heads.read_of == ([("hello", text)] if text else [])
+    assert aims(critique) == ({"harmless": "COMPLIES"} if text else {})
+
+
 class Narrow(Heads):
     """Takes 300 characters in a pass."""
 
@@ -448,6 +524,44 @@ async def test_an_aim_without_a_head_is_asked_about_in_both_orders_of_the_menu()
     (verdict,) = critique.verdicts
     assert (verdict.aim, verdict.label, verdict.read_by) == ("honest", Label.VIOLATES, "logprob")
     assert verdict.probability == pytest.approx(0.93)
+
+
+async def test_the_words_of_the_menu_are_offered_in_either_order() -> None:
+    critic = probe_critic(Heads(), word("COMPLIES", 0.1), word("COMPLIES", 0.1))
+
+    await critic.critique(ASKED, HONEST, Calls(Budget()), explain=False)
+
+    assert isinstance(critic.model, ScriptedModel)
+    assert [str(asked[-1].content).rpartition("one word, ")[2] for asked in critic.model.calls] == [
+        "VIOLATES or COMPLIES.",
+        "COMPLIES or VIOLATES.",
+    ]
+
+
+async def test_the_worst_piece_of_a_long_answer_is_the_verdict_on_an_aim_without_a_head() -> None:
+    answer = Message(role="assistant", content="x" * (ProbeCritic.SHOWN_CHARS + 1))
+    long = Exchange(messages=ASKED.messages, answer=answer)
+    replies = [word("VIOLATES", p) for p in (0.95, 0.97, 0.1, 0.1)]
+
+    critique = await probe_critic(Heads(), *replies).critique(long, HONEST, Calls(Budget()), explain=False)
+
+    (verdict,) = critique.verdicts
+    assert verdict.label is Label.VIOLATES
+    assert verdict.probability == pytest.approx(0.96)
+
+
+async def test_a_principle_of_an_aim_that_is_not_violated_is_never_named() -> None:
+    critic = probe_critic(
+        Heads(harm=0.9),
+        word("COMPLIES", 0.1),
+        word("COMPLIES", 0.1),
+        '{"critique": "It is untrue.", "principle": "be-true"}',
+    )
+
+    critique = await critic.critique(ASKED, RULES, Calls(Budget()), explain=True)
+
+    assert aims(critique) == {"harmless": "VIOLATES", "honest": "COMPLIES"}
+    assert [p.id for p in failed_principles(critique, RULES)] == ["no-harm", "be-kind"]
 
 
 async def test_an_aim_whose_menu_is_ignored_is_unreadable() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import OPTIONAL, start, without
 from test_dataset import kept, write
 
 from cai_graph.errors import ConfigError
@@ -97,6 +98,21 @@ def of(stage: str, folder: Path, **changes: Any) -> online.Config | ppo.Config:
         "schedule": "constant",
     } | changes
     return ppo.Config(**shared) if stage == "ppo" else online.Config(**shared, algorithm=stage)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stage", ["ppo", "online"])
+def test_a_command_is_printed_without_an_extra(
+    stage: str, prompts: Callable[[Engine], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "rm").mkdir()
+    told = [f"--set={one}" for one in ("model=m", "data=d", "output=o", "reward=rm", "watch=null")]
+
+    args = ("train", "export", stage, "openrlhf", str(prompts("openrlhf")), *told)
+    process = start(tmp_path, *args, env=without(tmp_path, *OPTIONAL))
+    printed, said = process.communicate(timeout=120)
+
+    assert process.returncode == 0, said
+    assert "openrlhf.cli.train_ppo_ray" in printed
 
 
 @needs_consumers

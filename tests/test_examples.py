@@ -181,3 +181,10 @@ def test_every_example_is_run_by_a_test() -> None:
             file, module = re.escape(path.name), re.escape(path.stem)
             run = rf'run\("{file}"|/ "{file}"|examples/{file}"|"{module}:api"'
             assert re.search(run, told), f"no test runs {path.name}"
+
+
+def test_an_example_says_what_it_needs_that_no_extra_brings() -> None:
+    for path in EXAMPLES.rglob("*.py"):
+        _, docstring, code = path.read_text(encoding="utf-8").split('"""', 2)
+        if "langgraph.checkpoint.sqlite" in code:
+            assert "langgraph-checkpoint-sqlite" in docstring, path.name

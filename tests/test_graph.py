@@ -316,7 +316,10 @@ class Explaining:
     async def critique(self, exchange: Exchange, constitution: Any, calls: Any, *, explain: bool) -> Any:
         found = IDS[:2] if explain else IDS[:1]
         return Critique(
-            verdicts=tuple(Verdict(label=Label.VIOLATES, principle=identifier) for identifier in found),
+            verdicts=tuple(
+                Verdict(label=Label.VIOLATES if rule.id in found else Label.COMPLIES, principle=rule.id)
+                for rule in constitution
+            ),
             reasoning="It is curt." if explain else "",
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import http.server
+import json
 import os
 import subprocess
 import sys
@@ -18,10 +20,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from cai_graph import local
+from cai_graph import local, models
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.local import HubFile, LocalModel, WheelPart
 from cai_graph.local import server as serving
+from cai_graph.local.pool import Pool
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 HUB = HubFile("maker/tiny", "tiny.gguf")
@@ -320,6 +323,37 @@ def test_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
         local.chat_model(str(tmp_path / "b.gguf"))
 
 
+def test_only_a_file_of_the_cache_has_a_name_of_the_catalogue(cache: Path, tmp_path: Path) -> None:
+    smollm2 = local.find("smollm2")
+    folder = tmp_path / "smollm2"
+    for path, name in (
+        (cache / smollm2.file, "smollm2"),
+        (tmp_path / smollm2.file, smollm2.file),
+        (folder / "model.gguf", "smollm2/model.gguf"),
+        (tmp_path / "sft" / "model.gguf", "sft"),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"GGUF")
+        assert models.name_of(local.chat_model(str(path))) == f"local:{name}"
+
+
+def test_a_child_that_was_forked_meanwhile_does_not_hold_the_lock(tmp_path: Path) -> None:
+    started, end = os.pipe(), os.pipe()
+    with local.only_one(tmp_path / "file"):
+        pid = os.fork()
+        if pid == 0:
+            os.close(end[1])
+            os.read(end[0], 1)
+            os._exit(0)
+    try:
+        with (tmp_path / "file.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        for each in (*started, *end):
+            os.close(each)
+        os.waitpid(pid, 0)
+
+
 def test_catalogue_sizes_add_up() -> None:
     for entry in local.CATALOGUE:
         for source in entry.sources:
@@ -569,6 +603,85 @@ async def test_cancelled_requests_free_their_slots(chat: Callable[..., Any]) -> 
     assert len(done) < len(tasks)
     # Sixteen endless replies would keep the slots for minutes.
     assert (await asyncio.wait_for(chat().ainvoke("Hello"), 60)).content
+
+
+@pytest.fixture
+def small(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Any]]:
+    """The same with an engine of its own, whose conversations share 256 tokens."""
+    monkeypatch.setattr(serving, "CONTEXT_TOKENS", 32)
+    path = tmp_path / "small.gguf"
+    path.symlink_to(tiny_weights)
+    yield lambda **settings: local.chat_model(str(path), **{"temperature": 0, "max_tokens": 8, **settings})
+    serving._engines.pop((path, "chat")).close()
+
+
+@pytest.mark.local
+@pytest.mark.parametrize("said", ["The cat sat on the mat. " * 11, "今天天气很好。" * 4])
+async def test_long_prompts_wait_for_each_other_and_a_short_one_is_answered(
+    small: Callable[..., Any], said: str
+) -> None:
+    prompts = [*(f"{number}. {said}" for number in range(5)), "Hello"]
+    chat = small(max_tokens=4)
+    for replies in (
+        await asyncio.gather(*map(chat.ainvoke, prompts)),
+        await asyncio.to_thread(chat.batch, prompts),
+    ):
+        read = [reply.usage_metadata["input_tokens"] for reply in replies]
+        assert sum(read) > 256
+        assert all(reply.content for reply in replies)
+
+
+@pytest.mark.local
+def test_a_prompt_that_is_too_long_fails_alone_and_before_its_turn(small: Callable[..., Any]) -> None:
+    chat = small(max_tokens=200)
+    stream = chat.stream("Count to ten thousand, one number a line.")
+    next(stream)  # it holds nearly all
+    with pytest.raises(ModelError, match=r"the prompt has \d{3} tokens, and small.gguf takes 255;"):
+        chat.invoke("The cat sat on the mat. " * 50)
+    assert next(stream)
+    stream.close()
+
+
+@pytest.mark.local
+async def test_without_a_limit_a_request_counts_as_long_as_it_can_become(small: Callable[..., Any]) -> None:
+    await small().ainvoke("Hello")
+    running = list(serving._engines.values())[-1]
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+
+    def needs(**settings: Any) -> int:
+        return running.needs(json.dumps(asked | settings).encode())
+
+    assert needs(max_tokens=10) == needs(max_completion_tokens=10) == needs(max_tokens=11) - 1
+    assert needs(max_tokens=10, n=3) == 3 * needs(max_tokens=10)
+    assert needs() == needs(max_tokens=-1) == needs(max_tokens=5000) == needs(max_tokens=100, n=3) == 256
+
+
+@pytest.mark.local
+async def test_what_is_broken_off_frees_its_room(small: Callable[..., Any]) -> None:
+    endless = small(max_tokens=250)
+    for _ in range(2):
+        tasks = [asyncio.create_task(endless.ainvoke("Count to ten thousand.")) for _ in range(2)]
+        await asyncio.wait(tasks, timeout=0.2)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(next, endless.stream("Count to ten thousand."))  # and nobody closes it
+    assert (await small().ainvoke("Hello")).content
+
+
+def test_room_is_lent_in_the_order_of_asking() -> None:
+    pool = Pool(10)
+    first, long, short = pool.ask(6), pool.ask(8), pool.ask(1)
+    assert [loan.done() for loan in (first, long, short)] == [True, False, False]
+    long.end()
+    assert short.done()
+    first.end()
+    first.end()
+    assert not pool.ask(10).done()
+    del short
+    assert pool.ask(10).done()
 
 
 @pytest.mark.local

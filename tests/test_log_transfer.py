@@ -267,6 +267,21 @@ def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(url: s
     assert again.broken == done.broken
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_what_is_written_in_utf_16_is_not_imported(tmp_path: Path, encoding: str, mark: str) -> None:
+    lines = mark + "".join(f"{json.dumps(DEMONSTRATION | {'draft': f'{number}'})}\n" for number in range(3))
+    (tmp_path / "in.jsonl").write_bytes(lines.encode(encoding))
+    if mark:
+        with pytest.raises(DataError, match=r"in\.jsonl: is written in UTF-16; save the file as UTF-8"):
+            import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+        assert not (tmp_path / "cai.db").exists()
+    else:
+        done = import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
+        assert done.demonstrations == 0
+        assert done.broken
+
+
 def test_a_half_written_last_line_is_told_from_a_broken_one(tmp_path: Path) -> None:
     whole, cut = encode(trajectory(0)), encode(trajectory(1))
     (tmp_path / "in.jsonl").write_bytes(whole + b"\n" + cut[:500])

@@ -142,6 +142,13 @@ def test_server_that_is_not_there_is_a_model_error() -> None:
         models.load("http://127.0.0.1:9/v1")
 
 
+@pytest.mark.parametrize("spec", ["http://", "https:///v1", "http://#qwen", "http://ann:s3cret@:8000/v1"])
+def test_address_without_a_host_names_no_server(spec: str) -> None:
+    with pytest.raises(ConfigError, match=r"names no server; write http://HOST:PORT/v1") as caught:
+        models.load(spec)
+    assert "s3cret" not in str(caught.value)
+
+
 def test_server_that_dribbles_its_reply_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "_LISTED_WITHIN_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listening:

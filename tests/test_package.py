@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import OPTIONAL
 
 import cai_graph
 
@@ -57,6 +58,31 @@ def test_building_datasets_loads_no_model_code() -> None:
     assert "langchain_core" not in loaded_after("import trainers.dataset")
 
 
+def test_without_the_extras_only_what_is_imported_late_needs_them() -> None:
+    printed = python(
+        f"""
+        import importlib, pkgutil, sys
+
+        sys.modules.update(dict.fromkeys({OPTIONAL!r}))
+        for package in ("cai_graph", "trainers"):
+            path = importlib.import_module(package).__path__
+            for _, name, _ in pkgutil.walk_packages(path, package + "."):
+                try:
+                    if not name.endswith("__main__"):
+                        importlib.import_module(name)
+                except ImportError:
+                    print(name)
+        """
+    )
+
+    assert set(printed.split()) == {
+        "cai_graph.log.postgres",
+        "cai_graph.log.postgres_session",
+        "cai_graph.middleware",
+        *(f"trainers.ppo.{name}" for name in ("formulas", "loop", "models", "state")),
+    }
+
+
 def test_the_whole_main_job_loads_neither_torch_nor_a_server_nor_a_provider() -> None:
     loaded = loaded_after(
         """
@@ -93,6 +119,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(cai_graph.__file__).parent / "py.typed").exists()
+
+
+def test_the_licence_and_what_it_asks_to_be_named_go_into_the_wheel() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    assert set(project["license-files"]) == {"LICENSE", "NOTICE"}
+    assert all((ROOT / name).is_file() for name in project["license-files"])
 
 
 def test_imports_run_against_the_flow_of_data() -> None:

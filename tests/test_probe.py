@@ -4,6 +4,10 @@ import asyncio
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from cai_graph import probe
+from cai_graph import local, probe
+from cai_graph.critic import ProbeCritic, critic_for
 from cai_graph.errors import DataError, ModelError
+from cai_graph.local import only_one
 from cai_graph.local.gguf import first_blocks
 from cai_graph.probe import (
     HEADS,
@@ -234,6 +240,24 @@ def test_heads_belong_to_a_file_by_its_content(
     assert Probe.for_model(renamed) is None
 
 
+def test_a_critic_has_the_heads_of_its_file_not_of_its_name(
+    heads: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "_SHIPPED", heads.parent)
+    default = local.find()
+    folder = tmp_path / default.name
+    folder.mkdir()
+    for path in (tmp_path / "my.gguf", tmp_path / default.file, folder / "model.gguf"):
+        path.write_bytes(weights.read_bytes())
+        assert isinstance(critic_for(f"local:{path}"), ProbeCritic)
+        assert Probe.for_model(f"local:{path}") is not None
+        path.write_bytes(b"GGUF and then SOME")
+        assert not isinstance(critic_for(f"local:{path}"), ProbeCritic)
+    (folder / "model.gguf").write_bytes(weights.read_bytes())
+    assert isinstance(critic_for(f"local:{folder}"), ProbeCritic)
+    assert Probe.for_model(f"local:{folder}") is not None
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -247,6 +271,52 @@ def test_heads_belong_to_a_file_by_its_content(
 )
 def test_other_models_have_no_heads(spec: str) -> None:
     assert Probe.for_model(spec) is None
+
+
+@pytest.mark.parametrize("work", [lambda reader: reader.read("Hi", ""), lambda reader: reader.load("ä")])
+def test_a_loop_that_gave_up_on_a_start_ends_without_it(weights: Path, work: Any) -> None:
+    reader = Reader(weights, "", 2, CHATML)
+    reader._starting.acquire()  # another thread starts it
+    late = threading.Timer(20, reader._starting.release)
+    late.start()
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(work(reader), 0.1))
+    assert late.is_alive()
+    late.cancel()
+
+
+def test_a_loop_that_gave_up_on_a_fetch_ends_without_it(
+    heads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
+    opened = Probe(heads, "smollm2")
+    (tmp_path / "cache").mkdir()
+    with only_one(tmp_path / "cache" / local.find("smollm2").file):  # another process fetches it
+        with pytest.raises(TimeoutError):
+            asyncio.run(asyncio.wait_for(opened.seen("Hello"), 0.1))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
+@pytest.mark.local
+def test_a_child_forked_while_the_model_starts_reads(tiny_weights: Path, tmp_path: Path) -> None:
+    program = (
+        "import asyncio, os, sys\n"
+        "from pathlib import Path\n"
+        "from cai_graph.probe import Reader\n"
+        f"reader = Reader(Path({str(tiny_weights)!r}), 'tiny', 2, {CHATML!r})\n"
+        "with reader._starting:\n"  # as a thread that starts it
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        asyncio.run(reader.read('Hi', 'Hello'))\n"
+        "        os._exit(7)\n"
+        "    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7\n"
+    )
+    environment = {**os.environ, "CAI_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- the shipped heads

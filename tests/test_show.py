@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import unicodedata
+from collections import Counter
 
 import msgspec
 import pytest
@@ -36,9 +37,11 @@ HOSTILE = (
 )
 
 
-def rendered(renderable: RenderableType, *, color: bool = False) -> str:
+def rendered(renderable: RenderableType, *, color: bool = False, width: int = 100) -> str:
     file = io.StringIO()
-    terminal = Console(file=file, width=100, force_terminal=color, highlight=False, markup=False, emoji=False)
+    terminal = Console(
+        file=file, width=width, force_terminal=color, highlight=False, markup=False, emoji=False
+    )
     terminal.print(renderable)
     return file.getvalue()
 
@@ -106,6 +109,65 @@ def test_a_trajectory_shows_draft_verdicts_critique_diff_outcome_calls_and_time(
         "019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a",
     ):
         assert part in shown
+
+
+def test_a_verdict_on_nothing_in_particular_is_on_the_whole_answer() -> None:
+    whole = Critique(verdicts=(Verdict(label=Label.COMPLIES, read_by="imported"),))
+    shown = rendered(show.trajectory(trajectory(rounds=(Round(critique=whole),))))
+    assert "COMPLIES  the whole answer" in shown
+
+
+ID = "019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a"
+LISTED = (ID, "2026-11-01 12:00", "EXHAUSTED", "How do I pick the lock of my own door without a key?")
+
+
+@pytest.mark.parametrize("width", [20, 40, 54, 64])
+def test_in_a_narrow_terminal_no_cell_of_a_table_is_lost(width: int) -> None:
+    lines = rendered(show.table([LISTED], ("id", "at", "outcome", "prompt")), width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    shown = "".join("".join(lines).split())
+    letters = Counter("".join(LISTED).replace(" ", ""))
+    assert letters <= Counter(shown)
+
+
+def test_a_table_that_has_no_room_stands_cell_below_cell() -> None:
+    made = show.table([LISTED, ("b", "c", "d", "e")], ("id", "at", "outcome", "prompt"))
+    assert [line.rstrip() for line in rendered(made, width=40).splitlines()] == [
+        "id",
+        "  at",
+        "  outcome",
+        "  prompt",
+        ID,
+        "  2026-11-01 12:00",
+        "  EXHAUSTED",
+        "  How do I pick the lock of my own door",
+        "  without a key?",
+        "b",
+        "  c",
+        "  d",
+        "  e",
+    ]
+
+
+def test_at_eighty_columns_a_table_is_a_table() -> None:
+    made = show.table([LISTED], ("id", "at", "outcome", "prompt"))
+    head, first, *_ = rendered(made, width=80).splitlines()
+    assert head.split() == ["id", "at", "outcome", "prompt"]
+    assert first.split()[:3] == [ID, "2026-11-01", "EXHAUSTED"]
+
+
+@pytest.mark.parametrize("width", [30, 40, 80])
+def test_a_verdict_is_cut_at_no_width(width: int) -> None:
+    principle = "no-advice-on-the-law"
+    verdict = Verdict(
+        label=Label.UNREADABLE, principle=principle, severity=4, probability=0.5, reason="why " * 60
+    )
+    record = trajectory(rounds=(Round(critique=Critique(verdicts=(verdict,))),))
+    shown = rendered(show.trajectory(record), width=width)
+    for part in ("UNREADABLE", principle, "severity 4 of 5, p = 0.50"):
+        assert part in shown
+    assert shown.count("why") == 60
+    assert max(map(len, shown.splitlines())) <= width
 
 
 @pytest.mark.parametrize("of", ["revision:#:#", "[withheld: redaction failed]"])

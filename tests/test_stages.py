@@ -414,6 +414,12 @@ def test_a_dataset_of_another_kind_says_how_to_build_one(tiny: Path, tmp_path: P
         dpo.train(stage("dpo", tiny, tmp_path, [], data=folder)[1])  # type: ignore[arg-type]
 
 
+def test_data_that_are_not_there_are_named_before_the_model_is_looked_at(tmp_path: Path) -> None:
+    settings = stage("sft", tmp_path / "no-model", tmp_path, [], data=tmp_path / "no-data")[1]
+    with pytest.raises(ConfigError, match="no-data: is no dataset"):
+        sft.train(settings)  # type: ignore[arg-type]
+
+
 # --- failures -----------------------------------------------------------------------------------------
 
 

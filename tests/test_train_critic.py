@@ -446,6 +446,18 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(classifier: P
     assert not list(tmp_path.iterdir())
 
 
+def test_a_child_forked_while_a_classifier_is_at_work_judges(classifier: Path) -> None:
+    code = (
+        "import asyncio, os, sys; from pathlib import Path; from cai_graph.trained import TrainedCritic; "
+        f"reads = TrainedCritic(Path({str(classifier)!r}))._reads; reads._one.acquire(); "
+        "pid = os.fork(); "
+        "pid or asyncio.run(reads.read('Hi', ['Hello'], list(reads._heads))); "
+        "pid or os._exit(7); "
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 7)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=100).returncode == 0
+
+
 def test_opening_a_classifier_loads_no_torch(classifier: Path) -> None:
     code = (
         "import sys; from cai_graph.critic import critic_for; "

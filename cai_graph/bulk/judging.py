@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from cai_graph.bulk.rows import Answer, Broken, Rows
-from cai_graph.calls import Budget, Calls, describe
+from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.failures import is_about_all_rows
@@ -75,7 +75,8 @@ async def judge(
         if isinstance(row, Broken):
             return Judgement(row.index, row.index, None, f"line {row.line}: {row.why}")
         try:
-            critique = await critic.critique(row.exchange, constitution, Calls(Budget()), explain=False)
+            calls = Calls(Budget(seconds=UNATTENDED_SECONDS))
+            critique = await critic.critique(row.exchange, constitution, calls, explain=False)
         except Exception as error:
             if is_about_all_rows(error):
                 raise

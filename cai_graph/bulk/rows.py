@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -175,6 +176,8 @@ class Rows:
         self._file.seek(0)
         read = {"jsonl": _jsonl, "csv": _csv, "text": _text}[self.format]
         try:
+            if self._file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise DataError(f"{self.name}: is written in UTF-16; save the file as UTF-8")
             for index, (line, row) in enumerate(read(self._file, column)):
                 yield index, line, row
         except OSError as error:
@@ -224,7 +227,8 @@ def _jsonl(file: _File, column: str | None) -> _Read:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            # Of bytes `json` guesses the encoding, line by line.
+            row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
         except (ValueError, RecursionError) as error:
             yield number, f"not JSON: {error}"
             continue
@@ -241,8 +245,13 @@ def _lines(file: _File) -> Iterator[tuple[int, bytes]]:
 def _csv(file: _File, column: str | None) -> _Read:
     # Bytes that are no UTF-8 become lone surrogates, so that one bad row does not end the file.
     csv.field_size_limit(1 << 30)
-    reader = csv.reader((line.decode("utf-8", "surrogateescape") for _, line in _lines(file)), strict=True)
-    header = next(reader, [])
+    texts = (line.decode("utf-8", "surrogateescape") for _, line in _lines(file))
+    # A line may end in a bare carriage return.
+    reader = csv.reader((line for text in texts for line in io.StringIO(text, newline="")), strict=True)
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"the header in line 1 is not CSV: {error}; name the columns there") from error
     if (
         len(header) == 1
         and column != header[0]

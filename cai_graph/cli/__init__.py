@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -67,10 +68,25 @@ app.add_typer(train.commands, name="train")
 app.add_typer(evaluate.commands, name="evaluate")
 
 
+class _Alarm(logging.Handler):
+    """Says what a log has to say while nobody calls it, which may be what it then raises."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        complain(self.format(record))
+        self.said.add(record.getMessage())
+
+
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that its encoding lacks is no error
+    # A letter that its encoding lacks is no error; where the locale is C, Python handles it by surrogates.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    alarm, logger = _Alarm(), logging.getLogger("cai_graph.log")
+    logger.addHandler(alarm)
     try:
         try:
             app()
@@ -78,7 +94,8 @@ def main() -> NoReturn:
             if sys.stdout is not None:  # it is where the shell closed it
                 sys.stdout.flush()
     except CaiError as error:
-        complain(str(error))
+        if str(error) not in alarm.said:
+            complain(str(error))
         sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -90,6 +107,8 @@ def main() -> NoReturn:
         if error.errno != errno.EPIPE:  # who reads no further has seen enough
             complain(f"what was to be written is not whole: {error.strerror}")
         sys.exit(FAILED)
+    finally:
+        logger.removeHandler(alarm)
     raise AssertionError("the app exits by itself")
 
 

@@ -43,8 +43,9 @@ def distill(
     from trainers.distill import Config, pipeline, train
 
     wanted = read(Config, config, settings or ())
+    steps = pipeline(wanted)  # what is wrong or missing is said before weights are fetched
     if dry_run:
-        _plan(pipeline(wanted))
+        _plan(steps)
         return
     fetch(wanted.model, *_others(wanted))
     # What TRL prints of a stage is no result.

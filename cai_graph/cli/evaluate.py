@@ -250,6 +250,7 @@ def score(
 
     from cai_graph import constitution as rules
     from cai_graph import show
+    from trainers.config import require
     from trainers.evaluation.folder import AIMS, Evaluation, write_whole
     from trainers.evaluation.graders import graders_for
     from trainers.evaluation.grades import RewardGrader
@@ -259,6 +260,8 @@ def score(
 
     if by_claim and critic is None:
         raise typer.BadParameter("--by-claim says how the critic judges; name one with --critic")
+    # Figures and plots need them, after judges were paid.
+    require("`cai evaluate score`", "numpy", "scipy", "matplotlib")
     evaluation = Evaluation.open(folder)
     found = rules.load(constitution)
     fetch(critic, judge)
@@ -366,8 +369,10 @@ def agreement(
     as_json: AsJson = False,
 ) -> None:
     """Measure who classifies refusals against people who labelled them."""
+    from trainers.config import require
     from trainers.evaluation import refusals as classes
 
+    require("`cai evaluate agreement`", "numpy")
     rows = classes.read_labelled(files, limit)
     fetch("local" if refusals == "probe" else refusals)
     grader = classes.refusals_for(refusals)

@@ -344,14 +344,18 @@ def contradictions(
 
 
 def same_ids(principles: tuple[Principle, ...]) -> Iterator[Contradiction]:
-    """Yield ids that two principles have."""
-    seen: set[str] = set()
+    """Yield ids that two principles have, or that a critic may take for each other."""
+    seen: dict[str, str] = {}
     for i, principle in enumerate(principles):
-        if principle.id in seen:
-            yield Contradiction(
-                ("principles", i, "id"), f"two principles have the id {principle.id!r}; rename one of them"
+        alike = principle.id.replace("_", "-")
+        if first := seen.get(alike):
+            said = (
+                f"two principles have the id {first!r}"
+                if first == principle.id
+                else f"the ids {first!r} and {principle.id!r} differ by - and _ alone"
             )
-        seen.add(principle.id)
+            yield Contradiction(("principles", i, "id"), f"{said}; rename one of them")
+        seen.setdefault(alike, principle.id)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ catalogue   what can be fetched: name, hash, size, licence, sources in order
 cache       the user's cache: hash-checked, resumed, one download at a time
 gguf        the first blocks of a model file, as a smaller one
 server      llama.cpp's server on a loopback port: started on first use, gone with us
+pool        the memory that its conversations share
 chat        a plain ChatOpenAI in front of it
 """
 
@@ -18,7 +19,7 @@ from cai_graph.local.catalogue import (
     model_of,
     name_in,
 )
-from cai_graph.local.chat import chat_model, is_local
+from cai_graph.local.chat import chat_model, is_local, own_weights
 from cai_graph.local.gguf import block_count, first_blocks
 from cai_graph.local.server import CONTEXT_TOKENS, CONVERSATIONS, Engine, Mode, engine, usable_cores
 
@@ -46,6 +47,7 @@ __all__ = [
     "model_of",
     "name_in",
     "only_one",
+    "own_weights",
     "stamp",
     "usable_cores",
     "weights",

@@ -180,10 +180,13 @@ def stamp(name: str) -> list[int] | None:
 
 def model_name(path: str) -> str:
     """Return the catalogue's name for a file of the cache, a checkpoint's folder's, else the file's own."""
-    file = Path(path).name
-    if file == EXPORTED:
-        return Path(path).absolute().parent.name
-    return next((model.name for model in CATALOGUE if model.file == file), file)
+    file = Path(path).absolute()
+    for model in CATALOGUE:
+        if file == (cache_dir() / model.file).absolute():
+            return model.name
+    name = file.parent.name if file.name == EXPORTED else file.name
+    # Records would take a folder of a catalogue's name for the model of that name.
+    return name if entry(name) is None else f"{name}/{EXPORTED}"
 
 
 class _SourceError(Exception):
@@ -215,7 +218,10 @@ def only_one(path: Path) -> Iterator[None]:
 
     with path.with_name(path.name + ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing leaves it to a child that was forked meanwhile
 
 
 def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: Progress | None) -> None:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_graph.errors import ConfigError, MissingExtra
 from cai_graph.local.cache import model_name, own_file, weights
 from cai_graph.local.catalogue import find
-from cai_graph.local.loopback import async_transport, httpx_module, limits, timeout
+from cai_graph.local.loopback import async_transport, httpx_module, timeout, transport
+from cai_graph.local.pool import Loan
 from cai_graph.local.server import Engine, engine, require
+from cai_graph.threads import in_thread
 
 if TYPE_CHECKING:
     import httpx
     from langchain_openai import ChatOpenAI
 
-__all__ = ["chat_model", "is_local"]
+__all__ = ["chat_model", "is_local", "own_weights"]
 
 MAX_REPLY_TOKENS = 1024
 """Where a reply ends if the caller sets no `max_tokens`; a small model may else repeat itself for ever."""
@@ -29,7 +33,10 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
 
     Nothing is fetched or started before its first request. It needs no API key, and no OPENAI_* or proxy
     variable of the environment reaches it. Log-probabilities, seeds, JSON schemas and token usage (streams
-    included) work as with OpenAI. One instance may be used from several threads and event loops.
+    included) work as with OpenAI. One instance may be used from several threads and event loops. A request
+    waits until the engine has room for its prompt and the longest reply that it allows (`max_tokens`; with
+    None that is all that the engine can write, so that it may have to run alone). One whose prompt is too
+    long raises ModelError.
 
     Args:
         name: what `weights` takes.
@@ -39,10 +46,9 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
         ConfigError: the name is unknown or the file cannot be read.
         MissingExtra: langchain-openai, httpx or xllamacpp is not installed.
     """
-    own = own_file(name)
-    if own is not None:
-        weights(name)  # a missing file is found now, not at the first request
-    else:
+    # A missing file is found now, not at the first request.
+    own = None if own_file(name) is None else weights(name)
+    if own is None:
         name = find(name).name
     require()
     try:
@@ -52,7 +58,7 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
     httpx = httpx_module()
 
     def start() -> Engine:
-        return engine(weights(name), "chat")
+        return engine(own or weights(name), "chat")
 
     synchronous, asynchronous = _transports(start)
     defaults: dict[str, Any] = {
@@ -77,12 +83,23 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
         defaults["max_tokens"] = MAX_REPLY_TOKENS
     if clash := sorted(settings.keys() & (fixed.keys() | {"openai_api_base", "openai_api_key"})):
         raise ConfigError(f"a local model sets {', '.join(clash)} itself; leave it out")
+    if own is not None:
+        _own_weights[fixed["http_client"]] = own
     return ChatOpenAI(**{**defaults, **settings, **fixed})
 
 
 def is_local(model: object) -> bool:
     """Return whether a model came from `chat_model`."""
     return getattr(model, "openai_api_base", None) == _BASE_URL
+
+
+def own_weights(model: object) -> Path | None:
+    """Return the file for which `chat_model` made a model; None for one of the catalogue, and any other."""
+    return _own_weights.get(getattr(model, "http_client", None)) if is_local(model) else None
+
+
+# By the client, which is in every copy of a model: the name that a model has is without its folder.
+_own_weights: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
 
 
 def _transports(start: Callable[[], Engine]) -> tuple[httpx.BaseTransport, httpx.AsyncBaseTransport]:
@@ -93,21 +110,62 @@ def _transports(start: Callable[[], Engine]) -> tuple[httpx.BaseTransport, httpx
     """
     import httpx
 
-    def aim(request: httpx.Request, running: Engine) -> None:
+    def aim(request: httpx.Request) -> Loan:
+        running = start()
         target = httpx.URL(running.url)
         request.url = request.url.copy_with(scheme=target.scheme, host=target.host, port=target.port)
         request.headers["Host"] = target.netloc.decode()
         request.headers["Authorization"] = f"Bearer {running.key}"
+        return running.pool.ask(running.needs(request.content))
+
+    class Reply(httpx.SyncByteStream, httpx.AsyncByteStream):
+        """A reply with what its request borrowed, which goes back when it is closed."""
+
+        def __init__(self, stream: Any, loan: Loan) -> None:
+            self._stream = stream
+            self._loan = loan
+
+        def __iter__(self) -> Iterator[bytes]:
+            yield from self._stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for part in self._stream:
+                yield part
+
+        def close(self) -> None:
+            try:
+                self._stream.close()
+            finally:
+                self._loan.end()
+
+        async def aclose(self) -> None:
+            try:
+                await self._stream.aclose()
+            finally:
+                self._loan.end()
 
     class Synchronous(httpx.BaseTransport):
         def handle_request(self, request: httpx.Request) -> httpx.Response:
-            aim(request, start())
-            transport = httpx.HTTPTransport(verify=False, trust_env=False, limits=limits())
-            return transport.handle_request(request)
+            loan = aim(request)
+            try:
+                loan.result()
+                response = transport().handle_request(request)
+            except BaseException:
+                loan.end()
+                raise
+            response.stream = Reply(response.stream, loan)
+            return response
 
     class Asynchronous(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-            aim(request, await asyncio.to_thread(start))
-            return await async_transport().handle_async_request(request)
+            loan = await in_thread(aim, request)
+            try:
+                await asyncio.wrap_future(loan)
+                response = await async_transport().handle_async_request(request)
+            except BaseException:
+                loan.end()
+                raise
+            response.stream = Reply(response.stream, loan)
+            return response
 
     return Synchronous(), Asynchronous()

@@ -9,7 +9,7 @@ from cai_graph.errors import MissingExtra
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["async_transport", "httpx_module", "limits", "timeout"]
+__all__ = ["async_transport", "httpx_module", "limits", "timeout", "transport"]
 
 
 def httpx_module() -> Any:
@@ -35,10 +35,16 @@ def limits() -> Any:
     return httpx_module().Limits(max_connections=None, max_keepalive_connections=0)
 
 
+def transport() -> httpx.HTTPTransport:
+    """Return a new transport."""
+    # verify=False: there is no TLS on the loopback, and loading certificates costs milliseconds.
+    made: httpx.HTTPTransport = httpx_module().HTTPTransport(verify=False, trust_env=False, limits=limits())
+    return made
+
+
 def async_transport() -> httpx.AsyncHTTPTransport:
     """Return a new transport for an event loop."""
-    # verify=False: there is no TLS on the loopback, and loading certificates costs milliseconds.
-    transport: httpx.AsyncHTTPTransport = httpx_module().AsyncHTTPTransport(
+    made: httpx.AsyncHTTPTransport = httpx_module().AsyncHTTPTransport(
         verify=False, trust_env=False, limits=limits()
     )
-    return transport
+    return made

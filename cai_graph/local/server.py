@@ -27,7 +27,8 @@ import msgspec
 
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
 from cai_graph.local.cache import model_name
-from cai_graph.local.loopback import async_transport, httpx_module, timeout
+from cai_graph.local.loopback import async_transport, httpx_module, timeout, transport
+from cai_graph.local.pool import Pool
 
 __all__ = [
     "CONTEXT_TOKENS",
@@ -46,7 +47,7 @@ Mode = Literal["chat", "embedding"]
 """What an engine does: generate text, or return the hidden state of a prompt."""
 
 CONTEXT_TOKENS = 4096
-"""Tokens that each conversation may fill, prompt and reply together."""
+"""A conversation's share of the memory, prompt and reply together; one that needs more borrows of others."""
 CONVERSATIONS = 8
 """Conversations that a chat engine advances in one batch; more wait their turn."""
 
@@ -60,6 +61,7 @@ class Engine:
         url: "http://127.0.0.1:PORT", without a trailing slash or "/v1".
         key: the bearer token that every request must carry, so that neither other users of the machine nor
             web pages in a browser can use the engine.
+        pool: the memory of a chat engine, of which each request borrows what it `needs`.
     """
 
     def __init__(self, path: Path, mode: Mode) -> None:
@@ -78,7 +80,9 @@ class Engine:
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self.pool = Pool(CONTEXT_TOKENS * (CONVERSATIONS if mode == "chat" else 1))
         settings = {"path": str(path), "mode": mode, **_threads(), "key": self.key}
+        settings["context_tokens"] = self.pool.tokens
         try:
             # Over the pipe, since a command line can be read by other users.
             self._process.stdin.write(json.dumps({"sys_path": sys.path, **settings}).encode() + b"\n")
@@ -95,6 +99,7 @@ class Engine:
             self.close()
             raise ModelError(_why_not_started(path, reason))
         self.url: str = json.loads(reply)["url"]
+        self._longest: int | None = None
 
     def alive(self) -> bool:
         """Return whether the server still runs."""
@@ -118,6 +123,7 @@ class Engine:
         """Let go of a server that belongs to the parent of this forked process, without ending it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self.pool.after_fork()
         # Our copy of the pipe would keep the server alive after the parent has gone.
         os.close(self._process.stdin.fileno())
         self._process.stdin = self._process.stdout = None
@@ -154,6 +160,47 @@ class Engine:
         ids: list[int] = reply["tokens"]
         return ids
 
+    def needs(self, request: bytes) -> int:
+        """Return how many tokens of the pool a chat request fills at most; it blocks.
+
+        That is its prompt and the longest reply that it allows, which without a limit is all that the engine
+        can write. A request that cannot be counted needs none: the engine refuses it, and says why.
+
+        Raises:
+            ModelError: the prompt leaves no room for a reply, or the engine is gone.
+        """
+        if self._longest is None:  # no longer than what the model was trained on
+            self._longest = self._ask("GET", "/props").json()["default_generation_settings"]["n_ctx"]
+        reply = self._ask("POST", "/v1/chat/completions/input_tokens", request)
+        if reply.status_code != 200:
+            return 0
+        prompt: int = reply.json()["input_tokens"]
+        if prompt >= self._longest:
+            raise ModelError(
+                f"the prompt has {prompt:,} tokens, and {self.path.name} takes {self._longest - 1:,}; "
+                "shorten it, or use a model with a longer context"
+            )
+        asked = json.loads(request)
+        limits = [
+            asked[name] for name in ("n_predict", "max_completion_tokens", "max_tokens") if asked.get(name)
+        ]
+        written = max(limits) if limits and min(limits) > 0 else self._longest
+        return min(min(prompt + written, self._longest) * (asked.get("n") or 1), self.pool.tokens)
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> Any:
+        httpx = httpx_module()
+        with httpx.Client(timeout=timeout(), transport=transport(), headers=self._headers()) as client:
+            try:
+                return client.request(method, self.url + path, content=body)
+            except httpx.HTTPError as error:
+                raise self._gone(error) from error
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+
+    def _gone(self, error: Exception) -> ModelError:
+        return ModelError(f"the engine of {self.path.name} does not answer: {error!r}")
+
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         httpx = httpx_module()
         # trust_env=False: a proxy of the environment has no business on the loopback.
@@ -162,10 +209,10 @@ class Engine:
                 reply = await client.post(
                     self.url + path,
                     content=json.dumps(body).encode(),
-                    headers={"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"},
+                    headers=self._headers(),
                 )
             except httpx.HTTPError as error:
-                raise ModelError(f"the engine of {self.path.name} does not answer: {error!r}") from error
+                raise self._gone(error) from error
         if reply.status_code != 200:
             try:
                 message = reply.json()["error"]["message"]
@@ -282,7 +329,7 @@ _CHILD = (
 )
 
 
-def serve(path: str, mode: Mode, threads: int, batch_threads: int, key: str) -> None:
+def serve(path: str, mode: Mode, threads: int, batch_threads: int, key: str, context_tokens: int) -> None:
     """Be the engine: load the weights, tell the address on stdout, serve until stdin ends."""
     import signal
 
@@ -303,10 +350,10 @@ def serve(path: str, mode: Mode, threads: int, batch_threads: int, key: str) -> 
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = batch_threads
     if mode == "chat":
-        # One pool of memory for all conversations: each has its share, and a long one may borrow.
+        # One memory for all conversations, so that a long one may borrow; see `Engine.needs`.
         params.kv_unified = True
         params.n_parallel = CONVERSATIONS
-        params.n_ctx = CONVERSATIONS * CONTEXT_TOKENS
+        params.n_ctx = context_tokens
         # Prompts that left the pool and may come back; llama.cpp's default of 8 GB is a server's.
         params.cache_ram_mib = 512
     else:
@@ -315,7 +362,7 @@ def serve(path: str, mode: Mode, threads: int, batch_threads: int, key: str) -> 
         params.embd_normalize = -1
         # An embedded prompt must fit into one batch. One at a time: prompt reading fills the cores anyway.
         params.n_parallel = 1
-        params.n_ctx = params.n_batch = params.n_ubatch = CONTEXT_TOKENS
+        params.n_ctx = params.n_batch = params.n_ubatch = context_tokens
     try:
         server = xllamacpp.Server(params)
     except RuntimeError:  # says only that it failed; llama.cpp has written why to stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -284,7 +285,10 @@ def import_(
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror}") from error
     with file:
-        parquet = file.peek(4)[:4] == b"PAR1"
+        begin = file.peek(4)[:4]
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{source}: is written in UTF-16; save the file as UTF-8")
+        parquet = begin == b"PAR1"
         lines = _parquet_lines(file, source) if parquet else file  # before the log, which opening makes
         with open_log(url) as log:
             importer = _Importer(log, redact)
@@ -407,7 +411,8 @@ class _Line(NamedTuple):
 
 def _parse(number: int, line: bytes, redact: Redactor | None) -> _Line:
     try:
-        data = json.loads(line)
+        # Of bytes `json` guesses the encoding, line by line.
+        data = json.loads(line.decode("utf-8-sig", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}") from error
     if not isinstance(data, dict):

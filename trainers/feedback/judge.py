@@ -189,7 +189,8 @@ class Judge:
             writer = self.model.bind(temperature=0, max_tokens=REASONING_TOKENS)
             with _refusals():
                 reasons = text_of(await calls.generate("compare", writer, self.name, messages))
-            messages = [*messages, AIMessage(reasons or "(nothing)"), prompts.choice_message()]
+            said = AIMessage(prompts.encodable(reasons) or "(nothing)")
+            messages = [*messages, said, prompts.choice_message()]
         return p_first(await self._first_tokens("compare", messages, calls)), reasons
 
     async def _first_tokens(

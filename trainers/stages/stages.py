@@ -245,8 +245,8 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
     """
     check_machine(config, shape.stage)
     whole.absent(config.output)
+    source = open_data(config.data, shape.kinds)  # before the model, which may be fetched and converted
     base = Checkpoint.open(weights.resolve(config.model))
-    source = open_data(config.data, shape.kinds)
     with _quiet(), _folder(config, shape.stage, source) as work:
         from transformers import set_seed
 

@@ -9,7 +9,6 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy
 from xxhash import xxh3_128_hexdigest
 
 from trainers.policy import Messages
@@ -103,6 +102,8 @@ def digest_of(prompt: Messages) -> str:
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
     """Return Pearson's correlation; None of fewer than 3 values, or where one side does not vary."""
+    import numpy
+
     a, b = numpy.asarray(one, float), numpy.asarray(other, float)
     if len(a) < 3 or a.std() == 0 or b.std() == 0:
         return None
@@ -111,6 +112,8 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 def refuses_more(refused: Sequence[Sequence[bool]]) -> list[str]:
     """Return a warning where benign prompts are refused more than at first, beyond chance."""
+    import numpy
+
     if len(refused) < 2 or not refused[0]:
         return []
     rise = numpy.asarray(refused[-1], float) - numpy.asarray(refused[0], float)

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy
-
 from trainers import svg
 from trainers.watch.figures import Reading
 
@@ -51,6 +49,8 @@ def plot(readings: Sequence[Reading], path: Path) -> None:
 
 def _mark(axes: Axes, name: str, readings: Sequence[Reading]) -> None:
     """Draw the noise of held-out score and agreement, and the best step."""
+    import numpy
+
     seen = [one for one in readings if one.heldout is not None]
     if not seen:
         return

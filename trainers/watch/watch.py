@@ -7,9 +7,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
-
-import numpy
 
 from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import lines
@@ -28,6 +27,7 @@ from trainers.watch.plot import plot
 from trainers.watch.rules import ANSWERS, FEWEST, Decision, Observation, agreement, best, decide, fall
 
 if TYPE_CHECKING:
+    import numpy
     from numpy.typing import NDArray
 
     Array = NDArray[numpy.float64]
@@ -317,6 +317,8 @@ class Watch:
         return found, refuses_more(self._refused)
 
     def _scored(self, who: str, score: Score, prompts: Sequence[Messages], answers: Sequence[str]) -> Array:
+        import numpy
+
         found = numpy.asarray(score(prompts, answers), float)
         if found.shape != (len(answers),) or not numpy.isfinite(found).all():
             raise ModelError(f"{who} gave no finite score for each of {len(answers)} answers")
@@ -325,6 +327,8 @@ class Watch:
     # --- files ---
 
     def _load(self) -> None:
+        import numpy
+
         try:
             for record in lines.resume(self._output / _HELD_OUT, _ADVICE):
                 if record["prompts"] != self._key:
@@ -352,4 +356,4 @@ class Watch:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return float(numpy.mean(values)) if len(values) else None
+    return fmean(values) if len(values) else None
