@@ -259,7 +259,7 @@ class ProbeCritic(ModelCritic):
     """P(VIOLATES) from which an aim without a head counts as violated. Small models cry wolf."""
 
     SHOWN_CHARS = 4000
-    """How much of each text the model is shown at once: of most languages, a prompt of fewer than 4096 tokens."""
+    """How much of each text the model is shown at once: in most languages a prompt of under 4096 tokens."""
 
     def __init__(self, model: BaseChatModel, probe: Probe) -> None:
         super().__init__(model)
