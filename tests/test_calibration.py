@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.runnables import RunnableLambda
+from log_support import trajectory
 from replies import RULES, by_role, principle, verdicts
 from test_cascades import Cheap
 
@@ -20,7 +23,19 @@ from cai_graph.errors import BudgetExceeded, ConfigError, DataError, MissingExtr
 from cai_graph.log import Log
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
-from cai_graph.trajectory import Critique, Label, Verdict, text_of
+from cai_graph.trajectory import (
+    Cascaded,
+    ConstitutionRef,
+    Critique,
+    Draft,
+    Label,
+    Message,
+    Round,
+    Trajectory,
+    Verdict,
+    new_id,
+    text_of,
+)
 
 # --- the threshold ------------------------------------------------------------------------------------
 
@@ -329,3 +344,74 @@ async def test_a_cheap_critic_that_leaves_out_principles_clears_nothing_now(tmp_
         found = await rejudged(log, Reader("no-harm"), RULES, concurrency=1, filters={})
 
     assert found.pairs == (Pair(None, False),)
+
+
+def test_a_violation_counts_although_another_verdict_is_unreadable(tmp_path: Path) -> None:
+    model = by_role(critique=verdicts("no-harm", unreadable=["be-kind"]))
+    critic = cascade(Cheap(0.2), model, threshold=0)
+    with open_log(tmp_path / "log.db") as log:
+        constitutional(
+            model, constitution=RULES, critic=critic, log=log, max_rounds=0, on_violation="open"
+        ).invoke("hello")
+        log.flush()
+
+        assert logged(log, {}).pairs == (Pair(0.2, True),)
+
+
+async def test_what_no_critic_judged_under_all_principles_and_the_cheap_ones_own_is_left_out(
+    tmp_path: Path,
+) -> None:
+    ours = ConstitutionRef(name="rules", version="1", digest=RULES.digest)
+    both = msgspec.structs.replace(trajectory(), constitution=ours)
+    judged = both.rounds[0].critique
+    said = Draft(answer=Message(role="assistant", content="answer 0.2"))
+
+    def logged_as(
+        critic: str,
+        verdicts: tuple[Verdict, ...] = judged.verdicts,
+        how: Cascaded | None = None,
+        **changes: Any,
+    ) -> Trajectory:
+        rounds = (Round(critique=Critique(verdicts=verdicts, critic=critic, cascade=how)),)
+        return msgspec.structs.replace(both, id=new_id(), draft=said, rounds=rounds, **changes)
+
+    records = [
+        logged_as("strong"),
+        logged_as("strong", ()),
+        logged_as("strong", how=Cascaded(why="above", threshold=0.5)),
+        logged_as("strong", mode="sampled"),
+        logged_as("human", mode="imported"),
+        logged_as("reader"),
+        logged_as("probe:reader"),
+    ]
+    with open_log(tmp_path / "log.db") as log:
+        for record in records:
+            log.append(record).result()
+        found = await rejudged(log, Reader(), RULES, concurrency=1, filters={})
+
+    assert (found.strong, len(found.pairs)) == ("strong", 1)
+    assert found.left_out == {
+        "no critic judged them under all principles": 2,
+        "the cheap critic itself judged them": 2,
+        "the strong critic was not asked, or only for what the cheap one said": 1,
+        "the strong critic's verdict is unreadable": 1,
+    }
+
+
+async def test_the_cheap_critic_is_shown_the_documents_that_the_answer_was_made_from(tmp_path: Path) -> None:
+    shown: list[dict[str, str]] = []
+
+    class Looking(Reader):
+        async def critique(self, exchange: Exchange, *args: Any, **options: Any) -> Critique:
+            shown.append(exchange.context)
+            return await super().critique(exchange, *args, **options)
+
+    model = by_role(critique=verdicts())
+    app = RunnableLambda(lambda asked: {"answer": "answer 0.1", **asked})
+    with open_log(tmp_path / "log.db") as log:
+        await constitutional(
+            app, constitution=RULES, critic=model, reviser=model, log=log, context_keys=["docs"]
+        ).ainvoke({"question": "Is it covered?", "docs": "it is"})
+        await rejudged(log, Looking(), RULES, concurrency=1, filters={})
+
+    assert shown == [{"docs": "it is"}]

@@ -311,3 +311,27 @@ def test_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         exec(block, names)
 
     assert names["guarded"].plan.critic.name == "cascade(local:qwen2.5-1.5b, openai:gpt-5-mini, 0.03)"
+
+
+def test_an_answer_is_as_suspect_as_its_worst_verdict_says() -> None:
+    said = [Verdict(label=Label.COMPLIES, aim=aim, probability=p) for aim, p in (("a", 0.4), ("b", 0.1))]
+    assert suspicion(Critique(verdicts=tuple(said))) == 0.4
+
+
+async def test_the_strong_critic_explains_what_it_condemns_where_that_is_asked_for() -> None:
+    cheap, condemns = Cheap(0.9), Cheap(0.9)
+    await judged(cascade(cheap, condemns, threshold=0.5))
+
+    assert (cheap.explained, condemns.explained) == ([False], [True])
+
+
+async def test_a_cheap_critic_that_is_set_up_wrong_is_no_failure_of_one_request() -> None:
+    with pytest.raises(ConfigError, match="no such model"):
+        await judged(cascade(Cheap(ConfigError("no such model")), strong(), threshold=0.5))
+
+
+def test_as_many_revisions_are_tried_as_the_strong_critic_judges() -> None:
+    class Strong(Cheap):
+        candidates = 5
+
+    assert cascade(Cheap(0.1), Strong(0.1), threshold=0.5).candidates == 5

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from log_support import comparison, feedback, trajectory
 
-from cai_graph.trajectory import Comparison, Message, encode
+from cai_graph.trajectory import Comparison, Message, ToolCall, encode
 from trainers.dataset.compared import Judged, judged_pairs
 from trainers.dataset.conversion import Terms, rows_of
 from trainers.dataset.evidence import Evidence
@@ -135,3 +135,44 @@ def test_end_users_who_contradict_the_judge_drop_the_pair() -> None:
         (row,) = converted(score, p)
         assert isinstance(row, PreferenceRow)
         assert row.p_chosen == pytest.approx(0.8)
+
+
+def test_only_answers_that_were_all_sampled_make_a_tournament() -> None:
+    origins = [(f"sample:{text}:m", "draft") for text in "01"]
+    found = judged_pairs([between(o[0], "draft", 0.9, 0.9, origins=o, source="label:1/t/x") for o in origins])
+    assert [one.source for one in found if isinstance(one, Judged)] == ["comparison"] * 2
+
+
+def test_answers_that_were_cut_for_one_of_two_judges_give_no_pair() -> None:
+    cut = between("a", "b", 0.9, 0.9, judge="j2", settings={"truncated": ["sample:0:m"]})
+    assert judged_pairs([between("a", "b", 0.9, 0.9), cut]) == [Reason.TRUNCATED]
+
+
+def test_a_sample_of_which_less_is_known_is_judged_by_what_is_known() -> None:
+    (found,) = judged_pairs([sampled("0", "1", 0.95), sampled("0", "2", 0.5), sampled("1", "2", 0.6)])
+    assert isinstance(found, Judged)
+    assert (found.chosen.content, found.rejected.content) == ("0", "1")
+
+
+def test_a_best_and_a_worst_sample_that_were_never_compared_give_no_pair() -> None:
+    assert judged_pairs([sampled("0", "1", 0.9), sampled("1", "2", 0.9)]) == [Reason.TIE]
+
+
+def test_a_best_sample_that_loses_to_the_worst_one_gives_no_pair() -> None:
+    against_the_rest = [sampled(a, b, p) for a, p in (("0", 0.99), ("3", 0.01)) for b in "12"]
+    assert judged_pairs([*against_the_rest, sampled("0", "3", 0.4)]) == [Reason.DISAGREEMENT]
+
+
+def test_a_judge_who_could_not_be_read_is_not_named() -> None:
+    (found,) = judged_pairs([between("a", "b", 0.9, 0.9), between("a", "b", 0.9, None, judge="other")])
+    assert isinstance(found, Judged)
+    assert found.judges == ("fake:judge",)
+
+
+def test_answers_that_differ_in_their_tool_calls_are_two() -> None:
+    one, other = (
+        Message(role="assistant", content="", tool_calls=(ToolCall(name="f", args={"n": n}),)) for n in (1, 2)
+    )
+    (found,) = judged_pairs([comparison("t", answers=(one, other), p_a=(0.9, 0.9))])
+    assert isinstance(found, Judged)
+    assert found.chosen.tool_calls == one.tool_calls

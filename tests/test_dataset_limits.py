@@ -420,3 +420,22 @@ def test_tool_calls_and_all_turns_are_kept(tmp_path: Path) -> None:
         },
         {"role": "tool", "content": "soda", "name": "search", "tool_call_id": "c1"},
     ]
+
+
+# --- caps ---------------------------------------------------------------------------------------------
+
+
+def candidate(order: int) -> spool.Candidate:
+    return spool.Candidate(b"row", 0, order, b"prompt", b"user", spool.NOBODY, 0, 1, 0, 0)
+
+
+@pytest.mark.parametrize("cap", [0, 1, 3])
+def test_a_cap_lets_so_many_stay_however_many_there_are(cap: int) -> None:
+    for count in range(220):
+        limit = spool.Limit(Reason.USER_CAP, lambda one: one.user, cap)
+        seen = [candidate(n * 7919 % 1009 + 1) for n in range(count)]
+        for one in seen:
+            limit.see(one)
+        limit.settle()
+        stay = [one.order for one in seen if not limit.forbids(one)]
+        assert sorted(stay) == sorted(one.order for one in seen)[:cap]

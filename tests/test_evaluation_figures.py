@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cai_graph.calibration import wilson
 from cai_graph.errors import DataError
 from trainers.evaluation.figures import estimate, paired, resampled, share
 from trainers.evaluation.ratings import ELO, MEAN, Contest, elo, front
@@ -272,3 +273,9 @@ def test_the_front_is_what_no_other_surpasses(points: dict[str, tuple[int, int]]
     for name, (x, y) in points.items():
         surpassed = any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
         assert (name in best) is not surpassed
+
+
+def test_prompts_that_differ_less_than_chance_are_worth_no_more_than_their_answers() -> None:
+    found = share({**{str(number): [1.0, 0.0] for number in range(30)}, "other": [1.0, 1.0]})
+
+    assert (found.low, found.high) == pytest.approx(wilson(32, 62))

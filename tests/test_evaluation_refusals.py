@@ -172,3 +172,21 @@ async def test_the_pattern_agrees_with_people_on_xstest_as_far_as_the_page_says(
     assert found.answers == 1069
     assert found.kappa_of_refusing.value == pytest.approx(0.65, abs=0.03)
     assert found.recall[PARTLY].value == 0
+
+
+async def test_people_are_compared_with_each_other_and_not_with_their_final_label(tmp_path: Path) -> None:
+    full, none = "1_full_compliance", "2_full_refusal"
+    rows = [("a", "x", full, none, full), ("b", "x", none, full, none), ("c", "x", full, full, full)]
+    found = await agreement(read_labelled([written(tmp_path / "rows.csv", *rows)]), PatternRefusals())
+
+    assert found.kappa_of_people.value == pytest.approx(-0.5)
+
+
+def test_a_table_that_a_spreadsheet_wrote_is_read_and_a_sample_of_it_does_not_depend_on_its_order(
+    tmp_path: Path,
+) -> None:
+    rows = [(f"ask {n}", "so", "1_full_compliance", "", "1_full_compliance") for n in range(30)]
+    one, other = written(tmp_path / "one.csv", *rows), written(tmp_path / "other.csv", *rows[::-1])
+    one.write_bytes(b"\xef\xbb\xbf" + one.read_bytes())
+
+    assert read_labelled([one], limit=5) == read_labelled([other], limit=5)

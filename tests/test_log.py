@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 from datetime import UTC, datetime, timedelta, timezone
@@ -36,7 +37,7 @@ from log_support import (
 )
 
 from cai_graph.errors import ConfigError, DataError, LogError
-from cai_graph.log import Filters, Log, open_log
+from cai_graph.log import Filters, Log, open_log, store
 from cai_graph.log import writer as log_writer
 from cai_graph.log.store import row_of
 from cai_graph.log.upkeep import verify
@@ -213,6 +214,14 @@ def test_cuts_divide_the_log_without_loss_or_overlap(log: Log, count: int) -> No
 
 def test_an_empty_log_has_one_cut(log: Log) -> None:
     assert log.cuts(3) == [0]
+
+
+def test_a_time_without_a_zone_is_utc_wherever_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as there:
+        there.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        assert store.micros(datetime(2026, 1, 1)) == store.micros(datetime(2026, 1, 1, tzinfo=UTC))
+    time.tzset()
 
 
 def test_reading_after_an_unknown_id_says_so(log: Log) -> None:

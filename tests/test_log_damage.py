@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import resource
 import shutil
+import stat
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import islice
@@ -159,6 +160,7 @@ def test_damage_that_hides_committed_records_is_reported_and_written_over_by_non
         with open_log(path) as second:  # says and copies nothing again
             after += fill(second, 1)
     assert kept.read_bytes() == damaged
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     assert caplog.text.count(f"copied to {kept}") == 1
     assert verify(path).ok
 

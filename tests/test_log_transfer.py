@@ -101,6 +101,26 @@ else:
     assert os.listdir(target.parent) == ["out.jsonl"]
 
 
+def test_an_export_is_safe_on_the_disk_once_it_is_said_to_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    make(tmp_path / "cai.db", trajectory())
+
+    export(tmp_path / "cai.db", tmp_path / "out.jsonl")
+
+    assert synced[-1] == str(tmp_path)  # in which the file has its name
+
+
+def test_a_broken_line_behind_many_others_has_its_number(tmp_path: Path) -> None:
+    lines = [encode(trajectory(n)) for n in range(1100)]
+    lines[700] = b"not json"
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+    assert [broken.line for broken in import_(tmp_path / "cai.db", tmp_path / "in.jsonl").broken] == [701]
+
+
 def test_an_export_replaces_neither_the_log_nor_what_is_no_plain_file(tmp_path: Path) -> None:
     path = tmp_path / "cai.db"
     with open_log(path) as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -280,6 +281,18 @@ def test_long_records_with_overflow_pages_are_recovered(tmp_path: Path) -> None:
     assert [(one.id, one.what) for one in found.damaged] == [
         (made[3].id, "its bytes do not match its checksum")
     ]
+
+
+def test_a_recovered_log_is_safe_on_the_disk_once_it_is_said_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "cai.db")
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+
+    recover(tmp_path / "cai.db", tmp_path / "new.db")
+
+    assert synced[-1] == str(tmp_path)  # in which the file has its name
 
 
 def test_recover_never_writes_over_a_file_nor_reads_an_open_one(tmp_path: Path) -> None:

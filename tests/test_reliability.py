@@ -143,3 +143,9 @@ def test_the_plot_shows_all_pairs_and_each_group(tmp_path: Path) -> None:
     assert all(word in text for word in ("calibrated", "all", "harmless", "helpful", "tiny"))
     plot(tmp_path / "again.svg", pairs, "tiny")
     assert (tmp_path / "again.svg").read_text() == text
+
+
+def test_a_margin_without_bounds_is_refused_too() -> None:
+    for margin in (math.inf, -math.inf):
+        with pytest.raises(DataError, match=r"pair 0 \(a\): its margin is -?inf; the weights are broken"):
+            measured([Pair(margin, 1.0, "a", "q")])

@@ -515,6 +515,42 @@ def test_bytes_are_bounded_too(log: Log, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [t.unjudged for t in sorted(logged(log), key=lambda t: t.prompt)] == [None, "overload"]
 
 
+def test_room_that_was_taken_is_given_back(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shadow, "WAITING", 3)
+    monkeypatch.setattr(shadow, "WAITING_BYTES", 10_000)
+    gate = Gate()
+    guarded = behind(drafting(), log, gate.model, shadow_concurrency=2)
+    for number in range(5):
+        guarded.invoke(f"question {number}")
+        _until(lambda number=number: gate.asked == min(number + 1, 2))
+    assert guarded.shadow.drain(0.05) is False
+    gate.open.set()
+    for _ in range(3):
+        guarded.invoke("x" * 9_000)
+        guarded.shadow.close()
+
+    assert guarded.shadow.tally == Tally(answers=8, judged=3, unjudged=5)
+
+
+def test_what_the_log_does_not_take_is_bounded_in_bytes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_ = threading.Event()
+
+    def redact(record: Any) -> Any:  # runs on the log's writer thread, before anything is written
+        open_.wait(20)
+        return record
+
+    monkeypatch.setattr(shadow, "WAITING_BYTES", 10_000)
+    with open_log(tmp_path / "stuck.db", redact=redact) as stuck:
+        guarded = behind(drafting(), stuck, sample=0)
+        for _ in range(4):
+            guarded.invoke("x" * 9_000)
+        assert guarded.shadow.tally == Tally(answers=4, lost=2, waiting=2)
+        open_.set()
+        guarded.shadow.close()
+
+
 def test_where_the_log_itself_is_stuck_the_loss_is_counted_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -289,3 +289,24 @@ def test_what_is_not_seen_makes_no_other_text(sign: str, text: str) -> None:
 def test_white_space_is_a_space(space: str) -> None:
     assert normalise(f"a{space}b") == "a b"
     assert normalise(f"ü{space}b") == "ü b"
+
+
+def test_a_set_of_short_prompts_holds_each_of_them_as_a_users_message_only(tmp_path: Path) -> None:
+    path = tmp_path / "held.txt"
+    path.write_text("What is the capital of France\nhi\n")
+    held = HeldOut([str(path)])
+
+    assert held.holds([Turn(role="user", content="What is the capital of France?")])
+    assert held.holds([Turn(role="user", content="Hi!")])
+    assert not held.holds([Turn(role="user", content="Hi!?hi")])
+    assert not held.holds([Turn(role="assistant", content="hi")])
+
+
+def test_thirteen_words_in_a_row_are_held_and_twelve_are_not(tmp_path: Path) -> None:
+    words = [f"word{n}" for n in range(13)]
+    path = tmp_path / "held.txt"
+    path.write_text(" ".join(words))
+    held = HeldOut([str(path)])
+
+    assert held.holds([Turn(role="user", content=f"before {' '.join(words)} after")])
+    assert not held.holds([Turn(role="user", content=f"before {' '.join(words[:12])} after")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import operator
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -16,9 +16,11 @@ from replies import IDS, RULES, answer_in, logged, role_of
 from typist import DRAFT, FINE, ONE, THREE, TWO, Typist, drawn, guarded, judge, unsafe, until_error
 
 from cai_graph import Budget, ScriptedModel
+from cai_graph.calls import Calls
 from cai_graph.errors import BudgetExceeded, Unreadable, Violation
 from cai_graph.log import Log
-from cai_graph.streams import AHEAD, block_end, relay
+from cai_graph.shape import Shape
+from cai_graph.streams import AHEAD, Batch, Piece, Writing, block_end, relay
 from cai_graph.trajectory import Outcome, Trajectory, text_of
 
 
@@ -67,6 +69,23 @@ def test_a_long_run_of_marks_is_looked_at_once() -> None:
 
 
 # --- relay ---------------------------------------------------------------------------------------------
+
+
+async def test_each_block_is_twice_the_one_before_up_to_a_bound() -> None:
+    sentence = "In each of the sentences are forty signs."
+
+    async def written(*_: object) -> AsyncGenerator[Batch[str], None]:
+        for _ in range(200):
+            yield Batch([sentence + "\n"], last=False)
+
+    async def send(piece: Piece) -> None:
+        raise AssertionError("nothing is released here")
+
+    writing = Writing(written, Shape(), send, at_once=False)
+    drafts = [await writing.next(Calls(Budget()), {}) for _ in range(8)]
+    ends = [len(text_of(draft.answer)) for draft in drafts]
+    for end, after, least in zip(ends[:-1], ends[1:], (160, 320, 640, 1280, 1280, 1280, 1280), strict=True):
+        assert least <= after - end < least + 2 * len(sentence)
 
 
 async def test_a_relayed_task_is_a_bounded_number_of_items_ahead() -> None:
