@@ -53,6 +53,17 @@ def test_export_import_export_gives_the_same_bytes(new_log: Callable[[], str], t
     assert contents(a) == contents(b)
 
 
+def test_a_record_that_another_program_wrote_stands_in_the_log_as_the_log_writes_it(tmp_path: Path) -> None:
+    record = trajectory(metadata={"text": "ü"})
+    other = json.dumps(json.loads(encode(record)), ensure_ascii=False, separators=(",", ":"))
+    (tmp_path / "other.jsonl").write_text(other + "\n", encoding="utf-8")
+
+    assert import_(tmp_path / "a.db", tmp_path / "other.jsonl").records == 1
+    export(tmp_path / "a.db", tmp_path / "a.jsonl")
+
+    assert (tmp_path / "a.jsonl").read_bytes() == encode(record) + b"\n"
+
+
 @settings(max_examples=40)
 @given(st.lists(records, max_size=5))
 def test_any_records_go_out_and_in_again(made: list[Record]) -> None:
