@@ -20,7 +20,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from cai_graph.threads import Threads
+from cai_graph import threads
 
 __all__ = ["Caller", "run", "stream"]
 
@@ -36,7 +36,7 @@ class _Loop:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
-        self.loop.set_default_executor(_threads)
+        self.loop.set_default_executor(threads.shared())
         self._is_over = False
         self.thread = _LoopThread(target=self._run, name="cai_graph", daemon=True)
         self.thread.start()
@@ -56,8 +56,6 @@ class _Loop:
 
 _shared: _Loop | None = None
 _lock = threading.Lock()
-_threads = Threads()
-"""For what blocks; all loops share them."""
 
 
 def _loop() -> _Loop:
@@ -76,8 +74,8 @@ def _shared_loop() -> _Loop:
 
 
 def _after_fork() -> None:
-    global _lock, _threads
-    _lock, _threads = threading.Lock(), Threads()  # the parent may have held the lock, and has the threads
+    global _lock
+    _lock = threading.Lock()  # the parent may have held it
 
 
 os.register_at_fork(after_in_child=_after_fork)

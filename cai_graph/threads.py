@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
-__all__ = ["Threads", "in_thread"]
+__all__ = ["Threads", "in_thread", "shared"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,7 +84,12 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
 
 async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Return what `function` returns, called in a thread for which no loop waits when it ends."""
-    return await asyncio.wrap_future(_shared.submit(function, *args, **kwargs))
+    return await asyncio.wrap_future(shared().submit(function, *args, **kwargs))
+
+
+def shared() -> Threads:
+    """Return those of this process; all loops share them."""
+    return _shared
 
 
 _shared = Threads()
