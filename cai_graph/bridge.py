@@ -178,9 +178,9 @@ class Caller:
         while not self._work.empty():
             self._work.get()()
 
-    def _leave(self) -> None:
+    def _leave(self, *, wait: bool = True) -> None:
         if self._loop is not _shared:
-            self._loop.stop()
+            self._loop.stop(wait=wait)
 
     def _is_foreign(self) -> bool:
         """Return whether this is the thread of a loop, into which a collected stream came by chance."""
@@ -196,8 +196,7 @@ class Caller:
 
         def leave() -> None:
             _open.discard(items)
-            if self._loop is not _shared:
-                self._loop.stop(wait=False)
+            self._leave(wait=False)
 
         loop = self._loop.loop
         loop.call_soon_threadsafe(begin)

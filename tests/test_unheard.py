@@ -56,6 +56,16 @@ def answering(saver: Any) -> Any:
     return built.compile(checkpointer=saver)
 
 
+async def cancelled_before_its_verdict(app: Any) -> None:
+    asked = asyncio.Event()
+    guarded = guard(app, critic=Stuck(replies=lambda messages: asked.set() or ""))
+    calling = asyncio.create_task(guarded.ainvoke(HI, THREAD))
+    await asked.wait()
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+
+
 # --- how requests end -------------------------------------------------------------------------------
 
 
@@ -157,13 +167,8 @@ async def test_a_state_that_could_not_be_read_once_leaves_no_draft_behind() -> N
                 raise ConnectionError("down")
             return await super().aget_tuple(config)
 
-    app, asked = answering(Hiccups()), asyncio.Event()
-    guarded = guard(app, critic=Stuck(replies=lambda messages: asked.set() or ""))
-    calling = asyncio.create_task(guarded.ainvoke(HI, THREAD))
-    await asked.wait()
-    calling.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await calling
+    app = answering(Hiccups())
+    await cancelled_before_its_verdict(app)
 
     assert stored(app) == ["hi", RULES.refusal]
 
@@ -177,14 +182,9 @@ async def test_all_words_of_a_cancelled_run_give_way() -> None:
     built.add_node("editor", lambda state: {"messages": [AIMessage("the editor's draft")]})
     built.add_edge(START, "writer")
     built.add_edge("writer", "editor")
-    app, asked = built.compile(checkpointer=InMemorySaver()), asyncio.Event()
+    app = built.compile(checkpointer=InMemorySaver())
 
-    guarded = guard(app, critic=Stuck(replies=lambda messages: asked.set() or ""))
-    calling = asyncio.create_task(guarded.ainvoke(HI, THREAD))
-    await asked.wait()
-    calling.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await calling
+    await cancelled_before_its_verdict(app)
 
     assert stored(app) == ["hi", RULES.refusal, RULES.refusal]
 

@@ -42,7 +42,7 @@ __all__ = [
 SPOOLS = 64
 """How many parts; the spool of a row is the first six bits of its digest."""
 _SHIFT = 2
-_BUFFER = 16 << 10
+_BUFFER = 64 << 10
 _PORTION_BYTES = 8 << 20
 _MOST_PORTIONS = 16
 """Of one spool: each one reads all its headers."""
