@@ -238,6 +238,7 @@ _decoders: dict[Kind, msgspec.json.Decoder[Row]] = {
     kind: msgspec.json.Decoder(type_) for kind, type_ in KINDS.items()
 }
 _CONTENT = b',"prompt":['
+_BETWEEN_ANSWERS = len(b',"chosen":,"rejected":')
 
 
 def encode_row(kind: Kind, row: Row) -> tuple[bytes, bytes]:
@@ -253,10 +254,10 @@ def encode_row(kind: Kind, row: Row) -> tuple[bytes, bytes]:
     # Within a JSON string every quote is escaped, so what is found is the key itself.
     content = kind.encode() + body[body.index(_CONTENT) :]
     if isinstance(row, PreferenceRow):
-        answers = sorted((_encoder.encode(row.chosen), _encoder.encode(row.rejected)))
-        # Both answers stand at the end, behind the prompt.
-        asked = content[: -len(b',"chosen":,"rejected":') - sum(map(len, answers))]
-        return xxh3_64_digest(b"".join((asked, *answers))) + xxh3_64_digest(content), body
+        chosen, rejected = _encoder.encode(row.chosen), _encoder.encode(row.rejected)
+        asked = content[: -len(chosen) - len(rejected) - _BETWEEN_ANSWERS]  # They stand behind the prompt.
+        pair = chosen + rejected if chosen < rejected else rejected + chosen
+        return xxh3_64_digest(asked + pair) + xxh3_64_digest(content), body
     if isinstance(row, UnpairedRow):
         asked = content[: content.rindex(b',"label":')]
         return xxh3_64_digest(asked) + xxh3_64_digest(content), body

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest, xxh3_128_intdigest
 
-from cai_graph.constitution import Constitution, builtin
-from cai_graph.constitution import load as load_constitution
 from trainers.dataset.conversion import ROWLESS, Terms, Wording, rows_of
 from trainers.dataset.evidence import NO_EVIDENCE, Evidence, EvidenceFile
 from trainers.dataset.heldout import HeldOut
@@ -110,9 +108,10 @@ class Candidates:
             Judged: there is evidence, and none was expected.
         """
         part, ledger, kind = self.part, self.part.ledger, self.recipe.kind
+        prompts, is_checked = self.prompts, self._is_checked
         number, digests = self._number, 0
         # What people or judges said can make rows of any trajectory, and a head has no prompt.
-        head_enough = ROWLESS.get(kind) if self.evidence is None and self.prompts is None else None
+        head_enough = ROWLESS.get(kind) if self.evidence is None and prompts is None else None
         for payload in payloads:
             digests += xxh3_128_intdigest(payload)
             logged = read_logged(payload, head_enough)
@@ -121,8 +120,8 @@ class Candidates:
                     raise Judged
                 continue
             number += 1
-            if self.prompts is not None and isinstance(logged, Logged):
-                self.prompts(prompt_key(logged.messages), prompt_text(logged.messages))
+            if prompts is not None and isinstance(logged, Logged):
+                prompts(prompt_key(logged.messages), prompt_text(logged.messages))
             rows = logged if isinstance(logged, Dropped) else self._rows(logged)
             if isinstance(rows, Dropped):
                 ledger.drop(rows.reason)
@@ -134,7 +133,7 @@ class Candidates:
                 ledger.drop(Reason.BROKEN_TEXT)
                 continue
             ledger.made += len(rows)
-            if self._is_checked and not (encoded := self._passing(encoded)):
+            if is_checked and not (encoded := self._passing(encoded)):
                 continue
             prompt = prompt_key(rows[0].prompt)
             user, tenant, gone = self._people(logged.metadata) if logged.metadata else _NOBODY
@@ -238,15 +237,16 @@ def _held_out(recipe: Recipe) -> HeldOut | None:
 def _terms(recipe: Recipe) -> Terms:
     if recipe.kind != "critique-sft":
         return Terms()
-    loaded = [load_constitution(name) for name in (*builtin(), *recipe.constitutions)]
-    return Terms(wordings={constitution.digest: _wordings(constitution) for constitution in loaded})
+    from cai_graph.constitution import builtin, load  # Only here: it is slow to import.
 
-
-def _wordings(constitution: Constitution) -> dict[str, Wording]:
-    return {
-        principle.id: Wording(principle.critique_request, principle.revision_request)
-        for principle in constitution.principles
+    wordings = {
+        constitution.digest: {
+            principle.id: Wording(principle.critique_request, principle.revision_request)
+            for principle in constitution.principles
+        }
+        for constitution in map(load, (*builtin(), *recipe.constitutions))
     }
+    return Terms(wordings=wordings)
 
 
 # --- one stretch --------------------------------------------------------------------------------------

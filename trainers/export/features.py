@@ -11,6 +11,7 @@ numbers to ten decimals. Neither gives back an integer beyond 64 bits.
 
 from __future__ import annotations
 
+import re
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,8 @@ One that no turn of a dataset has gets no column: chat templates take the absenc
 is, and stumble over a null.
 """
 
+_OPTIONAL = re.compile(b',"(%b)":' % "|".join(OPTIONAL).encode())
+
 _TEXT: Feature = {"dtype": "string", "_type": "Value"}
 _PLAIN: dict[Any, Feature] = {
     str: _TEXT,
@@ -41,7 +44,7 @@ _PLAIN: dict[Any, Feature] = {
 def optional_in(lines: bytes) -> set[str]:
     """Return which optional fields occur in rows; it may name one that only tool arguments have."""
     # No turn and no call begins with one of them but a call's function, and in a string quotes are escaped.
-    return {name for name in OPTIONAL if f',"{name}":'.encode() in lines}
+    return {name.decode() for name in set(_OPTIONAL.findall(lines))}
 
 
 def rows_features(row: type[Row], occur: frozenset[str]) -> Feature:
