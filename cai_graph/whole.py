@@ -63,7 +63,8 @@ def output(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     target = Path(path)
-    if target.exists() and not target.is_file():
+    # Where even the look fails, the writing says why.
+    if os.path.exists(target) and not os.path.isfile(target):
         raise DataError(f"{target}: is not a plain file; name one, or leave -o out for standard output")
     with ExitStack() as stack:
         try:

@@ -215,6 +215,13 @@ main()
     assert "check its permissions" in ended.stderr
 
 
+@pytest.mark.parametrize("args", [("run", f"{'x' * 300}.txt"), ("log", "list", "--log", f"{'x' * 300}.db")])
+def test_a_file_that_cannot_be_looked_at_is_one_line(tmp_path: Path, args: tuple[str, ...]) -> None:
+    said = cai(tmp_path, *args, status=1).stderr.splitlines()
+    assert len(said) == 1
+    assert "File name too long" in said[0]
+
+
 def test_a_log_of_a_newer_release_is_refused_and_unchanged(logged: Path) -> None:
     with sqlite3.connect(logged / "cai.db") as db:
         db.execute("PRAGMA user_version = 99")

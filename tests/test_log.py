@@ -411,6 +411,38 @@ def test_a_callback_may_append(log: Log) -> None:
     assert log.get(second.id) == second
 
 
+@pytest.mark.parametrize("act", ["flush", "close"])
+def test_a_callback_that_flushes_or_closes_a_log_holds_up_nobody(url: str, act: str) -> None:
+    with open_log(url) as log:
+        other, ended = open_log(url), threading.Event()
+
+        def callback(_: Future[None]) -> None:
+            getattr(other, act)()
+            ended.set()
+
+        with store_of(log)._writing:  # type: ignore[attr-defined]  # so that the callback is there in time
+            log.append(trajectory()).add_done_callback(callback)
+            later = log.append(trajectory(1))
+        later.result(timeout=10)
+        assert ended.wait(10)
+        other.close()
+        assert len(list(log.read())) == 2
+
+
+def test_a_redaction_hook_may_open_the_log_that_it_redacts_for(url: str) -> None:
+    def redact(record: Record) -> Record:
+        with open_log(url) as other:
+            other.append(trajectory(9, id=f"{record.id} seen"))
+            other.flush()
+        return record
+
+    with open_log(url, redact=redact) as log:
+        made = trajectory()
+        log.append(made).result(timeout=10)
+        log.flush()
+        assert {record.id for record in log.read()} == {made.id, f"{made.id} seen"}
+
+
 def test_a_callback_that_raises_anything_harms_nobody(log: Log, caplog: pytest.LogCaptureFixture) -> None:
     def leave(_: Future[None]) -> None:
         raise SystemExit(1)

@@ -7,19 +7,21 @@ was written and not synced reaches the disk only in part, in any order.
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
-from log_support import trajectory
+from log_support import START, trajectory
 
 from cai_graph.errors import LogError
 from cai_graph.log import open_log
 from cai_graph.log.sqlite import SQLiteStore
-from cai_graph.log.upkeep import verify
+from cai_graph.log.upkeep import gc, verify
 from cai_graph.trajectory import Record
 
 
@@ -33,6 +35,7 @@ class Disk(apsw.VFS):
         self.lock = threading.Lock()
         self.synced: dict[str, bytearray] = {}
         self.unsynced: dict[str, list[tuple[int, bytes | None]]] = {}
+        self.syncs: set[int] = set()
         super().__init__("test-disk", "unix", makedefault=True)
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:  # noqa: N802
@@ -90,6 +93,7 @@ class DiskFile(apsw.VFSFile):
     def xSync(self, flags: int) -> None:  # noqa: N802
         with self.disk.lock:
             self.disk.step("sync")
+            self.disk.syncs.add(flags & apsw.SQLITE_SYNC_FULL)
             for offset, data in self.disk.unsynced[self.name]:
                 apply(self.disk.synced[self.name], offset, data)
             self.disk.unsynced[self.name] = []
@@ -163,6 +167,20 @@ def test_a_fault_at_any_write_or_sync_is_reported_and_loses_nothing_acknowledged
     else:
         pytest.fail("no run without a fault")
     assert refused > 5
+
+
+def test_every_sync_asks_a_disk_to_empty_its_cache_too(tmp_path: Path, disk: Disk) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        log.append(trajectory()).result()
+        with open_log(path, read_only=True) as reader:
+            assert len(list(reader.read())) == 1
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{path}{suffix}", tmp_path / f"crashed.db{suffix}")
+    with open_log(tmp_path / "crashed.db", read_only=True) as reader:  # which moves the WAL into the file
+        assert len(list(reader.read())) == 1
+    assert gc(path, before=START + timedelta(days=1), why="age").compacted
+    assert disk.syncs == {apsw.SQLITE_SYNC_FULL}
 
 
 def test_a_power_cut_loses_nothing_acknowledged(tmp_path: Path, disk: Disk) -> None:

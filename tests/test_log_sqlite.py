@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -16,7 +17,7 @@ import apsw
 import pytest
 from log_support import START, fill, trajectory
 
-from cai_graph.errors import LogError
+from cai_graph.errors import ConfigError, LogError
 from cai_graph.log import Log, open_log
 from cai_graph.log import sqlite as sqlite_store
 from cai_graph.log.sqlite_schema import APPLICATION_ID, SCHEMA
@@ -66,6 +67,36 @@ def test_a_folder_is_no_log(tmp_path: Path) -> None:
     (tmp_path / "cai.db").mkdir()
     with pytest.raises(LogError, match="is a directory"):
         open_log(tmp_path / "cai.db")
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_path_that_cannot_be_looked_at_is_one_error(tmp_path: Path, read_only: bool) -> None:
+    with pytest.raises(LogError, match=r"x\.db: cannot be opened: File name too long"):
+        open_log(tmp_path / f"{'x' * 300}.db", read_only=read_only)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # which others may pass through
+        Path(folder).chmod(0o755)
+        private = Path(folder, "private")
+        private.mkdir()
+        open_log(private / "cai.db").close()
+        private.chmod(0)
+        user = os.geteuid()
+        try:
+            if user == 0:  # whom no mode keeps out
+                os.seteuid(65534)
+            with pytest.raises(LogError, match=r"cai\.db: cannot be opened: Permission denied"):
+                open_log(private / "cai.db", read_only=read_only)
+        finally:
+            os.seteuid(user)
+            private.chmod(0o700)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_name_that_sqlite_cannot_read_is_refused_before_anything_is_made(
+    tmp_path: Path, read_only: bool
+) -> None:
+    with pytest.raises(ConfigError, match=r"caf\\udce9.db': the path is no UTF-8, .* rename"):
+        open_log(tmp_path / os.fsdecode(b"caf\xe9.db"), read_only=read_only)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_file_becomes_a_log(tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ def test_a_target_without_a_known_name_or_folder_is_explained(tmp_path: Path) ->
     assert export(tmp_path / "cai.db", tmp_path / "out.csv", format="jsonl") == 1
     with pytest.raises(LogError, match="cannot be written"):
         export(tmp_path / "cai.db", tmp_path / "no" / "out.jsonl")
+    with pytest.raises(LogError, match="cannot be written: File name too long"):
+        export(tmp_path / "cai.db", tmp_path / f"{'x' * 300}.jsonl")
     with pytest.raises(LogError, match="there is no log"):
         export(tmp_path / "absent.db", tmp_path / "out.jsonl")
 
@@ -311,6 +313,14 @@ def test_what_is_written_in_utf_16_is_not_imported(tmp_path: Path, encoding: str
         done = import_(tmp_path / "cai.db", tmp_path / "in.jsonl")
         assert done.demonstrations == 0
         assert done.broken
+
+
+def test_a_log_is_not_imported_as_it_is(tmp_path: Path) -> None:
+    with open_log(tmp_path / "other.db") as other:
+        fill(other, 3)
+    with pytest.raises(DataError, match=r"other.db: is an SQLite database.* `cai log export all.jsonl --log"):
+        import_(tmp_path / "cai.db", tmp_path / "other.db")
+    assert [file.name for file in tmp_path.iterdir()] == ["other.db"]
 
 
 def test_a_half_written_last_line_is_told_from_a_broken_one(tmp_path: Path) -> None:

@@ -135,6 +135,16 @@ def test_a_removed_record_is_a_gap_in_its_writer_s_sequence(url: str) -> None:
     assert not found.ok
 
 
+def test_a_record_that_is_missing_before_a_tombstone_is_a_gap(url: str) -> None:
+    with open_log(url) as log:
+        for number in (100, 101, 102, 1, 103):
+            log.append(trajectory(number)).result()
+    gc(url, before=START + timedelta(minutes=50), why="age")  # the fourth
+    assert verify(url).ok
+    execute(url, "DELETE FROM records WHERE sequence = 3")
+    assert [(gap.first, gap.last) for gap in verify(url).gaps] == [(3, 3)]
+
+
 def test_a_forged_record_breaks_the_chain_once(url: str) -> None:
     made = make(url)
     ((writer,),) = execute(url, "SELECT writer FROM records WHERE sequence = 7")
@@ -305,6 +315,8 @@ def test_recover_never_writes_over_a_file_nor_reads_an_open_one(tmp_path: Path) 
         recover(path, tmp_path / "other.db")
     with pytest.raises(LogError, match="cannot be read"):
         recover(tmp_path / "absent.db", tmp_path / "other.db")
+    with pytest.raises(LogError, match="cannot be made: File name too long"):
+        recover(path, tmp_path / f"{'x' * 300}.db")
 
 
 def test_what_was_appended_again_after_it_was_removed_is_recovered(tmp_path: Path) -> None:
@@ -361,6 +373,31 @@ def test_gc_removes_what_is_old_with_all_that_speaks_of_it(url: str) -> None:
     assert b"private0000" not in raw
     assert b"private0029" in raw
     assert gc(url, **arguments).trajectories == 0  # type: ignore[arg-type]
+
+
+def test_gc_removes_what_was_appended_about_a_trajectory_after_it_had_removed_that(url: str) -> None:
+    made = [trajectory(number) for number in (100, 1, 2, 101)]
+    before = START + timedelta(minutes=50)
+    with open_log(url) as log:
+        for record in made:
+            log.append(record).result()
+        gc(url, before=before, why="age")
+        again = made[2]
+        log.append(again).result()
+        young = START + timedelta(days=9)
+        late = [comparison(made[1].id, at=young), feedback(made[1].id, at=young)]
+        stay = [comparison(made[0].id, at=young), feedback(again.id, at=young), feedback("new", at=young)]
+        for record in [*late, *stay]:
+            log.append(record).result()
+        arguments = {"before": START, "why": "age"}  # nothing else is as old
+        planned = gc(url, **arguments, dry_run=True)  # type: ignore[arg-type]
+        assert (planned.trajectories, planned.others) == (0, 2)
+        done = gc(url, **arguments)  # type: ignore[arg-type]
+        assert (done.trajectories, done.others) == (0, 2)
+        assert list(log.read()) == [made[0], made[3], again, *stay]
+        with pytest.raises(DataError, match="was removed"):
+            log.get(late[0].id)
+    assert verify(url).ok
 
 
 def test_gc_looks_at_what_it_keeps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

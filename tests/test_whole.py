@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cai_graph.errors import DataError
+from cai_graph.whole import output
 from trainers import whole
 
 
@@ -60,6 +62,11 @@ def test_a_folder_stands_there_once_the_body_has_ended_or_not_at_all(tmp_path: P
     assert [one.name for one in path.iterdir()] == ["all"]
     assert list(path.parent.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_output_that_cannot_be_looked_at_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be written: File name too long"), output("x" * 300):
+        pass
 
 
 WRITES = """

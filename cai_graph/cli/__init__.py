@@ -101,7 +101,10 @@ def main() -> NoReturn:
         sys.exit(INTERRUPTED)
     except OSError as error:
         if error.errno not in UNWRITTEN:
-            raise
+            if error.filename is None:
+                raise
+            complain(f"{error.filename}: {error.strerror}")
+            sys.exit(FAILED)
         # Python would try once more, at its end, to write what could not be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno != errno.EPIPE:  # who reads no further has seen enough

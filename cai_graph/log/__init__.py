@@ -194,6 +194,12 @@ def place_of(url: str | os.PathLike[str]) -> Place:
 
 def _file(name: str) -> Place:
     path = os.path.realpath(name)
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            f"log {path!r}: the path is no UTF-8, and SQLite takes no other; rename it, or name another file"
+        ) from None
     return Place(path, path, Path(path))
 
 
@@ -315,12 +321,18 @@ class Log:
         return self._store().stats()
 
     def flush(self) -> None:
-        """Wait until every record appended so far, by any Log of this file, is committed or has failed."""
+        """Wait until every record appended so far, by any Log of this file, is committed or has failed.
+
+        In a redaction hook, or a callback of an append, it returns at once: the log would wait for itself.
+        """
         if self._shared.writer is not None:
             self._shared.writer.flush()
 
     def close(self) -> None:
-        """Write what is pending and let go of the file. Closing twice is harmless."""
+        """Write what is pending and let go of the file. Closing twice is harmless.
+
+        In a redaction hook, or a callback of an append, it does not wait; what is pending is written then.
+        """
         with _lock:
             if self._closed:
                 return

@@ -8,6 +8,8 @@ goes with its connection, so a host that dies cannot keep it.
 
 Outages: a transaction whose connection broke is tried again on a new one, under a new writer's id. Whether
 the first attempt was committed after all is told by the ids of its records, which are then there already.
+What failed on a connection that was open before says nothing of the server as it is now: that connection may
+be from before an outage, or this process may have stood still. So it is tried again in any case.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ __all__ = ["PostgresStore"]
 
 OUTAGE_S = 20.0
 """For how long an operation is tried again where the server cannot be reached. In an outage that lasts
-longer, the operations after the first are tried once."""
+longer, the operations after the first are tried once on a new connection."""
 _COPY = """
     COPY records (id, kind, at, trajectory_id, outcome, constitution, source, tags, withheld, payload,
                   writer, sequence, digest, chain)
     FROM STDIN (FORMAT BINARY)
 """
+_STOOD_STILL = ("25P03", "25P04")
+"""What the server says (25P03 and 25P04) to a process that stood still for too long inside a transaction."""
 _COPY_TYPES = ("text", "text", "int8", *["text"] * 5, "int2", "bytea", "text", "int8", "bytea", "bytea")
 
 T = TypeVar("T")
@@ -157,15 +161,18 @@ class PostgresStore(Store):
 
     def _write(self, write: Callable[[Session], T], seconds: float = READ_S) -> T:
         with self._writing:
+            was_open = self._db is not None
             try:
                 if self._db is None:
                     self._db = connect(self._parameters, self.name, read_only=self.read_only)
                     self._begin_run()
                 with self._db.within(seconds):
                     return write(self._db)
-            except BaseException:
+            except BaseException as error:
                 # Whatever it was, a new connection and a new writer with its own sequence are sound.
                 self._drop_writer()
+                if was_open and _is_passing(error):
+                    raise _Stale from error
                 raise
 
     # --- reading --------------------------------------------------------------------------------------
@@ -221,13 +228,16 @@ class PostgresStore(Store):
 
     def _read(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
         with self._reading:
+            was_open = self._reader is not None
             try:
                 if self._reader is None:
                     self._reader = connect(self._parameters, self.name, read_only=self.read_only)
                 with self._reader.within(READ_S), self._reader.cursor(binary=True) as cursor:
                     return cursor.execute(_psycopg_form(sql), bindings).fetchall()
-            except BaseException:
+            except BaseException as error:
                 self._drop_reader()
+                if was_open and _is_passing(error):
+                    raise _Stale from error
                 raise
 
     # --- outages --------------------------------------------------------------------------------------
@@ -245,6 +255,8 @@ class PostgresStore(Store):
     def _patiently(self, attempt: Callable[[], T], patience_s: float) -> T:
         """Return what `attempt` returns, tried again while the server cannot be reached.
 
+        However short the patience, what fails on an old connection is tried on a new one.
+
         Raises:
             LogError: it failed, or the server could not be reached for `patience_s`.
             _Unstorable: the server refuses what it was given.
@@ -254,6 +266,8 @@ class PostgresStore(Store):
         while True:
             try:
                 result = attempt()
+            except _Stale:
+                continue
             except psycopg.Error as error:
                 if _is_of_the_data(error):
                     raise _Unstorable(_first_line(error)) from error
@@ -297,6 +311,10 @@ class PostgresStore(Store):
                 return LogError(f"{self.name}: PostgreSQL: {what}")
 
 
+class _Stale(Exception):  # noqa: N818
+    """What may work later failed on a connection that was open before."""
+
+
 class _Unstorable(LogError):  # noqa: N818
     """The server refuses one of the values that it was given."""
 
@@ -324,10 +342,12 @@ def _is_of_the_data(error: psycopg.Error) -> bool:
     return isinstance(error, psycopg.DataError | psycopg.errors.ProgramLimitExceeded)
 
 
-def _is_passing(error: psycopg.Error) -> bool:
+def _is_passing(error: BaseException) -> bool:
     """Whether the same may work later, on a new connection."""
     if isinstance(error, psycopg.errors.DiskFull):
         return False
+    if isinstance(error, psycopg.Error) and error.diag.sqlstate in _STOOD_STILL:
+        return True
     return isinstance(
         error,
         psycopg.OperationalError

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ _LOOKED_S = 0.02
 """How long it holds, while one transaction follows another, that the open file is the one at the path."""
 _SMALLEST_DATABASE = 512
 """Bytes; SQLite takes a smaller file for an empty one, and would write over it."""
+_FULL_SYNC = "PRAGMA fullfsync = ON"
+"""On macOS a sync leaves what it wrote in the disk's cache otherwise; whoever closes last syncs, too."""
 _EMPTY = "{}: the file is empty and holds no log yet"
 _NO_DATABASE = (
     "{}: is no SQLite database, so no log of cai-graph; name another file, or, if it was a log, "
@@ -94,6 +97,7 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
             unread = unread_of(path, db)
             if unread is not None:
                 keep_unread(path, db, unread, read_only=read_only)
+            db.execute(_FULL_SYNC)
             if read_only:
                 if version == 0:
                     raise LogError(_EMPTY.format(path))
@@ -128,10 +132,18 @@ def _opened(path: Path, read_only: bool) -> apsw.Connection:
 
 def _make_file(path: Path, read_only: bool) -> None:
     size = None
-    if path.exists():
-        if path.is_dir():
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise LogError(
+            f"{path}: cannot be opened: {error.strerror}; check its name, and the permissions of its folder"
+        ) from error
+    else:
+        if stat.S_ISDIR(status.st_mode):
             raise LogError(f"{path}: is a directory; name a file in it, such as {path / 'cai.db'}")
-        size = path.stat().st_size
+        size = status.st_size
         if 0 < size < _SMALLEST_DATABASE:
             raise LogError(_NO_DATABASE.format(path))
         if size:
@@ -385,6 +397,7 @@ class SQLiteStore(Store):
                 self._reader.close()
                 db = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
                 try:
+                    db.execute(_FULL_SYNC)
                     db.execute("PRAGMA locking_mode = EXCLUSIVE")  # of the file, from the next statement on
                     db.execute("VACUUM")
                     with _transaction(db):

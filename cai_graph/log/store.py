@@ -192,6 +192,8 @@ class Store(ABC):
     def change(self, write: Callable[[Database], T]) -> T:
         """Return what `write` does inside one transaction.
 
+        `write` must bear to be run again, even after what it did was committed: PostgreSQL may not say so.
+
         Raises:
             LogError: nothing was changed.
         """

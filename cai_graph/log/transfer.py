@@ -99,7 +99,8 @@ def export(
     place = place_of(url)
     if place.path is not None and os.path.realpath(target) in {f"{place.path}{end}" for end in _OF_A_LOG}:
         raise ConfigError(f"{target}: is the log itself; name another file")
-    if target.exists() and not target.is_file():
+    # Where even the look fails, the writing says why.
+    if os.path.exists(target) and not os.path.isfile(target):
         raise ConfigError(f"{target}: is not a plain file; name one")
     target = target.resolve()  # what a link names is written, and the link stays
     chosen = format or _SUFFIXES.get(target.suffix.lower())
@@ -285,10 +286,15 @@ def import_(
     except OSError as error:
         raise DataError(f"{source}: cannot be read: {error.strerror}") from error
     with file:
-        begin = file.peek(4)[:4]
+        begin = file.peek(16)[:16]
+        if begin == b"SQLite format 3\0":
+            raise DataError(
+                f"{source}: is an SQLite database; if it is a log, `cai log export all.jsonl --log {source}` "
+                "writes a file to import"
+            )
         if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{source}: is written in UTF-16; save the file as UTF-8")
-        parquet = begin == b"PAR1"
+        parquet = begin.startswith(b"PAR1")
         lines = _parquet_lines(file, source) if parquet else file  # before the log, which opening makes
         with open_log(url) as log:
             importer = _Importer(log, redact)

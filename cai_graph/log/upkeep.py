@@ -171,7 +171,7 @@ def _verify(store: Store) -> Verification:
                 what = "stands out of its writer's order"
             elif not what and sequence == seen + 1 and chain not in expected:
                 what = "does not follow its writer's record before it"
-            elif not what and is_record and sequence > seen + 1:
+            elif not what and sequence > seen + 1:
                 gaps.append(Gap(name, seen + 1, sequence - 1))
             if not what:
                 links[name] = (sequence, {chain})
@@ -281,7 +281,8 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
     from cai_graph.log.pages import scan
 
     source, target = (_file_of(log) for log in (url, into))
-    if target.exists() and target.stat().st_size:
+    # Where even the look fails, the writing says why.
+    if os.path.exists(target) and os.path.getsize(target):
         raise LogError(f"{target}: exists; name a new file to recover into")
     if is_open(source):
         raise LogError(f"{source}: this process has the log open; close it before you recover it")
@@ -384,7 +385,7 @@ def gc(
     keep_tag: str | None = None,
     dry_run: bool = False,
 ) -> Removal:
-    """Remove Trajectories made before a time, with everything appended about them.
+    """Remove Trajectories made before a time, with everything appended about them, however late.
 
     A tombstone of each keeps its id, when it was removed, and why; `get` says so, and `import` does not
     bring it back. Whether nothing of what was removed is left in a file, `erased` says.
@@ -424,7 +425,7 @@ class _Sweep:
     """What `gc` removes: what was made before a time, apart from what is kept.
 
     It goes through the log once, in the order of positions, and removes a part at a time, so that the writers
-    of other processes come through.
+    of other processes come through. At its end goes what came after its Trajectory had been removed.
     """
 
     def __init__(
@@ -445,10 +446,13 @@ class _Sweep:
         old = "FROM records r WHERE r.at < :limit AND r.position > :after AND r.position <= :last"
         self._kept = f"{old} AND r.kind = 'trajectory' AND ({' OR '.join(keep)})"
         self._doomed = f"{old} AND r.kind = 'trajectory' AND NOT ({' OR '.join(keep)})"
-        self._orphans = (
-            f"{old} AND r.trajectory_id IS NOT NULL "
-            "AND NOT EXISTS (SELECT 1 FROM records t WHERE t.id = r.trajectory_id)"
+        orphan = "NOT EXISTS (SELECT 1 FROM records t WHERE t.id = r.trajectory_id)"
+        self._orphans = f"{old} AND r.trajectory_id IS NOT NULL AND {orphan}"
+        self._late = (
+            f"FROM records r WHERE r.trajectory_id IS NOT NULL AND r.at >= :limit AND {orphan} "
+            "AND EXISTS (SELECT 1 FROM tombstones s WHERE s.id = r.trajectory_id)"
         )
+        """What is young and was appended about a Trajectory after that was removed; it may hold its texts."""
 
     def kept(self) -> int:
         """Return how many Trajectories are old enough and stay."""
@@ -457,7 +461,8 @@ class _Sweep:
     def planned(self) -> tuple[int, int]:
         """Return how many Trajectories and how many others `remove` would remove."""
         about = f"FROM records a WHERE a.trajectory_id IN (SELECT r.id {self._doomed})"
-        return self._count(self._doomed), self._count(about) + self._count(self._orphans)
+        others = self._count(about) + self._count(self._orphans) + self._count(self._late)
+        return self._count(self._doomed), others
 
     def remove(self) -> tuple[int, int]:
         """Remove them; return how many Trajectories and how many others they were."""
@@ -467,6 +472,11 @@ class _Sweep:
             others += with_them
         for removed, with_them in self._remove(self._orphans):
             others += removed + with_them
+        late = sorted(
+            position for (position,) in self._store.rows(f"SELECT r.position {self._late}", self._bindings)
+        )
+        for start in range(0, len(late), _CHUNK):
+            others += sum(self._store.change(partial(self._bury, self._late, late[start : start + _CHUNK])))
         return trajectories, others
 
     def _count(self, source: str) -> int:

@@ -121,8 +121,11 @@ class Writer:
         return self.pending_bytes > MAX_PENDING_BYTES // 2
 
     def flush(self) -> None:
-        """Wait until everything appended before is committed or has failed."""
-        if self._thread is None and not self._queue:
+        """Wait until everything appended before is committed or has failed.
+
+        The writer's own thread, on which callbacks and hooks run, returns at once: it would wait for itself.
+        """
+        if threading.current_thread() is self._thread or (self._thread is None and not self._queue):
             return
         reached = threading.Event()
         self._queue.append(reached)
