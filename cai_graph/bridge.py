@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 from cai_graph import threads
 
-__all__ = ["Caller", "run", "stream"]
+__all__ = ["Caller", "run", "start", "stream"]
 
 T = TypeVar("T")
 

@@ -48,7 +48,7 @@ from cai_graph.typed import Typed, form_asked, form_of, with_model
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
 
-__all__ = ["ConstitutionalChatModel", "counted", "options_of", "result_of"]
+__all__ = ["ConstitutionalChatModel", "options_of", "result_of"]
 
 _PARAMETERS = LangSmithParams.__required_keys__ | LangSmithParams.__optional_keys__
 
@@ -209,7 +209,14 @@ class ConstitutionalChatModel(BaseChatModel):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
-        """Answer in chunks, which leave as `Settings.stream` says; the model is called in this thread."""
+        """Answer in chunks, which leave as `Settings.stream` says; the model is called in this thread.
+
+        Where a person decided what leaves, `input` is a `Command(resume=…)`, as for `invoke`.
+        """
+        if self.plan.settings.asks:
+            options = options_of(stop, kwargs)
+            asking = _Asking(self._judging(options))
+            return cast("Iterator[AIMessageChunk]", asking.stream(input, config, **options))
         return bridge.stream(lambda caller: self._chunks(input, config, stop, kwargs, caller))
 
     async def astream(
@@ -220,8 +227,14 @@ class ConstitutionalChatModel(BaseChatModel):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
-        """Answer in chunks, which leave as `Settings.stream` says."""
-        async with aclosing(self._chunks(input, config, stop, kwargs)) as chunks:
+        """Answer in chunks; see `stream`."""
+        made: Any
+        if self.plan.settings.asks:
+            options = options_of(stop, kwargs)
+            made = _Asking(self._judging(options)).astream(input, config, **options)
+        else:
+            made = self._chunks(input, config, stop, kwargs)
+        async with aclosing(made) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -499,6 +512,11 @@ class _Asking(ConstitutionalRunnable[Any, AIMessage]):
     ) -> AIMessage:
         message, trajectory = await self.guard.answer(input, config, options, caller=caller)
         return cast("AIMessage", message.model_copy(update={"usage_metadata": _usage(message, trajectory)}))
+
+    async def _pieces(self, *args: Any) -> AsyncGenerator[Piece, None]:
+        async with aclosing(super()._pieces(*args)) as pieces:
+            async for piece in pieces:
+                yield piece._replace(output=_with_usage(_chunk(piece)))
 
 
 class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):

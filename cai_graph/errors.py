@@ -76,6 +76,10 @@ class MissingExtra(CaiError, ImportError):  # noqa: N818 - reads as what is miss
         super().__init__(
             f'{needed_by} needs {package}; pip install -e ".[{extra}]" in the folder of cai-graph'
         )
+        self._given = needed_by, package, extra
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._given, vars(self)
 
 
 class RunError(CaiError):
@@ -106,6 +110,9 @@ class AwaitsReview(RunError):  # noqa: N818
         )
         self.question = question
         self.thread_id = thread
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.question,), vars(self)
 
 
 class BudgetExceeded(RunError):  # noqa: N818

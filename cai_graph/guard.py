@@ -226,8 +226,9 @@ class Guard:
         if desk is not None and ending.released is None:
             try:
                 waiting = await desk.lay_down(ending, outputs[0])
-            except BaseException:  # no person will ever see it
-                await self._forget(outputs, kept, resumed)
+            except BaseException as error:
+                if not is_pause(error):  # no person will ever see it
+                    await self._forget(outputs, kept, resumed)
                 raise
             if (paused := desk.paused(waiting, outputs[0])) is not None:
                 return paused, None
@@ -274,7 +275,7 @@ class Guard:
             output, trajectory = await self.answer(input, config, options, caller=caller, held=held)
             for chunk in () if held is None else held.told(self.shape, output, trajectory):
                 yield Piece(chunk, "")
-            yield whole(output, self.shape, trajectory, told=held is not None and held.output is not None)
+            yield whole(output, self.shape, trajectory, told=held is not None)
             return
 
         async def work(send: Send[Piece]) -> None:

@@ -4,7 +4,8 @@ What LangGraph streams are states, updates, tokens and more, in the modes that t
 is taken down while the graph runs. In `messages` mode only tokens of messages that stay in the final state
 are told again: other models of the graph may have written drafts. Where another answer than the draft
 leaves, the draft's message and its copies are replaced wherever they stand, and the `custom` stream, which
-could hold anything, is left out.
+could hold anything, is left out. Of a run about whose answer a person is asked only the question is told; and
+where the decision comes, without a run, what leaves.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any, NamedTuple
 from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.runnables import Runnable
 
-from cai_graph.shape import Shape
-from cai_graph.streams import part_of_message
-from cai_graph.trajectory import Trajectory, shown_of
-from cai_graph.wrapped import call_options, graph_of
+from cai_graph.shape import Shape, leaves
+from cai_graph.streams import whole_chunk
+from cai_graph.trajectory import Trajectory
+from cai_graph.wrapped import call_options, graph_of, waits
 
 __all__ = ["Held"]
 
@@ -82,12 +83,19 @@ class Held:
 
         Args:
             shape: where the answer is in the output.
-            output: the output that leaves; without a record, that of a graph that waits for a person.
+            output: the output that leaves; without a record, it says that a person is waited for.
             trajectory: the record.
         """
         parts = [part for part in self._parts if part.mode in self._asked]
-        if trajectory is None:
+        if trajectory is None and (self._interrupts or not waits(output)):  # the graph paused by itself
             yield from (self._as_asked(part, part.data) for part in parts)
+            return
+        if trajectory is None:
+            question = {"__interrupt__": tuple(output["__interrupt__"])}
+            yield from self._made({"updates": question, "values": question})
+            return
+        if not self._parts:  # it was settled without a run
+            yield from self._made(_decided(shape, output))
             return
         swap = shape.swap(self.output, output)
         released = swap.released
@@ -120,12 +128,33 @@ class Held:
                 data = swap(data)
             yield self._as_asked(part, data)
 
+    def _made(self, by_mode: Mapping[str, Any]) -> Iterator[Any]:
+        """Yield what no run of the graph told, in the modes that the caller asked for."""
+        for mode in filter(by_mode.__contains__, self._asked):
+            data, chunk = by_mode[mode], {"type": mode, "ns": ()}
+            if self._typed and mode == "values":  # a typed pause stands beside the state
+                chunk["interrupts"], data = (data["__interrupt__"], {}) if waits(data) else ((), data)
+            yield self._as_asked(_Part(chunk, (), mode, data), data)
+
     def _as_asked(self, part: _Part, data: Any) -> Any:
         if self._typed:
             return {**part.chunk, "data": data}
         told: list[Any] = [part.path] if self._subgraphs else []
         told += [part.mode] if self._listed else []
         return (*told, data) if told else data
+
+
+def _decided(shape: Shape, output: Any) -> dict[str, Any]:
+    """Return what streams show of an output about which a person decided, by mode.
+
+    It reads as the work of a node named `review`.
+    """
+    answer, update = shape.answer_in(output), output
+    if isinstance(output, Mapping):
+        key = shape.output_in(output)
+        update = {key: [answer] if isinstance(output[key], list) else output[key]}
+    about = {"langgraph_node": "review"}
+    return {"messages": (_chunk(answer), about), "updates": {"review": update}, "values": output}
 
 
 def _is_token(part: _Part) -> bool:
@@ -137,16 +166,8 @@ def _id(answer: str | BaseMessage) -> str | None:
 
 
 def _chunk(answer: str | BaseMessage) -> BaseMessage:
-    message = AIMessage(answer) if isinstance(answer, str) else answer
-    return part_of_message(message, shown_of(message), last=True)
+    return whole_chunk(AIMessage(answer) if isinstance(answer, str) else answer)
 
 
 def _messages(value: Any) -> Iterator[BaseMessage]:
-    waiting, seen = [value], set[int]()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, BaseMessage):
-            yield value
-        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:  # it may hold itself
-            seen.add(id(value))
-            waiting.extend(value.values() if isinstance(value, Mapping) else value)
+    return (each for each in leaves(value) if isinstance(each, BaseMessage))

@@ -36,7 +36,7 @@ from cai_graph.plan import Plan, planning
 from cai_graph.policy import Settings
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
-from cai_graph.streams import part_of_message
+from cai_graph.streams import whole_chunk
 from cai_graph.trajectory import Message, Trajectory, shown_of, text_of
 from cai_graph.wrapped import layers
 
@@ -153,7 +153,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         message = _turn(response)
         if message.id is None:  # the agent would give it one later, and a stream show it twice
             message.id = str(uuid4())
-        await told.piece(cast("AIMessageChunk", part_of_message(message, message.text, last=True)))
+        await told.piece(cast("AIMessageChunk", whole_chunk(message)))
         await told.end(message)
         return response
 

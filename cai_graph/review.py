@@ -9,26 +9,30 @@ its own, whose checkpoints have the caller's thread as metadata (`cai_thread`), 
 decision is in the log.
 
 Inside a node of another LangGraph graph, an agent say, the interrupt is that graph's, and so is the
-checkpointer. That graph runs the node again when it is resumed, and the request is found lying there.
+checkpointer. That graph runs the node again when it is resumed, and the request is found lying there. It may
+run the node once more, since what came behind failed or paused; so the request goes on lying there with its
+decision, until the thread comes to ask a person at a later step.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, TypedDict, TypeVar, cast
 from uuid import UUID, uuid5
 
 import msgspec
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import var_child_runnable_config
-from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
+from langgraph.errors import GraphInterrupt
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Interrupt, interrupt
@@ -61,6 +65,10 @@ from cai_graph.trajectory import (
 
 __all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer"]
 
+logger = logging.getLogger("cai_graph")
+
+T = TypeVar("T")
+
 Checkpointer = BaseCheckpointSaver[Any]
 
 
@@ -77,8 +85,9 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no checkpointer takes one
 _THREADS = UUID("a1d5a6f2-0c1e-5b0a-9a6e-6f6f4b1f5d10")
 """The namespace of the names of our threads. They are UUIDs, since some servers take no other."""
 
-_TASK, _CHECKPOINTER = "__pregel_task_id", "__pregel_checkpointer"
-"""Keys under which LangGraph tells a node of its task, and of the checkpointer that keeps its graph."""
+_TASK, _CHECKPOINTER, _STEPS = "__pregel_task_id", "__pregel_checkpointer", "checkpoint_map"
+"""Keys under which LangGraph tells a node of its task, of the checkpointer that keeps its graph, and of the
+checkpoints from which the graphs around it go on."""
 
 
 class Waiting(TypedDict, total=False):
@@ -96,6 +105,10 @@ class Waiting(TypedDict, total=False):
     """Id that the Review will have, so that logging it twice is logging it once."""
     decision: dict[str, Any]
     """What the person decided."""
+    earlier: int
+    """How many decisions the outer graph's node was resumed with before: they were about other drafts."""
+    settled: str
+    """At which step of the outer graph the decision came into the log."""
 
 
 class Settled(NamedTuple):
@@ -137,7 +150,7 @@ def awaits(output: Any) -> RunError:
 
 
 def check_checkpointer(face: str, checkpointer: object, *, asks: bool) -> None:
-    """Raise ConfigError where a checkpointer is missing, or is none."""
+    """Raise ConfigError where a checkpointer is missing, is none, or cannot delete what waited."""
     if checkpointer is None and asks:
         raise ConfigError(
             f"policy 'human' waits in a checkpointer: {face[:-1]}…, checkpointer=…), for example LangGraph's "
@@ -145,6 +158,17 @@ def check_checkpointer(face: str, checkpointer: object, *, asks: bool) -> None:
         )
     if checkpointer is not None and not isinstance(checkpointer, BaseCheckpointSaver):
         raise ConfigError(f"checkpointer is a LangGraph checkpointer, found {type(checkpointer).__name__}")
+    if checkpointer is not None and asks:
+        _check_deletes(checkpointer)
+
+
+def _check_deletes(checkpointer: Checkpointer) -> None:
+    kind, base = type(checkpointer), BaseCheckpointSaver
+    if kind.delete_thread is base.delete_thread and kind.adelete_thread is base.adelete_thread:
+        raise ConfigError(
+            f"policy 'human' deletes from its checkpointer what was decided, and {kind.__name__} has no "
+            "delete_thread() and no adelete_thread(); add one of them"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +203,8 @@ class Desk:
         """Return the desk of a request.
 
         Raises:
-            ConfigError: the thread, or the checkpointer of the outer graph, is missing.
+            ConfigError: the thread, or the checkpointer of the outer graph, is missing, or that checkpointer
+                cannot delete.
         """
         around = var_child_runnable_config.get() or RunnableConfig()
         within = next((c for c in (config, around) if _TASK in (c.get("configurable") or {})), None)
@@ -191,6 +216,7 @@ class Desk:
                     "policy 'human' pauses the graph that stands around the request, so that graph needs a "
                     "checkpointer: compile(checkpointer=…), or create_agent(…, checkpointer=…)"
                 )
+            _check_deletes(checkpointer)
         thread = given.get("thread_id")
         if checkpointer is None or thread is None:
             raise ConfigError(
@@ -224,6 +250,7 @@ class Desk:
         """Keep a request until a person has decided.
 
         Raises:
+            GraphInterrupt: it is kept, and pauses the outer graph.
             RunError: the checkpointer cannot keep it; its Trajectory is logged.
         """
         trajectory = ending.trajectory
@@ -238,6 +265,10 @@ class Desk:
             proposed=proposed,
             review=new_id(),
         )
+        pause: GraphInterrupt | None = None
+        if self.within is not None:
+            waiting["earlier"], pause = await self._unasked(waiting["question"])
+            await self._clear()
         try:
             with self._alone(self._late()):
                 if await self.lying() is not None:
@@ -249,6 +280,8 @@ class Desk:
             raise RunError(
                 f"the request could not be kept for a person: {error}", trajectory_id=trajectory.id
             ) from error
+        if pause is not None:
+            raise pause
         return waiting
 
     @contextmanager
@@ -269,7 +302,7 @@ class Desk:
 
     def paused(self, waiting: Waiting, output: Any) -> dict[str, Any] | None:
         """Return what a LangGraph graph returns that waits, where the app returns a dict as a graph does."""
-        if self.within is not None or not isinstance(output, Mapping):
+        if not isinstance(output, Mapping):
             return None
         question = waiting["question"]
         return {"__interrupt__": [Interrupt(value=question, id=question["trajectory_id"])]}
@@ -277,7 +310,8 @@ class Desk:
     async def settle(self, waiting: Waiting, input: object = None) -> Settled:
         """Log what a person decided about a request, and return what leaves.
 
-        `input` is the caller's: the decision, where it resumes.
+        `input` is the caller's: the decision, where it resumes. Inside an outer graph a request that was
+        decided before is settled again, as it was.
 
         Raises:
             AwaitsReview: there is no decision yet.
@@ -287,9 +321,14 @@ class Desk:
             RunError: another call, of this process or another, has decided about it already.
         """
         output = self.shape.unpack(waiting["output"])
-        decision, earlier = waiting.get("decision"), "decision" in waiting
+        required, decision = self.shape.form(output), waiting.get("decision")
+        earlier = decision is not None
         if decision is None:
-            decision = await self._decision(waiting["question"], self.shape.form(output), input)
+            decision = await self._decision(waiting, required, input)
+        elif self.within is not None:
+            # It stays, and is taken from the graph, whose node would else get it for its own next question.
+            with suppress(GraphInterrupt):
+                await self._asked(waiting, required)
         decided = RunError(
             f"another call has decided what leaves in thread {self.thread!r}",
             trajectory_id=waiting["question"]["trajectory_id"],
@@ -301,51 +340,108 @@ class Desk:
             if not earlier:
                 await self._run(Command(resume=decision))
             trajectory, record = _settled(waiting, decision, self.plan)
-            duplicate: Duplicate | None = None
             try:
-                await commit(self.plan, trajectory)
-                await commit(self.plan, record)
+                if "settled" not in lies:
+                    await commit(self.plan, trajectory)
+                    await commit(self.plan, record)
+                    await self._close()
             except Duplicate as error:
-                duplicate = error
-            keeper = self.checkpointer
-            await as_owner(
-                self.caller, lambda: keeper.delete_thread(self.key), lambda: keeper.adelete_thread(self.key)
-            )
-        if duplicate is not None:
-            raise decided from duplicate
+                await self._delete(self.key)
+                raise decided from error
         assert trajectory.released is not None
         return Settled(output, trajectory, trajectory.released)
 
-    async def _decision(
-        self, question: Mapping[str, Any], required: Form | None, input: object
-    ) -> dict[str, Any]:
+    async def _close(self) -> None:
+        """Delete a request that is settled; inside an outer graph it stays for a node that runs again."""
+        if self.within is None:
+            await self._delete(self.key)
+            return
+        machine, config, settled = self._machine, self._config, Waiting(settled=self._step)
+        await as_owner(
+            self.caller,
+            lambda: machine.update_state(config, settled, "review"),
+            lambda: machine.aupdate_state(config, settled, "review"),
+        )
+
+    async def _clear(self) -> None:
+        """Delete what was settled in this thread at other steps of the outer graph: no node asks for it."""
+        keeper, ours = self.checkpointer, {"cai_thread": self.thread}
+
+        async def awaited() -> list[CheckpointTuple]:
+            return [each async for each in keeper.alist(None, filter=ours)]
+
+        try:
+            found = await as_owner(self.caller, lambda: [*keeper.list(None, filter=ours)], awaited)
+            for each in found:
+                settled = each.checkpoint["channel_values"].get("settled", self._step)
+                if settled != self._step:
+                    await self._delete(each.config["configurable"]["thread_id"])
+        except Exception as error:  # the request waits all the same
+            why = describe(error)
+            logger.warning("what was decided in thread %r stays in the checkpointer: %s", self.thread, why)
+
+    async def _delete(self, key: str) -> None:
+        keeper = self.checkpointer
+        await as_owner(self.caller, lambda: keeper.delete_thread(key), lambda: keeper.adelete_thread(key))
+
+    @property
+    def _step(self) -> str:
+        """Names the step at which the outermost graph is."""
+        steps = ((self.within or {}).get("configurable") or {}).get(_STEPS) or {}
+        return str(steps.get(""))
+
+    async def _decision(self, waiting: Waiting, required: Form | None, input: object) -> dict[str, Any]:
         """Return what a person says now; raises as `settle`."""
+        said: Mapping[str, Any]
         if self.within is not None:
-            said = await self._asked(question, required)
+            said = await self._asked(waiting, required)
         elif not isinstance(input, Command):
-            raise AwaitsReview(question)
+            raise AwaitsReview(waiting["question"])
         elif (problem := _problem(input.resume, required, self.plan.constitution)) is not None:
             raise DataError(problem)
         else:
             said = cast("Mapping[str, Any]", input.resume)
         return {**said, "at": now().isoformat()}
 
-    async def _asked(self, question: Mapping[str, Any], required: Form | None) -> Mapping[str, Any]:
+    async def _asked(self, waiting: Waiting, required: Form | None) -> dict[str, Any]:
         """Return what the outer graph was resumed with, or pause it."""
-
-        rules = self.plan.constitution
+        question, rules = waiting["question"], self.plan.constitution
 
         def ask() -> dict[str, Any]:
+            for _ in range(waiting.get("earlier", 0)):
+                interrupt(question)
+            said = interrupt(question)
+            while (problem := _problem(said, required, rules)) is not None:
+                said = interrupt({**question, "problem": problem})
+            return dict(said)
+
+        return await self._in_the_node(ask)
+
+    async def _unasked(self, question: Mapping[str, Any]) -> tuple[int, GraphInterrupt]:
+        """Return how many decisions the outer graph has that are not about this question, and its pause."""
+
+        def ask() -> tuple[int, GraphInterrupt]:
+            earlier = 0
+            try:
+                while True:
+                    interrupt(question)
+                    earlier += 1
+            except GraphInterrupt as pause:
+                return earlier, pause
+
+        return await self._in_the_node(ask)
+
+    async def _in_the_node(self, ask: Callable[[], T]) -> T:
+        """Ask something of the outer graph, as its node does."""
+
+        def asked() -> T:
             token = var_child_runnable_config.set(self.within)
             try:
-                said = interrupt(question)
-                while (problem := _problem(said, required, rules)) is not None:
-                    said = interrupt({**question, "problem": problem})
-                return dict(said)
+                return ask()
             finally:
                 var_child_runnable_config.reset(token)
 
-        return ask() if self.caller is None else await self.caller.call(ask)
+        return asked() if self.caller is None else await self.caller.call(asked)
 
     @property
     def _machine(self) -> CompiledStateGraph[Waiting, None, Waiting, Waiting]:

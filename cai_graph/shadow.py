@@ -112,9 +112,12 @@ class Shadow:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._counts = dict.fromkeys(("answers", "judged", "unjudged", "failed", "lost"), 0)
-        self._waiting = self._bytes = 0
-        """Answers that wait for a judgement, and all that is not in the log yet."""
+        self._waiting = 0
+        """Answers that wait for a judgement."""
         self._pending = 0
+        """Answers that are not in the log yet."""
+        self._bytes = 0
+        """How many bytes of text these hold, about."""
         self._stopping = False
         self._warned = {False: -_WARN_SECONDS, True: -_WARN_SECONDS}
         # Only the bridge's loop touches these.

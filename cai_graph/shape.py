@@ -7,7 +7,7 @@ so that callers see the types that they always saw.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from cai_graph.messages import from_langchain
 from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, left_of, said_in, unwrapped
 from cai_graph.trajectory import Call, Message, Trajectory, shown_of
 
-__all__ = ["Shape", "Swap", "added", "refused"]
+__all__ = ["Shape", "Swap", "added", "leaves", "refused"]
 
 _INPUT_KEYS = ("input", "question", "query", "prompt")
 _OUTPUT_KEYS = ("answer", "output", "text")
@@ -348,6 +348,18 @@ def _earlier(output: Any, answer: str | BaseMessage) -> frozenset[str | int]:
             end = next((index for index, each in enumerate(value) if each is answer), None)
             found |= {_named(each) for each in value[: _turn(value, end)] if isinstance(each, BaseMessage)}
     return frozenset(found)
+
+
+def leaves(value: Any) -> Iterator[str | BaseMessage]:
+    """Yield the texts and messages in what an app returned, in no order; it may hold itself."""
+    waiting, seen = [value], dict[int, Any]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str | BaseMessage):
+            yield value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen[id(value)] = value  # kept, so that no other value gets its id
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)
 
 
 def added(total: Any, part: Any) -> Any:

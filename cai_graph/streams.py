@@ -24,7 +24,7 @@ from langchain_core.runnables.utils import AddableDict
 from cai_graph.calls import Calls
 from cai_graph.errors import DataError
 from cai_graph.parts import said_in
-from cai_graph.shape import Shape, added
+from cai_graph.shape import Shape, added, leaves
 from cai_graph.trajectory import Draft, Message, Trajectory, shown_of
 
 __all__ = [
@@ -35,9 +35,9 @@ __all__ = [
     "Writing",
     "batches",
     "block_end",
-    "part_of_message",
     "relay",
     "whole",
+    "whole_chunk",
 ]
 
 T = TypeVar("T")
@@ -283,7 +283,7 @@ class Writing:
         if isinstance(output, str):
             return None if last and not text and self._sent else text
         if isinstance(output, BaseMessage):
-            return part_of_message(output, text, last=last)
+            return _part_of_message(output, text, last=last)
         if isinstance(output, Mapping):
             key = self._shape.output_in(output)
             others = {
@@ -324,14 +324,10 @@ class Writing:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
-    if isinstance(value, str | BaseMessage):
-        yield shown_of(value) if isinstance(value, BaseMessage) else value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts_in(item)
+    return (shown_of(each) if isinstance(each, BaseMessage) else each for each in leaves(value))
 
 
-def part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessage:
+def _part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessage:
     """Return a chunk of `message` with this much of its text; the last one has all that is not text."""
     content: str | list[Any] = text
     if last and text == shown_of(message):
@@ -349,6 +345,11 @@ def part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessa
     return AIMessageChunk(content=content, **fields, chunk_position="last")
 
 
+def whole_chunk(message: BaseMessage) -> BaseMessage:
+    """Return a message as the one chunk of a stream that shows it whole."""
+    return _part_of_message(message, shown_of(message), last=True)
+
+
 def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: bool = False) -> Piece:
     """Return an output that leaves in one piece; with `told` it has left, and only the record is new."""
     chunk = None if told else output
@@ -360,12 +361,20 @@ def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: boo
     return Piece(_as_chunk(chunk), shown_of(answer), trajectory, output, answer.id)
 
 
-def _as_message(output: Any) -> Any:
-    """Return a sum of chunks as the app returns it whole."""
+def _as_message(output: Any, around: Mapping[int, Any] = {}) -> Any:
+    """Return a sum of chunks as the app returns it whole.
+
+    `around` has what is made of the mappings around this one, which may hold themselves.
+    """
     if isinstance(output, Mapping):
-        return {key: _as_message(value) for key, value in output.items()}
+        if id(output) in around:
+            return around[id(output)]
+        by_key: dict[Any, Any] = {}
+        around = {**around, id(output): by_key}
+        by_key.update((key, _as_message(value, around)) for key, value in output.items())
+        return by_key
     return message_chunk_to_message(output) if isinstance(output, AIMessageChunk) else output
 
 
 def _as_chunk(value: Any) -> Any:
-    return part_of_message(value, shown_of(value), last=True) if isinstance(value, AIMessage) else value
+    return whole_chunk(value) if isinstance(value, AIMessage) else value

@@ -30,7 +30,7 @@ _NOWHERE = nullcontext()
 
 
 class Turn:
-    """The turn of one request. Callers may be of any thread and any event loop.
+    """The turn of one request. Callers may be of any OS thread and any event loop.
 
     Args:
         of: which thread of which memory; None where there is none, and nothing to wait for.
@@ -43,7 +43,7 @@ class Turn:
         self._around: tuple[Turn, ...] = ()
         """The turns inside which this one is."""
         self._needs: frozenset[int] = frozenset()
-        """The threads that this request needs in order to end."""
+        """The OS threads that this request needs in order to end."""
         self._loop: asyncio.AbstractEventLoop
         self._granted: Future[None]
 
@@ -54,10 +54,10 @@ class Turn:
         stands around this, as where two apps ask each other.
 
         Args:
-            caller: the thread that waits for the answer, where it is a synchronous one.
+            caller: the OS thread that waits for the answer, where it is a synchronous one.
 
         Raises:
-            RunError: it would wait for ever, since the caller blocks a thread that who has the turn needs.
+            RunError: it would wait for ever: who has the turn needs an OS thread that the caller blocks.
         """
         self._around = _around.get()
         self.is_inside = any(turn._of == self._of and turn.has_it() for turn in self._around)

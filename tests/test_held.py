@@ -183,3 +183,126 @@ def test_a_graph_that_pauses_streams_its_pause_and_is_judged_when_it_is_resumed(
     assert paused[-1]["__interrupt__"][0].value == "sure?"
     assert resumed[-1]["answer"]["messages"][0].text == MENDED
     assert [role_of(messages) for messages in app.plan.reviser.calls] == ["critique", "revise", "critique"]
+
+
+# --- a person decides ---------------------------------------------------------------------------------
+
+THREAD: Any = {"configurable": {"thread_id": "1"}}
+MODES: list[Any] = [None, "values", "updates", "messages", ["messages", "updates", "values"]]
+
+
+def asking(app: Any) -> Any:
+    """The app under a policy that has a person decide about what is unsafe."""
+    return guarded(app, on_violation="human", max_rounds=0, checkpointer=InMemorySaver())
+
+
+def invoked(app: Any, input: Any, **options: Any) -> list[Any]:
+    """What `invoke` returns: the chunks of a stream, in all modes but `values`."""
+    output = app.invoke(input, **options)
+    return output if isinstance(output, list) else [output]
+
+
+@pytest.mark.parametrize("draw", [streamed, astreamed, invoked])
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_while_a_person_is_asked_a_stream_shows_the_question_and_nothing_else(
+    draw: Any, remembers: bool, mode: Any
+) -> None:
+    agents = agent(UNSAFE)
+    agents.checkpointer = InMemorySaver() if remembers else None
+    options = {"config": THREAD} if mode is None else {"config": THREAD, "stream_mode": mode}
+
+    parts = draw(asking(agents), ASK, **options)
+
+    shown = [part[1] if isinstance(mode, list) else part for part in parts]
+    assert len(shown) == (2 if isinstance(mode, list) else mode != "messages"), "as LangGraph tells a pause"
+    for part in shown:
+        (pause,) = part["__interrupt__"]
+        assert list(part) == ["__interrupt__"]
+        assert pause.value["draft"] == UNSAFE
+
+
+def test_a_question_is_typed_where_version_2_is_asked_for() -> None:
+    options = {"stream_mode": ["updates", "values"], "version": "v2"}
+
+    update, value = streamed(asking(agent(UNSAFE)), ASK, config=THREAD, **options)
+
+    assert (update["type"], update["ns"], list(update["data"])) == ("updates", (), ["__interrupt__"])
+    assert (value["type"], value["data"], len(value["interrupts"])) == ("values", {}, 1)
+
+
+async def test_events_show_the_question_and_nothing_of_the_run() -> None:
+    app = asking(agent(UNSAFE))
+
+    events = [event async for event in app.astream_events(ASK, THREAD, version="v2")]
+
+    chunks = [event["data"]["chunk"] for event in events if event["event"] == "on_chain_stream"]
+    assert chunks
+    assert all(list(chunk) == ["__interrupt__"] for chunk in chunks)
+
+
+@pytest.mark.parametrize("draw", [streamed, astreamed, invoked])
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_stream_that_brings_the_decision_shows_what_leaves(draw: Any, remembers: bool, mode: Any) -> None:
+    agents = agent(UNSAFE)
+    agents.checkpointer = InMemorySaver() if remembers else None
+    app = asking(agents)
+    options = {"config": THREAD} if mode is None else {"config": THREAD, "stream_mode": mode}
+    app.invoke(ASK, THREAD)
+
+    parts = draw(app, Command(resume={"decision": "reject"}), **options)
+
+    assert CANARY not in repr(parts)
+    told = [part if isinstance(mode, list) else (mode or "updates", part) for part in parts]
+    if draw is invoked and mode is None:
+        told = [("values", parts[0])]
+    assert {kind for kind, _ in told} == set(mode if isinstance(mode, list) else [told[0][0]])
+    for kind, part in told:
+        if kind == "messages":
+            assert (part[0].text, part[1]["langgraph_node"]) == (RULES.refusal, "review")
+        elif kind == "updates":
+            assert [m.text for m in part["review"]["messages"]] == [RULES.refusal]
+        else:
+            assert [m.text for m in part["messages"]][-2:] == ["4", RULES.refusal]
+
+
+def test_what_leaves_is_typed_where_version_2_is_asked_for() -> None:
+    app = asking(agent(UNSAFE))
+    options = {"config": THREAD, "stream_mode": ["updates", "values"], "version": "v2", "subgraphs": True}
+    streamed(app, ASK, **options)
+
+    update, value = streamed(app, Command(resume={"decision": "reject"}), **options)
+
+    assert (update["type"], update["ns"]) == ("updates", ())
+    assert (value["type"], value["interrupts"]) == ("values", ())
+    assert value["data"]["messages"][-1].text == RULES.refusal
+
+
+@pytest.mark.parametrize("way", ["invoke", "stream"])
+@pytest.mark.parametrize("mode", ["messages", "updates"])
+def test_a_waiting_graph_in_a_node_goes_on_while_the_outer_graph_is_streamed(way: str, mode: str) -> None:
+    app = asking(agent(UNSAFE))
+
+    def node(state: MessagesState) -> dict[str, Any]:
+        if way == "stream":
+            (*_, last) = app.stream(state, stream_mode="values")
+        else:
+            last = app.invoke(state)
+        return {"messages": last["messages"][-1:]}
+
+    built = StateGraph(MessagesState)
+    built.add_node("answer", node)
+    built.add_edge(START, "answer")
+    built.add_edge("answer", END)
+    outer = built.compile(checkpointer=InMemorySaver())
+
+    asked = streamed(outer, ASK, config=THREAD, stream_mode=mode)
+    paused = outer.get_state(THREAD).interrupts
+    told = streamed(outer, Command(resume={"decision": "reject"}), config=THREAD, stream_mode=mode)
+
+    assert [pause.value["draft"] for pause in paused] == [UNSAFE]
+    assert CANARY not in repr(asked).replace(repr(paused), "")
+    assert RULES.refusal in repr(told)
+    assert CANARY not in repr(told)
+    assert outer.get_state(THREAD).values["messages"][-1].text == RULES.refusal

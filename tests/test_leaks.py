@@ -7,6 +7,7 @@ every rejected revision and every critique carries a canary.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -23,10 +24,12 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnablePar
 from langchain_core.tools import tool
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
+from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
 from replies import RULES, answer_in, by_role, role_of, verdicts
 
 from cai_graph import ScriptedModel, constitutional
+from cai_graph.errors import AwaitsReview
 from cai_graph.middleware import ConstitutionalMiddleware
 from cai_graph.testing import everywhere, leaks
 
@@ -178,6 +181,27 @@ async def test_no_stream_shows_a_canary_and_the_tracer_sees_every_call(
     assert tracer.calls == len(model.calls)
     if mode != "audit" and outcome in ("refused", "revised"):
         assert {role_of(messages) for messages in model.calls} == {"draft", "critique", "revise"}
+
+
+QUESTION = re.compile(r"\{'type': 'constitutional_review'.*?'thread_id': '[^']*'\}", re.DOTALL)
+
+
+@pytest.mark.parametrize("face", ["chain", "retrieval", "graph", "chat"])
+async def test_while_a_person_is_asked_only_the_question_has_the_draft(face: str) -> None:
+    made, saver = case("buffer", "refused"), InMemorySaver()
+    build, input = FACES[face]
+    model = scripted(made, fails=False)
+    app = build(model, constitution=RULES, log=None, on_violation="human", checkpointer=saver)
+
+    async for seen in everywhere(app, input, {"configurable": {"thread_id": "1"}}):
+        for kept in (saver.storage, saver.writes, saver.blobs):
+            kept.clear()  # so that the next way asks, too
+        assert CANARY not in QUESTION.sub("", repr(seen)), seen.way
+        if face == "chat" and seen.way == "astream_events v3":
+            continue  # LangChain does not tell a model its thread there, so that nothing leaves at all
+        assert seen.error is None or isinstance(seen.error, AwaitsReview), seen.way
+        if seen.way.endswith(("invoke", "stream", "transform", "events", "updates", "values")):
+            assert seen.error or QUESTION.search(repr(seen.items)), seen.way
 
 
 def texts(value: Any) -> str:

@@ -223,6 +223,18 @@ def test_a_message_that_was_streamed_comes_once_though_its_model_gave_it_no_id()
     assert shown == ["no model is asked"]
 
 
+def test_a_stream_shows_a_refusal_that_the_model_gives_as_a_part() -> None:
+    parts: list[Any] = [{"type": "text", "text": "Well: "}, {"type": "refusal", "refusal": "I will not."}]
+    face = ConstitutionalMiddleware(constitution=RULES, critic=by_role(critique=flags_canary), log=None)
+
+    def shown(*middleware: Any) -> list[Any]:
+        model = ScriptedModel(replies=[AIMessage(parts, id="1")])
+        agent: Any = create_agent(model, [], middleware=middleware)
+        return [message.content for message, _ in agent.stream(ASKED, stream_mode="messages")]
+
+    assert shown(face) == shown() == [parts]
+
+
 def test_handlers_that_show_tokens_are_told_in_the_callers_thread() -> None:
     heard: list[tuple[str, threading.Thread]] = []
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any, TypedDict
 
 import pytest
 from langchain.agents import create_agent
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain.agents.middleware import ModelRequest, dynamic_prompt
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableConfig, RunnableLambda
+from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
-from langgraph.types import Command
-from replies import RULES, answer_in, by_role, flags
+from langgraph.types import Command, interrupt
+from replies import RULES, answer_in, by_role, flags, verdicts
 from test_middleware import ASKED, CANARY, agents_model, guarded, reporting, stored, weather
 
 from cai_graph import constitutional
+from cai_graph.constitution import Constitution
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, LogError, RunError
 from cai_graph.log import Log, open_log
 from cai_graph.testing import ScriptedModel
@@ -183,6 +188,22 @@ async def test_a_wrapped_chat_model_waits_and_goes_on(way: str, saver: InMemoryS
         list(app.stream("hello", THREAD))
 
 
+async def test_a_chat_model_that_waits_goes_on_by_a_stream(saver: InMemorySaver) -> None:
+    usage: Any = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
+    app = guard(model(draft=AIMessage("the draft", id="m1", usage_metadata=usage)), saver)
+    other: Any = {"configurable": {"thread_id": "2"}}
+
+    for thread in (THREAD, other):
+        with pytest.raises(AwaitsReview):
+            app.invoke("hello", thread)
+    chunks = list(app.stream(decide("edit", answer="mine"), THREAD))
+    later = [chunk async for chunk in app.astream(decide("reject"), other)]
+
+    assert all(isinstance(chunk, AIMessageChunk) for chunk in (*chunks, *later))
+    assert [(chunk.content, chunk.id, chunk.usage_metadata) for chunk in chunks] == [("mine", "m1", usage)]
+    assert "".join(chunk.text for chunk in later) == RULES.refusal
+
+
 async def test_streams_say_that_they_wait(saver: InMemorySaver) -> None:
     app = guard(RunnableLambda(lambda _: {"answer": "the draft"}), saver)
 
@@ -297,6 +318,24 @@ def test_what_a_pause_needs_is_checked_before_anything_is_paid_for() -> None:
         guard(silent, InMemorySaver(), stream="blocks")
     with pytest.raises(ConfigError, match="which thread waits"):
         guard(silent, InMemorySaver()).invoke("hello")
+
+
+class Keeps(BaseCheckpointSaver[Any]):
+    """A checkpointer that cannot delete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = InMemorySaver()
+        self.get_tuple, self.put, self.put_writes = inner.get_tuple, inner.put, inner.put_writes  # type: ignore[method-assign]
+
+
+def test_a_checkpointer_that_cannot_delete_is_named_before_anything_is_paid_for() -> None:
+    silent = ScriptedModel(replies=[])
+
+    with pytest.raises(ConfigError, match="Keeps has no delete_thread"):
+        guard(silent, Keeps())
+    with pytest.raises(ConfigError, match="Keeps has no delete_thread"):
+        outer(guard(silent, InMemorySaver()), "invoke", Keeps()).invoke({"question": "hello"}, THREAD)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -489,8 +528,13 @@ def outer(app: Any, way: str, saver: InMemorySaver | None) -> Any:
     async def anode(state: Chat) -> Chat:
         return {"answer": await app.ainvoke(state["question"])}
 
+    return of_one(node if way == "invoke" else anode, saver)
+
+
+def of_one(node: Any, saver: InMemorySaver | None) -> Any:
+    """A graph of one node."""
     graph = StateGraph(Chat)
-    graph.add_node("answer", node if way == "invoke" else anode)
+    graph.add_node("answer", node)
     graph.add_edge(START, "answer")
     graph.add_edge("answer", END)
     return graph.compile(checkpointer=saver)
@@ -522,7 +566,155 @@ async def test_inside_a_graph_the_pause_is_that_graphs_and_its_resumption_pays_n
     assert trajectory.released_from == "human"
     assert review.decision == "edit"
     assert list(unused.list(None)) == []
-    assert [name for name, kept in saver.storage.items() if any(kept.values())] == ["1"]
+
+
+def numbered() -> ScriptedModel:
+    """Drafts something else each time, and nothing that complies."""
+    drafts = (f"draft {number}" for number in itertools.count(1))
+    return by_role(draft=lambda _: next(drafts), critique=verdicts("no-harm"))
+
+
+def asked_about(state: Any) -> str:
+    """The draft that a paused graph shows a person."""
+    (pause,) = state["__interrupt__"]
+    return str(pause.value["draft"])
+
+
+@both_ways
+async def test_a_node_that_fails_after_a_decision_gets_the_decided_answer_again(
+    way: str, log: Log, saver: InMemorySaver
+) -> None:
+    failures, drafts = [OSError("down")], numbered()
+    app = guard(drafts, saver, log)
+
+    def end(answer: AIMessage) -> Chat:
+        if failures:
+            raise failures.pop()
+        return {"answer": answer.text}
+
+    async def anode(state: Chat) -> Chat:
+        return end(await app.ainvoke(state["question"]))
+
+    node = anode if way == "ainvoke" else lambda state: end(app.invoke(state["question"]))
+    graph = of_one(node, saver)
+    paused = await run(graph, way, {"question": "hello"})
+    calls = len(drafts.calls)
+    with pytest.raises(OSError, match="down"):
+        await run(graph, way, decide("draft", reviewer="ada"))
+    state = await run(graph, way, None)
+
+    assert state["answer"] == asked_about(paused) == "draft 1"
+    assert len(drafts.calls) == calls
+    ((trajectory,), (review,)) = records(log)
+    assert (review.reviewer, review.trajectory_id) == ("ada", trajectory.id)
+
+
+@both_ways
+async def test_a_node_may_ask_a_person_something_itself_after_an_answer_was_decided(
+    way: str, log: Log, saver: InMemorySaver
+) -> None:
+    app = guard(numbered(), saver, log)
+
+    async def anode(state: Chat) -> Chat:
+        answer = (await app.ainvoke(state["question"])).text
+        return {"answer": f"{answer}, sent: {interrupt({'send?': answer})}"}
+
+    def node(state: Chat) -> Chat:
+        answer = app.invoke(state["question"]).text
+        return {"answer": f"{answer}, sent: {interrupt({'send?': answer})}"}
+
+    graph = of_one(node if way == "invoke" else anode, saver)
+    await run(graph, way, {"question": "hello"})
+    asks = await run(graph, way, Command(resume={"decision": "maybe"}))
+    sends = await run(graph, way, decide("draft"))
+    state = await run(graph, way, Command(resume="yes"))
+
+    assert "problem" in asks["__interrupt__"][0].value
+    assert sends["__interrupt__"][0].value == {"send?": "draft 1"}
+    assert state["answer"] == "draft 1, sent: yes"
+    assert [len(each) for each in records(log)] == [1, 1]
+
+
+def test_a_node_may_have_several_guarded_calls_and_questions_between_them(log: Log) -> None:
+    app = guard(numbered(), InMemorySaver(), log)
+
+    def node(state: Chat) -> Chat:
+        said = [app.invoke("one").text, interrupt("and?"), app.invoke("two").text]
+        return {"answer": ", ".join(said)}
+
+    graph = of_one(node, InMemorySaver())
+    first = graph.invoke({"question": "hello"}, THREAD)
+    between = graph.invoke(decide("draft"), THREAD)
+    second = graph.invoke(Command(resume="go on"), THREAD)
+    state = graph.invoke(decide("reject"), THREAD)
+
+    assert [asked_about(paused) for paused in (first, second)] == ["draft 1", "draft 2"]
+    assert between["__interrupt__"][0].value == "and?"
+    assert state["answer"] == f"draft 1, go on, {RULES.refusal}"
+    assert [len(each) for each in records(log)] == [2, 2]
+
+
+def test_a_decision_that_the_log_did_not_take_is_no_answer_to_what_the_node_asks_itself(
+    log: Log, saver: InMemorySaver, tmp_path: Path
+) -> None:
+    closed = open_log(tmp_path / "closed.db")
+    closed.close()
+
+    def graph(log: Log) -> Any:
+        app = guard(numbered(), saver, log, on_log_error="raise")
+
+        def node(state: Chat) -> Chat:
+            return {"answer": f"{app.invoke(state['question']).text}, sent: {interrupt('send?')}"}
+
+        return of_one(node, saver)
+
+    paused = graph(closed).invoke({"question": "hello"}, THREAD)
+    with pytest.raises(LogError):
+        graph(closed).invoke(Command(resume={paused["__interrupt__"][0].id: {"decision": "draft"}}), THREAD)
+    sends = graph(log).invoke(None, THREAD)
+    state = graph(log).invoke(Command(resume="yes"), THREAD)
+
+    assert sends["__interrupt__"][0].value == "send?"
+    assert state["answer"] == "draft 1, sent: yes"
+    assert [len(each) for each in records(log)] == [1, 1]
+
+
+@both_ways
+async def test_a_decision_is_never_applied_to_a_draft_that_nobody_saw(
+    way: str, log: Log, saver: InMemorySaver
+) -> None:
+    drafts, changed = numbered(), Constitution(name="rules", principles=RULES.principles, refusal="No.")
+    chain, judge = drafts | StrOutputParser(), {"critic": drafts, "reviser": drafts}
+    before = outer(guard(chain, saver, log, **judge), way, saver)
+    after = outer(guard(chain, saver, log, constitution=changed, **judge), way, saver)
+
+    first = await run(before, way, {"question": "hello"})
+    second = await run(after, way, decide("draft", reviewer="ada"))
+    state = await run(after, way, decide("draft", reviewer="bob"))
+
+    assert [asked_about(paused) for paused in (first, second)] == ["draft 1", "draft 2"]
+    assert state["answer"] == "draft 2"
+    ((trajectory,), (review,)) = records(log)
+    assert (review.reviewer, review.trajectory_id) == ("bob", trajectory.id)
+
+
+def test_what_was_decided_lies_in_the_checkpointer_until_the_thread_next_asks(saver: InMemorySaver) -> None:
+    graph = outer(guard(model() | StrOutputParser(), saver), "invoke", saver)
+
+    def lying() -> set[str]:
+        found = saver.list(None, filter={"cai_thread": "1"})
+        return {each.config["configurable"]["thread_id"] for each in found}
+
+    graph.invoke({"question": "hello"}, THREAD)
+    first = lying()
+    graph.invoke(decide("draft"), THREAD)
+    decided = lying()
+    graph.invoke({"question": "and now?"}, THREAD)
+    second = lying()
+
+    assert decided == first
+    assert len(first) == len(second) == 1
+    assert first != second
 
 
 async def test_nodes_that_wait_at_once_are_decided_one_by_one(log: Log, saver: InMemorySaver) -> None:
@@ -585,6 +777,25 @@ async def test_an_agent_pauses_at_its_model_call_and_goes_on_with_what_was_decid
     trajectories, reviews = records(log)
     assert [t.outcome for t in trajectories] == [Outcome.KEPT, Outcome.REVISED]
     assert [r.decision for r in reviews] == ["edit"]
+
+
+def test_an_agent_that_drafts_anew_when_it_is_resumed_asks_anew(saver: InMemorySaver) -> None:
+    hours = itertools.count(9)
+
+    @dynamic_prompt
+    def clock(request: ModelRequest[Any]) -> str:
+        return f"It is {next(hours)} o'clock."
+
+    drafts = (f"{CANARY} {number}" for number in itertools.count(1))
+    agents = agents_model(lambda _: next(drafts), revise=f"{CANARY} again")
+    agent = guarded(
+        agents, middleware=[clock], checkpointer=saver, settings={"on_violation": "human", "max_rounds": 1}
+    )
+
+    paused = agent.invoke(ASKED, THREAD)
+    again = agent.invoke(decide("draft"), THREAD)
+
+    assert [asked_about(state) for state in (paused, again)] == [f"{CANARY} 1", f"{CANARY} 2"]
 
 
 @pytest.mark.parametrize("strategy", ["tool", "provider"])

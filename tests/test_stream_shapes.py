@@ -105,6 +105,34 @@ async def test_a_copy_beside_the_answer_waits_until_all_is_judged_and_is_replace
     assert chunks[0]["pages"] == ["a page"]
 
 
+@pytest.mark.parametrize("stream", ["buffer", "blocks", "audit"])
+async def test_what_holds_itself_may_stand_beside_the_answer(stream: str) -> None:
+    about: dict[str, Any] = {"pages": ["one"]}
+    about["self"] = about
+
+    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AddableDict]:
+        yield AddableDict(about=about)
+        yield AddableDict(answer=FINE)
+
+    total = reduce(operator.add, await drawn(guarded(RunnableGenerator(write), stream=stream)))
+
+    assert (total["answer"], total["about"]["self"]["pages"]) == (FINE, ["one"])
+
+
+@pytest.mark.parametrize("copy", [AIMessage(ONE), {"page": [(ONE,)]}], ids=["message", "nested"])
+async def test_a_copy_waits_however_deep_it_stands_beside_the_answer(copy: Any) -> None:
+    about: list[Any] = []
+    about += [about, copy]
+
+    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AddableDict]:
+        yield AddableDict(about=about, answer=ONE)
+        yield AddableDict(answer=TWO + THREE)
+
+    chunks = await drawn(guarded(RunnableGenerator(write), max_rounds=0))
+
+    assert ["about" in chunk for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+
+
 def executor(*, replies: Callable[[list[BaseMessage]], Any]) -> Any:
     """LangChain's old agent; it streams its messages, which `invoke` does not return."""
     from langchain_classic.agents import AgentExecutor, create_tool_calling_agent
