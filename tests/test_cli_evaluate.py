@@ -150,6 +150,18 @@ def test_a_checkpoint_is_a_subject_and_may_not_stand_under_a_constitution(folder
     assert "out has no manifest" in summary["notes"][0]
 
 
+def test_a_critic_of_other_weights_in_the_same_file_makes_another_subject(folder: Path) -> None:
+    (folder / "critic.gguf").write_bytes(b"GGUF v1")
+    judged = ("--helpfulness", "fine.txt", "--constitution", "balanced", "--critic", "local:critic.gguf")
+    with serving(script) as server:
+        cai(folder, "evaluate", "run", "eval", server.spec, *judged, status=3)  # the file holds no model
+        cai(folder, "evaluate", "run", "eval", server.spec, *judged, status=3)
+        (folder / "critic.gguf").write_bytes(b"GGUF v2")
+        refused = cai(folder, "evaluate", "run", "eval", server.spec, *judged, status=1)
+
+    assert "were made with other settings (critic_weights '" in refused.stderr
+
+
 def test_prompts_that_failed_are_said_with_a_status_of_its_own(folder: Path) -> None:
     def fails(body: dict[str, Any]) -> str | Reply:
         asked = str(body["messages"][-1]["content"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,14 @@ from wire import Reply, Server, serving, under
 
 from cai_graph import constitutional, models
 from cai_graph.constitution import load
-from cai_graph.errors import ConfigError, DataError
+from cai_graph.errors import CaiError, ConfigError, DataError, LogError
 from cai_graph.log import open_log
+from cai_graph.log.sqlite import SQLiteStore
+from cai_graph.log.store import Row
 from trainers import sft
 from trainers.checkpoint import Checkpoint
 from trainers.config import read
-from trainers.distill import Config, launch, pipeline, publish, train
+from trainers.distill import Config, pipeline, publish, train
 from trainers.distill.pipeline import Done, Folders, Pipeline, StepFailed
 from trainers.distill.plan import _NoRecords, _Plan
 
@@ -103,7 +104,9 @@ def run_first(count: int, path: Path, *settings: str) -> tuple[list[str], dict[s
     return said, first.run(lambda step, what, _: said.append(f"{step.name} {what}"))
 
 
-def test_from_prompts_to_a_model_with_a_report(tmp_path: Path, server: Server, base: Path) -> None:
+def test_from_prompts_to_a_model_with_a_report(
+    tmp_path: Path, server: Server, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = server.spec.replace("://", "://ann:s3cret@")
     judging = {"judge": spec, "max_tokens": 8, "pairs": ["samples", "revision"]}
     path = written(tmp_path, server, base, drafts={"model": spec, "max_tokens": 32}, feedback=judging)
@@ -119,9 +122,17 @@ def test_from_prompts_to_a_model_with_a_report(tmp_path: Path, server: Server, b
     kept = [one for one in made.path.rglob("*") if one.is_file()]
     assert not [one for one in kept if b"s3cret" in one.read_bytes()]
 
+    def show(made: Path, output: Path) -> None:
+        with pytest.raises(ConfigError, match="another run works here"):
+            run_first(1, path)
+        publish.publish(made, output)
+
     asked = len(server.requests)
-    assert run(path)[0] == [f"{name} skipped" for name in names]
+    with monkeypatch.context() as patched:
+        patched.setattr("trainers.distill.plan.publish", show)
+        assert run(path)[0] == [f"{name} skipped" for name in names]
     assert len(server.requests) == asked
+    assert not list((tmp_path / "out").rglob("*.new"))
 
     changed = [line for line in run(path, "rl.learning_rate=1e-4")[0] if "skipped" not in line]
     assert changed == ["dpo begins", "dpo done", "model begins", "model done"]
@@ -158,6 +169,31 @@ def test_a_log_of_production_is_copied_and_left_as_it_was(tmp_path: Path, server
     for kept in (log, str(made["trajectories"].path / "log.db")):
         with open_log(kept, read_only=True) as opened:
             assert opened.stats().trajectories == PROMPTS
+
+    config = read(Config, path, ["prompts=null", f"logs=[{json.dumps(log)}]"])
+    needed = [step.needs for step in pipeline(config).steps]
+    (tmp_path / "production.db").rename(tmp_path / "archived.db")
+    assert run_first(1, path, "prompts=null", f"logs=[{json.dumps(log)}]")[0] == ["trajectories skipped"]
+    assert [step.needs for step in pipeline(config).steps] == needed
+
+
+def test_what_cannot_be_copied_for_the_feedback_fails_its_step_and_is_copied_by_the_next_run(
+    tmp_path: Path, server: Server, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert, full = SQLiteStore.insert, iter([True])
+
+    def on_a_full_disk(store: SQLiteStore, rows: Sequence[Row]) -> list[CaiError | None]:
+        if "feedback-" in store.path.parent.name and next(full, False):
+            raise LogError("the disk is full")
+        return insert(store, rows)
+
+    monkeypatch.setattr(SQLiteStore, "insert", on_a_full_disk)
+    path = written(tmp_path, server, base)
+    with pytest.raises(StepFailed, match=r"^feedback: the disk is full"):
+        run_first(4, path)
+    _, made = run_first(4, path)
+    with open_log(str(made["feedback"].path / "log.db"), read_only=True) as opened:
+        assert opened.stats().trajectories == PROMPTS
 
 
 def test_a_judge_that_is_out_names_the_step_and_the_run_goes_on(tmp_path: Path, base: Path) -> None:
@@ -414,11 +450,6 @@ def test_a_name_in_any_script_stays_what_it_is(tmp_path: Path, server: Server, b
     assert file.stat().st_mode & 0o777 == 0o600, "it may hold a password"
 
 
-def test_processes_are_read_from_the_words_of_a_launch() -> None:
-    found = doctest.testmod(launch)
-    assert (found.attempted, found.failed) == (2, 0)
-
-
 def test_the_command_plans_runs_and_skips(tmp_path: Path, server: Server, base: Path) -> None:
     written(tmp_path, server, base)
     command = ("distill", "config.yaml", "--set", "rl.learning_rate=1e-4")
@@ -614,9 +645,14 @@ def test_the_output_shows_one_model_and_leaves_the_files_of_the_user(tmp_path: P
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     publish.publish(tmp_path / "old", out)
+    publish.publish(tmp_path / "old", out)
+    assert {path.name for path in out.iterdir()} == {*old, "notes.txt", ".published.json"}
+    (out / ".model.gguf.new").write_text("old")  # left by a run that was killed
+    (tmp_path / "new" / ".config.json.new").write_text("old")
     publish.publish(tmp_path / "new", out)
     shown = {path.name: path.read_text() for path in out.iterdir() if not path.name.startswith(".")}
     assert shown == {**new, "notes.txt": "mine"}
+    assert not [path.name for path in out.iterdir() if path.read_text() == "old"]
 
     (out / "model.gguf").write_text("converted by the user")
     publish.publish(tmp_path / "new", out)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import aclosing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from wire import Reply, Server, serving
 
 from cai_graph import models
 from cai_graph.constitution import Constitution
-from cai_graph.critic import ModelCritic
+from cai_graph.critic import Critic, ModelCritic, critic_for
 from cai_graph.errors import ConfigError
 from cai_graph.log import Log, open_log
 from cai_graph.testing import ScriptedModel
@@ -38,7 +39,7 @@ from cai_graph.trajectory import (
 )
 from trainers.feedback import Config, Labelled, Labelling, draw, p_a_of, p_violates, pairs_of
 from trainers.feedback.judge import Judge
-from trainers.feedback.positions import Positions, Share
+from trainers.feedback.positions import Positions, Share, positions
 
 
 def said(text: str) -> Message:
@@ -167,6 +168,92 @@ async def test_other_settings_are_another_labelling(log: Log) -> None:
         assert votes.done == 0
 
 
+async def test_another_band_is_another_labelling_of_a_judge_that_reasons(log: Log) -> None:
+    fill(log, trajectory())
+
+    def script(body: dict[str, Any]) -> str | Reply:
+        return prefers_revisions(body) if body.get("logprobs") else "why"
+
+    with serving(script) as server:
+
+        def reasoned(band: tuple[float, float] | None) -> Labelling:
+            return Labelling(log, Judge(server.spec, reasoning=True), RULES, Config(band=band))
+
+        await run(reasoned((0.4, 0.6)))
+        await run(reasoned((0.3, 0.7)))
+        assert [one.band for one in compared(log)] == [(0.4, 0.6), (0.3, 0.7)]
+        assert [reasoned(band).done for band in ((0.4, 0.6), (0.3, 0.7), None)] == [1, 1, 0]
+        await run(labelling(log, server))
+        assert labelling(log, server, band=(0.3, 0.7)).done == 1, "without reasons nothing is clamped"
+
+
+def own_model(folder: Path, content: bytes) -> str:
+    """The spec of weights of one's own, which are not started."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.gguf").write_bytes(b"GGUF" + content)
+    return f"local:{folder}"
+
+
+async def test_other_weights_under_the_same_name_are_another_labelling(log: Log, tmp_path: Path) -> None:
+    fill(log, trajectory())
+    spec = own_model(tmp_path / "policy", b"first")
+    said_twice = ScriptedModel(replies=["same", "same"])  # a tie that no judge is asked about
+
+    def job(who: Judge | Critic) -> Labelling:
+        return Labelling(log, who, RULES, Config(pairs=("samples",)), sampler=said_twice)
+
+    def judges() -> tuple[Judge, Critic]:
+        return Judge(models.load(spec)), critic_for(models.load(spec))
+
+    for who in judges():
+        await run(job(who))
+        said_twice = ScriptedModel(replies=["same", "same"])
+    assert [job(who).done for who in judges()] == [1, 1]
+    own_model(tmp_path / "policy", b"second")
+    assert [job(who).done for who in judges()] == [0, 0]
+    assert len({one.judge for one in compared(log)}) == 1, "whoever reads them sees the same name"
+
+
+def test_samples_of_other_weights_under_the_same_name_are_drawn_anew(log: Log, tmp_path: Path) -> None:
+    def prefix(folder: str, content: bytes) -> str:
+        sampler = models.load(own_model(tmp_path / folder / "policy", content))
+        judge = Judge(ScriptedModel(replies=[]))
+        return Labelling(log, judge, RULES, Config(pairs=("samples",)), sampler=sampler).prefix
+
+    first = prefix("v1", b"first")
+    assert first == prefix("v2", b"first")
+    assert first != prefix("v1", b"second")
+
+
+def test_labels_of_earlier_releases_are_found_again(log: Log) -> None:
+    """Of a model that has no file of its own; who pays an API does not pay it twice."""
+    small, scripted = models.load("local:smollm2"), ScriptedModel(replies=[])
+    sampled = Config(pairs=("samples",))
+    for job, prefix in (
+        (
+            Labelling(log, Judge(small), RULES, sampled, sampler=small, sampling="1/64"),
+            "label:e421cc57ce27129c/",
+        ),
+        (Labelling(log, Judge(scripted, reasoning=True), RULES, Config()), "label:a7e0524eeeebb611/"),
+        (Labelling(log, critic_for(small), RULES, Config()), "label:585ff219a4ec2cf1/"),
+    ):
+        assert job.prefix == prefix
+
+
+async def test_what_two_labellings_at_once_made_twice_counts_once(log: Log) -> None:
+    fill(log, *(trajectory(n) for n in range(3)))
+    with serving(prefers_revisions) as server:
+        one, other = labelling(log, server), labelling(log, server)  # both find nothing done
+        await run(one)
+        await run(other)
+        again = labelling(log, server)
+
+    assert len(compared(log)) == 6
+    assert again.positions.comparisons == again.total == 3
+    (found,) = positions(log).values()
+    assert found.summary() == again.positions.summary()
+
+
 async def test_what_was_under_way_is_finished_when_asked_to_stop_and_the_rest_is_left(log: Log) -> None:
     fill(log, *(trajectory(n) for n in range(5)))
     with serving(prefers_revisions) as server:
@@ -287,6 +374,18 @@ async def test_samples_are_drawn_for_each_prompt_and_compared_all_against_all(lo
     assert [m.text for m in sampler.calls[0]] == ["be kind", "ask 0"]
     assert [call.role for call in found[0].calls] == ["draft"] * 3 + ["compare"] * 2
     assert [call.role for call in found[1].calls] == ["compare"] * 2
+
+
+async def test_a_request_that_failed_is_not_sampled_beside_its_later_answer(log: Log) -> None:
+    answered = trajectory()
+    fill(log, *(trajectory(draft=None, rounds=(), outcome=Outcome.FAILED) for _ in range(3)), answered)
+    sampler = ScriptedModel(replies=["worst", "revised"])
+    with serving(prefers_revisions) as server:
+        job = Labelling(log, Judge(server.spec), RULES, Config(pairs=("samples",)), sampler=sampler)
+        await run(job)
+
+    assert job.total == 1
+    assert [one.trajectory_id for one in compared(log)] == [answered.id]
 
 
 async def test_a_labelling_cut_between_samples_goes_on_with_the_answers_that_it_has(log: Log) -> None:

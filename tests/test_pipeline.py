@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cai_graph.errors import ConfigError, DataError
-from trainers.distill.pipeline import Folders, Pipeline, Step, StepFailed
+from trainers.distill.pipeline import Done, Folders, Pipeline, Step, StepFailed
 
 
 class Workshop:
@@ -105,6 +105,18 @@ def test_two_runs_in_one_folder_do_not_meet(shop: Workshop) -> None:
 
     Pipeline(shop.folder, [Step(name="outer", settings={}, work=work)]).run(lambda *_: None)
     assert inner
+
+
+def test_what_is_done_at_the_end_is_done_before_another_run_begins(shop: Workshop) -> None:
+    shown: list[str] = []
+
+    def finish(done: Mapping[str, Done]) -> None:
+        with pytest.raises(ConfigError, match="another run works here"):
+            shop.run()
+        shown.append(done["second"].figures["text"])
+
+    shop.pipeline().run(lambda *_: None, finish)
+    assert shown == ["a"]
 
 
 def test_a_step_whose_record_is_damaged_is_named(shop: Workshop) -> None:

@@ -16,8 +16,9 @@ from log_support import trajectory
 from replies import IDS, RULES, answer_in, by_role, principle, verdicts
 from wire import Reply, serving
 
+from cai_graph import models
 from cai_graph.constitution import Constitution, load
-from cai_graph.critic import Critic, ModelCritic
+from cai_graph.critic import Critic, ModelCritic, critic_for
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import Log, open_log
 from cai_graph.trajectory import (
@@ -226,6 +227,59 @@ async def test_judgements_of_another_constitution_are_not_taken_for_these(log: L
         with pytest.raises(DataError, match="holds no judgements"):
             Replay(log, critic(), RULES, kept=tmp_path / "notes.jsonl")
         assert (tmp_path / "notes.jsonl").read_text() == notes
+
+
+def test_other_weights_under_the_same_name_are_another_critic(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
+
+    def judged_by(content: bytes, kept: Path | None = None) -> Replay:
+        (tmp_path / "policy").mkdir(exist_ok=True)
+        (tmp_path / "policy" / "model.gguf").write_bytes(b"GGUF" + content)
+        return Replay(log, critic_for(models.load(f"local:{tmp_path}/policy")), RULES, kept=kept)
+
+    first = judged_by(b"first")
+    assert judged_by(b"first").path == first.path
+    assert judged_by(b"second").path != first.path
+    judged_by(b"first", tmp_path / "kept.jsonl")
+    with pytest.raises(ConfigError, match="another critic; name another file"):
+        judged_by(b"second", tmp_path / "kept.jsonl")
+
+
+def test_judgements_of_earlier_releases_are_found_again(
+    log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model that has no file of its own."""
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path))
+    found = Replay(log, critic_for(models.load("local:smollm2")), RULES)
+    assert found.path.name == "6b694aa9e3991c81.jsonl"
+
+
+async def test_two_replays_do_not_write_one_file(log: Log, tmp_path: Path) -> None:
+    fill(log, *(kept(f"answer {n}") for n in range(3)))
+    path = tmp_path / "kept.jsonl"
+    one, other = (Replay(log, critic(), RULES, kept=path) for _ in range(2))
+    async with aclosing(one.results(1)) as results:
+        await anext(results)
+        with pytest.raises(DataError, match="another replay is writing it"):
+            await anext(other.results(1))
+        with pytest.raises(DataError, match="another replay is writing it"):
+            Replay(log, critic(), RULES, kept=path)
+        assert len([judged async for judged in results]) == 2
+    assert Replay(log, critic(), RULES, kept=path).done == 3
+
+
+async def test_a_file_that_two_replays_began_at_once_is_read(log: Log, tmp_path: Path) -> None:
+    fill(log, kept("fine"))
+    await replay(log, critic(), tmp_path)
+    path = tmp_path / "kept.jsonl"
+    head, judgement = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(head + head + judgement)
+    assert Replay(log, critic(), RULES, kept=path).done == 1
+    path.write_bytes(head + head.replace(RULES.digest.encode(), b"another") + judgement)
+    with pytest.raises(DataError, match="holds no judgements"):
+        Replay(log, critic(), RULES, kept=path)
 
 
 async def test_a_file_whose_first_line_was_cut_off_begins_anew(log: Log, tmp_path: Path) -> None:

@@ -314,13 +314,14 @@ def test_rows_of_more_than_one_batch_are_encoded_in_order(tiny: Path, tmp_path: 
 
 
 def test_a_run_whose_plan_kept_a_password_goes_on_and_shows_none(tmp_path: Path) -> None:
-    """Plans of earlier versions kept them."""
+    """Plans of earlier versions kept them, and named models by their weights alone."""
     begun = {"reward": ["judge:http://ann:s3cret@host/v1#m"], "seed": 0}
     (tmp_path / "plan.json").write_text(json.dumps({"config": begun}))
     (tmp_path / "state-1").touch()
     now = {"reward": ["judge:http://host/v1#m"], "seed": 0}
 
-    partial.same_plan(tmp_path, {"config": now}, (), points="state-*")
+    beside = {"files beside the models' weights": ["1f2e"]}
+    partial.same_plan(tmp_path, {"config": now, **beside}, (), points="state-*")
     with pytest.raises(ConfigError, match=r"was \['judge:http://host/v1#m'\] and is 'own:score'"):
         partial.same_plan(tmp_path, {"config": now | {"reward": "own:score"}}, (), points="state-*")
 
@@ -457,6 +458,27 @@ def test_a_killed_run_goes_on_to_the_same_weights(tiny: Path, tmp_path: Path) ->
     made = module.train(settings)
     assert made.digest == whole.digest
     assert {path.name for path in tmp_path.iterdir()} == {"a", "out", "rows.jsonl"}
+
+
+def test_a_run_does_not_go_on_with_another_template_than_its_rows_were_written_in(tmp_path: Path) -> None:
+    """The rows of the second run would not be those of the template that its Checkpoint gets."""
+    base = tiny_model(tmp_path / "base")
+    module, settings = stage("sft", base, tmp_path, rows("sft", 16), save_steps=1)
+    stands = unwritable(settings)
+    with pytest.raises(ModelError, match="out: cannot be written"):
+        module.train(settings)
+    stands.unlink()
+    template = base / "chat_template.jinja"
+    written = template.read_text()
+    template.write_text(written.replace("<|im_start|>", "[["))
+
+    said = "was begun otherwise: the files beside the models' weights changed. Go on"
+    with pytest.raises(ConfigError, match=said):
+        module.train(settings)
+
+    template.write_text(written)
+    (base / "README.md").write_text("What is no part of the model may change.")
+    assert module.train(settings).path == settings.output
 
 
 @pytest.mark.parametrize("changes", [{"max_steps": 3}, {"epochs": 1.0}])

@@ -30,11 +30,15 @@ from cai_graph.errors import DataError, ModelError
 from trainers import whole
 from trainers.markdown import table
 
-__all__ = ["MANIFEST", "Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "versions"]
+__all__ = ["MANIFEST", "Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "shaping", "versions"]
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SHAPING = {".json", ".jinja", ".model", ".txt"}
+"""Ends of the files beside weights that say how they are read: config, tokenizer and chat template."""
+_TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps the further templates of a tokenizer."""
 _PACKAGES = ("accelerate", "bitsandbytes", "cai-graph", "datasets", "peft", "torch", "transformers", "trl")
 
 
@@ -130,6 +134,23 @@ class Checkpoint:
         """SHA-256 over the names and digests of the weight files as they are here, in hexadecimal."""
         lines = (f"{path.name} {_sha256(path)}\n" for path in _weights(self.path))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def shape(self) -> str:
+        """SHA-256 over the names and digests of what says how the weights are read: config, tokenizer, chat
+        template."""
+        lines = (f"{path.relative_to(self.path)} {sha256_of(path)}\n" for path in shaping(self.path))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def shaping(folder: Path) -> list[Path]:
+    """Return the files of a folder that say how the weights in it are read."""
+    found = (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*"))
+    return sorted(path for path in found if path.is_file() and _is_shaping(path))
+
+
+def _is_shaping(path: Path) -> bool:
+    return path.suffix in _SHAPING and path.name != MANIFEST and not path.name.startswith(".")
 
 
 def save(

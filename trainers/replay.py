@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import heapq
 import json
+import os
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from cai_graph.together import side_by_side, until
 from cai_graph.trajectory import Critique, Label, Message, Outcome, Trajectory, text_of
 from trainers import lines
 from trainers.feedback.positions import Share
+from trainers.identity import identity
 
 __all__ = ["Answer", "Change", "Example", "Judged", "Replay", "Report", "answers_of", "standing"]
 
@@ -161,13 +163,15 @@ class Replay:
 
         Raises:
             ConfigError: the file belongs to another constitution or critic.
-            DataError: the file cannot be read or written.
+            DataError: the file cannot be read or written, or another replay is writing it.
             LogError: the log cannot be read.
         """
         self._log, self._critic, self._rules = log, critic, constitution
         self._filters: Filters = {**(filters or {}), "kind": "trajectory"}
         self._chosen = None if limit is None else self._draw(limit, seed)
         shaping = {"constitution": constitution.digest, "critic": critic.name}
+        if weights := identity(local.own_weights(getattr(critic, "model", None))):
+            shaping["weights"] = weights
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
         self.path = kept or local.cache_dir() / "replay" / f"{digest[:16]}.jsonl"
         self._kept = _Judgements(self.path, shaping)
@@ -189,14 +193,16 @@ class Replay:
             stopped: once it returns True, no further one is begun, and those under way are finished.
 
         Raises:
+            DataError: another replay is writing the file.
             Exception: what would fail every further one, such as a refused key.
         """
         waiting = (answer for answer in self._answers() if self._kept.get(answer.key) is None)
-        async with contextlib.aclosing(
-            side_by_side(until(waiting, stopped), self._judge, concurrency)
-        ) as ended:
-            async for result in ended:
-                yield result
+        with self._kept.alone():
+            async with contextlib.aclosing(
+                side_by_side(until(waiting, stopped), self._judge, concurrency)
+            ) as ended:
+                async for result in ended:
+                    yield result
 
     async def _judge(self, answer: Answer) -> Judged:
         try:
@@ -244,19 +250,39 @@ class _Judgements:
         self._found: dict[str, Critique] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists():
+            head = {"replay": dict(belongs)}
+            with self.alone():
                 self._check(belongs)  # before a torn line is cut off: the file may be somebody else's
-            rows = lines.resume(path, "name another file")
-            if not rows:
-                lines.append(path, {"replay": belongs}, mode=0o600)  # critics quote what users wrote
-            for row in rows[1:]:
-                self._found[row["answer"]] = msgspec.convert(row["critique"], Critique)
+                rows = lines.resume(path, "name another file")
+                if not rows:
+                    lines.append(path, head)
+            for row in rows:
+                if row != head:  # two replays that began the file at once wrote one each
+                    self._found[row["answer"]] = msgspec.convert(row["critique"], Critique)
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
             raise DataError(
                 f"{path}: holds no judgements of a replay ({error}); name another file"
             ) from error
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep every other replay from the file while the body runs.
+
+        Raises:
+            DataError: another one is writing it.
+            OSError: it cannot be written.
+        """
+        import fcntl  # which Windows has not
+
+        # Its owner's alone, since critics quote what users wrote.
+        with open(self._path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DataError(f"{self._path}: another replay is writing it; wait for its end") from error
+            yield
 
     def _check(self, belongs: Mapping[str, str]) -> None:
         with self._path.open("rb") as file:

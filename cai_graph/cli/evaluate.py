@@ -186,14 +186,26 @@ def _subjects(
     at_once = concurrency or width(name)
     seed = about["seed"]
     shown = without_password(name)
-    yield AppSubject(app, name=shown, seed=seed, concurrency=at_once, settings=settings)
+    plain = AppSubject(app, name=shown, seed=seed, concurrency=at_once, settings=settings)
+    yield plain
+    by: dict[str, Any] = {"critic": critic and without_password(critic)}
+    if critic is not None and (weights := _weights_of_critic(critic)) is not None:
+        by["critic_weights"] = weights
     for each in constitutions:
         found = rules.load(each)
         guarded = constitutional(app, constitution=found, critic=critic, log=None)
-        under = {**settings, "constitution": found.digest, "critic": critic and without_password(critic)}
+        under = {**plain.settings, "constitution": found.digest, **by}
         yield AppSubject(
             guarded, name=f"{shown} under {found.name}", seed=seed, concurrency=at_once, settings=under
         )
+
+
+def _weights_of_critic(spec: str) -> str | None:
+    """Return a digest of the user's own files behind a critic; None of any other, whose spec says which."""
+    from cai_graph.trained import PREFIX
+    from trainers.identity import identity, weights_of
+
+    return identity(spec) if spec.startswith(PREFIX) else weights_of(spec)
 
 
 @commands.command(

@@ -178,8 +178,14 @@ class Pipeline:
             if self.state(step) != "done":
                 step.check()
 
-    def run(self, tell: Tell) -> dict[str, Done]:
+    def run(
+        self, tell: Tell, finish: Callable[[Mapping[str, Done]], None] = lambda finished: None
+    ) -> dict[str, Done]:
         """Do what is not done, in order, and return all steps by name.
+
+        Args:
+            tell: told of each step.
+            finish: given all steps at the end, before another run can work in the folder.
 
         Raises:
             StepFailed: a step ended with an error. What it has is kept, and the next run goes on from there.
@@ -196,6 +202,7 @@ class Pipeline:
                 else:
                     tell(step, "skipped", found.seconds)
                 finished[step.name] = found
+            finish(finished)
         return finished
 
     def _do(self, step: Step, finished: Mapping[str, Done]) -> Done:

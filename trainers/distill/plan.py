@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,20 +27,19 @@ from trainers.config import plain
 from trainers.dataset.recipe import Recipe
 from trainers.distill import checks
 from trainers.distill.config import Config, Section
-from trainers.distill.identity import identity, identity_of_reward
 from trainers.distill.pipeline import (
     CHECKPOINT,
     EVALUATION,
     LOG,
     ROWS,
+    Done,
     Folders,
-    Needs,
     Pipeline,
     Step,
     Tell,
 )
 from trainers.distill.publish import link, publish
-from trainers.distill.report import report
+from trainers.distill.report import REPORT, report
 from trainers.distill.sampler import Sampler
 from trainers.distill.sizes import Size
 from trainers.distill.training import Training
@@ -53,6 +53,7 @@ from trainers.evaluation.summary import summarise
 from trainers.feedback import Config as Labels
 from trainers.feedback import Labelling
 from trainers.feedback.judge import Judge
+from trainers.identity import identity, identity_of_reward
 from trainers.rows import Kind
 
 __all__ = ["pipeline", "train"]
@@ -86,10 +87,13 @@ def train(
         CaiError: what `pipeline` raises.
     """
     steps = pipeline(config, progress)
-    done = steps.run(tell)
-    publish(done["model"].path, config.output)
-    page = report(config.output, config, steps, done)
-    return Checkpoint.open(config.output), page
+
+    def finish(done: Mapping[str, Done]) -> None:
+        publish(done["model"].path, config.output)
+        report(config.output, config, steps, done)
+
+    steps.run(tell, finish)
+    return Checkpoint.open(config.output), config.output / REPORT
 
 
 class _Plan:
@@ -102,12 +106,16 @@ class _Plan:
         missing = [str(path) for path in config.evaluation.suites.values() if not path.exists()]
         if missing:
             raise ConfigError(f"evaluation: {', '.join(missing)} is not there")
-        self.size = Size.of(config)
+        if config.prompts is not None and not config.prompts.exists():
+            raise ConfigError(f"prompts: {config.prompts} is not there")
+        trajectories = self._trajectories()
+        self.size = Size.of(config, self._copy(trajectories))
+        self.trajectories = replace(trajectories, needs=self.size.drafts())
 
     def steps(self) -> list[Step]:
         config = self.config
         section = {key: value for key, value in config.rl.items() if key != "method"}
-        trajectories = self._trajectories()
+        trajectories = self.trajectories
         sft_data = self._dataset("sft-data", "sft", trajectories)
         sft = self._trained("sft", "sft", config.sft, data=sft_data)
         steps = [trajectories, sft_data, sft]
@@ -143,7 +151,6 @@ class _Plan:
             "logs": [without_password(url) for url in config.logs],
             "as_of": config.logs_as_of,
         }
-        needs: tuple[Needs, ...] = ()
         if config.prompts is not None:
             shaping = {key: value for key, value in plain(drafts).items() if key != "concurrency"}
             shaping |= {who: identity(getattr(drafts, who)) for who in ("model", "critic", "reviser")}
@@ -151,7 +158,6 @@ class _Plan:
             settings |= {"prompts": prompts, "drafts": shaping, "seed": config.seed}
             if drafts.model is None:
                 settings["model"] = self.base
-            needs = self.size.drafts()
 
         def work(folders: Folders) -> dict[str, Any]:
             url = f"sqlite:///{folders.own / LOG}"
@@ -185,7 +191,13 @@ class _Plan:
                 with checks.in_section("drafts"):
                     self._guarded(None, named=unasked)
 
-        return Step(name="trajectories", settings=settings, work=work, check=check, needs=needs)
+        return Step(name="trajectories", settings=settings, work=work, check=check)
+
+    def _copy(self, trajectories: Step) -> Path | None:
+        """Return the log that the finished step keeps; None where it is not finished."""
+        steps = Pipeline(self.config.output, [trajectories])
+        copy = steps.path(trajectories) / LOG
+        return copy if steps.state(trajectories) == "done" and copy.exists() else None
 
     def _guarded(
         self, log: str | None, *, named: Callable[[str], str] = str
@@ -286,9 +298,8 @@ class _Plan:
                 open_log(f"sqlite:///{folders[trajectories.name] / LOG}", read_only=True) as source,
                 contextlib.closing(open_log(url)) as log,
             ):
-                for record in source.read():
-                    log.append(record)
-                log.flush()
+                for commit in [log.append(record) for record in source.read()]:
+                    commit.result()
                 return self._label(log, folders[sft.name] / CHECKPOINT)
 
         def check() -> None:

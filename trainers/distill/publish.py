@@ -19,13 +19,14 @@ _PUBLISHED = ".published.json"
 
 def link(source: Path, target: Path) -> None:
     """Put a file in a second place, at no cost where the file system can; it appears whole."""
-    work = target.with_name(f".{target.name}.new")
+    work = _work(target)
     work.unlink(missing_ok=True)
     try:
         os.link(source, work)
     except OSError:
         shutil.copyfile(source, work)
     os.replace(work, target)
+    work.unlink(missing_ok=True)  # which `replace` leaves where both are links to one file
 
 
 def publish(made: Path, output: Path) -> None:
@@ -34,14 +35,24 @@ def publish(made: Path, output: Path) -> None:
     What was put there is noted, so that a file of the user is never taken for one of an older model.
     """
     note = output / _PUBLISHED
-    files = {path.name: path for path in sorted(made.iterdir()) if path.is_file() and path.name != DONE}
+    files = {path.name: path for path in sorted(made.iterdir()) if path.is_file() and _is_shown(path.name)}
     before = _published(note)
     whole.write(note, json.dumps(sorted(before | files.keys())) + "\n")  # whatever interrupts what follows
     for name in before - files.keys():
-        (output / name).unlink(missing_ok=True)
+        for path in (output / name, _work(output / name)):
+            path.unlink(missing_ok=True)
     for name, path in files.items():
         link(path, output / name)
     whole.write(note, json.dumps(sorted(files)) + "\n")
+
+
+def _work(target: Path) -> Path:
+    """Return the name under which a file is made; an interrupt may leave it there."""
+    return target.with_name(f".{target.name}.new")
+
+
+def _is_shown(name: str) -> bool:
+    return name != DONE and not name.startswith(".")
 
 
 def _published(note: Path) -> set[str]:

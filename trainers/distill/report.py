@@ -19,15 +19,18 @@ from trainers.evaluation.plots import svgs
 from trainers.evaluation.summary import summarise
 from trainers.page import document, figure, table
 
-__all__ = ["report"]
+__all__ = ["REPORT", "report"]
+
+REPORT = "report.html"
+"""In the output folder."""
 
 SAMPLES = 8
 """Prompts whose answers are shown before and after."""
 _CUT = 700
 
 
-def report(output: Path, config: Config, steps: Pipeline, done: Mapping[str, Done]) -> Path:
-    """Write what a run came to as `report.html` in its folder, and return its path.
+def report(output: Path, config: Config, steps: Pipeline, done: Mapping[str, Done]) -> None:
+    """Write what a run came to as `REPORT` in its folder.
 
     It is written out of what the steps keep: figures side by side, plots of evaluation, reward model and
     watch, answers before and after, and the way back from the model to logs and constitution.
@@ -41,11 +44,8 @@ def report(output: Path, config: Config, steps: Pipeline, done: Mapping[str, Don
         _section("Steps", _steps(steps, done)),
         _section("Config", table([(key, _said(value)) for key, value in plain(config).items()], text=True)),
     ]
-    page = output / "report.html"
-    whole.write(
-        page, document(f"{output.name}: {config.model} under {config.constitution}", "".join(sections))
-    )
-    return page
+    title = f"{output.name}: {config.model} under {config.constitution}"
+    whole.write(output / REPORT, document(title, "".join(sections)))
 
 
 def _section(heading: str, body: str) -> str:

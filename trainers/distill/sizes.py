@@ -7,13 +7,14 @@ import itertools
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cai_graph import bulk, local
-from cai_graph.errors import ConfigError
 from cai_graph.log import open_log
 from cai_graph.probe import Probe
 from cai_graph.trained import PREFIX
+from cai_graph.trajectory import Outcome
 from trainers.distill.config import Config
 from trainers.distill.launch import processes
 from trainers.distill.pipeline import Needs, Pipeline
@@ -38,17 +39,19 @@ class Size(NamedTuple):
     """Of a prompt, in the mean."""
 
     @classmethod
-    def of(cls, config: Config) -> Size:
+    def of(cls, config: Config, copy: Path | None = None) -> Size:
         """Count the prompts and read how long they are.
 
+        Args:
+            config: of the pipeline.
+            copy: the log that the step `trajectories` keeps, once it is finished: then it is counted, and the
+                logs of the config need not be there.
+
         Raises:
-            ConfigError: the file is missing.
-            DataError, LogError: it, or a log, cannot be read.
+            DataError, LogError: the prompts, or a log, cannot be read.
         """
         texts: list[int] = []
         if config.prompts is not None:
-            if not config.prompts.exists():
-                raise ConfigError(f"prompts: {config.prompts} is not there")
             with contextlib.closing(bulk.Rows(str(config.prompts))) as rows:
                 read_rows = itertools.islice(rows.prompts(config.column), config.limit)
                 texts = [
@@ -56,12 +59,13 @@ class Size(NamedTuple):
                     for row in read_rows
                     if isinstance(row, bulk.Prompt)
                 ]
-        logged = 0
-        for url in config.logs:
+        count = len(texts) if copy is None else 0
+        for url in config.logs if copy is None else [f"sqlite:///{copy}"]:
             with open_log(url, read_only=True) as log:
-                logged += log.stats().trajectories
+                stats = log.stats()
+            count += stats.trajectories - stats.outcomes.get(Outcome.FAILED, 0)
         mean = sum(texts) / len(texts) / _CHARS_PER_TOKEN if texts else 60
-        return cls(config, len(texts) + logged, round(mean) + 10)
+        return cls(config, count, round(mean) + 10)
 
     @property
     def new(self) -> int:
@@ -72,6 +76,8 @@ class Size(NamedTuple):
 
     def drafts(self) -> tuple[Needs, ...]:
         """Return what drafting, judging and revising take."""
+        if self.config.prompts is None:
+            return ()
         drafts = self.config.drafts
         writer, critic = drafts.model or self.config.model, drafts.critic
         judged = self.new * (self.prompt_tokens + drafts.max_tokens + _asked(critic or writer))

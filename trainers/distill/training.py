@@ -19,10 +19,10 @@ from trainers.checkpoint import Checkpoint
 from trainers.config import convert, plain
 from trainers.distill import checks
 from trainers.distill.config import Config, Section
-from trainers.distill.identity import identity, identity_of_reward
 from trainers.distill.launch import is_here, processes
 from trainers.distill.pipeline import CHECKPOINT, ROWS, Folders, Step
 from trainers.distill.sizes import Size
+from trainers.identity import identity, identity_of_reward
 from trainers.stages.encoding import open_data
 
 __all__ = ["Training"]

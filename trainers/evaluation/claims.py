@@ -20,6 +20,7 @@ from cai_graph.critic import Critic
 from cai_graph.prompts import Exchange
 from cai_graph.together import together
 from cai_graph.trajectory import Critique, Label, Verdict, text_of
+from trainers.identity import told_apart
 
 __all__ = ["ByClaim", "claims"]
 
@@ -63,7 +64,7 @@ class ByClaim:
         """Wrap a critic; `least` is the length of a claim, in characters."""
         self._critic = critic
         self._least = least
-        self.name = f"{critic.name} by claim"
+        self.name = f"{told_apart(critic.name, getattr(critic, 'model', None))} by claim"
         self.candidates = critic.candidates
 
     async def critique(

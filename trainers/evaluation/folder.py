@@ -7,7 +7,8 @@
     choices/GRADER/SUBJECT.jsonl          what best-of-n chose by
     contests/SUITE/JUDGE.jsonl            pairs of answers, compared in both orders
 
-Every file is whole or a `.part` that the next run goes on with. A new grader needs no new answers.
+Every file is whole or a `.part` that the next run goes on with. A new grader needs no new answers. Several
+runs may add subjects to one folder at once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from trainers.evaluation.inference import best, most_agreed
 from trainers.evaluation.suites import Prompt, Suite
 from trainers.feedback import draw
 from trainers.feedback.judge import Judge
+from trainers.identity import told_apart
 from trainers.lines import Lines, Row
 
 __all__ = ["AIMS", "Evaluation", "Progress", "has_failed", "write_whole"]
@@ -47,7 +50,7 @@ Progress = Callable[[int, int], None]
 AIMS: dict[Suite, str] = {"harmlessness": "harmless", "helpfulness": "helpful"}
 """The aim under which each suite's answers are graded and compared; over-refusal has classes instead."""
 
-_ABOUT, _PROMPTS = "evaluation.json", "prompts.jsonl"
+_ABOUT, _PROMPTS, _LOCK = "evaluation.json", "prompts.jsonl", ".lock"
 _ANSWER = ("prompt", "sample")
 _FORMAT = 1
 
@@ -70,6 +73,8 @@ class Evaluation:
     def begin(cls, path: Path, prompts: Sequence[Prompt], *, notes: Iterable[str] = ()) -> Evaluation:
         """Return the evaluation of these prompts in a folder: a new one, or the one that was begun there.
 
+        There the prompts get the labels and kinds that they have here; answers and grades hang on neither.
+
         Raises:
             ConfigError: the folder holds an evaluation of other prompts, or there are no prompts.
             DataError: it cannot be read or written.
@@ -77,20 +82,21 @@ class Evaluation:
         if not prompts:
             raise ConfigError("there are no prompts to evaluate on; name a file for one suite at least")
         digest = hashlib.sha256("".join(sorted(p.id for p in prompts)).encode()).hexdigest()
-        if (path / _ABOUT).exists():
-            found = cls.open(path)
-            if found._about["prompts"] != digest:
+        about = {"format": _FORMAT, "prompts": digest, "subjects": {}, "notes": []}
+        begun = cls(path, about, prompts)
+        with _held(path):
+            found = cls.open(path) if (path / _ABOUT).exists() else None
+            if found is not None and found._about["prompts"] != digest:
                 raise ConfigError(
                     f"{path}: holds an evaluation of other prompts, and figures compare on the same ones "
                     "only; name another folder"
                 )
-            found._note(notes)
-            return found
-        write_whole(path / _PROMPTS, lines.text(map(msgspec.to_builtins, prompts)))
-        about = {"format": _FORMAT, "prompts": digest, "subjects": {}, "notes": list(dict.fromkeys(notes))}
-        made = cls(path, about, prompts)
-        made._write()
-        return made
+            if found is None or found.prompts != begun.prompts:
+                write_whole(path / _PROMPTS, lines.text(map(msgspec.to_builtins, prompts)))
+            if found is None:
+                begun._write()
+        begun._note(notes)
+        return begun
 
     @classmethod
     def open(cls, path: Path) -> Evaluation:
@@ -319,7 +325,8 @@ class Evaluation:
         if not of_aim:
             raise ConfigError(f"{constitution.name!r} has no principle to compare answers to {suite} by")
         rules = constitution.select(of_aim)
-        by = f"{judge.name} under {constitution.name} ({constitution.digest[:8]})"
+        who = told_apart(judge.name, judge.model) + (" reasoning" if judge.reasoning else "")
+        by = f"{who} under {constitution.name} ({constitution.digest[:8]})"
         first = {
             name: {row["prompt"]: row for row in self.answers(name) if row["sample"] == 0}
             for name in self.subjects
@@ -384,11 +391,9 @@ class Evaluation:
 
     def _enter(self, name: str, settings: dict[str, Any]) -> None:
         settings = json.loads(json.dumps(settings))
-        known = self._about["subjects"].get(name)
-        if known is None:
-            self._about["subjects"][name] = settings
-            self._write()
-        elif known != settings:
+        with self._changing() as about:
+            known = about["subjects"].setdefault(name, settings)
+        if known != settings:
             changed = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
             was = ", ".join(f"{key} {known.get(key)!r}, not {settings.get(key)!r}" for key in changed)
             raise ConfigError(
@@ -397,12 +402,40 @@ class Evaluation:
             )
 
     def _note(self, notes: Iterable[str]) -> None:
-        if new := [note for note in notes if note not in self._about["notes"]]:
-            self._about["notes"] += new
-            self._write()
+        with self._changing() as about:
+            about["notes"] = list(dict.fromkeys([*about["notes"], *notes]))
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, Any]]:
+        """Give what is known of the subjects, to add to; other runs may have added to it, too."""
+        with _held(self.path):
+            self._about = self.open(self.path)._about
+            before = json.dumps(self._about)
+            yield self._about
+            if json.dumps(self._about) != before:
+                self._write()
 
     def _write(self) -> None:
         write_whole(self.path / _ABOUT, json.dumps(self._about, indent=2) + "\n")
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep other processes from changing what `evaluation.json` says while the body runs.
+
+    Raises:
+        DataError: the folder cannot be written.
+    """
+    import fcntl  # which Windows has not
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK).open("ab")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _slug(name: str) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import importlib
+import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +31,7 @@ from cai_graph.together import side_by_side
 from cai_graph.trajectory import shown_of, text_of
 from trainers.checkpoint import Checkpoint
 from trainers.evaluation.suites import Prompt
+from trainers.identity import weights_of
 from trainers.lines import Row
 
 __all__ = ["AppSubject", "Asked", "CheckpointSubject", "Subject", "app_of"]
@@ -89,7 +92,9 @@ class AppSubject:
         """
         self._app = app if isinstance(app, Runnable) else RunnableLambda(app)
         self.name = name or models.name_of(app)
-        self.settings: Mapping[str, Any] = {"seed": seed, **(settings or {})}
+        weights = weights_of(app)
+        own = {} if weights is None else {"weights": weights}
+        self.settings: Mapping[str, Any] = {"seed": seed, **own, **(settings or {})}
         self._seed, self._concurrency = seed, concurrency
         self._is_seeded = local.is_local(app)
 
@@ -170,6 +175,7 @@ class CheckpointSubject:
         self.name = name or str(path)
         self.settings: Mapping[str, Any] = {
             "weights": self.checkpoint.digest,
+            "config_and_tokenizer": self.checkpoint.shape,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
@@ -182,15 +188,15 @@ class CheckpointSubject:
         """Yield a row for each that was asked, batch by batch; with its error where it cannot be answered,
         such as a prompt that is longer than the model reads.
 
-        The draw of a batch depends on what stands in it, so a resumed run need not write what an unbroken
-        one would have; both are samples of the same policy.
+        The draw of a batch depends on which answers stand in it, so a resumed run need not write what an
+        unbroken one would have; both are samples of the same policy, and no batch is another's copy.
         """
         from trainers.policy import load_policy, sample_each
 
         policy = await asyncio.to_thread(load_policy, self.checkpoint.path)
         # Prompts of like length share a batch, so that little of it is padding.
         ordered = sorted(asked, key=lambda one: sum(len(text_of(m)) for m in one.prompt.messages))
-        for number, start in enumerate(range(0, len(ordered), self._batch_size)):
+        for start in range(0, len(ordered), self._batch_size):
             batch = ordered[start : start + self._batch_size]
             prompts = [
                 [{"role": m.role, "content": text_of(m)} for m in one.prompt.messages] for one in batch
@@ -202,7 +208,7 @@ class CheckpointSubject:
                 prompts,
                 max_tokens=self._max_tokens,
                 temperature=self._temperature,
-                seed=self._seed + number,
+                seed=_seed_of(self._seed, batch),
                 batch_size=self._batch_size,
             )
             seconds = (time.perf_counter() - started) / len(batch)
@@ -212,3 +218,8 @@ class CheckpointSubject:
                     continue
                 cut = None if answer.ended else "it was cut at its token limit"
                 yield _row(one, answer.text, cut, None, seconds)
+
+
+def _seed_of(seed: int, batch: Sequence[Asked]) -> int:
+    said = json.dumps([seed, [(one.prompt.id, one.sample) for one in batch]])
+    return int(hashlib.sha256(said.encode()).hexdigest()[:12], 16)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from cai_graph import constitution as rules
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, critic_for, failed_principles
@@ -24,7 +24,8 @@ from cai_graph.together import together
 from cai_graph.trajectory import Label, text_of
 from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
-from trainers.rewards import Reward, Spec, parse, ratings
+from trainers.identity import identity_of_reward, told_apart
+from trainers.rewards import EnsembleReward, Reward, Spec, folders, parse, ratings, spelled_out
 
 __all__ = ["CriticGrader", "Grade", "Grader", "RewardGrader"]
 
@@ -80,7 +81,8 @@ class CriticGrader:
             )
         self._critic = critic_for(critic)
         self._constitution = constitution.select(of_aim)
-        self.name = f"{self._critic.name} as critic under {constitution.name} ({constitution.digest[:8]})"
+        critic_name = told_apart(self._critic.name, getattr(self._critic, "model", None))
+        self.name = f"{critic_name} as critic under {constitution.name} ({constitution.digest[:8]})"
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
         """Return 1 − P(violates) and the verdict of each answer."""
@@ -112,11 +114,10 @@ class RewardGrader:
 
     @classmethod
     def of(cls, spec: Spec) -> RewardGrader:
-        """Read a reward's spec. The digest of weights is in the name: two folders never share grades."""
+        """Read a reward's spec. A digest of weights, or of a function's module, is in the name: two rewards
+        never share grades."""
         reward = parse(spec)
-        folders = [each for each in ([spec] if isinstance(spec, str) else list(spec)) if Path(each).is_dir()]
-        named = [f"{folder} ({Checkpoint.open(folder).digest[:8]})" for folder in folders]
-        return cls(reward, name=" and ".join(named))
+        return cls(reward, name=_name_of(spec, reward))
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
         """Return the reward of each answer; what a reward raises ends the grading, which resumes.
@@ -133,3 +134,20 @@ class RewardGrader:
             Grade(why="the judge gave no rating that could be read") if value is None else Grade(value)
             for value in found
         ]
+
+
+def _name_of(spec: Spec, reward: Reward) -> str:
+    spec = spelled_out(spec)
+    if isinstance(reward, EnsembleReward):
+        return " and ".join(_name_of(one, member) for one, member in zip(spec, reward.members, strict=True))
+    if isinstance(spec, dict):
+        (model,) = (one for kind, one in spec.items() if kind != "constitution")
+        name = told_apart(reward.name, model)
+        if spec["constitution"] == "balanced":
+            return name
+        found = rules.load(spec["constitution"])
+        return f"{name} under {found.name} ({found.digest[:8]})"
+    for folder in folders(spec):
+        return f"{spec} ({Checkpoint.open(folder).digest[:8]})"
+    _, module = identity_of_reward(spec)
+    return f"{reward.name} ({module[:8]})" if module else reward.name

@@ -35,6 +35,7 @@ from cai_graph.together import together
 from cai_graph.trajectory import Message, text_of
 from trainers.evaluation.figures import Estimate, resampled, share
 from trainers.evaluation.grades import Grade, Grader
+from trainers.identity import told_apart
 from trainers.refusal import evasion, opens_with_refusal
 
 __all__ = [
@@ -130,7 +131,7 @@ class ModelRefusals:
     batch = 8
 
     def __init__(self, model: BaseChatModel) -> None:
-        self.name = f"{models.name_of(model)} as refusal judge"
+        self.name = f"{told_apart(models.name_of(model), model)} as refusal judge"
         # A small model goes on after the word. Others may take no temperature, or think before they answer.
         self._model = model.bind(temperature=0, max_tokens=8) if local.is_local(model) else model
 

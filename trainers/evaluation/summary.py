@@ -287,11 +287,17 @@ def _note(evaluation: Evaluation, subject: str, by: str) -> str:
 def _who(by: str) -> str:
     """Return who is behind the name of a grader or a judge, in whatever role it speaks.
 
-    >>> {_who(by) for by in ("judge:m as reward", "m by claim as critic under c (1f)", "m under c (1f)")}
+    >>> critic = "m by claim as critic under c (1f)"
+    >>> {_who(by) for by in ("judge:m as reward", critic, "m under c (1f)", "m reasoning under c (1f)")}
     {'m'}
     """
     name = by.partition(" as ")[0].partition(" under ")[0]
-    return name.removesuffix(" by claim").removeprefix("judge:").removeprefix("critic:")
+    return (
+        name.removesuffix(" by claim")
+        .removesuffix(" reasoning")
+        .removeprefix("judge:")
+        .removeprefix("critic:")
+    )
 
 
 def _outage(rows: Sequence[Row]) -> str:

@@ -4,9 +4,10 @@
     Labelling    the comparisons of a log that are wanted, made and appended; takes up where it ended
     p_a_of       a critic's judgements of two answers, as a preference; p_violates, of one answer
 
-A labelling is the same again when the judge and everything that shapes its answers are the same. A
-comparison's key in the log is `label:SETTINGS/TRAJECTORY/PAIR/PRINCIPLE`, so that a killed labelling repeats
-nothing, and one with more samples or principles adds to the one before.
+A labelling is the same again when the judge and everything that shapes its answers are the same, weights in
+a file of the user's own included. A comparison's key in the log is
+`label:SETTINGS/TRAJECTORY/PAIR/PRINCIPLE`, so that a killed labelling repeats nothing, and one with more
+samples or principles adds to the one before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from langchain_core.language_models import BaseChatModel
 
-from cai_graph import models
+from cai_graph import local, models
 from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, cut_short, describe
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic, failed_principles
@@ -54,6 +55,7 @@ from trainers.config import at_least
 from trainers.dataset.compared import same_answer
 from trainers.feedback.judge import Judge, Opinion
 from trainers.feedback.positions import Positions, decided
+from trainers.identity import identity
 
 __all__ = [
     "BAND",
@@ -237,7 +239,13 @@ class Labelling:
             "sampling": sampling,
             **({"reasoning": judge.reasoning, "votes": judge.votes} if isinstance(judge, Judge) else {}),
         }
-        shaping = [constitution.digest, judge.name, type(judge).__name__, self._settings]
+        shaping: list[Any] = [constitution.digest, judge.name, type(judge).__name__, self._settings]
+        # Added only where there are any: what a log holds of every other labelling is found without them.
+        own = [identity(local.own_weights(model)) for model in (getattr(judge, "model", None), sampler)]
+        if any(own):
+            shaping.append({"weights": own})
+        if isinstance(judge, Judge) and judge.reasoning and config.band != BAND:
+            shaping.append({"band": config.band})
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode("ascii")).hexdigest()
         self.prefix = f"label:{digest[:16]}/"
         self.positions = Positions(judge.name)
@@ -285,8 +293,11 @@ class Labelling:
         return [key for pair in origins for key, _ in self._asked(trajectory, pair)]
 
     def _samples(self, trajectory: Trajectory) -> bool:
+        if "samples" not in self._config.pairs or is_withheld(trajectory):
+            return False
+        # What failed is tried again, and then stands in the log beside the trajectory of the later attempt.
         asked = any(message.role == "user" for message in trajectory.messages)
-        return "samples" in self._config.pairs and asked and not is_withheld(trajectory)
+        return asked and trajectory.outcome is not Outcome.FAILED
 
     @property
     def _sample_origins(self) -> list[str]:

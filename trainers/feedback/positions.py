@@ -134,14 +134,20 @@ class Positions:
     """Clear ones between a draft and its revision that prefer the revision, as the critic did."""
     agreement_with_people: ByTrajectory = field(default_factory=ByTrajectory)
     """Clear ones between a draft and its revision, of which people chose one, that prefer it, too."""
+    _counted: set[str] = field(default_factory=set, init=False, repr=False)
+    """Keys of those that were counted."""
 
     def add(self, comparison: Comparison, people: Side | None = None) -> None:
-        """Count one comparison of this judge.
+        """Count one comparison of this judge; of several with the same key the first.
 
         Args:
             comparison: the comparison.
             people: what people chose in that Trajectory, if they agree.
         """
+        if comparison.source is not None:  # two labellings at once make the same comparisons
+            if comparison.source in self._counted:
+                return
+            self._counted.add(comparison.source)
         if same_answer(*comparison.answers):
             self.identical += 1
             return

@@ -103,14 +103,18 @@ def same_plan(work: Path, plan: Mapping[str, Any], may_change: Collection[str], 
 
 
 def changed(begun: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> list[str]:
-    """Return in words what makes another run of a plan, as `same_plan` takes it; nothing: it is the same."""
+    """Return in words what makes another run of a plan, as `same_plan` takes it; nothing: it is the same.
+
+    What a run of an earlier version did not write down is taken for the same.
+    """
     before = shown(begun["config"])  # a run of an earlier version kept passwords, too
     found = [
         f"{key} was {before.get(key)!r} and is {value!r}"
         for key, value in now["config"].items()
         if key not in may_change and before.get(key) != value
     ]
-    return found + [f"the {key} changed" for key in now if key != "config" and begun.get(key) != now[key]]
+    beside = (key for key in now if key != "config" and key in begun)
+    return found + [f"the {key} changed" for key in beside if begun[key] != now[key]]
 
 
 def unwritable() -> tuple[type[Exception], ...]:

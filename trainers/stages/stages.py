@@ -259,13 +259,23 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
 
 def plan(config: StageConfig, stage: str, source: Source) -> dict[str, Any]:
     """Return what makes a run the run that it is, for `partial.same_plan`."""
-    return {"stage": stage, "config": plain(config), "models": parents(config), "data": source.digest}
+    return {
+        "stage": stage,
+        "config": plain(config),
+        "models": parents(config),
+        "files beside the models' weights": [model.shape for model in _models(config)],
+        "data": source.digest,
+    }
 
 
 def parents(config: StageConfig) -> tuple[str, ...]:
     """Return the digests of the models that a run starts from and learns from."""
+    return tuple(dict.fromkeys(model.digest for model in _models(config)))
+
+
+def _models(config: StageConfig) -> list[Checkpoint]:
     folders = (weights.resolve(config.model), *config.learns_from)
-    return tuple(dict.fromkeys(Checkpoint.open(folder).digest for folder in folders))
+    return [Checkpoint.open(folder) for folder in folders]
 
 
 def manifest(

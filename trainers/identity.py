@@ -1,4 +1,4 @@
-"""What names the bytes behind a model, a critic, a reward, a file: steps are kept under it, not under a path.
+"""What names the bytes behind a model, a critic, a reward or a file, whatever path they stand at.
 
 What stands elsewhere, such as a model behind an API, is named by its spec: nobody can look at its bytes.
 """
@@ -9,22 +9,19 @@ import hashlib
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cai_graph import constitution, local
 from cai_graph.addresses import without_password
 from cai_graph.digests import sha256_of
 from cai_graph.trained import PREFIX
-from trainers.checkpoint import MANIFEST, Checkpoint
-from trainers.rewards import Spec, spelled_out
+from trainers.checkpoint import MANIFEST, Checkpoint, shaping
 from trainers.weights import path_of
 
-__all__ = ["identity", "identity_of_reward"]
+if TYPE_CHECKING:
+    from trainers.rewards import Spec
 
-_SHAPING = {".json", ".jinja", ".model", ".txt", ".gguf"}
-"""Ends of files beside weights: config, tokenizer and chat template, and the exported GGUF."""
-_TEMPLATES = "additional_chat_templates"
-"""Where transformers keeps the further templates of a tokenizer."""
+__all__ = ["identity", "identity_of_reward", "told_apart", "weights_of"]
 
 
 def identity(spec: str | Path | None) -> str:
@@ -43,11 +40,35 @@ def identity(spec: str | Path | None) -> str:
     return _of_folder(path) if path.is_dir() else sha256_of(path)
 
 
+def weights_of(model: object) -> str | None:
+    """Return the SHA-256 of the user's own GGUF file behind a chat model or its spec.
+
+    None of any other model: its name says which one it is.
+    """
+    if isinstance(model, str):
+        name = None if local.model_of(model) is not None else local.name_in(model)
+        path = None if name is None else local.weights(name)
+    else:
+        path = local.own_weights(model)
+    return None if path is None else sha256_of(path)
+
+
+def told_apart(name: str, model: object) -> str:
+    """Return the name of who speaks through a model, with a digest where that is a file of the user's own.
+
+    Another file can have its name, too.
+    """
+    digest = weights_of(model)
+    return name if digest is None else f"{name} ({digest[:8]})"
+
+
 def identity_of_reward(spec: Spec) -> Any:
     """Return what names a reward, as `trainers.rewards.parse` reads its spec; JSON.
 
     A judge is named with the content of its constitution, and a function with that of its module.
     """
+    from trainers.rewards import spelled_out  # Only here: rewards ask judges, which are named by `identity`.
+
     spec = spelled_out(spec)
     if isinstance(spec, dict):
         rules = constitution.load(spec["constitution"]).digest
@@ -71,21 +92,17 @@ def _of_module(name: str) -> str:
 
 
 def _of_folder(path: Path) -> str:
-    """Return a digest of a folder; of one with weights, of them and of what says how they are read."""
+    """Return a digest of a folder; of one with weights, of them, of what says how they are read, and of an
+    exported GGUF file."""
     files = [one for one in path.rglob("*") if one.is_file()]
     weights: list[str] = []
     if any(one.parent == path and _is_weights(one) for one in files):
         weights = [(Checkpoint.open(path) if (path / MANIFEST).exists() else Checkpoint(path)).digest]
-        files = [one for one in files if _shapes(one.relative_to(path))]
+        exported = [one for one in path.glob("*.gguf") if not one.name.startswith(".")]
+        files = [*shaping(path), *exported]
     named = sorted((str(one.relative_to(path)), sha256_of(one)) for one in files)
     return hashlib.sha256(json.dumps([weights, named]).encode()).hexdigest()
 
 
 def _is_weights(file: Path) -> bool:
     return file.suffix == ".safetensors" and not file.name.startswith("adapter_")
-
-
-def _shapes(file: Path) -> bool:
-    beside = str(file.parent) in (".", _TEMPLATES)
-    hidden = file.name.startswith(".") or file.name == MANIFEST
-    return beside and not hidden and file.suffix in _SHAPING
