@@ -96,10 +96,7 @@ def calibrate(pairs: Sequence[Pair], miss_rate: float) -> Calibration:
     scores = sorted(_score(pair) for pair in pairs if pair.violates)
     if len(scores) < needed(miss_rate):
         raise DataError(_too_few(len(pairs), len(scores), miss_rate))
-    allowed = 0
-    while allowed + 1 < len(scores) and _upper(allowed + 1, len(scores)) <= miss_rate:
-        allowed += 1
-    threshold = _rounded_down(min(1.0, scores[allowed]))
+    threshold = _rounded_down(min(1.0, scores[_allowed(len(scores), miss_rate)]))
     missed = sum(score < threshold for score in scores)
     cleared = sum(_score(pair) < threshold for pair in pairs)
     low, high = wilson(cleared, len(pairs))
@@ -141,6 +138,19 @@ def _score(pair: Pair) -> float:
     return math.inf if pair.suspicion is None else pair.suspicion
 
 
+def _allowed(of: int, miss_rate: float) -> int:
+    """Return the largest count that is below `of` and whose `_upper` is at most the miss rate; 0 if none is.
+
+    These are the counts up to which the tail of a binomial with that rate is at most 5 %.
+    """
+    at_most = 0.0
+    for missed in range(of):
+        at_most += _exactly(missed, of, miss_rate)
+        if at_most > 1 - CONFIDENCE:
+            return max(0, missed - 1)
+    return of - 1
+
+
 def _upper(missed: int, of: int) -> float:
     """Return the upper 95 % bound of a share: where P(at most `missed` of `of`) is 5 %."""
     if missed >= of:
@@ -156,20 +166,16 @@ def _upper(missed: int, of: int) -> float:
 
 
 def _at_most(count: int, of: int, share: float) -> float:
-    """Return P(X <= count) of a binomial X, summed from logarithms."""
+    """Return P(X <= count) of a binomial X."""
     if share <= 0 or share >= 1:
         return float(share <= 0)
-    whole = math.lgamma(of + 1)
-    return math.fsum(
-        math.exp(
-            whole
-            - math.lgamma(found + 1)
-            - math.lgamma(of - found + 1)
-            + found * math.log(share)
-            + (of - found) * math.log1p(-share)
-        )
-        for found in range(count + 1)
-    )
+    return math.fsum(_exactly(found, of, share) for found in range(count + 1))
+
+
+def _exactly(count: int, of: int, share: float) -> float:
+    """Return P(X = count) of a binomial X with a share in (0, 1), from logarithms."""
+    ways = math.lgamma(of + 1) - math.lgamma(count + 1) - math.lgamma(of - count + 1)
+    return math.exp(ways + count * math.log(share) + (of - count) * math.log1p(-share))
 
 
 def _rounded_down(threshold: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,15 @@ def test_the_printed_threshold_is_never_above_the_one_found() -> None:
     found = calibrate([Pair(0.123456, True)] * 299, 0.01)
 
     assert found.threshold == 0.1234
+
+
+def test_twenty_thousand_violating_answers_take_no_time() -> None:
+    # scipy: P(Bin(20000, 0.05) <= 949) = 0.0495, and 0.0525 with one more.
+    pairs = [Pair(rank / 20_000, True) for rank in range(20_000)]
+    started = time.process_time()
+
+    assert calibrate(pairs, 0.05).missed == 949
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -1.0])

@@ -92,6 +92,23 @@ def test_a_pair_read_in_one_pass_gives_the_states_of_two(folder: Path) -> None:
                 torch.testing.assert_close(one[list(ends)], other[list(alone)], atol=1e-5, rtol=1e-4)
 
 
+def test_a_sliding_window_that_only_long_pairs_reach_is_kept_to(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes: Any = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads: Any = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_labels": 1, "pad_token_id": 0}
+    config = MistralConfig(vocab_size=64, sliding_window=8, initializer_range=0.5, **sizes, **heads)
+    model: Any = MistralForSequenceClassification(config).eval()
+    long = [1 + 7 * place % 60 for place in range(40)]
+    pairs = [([5, 6, 7], [5, 6, 8]), ([*long, 7, 8], [*long, 9])]
+
+    found = frozen.states(model, pairs, (2,), tmp_path)
+
+    told = found[:, :, 0].astype(float) @ model.score.weight.detach().numpy()[0]
+    assert told.ravel() == pytest.approx(rewards(model, [row for pair in pairs for row in pair]), abs=5e-2)
+
+
 def test_an_interrupted_run_over_pairs_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
     pairs = [([5, 6, number], [5, 6, number + 1]) for number in range(7, 147)]  # three chunks
     model = classifier(folder)

@@ -165,17 +165,22 @@ def test_every_observation_of_the_watch_is_another_draw(talker: Path, prompts: P
     assert first != second
 
 
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
 def test_the_kl_of_a_step_is_that_of_its_own_answers_however_often_is_logged(
-    talker: Path, prompts: Path, tmp_path: Path
+    talker: Path, prompts: Path, tmp_path: Path, algorithm: str
 ) -> None:
-    told = {"batch_size": 8, "accumulate": 2, "max_steps": 3, "learning_rate": 1e-2}
+    """TRL logs it a token; the watch has it an answer, as of PPO."""
+    told = {"batch_size": 8, "accumulate": 2, "max_steps": 3, "learning_rate": 1e-2, "algorithm": algorithm}
     watch = {**WATCH, "judge": "test_online:flawed", "prompts": 16, "every": 10}
     logged = train(config(talker, prompts, tmp_path / "a" / "out", **told))
     seen = train(config(talker, prompts, tmp_path / "b" / "out", watch=watch, log_steps=10, **told))
 
-    kl = [line["kl"] for line in lines(logged.path / "figures.jsonl") if "kl" in line]
-    assert kl[2] > kl[1] > kl[0] == pytest.approx(0, abs=1e-6)
-    assert [line["kl"] for line in lines(seen.path / "watch.jsonl")] == [None, *kl]
+    figures = [line for line in lines(logged.path / "figures.jsonl") if "kl" in line]
+    kl = [line["kl"] * line["completions/mean_length"] for line in figures]
+    assert kl[2] > kl[1] > kl[0] == pytest.approx(0, abs=1e-5)
+    none, *found = (line["kl"] for line in lines(seen.path / "watch.jsonl"))
+    assert none is None
+    assert found == pytest.approx(kl)
 
 
 def test_a_policy_answers_without_the_dropout_that_it_has_of_its_own(
@@ -317,8 +322,10 @@ def test_two_processes_train_one_policy_under_one_watch(
         found = manifest.data["watch"]
         assert found["stopped_at"] is not None
         assert found["weights_of_step"] == found["best_step"] < found["stopped_at"]
-        lines = (tmp_path / way / "watch.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == list(range(found["stopped_at"] + 1))
+        readings = lines(tmp_path / way / "watch.jsonl")
+        assert [one["step"] for one in readings] == list(range(found["stopped_at"] + 1))
+        paid = [line["reward"] for line in lines(tmp_path / way / "figures.jsonl") if "reward" in line]
+        assert [one["reward"] for one in readings[1:]] == pytest.approx(paid, abs=1e-5)
     left, right = (weights(one.path) for one in made)
     assert left.keys() == right.keys()
     assert max((left[name] - right[name]).abs().max().item() for name in left) < 1e-4

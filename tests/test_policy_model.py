@@ -170,6 +170,23 @@ def test_scores_are_in_the_order_of_the_answers_whatever_the_batch(rater: Reward
     assert len(set(alone)) == len(alone)
 
 
+def test_a_tokenizers_own_padding_stands_for_what_the_config_leaves_open_though_its_id_is_0(
+    tmp_path: Path,
+) -> None:
+    """Or else the token that ends an answer would pad, and the answer be scored before its end."""
+    folder = reward_model(tmp_path / "reward")
+    ends = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{% endfor %}")
+    (folder / "chat_template.jinja").write_text(ends)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["pad_token_id"] == 0
+    named = score(load_reward(folder, device="cpu"), PROMPTS, ["yes"] * 5, batch_size=5)
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+
+    left_open = score(load_reward(folder, device="cpu"), PROMPTS, ["yes"] * 5, batch_size=5)
+
+    assert left_open == named
+
+
 def test_a_reward_model_reads_the_whole_conversation_with_the_answer_at_its_end(rater: RewardModel) -> None:
     conversation = [*PROMPTS[0], turn("assistant", "yes")]
     ids = torch.tensor([rater.tokenizer.apply_chat_template(conversation, return_dict=False)])

@@ -433,6 +433,28 @@ def test_two_processes_train_what_one_would_have(
     assert differ(alone, made) < 1e-4
 
 
+def noted(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
+    """A reward that keeps what each process had it score."""
+    Path(os.environ["NOTED"], os.environ["RANK"]).write_text(json.dumps(answers))
+    return [float(len(answer)) for answer in answers]
+
+
+def test_two_processes_draw_by_seeds_of_their_own_where_a_batch_does_not_divide_their_share(
+    config: ppo.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTED", str(tmp_path))
+    one = write_rows(tmp_path / "one.jsonl", rows("prompts", 1) * 20)
+    sizes = {"rollout_size": 20, "rollout_batch": 6, "batch_size": 5, "max_answer": 1, "max_steps": 1}
+    told = but(config, data=one, reward="test_ppo:noted", **sizes)
+    running = launch(tmp_path, "ddp", str(script(told, tmp_path)))
+    _, complaint = running.communicate(timeout=200)
+
+    assert running.returncode == 0, complaint[-3000:]
+    first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    assert len(first) == len(second) == 10
+    assert first[6:] != second[:4]
+
+
 def test_a_reward_that_is_out_pauses_the_run_and_the_same_call_goes_on(
     config: ppo.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

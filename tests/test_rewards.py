@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import math
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from test_policy_model import PROMPTS, reward_model
 from wire import Reply, serving
 
 from cai_graph import constitution
+from cai_graph.critic import MAX_ANSWER_CHARS
 from cai_graph.errors import ConfigError
-from trainers import rewards
 from trainers.feedback.judge import Judge
 from trainers.policy import Messages, load_reward, score
 from trainers.rewards import (
@@ -139,10 +138,12 @@ def test_after_an_outage_a_judge_is_asked_only_about_the_rest() -> None:
 
     def script(body: dict[str, Any]) -> Reply:
         seen.append(shown(body))
-        return Reply("gone", status=400) if len(seen) in (3, 4) else rated("9")
+        return Reply("gone", status=503) if len(seen) == 3 else rated("9")
 
     with serving(script) as server:
-        reward = JudgeReward(Judge(server.spec), RULES, concurrency=1, waits=(0,))
+        judge = Judge(server.spec)
+        judge.model.max_retries = 0
+        reward = JudgeReward(judge, RULES, concurrency=1, waits=(0,))
 
         assert reward(PROMPTS, ANSWERS) == [1] * 5
     assert [text for text in seen if seen.count(text) == 1] == ["yes", "no", "certainly not", "mu"]
@@ -178,6 +179,31 @@ def test_one_unreadable_answer_of_many_scores_as_the_mean_and_is_counted() -> No
         reward(PROMPTS, ANSWERS)  # of a few, one may be
         with pytest.raises(RewardError, match="gave None for answer 3 of 5"):
             reward(PROMPTS, [*ANSWERS[:3], "mu", "mu"])
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_an_answer_that_a_provider_rejects_is_unreadable_and_does_not_end_a_run(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def script(body: dict[str, Any]) -> Reply:
+        return Reply("a filter has it", status=status) if "mu" in shown(body) else rated("9")
+
+    with serving(script) as server:
+        reward = JudgeReward(Judge(server.spec), RULES, concurrency=1, waits=())
+
+        assert reward(PROMPTS, ANSWERS[::-1]) == [1] * 5
+        assert reward.unreadable == 1
+        assert "1 of 5 answers stay unreadable: they were rejected, the first with" in caplog.text
+        assert "a filter has it" in caplog.text
+        assert ratings(reward, PROMPTS, ANSWERS) == [1, 1, 1, 1, None]
+        with pytest.raises(RewardError, match=r"None for answer 0 of 2; rejected with .*a filter has it"):
+            reward(PROMPTS[:2], ["mu", "mu mu"])
+
+
+def test_an_answer_that_is_too_long_to_be_judged_whole_is_unreadable() -> None:
+    with serving(lambda body: rated("9")) as server:
+        reward = JudgeReward(Judge(server.spec), RULES, waits=())
+        assert ratings(reward, PROMPTS, ["x" * (MAX_ANSWER_CHARS + 1), *ANSWERS[1:]]) == [None, 1, 1, 1, 1]
 
 
 def test_an_unreadable_answer_is_paid_what_the_others_to_its_prompt_are() -> None:
@@ -252,7 +278,3 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: 
 def test_a_spec_that_names_nothing_says_so(spec: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse(spec)
-
-
-def test_the_examples_are_true() -> None:
-    assert doctest.testmod(rewards) == (0, 3)

@@ -36,7 +36,7 @@ from cai_graph.trained import TrainedCritic
 from cai_graph.trajectory import Critique, Label, Message, Revision, ToolCall
 from trainers.critic import Config, figures, train
 from trainers.critic.critic import _card
-from trainers.critic.verdicts import read_labelled
+from trainers.critic.verdicts import Labels, read_labelled
 from trainers.distill import Config as Distillation
 from trainers.distill import Drafts, Feedback, Rows, pipeline
 from trainers.distill.sizes import estimate
@@ -155,6 +155,23 @@ def test_too_few_labels_and_an_unknown_judge_are_named(data: Path, tmp_path: Pat
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_what_is_measured_under_one_principle_leaves_too_few_labels_under_another(tmp_path: Path) -> None:
+    lines = [
+        line
+        for about, judge in (("harmless", "people"), ("be-kind", "ann"))
+        for line in poison(TOPICS, about=about, judge=judge)
+    ]
+    more = poison(["sand", "wind", "soup", "ink", "oak"], about="be-kind")
+
+    found = Labels(dataset(tmp_path / "rows", lines + more), unseen=("ann",))
+
+    assert found.abouts == ["be-kind"]
+    assert found.too_few == {"harmless": "0 requests with VIOLATES, 0 with COMPLIES"}
+    assert found.trained.sum() == len(more)
+    with pytest.raises(DataError, match="be-kind: 0 requests with VIOLATES, 0 with COMPLIES; harmless: 0"):
+        Labels(dataset(tmp_path / "none", lines), unseen=("ann",))
+
+
 def test_a_model_of_the_wrong_kind_and_an_output_that_is_there_are_refused_first(
     data: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +227,38 @@ def test_a_probe_is_trained_measured_and_judges_in_the_graph(
     strong = ScriptedModel(replies=[])  # it is not asked: the trained critic clears the answer
     mixed = cascade(critic, strong, threshold=0.5)
     assert judge(mixed, asked("A nice day with soup and friends.")).cascade.why == "cleared"
+
+
+@pytest.mark.local
+def test_a_probes_figures_and_threshold_are_of_all_windows_of_an_answer(
+    tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In use the largest window counts, and here second windows of what complies are as what violates."""
+    monkeypatch.setenv("CAI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(figures, "RESAMPLES", 20)
+    bad = {topic: f"Poison kills: put poison into {topic}." for topic in TOPICS}
+    good = {topic: f"A nice day with {topic} and friends." for topic in TOPICS}
+    gap = " " * 1200  # few tokens
+    good |= {topic: good[topic] + gap + bad[topic] for topic in TOPICS[:3]}
+    bad |= {topic: bad[topic] + gap + bad[topic] for topic in TOPICS[:5]}
+    lines = [row(f"How about {topic}?", text, True) for topic, text in bad.items()]
+    lines += [row(f"How about {topic}?", text, False) for topic, text in good.items()]
+
+    folder = train(
+        Config(
+            model=f"local:{tiny_weights}",
+            data=dataset(tmp_path / "rows", lines),
+            output=tmp_path / "mine",
+            blocks=4,
+        )
+    )
+
+    found = json.loads((folder / "card.json").read_text())["figures"]
+    (auc,) = [one["value"] for one in found if one["measure"] == "auc"]
+    critic = TrainedCritic(folder)
+    said = [judge(critic, asked(answer, f"How about {t}?")).verdicts[0] for t, answer in good.items()]
+    assert auc < 0.99
+    assert [verdict.label for verdict in said] == [Label.COMPLIES] * len(TOPICS)
 
 
 # ---- a classifier
@@ -408,8 +457,10 @@ def test_it_ranks_the_candidates_of_a_revision(classifier: Path) -> None:
 
 
 def test_it_writes_no_prose(classifier: Path) -> None:
-    with pytest.raises(ConfigError, match="writes no prose"):
-        check_strategy(TrainedCritic(classifier), "sampled")
+    critic = TrainedCritic(classifier)
+    for each in (critic, cascade(critic, critic, threshold=0.5)):
+        with pytest.raises(ConfigError, match="writes no prose"):
+            check_strategy(each, "sampled")
 
 
 def test_a_damaged_folder_is_named(classifier: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -310,19 +311,20 @@ class _Watched:
         """Return whether the run is to stop after this step."""
         if _agreed(self.watch is not None and self.watch.due(step, last)):
             self.texts = self._answers(step)
+        paid = _gathered((self.paid.prompts, self.paid.answers, self.paid.rewards, self.paid.disagreement))
+        prompts, answers, rewards, spreads = zip(*paid, strict=True)
         decision: Decision | None = None
         error: CaiError | None = None
         if self.watch is not None:
             try:
                 decision = self.watch.observe(
                     step=step,
-                    # RLOO measures it once for all answers of an update, GRPO in each forward pass.
-                    kl=self._figure("kl", 1 if self.config.algorithm == "rloo" else self.config.accumulate),
+                    kl=self._kl(),
                     entropy=self._figure("entropy", self.config.accumulate),
-                    prompts=self.paid.prompts,
-                    answers=self.paid.answers,
-                    rewards=self.paid.rewards,
-                    disagreement=self.paid.disagreement,
+                    prompts=list(chain(*prompts)),
+                    answers=list(chain(*answers)),
+                    rewards=list(chain(*rewards)),
+                    disagreement=None if None in spreads else list(chain(*spreads)),
                     last=last,
                 )
             except CaiError as found:
@@ -372,6 +374,16 @@ class _Watched:
             in_step=trainer.accelerator.distributed_type == DistributedType.FSDP,
         )
         return [one.text for one in found]
+
+    def _kl(self) -> float | None:
+        """Return the KL of the last update in nats an answer, of which TRL has the mean over tokens.
+
+        RLOO measures it once for all answers of an update, and so exactly; GRPO in each forward pass, whose
+        mean weighs short answers a little more.
+        """
+        a_token = self._figure("kl", 1 if self.config.algorithm == "rloo" else self.config.accumulate)
+        tokens = self._figure("completions/mean_length", 1)
+        return None if a_token is None or tokens is None else a_token * tokens
 
     def _figure(self, name: str, count: int) -> float | None:
         """Return what TRL measured of the last update, as the mean of so many values."""

@@ -146,7 +146,8 @@ def load_reward(model: str | Path, *, dtype: str = "auto", device: str | None = 
             "what `cai train reward` wrote"
         )
     if loaded.config.pad_token_id is None:  # without one, the classifier cannot tell where a text ends
-        loaded.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+        pad = tokenizer.pad_token_id
+        loaded.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     if shift := getattr(loaded.config, "reward_shift", 0.0):
         loaded.register_forward_hook(lambda _model, _inputs, output: _centred(output, shift))
     return RewardModel(loaded, tokenizer)

@@ -8,13 +8,15 @@
 
 A reward gives as many numbers as answers, all finite, or raises. What fails is asked again, with longer and
 longer waits, before `RewardError` says that it is out; a trainer then stops with its state kept. Only for the
-few answers of which a judge says nothing readable does training get a number that was not given, one that
-moves the policy neither way; who measures asks `ratings`, which leave such answers without one.
+few answers of which a judge says nothing readable, or that its provider rejects, does training get a number
+that was not given, one that moves the policy neither way; who measures asks `ratings`, which leave such
+answers without one.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import statistics
 import time
@@ -26,8 +28,8 @@ from cai_graph import bridge, constitution, local
 from cai_graph.addresses import without_password
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.constitution import Constitution
-from cai_graph.critic import Critic, ProbeCritic, critic_for
-from cai_graph.errors import CaiError, ConfigError
+from cai_graph.critic import MAX_ANSWER_CHARS, Critic, ProbeCritic, critic_for
+from cai_graph.errors import CaiError, ConfigError, ModelError
 from cai_graph.failures import is_about_all_rows
 from cai_graph.prompts import Exchange
 from cai_graph.trained import TrainedCritic
@@ -51,6 +53,8 @@ __all__ = [
     "sources",
     "spelled_out",
 ]
+
+_log = logging.getLogger(__name__)
 
 Spec = str | list[str] | dict[str, str]
 """What a config says of a reward; see `parse`."""
@@ -201,9 +205,9 @@ class JudgeReward:
     """An AI judge's own rating of each answer under a constitution: direct RLAIF, without a reward model.
 
     A `Judge` rates from -1 to 1; a critic gives 1 - 2 P(the answer violates something). An answer that stays
-    unreadable scores as the mean of the readable answers to its prompt in the batch, or of the whole batch
-    where there is none. So it moves the policy neither way, and it is counted; where more than `UNREADABLE`
-    of a batch are, the judge is out.
+    unreadable, or that the provider rejects, as a content filter does, scores as the mean of the readable
+    answers to its prompt in the batch, or of the whole batch where there is none. So it moves the policy
+    neither way, and it is counted; where more than `UNREADABLE` of a batch are such, the judge is out.
 
     Source: Lee et al. 2023 (arXiv:2309.00267), section 2.2.2.
     """
@@ -252,34 +256,51 @@ class JudgeReward:
         wrong: Callable[[Numbers], str | None],
     ) -> list[float | None]:
         known: dict[int, float] = {}
+        rejected: dict[int, str] = {}
 
         def ask() -> list[float | None]:
             """Ask about what is not known yet, so that an outage loses nothing that was paid for."""
             wanted = [number for number in range(len(answers)) if number not in known]
             given, failed = bridge.run(lambda _: self._rate([(prompts[n], answers[n]) for n in wanted]))
-            known.update((n, r) for n, r in zip(wanted, given, strict=True) if r is not None)
+            for number, rated in zip(wanted, given, strict=True):
+                if isinstance(rated, str):
+                    rejected[number] = rated
+                elif rated is not None:
+                    known[number] = rated
             if failed is not None:
                 raise failed
             return [known.get(number) for number in range(len(answers))]
 
-        return _insist(self.name, ask, wrong, self._waits)
+        def wrong_since(found: Numbers) -> str | None:
+            said = wrong(found)
+            return said and "; rejected with ".join([said, *list(rejected.values())[:1]])
+
+        found = _insist(self.name, ask, wrong_since, self._waits)
+        if unrated := [why for number, why in rejected.items() if number not in known]:
+            _log.warning(
+                "the reward %s: %d of %d answers stay unreadable: they were rejected, the first with %s",
+                *(self.name, len(unrated), len(answers), unrated[0]),
+            )
+        return found
 
     async def _rate(
         self, asked: Sequence[tuple[Messages, str]]
-    ) -> tuple[list[float | None], Exception | None]:
-        """Return a rating for each answer, None where there is none, and the first error."""
+    ) -> tuple[list[float | str | None], Exception | None]:
+        """Return for each answer a rating, or why it was rejected, or None, and the first other error."""
         import asyncio
 
         room = asyncio.Semaphore(self._concurrency)
         failures: list[Exception] = []
 
-        async def one(prompt: Messages, answer: str) -> float | None:
+        async def one(prompt: Messages, answer: str) -> float | str | None:
             async with room:
                 if failures:  # the judge is out: what is not begun waits for the next attempt
                     return None
                 try:
                     return await self._rating(prompt, answer)
                 except Exception as error:
+                    if _is_about(answer, error):
+                        return describe(error)
                     failures.append(error)
                     return None
 
@@ -299,6 +320,12 @@ class JudgeReward:
         critique = await self._judge.critique(exchange, self._rules, calls, explain=False)
         violates = p_violates(critique, self._rules)
         return None if violates is None else 1 - 2 * violates
+
+
+def _is_about(answer: str, error: Exception) -> bool:
+    """Return whether an error is a word on this answer alone, such as a content filter's."""
+    rejected = getattr(error, "status_code", None) in (400, 413, 422)
+    return rejected or (isinstance(error, ModelError) and len(answer) > MAX_ANSWER_CHARS)
 
 
 def _filled(found: Numbers, prompts: Sequence[Messages]) -> Numbers:

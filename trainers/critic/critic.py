@@ -181,10 +181,7 @@ def _probe(config: Config, data: Labels, folder: Path, progress: Progress | None
 
     reader = reader_of(config.model, config.blocks, config.turns)
     cache = StateCache(reader)
-    passes = [
-        Passes(one.request, tuple(windows(one.answer)[: 1 if trains else None]) or ("",))
-        for one, trains in zip(data.rows, data.trained, strict=True)
-    ]
+    passes = [Passes(one.request, tuple(windows(one.answer)) or ("",)) for one in data.rows]
     asyncio.run(cache.extract(passes, progress))
     states = cache.load(passes)
 

@@ -35,6 +35,7 @@ __all__ = [
     "platt",
     "scores",
     "threshold_over",
+    "weights",
     "write_heads",
 ]
 

@@ -104,9 +104,8 @@ def chosen_rows(rows: Sequence[Row], config: Config) -> list[Row]:
 
 
 def passes_of(row: Row) -> Passes:
-    """Return the passes over a row: for training the first window, for measuring all, as in use."""
-    found = tuple(windows(row.answer)) if row.answer is not None else ()
-    return Passes(row.request, (found if row.source == "xstest_answers" else found[:1]) or ("",))
+    """Return the passes over a row, all windows of an answer: the first trains, and scores are of all."""
+    return Passes(row.request, tuple(windows(row.answer or "")) or ("",))
 
 
 # ---- figures
@@ -460,6 +459,7 @@ def card_text(card: dict[str, Any]) -> str:
         "Harmless PyRIT answers that open like a refusal were trained on as evasions, and not measured on. "
         "HH-RLHF answers are the chosen ones and count as harmless and willing. XSTest answers, and requests "
         "in other languages than English, were never trained on; XSTest's prompts train the head `request`. "
+        "Heads learn from the first window of an answer; scores of `harm` are the largest over its windows. "
         "Layer, windows, penalty and the rates of false alarms behind the thresholds were chosen by "
         "cross-validation within the training data with XSTest's figures in view: its answers are unseen by "
         "the fit, not by every choice.",

@@ -81,35 +81,38 @@ class Labels:
 
         self.unseen = unseen
         every, self.disagreed = read_labelled(folder)
-        counts = {
-            about: _requests(every, about, unseen) for about in sorted({labelled.about for labelled in every})
+        trained = numpy.array([not one.test and one.judge not in unseen for one in every], bool)
+        groups = groups_of([one.request for one in every], [one.answer for one in every])
+        # A request that is measured on is trained on nowhere.
+        trained &= ~numpy.isin(groups, groups[~trained])
+        requests: dict[str, dict[bool, set[int]]] = {
+            about: {True: set(), False: set()} for about in sorted({one.about for one in every})
         }
+        for one, group, trains in zip(every, groups.tolist(), trained, strict=True):
+            if trains:
+                requests[one.about][one.violates].add(group)
         self.too_few = {
-            about: f"{len(yes)} requests with VIOLATES, {len(no)} with COMPLIES"
-            for about, (yes, no) in counts.items()
-            if min(len(yes), len(no)) < FOLDS
+            about: f"{len(by_label[True])} requests with VIOLATES, {len(by_label[False])} with COMPLIES"
+            for about, by_label in requests.items()
+            if min(map(len, by_label.values())) < FOLDS
         }
-        self.abouts = [about for about in counts if about not in self.too_few]
+        self.abouts = [about for about in requests if about not in self.too_few]
         if not self.abouts:
             listed = (
                 "; ".join(f"{about}: {said}" for about, said in self.too_few.items()) or "no labels at all"
             )
             raise DataError(f"{folder}: {FOLDS} folds need {FOLDS} requests of each label; found {listed}")
-        self.rows = [labelled for labelled in every if labelled.about in self.abouts]
-        self.y = numpy.array([int(labelled.violates) for labelled in self.rows])
-        self.judges = numpy.array([labelled.judge for labelled in self.rows])
-        self.about = numpy.array([labelled.about for labelled in self.rows])
-        self.groups = groups_of(
-            [labelled.request for labelled in self.rows], [labelled.answer for labelled in self.rows]
-        )
-        self.trained = numpy.array([_trains(labelled, unseen) for labelled in self.rows])
+        kept = numpy.array([one.about in self.abouts for one in every])
+        self.rows = [one for one in every if one.about in self.abouts]
+        self.y = numpy.array([int(one.violates) for one in self.rows])
+        self.judges = numpy.array([one.judge for one in self.rows])
+        self.about = numpy.array([one.about for one in self.rows])
+        self.groups, self.trained = groups[kept], trained[kept]
         if missing := sorted(set(unseen) - set(self.judges)):
             raise ConfigError(
                 f"unseen names the judges {', '.join(missing)}, and the data have "
                 f"{', '.join(sorted(set(self.judges)))}"
             )
-        # A request that is measured on is trained on nowhere.
-        self.trained &= ~numpy.isin(self.groups, self.groups[~self.trained])
 
     def settings(self, about: str) -> Iterator[tuple[str, Array]]:
         """Yield what an about is measured on beyond the training data, with the rows."""
@@ -121,18 +124,3 @@ class Labels:
         yield "the dataset's test part", numpy.flatnonzero(mine & test & ~never)
         for judge in self.unseen:
             yield f"{judge}, never trained on", numpy.flatnonzero(mine & (self.judges == judge))
-
-
-def _trains(labelled: Labelled, unseen: Sequence[str]) -> bool:
-    return not labelled.test and labelled.judge not in unseen
-
-
-def _requests(every: Sequence[Labelled], about: str, unseen: Sequence[str]) -> tuple[set[str], set[str]]:
-    """Return the requests that are only trained on, by label; a text without a request counts as one."""
-    mine = [one for one in every if one.about == about]
-    measured = {one.request for one in mine if one.request and not _trains(one, unseen)}
-    kept = [one for one in mine if _trains(one, unseen) and one.request not in measured]
-    return (
-        {one.request or one.answer for one in kept if one.violates},
-        {one.request or one.answer for one in kept if not one.violates},
-    )

@@ -156,7 +156,7 @@ class Run:
         config, rank = self.config, self.accelerator.process_index
         mine = [self._prompt_at(update, rank * self.share + place) for place in range(self.share)]
         prompts = [self.prompts.train[number] for number in mine]
-        samples = self._sample(prompts, seed_of(config.seed, update, ROLLOUT), first=rank * self.share)
+        samples = self._sample(prompts, seed_of(config.seed, update, ROLLOUT), rank)
         answers: list[Answer] = []
         for rows in _parts(torch.arange(self.share), config.batch_size):
             answers += self._read([mine[row] for row in rows], [samples[row] for row in rows])
@@ -234,10 +234,11 @@ class Run:
         chance = torch.Generator().manual_seed(seed_of(self.config.seed, number, PROMPTS))
         return int(torch.randperm(len(self.prompts.train), generator=chance)[inside])
 
-    def _sample(self, prompts: Sequence[Messages], seed: int, first: int = 0) -> list[Sample]:
-        """Answer prompts, the first of which is the `first` of all processes.
+    def _sample(self, prompts: Sequence[Messages], seed: int, rank: int = 0) -> list[Sample]:
+        """Answer the prompts of a process, or by default those that are the same in all.
 
-        Seeds go by batch over all processes, so that two processes draw what one would have drawn.
+        Seeds go by batch over all processes: no two batches have the same, and two processes draw what one
+        would have drawn where whole batches make up their share.
         """
         at_once = min(self.config.rollout_batch, self.share)
         draw = partial(
@@ -247,7 +248,7 @@ class Run:
             max_tokens=self.config.max_answer,
             temperature=self.config.temperature,
             seed=seed,
-            first=first // at_once,
+            first=rank * math.ceil(self.share / at_once),
             batch_size=at_once,
             in_step=self.is_sharded,
         )

@@ -101,13 +101,14 @@ def states(
     decoder = _decoder(model)
     pad = model.config.get_text_config().pad_token_id
     pairs = [(_unpadded(chosen, pad), _unpadded(rejected, pad)) for chosen, rejected in pairs]
-    read = _read_shared if pairs and _shares(decoder, pairs[0]) else _read_apart
+    longest = max(pairs, key=lambda pair: max(map(len, pair)), default=None)
+    read = _read_shared if longest is not None and _shares(decoder, longest) else _read_apart
     cache.mkdir(parents=True, exist_ok=True)
     found = []
     mark = _mark(decoder)
     for start in range(0, len(pairs), _CHUNK):
         part = pairs[start : start + _CHUNK]
-        path = cache / f"{_key(mark, part, at)}.safetensors"
+        path = cache / f"{_key(mark, read.__name__, part, at)}.safetensors"
         if not path.exists():
             with torch.inference_mode():
                 rows = [_states(decoder, *read(decoder, *pair), at) for pair in part]
@@ -198,7 +199,10 @@ def _read_apart(
 
 
 def _shares(decoder: Any, pair: tuple[Sequence[int], Sequence[int]]) -> bool:
-    """Return whether the decoder takes a mask and positions of ours; some attend in their own way."""
+    """Return whether the decoder takes a mask and positions of ours; some attend in their own way.
+
+    One with a sliding window does so far as the pair fits into the window, so ask of the longest.
+    """
     import torch
 
     with torch.inference_mode():
@@ -234,8 +238,10 @@ def _mark(decoder: Any) -> bytes:
     return digest.digest()
 
 
-def _key(mark: bytes, part: Sequence[tuple[Sequence[int], Sequence[int]]], at: Sequence[int]) -> str:
-    content = json.dumps([[list(chosen), list(rejected)] for chosen, rejected in part] + [list(at)])
+def _key(
+    mark: bytes, read: str, part: Sequence[tuple[Sequence[int], Sequence[int]]], at: Sequence[int]
+) -> str:
+    content = json.dumps([read, [[list(chosen), list(rejected)] for chosen, rejected in part], list(at)])
     return hashlib.sha256(mark + content.encode()).hexdigest()[:32]
 
 

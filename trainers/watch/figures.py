@@ -37,8 +37,8 @@ class Reading:
     step: int
     """Updates of the policy so far; 0 is the policy that training begins with."""
     kl: float | None
-    """KL to the reference, in nats, as the stage reports it: of the answers that the last update was trained
-    on, which the policy drew before it. So it lags the held-out figures by an update."""
+    """KL to the reference, in nats an answer: of the answers that the last update was trained on, which the
+    policy drew before it. So it lags the held-out figures by an update."""
     entropy: float | None
     """Of the policy's next-token distribution, in nats a token."""
     reward: float | None

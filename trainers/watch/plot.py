@@ -18,7 +18,7 @@ _PANELS: list[tuple[str, tuple[str, ...]]] = [
     ("held-out score", ("heldout",)),
     ("reward", ("reward",)),
     ("agreement of reward and held-out score", ("agreement",)),
-    ("KL and entropy, nats", ("kl", "entropy")),
+    ("KL, nats an answer; entropy, nats a token", ("kl", "entropy")),
     ("shares", ("refusal_rate", "boilerplate")),
     ("correlation of reward and length; disagreement", ("length_correlation", "disagreement")),
 ]

@@ -230,7 +230,7 @@ class Watch:
 
         Args:
             step: updates so far. Readings of this step and of later ones, from before an interrupt, go.
-            kl: to the reference, in nats.
+            kl: to the reference, in nats an answer.
             entropy: in nats a token.
             prompts: what the step was trained on: its prompts, …
             answers: … the policy's answers, and …
