@@ -106,6 +106,8 @@ class Cascade:
         self.name = f"cascade({cheap.name}, {strong.name}, {self.threshold:g})"
         self.candidates = strong.candidates
         self.splits = False  # a cascade is there to save calls
+        self.writes: bool = getattr(strong, "writes", True)
+        """Whether the strong critic, whom `discuss` asks, criticises in prose."""
         self._random = random.Random(seed)
 
     async def critique(

@@ -31,6 +31,7 @@ from cai_graph.trained import PREFIX, TrainedCritic
 from cai_graph.trajectory import Critique, Label, Message, Verdict, text_of
 
 __all__ = [
+    "MAX_ANSWER_CHARS",
     "Critic",
     "ModelCritic",
     "ProbeCritic",
@@ -75,7 +76,10 @@ class Critic(Protocol):
     async def discuss(
         self, exchange: Exchange, principle: Principle, constitution: Constitution, calls: Calls
     ) -> Critique:
-        """Criticise an answer under one principle in prose (strategy `sampled`)."""
+        """Criticise an answer under one principle in prose (strategy `sampled`).
+
+        A critic that cannot has an attribute `writes` that is False, and is refused for that strategy.
+        """
         ...
 
 
@@ -379,7 +383,7 @@ def check_strategy(critic: Critic, strategy: str) -> None:
             f"the critic {critic.name!r} judges everything at once, so 'parallel' would repeat it; "
             "use strategy 'batched'"
         )
-    if strategy == "sampled" and isinstance(critic, TrainedCritic):
+    if strategy == "sampled" and not getattr(critic, "writes", True):
         raise ConfigError(
             f"the critic {critic.name!r} writes no prose, which 'sampled' revises by; use strategy 'batched'"
         )

@@ -67,8 +67,8 @@ class Reading(NamedTuple):
 def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
     """Read the verdicts that stand in a reply, for the principles `ids`, down the ladder.
 
+    >>> from langchain_core.messages import AIMessage
     >>> read_verdicts(AIMessage('{"verdicts": [{"principle": "kind", "verdict": "COMPLIES"}]}'), ["kind"])
-    ... # doctest: +ELLIPSIS
     Reading(verdicts={'kind': Verdict(label=<Label.COMPLIES...
     >>> read_verdicts(AIMessage("I would say that it complies."), ["kind"]).verdicts
     {}

@@ -86,6 +86,8 @@ class TrainedCritic:
 
     candidates = 3
     splits = False
+    writes = False
+    """Whether it criticises in prose, which strategy `sampled` needs."""
 
     def __init__(self, folder: Path) -> None:
         card, content = _read_card(folder)

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 
-from cai_graph import addresses
 from cai_graph.addresses import without_password
-
-
-def test_the_examples_are_true() -> None:
-    assert doctest.testmod(addresses) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,18 @@ def test_strategy_parallel_is_refused() -> None:
         constitutional(strong(), critic=critic, strategy="parallel", log=None)
 
 
+def test_strategy_sampled_is_refused_where_the_critic_that_decides_writes_no_prose() -> None:
+    class Silent(Cheap):
+        writes = False
+
+    fine = cascade(Silent(0.1), Cheap(0.1), threshold=0.5)
+    constitutional(strong(), critic=fine, strategy="sampled", log=None)
+    silent = cascade(Cheap(0.1), Silent(0.1), threshold=0.5)
+    for critic in (Silent(0.1), silent, cascade(Cheap(0.1), silent, threshold=0.9)):
+        with pytest.raises(ConfigError, match="writes no prose, which 'sampled' revises by"):
+            constitutional(strong(), critic=critic, strategy="sampled", log=None)
+
+
 async def test_strategy_sampled_is_the_strong_critics() -> None:
     critic = cascade(Cheap(0.1), ScriptedModel(replies=["Fine.\nVerdict: COMPLIES"]), threshold=0.5)
     found = await critic.discuss(exchange(), RULES["be-kind"], RULES, Calls(Budget()))

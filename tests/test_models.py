@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import doctest
 import http.server
 import json
 import socket
@@ -19,7 +18,6 @@ from langchain_core.runnables import RunnableLambda
 
 from cai_graph import local, models
 from cai_graph.errors import CaiError, ConfigError, ModelError
-from cai_graph.local import catalogue
 
 
 @contextmanager
@@ -224,7 +222,6 @@ def test_anything_has_a_name() -> None:
 def test_a_spec_says_which_local_model_it_names(spec: str, name: str | None, model: str | None) -> None:
     assert local.name_in(spec) == name
     assert local.model_of(spec) is (None if model is None else local.find(model))
-    assert not doctest.testmod(catalogue).failed
 
 
 def test_a_patient_model_asks_an_api_again_and_gives_a_seed_to_the_embedded_one_alone(

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
 from typing import Any
 
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 
-from cai_graph import form, parts
 from cai_graph.messages import from_langchain
 from cai_graph.trajectory import shown_of, text_of
-
-
-@pytest.mark.parametrize("module", [parts, form])
-def test_the_examples_are_true(module: Any) -> None:
-    assert doctest.testmod(module).failed == 0
 
 
 def test_a_message_says_its_text_first_and_then_the_words_of_its_other_parts() -> None:

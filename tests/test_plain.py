@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -23,11 +22,6 @@ class Markup(str):
 
 class Tag(StrEnum):
     PROD = "prod"
-
-
-def test_the_example_runs() -> None:
-    assert doctest.testmod(plain).attempted
-    assert not doctest.testmod(plain).failed
 
 
 def nested(levels: int) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import doctest
 from pathlib import Path
 
 import pytest
 
 from cai_graph.errors import DataError
-from trainers import refusal, svg
 from trainers.refusal import benign_prompts, by_opening
 
 
@@ -28,9 +26,3 @@ def test_benign_prompts_are_those_of_a_file_or_of_the_package(tmp_path: Path) ->
     assert len(benign_prompts()) > 3
     with pytest.raises(DataError, match=r"empty.txt: holds no prompt"):
         benign_prompts(tmp_path / "empty.txt")
-
-
-def test_the_examples_of_small_functions_run() -> None:
-    for module in (refusal, svg):
-        found = doctest.testmod(module)
-        assert (found.attempted, found.failed) == (1, 0)

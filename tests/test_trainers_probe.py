@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from sklearn.metrics import roc_auc_score
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.probe import HEADS, Probe
 from trainers.critic import figures, heads, probe
-from trainers.critic.labels import read_rows
+from trainers.critic.labels import Row, read_rows
 from trainers.critic.probe import Config, train
 
+PAGE = Path(__file__).parents[1] / "docs" / "critics.md"
 TOPICS = ["bread", "rain", "trains", "cats", "chess", "tea"]
 
 
@@ -116,6 +118,46 @@ def test_xstest_answers_are_measured_on_and_never_trained_on(data: Path) -> None
     assert [(row.harm, row.evasion) for row in found] == [(False, False), (True, False), (False, True)]
     for head in HEADS:
         assert len(probe._rows_of(head, found)) == 0
+
+
+def test_all_windows_of_an_answer_are_passed_through_whether_it_is_trained_on_or_not() -> None:
+    """Scores out of fold are the largest of them, as in use; thresholds come from these."""
+    for source in ("pyrit", "xstest_answers"):
+        passes = probe.passes_of(Row(source, "", "request", "x" * 2000, harm=True))
+        assert [len(window) for window in passes.windows] == [1200, 1200]
+        assert probe.passes_of(Row(source, "", "request", " ")).windows == ("",)
+    assert probe.passes_of(Row("xstest", "", "request", unsafe=True)).windows == ("",)
+
+
+def test_every_file_that_the_page_names_is_read_where_the_page_says_that_it_lies(tmp_path: Path) -> None:
+    languages = ("english", "chinese", "vietnamese")
+    said = [{"content": "text"}]
+    cells = {"human_score": 1, "label": "unsafe", "final_label": "1_full_compliance"}
+    others: dict[str, Any] = {
+        "openai_moderation/samples.jsonl": {"prompt": "text", "hate": 1},
+        "hh_rlhf/helpful-*.train.pairs.jsonl.gz": {"prompt": said, "chosen": said},
+        "fastchat/*.jsonl": {"turns": ["text"]},
+        "catqa/dangerousqa.json": ["text"],
+        **{f"catqa/catqa_{name}.json": {"a": {"b": ["text"]}} for name in languages},
+    }
+    table = PAGE.read_text(encoding="utf-8").partition("| in DATA |")[2]
+    columns: list[str] = []
+    unread, paths = [], []
+    for _, named, keys, *_ in (line.split("|") for line in table.splitlines() if line.startswith("| `")):
+        columns = re.findall(r"`(\w+)…?`", keys) or columns  # or else "the same"
+        for path in re.findall("`(.+?)`", named):
+            paths.append(path)
+            data = tmp_path / str(len(paths))
+            file = data / path.replace("*", "one")
+            if file.suffix == ".csv":
+                write_csv(file, columns, [[cells.get(name, "text") for name in columns]])
+            else:
+                write_json_lines(file, [others.pop(path)])
+            if not read_rows(data):
+                unread.append(path)
+
+    assert (unread, [*others]) == ([], [])
+    assert len(paths) == len(set(paths)) > 10
 
 
 def test_a_missing_column_and_a_broken_label_are_named(data: Path) -> None:

@@ -9,7 +9,7 @@ from cai_graph.errors import MissingExtra
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["async_transport", "httpx_module", "limits", "timeout", "transport"]
+__all__ = ["async_transport", "httpx_module", "timeout", "transport"]
 
 
 def httpx_module() -> Any:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 __all__ = [
+    "HASHES",
     "Clusters",
     "PromptFile",
     "algorithm",
