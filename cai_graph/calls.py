@@ -13,23 +13,19 @@ from typing import Any, Literal
 
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import var_child_runnable_config
 
+from cai_graph.around import apart
 from cai_graph.errors import BudgetExceeded, ConfigError
 from cai_graph.failures import annotate, note_of
 from cai_graph.trajectory import Call
 
 __all__ = [
-    "END_REASONS",
     "UNATTENDED_SECONDS",
     "Budget",
     "Calls",
-    "apart",
     "call_of",
-    "cut_short",
     "describe",
     "prompt_digest",
-    "within",
 ]
 
 
@@ -220,29 +216,6 @@ class _Deadline:
             raise self._calls.late() from timeout
 
 
-class within:  # noqa: N801 - read as a statement: `with within(config):`
-    """Puts a configuration where LangChain and LangGraph carry one in the context.
-
-    They merge it into every run below, and find a node's runtime, store and stream writer by it.
-    """
-
-    def __init__(self, config: RunnableConfig | None) -> None:
-        self._config = config
-
-    def __enter__(self) -> None:
-        self._token = var_child_runnable_config.set(self._config)
-
-    def __exit__(self, *raised: object) -> None:
-        var_child_runnable_config.reset(self._token)
-
-
-class apart(within):  # noqa: N801 - read as a statement: `with apart():`
-    """Sets that configuration aside, and with it an outer graph's streams and checkpoints."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-
-
 _WORK = {"critique": "critique", "revise": "revision", "compare": "comparison", "rate": "rating"}
 """What a call of each role makes."""
 
@@ -297,19 +270,3 @@ def prompt_digest(messages: Sequence[BaseMessage]) -> str:
     for message in messages:
         digest.update(f"{message.type}\0{message.content}\0".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
-
-
-END_REASONS = ("finish_reason", "stop_reason", "done_reason")
-"""Under which names providers say why a reply ends."""
-_CUT = {
-    **dict.fromkeys(("length", "max_tokens", "model_length"), "it was cut at its token limit"),
-    **dict.fromkeys(("content_filter", "refusal", "safety"), "the provider's filter stopped it"),
-}
-"""Why a reply ends before its end, in the words of any provider."""
-
-
-def cut_short(message: BaseMessage) -> str | None:
-    """Return why a reply is not whole: its token limit, or a filter of the provider's; None where it is."""
-    told = message.response_metadata
-    reason = next((told[name] for name in END_REASONS if told.get(name)), None)
-    return _CUT.get(reason.lower()) if isinstance(reason, str) else None

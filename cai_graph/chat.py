@@ -32,10 +32,10 @@ from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
 from cai_graph import bridge
-from cai_graph.calls import END_REASONS
 from cai_graph.errors import ConfigError
 from cai_graph.guard import Guard
 from cai_graph.handlers import ModelRun, Told, manager_for, only, shows_answers, under_a_model
+from cai_graph.messages import END_REASONS
 from cai_graph.placed import Placed
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable

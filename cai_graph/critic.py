@@ -19,11 +19,12 @@ from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable
 
 from cai_graph import local, models, prompts
-from cai_graph.calls import Calls, cut_short
+from cai_graph.calls import Calls
 from cai_graph.connections import on_any_loop
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.ladder import mass_on_violates, read_verdicts, scored_tokens
+from cai_graph.messages import cut_short
 from cai_graph.probe import MAX_WINDOWS, Probe, by_probability, unread, windows
 from cai_graph.prompts import Exchange
 from cai_graph.together import together

@@ -10,7 +10,8 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import BaseMessage
 
-from cai_graph.calls import Calls, call_of, cut_short, prompt_digest
+from cai_graph.calls import Calls, call_of, prompt_digest
+from cai_graph.messages import cut_short
 from cai_graph.trajectory import Message, shown_of
 
 if TYPE_CHECKING:

@@ -29,7 +29,8 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
-from cai_graph.calls import Calls, apart
+from cai_graph.around import apart
+from cai_graph.calls import Calls
 from cai_graph.constitution import Constitution
 from cai_graph.critic import covered, failed_principles
 from cai_graph.failures import annotate, forget_task
@@ -39,7 +40,7 @@ from cai_graph.prompts import Exchange
 from cai_graph.request import Run
 from cai_graph.revision import candidate
 from cai_graph.together import together
-from cai_graph.trajectory import Block, Critique, Draft, Label, Message, Round, text_of
+from cai_graph.trajectory import Block, Critique, Draft, Label, Message, Round, revision_at, text_of
 
 __all__ = ["drive"]
 
@@ -207,7 +208,8 @@ def _close(
 ) -> Command[str]:
     """Close the open round by the critiques of its revisions, and go on by the stopping rule."""
     plan = run.plan
-    by_index = {int(of.rpartition(":")[2]): found for of, found in zip(judged, critiques, strict=True)}
+    places = map(revision_at, judged)
+    by_index = {place[1]: found for place, found in zip(places, critiques, strict=True) if place is not None}
     revisions = accept(progress.rounds[-1].revisions, by_index, plan.constitution)
     progress = progress.with_revisions(revisions)
     done = progress.standing() != "draft" or len(progress.rounds) >= plan.settings.rounds

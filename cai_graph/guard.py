@@ -18,7 +18,8 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableConfig
 
 from cai_graph import bridge, models
-from cai_graph.calls import Calls, apart
+from cai_graph.around import apart
+from cai_graph.calls import Calls
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.drafts import DraftCalls
@@ -166,7 +167,7 @@ class Guard:
             if (waiting := await desk.lying()) is not None:
                 await kept.begin(Calls(self.plan.settings.budget))
                 left = await self._leave(await desk.settle(waiting, input), kept)
-                if resumed or desk.within is not None:
+                if resumed or desk.node is not None:
                     return left  # else it was decided before: only the log had not taken it
             elif resumed and not is_graph(self.app):
                 raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")

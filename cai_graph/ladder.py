@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import msgspec
 from langchain_core.messages import BaseMessage
 
-from cai_graph.calls import cut_short
+from cai_graph.messages import cut_short
 from cai_graph.trajectory import Label, Verdict, text_of
 
 __all__ = ["Reading", "mass_on_violates", "read_verdicts", "scored_tokens"]

@@ -23,7 +23,7 @@ from langgraph.func import entrypoint
 from langgraph.types import Overwrite
 
 from cai_graph import bridge
-from cai_graph.calls import apart
+from cai_graph.around import apart
 from cai_graph.shape import Swap
 
 __all__ = ["Memory", "as_owner", "warn"]

@@ -1,4 +1,4 @@
-"""LangChain's messages as the log's, and back."""
+"""LangChain's messages as the log's, and back; and why one ends before its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cai_graph.trajectory import Message, ToolCall, text_of
 if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
 
-__all__ = ["from_langchain", "spelt_out", "to_langchain"]
+__all__ = ["END_REASONS", "cut_short", "from_langchain", "spelt_out", "to_langchain"]
 
 _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
 
@@ -80,3 +80,19 @@ def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:
         else:
             converted.append(ChatMessage(**common, role=message.role))
     return converted
+
+
+END_REASONS = ("finish_reason", "stop_reason", "done_reason")
+"""Under which names providers say why a reply ends."""
+_CUT = {
+    **dict.fromkeys(("length", "max_tokens", "model_length"), "it was cut at its token limit"),
+    **dict.fromkeys(("content_filter", "refusal", "safety"), "the provider's filter stopped it"),
+}
+"""Why a reply ends before its end, in the words of any provider."""
+
+
+def cut_short(message: BaseMessage) -> str | None:
+    """Return why a reply is not whole: its token limit, or a filter of the provider's; None where it is."""
+    told = message.response_metadata
+    reason = next((told[name] for name in END_REASONS if told.get(name)), None)
+    return _CUT.get(reason.lower()) if isinstance(reason, str) else None

@@ -23,7 +23,7 @@ from langchain_core.runnables.config import get_async_callback_manager_for_confi
 from langgraph.config import get_config
 
 from cai_graph import bridge
-from cai_graph.calls import within
+from cai_graph.around import within
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.errors import ConfigError, MissingExtra, Refused

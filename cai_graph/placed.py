@@ -10,7 +10,7 @@ from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 
-from cai_graph.calls import within
+from cai_graph.around import within
 from cai_graph.wrapped import STREAM
 
 __all__ = ["Placed"]

@@ -26,6 +26,8 @@ from cai_graph.trajectory import (
     Rejection,
     Revision,
     Round,
+    revision_at,
+    revision_name,
 )
 
 __all__ = [
@@ -160,10 +162,10 @@ class Progress(NamedTuple):
 
     def answer(self, of: str) -> Message:
         """Return the answer that `of` names: `draft` or `revision:ROUND:INDEX`."""
-        if of == "draft":
+        if (place := revision_at(of)) is None:
             return self.draft.answer
-        _, turn, index = of.split(":")
-        return self.rounds[int(turn)].revisions[int(index)].answer
+        number, index = place
+        return self.rounds[number].revisions[index].answer
 
     def with_round(self, opened: Round) -> Progress:
         """Return the progress with one more round."""
@@ -178,28 +180,28 @@ class Progress(NamedTuple):
         """Return the names of the answers that wait for a judgement."""
         if not self.rounds:
             return ["draft"]
-        turn = len(self.rounds) - 1
+        number = len(self.rounds) - 1
         return [
-            f"revision:{turn}:{index}"
-            for index, revision in enumerate(self.rounds[turn].revisions)
+            revision_name(number, index)
+            for index, revision in enumerate(self.rounds[number].revisions)
             if not revision.accepted and revision.rejection is None
         ]
 
     def standing(self) -> str:
         """Return the name of the answer that stands: the last accepted revision, else the draft."""
-        for turn in range(len(self.rounds) - 1, -1, -1):
-            for index, revision in enumerate(self.rounds[turn].revisions):
+        for number in range(len(self.rounds) - 1, -1, -1):
+            for index, revision in enumerate(self.rounds[number].revisions):
                 if revision.accepted:
-                    return f"revision:{turn}:{index}"
+                    return revision_name(number, index)
         return "draft"
 
     def judged(self) -> dict[str, Critique]:
         """Return the critique of each answer that has a readable one; the draft's is always there."""
         found = {"draft": self.rounds[0].critique} if self.rounds else {}
-        for turn, past in enumerate(self.rounds):
-            for index, revision in enumerate(past.revisions):
+        for number, round_ in enumerate(self.rounds):
+            for index, revision in enumerate(round_.revisions):
                 if revision.critique is not None and revision.rejection is not Rejection.UNREADABLE:
-                    found[f"revision:{turn}:{index}"] = revision.critique
+                    found[revision_name(number, index)] = revision.critique
         return found
 
     def best(self, constitution: Constitution) -> str:

@@ -38,6 +38,7 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Interrupt, interrupt
 
 from cai_graph import bridge
+from cai_graph.around import within
 from cai_graph.calls import describe
 from cai_graph.committing import commit
 from cai_graph.constitution import Constitution
@@ -62,6 +63,7 @@ from cai_graph.trajectory import (
     now,
     text_of,
 )
+from cai_graph.wrapped import CHECKPOINTER, STEPS, TASK
 
 __all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer"]
 
@@ -84,10 +86,6 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no checkpointer takes one
 
 _THREADS = UUID("a1d5a6f2-0c1e-5b0a-9a6e-6f6f4b1f5d10")
 """The namespace of the names of our threads. They are UUIDs, since some servers take no other."""
-
-_TASK, _CHECKPOINTER, _STEPS = "__pregel_task_id", "__pregel_checkpointer", "checkpoint_map"
-"""Keys under which LangGraph tells a node of its task, of the checkpointer that keeps its graph, and of the
-checkpoints from which the graphs around it go on."""
 
 
 class Waiting(TypedDict, total=False):
@@ -185,7 +183,7 @@ class Desk:
     """Name of the caller's thread."""
     key: str
     """Thread in which the request lies."""
-    within: RunnableConfig | None
+    node: RunnableConfig | None
     """Configuration of the outer graph's node; None where no graph stands around the request."""
     caller: bridge.Caller | None
     """The thread that waits for the answer, where it is a synchronous one."""
@@ -207,10 +205,10 @@ class Desk:
                 cannot delete.
         """
         around = var_child_runnable_config.get() or RunnableConfig()
-        within = next((c for c in (config, around) if _TASK in (c.get("configurable") or {})), None)
-        given = (within or config).get("configurable") or {}
-        if within is not None:
-            checkpointer = given.get(_CHECKPOINTER)
+        node = next((c for c in (config, around) if TASK in (c.get("configurable") or {})), None)
+        given = (node or config).get("configurable") or {}
+        if node is not None:
+            checkpointer = given.get(CHECKPOINTER)
             if not isinstance(checkpointer, BaseCheckpointSaver):
                 raise ConfigError(
                     "policy 'human' pauses the graph that stands around the request, so that graph needs a "
@@ -224,7 +222,7 @@ class Desk:
                 '{"configurable": {"thread_id": "1"}}'
             )
         place = [thread]
-        if within is not None:
+        if node is not None:
             # A node that runs again asks the same, and has the same task; its neighbours ask something else.
             asked = [[m.role, text_of(m)] for m in messages]
             place += [given.get("checkpoint_ns"), plan.constitution.digest, asked]
@@ -234,7 +232,7 @@ class Desk:
             checkpointer=checkpointer,
             thread=str(thread),
             key=str(uuid5(_THREADS, json.dumps(place, default=str))),
-            within=within,
+            node=node,
             caller=caller,
         )
 
@@ -266,7 +264,7 @@ class Desk:
             review=new_id(),
         )
         pause: GraphInterrupt | None = None
-        if self.within is not None:
+        if self.node is not None:
             waiting["earlier"], pause = await self._unasked(waiting["question"])
             await self._clear()
         try:
@@ -325,7 +323,7 @@ class Desk:
         earlier = decision is not None
         if decision is None:
             decision = await self._decision(waiting, required, input)
-        elif self.within is not None:
+        elif self.node is not None:
             # It stays, and is taken from the graph, whose node would else get it for its own next question.
             with suppress(GraphInterrupt):
                 await self._asked(waiting, required)
@@ -353,7 +351,7 @@ class Desk:
 
     async def _close(self) -> None:
         """Delete a request that is settled; inside an outer graph it stays for a node that runs again."""
-        if self.within is None:
+        if self.node is None:
             await self._delete(self.key)
             return
         machine, config, settled = self._machine, self._config, Waiting(settled=self._step)
@@ -387,13 +385,13 @@ class Desk:
     @property
     def _step(self) -> str:
         """Names the step at which the outermost graph is."""
-        steps = ((self.within or {}).get("configurable") or {}).get(_STEPS) or {}
+        steps = ((self.node or {}).get("configurable") or {}).get(STEPS) or {}
         return str(steps.get(""))
 
     async def _decision(self, waiting: Waiting, required: Form | None, input: object) -> dict[str, Any]:
         """Return what a person says now; raises as `settle`."""
         said: Mapping[str, Any]
-        if self.within is not None:
+        if self.node is not None:
             said = await self._asked(waiting, required)
         elif not isinstance(input, Command):
             raise AwaitsReview(waiting["question"])
@@ -435,11 +433,8 @@ class Desk:
         """Ask something of the outer graph, as its node does."""
 
         def asked() -> T:
-            token = var_child_runnable_config.set(self.within)
-            try:
+            with within(self.node):
                 return ask()
-            finally:
-                var_child_runnable_config.reset(token)
 
         return asked() if self.caller is None else await self.caller.call(asked)
 

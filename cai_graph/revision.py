@@ -12,11 +12,11 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import Runnable
 
 from cai_graph import local, models, prompts
-from cai_graph.calls import Calls, cut_short
+from cai_graph.calls import Calls
 from cai_graph.constitution import Principle
 from cai_graph.critic import failed_principles
 from cai_graph.form import Form
-from cai_graph.messages import from_langchain
+from cai_graph.messages import cut_short, from_langchain
 from cai_graph.plan import Plan
 from cai_graph.policy import Progress, no_revision
 from cai_graph.request import Run

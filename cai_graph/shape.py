@@ -16,10 +16,9 @@ from langchain_core.prompt_values import PromptValue
 from msgspec.structs import replace
 from pydantic import BaseModel
 
-from cai_graph.calls import END_REASONS
 from cai_graph.errors import DataError
 from cai_graph.form import Form
-from cai_graph.messages import from_langchain
+from cai_graph.messages import END_REASONS, from_langchain
 from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, left_of, said_in, unwrapped
 from cai_graph.trajectory import Call, Message, Trajectory, shown_of
 

@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from cai_graph.trajectory import Critique, Label, Outcome, Revision, Trajectory, text_of
+from cai_graph.trajectory import Critique, Label, Outcome, Revision, Trajectory, revision_at, text_of
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import BaseCallbackHandler
@@ -153,12 +153,12 @@ def trajectory(record: Trajectory) -> RenderableType:
     draft = "" if record.draft is None else text_of(record.draft.answer)
     if record.draft is not None:
         parts += _block(f"draft{_how(record)}", _shown(draft) or "(no text)")
-    for number, turn in enumerate(record.rounds, 1):
-        if number == 1 or turn.of != "draft":
-            parts += _block(f"verdicts on the {_name(turn.of)}", _verdicts(turn.critique))
-            if turn.critique.reasoning:
-                parts += _block("critique", _shown(turn.critique.reasoning))
-        for index, revision in enumerate(turn.revisions, 1):
+    for number, round_ in enumerate(record.rounds, 1):
+        if number == 1 or round_.of != "draft":
+            parts += _block(f"verdicts on the {_name(round_.of)}", _verdicts(round_.critique))
+            if round_.critique.reasoning:
+                parts += _block("critique", _shown(round_.critique.reasoning))
+        for index, revision in enumerate(round_.revisions, 1):
             parts += _revision(f"{number}.{index}", revision, draft)
     if record.released is not None and record.released_from in ("refusal", "human"):
         parts += _block(f"released: {record.released_from}", _shown(text_of(record.released)))
@@ -191,10 +191,10 @@ def _name(of: str) -> str:
 
     Another word is an earlier release's: its redaction took this for text.
     """
-    found = re.fullmatch(r"revision:([0-9]+):([0-9]+)", of)
-    if found is None:
+    if (place := revision_at(of)) is None:
         return "draft" if of == "draft" else "answer"
-    return f"revision {int(found[1]) + 1}.{int(found[2]) + 1}"
+    number, index = place
+    return f"revision {number + 1}.{index + 1}"
 
 
 def _verdicts(critique: Critique) -> RenderableType:

@@ -61,6 +61,8 @@ __all__ = [
     "new_id",
     "now",
     "orders_disagree",
+    "revision_at",
+    "revision_name",
     "shown_of",
     "text_of",
 ]
@@ -591,6 +593,26 @@ def new_id() -> str:
 def now() -> datetime:
     """Return the time in UTC."""
     return datetime.now(UTC)
+
+
+# --- names of answers ---------------------------------------------------------------------------------
+
+_REVISION = re.compile(r"revision:([0-9]+):([0-9]+)")
+
+
+def revision_name(number: int, index: int) -> str:
+    """Return the name of a revision: `revision:ROUND:INDEX`, counted from 0."""
+    return f"revision:{number}:{index}"
+
+
+def revision_at(name: str) -> tuple[int, int] | None:
+    """Return which round and which revision of it a name is of; None for another answer's name.
+
+    >>> revision_at("revision:0:1"), revision_at("draft")
+    ((0, 1), None)
+    """
+    found = _REVISION.fullmatch(name)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 # --- what is said -------------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ from langgraph.types import Command, GraphOutput
 __all__ = [
     "CHECKPOINTER",
     "RESUMING",
+    "STEPS",
     "STEP_LIMIT",
     "STREAM",
+    "TASK",
     "Paused",
     "as_asked",
     "call_options",
@@ -45,6 +47,10 @@ CHECKPOINTER = "__pregel_checkpointer"
 """Key under which it hands them the checkpointer that keeps it."""
 RESUMING = "__pregel_resuming"
 """Key under which it tells them that it was resumed, and so they go on, too."""
+TASK = "__pregel_task_id"
+"""Key under which it tells a node of its task."""
+STEPS = "checkpoint_map"
+"""Key under which it tells a node from which checkpoints the graphs around it go on."""
 STEP_LIMIT = 10_000
 """How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
 

@@ -42,6 +42,7 @@ from cai_graph.trajectory import (
     Verdict,
     new_id,
     now,
+    revision_name,
     text_of,
 )
 from trainers import tables
@@ -208,7 +209,7 @@ def _paired(line: int, row: Mapping[str, Any], name: str, redact: Redactor | Non
         at=now(),
         trajectory_id=trajectory.id,
         answers=(chosen, rejected),
-        origins=("revision:0:0", "draft"),
+        origins=(revision_name(0, 0), "draft"),
         judge=name,
         p_a=(float(p), float(p)),
     )

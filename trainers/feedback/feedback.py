@@ -26,14 +26,14 @@ import msgspec
 from langchain_core.language_models import BaseChatModel
 
 from cai_graph import local, models
-from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, cut_short, describe
+from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, ModelError
 from cai_graph.failures import is_about_all_rows
 from cai_graph.log import Log
 from cai_graph.log.redaction import is_withheld
-from cai_graph.messages import from_langchain, to_langchain
+from cai_graph.messages import cut_short, from_langchain, to_langchain
 from cai_graph.prompts import Exchange
 from cai_graph.together import side_by_side, until
 from cai_graph.trajectory import (
@@ -49,6 +49,7 @@ from cai_graph.trajectory import (
     Verdict,
     new_id,
     now,
+    revision_name,
     text_of,
 )
 from trainers.config import at_least
@@ -140,7 +141,7 @@ def pairs_of(trajectory: Trajectory, kinds: Sequence[PairKind]) -> list[Pair]:
     pairs = []
     standing = ("draft", draft.answer)
     for number, round_ in enumerate(trajectory.rounds):
-        candidates = [(f"revision:{number}:{i}", revision) for i, revision in enumerate(round_.revisions)]
+        candidates = [(revision_name(number, i), revision) for i, revision in enumerate(round_.revisions)]
         accepted = [(origin, revision.answer) for origin, revision in candidates if revision.accepted]
         better = accepted[0] if accepted else standing
         if "rejected" in kinds:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cai_graph.calibration import wilson
 from cai_graph.log import Log
-from cai_graph.trajectory import Comparison, Review
+from cai_graph.trajectory import Comparison, Review, revision_at
 from trainers.dataset.compared import same_answer
 from trainers.dataset.reviews import Side, agreed_side
 from trainers.evaluation.figures import share
@@ -171,7 +171,7 @@ class Positions:
             self.ties += 1
             return
         a, b = comparison.origins
-        if a == "draft" and b.startswith("revision:"):
+        if a == "draft" and revision_at(b) is not None:
             self.agreement.add(about, p < 0.5)
             if people in ("draft", "revision"):
                 self.agreement_with_people.add(about, (p < 0.5) == (people == "revision"))
