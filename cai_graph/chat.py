@@ -26,7 +26,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata, add_usage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
-from langchain_core.runnables.config import ensure_config, var_child_runnable_config
+from langchain_core.runnables.config import ensure_config, merge_configs, var_child_runnable_config
 from langchain_core.runnables.utils import ConfigurableField
 from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
@@ -176,7 +176,7 @@ class ConstitutionalChatModel(BaseChatModel):
         """Answer; where a person decided what leaves (policy `human`), `input` is a `Command(resume=…)`."""
         if self.plan.settings.asks:
             options = options_of(stop, kwargs)
-            return _Asking(self._judging(options)).invoke(input, config, **options)
+            return _Asking(self._judging(options)).invoke(input, self._own(config), **options)
         with _configured_by(config):
             return super().invoke(input, config, stop=stop, **kwargs)
 
@@ -191,7 +191,7 @@ class ConstitutionalChatModel(BaseChatModel):
         """Answer; see `invoke`."""
         if self.plan.settings.asks:
             options = options_of(stop, kwargs)
-            return await _Asking(self._judging(options)).ainvoke(input, config, **options)
+            return await _Asking(self._judging(options)).ainvoke(input, self._own(config), **options)
         with _configured_by(config):
             return await super().ainvoke(input, config, stop=stop, **kwargs)
 
@@ -216,7 +216,7 @@ class ConstitutionalChatModel(BaseChatModel):
         if self.plan.settings.asks:
             options = options_of(stop, kwargs)
             asking = _Asking(self._judging(options))
-            return cast("Iterator[AIMessageChunk]", asking.stream(input, config, **options))
+            return cast("Iterator[AIMessageChunk]", asking.stream(input, self._own(config), **options))
         return bridge.stream(lambda caller: self._chunks(input, config, stop, kwargs, caller))
 
     async def astream(
@@ -231,12 +231,17 @@ class ConstitutionalChatModel(BaseChatModel):
         made: Any
         if self.plan.settings.asks:
             options = options_of(stop, kwargs)
-            made = _Asking(self._judging(options)).astream(input, config, **options)
+            made = _Asking(self._judging(options)).astream(input, self._own(config), **options)
         else:
             made = self._chunks(input, config, stop, kwargs)
         async with aclosing(made) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    def _own(self, config: RunnableConfig | None) -> RunnableConfig:
+        """Return a configuration with what the model itself has of tags, metadata and callbacks."""
+        own = RunnableConfig(tags=self.tags or [], metadata=self.metadata or {}, callbacks=self.callbacks)
+        return merge_configs(own, config)
 
     async def _chunks(
         self,

@@ -16,6 +16,7 @@ decision, until the thread comes to ask a person at a later step.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -379,8 +380,13 @@ class Desk:
             logger.warning("what was decided in thread %r stays in the checkpointer: %s", self.thread, why)
 
     async def _delete(self, key: str) -> None:
-        keeper = self.checkpointer
-        await as_owner(self.caller, lambda: keeper.delete_thread(key), lambda: keeper.adelete_thread(key))
+        keeper, kind, base = self.checkpointer, type(self.checkpointer), BaseCheckpointSaver
+        if kind.delete_thread is base.delete_thread:
+            await keeper.adelete_thread(key)
+        elif kind.adelete_thread is base.adelete_thread and self.caller is None:
+            await asyncio.to_thread(keeper.delete_thread, key)
+        else:
+            await as_owner(self.caller, lambda: keeper.delete_thread(key), lambda: keeper.adelete_thread(key))
 
     @property
     def _step(self) -> str:

@@ -429,6 +429,24 @@ def test_a_callback_that_flushes_or_closes_a_log_holds_up_nobody(url: str, act: 
         assert len(list(log.read())) == 2
 
 
+def test_a_callback_that_closes_the_last_log_of_a_file_loses_nothing(url: str) -> None:
+    log, closed = open_log(url), threading.Event()
+
+    def close(_: Future[None]) -> None:
+        log.close()
+        closed.set()
+
+    with store_of(log)._writing:  # type: ignore[attr-defined]  # so that the callback is there in time
+        log.append(trajectory()).add_done_callback(close)
+        later = [log.append(trajectory(number)) for number in range(1, 400)]
+    assert closed.wait(10)
+
+    with open_log(url) as again:
+        again.flush()
+        assert len(list(again.read())) == 400
+    assert all(commit.done() for commit in later)
+
+
 def test_a_redaction_hook_may_open_the_log_that_it_redacts_for(url: str) -> None:
     def redact(record: Record) -> Record:
         with open_log(url) as other:

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelRequest, dynamic_prompt
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableConfig, RunnableLambda
@@ -204,6 +205,32 @@ async def test_a_chat_model_that_waits_goes_on_by_a_stream(saver: InMemorySaver)
     assert "".join(chunk.text for chunk in later) == RULES.refusal
 
 
+class Starts(BaseCallbackHandler):
+    """Notes the tags and metadata of runs as they begin."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[list[str], dict[str, Any]]] = []
+
+    def on_chain_start(self, *about: Any, tags: Any = None, metadata: Any = None, **more: Any) -> None:
+        self.seen.append((tags or [], metadata or {}))
+
+
+@pytest.mark.parametrize("called", ["invoke", "stream"])
+def test_a_model_that_may_ask_runs_under_its_own_tags_metadata_and_callbacks(
+    called: str, saver: InMemorySaver
+) -> None:
+    starts = Starts()
+    about: Any = {"tags": ["nostream"], "metadata": {"team": "x"}}
+    app = guard(model(draft="fine").model_copy(update=about), saver)
+    app.callbacks = [starts]
+
+    answered = getattr(app, called)("hello", THREAD)
+
+    assert (answered.text if called == "invoke" else "".join(chunk.text for chunk in answered)) == "fine"
+    tags, metadata = starts.seen[0]
+    assert (tags, metadata["team"]) == (["nostream"], "x")
+
+
 async def test_streams_say_that_they_wait(saver: InMemorySaver) -> None:
     app = guard(RunnableLambda(lambda _: {"answer": "the draft"}), saver)
 
@@ -336,6 +363,36 @@ def test_a_checkpointer_that_cannot_delete_is_named_before_anything_is_paid_for(
         guard(silent, Keeps())
     with pytest.raises(ConfigError, match="Keeps has no delete_thread"):
         outer(guard(silent, InMemorySaver()), "invoke", Keeps()).invoke({"question": "hello"}, THREAD)  # type: ignore[arg-type]
+
+
+class DeletesDirectly(InMemorySaver):
+    """Deletes for synchronous callers only."""
+
+    adelete_thread = BaseCheckpointSaver.adelete_thread
+
+
+class DeletesAwaited(InMemorySaver):
+    """Deletes for callers in an event loop only."""
+
+    delete_thread = BaseCheckpointSaver.delete_thread
+
+    async def adelete_thread(self, thread_id: str) -> None:
+        InMemorySaver.delete_thread(self, thread_id)
+
+
+@both_ways
+@pytest.mark.parametrize("kind", [DeletesDirectly, DeletesAwaited])
+async def test_a_checkpointer_may_delete_for_one_kind_of_callers_only(
+    kind: type[InMemorySaver], way: str
+) -> None:
+    saver = kind()
+    app = guard(model(), saver)
+
+    with pytest.raises(AwaitsReview):
+        await run(app, way, "hello")
+
+    assert (await run(app, way, decide("approve"))).content == "hardly better"
+    assert not saver.storage
 
 
 @pytest.mark.parametrize(

@@ -331,14 +331,16 @@ class Log:
     def close(self) -> None:
         """Write what is pending and let go of the file. Closing twice is harmless.
 
-        In a redaction hook, or a callback of an append, it does not wait; what is pending is written then.
+        In a redaction hook, or a callback of an append, it does neither: what is pending is written all the
+        same, and the file is let go of when the program ends, or another Log of it closes.
         """
         with _lock:
             if self._closed:
                 return
             self._closed = True
             self._shared.users -= 1
-            last = self._shared.users == 0
+            writer = self._shared.writer
+            last = self._shared.users == 0 and not (writer is not None and writer.is_here)
             if last:
                 _open.pop(self._key, None)
         if last:

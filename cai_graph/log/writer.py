@@ -105,7 +105,7 @@ class Writer:
         self._uncounted.append(size)
         self._count()
         self._wake()
-        if self._leaving and threading.current_thread() is not self._thread:
+        if self._leaving and not self.is_here:
             self.flush()
             self._store.close()
         return commit
@@ -120,12 +120,17 @@ class Writer:
         """Whether an append may have to wait; true from half of MAX_PENDING_BYTES, since records differ."""
         return self.pending_bytes > MAX_PENDING_BYTES // 2
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the writer's own thread, on which callbacks and hooks run."""
+        return threading.current_thread() is self._thread
+
     def flush(self) -> None:
         """Wait until everything appended before is committed or has failed.
 
-        The writer's own thread, on which callbacks and hooks run, returns at once: it would wait for itself.
+        The writer's own thread returns at once: it would wait for itself.
         """
-        if threading.current_thread() is self._thread or (self._thread is None and not self._queue):
+        if self.is_here or (self._thread is None and not self._queue):
             return
         reached = threading.Event()
         self._queue.append(reached)
@@ -151,7 +156,7 @@ class Writer:
         self._reset()
 
     def _wait_for_room(self, size: int) -> None:
-        if threading.current_thread() is self._thread:
+        if self.is_here:
             return  # A callback of a future; the thread must not wait for itself.
         with self._finished:
             self._finished.wait_for(
