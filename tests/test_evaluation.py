@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
 import re
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,10 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, BaseMessage
 from replies import RULES, by_role, flags
+from test_rewards import rated
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wire import Reply, serving
 
 from cai_graph.critic import ModelCritic
 from cai_graph.errors import ConfigError, DataError, ModelError
@@ -347,6 +352,26 @@ async def test_what_a_judge_was_out_for_is_asked_again_and_what_it_left_unreadab
     assert not asked
 
 
+async def test_what_a_judges_provider_rejects_has_failed_and_is_asked_again(tmp_path: Path) -> None:
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "helpfulness", "a?", "b?", "c?"))
+    await evaluation.generate(says("app", base))
+    with serving(lambda body: Reply("Unsupported parameter: 'top_p'", status=400)) as server:
+        judge = f"judge:{server.spec}"
+        graders = [RewardGrader.of(judge), RewardGrader.of([judge, "test_rewards:length"])]
+        assert [await evaluation.grade("helpfulness", grader) for grader in graders] == [3, 3]
+        found = [f for f in summarise(evaluation).figures if f.measure == "helpful"]
+        assert [(f.estimate.n, f.left_out) for f in found] == [(0, 3)] * 2
+        assert all("3 of 3 were not judged (" in f.note for f in found)
+        assert all("Unsupported parameter" in f.note for f in found)
+
+        server.script = lambda body: rated("9")
+        assert [await evaluation.grade("helpfulness", grader) for grader in graders] == [0, 0]
+
+    found = [f for f in summarise(evaluation).figures if f.measure == "helpful"]
+    mean = (1 + len("Gladly, like so.")) / 2
+    assert {(f.estimate.value, f.estimate.n, f.note) for f in found} == {(1, 3, ""), (mean, 3, "")}
+
+
 async def test_answers_made_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
     evaluation = Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
     app = ScriptedModel(replies=lambda _: "fine")
@@ -354,6 +379,10 @@ async def test_answers_made_with_other_settings_are_not_mixed(tmp_path: Path) ->
 
     with pytest.raises(ConfigError, match=r"max_tokens 64, not 128"):
         await evaluation.generate(AppSubject(app, name="app", settings={"max_tokens": 128}))
+    with pytest.raises(ConfigError, match=r"temperature None, not 0.5"):
+        await evaluation.generate(
+            AppSubject(app, name="app", settings={"max_tokens": 64, "temperature": 0.5})
+        )
 
 
 async def test_a_folder_compares_on_the_same_prompts_only(tmp_path: Path) -> None:
@@ -377,6 +406,30 @@ async def test_two_runs_in_one_folder_lose_nothing_of_each_other(tmp_path: Path)
     assert await other.generate(AppSubject(ScriptedModel(replies=[]), name="sft")) == 0
     with pytest.raises(ConfigError, match=r"made with other settings \(seed 0, not 1\)"):
         await one.generate(AppSubject(ScriptedModel(replies=[]), name="ppo", seed=1))
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_run_says_of_its_subject_waits_while_another_run_writes(tmp_path: Path, begun: bool) -> None:
+    found, folder = prompts(tmp_path), tmp_path / "eval"
+    if begun:
+        Evaluation.begin(folder, found)
+    folder.mkdir(exist_ok=True)
+
+    def run() -> None:
+        evaluation = Evaluation.open(folder) if begun else Evaluation.begin(folder, found)
+        asyncio.run(evaluation.generate(says("app", base)))
+
+    thread = threading.Thread(target=run)
+    with (folder / ".lock").open("ab") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        before = sorted(folder.rglob("*"))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        assert sorted(folder.rglob("*")) == before
+    thread.join()
+
+    assert Evaluation.open(folder).subjects == ("app",)
 
 
 async def test_a_label_that_was_mended_counts_for_the_answers_that_are_there(tmp_path: Path) -> None:
@@ -664,6 +717,25 @@ async def test_a_checkpoint_with_another_template_is_another_subject(tmp_path: P
     template.write_text(template.read_text().replace("<|im_start|>", "[["))
     with pytest.raises(ConfigError, match=r"made with other settings \(config_and_tokenizer '"):
         await evaluation.generate(CheckpointSubject(model, name="tiny", max_tokens=4))
+
+
+async def test_answers_that_an_earlier_version_wrote_are_taken_for_the_same_models(tmp_path: Path) -> None:
+    """It did not write down the digest of config and tokenizer; from here on it is known."""
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "helpfulness", "good?"))
+    model = tiny_model(tmp_path / "model")
+    await evaluation.generate(CheckpointSubject(model, name="tiny", max_tokens=4))
+    answers = evaluation.answers("tiny")
+    about = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    del about["subjects"]["tiny"]["config_and_tokenizer"]
+    (tmp_path / "eval" / "evaluation.json").write_text(json.dumps(about))
+
+    again = Evaluation.open(tmp_path / "eval")
+    assert await again.generate(CheckpointSubject(model, name="tiny", max_tokens=4)) == 0
+    assert again.answers("tiny") == answers
+
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ConfigError, match=r"made with other settings \(config_and_tokenizer '"):
+        await again.generate(CheckpointSubject(model, name="tiny", max_tokens=4))
 
 
 async def test_a_prompt_that_is_longer_than_a_checkpoint_reads_fails_alone(tmp_path: Path) -> None:

@@ -195,15 +195,37 @@ def test_an_answer_that_a_provider_rejects_is_unreadable_and_does_not_end_a_run(
         assert reward.unreadable == 1
         assert "1 of 5 answers stay unreadable: they were rejected, the first with" in caplog.text
         assert "a filter has it" in caplog.text
-        assert ratings(reward, PROMPTS, ANSWERS) == [1, 1, 1, 1, None]
+        *others, rejected = ratings(reward, PROMPTS, ANSWERS)
+        assert others == [1, 1, 1, 1]
+        assert "a filter has it" in str(rejected)
         with pytest.raises(RewardError, match=r"None for answer 0 of 2; rejected with .*a filter has it"):
             reward(PROMPTS[:2], ["mu", "mu mu"])
+
+
+def test_an_answer_that_was_rejected_is_not_asked_about_again() -> None:
+    seen: list[str] = []
+
+    def script(body: dict[str, Any]) -> Reply:
+        seen.append(shown(body))
+        if seen[-1] == "mu":
+            return Reply("a filter has it", status=400)
+        return rated("The" if seen.count("yes") == 1 and seen[-1] == "yes" else "9")
+
+    with serving(script) as server:
+        reward = JudgeReward(Judge(server.spec), RULES, concurrency=1, waits=(0,))
+        assert reward(PROMPTS, ANSWERS[::-1]) == [1] * 5
+        assert seen[-3:] == ["no", "yes", "yes"]
+        assert reward.unreadable == 1
+        with pytest.raises(RewardError, match=r"rejected with .*a filter has it"):
+            reward(PROMPTS[:2], ["mu", "mu"])
 
 
 def test_an_answer_that_is_too_long_to_be_judged_whole_is_unreadable() -> None:
     with serving(lambda body: rated("9")) as server:
         reward = JudgeReward(Judge(server.spec), RULES, waits=())
-        assert ratings(reward, PROMPTS, ["x" * (MAX_ANSWER_CHARS + 1), *ANSWERS[1:]]) == [None, 1, 1, 1, 1]
+        first, *others = ratings(reward, PROMPTS, ["x" * (MAX_ANSWER_CHARS + 1), *ANSWERS[1:]])
+        assert "a model judges at most 400,000" in str(first)
+        assert others == [1, 1, 1, 1]
 
 
 def test_an_unreadable_answer_is_paid_what_the_others_to_its_prompt_are() -> None:

@@ -10,7 +10,7 @@ A reward gives as many numbers as answers, all finite, or raises. What fails is 
 longer waits, before `RewardError` says that it is out; a trainer then stops with its state kept. Only for the
 few answers of which a judge says nothing readable, or that its provider rejects, does training get a number
 that was not given, one that moves the policy neither way; who measures asks `ratings`, which leave such
-answers without one.
+answers without one, and say which were rejected.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ __all__ = [
     "FunctionReward",
     "JudgeReward",
     "ModelReward",
+    "Rated",
     "Reward",
     "RewardError",
     "Spec",
@@ -85,6 +86,10 @@ class Reward(Protocol):
         """
         ...
 
+
+Rated = float | str | None
+"""What is said of an answer: a number; why it was rejected, by a judge's provider or as too long; None where
+a judge's word could not be read."""
 
 Numbers = Sequence[float | None]
 Function = Callable[[Sequence[Messages], Sequence[str]], Numbers]
@@ -235,14 +240,16 @@ class JudgeReward:
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
         """Return the judge's ratings, with a number in the place of the few that stayed unreadable."""
-        found = self._ratings(
+        rated = self._ratings(
             prompts, answers, lambda found: _what_is_wrong(_filled(found, prompts), len(answers))
         )
+        found = [None if isinstance(one, str) else one for one in rated]
         self.unreadable += found.count(None)
         return [value for value in _filled(found, prompts) if value is not None]
 
-    def ratings(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float | None]:
-        """Return the judge's ratings; None for those that stayed unreadable, however many they are.
+    def ratings(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Rated]:
+        """Return the judge's ratings; of those that stayed unreadable, however many they are, None, or why
+        they were rejected.
 
         Raises:
             RewardError: the judge is out.
@@ -254,13 +261,13 @@ class JudgeReward:
         prompts: Sequence[Messages],
         answers: Sequence[str],
         wrong: Callable[[Numbers], str | None],
-    ) -> list[float | None]:
+    ) -> list[Rated]:
         known: dict[int, float] = {}
         rejected: dict[int, str] = {}
 
         def ask() -> list[float | None]:
             """Ask about what is not known yet, so that an outage loses nothing that was paid for."""
-            wanted = [number for number in range(len(answers)) if number not in known]
+            wanted = [n for n in range(len(answers)) if n not in known and n not in rejected]
             given, failed = bridge.run(lambda _: self._rate([(prompts[n], answers[n]) for n in wanted]))
             for number, rated in zip(wanted, given, strict=True):
                 if isinstance(rated, str):
@@ -276,23 +283,22 @@ class JudgeReward:
             return said and "; rejected with ".join([said, *list(rejected.values())[:1]])
 
         found = _insist(self.name, ask, wrong_since, self._waits)
-        if unrated := [why for number, why in rejected.items() if number not in known]:
+        if rejected:
             _log.warning(
                 "the reward %s: %d of %d answers stay unreadable: they were rejected, the first with %s",
-                *(self.name, len(unrated), len(answers), unrated[0]),
+                *(self.name, len(rejected), len(answers), next(iter(rejected.values()))),
             )
-        return found
+        return [rejected.get(number, value) for number, value in enumerate(found)]
 
-    async def _rate(
-        self, asked: Sequence[tuple[Messages, str]]
-    ) -> tuple[list[float | str | None], Exception | None]:
-        """Return for each answer a rating, or why it was rejected, or None, and the first other error."""
+    async def _rate(self, asked: Sequence[tuple[Messages, str]]) -> tuple[list[Rated], Exception | None]:
+        """Return what is said of each answer, None also of those not asked about, and the first error of
+        the judge."""
         import asyncio
 
         room = asyncio.Semaphore(self._concurrency)
         failures: list[Exception] = []
 
-        async def one(prompt: Messages, answer: str) -> float | str | None:
+        async def one(prompt: Messages, answer: str) -> Rated:
             async with room:
                 if failures:  # the judge is out: what is not begun waits for the next attempt
                     return None
@@ -421,8 +427,8 @@ def sources(reward: Reward) -> frozenset[str]:
     return found
 
 
-def ratings(reward: Reward, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float | None]:
-    """Return what a reward says of each answer, None where a judge's word could not be read.
+def ratings(reward: Reward, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Rated]:
+    """Return what a reward says of each answer; of one that a judge gave no number, why not, as in `Rated`.
 
     This is for measuring; a policy is trained on what the reward gives when it is called.
 
@@ -437,8 +443,10 @@ def ratings(reward: Reward, prompts: Sequence[Messages], answers: Sequence[str])
     return list(reward(prompts, answers))
 
 
-def _mean_of_all(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+def _mean_of_all(values: Sequence[Rated]) -> Rated:
+    if rejected := [value for value in values if isinstance(value, str)]:
+        return rejected[0]
+    known = [value for value in values if value is not None and not isinstance(value, str)]
     return statistics.fmean(known) if len(known) == len(values) else None
 
 

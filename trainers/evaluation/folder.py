@@ -54,6 +54,9 @@ _ABOUT, _PROMPTS, _LOCK = "evaluation.json", "prompts.jsonl", ".lock"
 _ANSWER = ("prompt", "sample")
 _FORMAT = 1
 
+_ADDED = ("weights", "config_and_tokenizer", "critic_weights")
+"""Digests among the settings that earlier versions did not write down."""
+
 
 class Evaluation:
     """Answers of subjects to the prompts of suites, and what was said of them.
@@ -392,9 +395,13 @@ class Evaluation:
     def _enter(self, name: str, settings: dict[str, Any]) -> None:
         settings = json.loads(json.dumps(settings))
         with self._changing() as about:
-            known = about["subjects"].setdefault(name, settings)
-        if known != settings:
+            # What a run of an earlier version did not write down is taken for the same.
+            added = {key: settings[key] for key in _ADDED if key in settings}
+            known = {**added, **about["subjects"].get(name, settings)}
             changed = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
+            if not changed:
+                about["subjects"][name] = known
+        if changed:
             was = ", ".join(f"{key} {known.get(key)!r}, not {settings.get(key)!r}" for key in changed)
             raise ConfigError(
                 f"{self.path}: the answers of {name} were made with other settings ({was}); "

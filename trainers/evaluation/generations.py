@@ -154,7 +154,11 @@ def _row(asked: Asked, answer: str, cut: str | None, error: str | None, seconds:
 
 
 class CheckpointSubject:
-    """Weights in a folder, sampled in batches on this machine's accelerator or its processors."""
+    """Weights in a folder, sampled in batches on this machine's accelerator or its processors.
+
+    Beside the weights, every file of the folder that may say how they are read is among its settings; so a
+    JSON or text file that is put there or changed, such as figures of a training, makes it another model.
+    """
 
     def __init__(
         self,

@@ -4,7 +4,8 @@
     RewardGrader   what a reward says: a reward model, an ensemble, a judge, a function of one's own
 
 A grade that could not be read stays without value and label to the end; it is never one half. What could not
-be had, since the grader was out, is no such grade: it has an error, and is asked for again.
+be had, since the grader was out or its provider rejected the answer, is no such grade: it has an error, and
+is asked for again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from cai_graph.trajectory import Label, text_of
 from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
 from trainers.identity import identity_of_reward, told_apart
-from trainers.rewards import EnsembleReward, Reward, Spec, folders, parse, ratings, spelled_out
+from trainers.rewards import EnsembleReward, Rated, Reward, Spec, folders, parse, ratings, spelled_out
 
 __all__ = ["CriticGrader", "Grade", "Grader", "RewardGrader"]
 
@@ -114,15 +115,17 @@ class RewardGrader:
 
     @classmethod
     def of(cls, spec: Spec) -> RewardGrader:
-        """Read a reward's spec. A digest of weights, or of a function's module, is in the name: two rewards
-        never share grades."""
+        """Read a reward's spec. A digest of weights, or of a function's module, is in the name, so that
+        rewards of other weights or another module share no grades; a reward model's folder with the same
+        weights and another config or tokenizer has the same name."""
         reward = parse(spec)
         return cls(reward, name=_name_of(spec, reward))
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
         """Return the reward of each answer; what a reward raises ends the grading, which resumes.
 
-        Training gets a number even where a judge could not be read; a grade has none then.
+        Training gets a number even where a judge could not be read, or its provider rejected the answer; a
+        grade has none then.
         """
         prompts = [
             [{"role": message.role, "content": text_of(message)} for message in exchange.messages]
@@ -130,10 +133,13 @@ class RewardGrader:
         ]
         answers = [text_of(exchange.answer) for exchange in exchanges]
         found = await asyncio.to_thread(ratings, self._reward, prompts, answers)
-        return [
-            Grade(why="the judge gave no rating that could be read") if value is None else Grade(value)
-            for value in found
-        ]
+        return [_grade_of(rated) for rated in found]
+
+
+def _grade_of(rated: Rated) -> Grade:
+    if isinstance(rated, str):
+        return Grade(error=rated)
+    return Grade(rated, why="the judge gave no rating that could be read" if rated is None else "")
 
 
 def _name_of(spec: Spec, reward: Reward) -> str:

@@ -296,7 +296,7 @@ class Labelling:
     def _samples(self, trajectory: Trajectory) -> bool:
         if "samples" not in self._config.pairs or is_withheld(trajectory):
             return False
-        # What failed is tried again, and then stands in the log beside the trajectory of the later attempt.
+        # From a request that failed nothing is learned until it was answered, which is another trajectory.
         asked = any(message.role == "user" for message in trajectory.messages)
         return asked and trajectory.outcome is not Outcome.FAILED
 
