@@ -9,11 +9,10 @@ that leaves carries the sum of all calls as `usage_metadata`, and each of them u
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from langchain_core.callbacks import (
     AsyncCallbackManager,
@@ -23,8 +22,7 @@ from langchain_core.callbacks import (
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import _format_ls_structured_output
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import UsageMetadata, add_usage
-from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
+from langchain_core.outputs import ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import ensure_config, merge_configs, var_child_runnable_config
 from langchain_core.runnables.utils import ConfigurableField
@@ -35,24 +33,21 @@ from cai_graph import bridge
 from cai_graph.errors import ConfigError
 from cai_graph.guard import Guard
 from cai_graph.handlers import ModelRun, Told, manager_for, only, shows_answers, under_a_model
-from cai_graph.messages import END_REASONS
 from cai_graph.placed import Placed
 from cai_graph.plan import Plan
 from cai_graph.runnable import Answered, ConstitutionalRunnable
 from cai_graph.shadow import Shadow
 from cai_graph.shape import Shape
 from cai_graph.streams import Piece
-from cai_graph.trajectory import Trajectory
 from cai_graph.typed import Typed, form_asked, form_of, with_model
+from cai_graph.usage import chunk_of, counted, result_of, usage_of, with_usage
 
 if TYPE_CHECKING:
     from langchain_core.runnables.graph import Graph
 
-__all__ = ["ConstitutionalChatModel", "options_of", "result_of"]
+__all__ = ["ConstitutionalChatModel", "options_of"]
 
 _PARAMETERS = LangSmithParams.__required_keys__ | LangSmithParams.__optional_keys__
-
-M = TypeVar("M", bound=AIMessage)
 
 Tools = Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool]
 
@@ -124,12 +119,12 @@ class ConstitutionalChatModel(BaseChatModel):
         guard, config = self._judging(options), self._below(run_manager, configurable)
         if run_manager is None or not any(map(shows_answers, run_manager.handlers)):
             message, trajectory = await guard.answer(messages, config, options, caller=caller)
-            return result_of(message, _usage(message, trajectory))
+            return result_of(message, usage_of(message, trajectory))
         told = Told(only(run_manager, shows_answers), caller)  # LangChain tells of its start and end
         async with aclosing(guard.stream(messages, config, options, caller=caller)) as pieces:
             async for piece in pieces:
-                await told.piece(_with_usage(_chunk(piece)))
-        return result_of(piece.whole, _usage(piece.whole, piece.trajectory))
+                await told.piece(with_usage(chunk_of(piece)))
+        return result_of(piece.whole, usage_of(piece.whole, piece.trajectory))
 
     def _stream(
         self,
@@ -163,7 +158,7 @@ class ConstitutionalChatModel(BaseChatModel):
         below = self._below(run_manager, configurable)
         async with aclosing(self._judging(options).stream(messages, below, options, caller=caller)) as pieces:
             async for piece in pieces:
-                yield ChatGenerationChunk(message=_chunk(piece))
+                yield ChatGenerationChunk(message=chunk_of(piece))
 
     def invoke(
         self,
@@ -278,7 +273,7 @@ class ConstitutionalChatModel(BaseChatModel):
         try:
             async with aclosing(self._generations(messages, under, told.run, caller, thread)) as made:
                 async for chunk in made:
-                    part = _with_usage(cast("AIMessageChunk", chunk.message))
+                    part = with_usage(cast("AIMessageChunk", chunk.message))
                     await told.piece(part)
                     yield part
         except BaseException as error:
@@ -305,7 +300,7 @@ class ConstitutionalChatModel(BaseChatModel):
         """Answer, and return the Trajectory beside the message. `source` is recorded in it."""
         runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._judging(kwargs))
         output, trajectory = await runnable.answered(input, config, source=source, **kwargs)
-        usage = _usage(output, trajectory)
+        usage = usage_of(output, trajectory)
         return Answered(output.model_copy(update={"usage_metadata": usage}), trajectory)
 
     @property
@@ -516,12 +511,12 @@ class _Asking(ConstitutionalRunnable[Any, AIMessage]):
         caller: bridge.Caller | None = None,
     ) -> AIMessage:
         message, trajectory = await self.guard.answer(input, config, options, caller=caller)
-        return cast("AIMessage", message.model_copy(update={"usage_metadata": _usage(message, trajectory)}))
+        return cast("AIMessage", message.model_copy(update={"usage_metadata": usage_of(message, trajectory)}))
 
     async def _pieces(self, *args: Any) -> AsyncGenerator[Piece, None]:
         async with aclosing(super()._pieces(*args)) as pieces:
             async for piece in pieces:
-                yield piece._replace(output=_with_usage(_chunk(piece)))
+                yield piece._replace(output=with_usage(chunk_of(piece)))
 
 
 class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
@@ -568,69 +563,3 @@ def options_of(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str
     """Return what the wrapped model is called with."""
     # None would override what is bound to the wrapped model.
     return kwargs if stop is None else {**kwargs, "stop": stop}
-
-
-# --- usage --------------------------------------------------------------------------------------------
-
-
-def result_of(message: AIMessage, usage: UsageMetadata | None) -> ChatResult:
-    """Return the message as a chat model's result, its usage set aside from the callbacks."""
-    beside = (*END_REASONS, "logprobs")  # what providers say of a generation, beside its message
-    info = {key: value for key, value in message.response_metadata.items() if key in beside}
-    return ChatResult(generations=[ChatGeneration(message=_set_aside(message, usage), generation_info=info)])
-
-
-def _chunk(piece: Piece) -> AIMessageChunk:
-    """Return a piece as a chat model's chunk, its usage set aside from the callbacks."""
-    message = cast("AIMessageChunk", piece.output)
-    if piece.trajectory is None:
-        return message.model_copy(update={"usage_metadata": None})
-    return _set_aside(message, _usage(piece.whole, piece.trajectory))
-
-
-def _set_aside(message: M, usage: UsageMetadata | None) -> M:
-    about = {**message.response_metadata.get("cai", {}), "usage": usage}
-    update = {"usage_metadata": None, "response_metadata": {**message.response_metadata, "cai": about}}
-    return message.model_copy(update=update)
-
-
-def _with_usage(message: AIMessageChunk) -> AIMessageChunk:
-    """Return what callers and streams see of a chunk: the last one has the usage."""
-    about = message.response_metadata.get("cai")
-    return message if about is None else message.model_copy(update={"usage_metadata": about["usage"]})
-
-
-def counted(result: LLMResult) -> LLMResult:
-    """Return the result with the usage of each message in its place, after the callbacks have seen it."""
-    total: UsageMetadata | None = None
-    names: set[str] = set()
-    for generation in itertools.chain(*result.generations):
-        message = getattr(generation, "message", None)
-        if isinstance(message, AIMessage) and "cai" in message.response_metadata:
-            message.usage_metadata = message.response_metadata["cai"].get("usage")
-            total = add_usage(total, message.usage_metadata)
-            names.add(message.response_metadata.get("model_name", ""))
-    output = dict(result.llm_output or {})
-    if total is not None:  # in OpenAI's words, which all who read it there know
-        asked, written = total["input_tokens"], total["output_tokens"]
-        spent = {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
-        output["token_usage"] = spent
-    if len(names) == 1 and "" not in names:
-        (output["model_name"],) = names
-    result.llm_output = output
-    return result
-
-
-def _usage(message: AIMessage, trajectory: Trajectory | None) -> UsageMetadata | None:
-    """Return the sum over all calls of a request; None where no provider counts."""
-    assert trajectory is not None  # a chat model waits for nobody
-    total = message.usage_metadata  # the draft's, in the provider's detail
-    for call in trajectory.calls:
-        if call.role == "draft" or call.input_tokens is None:
-            continue
-        asked, written = call.input_tokens, call.output_tokens or 0
-        own = UsageMetadata(input_tokens=asked, output_tokens=written, total_tokens=asked + written)
-        if call.cached_input_tokens is not None:
-            own["input_token_details"] = {"cache_read": call.cached_input_tokens}
-        total = add_usage(total, own)
-    return total

@@ -13,9 +13,10 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 
-from cai_graph.chat import ConstitutionalChatModel, options_of, result_of
+from cai_graph.chat import ConstitutionalChatModel, options_of
 from cai_graph.handlers import ModelRun, unstreamed
 from cai_graph.runnable import Answered, ConstitutionalRunnable
+from cai_graph.usage import result_of
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import BaseCallbackManager
