@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -124,13 +123,6 @@ def test_a_row_is_there_when_the_process_is_killed_right_after(tmp_path: Path) -
     )
     assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9
     assert ids(path) == [0, 1, 2]
-
-
-def test_a_new_file_has_the_mode_that_was_asked_for_and_an_older_one_keeps_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    lines.append(path, {"id": 1}, mode=0o600)
-    lines.append(path, {"id": 2})
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_row_that_a_full_disk_cut_off_is_an_error_and_goes_when_the_file_is_resumed(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ Lines    a file that grows beside its name, and takes it once it is whole
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -64,20 +63,15 @@ def resume(path: Path, advice: str = _ADVICE) -> list[Row]:
     return read(path, advice)
 
 
-def append(path: Path, row: Mapping[str, Any], *, mode: int = 0o666) -> None:
+def append(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a file that is whole or was resumed, or begin one.
 
     The row survives a kill of this process from then on, though not a failure of the power.
 
-    Args:
-        path: the file.
-        row: the row.
-        mode: who may read and write a new file, less what the umask takes.
-
     Raises:
         OSError: it cannot be written; part of it may be, which `resume` cuts off.
     """
-    with open(path, "ab", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+    with path.open("ab") as file:
         file.write(text([row]).encode("ascii"))
 
 

@@ -32,7 +32,7 @@ from cai_graph.together import side_by_side, until
 from cai_graph.trajectory import Critique, Label, Message, Outcome, Trajectory, text_of
 from trainers import lines
 from trainers.feedback.positions import Share
-from trainers.identity import identity
+from trainers.identity import weights_of
 
 __all__ = ["Answer", "Change", "Example", "Judged", "Replay", "Report", "answers_of", "standing"]
 
@@ -170,7 +170,7 @@ class Replay:
         self._filters: Filters = {**(filters or {}), "kind": "trajectory"}
         self._chosen = None if limit is None else self._draw(limit, seed)
         shaping = {"constitution": constitution.digest, "critic": critic.name}
-        if weights := identity(local.own_weights(getattr(critic, "model", None))):
+        if weights := weights_of(getattr(critic, "model", None)):
             shaping["weights"] = weights
         digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
         self.path = kept or local.cache_dir() / "replay" / f"{digest[:16]}.jsonl"

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from langchain_core.language_models import BaseChatModel
 
-from cai_graph import local, models
+from cai_graph import models
 from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic, failed_principles
@@ -56,7 +56,7 @@ from trainers.config import at_least
 from trainers.dataset.compared import same_answer
 from trainers.feedback.judge import Judge, Opinion
 from trainers.feedback.positions import Positions, decided
-from trainers.identity import identity
+from trainers.identity import weights_of
 
 __all__ = [
     "BAND",
@@ -242,7 +242,7 @@ class Labelling:
         }
         shaping: list[Any] = [constitution.digest, judge.name, type(judge).__name__, self._settings]
         # Added only where there are any: what a log holds of every other labelling is found without them.
-        own = [identity(local.own_weights(model)) for model in (getattr(judge, "model", None), sampler)]
+        own = [weights_of(model) for model in (getattr(judge, "model", None), sampler)]
         if any(own):
             shaping.append({"weights": own})
         if isinstance(judge, Judge) and judge.reasoning and config.band != BAND:
