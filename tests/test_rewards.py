@@ -12,7 +12,7 @@ import pytest
 from test_policy_model import PROMPTS, reward_model
 from wire import Reply, serving
 
-from cai_graph import constitution
+from cai_graph import constitution, models
 from cai_graph.critic import MAX_ANSWER_CHARS
 from cai_graph.errors import ConfigError
 from trainers.feedback.judge import Judge
@@ -141,8 +141,7 @@ def test_after_an_outage_a_judge_is_asked_only_about_the_rest() -> None:
         return Reply("gone", status=503) if len(seen) == 3 else rated("9")
 
     with serving(script) as server:
-        judge = Judge(server.spec)
-        judge.model.max_retries = 0
+        judge = Judge(models.load(server.spec, max_retries=0))
         reward = JudgeReward(judge, RULES, concurrency=1, waits=(0,))
 
         assert reward(PROMPTS, ANSWERS) == [1] * 5
@@ -151,8 +150,7 @@ def test_after_an_outage_a_judge_is_asked_only_about_the_rest() -> None:
 
 def test_a_judge_that_stays_away_is_an_error_that_says_so() -> None:
     with serving(lambda body: Reply("gone", status=500)) as server:
-        judge = Judge(server.spec)
-        judge.model.max_retries = 0
+        judge = Judge(models.load(server.spec, max_retries=0))
         with pytest.raises(RewardError, match=r"failed 2 times: .*500.*the provider failed"):
             JudgeReward(judge, RULES, waits=(0,))(PROMPTS, ANSWERS)
 
