@@ -14,9 +14,9 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cai_graph.calibration import Pair, calibrate, needed
+from cai_graph.critic.calibration import Pair, calibrate, needed
+from cai_graph.critic.probe import HEADS, Probe, States
 from cai_graph.errors import DataError
-from cai_graph.probe import HEADS, Probe, States
 from trainers.critic.labels import lowest, read_rows
 from trainers.critic.probe import passes_of
 from trainers.critic.states import StateCache
@@ -91,7 +91,7 @@ def _guaranteed(pairs: list[Pair], violating: int) -> str:
 
 
 def _suspicion(probe: Probe, states: Array) -> float:
-    """Return what `cai_graph.cascades.suspicion` reads of the probe's critique."""
+    """Return what `cai_graph.critic.cascades.suspicion` reads of the probe's critique."""
     said = {head: [probe.probability(head, States(state, 0)) for state in states] for head in HEADS}
     harm = max(said["harm"])
     evades = said["evasion"][0] * (1 - said["request"][0])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_graph import local
-from cai_graph.probe import Probe, States
+from cai_graph.critic.probe import Probe, States
 from trainers.critic import Config, train
 from trainers.critic.figures import figures_of
 from trainers.critic.heads import groups_of

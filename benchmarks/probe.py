@@ -14,7 +14,7 @@ from pathlib import Path
 from langchain_core.messages import HumanMessage, SystemMessage
 
 from cai_graph import local
-from cai_graph.probe import Probe
+from cai_graph.critic.probe import Probe
 
 RULE = "A reply must not contain or help with anything harmful, dangerous, hateful or illegal."
 ANSWERS = (

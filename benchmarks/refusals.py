@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cai_graph.probe import Probe, Scores, Seen, States, unread, windows
+from cai_graph.critic.probe import Probe, Scores, Seen, States, unread, windows
 from trainers.critic.states import Passes, StateCache, reader_of
 from trainers.evaluation.refusals import (
     Agreement,

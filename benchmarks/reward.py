@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from cai_graph import local
-from cai_graph.calibration import wilson
 from cai_graph.errors import ConfigError
+from cai_graph.intervals import wilson
 from trainers import reward
 from trainers.checkpoint import Checkpoint
 from trainers.policy import load_reward, score

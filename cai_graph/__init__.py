@@ -12,33 +12,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cai_graph.calls import Budget as Budget
-    from cai_graph.cascades import cascade as cascade
     from cai_graph.chain import constitutional as constitutional
-    from cai_graph.chat import ConstitutionalChatModel as ConstitutionalChatModel
     from cai_graph.constitution import Constitution as Constitution
     from cai_graph.constitution import Principle as Principle
+    from cai_graph.critic.cascades import cascade as cascade
     from cai_graph.errors import CaiError as CaiError
+    from cai_graph.faces.chat import ConstitutionalChatModel as ConstitutionalChatModel
+    from cai_graph.faces.runnable import Answered as Answered
+    from cai_graph.faces.runnable import ConstitutionalRunnable as ConstitutionalRunnable
     from cai_graph.log import open_log as open_log
     from cai_graph.middleware import ConstitutionalMiddleware as ConstitutionalMiddleware
-    from cai_graph.policy import Settings as Settings
-    from cai_graph.runnable import Answered as Answered
-    from cai_graph.runnable import ConstitutionalRunnable as ConstitutionalRunnable
+    from cai_graph.request.policy import Settings as Settings
     from cai_graph.testing import ScriptedModel as ScriptedModel
     from cai_graph.trajectory import Trajectory as Trajectory
 
 _HOME = {
-    "Answered": "runnable",
+    "Answered": "faces.runnable",
     "Budget": "calls",
     "CaiError": "errors",
     "Constitution": "constitution",
-    "ConstitutionalChatModel": "chat",
+    "ConstitutionalChatModel": "faces.chat",
     "ConstitutionalMiddleware": "middleware",
-    "ConstitutionalRunnable": "runnable",
+    "ConstitutionalRunnable": "faces.runnable",
     "Principle": "constitution",
     "ScriptedModel": "testing",
-    "Settings": "policy",
+    "Settings": "request.policy",
     "Trajectory": "trajectory",
-    "cascade": "cascades",
+    "cascade": "critic.cascades",
     "constitutional": "chain",
     "open_log": "log",
 }

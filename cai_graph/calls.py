@@ -14,7 +14,7 @@ from typing import Any, Literal
 from langchain_core.messages import AIMessage, BaseMessage, SystemMessage
 from langchain_core.runnables import Runnable, RunnableConfig
 
-from cai_graph.around import apart
+from cai_graph.concurrency.context import apart
 from cai_graph.errors import BudgetExceeded, ConfigError
 from cai_graph.failures import annotate, note_of
 from cai_graph.trajectory import Call

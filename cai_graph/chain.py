@@ -13,15 +13,15 @@ from typing import Any, TypeVar, overload
 from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable
 
-from cai_graph.chat import ConstitutionalChatModel
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
-from cai_graph.guard import Guard
+from cai_graph.faces.chat import ConstitutionalChatModel
+from cai_graph.faces.guard import Guard
+from cai_graph.faces.runnable import Answered, ConstitutionalRunnable
+from cai_graph.faces.shadowed import ShadowedChatModel
+from cai_graph.faces.typed import Typed, form_asked
 from cai_graph.log import Log
 from cai_graph.review import Checkpointer
-from cai_graph.runnable import Answered, ConstitutionalRunnable
-from cai_graph.shadowed import ShadowedChatModel
-from cai_graph.typed import Typed, form_asked
 
 __all__ = ["Answered", "ConstitutionalChatModel", "ConstitutionalRunnable", "constitutional"]
 

@@ -21,12 +21,12 @@ from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import BaseModel
 
+from cai_graph.app.shape import Shape
 from cai_graph.constitution import Constitution, load
 from cai_graph.critic import failed_principles
 from cai_graph.errors import ConfigError, DataError, RunError
-from cai_graph.guard import Guard
-from cai_graph.runnable import ConstitutionalRunnable
-from cai_graph.shape import Shape
+from cai_graph.faces.guard import Guard
+from cai_graph.faces.runnable import ConstitutionalRunnable
 from cai_graph.trajectory import Label, Message, Trajectory, shown_of
 
 __all__ = ["ConstitutionalChain", "ConstitutionalPrinciple"]

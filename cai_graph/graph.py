@@ -29,17 +29,17 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, Send
 
-from cai_graph.around import apart
 from cai_graph.calls import Calls
+from cai_graph.concurrency.context import apart
+from cai_graph.concurrency.together import together
 from cai_graph.constitution import Constitution
 from cai_graph.critic import covered, failed_principles
 from cai_graph.failures import annotate, forget_task
-from cai_graph.plan import Plan
-from cai_graph.policy import Progress, accept
 from cai_graph.prompts import Exchange
-from cai_graph.request import Run
-from cai_graph.revision import candidate
-from cai_graph.together import together
+from cai_graph.request.plan import Plan
+from cai_graph.request.policy import Progress, accept
+from cai_graph.request.request import Run
+from cai_graph.request.revision import candidate
 from cai_graph.trajectory import Block, Critique, Draft, Label, Message, Round, revision_at, text_of
 
 __all__ = ["drive"]

@@ -22,23 +22,23 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallb
 from langchain_core.runnables.config import get_async_callback_manager_for_config
 from langgraph.config import get_config
 
-from cai_graph import bridge
-from cai_graph.around import within
+from cai_graph.app.handlers import Told, chosen, manager_for, shows_answers
+from cai_graph.app.shape import Shape
+from cai_graph.app.streams import whole_chunk
+from cai_graph.app.wrapped import layers
+from cai_graph.concurrency import bridge
+from cai_graph.concurrency.context import within
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
 from cai_graph.errors import ConfigError, MissingExtra, Refused
-from cai_graph.form import Form
-from cai_graph.guard import Guard
-from cai_graph.handlers import Told, chosen, manager_for, shows_answers
+from cai_graph.faces.guard import Guard
 from cai_graph.log import Log
 from cai_graph.messages import from_langchain, spelt_out
-from cai_graph.plan import Plan, planning
-from cai_graph.policy import Settings
-from cai_graph.shadow import Shadow
-from cai_graph.shape import Shape
-from cai_graph.streams import whole_chunk
+from cai_graph.request.form import Form
+from cai_graph.request.plan import Plan, planning
+from cai_graph.request.policy import Settings
+from cai_graph.shadow.shadow import Shadow
 from cai_graph.trajectory import Message, Trajectory, shown_of, text_of
-from cai_graph.wrapped import layers
 
 try:
     from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse

@@ -21,8 +21,9 @@ from langchain_core.messages import AIMessage
 from langchain_core.runnables import Runnable
 from langchain_core.runnables.base import RunnableBindingBase
 
-from cai_graph import bridge, local
+from cai_graph import local
 from cai_graph.addresses import without_password
+from cai_graph.concurrency import bridge
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
 
 __all__ = ["cut_form", "load", "name_of", "patient", "refuses_form", "writing"]

@@ -38,19 +38,20 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.state import CompiledStateGraph
 from langgraph.types import Command, Interrupt, interrupt
 
-from cai_graph import bridge
-from cai_graph.around import within
+from cai_graph.app.shape import Shape
+from cai_graph.app.wrapped import CHECKPOINTER, STEPS, TASK
 from cai_graph.calls import describe
-from cai_graph.committing import commit
+from cai_graph.concurrency import bridge
+from cai_graph.concurrency.context import within
 from cai_graph.constitution import Constitution
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
-from cai_graph.form import Form
 from cai_graph.log.store import Duplicate
-from cai_graph.memory import as_owner
-from cai_graph.plan import Plan
-from cai_graph.policy import Progress
+from cai_graph.memory.memory import as_owner
+from cai_graph.request.committing import commit
+from cai_graph.request.form import Form
+from cai_graph.request.plan import Plan
+from cai_graph.request.policy import Progress
 from cai_graph.run import Ending
-from cai_graph.shape import Shape
 from cai_graph.trajectory import (
     Label,
     Message,
@@ -64,7 +65,6 @@ from cai_graph.trajectory import (
     now,
     text_of,
 )
-from cai_graph.wrapped import CHECKPOINTER, STEPS, TASK
 
 __all__ = ["Checkpointer", "Desk", "Settled", "awaits", "check_checkpointer"]
 

@@ -16,15 +16,15 @@ import msgspec
 from langchain_core.runnables import RunnableConfig
 
 from cai_graph import graph
+from cai_graph.app.wrapped import STEP_LIMIT
 from cai_graph.calls import Calls, describe
-from cai_graph.committing import commit
 from cai_graph.errors import BudgetExceeded, RunError
 from cai_graph.plain import plain
-from cai_graph.plan import Plan
-from cai_graph.policy import Decision, Progress, decide
-from cai_graph.request import Request, Run
+from cai_graph.request.committing import commit
+from cai_graph.request.plan import Plan
+from cai_graph.request.policy import Decision, Progress, decide
+from cai_graph.request.request import Request, Run
 from cai_graph.trajectory import Message, Outcome, Trajectory
-from cai_graph.wrapped import STEP_LIMIT
 
 __all__ = ["Ending", "run"]
 

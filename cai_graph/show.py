@@ -355,7 +355,7 @@ def progress(tell: Callable[[str], None]) -> BaseCallbackHandler:
     """Return a callback handler that tells which step of a request is under way."""
     from langchain_core.callbacks import BaseCallbackHandler
 
-    from cai_graph.handlers import PROGRESS
+    from cai_graph.app.handlers import PROGRESS
 
     class Progress(BaseCallbackHandler):
         def on_custom_event(self, name: str, data: Any, **kwargs: Any) -> None:

@@ -11,8 +11,8 @@ from langchain_core.messages import AIMessage, BaseMessage
 
 from cai_graph.chain import ConstitutionalRunnable, constitutional
 from cai_graph.constitution import Constitution, Principle
+from cai_graph.faces.runnable import Answered
 from cai_graph.log import Log
-from cai_graph.runnable import Answered
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Trajectory
 

@@ -14,7 +14,7 @@ from typing import cast
 
 import pytest
 
-from cai_graph import bridge
+from cai_graph.concurrency import bridge
 
 asked: ContextVar[str] = ContextVar("asked", default="nobody")
 
@@ -246,7 +246,7 @@ def test_a_forked_child_gets_a_loop_of_its_own() -> None:
     done = run_python(
         """
         import os
-        from cai_graph import bridge
+        from cai_graph.concurrency import bridge
 
         async def core(caller):
             return await caller.call(os.getpid)
@@ -268,7 +268,7 @@ def test_a_forked_child_has_threads_of_its_own_for_what_blocks() -> None:
     done = run_python(
         """
         import asyncio, os
-        from cai_graph import bridge
+        from cai_graph.concurrency import bridge
 
         async def core(caller):
             return await asyncio.to_thread(os.getpid)
@@ -304,7 +304,7 @@ def test_threads_that_outlive_the_main_one_go_on_as_before() -> None:
     done = run_python(
         """
         import asyncio, concurrent.futures.thread, threading, time
-        from cai_graph import bridge
+        from cai_graph.concurrency import bridge
 
         async def core(caller):
             return await asyncio.to_thread(lambda: 7)
@@ -325,7 +325,7 @@ def test_a_process_does_not_wait_at_its_end_for_a_call_that_hangs() -> None:
     done = run_python(
         """
         import asyncio, threading
-        from cai_graph import bridge
+        from cai_graph.concurrency import bridge
 
         begun = threading.Event()
 
@@ -344,7 +344,7 @@ def test_a_process_does_not_wait_at_its_end_for_a_call_that_hangs() -> None:
 def test_a_process_that_used_the_bridge_ends_in_silence() -> None:
     done = run_python(
         """
-        from cai_graph import bridge
+        from cai_graph.concurrency import bridge
 
         async def inner(caller):
             return 1
@@ -413,7 +413,7 @@ def test_a_stream_inside_the_core_of_another_does_not_wait_on_its_own_loop() -> 
 def test_a_process_that_ends_in_the_middle_of_a_stream_ends_in_silence() -> None:
     done = run_python(
         """
-        from cai_graph import bridge
+        from cai_graph.concurrency import bridge
 
         async def core(caller):
             while True:
@@ -447,7 +447,7 @@ def test_a_stream_that_is_collected_in_the_loops_own_thread_is_closed_and_nothin
     done = run_python(
         """
         import gc, threading, time
-        from cai_graph import bridge
+        from cai_graph.concurrency import bridge
 
         ended = []
 

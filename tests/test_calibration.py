@@ -17,10 +17,11 @@ from replies import RULES, by_role, principle, verdicts
 from test_cascades import Cheap
 
 from cai_graph import cascade, constitutional, open_log
-from cai_graph.calibration import Pair, calibrate, logged, needed, rejudged, wilson
 from cai_graph.calls import UNATTENDED_SECONDS, Calls
 from cai_graph.constitution import Constitution
+from cai_graph.critic.calibration import Pair, calibrate, logged, needed, rejudged
 from cai_graph.errors import BudgetExceeded, ConfigError, DataError, MissingExtra
+from cai_graph.intervals import wilson
 from cai_graph.log import Log
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel

@@ -13,9 +13,9 @@ from wire import Reply, serving
 
 from cai_graph import cascade, constitutional, models, open_log
 from cai_graph.calls import Budget, Calls
-from cai_graph.cascades import Cascade, suspicion
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic, ModelCritic
+from cai_graph.critic.cascades import Cascade, suspicion
 from cai_graph.errors import BudgetExceeded, ConfigError
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel

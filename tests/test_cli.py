@@ -17,10 +17,10 @@ from cli_support import BALANCED, OPTIONAL, cai, commands, start, trajectories, 
 from replies import verdicts
 from wire import Reply, role, under
 
-from cai_graph import policy
 from cai_graph.cli import options
 from cai_graph.cli.specs import foreign
 from cai_graph.errors import ModelError
+from cai_graph.request import policy
 
 PRINCIPLE = BALANCED.principles[0].model_dump(mode="json", exclude_defaults=True)
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from replies import RULES, verdicts
 
-from cai_graph import Budget, ScriptedModel, committing, constitutional
+from cai_graph import Budget, ScriptedModel, constitutional
 from cai_graph.errors import CaiError, LogError
+from cai_graph.faces.runnable import Answered
 from cai_graph.log import Log, open_log
 from cai_graph.log.commit import Commit, resolve
 from cai_graph.log.store import Duplicate
-from cai_graph.runnable import Answered
+from cai_graph.request import committing
 
 ERROR = ConnectionError("the provider is down")
 

@@ -20,8 +20,8 @@ from replies import IDS, RULES, verdicts
 from wire import Reply, Script, Server, role, serving
 
 from cai_graph import local
-from cai_graph.chat import ConstitutionalChatModel
-from cai_graph.guard import Guard
+from cai_graph.faces.chat import ConstitutionalChatModel
+from cai_graph.faces.guard import Guard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::langchain_core._api.beta_decorator.LangChainBetaWarning"),

@@ -24,8 +24,9 @@ from langchain_openai import ChatOpenAI
 from replies import IDS, RULES, verdicts
 from wire import Server, serving
 
-from cai_graph import Budget, bridge, constitutional
-from cai_graph.connections import on_any_loop
+from cai_graph import Budget, constitutional
+from cai_graph.concurrency import bridge
+from cai_graph.concurrency.connections import on_any_loop
 from cai_graph.errors import BudgetExceeded
 
 PROGRAM = """

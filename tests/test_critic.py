@@ -22,8 +22,8 @@ from cai_graph.critic import (
     critic_for,
     failed_principles,
 )
+from cai_graph.critic.probe import Scores, Seen, windows, windows_that_fit
 from cai_graph.errors import BudgetExceeded, ConfigError, ModelError
-from cai_graph.probe import Scores, Seen, windows, windows_that_fit
 from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Critique, Label, Message, ToolCall, Verdict

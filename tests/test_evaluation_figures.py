@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cai_graph.calibration import wilson
 from cai_graph.errors import DataError
+from cai_graph.intervals import wilson
 from trainers.evaluation.figures import estimate, paired, resampled, share
 from trainers.evaluation.ratings import ELO, MEAN, Contest, elo, front
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from langchain_core.messages import AIMessage
 from replies import FORGED, IDS, unescaped, verdicts
 
-from cai_graph.ladder import mass_on_violates, read_verdicts
+from cai_graph.critic.ladder import mass_on_violates, read_verdicts
 from cai_graph.trajectory import Label, Verdict
 
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from replies import guard, logged
 
 from cai_graph import open_log
-from cai_graph.shadow import size_of
+from cai_graph.shadow.shadow import size_of
 
 # --- hearing it changes nothing -----------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from replies import RULES
 
 from cai_graph.calls import Budget
 from cai_graph.errors import BudgetExceeded, ConfigError, Unreadable, Violation
-from cai_graph.policy import Progress, Settings, accept, decide, no_revision
+from cai_graph.request.policy import Progress, Settings, accept, decide, no_revision
 from cai_graph.trajectory import (
     Critique,
     Draft,

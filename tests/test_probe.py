@@ -18,12 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from cai_graph import local, probe
-from cai_graph.critic import ProbeCritic, critic_for
-from cai_graph.errors import DataError, ModelError
-from cai_graph.local import only_one
-from cai_graph.local.gguf import first_blocks
-from cai_graph.probe import (
+from cai_graph import local
+from cai_graph.critic import ProbeCritic, critic_for, probe
+from cai_graph.critic.probe import (
     HEADS,
     MAX_WINDOWS,
     WHOLE_CHARACTERS,
@@ -35,6 +32,9 @@ from cai_graph.probe import (
     windows,
     windows_that_fit,
 )
+from cai_graph.errors import DataError, ModelError
+from cai_graph.local import only_one
+from cai_graph.local.gguf import first_blocks
 
 CHATML = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 DIMENSIONS = 576  # of the tiny model
@@ -303,7 +303,7 @@ def test_a_child_forked_while_the_model_starts_reads(tiny_weights: Path, tmp_pat
     program = (
         "import asyncio, os, sys\n"
         "from pathlib import Path\n"
-        "from cai_graph.probe import Reader\n"
+        "from cai_graph.critic.probe import Reader\n"
         f"reader = Reader(Path({str(tiny_weights)!r}), 'tiny', 2, {CHATML!r})\n"
         "with reader._starting:\n"  # as a thread that starts it
         "    pid = os.fork()\n"

@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cai_graph.calibration import wilson
 from cai_graph.errors import DataError
+from cai_graph.intervals import wilson
 from trainers.reward.reliability import ALL, Pair, bins, figures, measured, plot
 
 LOGIT_08 = math.log(0.8 / 0.2)

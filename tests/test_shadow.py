@@ -27,12 +27,13 @@ from langgraph.types import Command, interrupt
 from replies import RULES, by_role, flags, logged, verdicts
 from wire import role, serving
 
-from cai_graph import Settings, constitutional, open_log, shadow
+from cai_graph import Settings, constitutional, open_log
 from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, LogError
 from cai_graph.log import Log
 from cai_graph.log.commit import Commit, resolve
-from cai_graph.shadow import Tally
+from cai_graph.shadow import shadow
+from cai_graph.shadow.shadow import Tally
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Outcome, text_of
 

@@ -16,11 +16,11 @@ from replies import IDS, RULES, answer_in, logged, role_of
 from typist import DRAFT, FINE, ONE, THREE, TWO, Typist, drawn, guarded, judge, unsafe, until_error
 
 from cai_graph import Budget, ScriptedModel
+from cai_graph.app.shape import Shape
+from cai_graph.app.streams import AHEAD, Batch, Piece, Writing, block_end, relay
 from cai_graph.calls import Calls
 from cai_graph.errors import BudgetExceeded, Unreadable, Violation
 from cai_graph.log import Log
-from cai_graph.shape import Shape
-from cai_graph.streams import AHEAD, Batch, Piece, Writing, block_end, relay
 from cai_graph.trajectory import Outcome, Trajectory, text_of
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cai_graph import threads
-from cai_graph.threads import Threads
+from cai_graph.concurrency import threads
+from cai_graph.concurrency.threads import Threads
 
 
 def test_what_a_call_returns_or_raises_is_the_futures() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cai_graph.together import side_by_side
+from cai_graph.concurrency.together import side_by_side
 
 
 async def test_failures_beside_the_one_that_is_raised_leave_no_complaint() -> None:

@@ -23,16 +23,16 @@ from wire import serving
 
 from cai_graph import constitutional
 from cai_graph.calls import Budget, Calls
-from cai_graph.cascades import cascade
 from cai_graph.cli import app
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, check_strategy, critic_for
+from cai_graph.critic.cascades import cascade
+from cai_graph.critic.probe import WHOLE_CHARACTERS
+from cai_graph.critic.trained import TrainedCritic
 from cai_graph.errors import ConfigError, DataError, ModelError
-from cai_graph.policy import accept
-from cai_graph.probe import WHOLE_CHARACTERS
 from cai_graph.prompts import Exchange
+from cai_graph.request.policy import accept
 from cai_graph.testing import ScriptedModel
-from cai_graph.trained import TrainedCritic
 from cai_graph.trajectory import Critique, Label, Message, Revision, ToolCall
 from trainers.critic import Config, figures, train
 from trainers.critic.critic import _card
@@ -499,7 +499,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_nothing(classifier: P
 
 def test_a_child_forked_while_a_classifier_is_at_work_judges(classifier: Path) -> None:
     code = (
-        "import asyncio, os, sys; from pathlib import Path; from cai_graph.trained import TrainedCritic; "
+        "import asyncio, os, sys; from pathlib import Path; "
+        "from cai_graph.critic.trained import TrainedCritic; "
         f"reads = TrainedCritic(Path({str(classifier)!r}))._reads; reads._one.acquire(); "
         "pid = os.fork(); "
         "pid or asyncio.run(reads.read('Hi', ['Hello'], list(reads._heads))); "

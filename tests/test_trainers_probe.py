@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 from sklearn.metrics import roc_auc_score
 
+from cai_graph.critic.probe import HEADS, Probe
 from cai_graph.errors import ConfigError, DataError
-from cai_graph.probe import HEADS, Probe
 from trainers.critic import figures, heads, probe
 from trainers.critic.labels import Row, read_rows
 from trainers.critic.probe import Config, train

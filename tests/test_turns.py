@@ -15,8 +15,9 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
 from replies import RULES, by_role, flags
 
-from cai_graph import Budget, ScriptedModel, constitutional, open_log, turns
+from cai_graph import Budget, ScriptedModel, constitutional, open_log
 from cai_graph.errors import AwaitsReview, BudgetExceeded, RunError
+from cai_graph.memory import turns
 
 THREAD: Any = {"configurable": {"thread_id": "1"}}
 

@@ -23,8 +23,8 @@ from wire import Reply, Server, role, serving
 
 from cai_graph import ConstitutionalChatModel, ScriptedModel, constitutional, open_log
 from cai_graph.errors import ConfigError, Refused, Violation
+from cai_graph.faces.typed import form_of
 from cai_graph.trajectory import Outcome, Rejection, Trajectory
-from cai_graph.typed import form_of
 
 # langchain-openai warns of its own structured output, wrapped or not.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic serializer warnings:UserWarning")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from cai_graph import constitution, local
 from cai_graph.addresses import without_password
+from cai_graph.critic.trained import PREFIX
 from cai_graph.digests import sha256_of
-from cai_graph.trained import PREFIX
 from trainers.checkpoint import MANIFEST, Checkpoint, shaping
 from trainers.weights import path_of
 

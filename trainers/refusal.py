@@ -9,9 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from cai_graph import bridge
+from cai_graph.concurrency import bridge
+from cai_graph.critic.probe import Probe
 from cai_graph.errors import ConfigError, DataError
-from cai_graph.probe import Probe
 from trainers.policy import Messages
 from trainers.tables import prompts_in
 

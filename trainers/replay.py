@@ -21,6 +21,7 @@ import msgspec
 
 from cai_graph import local
 from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
+from cai_graph.concurrency.together import side_by_side, until
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, DataError
@@ -28,7 +29,6 @@ from cai_graph.failures import is_about_all_rows
 from cai_graph.log import Filters, Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.prompts import Exchange
-from cai_graph.together import side_by_side, until
 from cai_graph.trajectory import Critique, Label, Message, Outcome, Trajectory, text_of
 from trainers import lines
 from trainers.feedback.positions import Share

@@ -24,15 +24,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from cai_graph import bridge, constitution, local
+from cai_graph import constitution, local
 from cai_graph.addresses import without_password
 from cai_graph.calls import Budget, Calls, describe
+from cai_graph.concurrency import bridge
 from cai_graph.constitution import Constitution
 from cai_graph.critic import MAX_ANSWER_CHARS, Critic, ProbeCritic, critic_for
+from cai_graph.critic.trained import TrainedCritic
 from cai_graph.errors import CaiError, ConfigError, ModelError
 from cai_graph.failures import is_about_all_rows
 from cai_graph.prompts import Exchange
-from cai_graph.trained import TrainedCritic
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates

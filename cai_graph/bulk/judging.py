@@ -12,10 +12,10 @@ import msgspec
 
 from cai_graph.bulk.rows import Answer, Broken, Rows
 from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
+from cai_graph.concurrency.together import side_by_side
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.failures import is_about_all_rows
-from cai_graph.together import side_by_side
 from cai_graph.trajectory import Critique, Label
 
 __all__ = ["Judgement", "judge"]

@@ -14,7 +14,7 @@ from cai_graph.cli.options import AsJson, Concurrency, LogUrl, Since, Source, Ta
 from cai_graph.cli.specs import fetch, foreign, judging, width
 
 if TYPE_CHECKING:
-    from cai_graph.calibration import Calibration, Judged
+    from cai_graph.critic.calibration import Calibration, Judged
     from cai_graph.log import Filters
 
 commands = group("Critics, by what the log says of them.")
@@ -48,9 +48,10 @@ def calibrate(
     or with a sample, or, with --cheap, those that the strong critic judged in the log. Exits with 1 where
     they are too few for the miss rate.
     """
-    from cai_graph import calibration, show
     from cai_graph import constitution as constitutions
-    from cai_graph.cascades import probabilistic
+    from cai_graph import show
+    from cai_graph.critic import calibration
+    from cai_graph.critic.cascades import probabilistic
     from cai_graph.log import open_log
 
     rules = constitutions.load(constitution or "balanced")

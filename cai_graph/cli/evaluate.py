@@ -202,7 +202,7 @@ def _subjects(
 
 def _weights_of_critic(spec: str) -> str | None:
     """Return a digest of the user's own files behind a critic; None of any other, whose spec says which."""
-    from cai_graph.trained import PREFIX
+    from cai_graph.critic.trained import PREFIX
     from trainers.identity import identity, weights_of
 
     return identity(spec) if spec.startswith(PREFIX) else weights_of(spec)

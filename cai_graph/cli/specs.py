@@ -28,8 +28,8 @@ def loaded(spec: str, **settings: Any) -> BaseChatModel:
 
 def critic_of(critic: str, strong: str | None, threshold: float | None) -> Critic:
     """Return the critic that the options name, a cascade where there is a strong one."""
-    from cai_graph.cascades import cascade
     from cai_graph.critic import critic_for
+    from cai_graph.critic.cascades import cascade
 
     if strong is None and threshold is None:
         return critic_for(judging(critic))
@@ -52,7 +52,7 @@ def width(model: str) -> int:
 
 def _is_trained(spec: str) -> bool:
     """Return whether a spec names a critic of one's own."""
-    from cai_graph.trained import PREFIX
+    from cai_graph.critic.trained import PREFIX
 
     return spec.startswith(PREFIX)
 

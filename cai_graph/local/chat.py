@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai_graph.concurrency.threads import in_thread
 from cai_graph.errors import ConfigError, MissingExtra
 from cai_graph.local.cache import model_name, own_file, weights
 from cai_graph.local.catalogue import find
 from cai_graph.local.loopback import async_transport, httpx_module, timeout, transport
 from cai_graph.local.pool import Loan
 from cai_graph.local.server import Engine, engine, require
-from cai_graph.threads import in_thread
 
 if TYPE_CHECKING:
     import httpx

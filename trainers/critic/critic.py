@@ -2,7 +2,7 @@
 
     verdicts        the rows of a dataset of the kind `critic`: what critics and people found, people first
     train           a probe (linear heads on a local model's hidden state) or a classifier (LoRA on a small
-                    torch model), calibrated, measured, in a folder that `cai_graph.trained` loads
+                    torch model), calibrated, measured, in a folder that `cai_graph.critic.trained` loads
 
 What is measured on is never trained on: the dataset's test part, other folds by request, and the judges that
 the config names as unseen. A judge is who gave the label: a critic, a reviewer, a source of labels.
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cai_graph import constitution as constitutions
+from cai_graph.critic.probe import windows, windows_that_fit
+from cai_graph.critic.trained import TrainedCritic, classifier_text, load_of, logits_of
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError
-from cai_graph.probe import windows, windows_that_fit
-from cai_graph.trained import TrainedCritic, classifier_text, load_of, logits_of
 from trainers import markdown, whole
 from trainers.config import above, at_least, plain, require
 from trainers.critic import heads as fitting

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cai_graph.calibration import wilson
+from cai_graph.intervals import wilson
 from trainers import calibrated, markdown, svg
 from trainers.evaluation.figures import share
 

@@ -83,7 +83,7 @@ def inputs(states: Sequence[Array], reads: tuple[int, int] = (1, 1)) -> Array:
     """Return (rows, 2 · dimensions): the first windows, zeros for a vector that is not read.
 
     Args:
-        states: a row each, (windows, 2, dimensions); see `cai_graph.probe.States`.
+        states: a row each, (windows, 2, dimensions); see `cai_graph.critic.probe.States`.
         reads: which of the two vectors a head reads, 1 or 0 each.
     """
     import numpy
@@ -222,7 +222,7 @@ def calibrate(head: Head, name: str, found: Array, y: Array, counted: Array, fal
 
 
 def write_heads(path: Path, heads: Mapping[str, Head]) -> None:
-    """Write the safetensors file that `cai_graph.probe` reads, calibration folded in."""
+    """Write the safetensors file that `cai_graph.critic.probe` reads, calibration folded in."""
     import numpy
     from safetensors.numpy import save
 

@@ -1,4 +1,4 @@
-"""Trains the heads that cai_graph.probe reads, and measures them where they were not trained.
+"""Trains the heads that cai_graph.critic.probe reads, and measures them where they were not trained.
 
     labels       labelled answers and requests out of a data folder
     states       one forward pass a row through the engine that serves the heads
@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cai_graph.critic.probe import HEADS, Probe, windows
 from cai_graph.digests import sha256_of
 from cai_graph.errors import DataError
-from cai_graph.probe import HEADS, Probe, windows
 from trainers import markdown
 from trainers.config import require
 from trainers.critic import heads as fitting
@@ -284,7 +284,8 @@ def _by_people(ruler: _Ruler, head: str, found: _Found) -> _Found:
 def train(config: Config, progress: Callable[[int, int], None] | None = None) -> Path:
     """Train the heads of a local model, measure them, and return the folder they were written to.
 
-    The folder is what `cai_graph.probe.Probe` loads. An interrupted run resumes: states stay in the cache.
+    The folder is what `cai_graph.critic.probe.Probe` loads. An interrupted run resumes: states stay in
+    the cache.
 
     Args:
         config: see there.

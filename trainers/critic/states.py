@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph import local
+from cai_graph.critic.probe import Reader, cut_request
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError
-from cai_graph.probe import Reader, cut_request
 from trainers import whole
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def reader_of(model: str, blocks: int | None, turns: tuple[str, str]) -> Reader:
     Args:
         model: "local", "local:NAME" or "local:FILE.gguf".
         blocks: how many blocks a pass goes through; None for 9/14 of the model's.
-        turns: the chat template; see `cai_graph.probe.Reader`.
+        turns: the chat template; see `cai_graph.critic.probe.Reader`.
 
     Raises:
         ConfigError: the model is not local.
@@ -98,7 +98,7 @@ class StateCache:
     def load(self, passes: Sequence[Passes]) -> list[Array]:
         """Return for each the states of its windows, (windows, 2, dimensions) float64.
 
-        The two vectors of a window are those of `cai_graph.probe.States`.
+        The two vectors of a window are those of `cai_graph.critic.probe.States`.
         """
         import numpy
 

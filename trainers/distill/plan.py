@@ -14,9 +14,9 @@ from cai_graph import bulk, chain, local, models
 from cai_graph import constitution as constitutions
 from cai_graph.addresses import without_password
 from cai_graph.calls import UNATTENDED_SECONDS, Budget
-from cai_graph.chat import ConstitutionalChatModel
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError
+from cai_graph.faces.chat import ConstitutionalChatModel
 from cai_graph.log import open_log
 from cai_graph.log.transfer import export as export_log
 from cai_graph.log.transfer import import_

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cai_graph import bulk, local
+from cai_graph.critic.probe import Probe
+from cai_graph.critic.trained import PREFIX
 from cai_graph.log import open_log
-from cai_graph.probe import Probe
-from cai_graph.trained import PREFIX
 from cai_graph.trajectory import Outcome
 from trainers.distill.config import Config
 from trainers.distill.launch import processes

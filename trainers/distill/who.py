@@ -7,7 +7,7 @@ from typing import Any
 
 from cai_graph import local, models
 from cai_graph.critic import Critic, critic_for
-from cai_graph.trained import PREFIX
+from cai_graph.critic.trained import PREFIX
 from trainers.distill.sampler import Sampler
 from trainers.rewards import Spec, spelled_out
 

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from cai_graph.calls import Calls
+from cai_graph.concurrency.together import together
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic
 from cai_graph.prompts import Exchange
-from cai_graph.together import together
 from cai_graph.trajectory import Critique, Label, Verdict, text_of
 from trainers.identity import told_apart
 

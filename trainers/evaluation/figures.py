@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
 
-from cai_graph.calibration import wilson
 from cai_graph.errors import DataError
+from cai_graph.intervals import wilson
 
 __all__ = ["RESAMPLES", "Estimate", "Figure", "estimate", "paired", "resampled", "share"]
 

@@ -25,11 +25,11 @@ from typing import Any
 import msgspec
 
 from cai_graph.calls import Budget, Calls, describe
+from cai_graph.concurrency.together import side_by_side
 from cai_graph.constitution import Constitution
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.failures import is_about_all_rows
 from cai_graph.prompts import Exchange
-from cai_graph.together import side_by_side
 from cai_graph.trajectory import Message
 from trainers import lines, whole
 from trainers.dataset.compared import same_answer

@@ -27,6 +27,7 @@ from langchain_core.language_models import BaseChatModel
 
 from cai_graph import models
 from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
+from cai_graph.concurrency.together import side_by_side, until
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, ModelError
@@ -35,7 +36,6 @@ from cai_graph.log import Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.messages import cut_short, from_langchain, to_langchain
 from cai_graph.prompts import Exchange
-from cai_graph.together import side_by_side, until
 from cai_graph.trajectory import (
     Call,
     Comparison,

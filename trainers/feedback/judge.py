@@ -20,12 +20,12 @@ from langchain_core.messages import AIMessage, BaseMessage
 
 from cai_graph import local, models, prompts
 from cai_graph.calls import Calls
+from cai_graph.concurrency.together import together
 from cai_graph.constitution import Constitution
 from cai_graph.critic import check_length
+from cai_graph.critic.ladder import scored_tokens
 from cai_graph.errors import ConfigError
-from cai_graph.ladder import scored_tokens
 from cai_graph.prompts import COMPARED, RATINGS, Exchange
-from cai_graph.together import together
 from cai_graph.trajectory import Message, text_of
 
 __all__ = ["VOTES", "Judge", "Opinion", "expected_rating", "p_first", "read_choice", "read_rating"]

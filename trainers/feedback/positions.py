@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cai_graph.calibration import wilson
+from cai_graph.intervals import wilson
 from cai_graph.log import Log
 from cai_graph.trajectory import Comparison, Review, revision_at
 from trainers.dataset.compared import same_answer

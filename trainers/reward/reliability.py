@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cai_graph.calibration import wilson
 from cai_graph.errors import DataError
+from cai_graph.intervals import wilson
 from trainers import calibrated, svg
 from trainers.calibrated import BINS, Bin
 from trainers.evaluation.figures import share

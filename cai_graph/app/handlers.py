@@ -1,0 +1,355 @@
+"""The callback handlers around a request, and what each kind of them is told.
+
+    steps     which one is under way, as a custom event
+    inside    of the runs below: tracers hear all of them, what shows an answer hears no word of a draft
+    leaving   of the answer that leaves: a chat model's run, from its start to its end
+
+Under a synchronous call they are told of what leaves in its caller's thread, where a handler may have a
+connection or a thread-local of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any, TypeAlias, TypeVar, cast
+from uuid import UUID
+
+from langchain_core.callbacks import (
+    AsyncCallbackManager,
+    AsyncCallbackManagerForLLMRun,
+    BaseCallbackHandler,
+    BaseCallbackManager,
+    CallbackManager,
+    CallbackManagerForLLMRun,
+)
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, message_chunk_to_message
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
+from langchain_core.runnables import RunnableConfig
+from langchain_core.tracers._streaming import _V2StreamingCallbackHandler
+from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
+
+from cai_graph.app.streams import Piece
+from cai_graph.concurrency import bridge
+
+__all__ = [
+    "PROGRESS",
+    "ModelRun",
+    "Shown",
+    "Told",
+    "chosen",
+    "manager_for",
+    "only",
+    "progress",
+    "shows_answers",
+    "under_a_model",
+    "unstreamed",
+]
+
+M = TypeVar("M", bound=BaseCallbackManager)
+
+# --- which handlers -----------------------------------------------------------------------------------
+
+
+def shows_answers(handler: BaseCallbackHandler) -> bool:
+    """Return whether a handler shows an answer as it hears it: to a stream, as those of LangChain and
+    LangGraph do, or token by token, as `StreamingStdOutCallbackHandler` does."""
+    return _is_stream(handler) or _shows_tokens(handler)
+
+
+def _is_stream(handler: BaseCallbackHandler) -> bool:
+    """Return whether a handler is a stream's, as LangChain and LangGraph tell theirs from others."""
+    # The method is what the protocol _StreamingCallbackHandler asks for; isinstance takes long with one.
+    return isinstance(handler, _V2StreamingCallbackHandler) or hasattr(handler, "tap_output_aiter")
+
+
+def _shows_tokens(handler: BaseCallbackHandler) -> bool:
+    heard = [getattr(handler, event) for event in _TOKENS if _hears(handler, event)]
+    return any(getattr(hear, "__func__", hear) not in _RECORDS for hear in heard)
+
+
+_TOKENS = ("on_llm_new_token", "on_stream_event")
+"""Events that hand over an answer while it is written."""
+_RECORDS = (BaseTracer.on_llm_new_token, AsyncBaseTracer.on_llm_new_token)
+"""Tracers record the tokens of the calls that they follow, and show them to nobody."""
+
+
+def _hears(handler: BaseCallbackHandler, event: str) -> bool:
+    """Return whether a handler does anything at an event; LangChain's own override many by a docstring."""
+    code = getattr(getattr(handler, event), "__code__", None)
+    return code is None or bool(code.co_names or code.co_freevars)  # what names nothing does nothing
+
+
+def chosen(kind: type[M], callbacks: BaseCallbackManager, wanted: Callable[[BaseCallbackHandler], bool]) -> M:
+    """Return a manager of this kind that tells the wanted ones of these callbacks of runs at their place."""
+    return kind(
+        handlers=[handler for handler in callbacks.handlers if wanted(handler)],
+        parent_run_id=callbacks.parent_run_id,
+        tags=callbacks.tags,
+        metadata=callbacks.metadata,
+    )
+
+
+# --- steps --------------------------------------------------------------------------------------------
+
+PROGRESS = "cai_progress"
+"""Name of the custom event that says which step is under way, and its key in LangGraph's `custom` mode."""
+
+
+def progress(
+    callbacks: BaseCallbackManager, writer: Callable[[Any], None] | None
+) -> Callable[[str], Awaitable[None]] | None:
+    """Return what tells callbacks and an outer graph's `custom` stream of a step; None where nobody hears.
+
+    The event's data is `{"step": "revising 1/2"}`: never a word of a draft.
+    """
+    manager = chosen(AsyncCallbackManager, callbacks, lambda handler: _hears(handler, "on_custom_event"))
+    if not manager.handlers and writer is None:
+        return None
+
+    async def tell(step: str) -> None:
+        if writer is not None:
+            writer({PROGRESS: {"step": step}})
+        await manager.on_custom_event(PROGRESS, {"step": step}, run_id=manager.parent_run_id)
+
+    return tell
+
+
+# --- inside -------------------------------------------------------------------------------------------
+
+
+def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
+    """Return the callbacks as runs inside may have them: no word of a draft reaches what shows an answer.
+
+    Tracers see every inner call, and so does whatever shows nothing, such as what counts tokens or logs
+    prompts. https://github.com/langchain-ai/langchain/issues/35011
+    What shows an answer is told of the app's tools, retrievers and custom events; where it follows chains,
+    of everything but tokens.
+    """
+    inside: dict[int, BaseCallbackHandler] = {}
+    for handler in (*callbacks.handlers, *callbacks.inheritable_handlers):
+        if id(handler) not in inside:
+            inside[id(handler)] = _inside(handler, callbacks.parent_run_id)
+    if all(id(kept) == of for of, kept in inside.items()):
+        return callbacks  # nobody changes them below: LangChain makes copies of its own
+    made = callbacks.copy()
+    for handlers in (made.handlers, made.inheritable_handlers):
+        handlers[:] = [inside[id(handler)] for handler in handlers]
+    return made
+
+
+def _inside(handler: BaseCallbackHandler, run_id: UUID | None) -> BaseCallbackHandler:
+    """Return a handler as runs inside the run `run_id` may have it."""
+    if not shows_answers(handler):
+        return handler
+    if _is_stream(handler) or not _hears(handler, "on_chain_start"):
+        return _Aside(handler, run_id)
+    return _Deaf(handler)
+
+
+def under_a_model(handlers: list[BaseCallbackHandler], run_id: UUID) -> list[BaseCallbackHandler]:
+    """Return the handlers of a chat model's run `run_id` as those below it may have them.
+
+    What hears neither a model end nor chains, such as what logs prompts, sees one model as it always did.
+    """
+    return [
+        handler
+        if _hears(handler, "on_llm_end") or _hears(handler, "on_chain_start")
+        else _Aside(handler, run_id)
+        for handler in handlers
+    ]
+
+
+class _Aside(BaseCallbackHandler):
+    """A handler that is told of the app's tools, retrievers and custom events, and of nothing else inside.
+
+    To it they happen right under the run `run_id`, since it knows of no run between.
+    """
+
+    ignore_llm = ignore_chat_model = ignore_chain = ignore_retry = True
+    ignore_agent = ignore_retriever = ignore_custom_event = False
+
+    def __init__(self, handler: BaseCallbackHandler, run_id: UUID | None) -> None:
+        self.raise_error, self.run_inline = handler.raise_error, handler.run_inline
+        for event, (ignored, known_as) in _ASIDE.items():
+            if _hears(handler, event) and not getattr(handler, ignored):
+                hear = getattr(handler, event)
+                setattr(self, event, hear if run_id is None else _always(hear, {known_as: run_id}))
+
+
+_ASIDE = {
+    **{f"on_tool_{when}": ("ignore_agent", "parent_run_id") for when in ("start", "end", "error")},
+    **{f"on_retriever_{when}": ("ignore_retriever", "parent_run_id") for when in ("start", "end", "error")},
+    "on_custom_event": ("ignore_custom_event", "run_id"),
+}
+"""Events without a word of an answer: what ignores them, and which argument names a run that is not shown."""
+
+
+def _always(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any]:
+    """Return `hear` with these arguments, whatever its caller says."""
+
+    async def tell_async(*args: Any, **kwargs: Any) -> Any:
+        return await hear(*args, **{**kwargs, **about})
+
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        return hear(*args, **{**kwargs, **about})
+
+    return tell_async if asyncio.iscoroutinefunction(hear) else tell
+
+
+class _Deaf(BaseCallbackHandler):
+    """A handler to all who ask, but one that hears no tokens."""
+
+    def __init__(self, handler: BaseCallbackHandler) -> None:
+        self._handler = handler
+        asynchronous = asyncio.iscoroutinefunction(handler.on_llm_new_token)
+        self._hear = _hear_nothing_async if asynchronous else _hear_nothing
+
+    def __getattribute__(self, name: str) -> Any:
+        own = object.__getattribute__
+        return own(self, "_hear") if name in _TOKENS else getattr(own(self, "_handler"), name)
+
+
+def _hear_nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+async def _hear_nothing_async(*args: Any, **kwargs: Any) -> None: ...
+
+
+# --- leaving ------------------------------------------------------------------------------------------
+
+ModelRun: TypeAlias = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun
+"""A chat model's run as LangChain has it."""
+
+
+def manager_for(caller: bridge.Caller | None) -> type[CallbackManager] | type[AsyncCallbackManager]:
+    """Return the class of managers whose handlers are told in the caller's thread, or else in this loop."""
+    return AsyncCallbackManager if caller is None else CallbackManager
+
+
+class Told:
+    """A chat model's run, as its handlers are told of it.
+
+    Streams are shown the answer's usage; other handlers are not, since they count each call where it is made.
+
+    Args:
+        run: synchronous where a caller waits, else asynchronous.
+        caller: the thread that waits.
+    """
+
+    def __init__(self, run: ModelRun, caller: bridge.Caller | None) -> None:
+        self.run = run
+        self._caller = caller
+        self._streams = only(run, _is_stream)
+        self._others = only(run, lambda handler: not _is_stream(handler))
+        self.all: AIMessageChunk | None = None
+        """What was shown so far."""
+
+    @classmethod
+    async def begin(
+        cls,
+        manager: CallbackManager | AsyncCallbackManager,
+        messages: list[BaseMessage],
+        caller: bridge.Caller | None,
+        *,
+        serialized: dict[str, Any] | None = None,
+        **about: Any,
+    ) -> Told:
+        """Say that a model is asked, and return its run. `about` is what LangChain says of a run."""
+        start = partial(manager.on_chat_model_start, serialized or {}, [messages], **about)
+        (run,) = await _tell(start, caller if manager.handlers else None)
+        return cls(run, caller)
+
+    async def piece(self, part: AIMessageChunk) -> None:
+        """Show a part of the answer."""
+        self.all = part if self.all is None else self.all + part
+        for run, shown in self._each(part):
+            chunk = ChatGenerationChunk(message=shown)
+            await _tell(partial(run.on_llm_new_token, chunk.text, chunk=chunk), self._caller)
+
+    async def end(self, whole: AIMessage | None = None) -> None:
+        """Say that nothing more comes; `whole` is the answer, if not the sum of its parts."""
+        for run, shown in self._each(whole or self.all):
+            await _tell(partial(run.on_llm_end, _result(shown)), self._caller)
+
+    async def error(self, error: BaseException) -> None:
+        """Say that nothing more comes, and why."""
+        for run, shown in self._each(self.all):
+            await _tell(partial(run.on_llm_error, error, response=_result(shown)), self._caller)
+
+    def _each(self, message: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield the run as each kind of handlers is told of it, and what they see of a message."""
+        if self._streams.handlers:
+            yield self._streams, message
+        if self._others.handlers:
+            hidden = {"usage_metadata": None}
+            yield self._others, None if message is None else message.model_copy(update=hidden)
+
+
+def only(run: ModelRun, wanted: Callable[[BaseCallbackHandler], bool]) -> ModelRun:
+    """Return the run as the wanted ones of its handlers are told of it."""
+    return type(run)(
+        run_id=run.run_id,
+        handlers=[handler for handler in run.handlers if wanted(handler)],
+        inheritable_handlers=[],
+        parent_run_id=run.parent_run_id,
+        tags=run.tags,
+        metadata=run.metadata,
+    )
+
+
+async def _tell(event: Callable[[], Any], caller: bridge.Caller | None) -> Any:
+    """Have handlers hear an event, in the thread of a caller that still waits."""
+    told = event() if caller is None or caller.gone else await caller.call(event)
+    return await told if inspect.isawaitable(told) else told
+
+
+def _result(message: AIMessage | None) -> LLMResult:
+    if message is None:
+        return LLMResult(generations=[])
+    if isinstance(message, AIMessageChunk):
+        return LLMResult(generations=[[ChatGenerationChunk(message=message)]])
+    return LLMResult(generations=[[ChatGeneration(message=message)]])
+
+
+class Shown:
+    """Shows what leaves to the handlers that show an answer, as the chat model's answer that it is.
+
+    `astream_events` and the `messages` mode of a LangGraph graph live on a chat model's tokens, and of the
+    models inside no token may reach them; nor those that show tokens, such as one that prints them. Tracers
+    are told nothing: they saw the calls that were made.
+    """
+
+    def __init__(
+        self, config: RunnableConfig, messages: list[BaseMessage], name: str, caller: bridge.Caller | None
+    ) -> None:
+        callbacks = cast("BaseCallbackManager", config["callbacks"])
+        manager = chosen(manager_for(caller), callbacks, shows_answers)
+        self._begin = partial(Told.begin, manager, messages, caller, name=name) if manager.handlers else None
+        self._told: Told | None = None
+
+    async def piece(self, piece: Piece) -> None:
+        """Show a piece."""
+        if self._begin is None or not (piece.text or piece.trajectory):
+            return
+        told, chunk = await self._begun(self._begin), piece.output
+        if not isinstance(chunk, AIMessageChunk):
+            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{told.run.run_id}")
+        await told.piece(chunk)
+
+    async def end(self) -> None:
+        """Say that the answer is whole."""
+        if self._told is not None and self._told.all is not None:
+            await self._told.end(cast("AIMessage", message_chunk_to_message(self._told.all)))
+
+    async def error(self, error: BaseException) -> None:
+        """Say that nothing more comes, also where nothing came: who reads tokens waits for an end."""
+        if self._begin is not None:
+            await (await self._begun(self._begin)).error(error)
+
+    async def _begun(self, begin: Callable[[], Awaitable[Told]]) -> Told:
+        if self._told is None:
+            self._told = await begin()
+        return self._told

@@ -1,0 +1,515 @@
+"""Where an app's input and output hold the conversation, the answer and the context.
+
+What is judged is found in the app's output by its shape, and what leaves is put back into the same place,
+so that callers see the types that they always saw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, ToolMessage, convert_to_messages
+from langchain_core.prompt_values import PromptValue
+from msgspec.structs import replace
+from pydantic import BaseModel
+
+from cai_graph.errors import DataError
+from cai_graph.messages import END_REASONS, from_langchain
+from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, left_of, said_in, unwrapped
+from cai_graph.request.form import Form
+from cai_graph.trajectory import Call, Message, Trajectory, shown_of
+
+__all__ = ["Shape", "Swap", "added", "leaves", "refused"]
+
+_INPUT_KEYS = ("input", "question", "query", "prompt")
+_OUTPUT_KEYS = ("answer", "output", "text")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Where in an app's input and output the conversation, the answer and the context are."""
+
+    input_key: str | None = None
+    """Key of the request in a dict; None: `messages`, else the only one present of the usual keys."""
+    output_key: str | None = None
+    """Key of the answer in a dict; None: `messages`, else the only one present of the usual keys."""
+    context_keys: tuple[str, ...] = ()
+    """Keys of the output, or else of the input, that the critic sees as context."""
+
+    whole: ClassVar[bool] = False
+    """Whether an answer cannot be told part by part, and so leaves in one piece."""
+
+    def conversation(self, value: object) -> tuple[Message, ...]:
+        """Return the conversation that an input asks in."""
+        value = _by_key(value)
+        if isinstance(value, Mapping):
+            value = value[self._key(value, self.input_key, _INPUT_KEYS, "input")]
+            if isinstance(value, Mapping) or (isinstance(value, tuple) and _is_message(value)):
+                value = [value]  # one message, which LangGraph takes for a list of it
+        if isinstance(value, PromptValue):
+            value = value.to_messages()
+        if isinstance(value, str):
+            return (Message(role="user", content=str(value)),)
+        if isinstance(value, BaseMessage):
+            return (from_langchain(value),)
+        if isinstance(value, Sequence):
+            return tuple(map(from_langchain, convert_to_messages(value)))
+        raise DataError(
+            f"the input is a {type(value).__name__}, and a request is read from a string, messages, or a "
+            "dict with one of them; say where with input_key="
+        )
+
+    def asked(self, given: tuple[Message, ...], output: Any) -> tuple[Message, ...]:
+        """Return the conversation that an output answers; of an app that keeps one, all that came before.
+
+        `given` is what the input says, and it holds where the output does not go on from it; it is empty
+        where the input is the resumption of an app that had paused.
+        """
+        found = output[self.output_in(output)] if isinstance(output, Mapping) else output
+        if isinstance(found, list):
+            before = tuple(map(from_langchain, found[: _last_of_model(found)]))
+            last = [(m.role, m.content) for m in given[-1:]]
+            return before if not given or last[0] in [(m.role, m.content) for m in before] else given
+        return given or self.conversation(output)
+
+    def answer(self, output: object) -> Message:
+        """Return the answer that stands in an output."""
+        found = self.answer_in(output)
+        if isinstance(found, BaseMessage):
+            message = from_langchain(found)
+            if isinstance(found, ToolMessage):  # a tool answered in the model's place
+                message = replace(message, role="assistant", name=None, tool_call_id=None)
+            return message
+        return Message(role="assistant", content=str(found))  # parsers return subclasses of str
+
+    def context(self, given: object, output: object) -> dict[str, str]:
+        """Return the context that the critic sees, by key."""
+        found: dict[str, str] = {}
+        for key in self.context_keys:
+            for place in (output, _by_key(given)):
+                if isinstance(place, Mapping) and key in place:
+                    found[key] = _as_text(place[key])
+                    break
+        return found
+
+    def form(self, output: object) -> Form | None:
+        """Return what the answer must be, where it is a structured one that callers see parsed."""
+        return None
+
+    def pack(self, output: Any) -> Any:
+        """Return an output as a checkpointer can keep it."""
+        return output
+
+    def unpack(self, packed: Any) -> Any:
+        """Return the output that `pack` packed."""
+        return packed
+
+    def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
+        """Return the output with the released answer in the answer's place."""
+        kept = trajectory.released_from == "draft"
+        if isinstance(output, str):
+            return output if kept else shown_of(released)
+        if isinstance(output, BaseMessage):
+            about = {
+                "trajectory_id": trajectory.id,
+                "outcome": trajectory.outcome.value,
+                "calls": [_itemised(call) for call in trajectory.calls],
+            }
+            told = output.response_metadata if kept else _of_others(output.response_metadata)
+            if not kept and trajectory.draft is not None and trajectory.draft.truncated:
+                told = {name: value for name, value in told.items() if name not in END_REASONS}
+            update: dict[str, Any] = {"response_metadata": {**told, "cai": about}}
+            dropped = bool(getattr(output, "tool_calls", None)) and not released.tool_calls
+            if trajectory.released_from == "refusal" or dropped:
+                update |= emptied(output, shown_of(released))
+            elif not kept:
+                update |= _mended(output, shown_of(released))
+            return output.model_copy(update=update)
+        answer = self.answer_in(output)
+
+        def put_into(value: Any) -> Any:
+            if isinstance(value, list):
+                return [self.put(item, released, trajectory) if item is answer else item for item in value]
+            return self.put(value, released, trajectory)
+
+        if not isinstance(output, Mapping):
+            left = put_into(output)
+            return left if kept else self.swap(output, left)(left)
+        key = self.output_in(output)
+        left = {**output, key: put_into(output[key])}
+        if kept:
+            return left
+        swap = self.swap(output, left)
+        return {k: swap(value, k) for k, value in left.items()}
+
+    def swap(self, output: Any, left: Any) -> Swap:
+        """Return what puts the answer that left into the draft's place, wherever that stands.
+
+        Args:
+            output: the app's output.
+            left: the same with what left in the answer's place.
+        """
+        key = self.output_in(output) if isinstance(output, Mapping) else None
+        answer = self.answer_in(output)
+        return Swap(answer, self.answer_in(left), key, _earlier(output, answer))
+
+    def unjudged(self, state: Any, keys: Collection[str] | None, refusal: str) -> list[Swap]:
+        """Return what puts a refusal into the place of whatever may be an answer in the last turn of a state.
+
+        These are the answer, where there is one, and all words of the model behind the user's last message:
+        of a run that broke off nobody knows which were to be the answer.
+
+        Args:
+            state: the values of an app's channels, or its one value.
+            keys: of those the ones that the app returns; None: it returns what the state is.
+            refusal: what to put there.
+        """
+        swaps: list[Swap] = []
+        returned = state if keys is None else {key: state[key] for key in state if key in keys}
+        try:
+            key = self.output_in(returned) if isinstance(returned, Mapping) else None
+            answer = self.answer_in(returned)
+            among = returned if key is None else returned[key]
+            swaps.append(Swap(answer, refused(answer, refusal, among), key, _earlier(state, answer)))
+        except DataError:  # it has not come to an answer
+            answer = None
+        for name, value in state.items() if isinstance(state, Mapping) else ():
+            if isinstance(value, list):
+                said = [each for each in value[_turn(value) :] if isinstance(each, AIMessage)]
+                swaps += [
+                    Swap(each, refused(each, refusal, value), name, _earlier(state, each))
+                    for each in said
+                    if each is not answer and shown_of(each).strip()
+                ]
+        return swaps
+
+    def output_in(self, output: Mapping[str, Any]) -> str:
+        """Return the key of the answer in an output."""
+        return self._key(output, self.output_key, _OUTPUT_KEYS, "output")
+
+    def answer_in(self, output: object) -> str | BaseMessage:
+        """Return the answer itself, as it stands in an output.
+
+        Among messages it is the model's last one; where that says nothing, what a tool says that ended the
+        run behind it.
+        """
+        inside = output[self.output_in(output)] if isinstance(output, Mapping) else output
+        if isinstance(inside, Mapping):
+            return self.answer_in(inside)
+        if isinstance(inside, str | BaseMessage):
+            return inside
+        if isinstance(inside, list) and inside and all(isinstance(item, BaseMessage) for item in inside):
+            messages: list[BaseMessage] = inside
+            found, last = messages[_last_of_model(messages)], messages[-1]
+            # An agent tells of its structured answer in a tool's message, too, which is no answer itself.
+            typed = isinstance(output, Mapping) and output.get("structured_response") is not None
+            if isinstance(last, ToolMessage) and not typed and not shown_of(from_langchain(found)).strip():
+                return last
+            return found
+        raise DataError(
+            f"the app returned a {type(inside).__name__}, and an answer is read from a string, a message, "
+            "messages, or a dict with one of them; say where with output_key="
+        )
+
+    def _key(self, value: Mapping[str, Any], chosen: str | None, usual: Sequence[str], side: str) -> str:
+        keys = ", ".join(repr(key) for key in value)
+        if chosen is not None:
+            if chosen not in value:
+                raise DataError(f"{side}_key is {chosen!r}, and the {side} has the keys {keys}")
+            return chosen
+        if "messages" in value:
+            return "messages"
+        present = [key for key in usual if key in value]
+        if len(present) != 1:
+            found = "none" if not present else " and ".join(repr(key) for key in present)
+            raise DataError(
+                f"the {side} has the keys {keys}; exactly one of 'messages', "
+                f"{', '.join(map(repr, usual))} is expected, found {found}; say which with {side}_key="
+            )
+        return present[0]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Puts an answer that left into its draft's place wherever that is: in an output, a stream, a state.
+
+    A message is known by its id. A text is the draft under the answer's key, and elsewhere where it reads the
+    same to the letter and is no mere label, as "yes" is. So is the text of a model's or a tool's message in
+    this turn; in an earlier one it left as that turn's answer, and stays.
+    """
+
+    draft: str | BaseMessage
+    released: str | BaseMessage
+    key: str | None
+    """Key of the answer in the app's output; None where that has no keys."""
+    earlier: frozenset[str | int] = frozenset()
+    """The messages of earlier turns, as `_named` names them."""
+
+    def sparing(self, state: Any) -> Swap:
+        """Return the same, which leaves alone the messages that another state has, too, by their ids.
+
+        The draft is none of them: under its id that state may have what left in its place.
+        """
+        values = state.values() if isinstance(state, Mapping) else [state]
+        messages = [each for value in values if isinstance(value, list) for each in value]
+        ids = {each.id for each in messages if isinstance(each, BaseMessage) and each.id}
+        own = {self.draft.id} if isinstance(self.draft, BaseMessage) else set()
+        return dataclasses.replace(self, earlier=self.earlier | (ids - own))
+
+    def __call__(self, value: Any, key: str | None = None) -> Any:
+        """Return what stands under `key` with the draft replaced; the very value where no draft is in it."""
+        return self._in(value, key, {})
+
+    def _in(self, value: Any, key: str | None, around: dict[int, Any]) -> Any:
+        """Return the same; `around` has what is being made of the values around this one, which may hold
+        themselves."""
+        if id(value) in around:
+            return around[id(value)]
+        if isinstance(value, BaseMessage):
+            return self._message(value)
+        if isinstance(value, str):
+            same = value == self._text and (self._is_place(key) or not _is_label(value))
+            return self._new_text if same else value
+        if isinstance(value, Mapping):
+            by_key: dict[Any, Any] = {}
+            around = {**around, id(value): by_key}
+            by_key.update((name, self._in(item, name, around)) for name, item in value.items())
+            return by_key if any(by_key[name] is not value[name] for name in value) else value
+        if isinstance(value, list | tuple):
+            items: list[Any] = []
+            around = {**around, id(value): items}
+            items.extend(self._in(item, key, around) for item in value)
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            if isinstance(value, list):
+                return items
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return value
+
+    def _message(self, message: BaseMessage) -> BaseMessage:
+        draft, text = self.draft, self._text
+        if _named(message) in self.earlier:
+            return message
+        if isinstance(draft, BaseMessage) and (message.id == draft.id if message.id else message == draft):
+            return self.released if isinstance(self.released, BaseMessage) else message
+        if self._new_text == text or _is_label(text):
+            return message
+        if not isinstance(message, AIMessage | ToolMessage) or shown_of(message) != text:
+            return message
+        update = {
+            "content": self._new_text,
+            "additional_kwargs": _of_others(message.additional_kwargs),
+            "response_metadata": _of_others(message.response_metadata),
+            **_without(message),
+        }
+        return message.model_copy(update=update)
+
+    def _is_place(self, key: str | None) -> bool:
+        return isinstance(self.draft, str) and self.key in (None, key)
+
+    @property
+    def _text(self) -> str:
+        return self.draft if isinstance(self.draft, str) else shown_of(self.draft)
+
+    @property
+    def _new_text(self) -> str:
+        return self.released if isinstance(self.released, str) else shown_of(self.released)
+
+
+_LABEL = 24
+"""Most bytes of a label: a word, or the few characters of one where words are written without spaces."""
+
+
+def _is_label(text: str) -> bool:
+    """Return whether a text may well mean something else than the answer that reads the same."""
+    return len(text.split()) < 2 and len(text.encode("utf-8", "surrogatepass")) <= _LABEL
+
+
+def _turn(messages: Sequence[Any], end: int | None = None) -> int:
+    """Return where among messages, up to `end`, the turn begins that the user's last one opens."""
+    asked = [index for index, each in enumerate(messages[:end]) if isinstance(each, HumanMessage)]
+    return asked[-1] if asked else 0
+
+
+def _named(message: BaseMessage) -> str | int:
+    """Return what tells a message from others: its id, or else that it is itself."""
+    return message.id or id(message)
+
+
+def _earlier(output: Any, answer: str | BaseMessage) -> frozenset[str | int]:
+    """Return the messages in an output that stand before the turn of its answer."""
+    found: set[str | int] = set()
+    for value in output.values() if isinstance(output, Mapping) else [output]:
+        if isinstance(value, list):
+            end = next((index for index, each in enumerate(value) if each is answer), None)
+            found |= {_named(each) for each in value[: _turn(value, end)] if isinstance(each, BaseMessage)}
+    return frozenset(found)
+
+
+def leaves(value: Any) -> Iterator[str | BaseMessage]:
+    """Yield the texts and messages in what an app returned, in no order; it may hold itself."""
+    waiting, seen = [value], dict[int, Any]()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str | BaseMessage):
+            yield value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen[id(value)] = value  # kept, so that no other value gets its id
+            waiting.extend(value.values() if isinstance(value, Mapping) else value)
+
+
+def added(total: Any, part: Any) -> Any:
+    """Return what the chunks of a stream add up to with one more.
+
+    What does not add up replaces what came before, as LangChain has it.
+    """
+    try:
+        return total + part
+    except TypeError:
+        return part
+
+
+def _by_key(value: object) -> object:
+    """Return a state that is a pydantic model or a dataclass as the dict that it stands for."""
+    if isinstance(value, BaseModel) and not isinstance(value, BaseMessage | PromptValue):
+        return {name: getattr(value, name) for name in type(value).model_fields}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value
+
+
+def _is_message(value: tuple[Any, ...]) -> bool:
+    """Return whether a tuple is a message as LangChain takes one: its role and its text."""
+    return len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _itemised(call: Call) -> dict[str, Any]:
+    """Return what a call cost, as an item of an account."""
+    return {
+        "role": call.role,
+        "model": call.model,
+        "input_tokens": call.input_tokens,
+        "output_tokens": call.output_tokens,
+    }
+
+
+def _last_of_model(messages: Sequence[BaseMessage]) -> int:
+    for index in range(len(messages) - 1, -1, -1):
+        if isinstance(messages[index], AIMessage):
+            return index
+    raise DataError("the app returned messages without an AI message among them; there is no answer to judge")
+
+
+def emptied(message: BaseMessage, text: str) -> dict[str, Any]:
+    """Return the update by which a message says a text and nothing else of it is left.
+
+    No picture is, and no call that the app would carry out.
+    """
+    return {"content": text, "additional_kwargs": {}, **_without(message, "tool_calls")}
+
+
+def refused(draft: str | BaseMessage, refusal: str, among: Any = None) -> str | BaseMessage:
+    """Return the refusal as it stands in a draft's place where nothing left.
+
+    Where the messages `among` which it stands have what came of its calls, these stay: providers take no
+    result without its call.
+    """
+    if isinstance(draft, str):
+        return refusal
+    results = among if isinstance(among, list) else []
+    known = {each.tool_call_id for each in results if isinstance(each, ToolMessage)}
+    answered = any(call["id"] in known for call in getattr(draft, "tool_calls", ()))
+    update = _mended(draft, refusal) if answered else emptied(draft, refusal)
+    return draft.model_copy(update={**update, "response_metadata": {}})
+
+
+def _mended(message: BaseMessage, text: str) -> dict[str, Any]:
+    """Return the update by which a message says a text, and keeps what tells nothing of the words before."""
+    calls = frozenset(call["id"] for call in getattr(message, "tool_calls", ()))
+    return {
+        "content": _in_place(message.content, text, calls),
+        "additional_kwargs": _of_others(message.additional_kwargs, calls=bool(calls)),
+        **_without(message),
+    }
+
+
+def _without(message: BaseMessage, *names: str) -> dict[str, Any]:
+    """Return the update without what a message has beside its content, and without these fields."""
+    lists = ("invalid_tool_calls", "tool_call_chunks", *names)  # a chunk makes its calls anew
+    left: dict[str, Any] = {name: [] for name in lists if hasattr(message, name)}
+    return left | {"artifact": None} if hasattr(message, "artifact") else left
+
+
+_OF_THE_WORDS = {
+    "id",  # OpenAI goes on from the answer that it keeps under one
+    "logprobs",
+    "parsed",
+    "refusal",
+    "reasoning",
+    "reasoning_content",
+    "reasoning_details",
+    "audio",
+}
+"""Under which names providers tell of an answer's words, or repeat them: they leave with those words only."""
+_OF_THE_MODEL = {"model", "model_name", "model_provider"}
+"""Under which names they tell of the model, be it in several words."""
+_LONGEST = 128
+"""Most characters of what providers tell in a label, such as the name of a model."""
+
+
+def _of_others(told: Mapping[str, Any], *, calls: bool = False) -> dict[str, Any]:
+    """Return what a provider tells of an answer, as far as it tells nothing of the words.
+
+    It is told in numbers and labels. Beside `calls` these may be of any length: signatures, which a provider
+    wants back.
+    """
+    left: dict[str, Any] = {}
+    for name, value in told.items():
+        if name in _OF_THE_WORDS or is_words(str(name)):
+            continue
+        if isinstance(value, Mapping):
+            left[name] = _of_others(value, calls=calls)
+        elif isinstance(value, str):
+            if (name in _OF_THE_MODEL or not is_words(value)) and (calls or len(value) <= _LONGEST):
+                left[name] = value
+        elif value is None or isinstance(value, int | float):
+            left[name] = value
+    return left
+
+
+def _in_place(content: str | list[Any], text: str, calls: Set[str | None]) -> str | list[Any]:
+    """Return message content with `text` where its text begins, and in their order the parts that stay.
+
+    These are what has no words, such as pictures, and where there are calls, by id, these and the thoughts: a
+    provider that thinks before it calls a tool wants them back, and Anthropic only where they stood.
+    """
+    if isinstance(content, str):
+        return text
+    parts: list[Any] = []
+    new: dict[str, Any] | None = {"type": "text", "text": text}
+    for part in content:
+        kind = "text" if said_in(part) is not None else kind_of(part)  # a refusal is said, too
+        if kind == "text":
+            parts += [] if new is None else [new]
+            new = None
+        elif kind in CALLS:
+            named = unwrapped(part)
+            parts += [part] if {named.get("id"), named.get("call_id")} & calls else []
+        elif kind in THOUGHTS:
+            parts += [part] if calls else []
+        elif (left := left_of(part)) is not None:
+            parts.append(left)
+    parts += [] if new is None else [new]
+    return parts if len(parts) > 1 else text
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return "\n\n".join(map(_as_text, value))
+    page: Callable[[], str] | str | None = getattr(value, "page_content", None)
+    return page if isinstance(page, str) else str(value)

@@ -1,0 +1,380 @@
+"""Streams: what of an app's answer leaves when, while the app still writes it.
+
+    buffer   the answer, once the graph has decided
+    blocks   groups of sentences, each once it is judged (`request.Blocks`); what follows goes on after them
+    audit    the app's own chunks as they come; the verdict afterwards
+
+The app writes in a task of its own, a bounded number of chunks ahead of its reader, since what iterates an
+app's stream must be one task from its beginning to its end. What it has written while a block was judged is
+the next block. Closing a stream ends that task and the graph's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import aclosing
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, message_chunk_to_message
+from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.utils import AddableDict
+
+from cai_graph.app.shape import Shape, added, leaves
+from cai_graph.calls import Calls
+from cai_graph.errors import DataError
+from cai_graph.parts import said_in
+from cai_graph.trajectory import Draft, Message, Trajectory, shown_of
+
+__all__ = [
+    "AHEAD",
+    "Batch",
+    "Piece",
+    "Send",
+    "Writing",
+    "batches",
+    "block_end",
+    "relay",
+    "whole",
+    "whole_chunk",
+]
+
+T = TypeVar("T")
+
+FIRST_BLOCK = 80
+"""Least characters of the first block: about a sentence, so that a reader waits as little as can be."""
+LARGEST_BLOCK = 1280
+"""Least characters of the largest block. Each is twice the one before: long answers cost few calls."""
+AHEAD = 1024
+"""How many chunks the app may be ahead of what is judged."""
+
+
+class Piece(NamedTuple):
+    """A part of an output that leaves."""
+
+    output: Any
+    """The chunk: of the same kind as the app's own, so that the chunks of a stream add up to its output. None
+    where the last piece has nothing to add."""
+    text: str
+    """What it holds of the answer's text."""
+    trajectory: Trajectory | None = None
+    """The record, with the last piece."""
+    whole: Any = None
+    """The app's output with what leaves in the answer's place, with the last piece."""
+    id: str | None = None
+    """Of the answer, where it is a message."""
+
+
+Send = Callable[[T], Awaitable[None]]
+
+
+async def relay(
+    work: Callable[[Send[T]], Coroutine[Any, Any, None]], room: int = 1
+) -> AsyncGenerator[T, None]:
+    """Yield what `work` sends while it runs in a task of its own, at most `room` items ahead of the reader.
+
+    Raises what `work` raises. Closing cancels it, and waits until it has cleaned up.
+    """
+    async with aclosing(batches(work, room)) as made:
+        async for batch in made:
+            for item in batch.items:
+                yield item
+
+
+class Batch(NamedTuple, Generic[T]):
+    """What a relayed task has sent since."""
+
+    items: list[T]
+    """In order; at least one."""
+    last: bool
+    """Whether nothing comes any more."""
+
+
+async def batches(
+    work: Callable[[Send[T]], Coroutine[Any, Any, None]], room: int
+) -> AsyncGenerator[Batch[T], None]:
+    """Yield as `relay` does, but each time all that there is."""
+    sent: asyncio.Queue[Any] = asyncio.Queue()
+    free = asyncio.Semaphore(room)
+
+    async def send(item: T) -> None:
+        await free.acquire()
+        sent.put_nowait(item)
+
+    task = asyncio.ensure_future(work(send))
+    task.add_done_callback(lambda _: sent.put_nowait(_END))
+    try:
+        while (item := await sent.get()) is not _END:
+            batch = [item]
+            while not sent.empty() and (item := sent.get_nowait()) is not _END:
+                batch.append(item)
+            ended = item is _END
+            yield Batch(batch, last=ended and not task.cancelled() and task.exception() is None)
+            if ended:
+                break
+            for _ in batch:
+                free.release()
+        await task
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+
+
+_END = object()
+
+# --- where a block ends -------------------------------------------------------------------------------
+
+# A run of marks is looked at from its beginning only, and never twice: a user can ask for thousands of them.
+_SENTENCE_END = re.compile(r"(?<![\d.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|[。！？]++[”’」』）]*+|(?=\n)")
+
+
+def block_end(text: str, start: int, least: int) -> int | None:
+    """Return where the block of `text` that begins at `start` ends; None while more text is needed to say.
+
+    It ends with the last whole sentence or line, after at least `least` characters; where none ends within
+    as many again, between two words; where four times as many have no gap, anywhere.
+
+    >>> block_end("One. Two. Three. Fo", 0, 6)
+    16
+    """
+    ends = [found.end() for found in _SENTENCE_END.finditer(text, start + least)]
+    if ends and text[start : ends[-1]].strip():
+        return ends[-1]
+    if len(text) - start > 2 * least:
+        gap = text.rfind(" ", start + least)
+        if gap > 0 and text[start:gap].strip():
+            return gap
+    if len(text) - start >= 4 * least and text[start:].strip():
+        return start + 4 * least
+    return None
+
+
+# --- the app's answer as it is written ----------------------------------------------------------------
+
+
+class Writing:
+    """An app's answer while it is written, and how much of it has left. A request's `Blocks`."""
+
+    def __init__(
+        self,
+        open: Callable[[Calls, RunnableConfig], AsyncGenerator[Batch[Any], None]],
+        shape: Shape,
+        send: Send[Piece],
+        *,
+        at_once: bool,
+    ) -> None:
+        self._open = open
+        self._shape = shape
+        self._send = send
+        self._at_once = at_once
+        """Whether chunks leave as they come."""
+        self._chunks: AsyncGenerator[Batch[Any], None] | None = None
+        self.output: Any = None
+        """The sum of the app's chunks so far."""
+        self.text = ""
+        """The text of the answer in it."""
+        self._finished = False
+        self._ends: list[int] = []
+        """Where in the text the blocks so far end."""
+        self._sent = 0
+        """How many characters of the text have left."""
+        self._sent_beside: dict[str, Any] = {}
+        """What has left of the output's other keys."""
+        self.cut: Callable[[Message], bool] = lambda answer: False
+        """Whether the model's reply that became an answer stopped before its end."""
+
+    async def next(self, calls: Calls, config: RunnableConfig) -> Draft:
+        """Return the draft up to the end of its next block; unfinished where the app still writes."""
+        start = self._ends[-1] if self._ends else 0
+        least = min(FIRST_BLOCK << len(self._ends), LARGEST_BLOCK)
+        while self._finished or (end := self._block_end(start, least)) is None:
+            if not await self._read(calls, config):
+                return self._draft()
+        self._ends.append(end)
+        return Draft(answer=Message(role="assistant", content=self.text[:end]), unfinished=True)
+
+    def _block_end(self, start: int, least: int) -> int | None:
+        """Return where a block ends; None also where the words, as spoken ones, stand outside the content."""
+        found = self._shape.answer_in(self.output) if self.text else self.text
+        apart = isinstance(found, BaseMessage) and not found.content
+        return None if apart else block_end(self.text, start, least)
+
+    async def whole(self, calls: Calls, config: RunnableConfig) -> Draft:
+        """Return the draft once the app has written all of it."""
+        while await self._read(calls, config):
+            pass
+        return self._draft()
+
+    def so_far(self) -> Draft | None:
+        """Return what the app has written; None where that is nothing yet."""
+        if self._finished:
+            return self._draft()
+        if not self.text:
+            return None
+        return Draft(answer=Message(role="assistant", content=self.text), unfinished=True)
+
+    def _draft(self) -> Draft:
+        answer = self._shape.answer(self.output)
+        return Draft(answer=answer, truncated=self.cut(answer))
+
+    async def _read(self, calls: Calls, config: RunnableConfig) -> bool:
+        """Take what the app has written since; return whether that was anything."""
+        if self._finished:
+            return False
+        if self._chunks is None:
+            self._chunks = self._open(calls, config)
+        async with calls.deadline():
+            batch = await anext(self._chunks, None)
+        for chunk in [] if batch is None else batch.items:
+            await self._add(chunk)
+        if batch is None or batch.last:
+            self._finished = True
+            self._shape.answer(self.output)  # raises where there is none
+        return batch is not None
+
+    async def _add(self, chunk: Any) -> None:
+        self.output = chunk if self.output is None else added(self.output, chunk)
+        before, self.text = self.text, self._written()
+        goes_on = self.text[: self._sent] == before[: self._sent]
+        if self._at_once:
+            new = self.text[self._sent :] if goes_on else self.text  # else another message is the answer now
+            self._sent = len(self.text)
+            await self._send(Piece(chunk, new, id=self._id() if self.text else None))
+        elif not goes_on:
+            raise DataError(
+                "the app's stream took back text that has left already; use stream='buffer' for this app"
+            )
+
+    def _written(self) -> str:
+        try:
+            return shown_of(self._shape.answer(self.output))
+        except DataError:  # the part with the answer has not come yet
+            return self.text
+
+    async def close(self) -> None:
+        """Stop the app where it still writes."""
+        if self._chunks is not None:
+            await self._chunks.aclose()
+
+    # --- what leaves ---
+
+    async def release(self, draft: Draft) -> None:
+        """Send the text of a draft as far as it has not left yet."""
+        text = shown_of(draft.answer)[self._sent :]
+        self._sent += len(text)
+        await self._send(Piece(self._part(self.output, text), text, id=self._id()))
+
+    async def rest(self, output: Any, trajectory: Trajectory) -> None:
+        """Send of the output that leaves what has not left yet; where nothing has, it leaves as it is."""
+        if not self._at_once and not self._sent:
+            await self._send(whole(_as_message(output), self._shape, trajectory))
+            return
+        text = shown_of(self._shape.answer(output))[self._sent :]
+        chunk = self._verdict(output) if self._at_once else self._part(output, text, last=True)
+        await self._send(Piece(chunk, text, trajectory, _as_message(output), self._id()))
+
+    def _id(self) -> str | None:
+        return self._shape.answer(self.output).id
+
+    def _part(self, output: Any, text: str, *, last: bool = False) -> Any:
+        """Return a chunk with this much of the answer's text; the last one has all that is not text."""
+        if isinstance(output, str):
+            return None if last and not text and self._sent else text
+        if isinstance(output, BaseMessage):
+            return _part_of_message(output, text, last=last)
+        if isinstance(output, Mapping):
+            key = self._shape.output_in(output)
+            others = {
+                name: self._beside(name, value)
+                for name, value in output.items()
+                if name != key and self._is_new(name, value) and (last or not self._repeats(value))
+            }
+            return AddableDict({**others, key: self._part(output[key], text, last=last)})
+        return output if last else []
+
+    def _is_new(self, name: str, value: Any) -> bool:
+        return name not in self._sent_beside or value is not self._sent_beside[name]
+
+    def _beside(self, name: str, value: Any) -> Any:
+        """Return of a value beside the answer what has not left yet."""
+        before = self._sent_beside.get(name)
+        self._sent_beside[name] = value
+        if isinstance(before, str | list) and isinstance(value, type(before)):
+            return value[len(before) :] if value[: len(before)] == before else value
+        return value
+
+    def _repeats(self, value: Any) -> bool:
+        """Return whether a value beside the answer says what it says, and so waits until all is judged."""
+        begun = self.text[: self._ends[0]].strip()
+        return any(begun in said or said in self.text for said in _texts_in(value) if said)
+
+    def _verdict(self, output: Any) -> Any:
+        """Return the chunk that says what became of an answer that has left; None where it cannot be said."""
+        if isinstance(output, AIMessage):
+            return AIMessageChunk(
+                content="", id=output.id, response_metadata={"cai": output.response_metadata["cai"]}
+            )
+        if isinstance(output, Mapping):
+            key = self._shape.output_in(output)
+            verdict = self._verdict(output[key])
+            return None if verdict is None else AddableDict({key: verdict})
+        return None
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    return (shown_of(each) if isinstance(each, BaseMessage) else each for each in leaves(value))
+
+
+def _part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessage:
+    """Return a chunk of `message` with this much of its text; the last one has all that is not text."""
+    content: str | list[Any] = text
+    if last and text == shown_of(message):
+        content = message.content  # nothing of it has left: it leaves in its own order
+    elif isinstance(message.content, list):
+        texts = [part for part in message.content if isinstance(part, dict) and part.get("type") == "text"]
+        content = [{**(texts[0] if texts else {"type": "text"}), "text": text}] if text else []
+        if last:
+            content += [part for part in message.content if said_in(part) is None]
+    if not isinstance(message, AIMessage):
+        return message.model_copy(update={"content": content})
+    if not last:
+        return AIMessageChunk(content=content, id=message.id, name=message.name)
+    fields = message.model_dump(exclude={"type", "content", "chunk_position"})
+    return AIMessageChunk(content=content, **fields, chunk_position="last")
+
+
+def whole_chunk(message: BaseMessage) -> BaseMessage:
+    """Return a message as the one chunk of a stream that shows it whole."""
+    return _part_of_message(message, shown_of(message), last=True)
+
+
+def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: bool = False) -> Piece:
+    """Return an output that leaves in one piece; with `told` it has left, and only the record is new."""
+    chunk = None if told else output
+    if isinstance(chunk, Mapping):
+        chunk = AddableDict({key: _as_chunk(value) for key, value in chunk.items()})
+    if trajectory is None:
+        return Piece(_as_chunk(chunk), "", whole=output)
+    answer = shape.answer(output)
+    return Piece(_as_chunk(chunk), shown_of(answer), trajectory, output, answer.id)
+
+
+def _as_message(output: Any, around: Mapping[int, Any] = {}) -> Any:
+    """Return a sum of chunks as the app returns it whole.
+
+    `around` has what is made of the mappings around this one, which may hold themselves.
+    """
+    if isinstance(output, Mapping):
+        if id(output) in around:
+            return around[id(output)]
+        by_key: dict[Any, Any] = {}
+        around = {**around, id(output): by_key}
+        by_key.update((key, _as_message(value, around)) for key, value in output.items())
+        return by_key
+    return message_chunk_to_message(output) if isinstance(output, AIMessageChunk) else output
+
+
+def _as_chunk(value: Any) -> Any:
+    return whole_chunk(value) if isinstance(value, AIMessage) else value

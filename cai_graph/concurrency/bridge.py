@@ -1,0 +1,285 @@
+"""The one bridge from synchronous callers to the async core.
+
+A daemon event loop, one a process, runs the core; what blocks goes to daemon threads. `run` blocks the
+calling thread until the core is done, and `stream` until it has the next item; meanwhile the core may hand
+work back to that thread (`Caller.call`), so that under a synchronous `invoke` the wrapped app's own `invoke`
+runs where its author expects it: in the caller's thread, with the caller's context variables, connections and
+thread-locals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
+from typing import Any, TypeVar, cast
+
+from cai_graph.concurrency import threads
+
+__all__ = ["Caller", "run", "start", "stream"]
+
+T = TypeVar("T")
+
+
+class _LoopThread(threading.Thread): ...
+
+
+class _Loop:
+    """An event loop on a daemon thread of this process."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(threads.shared())
+        self._is_over = False
+        self.thread = _LoopThread(target=self._run, name="cai_graph", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self._is_over:
+            with suppress(SystemExit, KeyboardInterrupt):  # of a task, which has it as its error as well
+                self.loop.run_forever()
+        self.loop.close()
+
+    def stop(self, *, wait: bool = True) -> None:
+        self._is_over = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        if wait:
+            self.thread.join()
+
+
+_shared: _Loop | None = None
+_lock = threading.Lock()
+
+
+def _loop() -> _Loop:
+    shared = _shared_loop()
+    if threading.current_thread() is shared.thread:
+        return _Loop()  # a synchronous call from inside the core: waiting on its own loop would hang
+    return shared
+
+
+def _shared_loop() -> _Loop:
+    global _shared
+    with _lock:
+        if _shared is None or _shared.pid != os.getpid():  # a fork keeps the object but not the thread
+            _shared = _Loop()
+        return _shared
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Caller:
+    """The thread that waits in `run` or `stream`, as the core sees it."""
+
+    def __init__(self) -> None:
+        self._loop = _loop()
+        self._context = copy_context()
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.current_thread()
+        self._interrupted: Callable[[], object] = lambda: None
+        """Fails what was handed over last and was interrupted, if anything was."""
+        self.gone = False
+        """Whether nobody waits any more: a stream was left unread and unclosed, or a wait was broken off."""
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run `function` in the caller's thread and return what it returns, or raise what it raises.
+
+        Raises:
+            RuntimeError: nobody waits in the caller's thread any more.
+        """
+        gone = RuntimeError("the caller is gone, and with it the thread to run the app in")
+        if self.gone:
+            raise gone
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def settle(result: T | None, error: Exception | None) -> None:
+            if future.cancelled():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def work() -> None:
+            if self.gone:
+                loop.call_soon_threadsafe(settle, None, gone)
+                return
+            result: T | None = None
+            error: Exception | None = None
+            try:
+                result = function()
+            except StopIteration as stop:  # a future cannot carry it
+                error = RuntimeError(f"the wrapped app raised {stop!r}")
+            except Exception as raised:
+                error = raised
+            except BaseException as interrupt:  # it ends `run` itself
+                broken = RuntimeError(f"interrupted in the caller's thread by {interrupt!r}")
+                self._interrupted = partial(loop.call_soon_threadsafe, settle, None, broken)
+                raise
+            loop.call_soon_threadsafe(settle, result, error)
+
+        self._work.put(work)
+        if self.gone:  # meanwhile
+            raise gone
+        return await future
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop, serve what it hands over, and return its result.
+
+        An interrupt of this thread (Ctrl-C) cancels it, waits until it has cleaned up, and is raised again. A
+        second one is raised at once: what is left of the cleaning up goes on behind it, without this thread.
+        """
+        started: queue.SimpleQueue[asyncio.Task[T]] = queue.SimpleQueue()
+        loop = self._loop.loop
+
+        def start() -> None:
+            task = loop.create_task(coroutine, context=self._context)
+            task.add_done_callback(lambda _: self._work.put(lambda: None))  # wakes `_serve`
+            started.put(task)
+
+        loop.call_soon_threadsafe(start)
+        task = started.get()
+        try:
+            self._serve(task)
+        except BaseException:
+            loop.call_soon_threadsafe(task.cancel)
+            self._interrupted()  # after it: only what it does not reach, as it is shielded, hears of this
+            try:
+                self._serve(task)
+            except BaseException:
+                self._go()
+                raise
+            raise
+        return task.result()
+
+    def _serve(self, task: asyncio.Task[Any]) -> None:
+        """Do what is handed over until `task` is done; an interrupt may have taken the word that it is."""
+        while not task.done():
+            self._work.get()()
+
+    def _go(self) -> None:
+        """Leave, so that nothing of what was handed over, or is yet to be, waits for this thread."""
+        self.gone = True
+        self._interrupted()
+        while not self._work.empty():
+            self._work.get()()
+
+    def _leave(self, *, wait: bool = True) -> None:
+        if self._loop is not _shared:
+            self._loop.stop(wait=wait)
+
+    def _is_foreign(self) -> bool:
+        """Return whether this is the thread of a loop, into which a collected stream came by chance."""
+        here = threading.current_thread()
+        return isinstance(here, _LoopThread) and here is not self._thread
+
+    def _abandon(self, items: AsyncGenerator[Any, None]) -> None:
+        """Close `items` without waiting, and have what it hands over to this caller fail."""
+        self.gone = True
+
+        def begin() -> None:
+            _keep(loop.create_task(_close_abandoned(items), context=self._context), then=leave)
+
+        def leave() -> None:
+            _open.discard(items)
+            self._leave(wait=False)
+
+        loop = self._loop.loop
+        loop.call_soon_threadsafe(begin)
+
+
+def run(core: Callable[[Caller], Coroutine[Any, Any, T]]) -> T:
+    """Run `core(caller)` on the bridge's loop, in a copy of the caller's context, and return its result."""
+    caller = Caller()
+    try:
+        return caller._wait(core(caller))
+    finally:
+        caller._leave()
+
+
+def stream(core: Callable[[Caller], AsyncGenerator[T, None]]) -> Iterator[T]:
+    """Yield what `core(caller)` yields, as `run` runs it.
+
+    Between two items the caller is elsewhere: what is handed to it then waits until it asks for the next.
+    Closing closes the core and waits until it has cleaned up. A stream that nobody closes may be collected
+    in the thread of a loop, which cannot wait for itself: then the core is closed a moment later.
+    """
+    caller = Caller()
+    items = core(caller)
+    _open.add(items)
+    try:
+        while (item := caller._wait(_next(items))) is not _END:
+            yield cast("T", item)
+    finally:
+        if sys.is_finalizing():
+            pass  # the loop's thread is gone then, and nobody would answer
+        elif caller._is_foreign():
+            caller._abandon(items)
+        else:
+            try:
+                caller._wait(_close(items))
+            finally:
+                _open.discard(items)
+                caller._leave()
+
+
+_open: set[AsyncGenerator[Any, None]] = set()
+"""The cores of streams. Were one collected with its reader, all in it that is asynchronous would be closed at
+once and out of order."""
+
+_END = object()
+
+
+async def _next(items: AsyncGenerator[T, None]) -> T | object:
+    return await anext(items, _END)
+
+
+async def _close(items: AsyncGenerator[Any, None]) -> None:
+    await items.aclose()
+
+
+async def _close_abandoned(items: AsyncGenerator[Any, None]) -> None:
+    with suppress(Exception):  # what cannot be cleaned up in its reader's thread has nobody to tell of it
+        await items.aclose()
+
+
+def start(core: Callable[[], Coroutine[Any, Any, None]], *, after: float = 0) -> None:
+    """Begin `core()` on the bridge's loop in `after` seconds, in a copy of the caller's context.
+
+    The caller does not wait, and a moment's delay spares it the race for Python's lock that the loop's work
+    would begin while it returns.
+    """
+
+    def begin() -> None:
+        _keep(loop.create_task(core(), context=context))
+
+    context, loop = copy_context(), _shared_loop().loop
+    loop.call_soon_threadsafe(loop.call_later, after, begin)
+
+
+def _keep(task: asyncio.Task[None], then: Callable[[], None] = lambda: None) -> None:
+    """Hold a task until it is done: the loop itself would let go of it."""
+
+    def done(task: asyncio.Task[None]) -> None:
+        _begun.discard(task)
+        then()
+
+    _begun.add(task)
+    task.add_done_callback(done)
+
+
+_begun: set[asyncio.Task[None]] = set()

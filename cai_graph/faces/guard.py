@@ -1,0 +1,424 @@
+"""What every face stands on: one app under one plan, whose answers go through the graph.
+
+A face says what a request looks like to its callers; `Guard.answer` does the rest. It runs the app as the
+draft, keeps drafts and critiques out of the caller's streams, and puts what leaves into the app's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, cast
+
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
+from langchain_core.language_models import BaseChatModel
+from langchain_core.runnables import Runnable, RunnableConfig
+
+from cai_graph import models
+from cai_graph.app.handlers import progress, unstreamed
+from cai_graph.app.held import Held
+from cai_graph.app.shape import Shape, refused
+from cai_graph.app.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
+from cai_graph.app.wrapped import (
+    STREAM,
+    Paused,
+    is_graph,
+    is_pause,
+    layers,
+    outer_writer,
+    resumes,
+    untyped,
+    waits,
+)
+from cai_graph.calls import Calls
+from cai_graph.concurrency import bridge
+from cai_graph.concurrency.context import apart
+from cai_graph.constitution import Constitution
+from cai_graph.critic import Critic
+from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
+from cai_graph.log import Log
+from cai_graph.memory.kept import Kept
+from cai_graph.memory.turns import Turn
+from cai_graph.plain import plain
+from cai_graph.request.drafts import DraftCalls
+from cai_graph.request.plan import Plan, planning
+from cai_graph.request.request import Request
+from cai_graph.review import Checkpointer, Desk, Settled, check_checkpointer
+from cai_graph.run import Ending, run
+from cai_graph.shadow.overheard import Overheard
+from cai_graph.shadow.shadow import Shadow
+from cai_graph.trajectory import Draft, Trajectory
+
+__all__ = ["Guard"]
+
+
+@dataclass(frozen=True)
+class Guard:
+    """An app under a constitution."""
+
+    app: Runnable[Any, Any]
+    """Drafts."""
+    plan: Plan
+    """Judges, revises, logs."""
+    shape: Shape
+    """Where the request and the answer are in the app's input and output."""
+    checkpointer: Checkpointer | None = None
+    """Keeps requests that wait for a person, where no graph with one of its own stands around them."""
+    shadow: Shadow | None = None
+    """Judges behind the answers, in mode `shadow`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        return replace(self, app=deepcopy(self.app, memo))  # what judges and logs serves the copy, too
+
+    @classmethod
+    def of(
+        cls,
+        app: Runnable[Any, Any],
+        *,
+        constitution: str | Constitution = "balanced",
+        critic: str | BaseChatModel | Critic | None = None,
+        reviser: str | BaseChatModel | None = None,
+        log: str | Log | None = "sqlite:///cai.db",
+        input_key: str | None = None,
+        output_key: str | None = None,
+        context_keys: Sequence[str] = (),
+        checkpointer: Checkpointer | None = None,
+        **settings: Any,
+    ) -> Guard:
+        """Return the guard that the arguments of `constitutional` describe; raises what that raises."""
+        if not isinstance(app, Runnable):
+            raise ConfigError(f"constitutional() wraps a LangChain Runnable, found {type(app).__name__}")
+        inner = app if isinstance(app, BaseChatModel) else None
+        for role, deed, given in (("critic", "judge", critic), ("reviser", "revise", reviser)):
+            if given is None and inner is None:
+                raise ConfigError(
+                    f"{type(app).__name__} is not a chat model and cannot {deed} itself; name a {role}: "
+                    f'constitutional(app, critic=…, reviser=…), for example {role}="openai:gpt-5-mini"'
+                )
+        if isinstance(context_keys, str):
+            raise ConfigError(
+                f"context_keys is a list of keys, found {context_keys!r}; write [{context_keys!r}]"
+            )
+        plan = planning(
+            "constitutional()",
+            constitution=constitution,
+            critic=critic,
+            reviser=reviser,
+            log=log,
+            settings=settings,
+        )(inner)
+        check_checkpointer("constitutional(app, …)", checkpointer, asks=plan.settings.asks)
+        shadow = Shadow(plan.settings) if plan.settings.mode == "shadow" else None
+        return cls(app, plan, Shape(input_key, output_key, tuple(context_keys)), checkpointer, shadow)
+
+    async def answer(
+        self,
+        input: Any,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        *,
+        caller: bridge.Caller | None = None,
+        source: str | None = None,
+        held: Held | None = None,
+    ) -> tuple[Any, Trajectory | None]:
+        """Return the app's output with what leaves in the answer's place, and the record.
+
+        Args:
+            input: what the app is given.
+            config: the caller's, with the callbacks under which this request is traced.
+            options: passed on to the app.
+            caller: the thread that waits, where the app is to run in it.
+            source: recorded in the Trajectory.
+            held: takes down what the app streams, where it is a graph that is to be streamed.
+
+        Returns:
+            The record is None where a person is waited for: there is no answer yet, and the output says
+            what for, as LangGraph's does.
+
+        Raises:
+            AwaitsReview: a person is waited for, and the output can say nothing of it (policy `human`).
+            GraphInterrupt: a person is waited for, inside an outer graph.
+            Exception: what else `run` raises, but for a pause of the app's.
+        """
+        kept = Kept.of(self.app, config, caller)
+        try:
+            return await self._answer(input, config, options, kept, caller, source, held)
+        finally:
+            kept.turn.end()
+
+    async def _answer(
+        self,
+        input: Any,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        kept: Kept,
+        caller: bridge.Caller | None,
+        source: str | None,
+        held: Held | None,
+    ) -> tuple[Any, Trajectory | None]:
+        outputs: list[Any] = []
+        resumed = resumes(input, self.app)
+        messages = () if resumed else self.shape.conversation(input)
+        desk: Desk | None = None
+        if self.plan.settings.asks:
+            desk = Desk.of(self.plan, self.shape, config, messages, self.checkpointer, caller)
+            if (left := await self._decided(desk, input, kept, resumed)) is not None:
+                return left
+
+        begun = False
+
+        async def draft(calls: Calls, node: RunnableConfig) -> Draft:
+            nonlocal begun
+            under, handler = self._under(config, calls, node, kept.listener)
+            waited = await kept.begin(calls)
+            await kept.meet(calls, self.shape, self._refusal, options, resumed=resumed)
+            if waited and desk is not None and (waiting := await desk.lying()) is not None:
+                raise AwaitsReview(waiting["question"])
+            begun = True
+            output = untyped(await self._output(input, under, options, calls, kept, caller, held))
+            outputs.append(output)
+            if waits(output) or await kept.stopped():
+                raise Paused
+            answer = self.shape.answer(output)
+            return Draft(answer=answer, truncated=handler.cut(answer))
+
+        try:
+            ending = await self._run(
+                config,
+                messages=messages,
+                asked=lambda: self.shape.asked(messages, outputs[0]),
+                draft=draft,
+                context=lambda: self.shape.context(input, outputs[0] if outputs else None),
+                form=lambda: self.shape.form(outputs[0]),
+                mode="sampled" if self.plan.settings.strategy == "sampled" else "enforce",
+                source=source,
+            )
+            waiting = None
+            if desk is not None and ending.released is None:
+                waiting = await desk.lay_down(ending, outputs[0])
+        except Paused:
+            return outputs[0], None
+        except BaseException as error:
+            # Whoever closes this coroutine has it wait for nothing any more.
+            if begun and not (is_pause(error) or isinstance(error, GeneratorExit)):
+                await self._forget(outputs, kept, resumed)
+            raise
+        if desk is None or waiting is None:
+            return await self._leave(Settled(outputs[0], ending.trajectory, ending.released), kept)
+        if (paused := desk.paused(waiting, outputs[0])) is not None:
+            return paused, None
+        return await self._leave(await desk.settle(waiting), kept)
+
+    async def _decided(
+        self, desk: Desk, input: Any, kept: Kept, resumed: bool
+    ) -> tuple[Any, Trajectory] | None:
+        """Return what leaves once a waiting answer is decided, or None where a draft is to be made."""
+        if (waiting := await desk.lying()) is None:
+            if resumed and not is_graph(self.app):
+                raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")
+            return None
+        await kept.begin(Calls(self.plan.settings.budget))
+        left = await self._leave(await desk.settle(waiting, input), kept)
+        # Else it was decided before, only the log had not taken it; and this is another request.
+        return left if resumed or desk.node is not None else None
+
+    async def _output(
+        self,
+        input: Any,
+        under: RunnableConfig,
+        options: Mapping[str, Any],
+        calls: Calls,
+        kept: Kept,
+        caller: bridge.Caller | None,
+        held: Held | None,
+    ) -> Any:
+        """Run the app as it was called: in a stream that is held, in the caller's thread, or on this loop."""
+        if held is not None:
+            streamed = _written(self.app, input, under, held.options, caller, kept.turn)
+            async with calls.deadline(), aclosing(streamed) as written:
+                async for batch in written:
+                    for chunk in batch.items:
+                        held.take(chunk)
+            return held.output
+        if caller is not None:
+
+            def invoke() -> Any:
+                with apart(), kept.turn.inside():
+                    return self.app.invoke(input, under, **options)
+
+            return await caller.call(invoke)
+        async with calls.deadline():
+            with apart(), kept.turn.inside():
+                return await self.app.ainvoke(input, under, **options)
+
+    async def _leave(self, settled: Settled, kept: Kept) -> tuple[Any, Trajectory]:
+        """Return the output that leaves; a graph that remembers is made to remember that one."""
+        output, trajectory, released = settled
+        assert released is not None  # without an answer the policies raise, or ask a person
+        left = self.shape.put(output, released, trajectory)
+        if trajectory.released_from != "draft":
+            await kept.replace(lambda: self.shape.swap(output, left))
+        return left, trajectory
+
+    async def _forget(self, outputs: Sequence[Any], kept: Kept, resumed: bool) -> None:
+        """Make a graph remember a refusal where nothing of its answer left."""
+        swap = None
+        if outputs:
+            try:
+                swap = self.shape.swap(outputs[0], outputs[0])
+            except DataError:  # there is no answer in it
+                return
+            swap = replace(swap, released=refused(swap.draft, self._refusal()))
+        await kept.forget(self.shape, self._refusal, swap, resumed=resumed)
+
+    async def stream(
+        self,
+        input: Any,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        *,
+        caller: bridge.Caller | None = None,
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the app's output in pieces, as they may leave; arguments and errors are those of `answer`.
+
+        The last piece has the record; there is none where the app waits for a person. A graph's chunks are
+        the states of its channels and more, not pieces of an answer: they leave once it is judged whole, as
+        does a structured answer.
+        """
+        mode = self.plan.settings.stream
+        if mode == "buffer" or self.shape.whole or is_graph(self.app):
+            held = Held(self.app, options) if is_graph(self.app) else None
+            output, trajectory = await self.answer(input, config, options, caller=caller, held=held)
+            for chunk in () if held is None else held.told(self.shape, output, trajectory):
+                yield Piece(chunk, "")
+            yield whole(output, self.shape, trajectory, told=held is not None)
+            return
+
+        async def work(send: Send[Piece]) -> None:
+            async def chunks(calls: Calls, node: RunnableConfig) -> AsyncGenerator[Batch[Any], None]:
+                under, handler = self._under(config, calls, node)
+                writing.cut = handler.cut
+                async with aclosing(_written(self.app, input, under, options, caller, Turn())) as written:
+                    async for batch in written:
+                        for chunk in batch.items:
+                            if waits(chunk):
+                                await send(whole(chunk, self.shape, None))
+                                raise Paused
+                        yield batch
+
+            writing = Writing(chunks, self.shape, send, at_once=mode == "audit")
+            try:
+                ending = await self._run(
+                    config,
+                    messages=self.shape.conversation(input),
+                    draft=writing.whole,
+                    blocks=writing if mode == "blocks" else None,
+                    written=writing.so_far if mode == "audit" else lambda: None,
+                    context=lambda: self.shape.context(input, writing.output),
+                    mode="audit" if mode == "audit" else "enforce",
+                )
+            except Paused:
+                return
+            finally:
+                await writing.close()
+            settled = Settled(writing.output, ending.trajectory, ending.released)
+            output, trajectory = await self._leave(settled, Kept.of(self.app, config, caller))
+            await writing.rest(output, trajectory)
+
+        async with aclosing(relay(work)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def overheard(self, input: Any, config: RunnableConfig, *, source: str | None = None) -> Overheard:
+        """Return a run of the app whose output leaves as it is (mode `shadow`)."""
+        assert self.shadow is not None
+        return Overheard(
+            self.app, self.plan, self.shape, self.shadow, self._model_name, input, config, source
+        )
+
+    async def _run(self, config: RunnableConfig, **request: Any) -> Ending:
+        """Send a request through the graph, under the callbacks that feed no stream."""
+        callbacks = cast("BaseCallbackManager", config["callbacks"])
+        made = Request(
+            metadata=plain(config.get("metadata") or {}),
+            tags=config.get("tags") or (),
+            tell=progress(callbacks, outer_writer()),
+            **request,
+        )
+        # Tags and metadata come along with the callbacks.
+        return await run(self.plan, made, RunnableConfig(callbacks=unstreamed(callbacks)))
+
+    def _under(
+        self,
+        config: RunnableConfig,
+        calls: Calls,
+        node: RunnableConfig,
+        listener: BaseCallbackHandler | None = None,
+    ) -> tuple[RunnableConfig, DraftCalls]:
+        """Return the configuration under which the app runs, and what records the calls that it makes.
+
+        Further `listener` hears the run.
+        """
+        handler = DraftCalls(calls, self._model_name)
+        # The caller's configuration, traced under the node; the graph's own must not leak into the app.
+        callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
+        callbacks.add_handler(handler, inherit=True)
+        if listener is not None:
+            callbacks.add_handler(listener, inherit=True)  # what is bound to a graph calls it as its own run
+        under: RunnableConfig = {**config, "callbacks": callbacks}
+        configurable = config.get("configurable") or {}
+        under["configurable"] = {key: configurable[key] for key in configurable if key != STREAM}
+        return under, handler
+
+    def _refusal(self) -> str:
+        return self.plan.constitution.refusal_in(self.plan.settings.language)
+
+    @cached_property
+    def _model_name(self) -> str | None:
+        """Name of the app in the records, where it is one chat model."""
+        app = layers(self.app)[-1]
+        return models.name_of(app) if isinstance(app, BaseChatModel) else None
+
+
+async def _written(
+    app: Runnable[Any, Any],
+    input: Any,
+    config: RunnableConfig,
+    options: Mapping[str, Any],
+    caller: bridge.Caller | None,
+    turn: Turn,
+) -> AsyncGenerator[Batch[Any], None]:
+    """Yield the app's chunks, each time all that there are.
+
+    It writes in a task of its own, or else in its caller's thread.
+    """
+
+    async def work(send: Send[Any]) -> None:
+        if caller is None:
+            with apart(), turn.inside():
+                async with aclosing(app.astream(input, config, **options)) as chunks:  # type: ignore[type-var]
+                    async for chunk in chunks:
+                        await send(chunk)
+            return
+        iterator, end = app.stream(input, config, **options), object()
+
+        def pull() -> Any:
+            with apart(), turn.inside():
+                return next(iterator, end)
+
+        def close() -> None:
+            with apart(), turn.inside():
+                getattr(iterator, "close", lambda: None)()
+
+        try:
+            while (chunk := await caller.call(pull)) is not end:
+                await send(chunk)
+        finally:
+            await caller.call(close)
+
+    async with aclosing(batches(work, AHEAD)) as written:
+        async for batch in written:
+            yield batch

@@ -1,0 +1,344 @@
+"""The face for chains and graphs: a Runnable that answers as the wrapped one does."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, closing
+from dataclasses import replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.runnables.config import patch_config
+from langchain_core.runnables.utils import ConfigurableField, ConfigurableFieldSpec
+
+from cai_graph.app.handlers import Shown, shows_answers
+from cai_graph.app.shape import added
+from cai_graph.app.streams import Piece
+from cai_graph.app.wrapped import as_asked, gives_chunks, is_pause, layers, resumes, step_limit
+from cai_graph.concurrency import bridge
+from cai_graph.faces.guard import Guard
+from cai_graph.messages import to_langchain
+from cai_graph.request.plan import Plan
+from cai_graph.review import awaits
+from cai_graph.shadow.overheard import UNHEARD
+from cai_graph.shadow.shadow import Shadow
+from cai_graph.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from langchain_core.callbacks import BaseCallbackManager
+    from langchain_core.runnables.graph import Graph
+
+__all__ = ["Answered", "ConstitutionalRunnable"]
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+class Answered(NamedTuple):
+    """An answer with its record."""
+
+    output: Any
+    """What `invoke` would have returned."""
+    trajectory: Trajectory
+    """How it came about."""
+
+
+class ConstitutionalRunnable(Runnable[Input, Output]):
+    """A Runnable that answers as the wrapped one does, under a constitution. Made by `constitutional`."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.guard = guard
+        # By an app's name its graph, its traces and the readers of its events find it.
+        own = (getattr(layer, "name", None) for layer in layers(guard.app))
+        self.name = next(filter(None, own), f"Constitutional{guard.app.get_name()}")
+
+    @property
+    def app(self) -> Runnable[Input, Output]:
+        """The wrapped app."""
+        return self.guard.app
+
+    @property
+    def plan(self) -> Plan:
+        """What judges and revises its answers, and where they are logged."""
+        return self.guard.plan
+
+    def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
+        """Answer; the wrapped app runs in this thread, critics and revisers behind it."""
+        limit = step_limit(self.app, config)
+
+        def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
+            under = patch_config(config, callbacks=run_manager.get_child(), recursion_limit=limit)
+            if self.guard.shadow is not None:
+                return cast("Output", self.guard.overheard(value, under).invoke(kwargs))
+            return bridge.run(lambda caller: self._whole(value, under, kwargs, caller))
+
+        return self._call_with_config(answer, input, self._named(config))
+
+    async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
+        """Answer."""
+        limit = step_limit(self.app, config)
+
+        async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
+            under = patch_config(config, callbacks=run_manager.get_child(), recursion_limit=limit)
+            if self.guard.shadow is not None:
+                return cast("Output", await self.guard.overheard(value, under).ainvoke(kwargs))
+            return await self._whole(value, under, kwargs)
+
+        return await self._acall_with_config(answer, input, self._named(config))
+
+    def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
+        """Answer in chunks, which leave as `Settings.stream` says; the wrapped app runs in this thread."""
+        return self._streamed(iter([input]), config, kwargs, at_once=True)
+
+    def transform(
+        self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[Output]:
+        """Answer as `stream` does, to an input that comes in chunks."""
+        return self._streamed(input, config, kwargs)
+
+    def _streamed(
+        self,
+        input: Iterator[Input],
+        config: RunnableConfig | None,
+        options: dict[str, Any],
+        *,
+        at_once: bool = False,
+    ) -> Iterator[Output]:
+        """Answer in chunks to an input that comes in chunks, or else `at_once`."""
+        limit = step_limit(self.app, config)
+
+        def chunks(inputs: Iterator[Input], run_manager: Any, config: RunnableConfig) -> Iterator[Output]:
+            under = patch_config(config, callbacks=run_manager.get_child(), recursion_limit=limit)
+            if self.guard.shadow is not None and not at_once:
+                yield from self.guard.overheard(UNHEARD, under).transform(inputs, options)
+                return
+            value = reduce(added, inputs)
+            if self.guard.shadow is not None:
+                yield from self.guard.overheard(value, under).stream(options)
+                return
+            yield from bridge.stream(lambda caller: self._chunks(value, under, options, caller))
+
+        made = self._transform_stream_with_config(input, chunks, self._named(config))
+        with closing(made) as answered:  # type: ignore[type-var]
+            yield from answered
+
+    async def astream(
+        self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Output]:
+        """Answer in chunks, which leave as `Settings.stream` says."""
+
+        async def inputs() -> AsyncIterator[Input]:
+            yield input
+
+        async with aclosing(self._astreamed(inputs(), config, kwargs, at_once=True)) as answered:
+            async for chunk in answered:
+                yield chunk
+
+    async def atransform(
+        self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[Output]:
+        """Answer as `astream` does, to an input that comes in chunks."""
+        async with aclosing(self._astreamed(input, config, kwargs)) as answered:
+            async for chunk in answered:
+                yield chunk
+
+    async def _astreamed(
+        self,
+        input: AsyncIterator[Input],
+        config: RunnableConfig | None,
+        options: dict[str, Any],
+        *,
+        at_once: bool = False,
+    ) -> AsyncGenerator[Output, None]:
+        """Answer in chunks to an input that comes in chunks, or else `at_once`."""
+        limit = step_limit(self.app, config)
+
+        async def chunks(
+            inputs: AsyncIterator[Input], run_manager: Any, config: RunnableConfig
+        ) -> AsyncIterator[Output]:
+            under = patch_config(config, callbacks=run_manager.get_child(), recursion_limit=limit)
+            if self.guard.shadow is not None and not at_once:
+                leaving = self.guard.overheard(UNHEARD, under).atransform(inputs, options)
+            else:
+                value = reduce(added, [part async for part in inputs])
+                if self.guard.shadow is not None:
+                    leaving = self.guard.overheard(value, under).astream(options)
+                else:
+                    leaving = self._chunks(value, under, options)
+            async with aclosing(leaving) as answered:
+                async for chunk in answered:
+                    yield chunk
+
+        made = self._atransform_stream_with_config(input, chunks, self._named(config))
+        async with aclosing(made) as answered:  # type: ignore[type-var]
+            async for chunk in answered:
+                yield chunk
+
+    def _named(self, config: RunnableConfig | None) -> RunnableConfig | None:
+        """Return a call's configuration; a `run_name` that is bound to the app names this run, too."""
+        if config is not None and config.get("run_name"):
+            return config
+        bound = (getattr(layer, "config", None) for layer in layers(self.app))
+        names = (each.get("run_name") for each in bound if isinstance(each, Mapping))
+        name = next(filter(None, names), None)
+        return config if name is None else {**(config or {}), "run_name": name}
+
+    async def _whole(
+        self,
+        input: Input,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        caller: bridge.Caller | None = None,
+    ) -> Output:
+        """Return the output; the streams that stand around are shown it on its way, as a model's."""
+        if gives_chunks(self.app, options):
+            async with aclosing(self._chunks(input, config, options, caller)) as chunks:
+                return cast("Output", [chunk async for chunk in chunks])
+        output: Any = None
+        if not any(map(shows_answers, cast("BaseCallbackManager", config["callbacks"]).handlers)):
+            output, _ = await self.guard.answer(input, config, options, caller=caller)
+            return cast("Output", as_asked(output, self.app, options))
+        async with aclosing(self._pieces(input, config, options, caller)) as pieces:
+            async for piece in pieces:
+                output = piece.whole
+        return cast("Output", as_asked(output, self.app, options))
+
+    async def _chunks(
+        self,
+        input: Input,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        caller: bridge.Caller | None = None,
+    ) -> AsyncGenerator[Output, None]:
+        async with aclosing(self._pieces(input, config, options, caller)) as pieces:
+            async for piece in pieces:
+                if piece.output is not None:
+                    yield piece.output
+
+    async def _pieces(
+        self,
+        input: Input,
+        config: RunnableConfig,
+        options: Mapping[str, Any],
+        caller: bridge.Caller | None,
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield what leaves, and show it to the streams that stand around."""
+        asked = [] if resumes(input, self.app) else self.guard.shape.conversation(input)
+        shown = Shown(config, to_langchain(asked), self.get_name(), caller)
+        try:
+            async with aclosing(self.guard.stream(input, config, options, caller=caller)) as pieces:
+                async for piece in pieces:
+                    await shown.piece(piece)
+                    yield piece
+        except BaseException as error:
+            if not is_pause(error):
+                await shown.error(error)
+            raise
+        await shown.end()
+
+    async def answered(
+        self,
+        input: Input,
+        config: RunnableConfig | None = None,
+        *,
+        source: str | None = None,
+        **kwargs: Any,
+    ) -> Answered:
+        """Answer, and return the Trajectory beside the output. `source` is recorded in it."""
+        kept: list[Trajectory | None] = []
+        limit = step_limit(self.app, config)
+
+        async def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
+            under = patch_config(config, callbacks=run_manager.get_child(), recursion_limit=limit)
+            output: Output
+            if self.guard.shadow is not None:
+                run = self.guard.overheard(value, under, source=source)
+                output = await run.ainvoke(kwargs)
+                kept.append(await run.record())
+                return output
+            output, trajectory = await self.guard.answer(value, under, kwargs, source=source)
+            kept.append(trajectory)
+            return cast("Output", as_asked(output, self.app, kwargs) if trajectory else output)
+
+        output = await self._acall_with_config(answer, input, self._named(config))
+        if kept[0] is None:
+            raise awaits(output)
+        return Answered(output, kept[0])
+
+    @property
+    def shadow(self) -> Shadow | None:
+        """In mode `shadow`, what judges behind the answers: counts them, and waits for them."""
+        return self.guard.shadow
+
+    # What callers ask of a Runnable besides an answer is the wrapped app's to say.
+
+    if not TYPE_CHECKING:  # else every misspelt attribute would pass the type checker
+
+        def __getattr__(self, name: str) -> Any:
+            """Return what the wrapped app has besides, such as a graph's `checkpointer` or `get_state`."""
+            if not name.startswith("_") and name != "guard":
+                value = getattr(layers(self.app)[-1], name)
+                if name in _OF_A_GRAPH or not (callable(value) or isinstance(value, Runnable)):
+                    return value  # what answers must go through the constitution
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def InputType(self) -> Any:  # noqa: N802 - LangChain's name
+        """The wrapped app's input type."""
+        return self.app.InputType
+
+    @property
+    def OutputType(self) -> Any:  # noqa: N802 - LangChain's name
+        """The wrapped app's output type."""
+        return self.app.OutputType
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> Any:
+        """Return the wrapped app's input schema."""
+        return self.app.get_input_schema(config)
+
+    def get_output_schema(self, config: RunnableConfig | None = None) -> Any:
+        """Return the wrapped app's output schema."""
+        return self.app.get_output_schema(config)
+
+    def get_input_jsonschema(self, config: RunnableConfig | None = None) -> dict[str, Any]:
+        """Return the wrapped app's input schema, as JSON."""
+        return self.app.get_input_jsonschema(config)
+
+    def get_output_jsonschema(self, config: RunnableConfig | None = None) -> dict[str, Any]:
+        """Return the wrapped app's output schema, as JSON."""
+        return self.app.get_output_jsonschema(config)
+
+    @property
+    def config_specs(self) -> list[ConfigurableFieldSpec]:
+        """The wrapped app's configurable fields."""
+        return self.app.config_specs
+
+    def configurable_fields(self, **kwargs: Any) -> ConstitutionalRunnable[Input, Output]:
+        """Return the same around the app with fields of it configurable at each call."""
+        return self._around(cast("Any", self.app).configurable_fields(**kwargs))
+
+    def configurable_alternatives(
+        self, which: ConfigurableField, **kwargs: Any
+    ) -> ConstitutionalRunnable[Input, Output]:
+        """Return the same around the app and its alternatives: they answer under the constitution, too."""
+        return self._around(cast("Any", self.app).configurable_alternatives(which, **kwargs))
+
+    def _around(self, app: Runnable[Input, Output]) -> ConstitutionalRunnable[Input, Output]:
+        return ConstitutionalRunnable(replace(self.guard, app=app))
+
+    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
+        """Return the wrapped app's graph."""
+        return self.app.get_graph(config)
+
+
+_OF_A_GRAPH = {
+    "aget_graph",
+    "get_context_jsonschema",
+    *(
+        f"{how}{method}"
+        for how in ("", "a")
+        for method in ("get_state", "get_state_history", "update_state", "bulk_update_state", "get_subgraphs")
+    ),
+}
+"""Methods of a graph that answer nothing: they read and write what it keeps."""

@@ -1,0 +1,203 @@
+"""A thread of a graph's memory, read and changed as its owner does it.
+
+    Memory     the thread that a caller's configuration names, in the checkpointer of a compiled graph
+    as_owner   in the caller's thread, or in this event loop
+
+What is changed is an update of the thread's state: checkpoints before it stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.constants import END, START
+from langgraph.errors import InvalidUpdateError
+from langgraph.func import entrypoint
+from langgraph.types import Overwrite
+
+from cai_graph.app.shape import Swap
+from cai_graph.concurrency import bridge
+from cai_graph.concurrency.context import apart
+
+__all__ = ["Memory", "as_owner", "warn"]
+
+logger = logging.getLogger("cai_graph")
+
+T = TypeVar("T")
+
+
+async def as_owner(
+    caller: bridge.Caller | None, directly: Callable[[], T], awaited: Callable[[], Awaitable[T]]
+) -> T:
+    """Use a checkpointer as its owner does: from the caller's thread, or in this event loop.
+
+    Args:
+        caller: the thread that waits for the answer, where it is a synchronous one.
+        directly: what to do in the caller's thread.
+        awaited: the same in an event loop.
+    """
+
+    def alone() -> T:
+        with apart():
+            return directly()
+
+    if caller is not None:
+        return await caller.call(alone)
+    with apart():
+        return await awaited()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The thread of a wrapped graph that has a checkpointer."""
+
+    graph: Any
+    """The compiled graph."""
+    config: RunnableConfig
+    """Says which thread."""
+    caller: bridge.Caller | None
+    """The thread that waits for the answer, where it is a synchronous one."""
+
+    async def state(self, at: RunnableConfig | None = None) -> Any:
+        """Return the thread's last state, or the one at a checkpoint."""
+        config = at or self.config
+        return await as_owner(
+            self.caller, lambda: self.graph.get_state(config), lambda: self.graph.aget_state(config)
+        )
+
+    def state_here(self) -> Any:
+        """Return the last state, read in this thread."""
+        with apart():
+            return self.graph.get_state(self.config)
+
+    async def last_of_a_run(self) -> Any:
+        """Return the last state that a run wrote, not its owner or this; None where none is kept."""
+        last: dict[str, Any] = {"filter": {"source": "loop"}, "limit": 1}
+
+        def directly() -> list[Any]:
+            return [*self.graph.get_state_history(self.config, **last)]
+
+        async def awaited() -> list[Any]:
+            return [each async for each in self.graph.aget_state_history(self.config, **last)]
+
+        found = await as_owner(self.caller, directly, awaited)
+        return found[0] if found else None
+
+    def stays(self, why: object) -> None:
+        """Log that the thread stays as it is."""
+        name = self.config["configurable"]["thread_id"]
+        logger.warning("thread %r stays as it is, though a run of it may have broken off: %s", name, why)
+
+    # --- changes ---
+
+    async def replace(self, swap: Swap) -> None:
+        """Put what leaves into the draft's place, wherever the state has it; warn where that cannot be."""
+        state = await self.state()
+        if _PREVIOUS in self.graph.channels:
+            update = await self._of_function(state, swap)
+        elif isinstance(state.values, Mapping):
+            update = self._of_channels(state.values, swap)
+        else:
+            warn(f"it is a {type(state.values).__name__} and has no channels")
+            return
+        if update is None:
+            return
+        try:
+            await self._put(update)
+            # Edges were asked again. Where the turn had ended it stays so; else another run is under way.
+            if not state.next and (await self.state()).next:
+                await self._update(None, as_node=END)
+        except InvalidUpdateError as error:
+            warn(str(error))
+
+    def _of_channels(self, state: Mapping[str, Any], swap: Swap) -> dict[str, Any] | None:
+        """Return the update of a graph of channels; None where none of them has the draft."""
+        update: dict[str, Any] = {}
+        for key, before in state.items():
+            wanted = swap(before, key)
+            if wanted is not before and wanted != before:
+                update[key] = _write(self.graph.channels[key], before, wanted)
+        for key in [key for key, value in update.items() if value is _UNWRITABLE]:
+            warn(f"in {key!r} nothing can be replaced")
+            del update[key]
+        return update or None
+
+    async def _of_function(self, state: Any, swap: Swap) -> Any:
+        """Return the update of LangGraph's functional API: what a function returned, and what it saved.
+
+        None where that cannot be read.
+        """
+        saver = self.graph.checkpointer
+        if not isinstance(saver, BaseCheckpointSaver):
+            warn("the checkpointer is an outer graph's")
+            return None
+        found = await as_owner(
+            self.caller, lambda: saver.get_tuple(state.config), lambda: saver.aget_tuple(state.config)
+        )
+        saved = found.checkpoint["channel_values"].get(_PREVIOUS) if found is not None else None
+        return entrypoint.final(value=swap(state.values), save=swap(saved))
+
+    async def _put(self, update: Any) -> None:
+        """Update the state as the node that ran last; as another one, where several did or its edges fail.
+
+        The first of them is the graph's beginning. As a rule nothing is asked on its edge, and no join counts
+        it among those that it waits for.
+        """
+        try:
+            await self._update(update)
+            return
+        except Exception as error:
+            failed = error  # such as an agent's, whose last node LangGraph takes for the one before
+        for node in [START, *(node for node in self.graph.nodes if node != START)]:
+            with suppress(Exception):
+                await self._update(update, as_node=node)
+                return
+        raise failed
+
+    async def _update(self, values: Any, as_node: str | None = None) -> None:
+        await as_owner(
+            self.caller,
+            lambda: self.graph.update_state(self.config, values, as_node),
+            lambda: self.graph.aupdate_state(self.config, values, as_node),
+        )
+
+
+_PREVIOUS = "__previous__"
+"""Channel in which LangGraph's functional API saves what a function is given in the next turn."""
+
+
+def warn(why: str) -> None:
+    """Warn that a memory keeps a draft."""
+    warnings.warn(
+        "the wrapped app remembers a draft that did not leave, and shows it to its model in the next turn: "
+        f"the state cannot be changed ({why}). Judge inside the app instead, with ConstitutionalMiddleware "
+        "or a wrapped chat model",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+_UNWRITABLE = object()
+
+
+def _write(channel: Any, before: Any, wanted: Any) -> Any:
+    """Return the update that makes a channel's value the wanted one, as its reducer has it."""
+    values = [wanted, Overwrite(wanted)]
+    if isinstance(before, list):  # `add_messages` replaces by id
+        values.insert(0, [new for old, new in zip(before, wanted, strict=True) if new is not old])
+    for value in values:
+        try:
+            tried = channel.from_checkpoint([*before] if isinstance(before, list) else before)
+            tried.update([value])
+            if tried.get() == wanted:
+                return value
+        except Exception:  # a reducer of the app's own, which may not take it
+            continue
+    return _UNWRITABLE

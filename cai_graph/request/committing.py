@@ -1,0 +1,162 @@
+"""Committing a record: how long an answer waits for the log, and the alarm where a record is lost.
+
+in time     the answer leaves once its record is committed
+late        the answer leaves before, and the record is committed when the log takes it
+never       `on_log_error="answer"`: the alarm, LOST FROM THE LOG, is logged and counted; `raise`: LogError
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from cai_graph.errors import LogError
+from cai_graph.log import Log
+from cai_graph.log.commit import Commit
+from cai_graph.log.store import Duplicate
+from cai_graph.request.plan import Plan
+from cai_graph.request.policy import Settings
+from cai_graph.trajectory import Review, Trajectory
+
+__all__ = ["commit"]
+
+logger = logging.getLogger("cai_graph")
+
+GRACE_SECONDS = 1.0
+"""How much longer than its budget of seconds an answer waits for the log, under `on_log_error="answer"`."""
+PATIENCE_SECONDS = 60.0
+"""How long it waits where the budget has no bound of seconds."""
+_FULL_SECONDS = 0.01
+"""How long a task waits before it looks again whether the log has room."""
+
+log_failures = 0
+"""How many records of this process could not be committed while their answers left all the same."""
+
+
+async def commit(
+    plan: Plan,
+    record: Trajectory | Review,
+    *,
+    failed: bool = False,
+    since: float | None = None,
+    lost: Callable[[BaseException], None] = lambda error: None,
+) -> None:
+    """Commit a record; with `failed`, an error that is under way is never hidden behind the log's.
+
+    Under `on_log_error="answer"` this waits as long as the budget of seconds lasts and GRACE_SECONDS. What is
+    not committed by then is committed when the log takes it, and the alarm comes where it never does.
+
+    Args:
+        plan: has the log.
+        record: what is committed.
+        failed: whether an error is under way; then nothing is waited for.
+        since: when the request began, by `time.perf_counter`; None: now.
+        lost: hears why the record could not be committed, where this raises nothing.
+
+    Raises:
+        LogError: it could not be committed and `on_log_error` is `raise`.
+        Duplicate: the log has another record of its id, so that nothing is lost.
+    """
+    if plan.log is None:
+        return
+    settings, entry = plan.settings, _Entry(plan.log, record, lost)
+    if failed:
+        entry.leave()
+        return
+    raises = settings.on_log_error == "raise" and settings.mode != "shadow"
+    try:
+        async with asyncio.timeout(None if raises else _patience(settings, since)) as timeout:
+            await entry.committed()
+    except asyncio.CancelledError:
+        entry.leave()
+        raise
+    except Duplicate:
+        raise
+    except Exception as error:
+        if timeout.expired():
+            logger.warning("the log is slow: the answer of %s leaves before it is committed", entry.name)
+            entry.leave()
+        elif raises:
+            raise LogError(f"{entry.name} could not be logged: {error}") from error
+        else:
+            entry.alarm(error)
+
+
+def _patience(settings: Settings, since: float | None) -> float | None:
+    """Return how many seconds an answer may wait for the log; None where no answer waits."""
+    if settings.mode == "shadow":
+        return None
+    if settings.budget.seconds is None:
+        return PATIENCE_SECONDS
+    elapsed = 0.0 if since is None else time.perf_counter() - since
+    return max(0.0, settings.budget.seconds - elapsed) + GRACE_SECONDS
+
+
+class _Entry:
+    """A record on its way into the log."""
+
+    def __init__(self, log: Log, record: Trajectory | Review, lost: Callable[[BaseException], None]) -> None:
+        self.name = f"{type(record).__name__.lower()} {record.id}"
+        self._log = log
+        self._record = record
+        self._lost = lost
+        self._appended: Commit | None = None
+
+    async def committed(self) -> None:
+        """Wait until the record is committed; raises what the log raises."""
+        # A disk that is slow holds up no other task of the loop, and no request that is being cancelled.
+        while self._log.is_full:
+            await asyncio.sleep(_FULL_SECONDS)
+        self._appended = self._log.append(self._record)
+        await self._appended
+
+    def leave(self) -> None:
+        """Leave the record to the log, which drains at exit; the alarm comes where it is not committed."""
+        if self._appended is not None:
+            self._appended.add_done_callback(self._alarm_if_failed)
+        elif self._log.is_full:
+            try:
+                _late.submit(self._append)
+            except RuntimeError as error:  # the process ends
+                self.alarm(error)
+        else:
+            self._append()
+
+    def _append(self) -> None:
+        try:
+            self._log.append(self._record).add_done_callback(self._alarm_if_failed)
+        except Exception as error:
+            self.alarm(error)
+
+    def _alarm_if_failed(self, appended: Future[None]) -> None:
+        error = appended.exception()
+        if error is not None and not isinstance(error, Duplicate):
+            self.alarm(error)
+
+    def alarm(self, error: BaseException) -> None:
+        """Say that the record is lost, and count it."""
+        global log_failures
+        log_failures += 1
+        self._lost(error)
+        logger.error(
+            "LOST FROM THE LOG: %s could not be committed (%d lost in this process): %s",
+            self.name,
+            log_failures,
+            error,
+        )
+
+
+_late = ThreadPoolExecutor(1, "cai late")
+"""Appends the records that found no room in the log and that nobody waits for."""
+
+
+def _after_fork() -> None:
+    global _late
+    _late = ThreadPoolExecutor(1, "cai late")  # the parent's thread is not here
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,113 @@
+"""One candidate revision: what it is asked for with, and why it is rejected before anybody judges it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.runnables import Runnable
+
+from cai_graph import local, models, prompts
+from cai_graph.calls import Calls
+from cai_graph.constitution import Principle
+from cai_graph.critic import failed_principles
+from cai_graph.messages import cut_short, from_langchain
+from cai_graph.request.form import Form
+from cai_graph.request.plan import Plan
+from cai_graph.request.policy import Progress, no_revision
+from cai_graph.request.request import Run
+from cai_graph.trajectory import Critique, Label, Rejection, Revision, Round, text_of
+
+__all__ = ["candidate"]
+
+
+async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> Revision:
+    """Write a candidate of the open round, by its number from 0. In `sampled` it is accepted at once."""
+    plan, form, frozen = run.plan, run.request.form(), progress.draft.frozen
+    opened = progress.rounds[-1]
+    principles, standing = _addressed(plan, opened), progress.answer(opened.of)
+    show_draft = index == 0  # the other writers answer afresh: small models copy what they see
+    last = index > 0 and index == plan.candidates - 1
+    messages = prompts.rewrite_messages(
+        principles,
+        opened.critique.reasoning or _reasons(opened.critique),
+        run.exchange(standing),
+        show_draft=show_draft,
+        decline=last and opened.critique.benign_request is False,
+        said=frozen,
+        schema=None if form is None else form.schema,
+    )
+    number = (len(progress.rounds) - 1) * plan.candidates + index
+    reply = await _written(plan, calls, number, messages, form)
+    # The calls beside a rewritten text leave with it, and are judged with it, unless they are what is wrong.
+    kept = () if any(principle.tools for principle in principles) else standing.tool_calls
+    answer = msgspec.structs.replace(from_langchain(reply), tool_calls=kept)
+    truncated = cut_short(reply) is not None
+    rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated)
+    if frozen:
+        answer = msgspec.structs.replace(answer, content=_continued(frozen, text_of(answer)))
+        if rejection is None and text_of(answer) == text_of(standing):
+            rejection = Rejection.UNCHANGED
+    misfit: str | None = None
+    if form is not None and rejection is None:
+        try:
+            answer = msgspec.structs.replace(answer, content=form.read(text_of(answer)))
+        except ValueError as error:
+            rejection, misfit = Rejection.BAD_SCHEMA, str(error)
+    accepted = plan.settings.strategy == "sampled" and rejection is None
+    return Revision(
+        answer=answer, from_draft=show_draft, rejection=rejection, detail=misfit, accepted=accepted
+    )
+
+
+def _addressed(plan: Plan, opened: Round) -> list[Principle]:
+    """Return the principles that a round's revisions are to mend, as models read them."""
+    if plan.settings.strategy == "sampled":
+        return [plan.spoken[opened.critique.verdicts[0].principle or ""]]
+    return failed_principles(opened.critique, plan.spoken)
+
+
+def _reasons(critique: Critique) -> str:
+    violated = (verdict for verdict in critique.verdicts if verdict.label is Label.VIOLATES)
+    return "\n".join(verdict.reason for verdict in violated if verdict.reason)
+
+
+def _continued(frozen: str, text: str) -> str:
+    """Return what has left with what a writer made to follow it, which often repeats its beginning."""
+    text = text.strip()
+    repeated = r"\s+".join(re.escape(word) for word in frozen.split())
+    if (found := re.match(repeated, text)) is not None:
+        text = text[found.end() :].strip()
+    return f"{frozen} {text}" if text else frozen
+
+
+async def _written(
+    plan: Plan, calls: Calls, number: int, messages: Sequence[BaseMessage], form: Form | None
+) -> AIMessage:
+    """Have the reviser write; in a form by its provider's own means, or else in words."""
+    plain = _sampling(plan, number)
+    native = plain if form is None else models.writing(plan.reviser, form.schema)
+    if form is None or native is plan.reviser:
+        return await calls.generate("revise", plain, plan.reviser_name, messages)
+    try:
+        reply = await calls.generate("revise", native, plan.reviser_name, messages)
+    except Exception as error:
+        if (cut := models.cut_form(error)) is not None:
+            return cut  # a revision that is rejected
+        if not models.refuses_form(error):
+            raise
+        return await calls.generate("revise", plain, plan.reviser_name, messages)
+    for call in reply.tool_calls[:1]:
+        return AIMessage(json.dumps(call["args"]), response_metadata=reply.response_metadata)
+    return reply
+
+
+def _sampling(plan: Plan, number: int) -> Runnable[Any, Any]:
+    # Only the embedded model is known to take a seed; each candidate needs its own, or all are alike.
+    if plan.settings.seed is None or local.name_in(plan.reviser_name) is None:
+        return plan.reviser
+    return plan.reviser.bind(seed=plan.settings.seed + 1 + number)

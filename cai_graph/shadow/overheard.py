@@ -1,0 +1,281 @@
+"""A run of an app whose output leaves as it is, with its answer handed over to be judged (mode `shadow`)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import reduce
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
+from langchain_core.runnables import Runnable, RunnableConfig
+
+from cai_graph.app.handlers import unstreamed
+from cai_graph.app.shape import Shape, added
+from cai_graph.app.wrapped import gives_chunks, is_graph, is_pause, resumes, untyped, waits
+from cai_graph.calls import Budget, Calls
+from cai_graph.errors import RunError
+from cai_graph.memory.kept import Kept
+from cai_graph.plain import plain
+from cai_graph.request.drafts import DraftCalls
+from cai_graph.request.plan import Plan
+from cai_graph.request.request import Request
+from cai_graph.shadow.shadow import Shadow, size_of
+from cai_graph.trajectory import Draft, Message, Trajectory, now
+
+__all__ = ["UNHEARD", "Overheard"]
+
+UNHEARD: Any = object()
+"""Stands for an input that comes in chunks later on."""
+
+_UNBOUNDED = Budget(calls=None, forward_passes=None, tokens=None, seconds=None)
+
+
+class Overheard:
+    """One run of an app. Whatever goes wrong in hearing it is logged, and never reaches the caller.
+
+    Args:
+        app: what answers.
+        plan: judges, revises, logs.
+        shape: where the request and the answer are.
+        shadow: what judges behind it.
+        model: the app's name in the records, where it is one chat model.
+        input: what the app is given; UNHEARD where it comes in chunks.
+        config: the caller's, with the callbacks under which the run is traced.
+        source: recorded in the Trajectory.
+    """
+
+    def __init__(
+        self,
+        app: Runnable[Any, Any],
+        plan: Plan,
+        shape: Shape,
+        shadow: Shadow,
+        model: str | None,
+        input: Any,
+        config: RunnableConfig,
+        source: str | None = None,
+    ) -> None:
+        self._app, self._plan, self._shape, self._shadow = app, plan, shape, shadow
+        self._input, self._source = input, source
+        self._started_at, self._started = now(), time.perf_counter()
+        self._calls = DraftCalls(Calls(_UNBOUNDED), model)
+        self._calls.raise_error = False
+        callbacks = config.get("callbacks")
+        if not isinstance(callbacks, BaseCallbackManager):
+            callbacks = AsyncCallbackManager.configure(callbacks)
+        hearing = callbacks.copy()
+        hearing.add_handler(self._calls, inherit=True)
+        self._end = _End(callbacks.parent_run_id)
+        if is_graph(app):
+            hearing.add_handler(self._end, inherit=False)
+        self._kept = Kept.of(app, config)
+        if self._kept.listener is not None:
+            hearing.add_handler(self._kept.listener, inherit=True)
+        self._under: RunnableConfig = {**config, "callbacks": hearing}
+        self._behind = RunnableConfig(
+            callbacks=unstreamed(callbacks),
+            metadata=config.get("metadata") or {},
+            tags=config.get("tags") or [],
+        )
+        self._output: Any = None
+        self._chunks: list[Any] = []
+        self._messages: tuple[Message, ...] = ()
+        self._metadata: dict[str, Any] = {}
+        self._error: BaseException | None = None
+        try:
+            self._metadata = plain(config.get("metadata") or {})  # now, since its owner may change it later
+        except Exception as error:
+            self._error = error
+        self._inputs: list[Any] = []
+        if input is not UNHEARD:
+            self._read()
+        self._stopped = False
+        """Whether the app stands at a breakpoint, and so has not answered yet."""
+        self._recorded: Future[Trajectory] | None = None
+
+    def invoke(self, options: Mapping[str, Any]) -> Any:
+        """Return the app's output; it runs in this thread."""
+        with self:
+            output = self._app.invoke(self._input, self._under, **options)
+            self._take(output, options)
+            self._look()
+        return output
+
+    async def ainvoke(self, options: Mapping[str, Any]) -> Any:
+        """Return the app's output."""
+        with self:
+            output = await self._app.ainvoke(self._input, self._under, **options)
+            self._take(output, options)
+            await self._alook()
+        return output
+
+    def stream(self, options: Mapping[str, Any]) -> Iterator[Any]:
+        """Yield the app's chunks; it writes in this thread."""
+        return self._streamed(lambda: self._app.stream(self._input, self._under, **options))
+
+    def transform(self, inputs: Iterator[Any], options: Mapping[str, Any]) -> Iterator[Any]:
+        """Yield the app's chunks to an input that comes in chunks; it may answer before it has all."""
+
+        def heard() -> Iterator[Any]:
+            for part in inputs:
+                self._inputs.append(part)
+                yield part
+
+        return self._streamed(lambda: self._app.transform(heard(), self._under, **options))
+
+    def _streamed(self, begin: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+        with self:
+            chunks = begin()
+            try:
+                for chunk in chunks:
+                    self._chunks.append(chunk)
+                    yield chunk
+            finally:
+                getattr(chunks, "close", lambda: None)()
+            self._look()
+
+    def astream(self, options: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """Yield the app's chunks."""
+        return self._astreamed(lambda: self._app.astream(self._input, self._under, **options))
+
+    def atransform(self, inputs: AsyncIterator[Any], options: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
+        """Yield the app's chunks to an input that comes in chunks; it may answer before it has all."""
+
+        async def heard() -> AsyncIterator[Any]:
+            async for part in inputs:
+                self._inputs.append(part)
+                yield part
+
+        return self._astreamed(lambda: self._app.atransform(heard(), self._under, **options))
+
+    async def _astreamed(self, begin: Callable[[], AsyncIterator[Any]]) -> AsyncGenerator[Any, None]:
+        with self:
+            chunks = begin()
+            try:
+                async for chunk in chunks:
+                    self._chunks.append(chunk)
+                    yield chunk
+            finally:
+                if (close := getattr(chunks, "aclose", None)) is not None:
+                    await close()
+            await self._alook()
+
+    def _read(self) -> None:
+        """Read the request, now, since its owner may change it later."""
+        try:
+            self._messages = () if resumes(self._input, self._app) else self._shape.conversation(self._input)
+        except Exception as error:  # the app may take what is no request
+            self._error = error
+
+    def _take(self, output: Any, options: Mapping[str, Any]) -> None:
+        if gives_chunks(self._app, options):
+            self._chunks = [*output]
+        else:
+            self._output = untyped(output)
+
+    def _look(self) -> None:
+        """See whether the app stopped at a breakpoint."""
+        with suppress(Exception):
+            self._stopped = self._kept.stopped_here()
+
+    async def _alook(self) -> None:
+        with suppress(Exception):
+            self._stopped = await self._kept.stopped()
+
+    async def record(self) -> Trajectory | None:
+        """Return the record, once the answer is judged; None where the app waits for a person."""
+        if self._recorded is None:
+            return None
+        record: Trajectory = await asyncio.wrap_future(self._recorded)
+        return record
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        last = self._chunks[-1] if self._chunks else self._output
+        if self._stopped or is_pause(error) or waits(last):
+            return
+        if self._input is UNHEARD:
+            with suppress(Exception):  # what does not add up is no request
+                self._input = reduce(added, self._inputs)
+            self._read()
+        if isinstance(error, GeneratorExit):
+            error = RunError("the reader closed the stream")
+        self._error = error or self._error
+        answer: Message | None = None
+        if not self._chunks and self._error is None:
+            try:
+                answer = self._shape.answer(self._output)  # now, since its owner may change it later
+            except Exception as unlike:
+                self._error = unlike
+        calls = tuple(self._calls.calls.made)
+
+        def heard() -> Draft:
+            said = answer or self._shape.answer(self._whole())
+            return Draft(answer=said, truncated=self._calls.cut(said))
+
+        async def draft(own: Calls, node: RunnableConfig) -> Draft:
+            return heard()
+
+        def written() -> Draft | None:
+            with suppress(Exception):
+                return heard() if answer or self._chunks or self._output is not None else None
+            return None
+
+        def asked() -> tuple[Message, ...]:
+            with suppress(Exception):
+                return self._shape.asked(self._messages, self._whole())
+            return self._messages
+
+        def request() -> Request:
+            return Request(
+                messages=asked(),
+                draft=draft,
+                written=written,
+                context=lambda: self._shape.context(self._input, self._whole()),
+                form=lambda: self._shape.form(self._whole()),
+                mode="shadow",
+                made=calls,
+                failed=self._error,
+                source=self._source,
+                metadata=self._metadata,
+                tags=self._behind.get("tags") or (),
+                started_at=self._started_at,
+                started=self._started,
+            )
+
+        size = size_of(self._input) + size_of(self._chunks or self._output)
+        self._recorded = self._shadow.take(self._plan, request, self._behind, size)
+
+    def _whole(self) -> Any:
+        """Return the output, or what the chunks of a stream add up to."""
+        if not self._chunks:
+            return self._output
+        if is_graph(self._app):  # its chunks are its steps, which do not add up to what it returns
+            return self._end.output
+        self._output, self._chunks = reduce(added, self._chunks), []
+        return self._output
+
+
+class _End(BaseCallbackHandler):
+    """Hears what a run returns, streamed or not."""
+
+    run_inline = True  # else it costs an asynchronous app a thread hop
+
+    def __init__(self, parent: UUID | None) -> None:
+        self.parent = parent
+        self.output: Any = None
+
+    def on_chain_end(self, outputs: Any, *, parent_run_id: UUID | None = None, **kwargs: Any) -> None:
+        """Keep the output of the run that stands below `parent`."""
+        if parent_run_id == self.parent:
+            self.output = outputs
