@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -17,7 +18,7 @@ from cli_support import BALANCED, OPTIONAL, cai, commands, start, trajectories, 
 from replies import verdicts
 from wire import Reply, role, under
 
-from cai_graph.cli import options
+from cai_graph.cli import console, options
 from cai_graph.cli.specs import foreign
 from cai_graph.errors import ModelError
 from cai_graph.request import policy
@@ -348,3 +349,27 @@ def test_the_embedded_model_drafts_and_another_judges(tmp_path: Path, tiny_weigh
     assert all(t.draft is not None and t.draft.answer.content for t in found)
     assert {t.calls[0].model for t in found} == {"local:smollm2"}
     assert cai(tmp_path, "model", "path", "smollm2").stdout.strip() == str(tiny_weights)
+
+
+def test_long_work_tells_a_file_how_far_it_is(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter(range(0, 1000, 20))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+
+    with console.measured("forward passes") as tell:
+        for done in range(5):
+            tell(done, 5)
+        tell(5, 5)
+
+    said = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "forward passes: 1/5",
+        "forward passes: 3/5",
+        "forward passes: 5/5",
+    ]
+
+
+def test_work_that_never_began_tells_nothing(capsys: Any) -> None:
+    with console.measured("forward passes"):
+        pass
+
+    assert capsys.readouterr().err == ""

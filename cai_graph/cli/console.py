@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +31,9 @@ FAILED, SKIPPED, INTERRUPTED = 1, 3, 130
 
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
 """What the system says where output cannot be written: the disk is full, or nobody reads on."""
+
+LINE_SECONDS = 30
+"""Between two lines of progress in a file or a pipe."""
 
 DEFAULT_LOG = "sqlite:///cai.db"
 
@@ -201,28 +205,39 @@ def bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
 def measured(what: str, column: ProgressColumn | None = None) -> Iterator[Callable[[int, int], None]]:
     """Show how far a long piece of work is: gives what is told (done, in all); silent until it is.
 
+    A terminal shows a bar; elsewhere a line is written at the end, and every `LINE_SECONDS` before it.
     The column shows both numbers; None: as a count.
     """
     from rich import progress
 
+    columns = (column or progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
     bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        column or progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        console=err,
+        progress.TextColumn("{task.description}"), progress.BarColumn(), *columns, console=err
     )
-    task = bar.add_task(what, total=None)
+    bar.add_task(what, total=None)
+    task = bar.tasks[0]
+    written = time.monotonic()
+
+    def line() -> None:
+        done, left = (str(column.render(task)).strip() for column in columns)
+        err.print(Text(f"{what}: {done}, {left} left" if task.time_remaining else f"{what}: {done}"))
 
     def tell(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
+        nonlocal written
+        bar.update(task.id, completed=done, total=total)
+        if err.is_terminal:
+            bar.start()
+        elif (now := time.monotonic()) >= written + LINE_SECONDS and done < total:
+            written = now
+            line()
 
     try:
         yield tell
     finally:
         if bar.live.is_started:
             bar.stop()
+        elif task.total is not None:
+            line()
 
 
 class Stop:
