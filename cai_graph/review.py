@@ -152,7 +152,7 @@ def check_checkpointer(face: str, checkpointer: object, *, asks: bool) -> None:
     """Raise ConfigError where a checkpointer is missing, is none, or cannot delete what waited."""
     if checkpointer is None and asks:
         raise ConfigError(
-            f"policy 'human' waits in a checkpointer: {face[:-1]}…, checkpointer=…), for example LangGraph's "
+            f"policy 'human' waits in a checkpointer: {face[:-1]}, checkpointer=…), for example LangGraph's "
             "SqliteSaver or PostgresSaver; InMemorySaver forgets what waits when the process ends"
         )
     if checkpointer is not None and not isinstance(checkpointer, BaseCheckpointSaver):

@@ -150,6 +150,23 @@ def test_a_checkpoint_is_a_subject_and_may_not_stand_under_a_constitution(folder
     assert "out has no manifest" in summary["notes"][0]
 
 
+def test_without_a_temperature_what_runs_here_is_at_0_and_a_mix_is_noted(folder: Path) -> None:
+    tiny_model(folder / "out")
+    suite = ("--helpfulness", "fine.txt", "--max-tokens", "3")
+
+    with serving(script) as server:
+        cai(folder, "evaluate", "run", "mixed", "out", server.spec, *suite)
+        cai(folder, "evaluate", "run", "even", "out", server.spec, *suite, "--temperature", "0.5")
+    several = cai(folder, "evaluate", "run", "a", "out", *suite, "--samples", "2", status=2)
+
+    notes = {each: cai(folder, "evaluate", "score", each, "--json").stdout for each in ("mixed", "even")}
+    assert f"{server.spec}: at a temperature of its own" in notes["mixed"]
+    assert "temperature" not in notes["even"]
+    assert "all samples are the same" in several.stderr
+    assert evaluate._temperature("local", None) == evaluate._temperature("local:smollm2", None) == 0
+    assert evaluate._temperature("openai:gpt-5-mini", None) is None
+
+
 def test_a_critic_of_other_weights_in_the_same_file_makes_another_subject(folder: Path) -> None:
     (folder / "critic.gguf").write_bytes(b"GGUF v1")
     judged = ("--helpfulness", "fine.txt", "--constitution", "balanced", "--critic", "local:critic.gguf")

@@ -140,7 +140,7 @@ async def test_what_changes_is_counted_by_principle_and_outcome_with_examples(
     assert (kind.compared, kind.before, kind.after, kind.newly, kind.cleared) == (4, 0, 1, 1, 0)
     assert (harm.compared, harm.before, harm.after, harm.newly, harm.cleared) == (4, 2, 0, 0, 2)
     ended = report.outcomes["KEPT"]
-    assert (ended.drafts, ended.drafts_before, ended.drafts_after) == (3, 0, 1)
+    assert (ended.drafts, ended.drafts_before, ended.drafts_after, ended.drafts_unreadable) == (3, 0, 1, 1)
     (worse,) = report.shown["newly violates"]
     assert (worse.answer, worse.principles, worse.reason) == ("worse now", ("be-kind",), "breaks be-kind")
     assert {one.reason for one in report.shown["cleared"]} == {"then: no-harm"}

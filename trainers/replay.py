@@ -354,6 +354,8 @@ class OutcomeChange:
     """Of which the log says that they violate."""
     drafts_after: int = 0
     """Of which violate now."""
+    drafts_unreadable: int = 0
+    """Of which are unreadable now."""
     released: int = 0
     """Released revisions judged now."""
     released_after: int = 0
@@ -387,6 +389,7 @@ class Report:
             ended.drafts += 1
             ended.drafts_before += before == "violates"
             ended.drafts_after += after == "violates"
+            ended.drafts_unreadable += after == "unreadable"
         else:
             ended.released += 1
             ended.released_after += after == "violates"

@@ -28,7 +28,7 @@ def distill(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; docs/distill.md has one.")],
     settings: Annotated[
         list[str] | None,
-        option("--set -s", "A key of the config, such as rl.method=dpo; may be repeated.", "KEY=VALUE"),
+        option("--set -s", "A key of the config, such as sft.max_steps=12; may be repeated.", "KEY=VALUE"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the steps, their tokens and about how long they take.")

@@ -57,7 +57,8 @@ def run(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to a prompt.")] = 1,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Of the draw; the model's own by default, of checkpoints 0.")
+        float | None,
+        typer.Option(min=0, help="Of the draw; by default 0 of models on this machine, of others their own."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     seed: Annotated[int, typer.Option(help="Of local models and checkpoints.")] = 0,
@@ -92,16 +93,24 @@ def run(
         if path is not None
         for prompt in read_suite(suite, path, limit)
     ]
-    if samples > 1 and temperature == 0:
-        raise typer.BadParameter("at temperature 0 all samples are the same; leave --samples or set another")
+    drawn = {name: _temperature(name, temperature) for name in models}
+    if samples > 1 and 0 in drawn.values():
+        raise typer.BadParameter(
+            "at temperature 0, the default of models on this machine, all samples are the same; "
+            "leave --samples out, or give --temperature"
+        )
     prompts, notes = _not_trained_on(prompts, models, trained_on or [], drop_trained)
+    if 0 in drawn.values() and None in drawn.values():
+        by_default = ", ".join(without_password(name) for name, own in drawn.items() if own is None)
+        notes.append(
+            f"{by_default}: at a temperature of its own, the others at 0; --temperature gives all the same"
+        )
     evaluation = Evaluation.begin(folder, prompts, notes=notes)
     fetch(*(name for name in models if not Path(name).is_dir()), critic)
-    about: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-
     async def work() -> int:
         failed = 0
         for name in models:
+            about = {"max_tokens": max_tokens, "temperature": drawn[name], "seed": seed}
             for subject in _subjects(name, about, constitution or [], critic, concurrency):
                 with measured(f"answers of {subject.name}") as tell, foreign(name):
                     failed += await evaluation.generate(subject, samples=samples, progress=tell)
@@ -116,6 +125,15 @@ def run(
     if failed:
         note(f"{show.count(failed, 'prompt')} failed, in no figure; the same command tries again")
         raise typer.Exit(SKIPPED)
+
+
+def _temperature(model: str, asked: float | None) -> float | None:
+    """Return the temperature of a model's draws, None for its own: what runs here has none, so it is 0."""
+    from cai_graph import local
+
+    if asked is None and (Path(model).is_dir() or local.name_in(model) is not None):
+        return 0.0
+    return asked
 
 
 def _not_trained_on(
@@ -174,7 +192,7 @@ def _subjects(
             Path(name),
             name=name,
             max_tokens=about["max_tokens"],
-            temperature=about["temperature"] or 0.0,
+            temperature=about["temperature"],
             seed=about["seed"],
         )
         return

@@ -152,7 +152,10 @@ def _show(report: Report) -> None:
 
     before, after = report.share("before"), report.share("after")
     out.print(Text(f"{show.count(report.judged, 'answer')} judged again."))
-    out.print(Text(f"Violate: {before} in the log, {after} now."))
+    if before.of:
+        out.print(Text(f"Violate: {before} in the log, {after} now."))
+    else:
+        out.print(Text("No answer was readable both in the log and now, so no share is compared."))
     out.print(
         Text(
             f"{report.newly} newly violate, {report.cleared} are cleared, "
@@ -170,10 +173,26 @@ def _show(report: Report) -> None:
     if report.outcomes:
         out.print()
         ended = [
-            (name, row.drafts, row.drafts_before, row.drafts_after, row.released, row.released_after)
+            (
+                name,
+                row.drafts,
+                row.drafts_before,
+                row.drafts_after,
+                row.drafts_unreadable,
+                row.released,
+                row.released_after,
+            )
             for name, row in sorted(report.outcomes.items())
         ]
-        headers = ("outcome", "drafts", "violated", "violate now", "revisions", "violate now")
+        headers = (
+            "outcome",
+            "drafts",
+            "violated",
+            "violate now",
+            "unreadable now",
+            "revisions",
+            "violate now",
+        )
         out.print(show.table(ended, headers))
     for change, found in report.shown.items():
         out.print()

@@ -60,7 +60,8 @@ class StageConfig:
     """What every stage is told; each one adds its own and sets its paper's learning rate."""
 
     model: str
-    """Where training starts: a folder with safetensors and tokenizer, `local` or `local:NAME`."""
+    """Where training starts: a folder with safetensors and tokenizer (a Checkpoint), `local`, `local:NAME`,
+    `local:FILE.gguf`, or a name on the hub, which is fetched."""
     data: Path
     """A folder of `cai dataset build`, or a file of TRL's format in JSONL, JSON or Parquet."""
     output: Path
