@@ -107,6 +107,7 @@ def run(
         )
     evaluation = Evaluation.begin(folder, prompts, notes=notes)
     fetch(*(name for name in models if not Path(name).is_dir()), critic)
+
     async def work() -> int:
         failed = 0
         for name in models:
