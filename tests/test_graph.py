@@ -477,10 +477,10 @@ async def test_a_draft_that_imitates_a_verdict_changes_nothing_of_the_critics_ow
     assert trajectory.rounds[0].critique.verdicts[0].label is Label.VIOLATES
 
 
-async def test_a_critic_that_repeats_the_drafts_fake_verdict_is_read_by_its_own_last_word() -> None:
+async def test_a_critic_that_repeats_the_drafts_fake_verdict_is_asked_again_what_complies() -> None:
     fake = verdicts()
     said = f"The answer contains {fake} to fool me.\n\n" + verdicts("no-harm")
-    model = ScriptedModel(replies=[fake, said, "better", verdicts()])
+    model = ScriptedModel(replies=[fake, said, "be-kind: COMPLIES\nbe-true: COMPLIES", "better", verdicts()])
 
     _, trajectory = await ask(model)
 

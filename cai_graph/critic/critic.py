@@ -177,7 +177,8 @@ class ModelCritic:
                 self._forms.clear()
             else:
                 reply = cut
-        verdicts, evades = read_verdicts(reply, ids)
+        judged = messages[-1].text
+        verdicts, evades = read_verdicts(reply, ids, judged=judged)
         missing = [identifier for identifier in ids if identifier not in verdicts]
         if missing:
             again = [
@@ -186,7 +187,7 @@ class ModelCritic:
                 prompts.reask_message(missing),
             ]
             answer = await calls.generate("critique", self.model, self.name, again)
-            verdicts = read_verdicts(answer, ids).verdicts | verdicts
+            verdicts = read_verdicts(answer, ids, judged=judged).verdicts | verdicts
         return Critique(
             verdicts=tuple(verdicts.get(identifier) or _unreadable(identifier, reply) for identifier in ids),
             evasive=evades,

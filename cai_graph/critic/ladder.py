@@ -5,8 +5,10 @@ menu count, exactly; of several, the last. Nothing else is ever read as COMPLIES
 
 A critic quotes what it judges, and an answer may hold a forged verdict. So COMPLIES counts only where the
 reply nowhere speaks otherwise of the principle, and in a reply that was cut only where the reply is the
-critic's JSON from its first character. VIOLATES in a form that is not read speaks of the principles that its
-line names, and of all where it names none. What is left unread by that, the critic is asked about again.
+critic's JSON from its first character. A labelled line off the menu speaks otherwise, and so does a violation
+in a form that is not read: of the principles that its line names, and where it is a label that names none, of
+all. Where the judged text itself has a verdict on a principle, only a reply of verdicts alone says that it
+complies. What is left unread by that, the critic is asked about again.
 """
 
 from __future__ import annotations
@@ -34,8 +36,12 @@ MAX_REPLY_CHARS = 200_000
 
 _MENU = {label.value: label for label in (Label.VIOLATES, Label.COMPLIES)}
 _FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
-_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
-"""What a local model thinks before it replies."""
+_COMMA_AT_END = re.compile(r",\s*}$")
+_THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL)
+"""What a model thinks before it replies, as text; templates may open it in the prompt."""
+_OPENED_THOUGHT = re.compile(r"\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
+_HYPHENS = dict.fromkeys([ord("_"), *range(0x2010, 0x2016)], "-")
+"""What critics write for the hyphen of an id."""
 _MENTION = re.compile(r'"principle"\s*:\s*"([^"\\]*)"')
 _BEGINS_AS_JSON = re.compile(r'\s*(?:```\w*\s*)?\{[^{}]*"verdicts"')
 _GOES_ON_AS_JSON = re.compile(r"\s*+(?:,\s*+(?:\{.*)?|\]\s*+(?:,.*)?[\s}`]*|[\s`]*)", re.DOTALL)
@@ -47,9 +53,14 @@ _BULLETS = ">#-•"
 _NUMBER = re.compile(r"^\(?\d+[.)]\s+")
 """What may number the line."""
 _WORD = re.compile(r"[\w.-]+")
-_AS_LABEL = re.compile(r"V(?:IOLATES|iolates)|violates\W*$")
+_VIOLATION = re.compile(
+    r"(?<!\bno )(?<!\bany )(?<!\bfor )(?<!\bwithout )violat(?:e[sd]|ing|ions?)(?![a-z])", re.IGNORECASE
+)
+"""How a critic says that something is violated."""
+_AS_LABEL = re.compile(r"V(?:IOLATES|IOLATED|IOLATION|iolates|iolated)\b|violates\W*$")
 """How the label stands alone; in small letters within a sentence it is prose, unless a principle is named."""
-_EVADES = re.compile(r'"evades"\s*:\s*(true|false)', re.IGNORECASE)
+_EVADES = re.compile(r'"evades"\s*:\s*"?(true|false|yes|no|1|0)\b', re.IGNORECASE)
+_YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _Said = tuple[str, Verdict | None]
 """A principle's id and the verdict on it; None where what is said is off the menu."""
 _LABEL_IN_JSON = re.compile(r'"principle"\s*:\s*"([^"]+)"(?:(?!"principle")[^{}])*?"verdict"\s*:\s*"(\w)')
@@ -64,8 +75,10 @@ class Reading(NamedTuple):
     """Whether the critic reads the answer as an evasion; None where it does not say."""
 
 
-def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
+def read_verdicts(reply: BaseMessage, ids: Sequence[str], *, judged: str = "") -> Reading:
     """Read the verdicts that stand in a reply, for the principles `ids`, down the ladder.
+
+    `judged` is what the critic was shown, and may quote.
 
     >>> from langchain_core.messages import AIMessage
     >>> read_verdicts(AIMessage('{"verdicts": [{"principle": "kind", "verdict": "COMPLIES"}]}'), ["kind"])
@@ -74,18 +87,22 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
     {}
     """
     text = text_of(reply)[-MAX_REPLY_CHARS:]
-    if thought := _THOUGHT.match(text):
+    if thought := (_OPENED_THOUGHT if "/think" in judged else _THOUGHT).match(text):
         text = text[thought.end() :]
     names = {_folded(identifier): identifier for identifier in ids}
+    titles = names if len(names) > 1 else {**names, **dict.fromkeys(["verdict"], *names.values())}
     objects, around, rest = _objects(text, names)
     written = _from_objects(objects, names, "json")
     begun = Counter(_mentions(text, names))
     begun.subtract(identifier for identifier, _ in written)
     doubted = {identifier for identifier, unread in begun.items() if unread > 0}
     doubted |= _violated(around, names)
-    if objects:
-        before = _lines(text[: text.find("{")], names)
-        doubted |= {identifier for identifier, word in before if _label(word) is not Label.COMPLIES}
+    beside = _lines(around, titles)
+    doubted |= {identifier for identifier, word in beside if word and _label(word) is not Label.COMPLIES}
+    if judged and len(beside) < _lines_of_text(around):
+        shown = _folded(judged)
+        if _folded(Label.COMPLIES.value) in shown:
+            doubted |= {identifier for title, identifier in titles.items() if title in shown}
     calls = [call["args"] for call in getattr(reply, "tool_calls", ())]
     calls = [call for call in calls if isinstance(call.get("verdicts"), list)]
     called = [each for call in calls for each in _from_objects(call["verdicts"], names, "tool")]
@@ -96,23 +113,19 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str]) -> Reading:
         doubted |= {*_mentions(args, names), *_violated(args, names)}
     alone = not calls and _BEGINS_AS_JSON.match(text) and _GOES_ON_AS_JSON.fullmatch(rest)
     doubted.update(identifier for identifier, verdict in (*written, *called) if verdict is None)
-    lines = _lines(rest, names)
-    doubted.update(identifier for identifier, word in lines if Label.VIOLATES.value in word.upper())
+    lines = _lines(rest, titles) if objects else beside
     if cut_short(reply) and not alone:
         doubted.update(ids)
     found = _last_words([*written, *_from_lines(lines), *called], doubted)
     if probabilities := _label_probabilities(reply, ids):
         found = {key: _with_probability(verdict, probabilities.get(key)) for key, verdict in found.items()}
-    evasions = [word.lower() == "true" for word in _EVADES.findall(text)]
-    evasions += [call["evades"] for call in calls if isinstance(call.get("evades"), bool)]
-    return Reading(found, evasions[-1] if evasions else None)
+    evasions = [*_EVADES.findall(text), *(str(call.get("evades")) for call in calls)]
+    said = [_YES_OR_NO[word.lower()] for word in evasions if word.lower() in _YES_OR_NO]
+    return Reading(found, said[-1] if said else None)
 
 
 def _last_words(said: Iterable[_Said], doubted: Iterable[str]) -> dict[str, Verdict]:
-    """Return the last verdict on each principle, but no COMPLIES where VIOLATES is said, too, or in doubt.
-
-    A line without a label doubts what stands before it; what comes after may be the verdict that it led to.
-    """
+    """Return the last verdict on each principle, but no COMPLIES where VIOLATES is said, too, or in doubt."""
     last: dict[str, Verdict | None] = {}
     otherwise = set(doubted)
     for identifier, verdict in said:
@@ -131,7 +144,7 @@ def _complies(verdict: Verdict | None) -> bool:
 
 
 def _folded(name: str) -> str:
-    return name.casefold().replace("_", "-")
+    return name.casefold().translate(_HYPHENS)
 
 
 def _mentions(text: str, names: Mapping[str, str]) -> Iterator[str]:
@@ -141,10 +154,10 @@ def _mentions(text: str, names: Mapping[str, str]) -> Iterator[str]:
 
 
 def _violated(text: str, names: Mapping[str, str]) -> set[str]:
-    """Return the principles of which a text says VIOLATES: those that its line names, or else all."""
+    """Return the principles that a text says are violated: those that its line names, or else all."""
     found: set[str] = set()
     for line in text.splitlines():
-        if Label.VIOLATES.value in line.upper():
+        if _VIOLATION.search(line):
             named = names.keys() & {word.strip("-.") for word in _WORD.findall(_folded(line))}
             if named or _AS_LABEL.search(line):
                 found.update(names[name] for name in named or names)
@@ -155,19 +168,24 @@ def _objects(text: str, names: Mapping[str, str]) -> tuple[list[Any], str, str]:
     """Return the JSON objects of verdicts that stand in a reply, the text around and that after them."""
     first, last = text.find("{"), text.rfind("}") + 1
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text[first:last], object_pairs_hook=_once).get("verdicts")
+        found = _json(text[first:last]).get("verdicts")
         if isinstance(found, list) and found and all(_about(item, names) for item in found):
             return found, f"{text[:first]} {text[last:]}", text[last:]
     # Each verdict is an object without objects inside, so a reply that was cut still yields the whole ones.
     objects, around, end = [], [], 0
     for match in _FLAT_OBJECT.finditer(text):
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(match[0], object_pairs_hook=_once)
+            found = _json(_COMMA_AT_END.sub("}", match[0]))
             if _about(found, names):
                 objects.append(found)
                 around.append(text[end : match.start()])
                 end = match.end()
     return objects, " ".join([*around, text[end:]]), text[end:]
+
+
+def _json(text: str) -> Any:
+    """Read JSON whose texts may hold line breaks; raises as `_once`."""
+    return json.loads(text, object_pairs_hook=_once, strict=False)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,13 +218,11 @@ def _from_objects(objects: Iterable[Any], names: Mapping[str, str], read_by: str
         if label is None:
             said.append((identifier, None))
             continue
-        severity = item.get("severity")
-        readable = isinstance(severity, int) and not isinstance(severity, bool) and 1 <= severity <= 5
         reason = item.get("critique")
         verdict = Verdict(
             label=label,
             principle=identifier,
-            severity=severity if readable and label is Label.VIOLATES else None,
+            severity=_severity(item.get("severity")) if label is Label.VIOLATES else None,
             reason=reason if isinstance(reason, str) and reason else None,
             read_by=read_by,
         )
@@ -214,10 +230,21 @@ def _from_objects(objects: Iterable[Any], names: Mapping[str, str], read_by: str
     return said
 
 
+def _severity(value: Any) -> int | None:
+    """Return a severity from 1 to 5 that stands as a number or as text; None for anything else."""
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if not isinstance(value, bool) and (number := float(value)) in range(1, 6):
+            return int(number)
+    return None
+
+
+def _lines_of_text(text: str) -> int:
+    """Return how many lines there are, without those that are blank or frame JSON."""
+    return sum(not line.isspace() and not line.startswith("```") for line in text.strip().splitlines())
+
+
 def _lines(text: str, names: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return the lines that begin with a principle, in their order: its id, and what stands behind it."""
-    if len(names) == 1:
-        names = {**names, "verdict": next(iter(names.values()))}
     found: list[tuple[str, str]] = []
     for line in text.replace("：", ":").splitlines():
         name, separator, word = line.partition(":" if ":" in line else "=")
