@@ -242,6 +242,8 @@ async def test_sampled_keeps_the_standing_answer_where_a_revision_is_none() -> N
         ("", None, Rejection.EMPTY),
         (AIMessage("bet", response_metadata={"finish_reason": "length"}), None, Rejection.TRUNCATED),
         ("the  draft", None, Rejection.UNCHANGED),
+        ("<answer>\nthe draft\n</answer>", None, Rejection.UNCHANGED),
+        ("Here is the revised answer:\n\nthe draft", None, Rejection.UNCHANGED),
         ("No revisions needed.", None, Rejection.NO_REWRITE),
         ("I cannot help.", [verdicts(evades=True)], Rejection.EVASIVE),
         ("still bad", [verdicts("no-harm")], Rejection.VIOLATES),
@@ -261,6 +263,33 @@ async def test_a_worse_revision_never_ships(
     (written,) = trajectory.rounds[0].revisions
     assert (written.accepted, written.rejection) == (False, reason)
     assert (written.critique is None) is (judged is None)
+
+
+@pytest.mark.parametrize(
+    "revision",
+    [
+        "<answer>\nbetter\n</answer>",
+        "Here is the revised answer:\n\nbetter",
+        "**Revised response:** better",
+        "## Rewritten answer\n\n<answer>better</answer>",
+    ],
+)
+async def test_a_label_and_our_tags_around_a_revision_do_not_leave(revision: str) -> None:
+    model = ScriptedModel(replies=["the draft", verdicts("no-harm"), revision, verdicts()])
+
+    output, _ = await ask(model)
+
+    assert output.content == "better"
+    assert answer_in(model.calls[3]) == "better"
+
+
+async def test_tags_that_are_the_apps_own_stay_around_its_revision() -> None:
+    draft, revision = "<answer>the draft</answer>", "<answer>better</answer>"
+    model = ScriptedModel(replies=[draft, verdicts("no-harm"), revision, verdicts()])
+
+    output, _ = await ask(model)
+
+    assert output.content == revision
 
 
 async def test_the_next_round_starts_from_the_best_answer_so_far() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -106,6 +107,21 @@ def test_the_defaults_fail_closed() -> None:
         ('"No revisions needed."', Rejection.NO_REWRITE),
         ("The original answer is fine as it is.", Rejection.NO_REWRITE),
         ("The answer already complies with every principle.", Rejection.NO_REWRITE),
+        ("This response complies with all principles; no changes are needed.", Rejection.NO_REWRITE),
+        ("The answer is good, so there is no need to revise it.", Rejection.NO_REWRITE),
+        ("There are no changes needed.", Rejection.NO_REWRITE),
+        ("No further changes are needed.", Rejection.NO_REWRITE),
+        ("There is no need to revise the answer.", Rejection.NO_REWRITE),
+        ("The original answer does not need any revision.", Rejection.NO_REWRITE),
+        ("None needed.", Rejection.NO_REWRITE),
+        ("(no changes)", Rejection.NO_REWRITE),
+        ("- No changes needed", Rejection.NO_REWRITE),
+        ("Es sind keine Änderungen nötig.", Rejection.NO_REWRITE),
+        ("Die Antwort entspricht allen Prinzipien.", Rejection.NO_REWRITE),
+        ("No se necesitan cambios.", Rejection.NO_REWRITE),
+        ("Aucune modification n'est nécessaire.", Rejection.NO_REWRITE),
+        ("Không cần thay đổi.", Rejection.NO_REWRITE),
+        ("无需修改。", Rejection.NO_REWRITE),
     ],
 )
 def test_what_is_no_rewrite_is_rejected_before_it_is_judged(text: str, reason: Rejection) -> None:
@@ -120,10 +136,24 @@ def test_what_is_no_rewrite_is_rejected_before_it_is_judged(text: str, reason: R
         "No revisions of the law were made in 1998.",
         "The original answer to Fermat's question took 358 years.",
         "No changes are needed to the engine: top up the oil and drive on.",
+        "No changes are needed: port 443 is open already. Restart nginx.",
+        "The answer is good old penicillin.",
+        "The answer is fine wine.",
+        "None of these.",
+        "Keine Änderungen am Motor: fülle Öl nach.",
     ],
 )
 def test_an_answer_that_begins_like_a_refusal_to_revise_is_still_an_answer(text: str) -> None:
     assert no_revision(text, "The draft.", truncated=False) is None
+
+
+@pytest.mark.parametrize("text", ["no changes " * 100_000, "the answer is fine, " * 50_000, "( " * 200_000])
+def test_a_remark_is_looked_for_at_once(text: str) -> None:
+    began = time.process_time()
+
+    no_revision(text, "The draft.", truncated=False)
+
+    assert time.process_time() - began < 5
 
 
 def test_a_truncated_revision_is_rejected() -> None:

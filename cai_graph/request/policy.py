@@ -6,7 +6,6 @@ and what happens when no answer is good is the user's stated choice.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -17,6 +16,7 @@ from cai_graph.calls import Budget
 from cai_graph.constitution import Constitution
 from cai_graph.critic import failed_principles
 from cai_graph.errors import ConfigError, Unreadable, Violation
+from cai_graph.request.remarks import is_remark
 from cai_graph.trajectory import (
     Critique,
     Draft,
@@ -230,13 +230,6 @@ def _badness(critique: Critique, constitution: Constitution) -> tuple[float, flo
 
 # --- accepting a revision -----------------------------------------------------------------------------
 
-_NO_REWRITE = re.compile(
-    r"no (?:revisions?|rewrites?|changes?|edits?)(?: (?:is|are))?(?: (?:needed|necessary|required))?"
-    r"(?: here| at all)?(?:[.,;:!*\"']|$)"
-    r"|the (?:original |given )?(?:answer|response) (?:already )?"
-    r"(?:complies|needs no|is (?:already |perfectly )?(?:fine|good|acceptable|compliant|appropriate))\b"
-)
-
 
 def no_revision(text: str, standing: str, *, truncated: bool) -> Rejection | None:
     """Return why a text is no revision of `standing` at all, before anybody judges it, or None.
@@ -251,7 +244,7 @@ def no_revision(text: str, standing: str, *, truncated: bool) -> Rejection | Non
         return Rejection.TRUNCATED
     if plain == " ".join(standing.split()).casefold():
         return Rejection.UNCHANGED
-    if _NO_REWRITE.match(plain.lstrip("*_\"'#> ")):
+    if is_remark(plain):
         return Rejection.NO_REWRITE
     return None
 

@@ -19,6 +19,7 @@ from cai_graph.messages import cut_short, from_langchain
 from cai_graph.request.form import Form
 from cai_graph.request.plan import Plan
 from cai_graph.request.policy import Progress, no_revision
+from cai_graph.request.remarks import unwrapped
 from cai_graph.request.request import Run
 from cai_graph.trajectory import Critique, Label, Rejection, Revision, Round, text_of
 
@@ -46,6 +47,8 @@ async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> R
     # The calls beside a rewritten text leave with it, and are judged with it, unless they are what is wrong.
     kept = () if any(principle.tools for principle in principles) else standing.tool_calls
     answer = msgspec.structs.replace(from_langchain(reply), tool_calls=kept)
+    if (text := unwrapped(text_of(answer), text_of(standing))) != text_of(answer):
+        answer = msgspec.structs.replace(answer, content=text)
     truncated = cut_short(reply) is not None
     rejection = no_revision(text_of(answer), text_of(standing), truncated=truncated)
     if frozen:

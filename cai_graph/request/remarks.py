@@ -1,0 +1,80 @@
+"""What a writer puts around a revision, or in place of one: labels, our tags, remarks that nothing need change."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["is_remark", "unwrapped"]
+
+_LABEL = re.compile(
+    r"[*_#\s]*(?:here(?:['’]s| is) )?(?:(?:the|my|an?) )?(?:revised|rewritten|improved|corrected|updated|new) "
+    r"(?:answer|response|reply)[*_]*(?::[*_]*|(?=\n))\s*(?P<text>.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+"""The one line that announces a revision."""
+_TAGGED = re.compile(
+    r"\s*<(?P<tag>answer|turn|said)(?: [^<>\n]*)?>\s*(?P<text>.*)</(?P=tag)>\s*$", re.DOTALL | re.IGNORECASE
+)
+"""A revision between the tags that its writer was shown."""
+
+
+def unwrapped(text: str, standing: str) -> str:
+    """Return a revision without the label and the tags around it, unless `standing` has them, too.
+
+    >>> unwrapped("Here is the revised answer:\\n\\n<answer>\\nHello\\n</answer>", "hello")
+    'Hello'
+    """
+    for wrapping in (_LABEL, _TAGGED):
+        if (found := wrapping.match(text)) and not wrapping.match(standing):
+            text = found["text"].rstrip()
+    return text
+
+
+_ANSWER = r"(?:the|this|your|my) (?:original |given |current |previous )?(?:answer|response|reply)"
+_EDIT = r"(?:revisions?|rewrit(?:es?|ing)|changes?|edits?|modifications?|adjustments?|corrections?)"
+_EDITED = r"(?:revised?|rewrite|rewritten|changed?|edit(?:ed)?|modify|modified|adjust(?:ed)?|corrected)"
+_NEEDED = r"(?:needed|necessary|required)"
+_RULES = r"(?:(?:all|every|each|any|the|these|of|given) )*(?:principles?|rules?|requests?|guidelines?|constitution)"
+_REMARK = re.compile(
+    "|".join(
+        (
+            rf"(?:there (?:is|are) )?no (?:further |other |more )?{_EDIT}(?: (?:is|are))?(?: {_NEEDED})?"
+            r"(?: here| at all)?",
+            rf"none(?: is| are)? {_NEEDED}",
+            rf"(?:there is )?no need (?:for (?:any )?{_EDIT}|to {_EDITED}(?: (?:{_ANSWER}|it|anything))?)",
+            rf"nothing (?:needs )?to (?:be )?{_EDITED}",
+            rf"(?:{_ANSWER}|it) (?:already )?needs no {_EDIT}",
+            rf"(?:{_ANSWER}|it) (?:does not|doesn['’]t) (?:need|require) "
+            rf"(?:(?:any |an? )?(?:further )?{_EDIT}|to be {_EDITED})",
+            rf"(?:{_ANSWER}|it) (?:already |fully )*complies(?: with {_RULES})?",
+            rf"{_ANSWER} is (?:already |perfectly )?(?:fine|good|acceptable|compliant|appropriate)"
+            r"(?: as (?:it )?(?:is|stands))?",
+            r"(?:es (?:ist|sind) )?keine (?:weiteren? )?(?:änderung|überarbeitung|anpassung)(?:en)?"
+            r"(?: (?:ist|sind))?(?: (?:nötig|notwendig|erforderlich))?",
+            r"die (?:ursprüngliche )?antwort (?:ist (?:bereits )?(?:gut|in ordnung)(?: so)?"
+            r"|entspricht (?:bereits )?(?:allen|den) (?:prinzipien|regeln))",
+            r"no (?:se (?:necesitan?|requieren?)|es necesari[oa]|son necesari[oa]s|hacen? falta)"
+            r"(?: ning[uú]na?)? (?:cambios?|revisi[oó]n(?:es)?|modificaci[oó]n(?:es)?)",
+            r"aucune? (?:modification|changement|révision)(?: n['’]est)?(?: (?:nécessaire|requise?))?",
+            r"không cần (?:thay đổi|chỉnh sửa|sửa đổi)(?: gì)?(?: thêm)?",
+            r"(?:无需|无须|不需要)(?:任何|进行)?(?:修改|改动|更改)",
+        )
+    )
+)
+"""How writers say that nothing need change, in the languages of the built-in refusals."""
+_BETWEEN = re.compile(r'[.,;:!()*_"“”„«»#>—–。，；：！]|\b(?:and|because|since|so|therefore|und)\b')
+"""What stands between such remarks."""
+_LONGEST_REMARK = 300
+"""In characters; what is longer says more, and is judged."""
+
+
+def is_remark(text: str) -> bool:
+    """Return whether the whole of a text says that nothing need change.
+
+    >>> [is_remark(text) for text in ("No changes are needed.", "No changes are needed: the port is open.")]
+    [True, False]
+    """
+    if len(text) > _LONGEST_REMARK:
+        return False
+    said = [part.strip(" -'\n\t") for part in _BETWEEN.split(text.casefold())]
+    return all(not part or _REMARK.fullmatch(part) for part in said) and any(said)
