@@ -1,4 +1,4 @@
-"""What a writer puts around a revision, or in place of one: labels, our tags, remarks that nothing need change."""
+"""What a writer puts around a revision, or in place of one: a label, our tags, a remark that it is fine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 __all__ = ["is_remark", "unwrapped"]
 
 _LABEL = re.compile(
-    r"[*_#\s]*(?:here(?:['’]s| is) )?(?:(?:the|my|an?) )?(?:revised|rewritten|improved|corrected|updated|new) "
-    r"(?:answer|response|reply)[*_]*(?::[*_]*|(?=\n))\s*(?P<text>.*)",
+    r"[*_#\s]*(?:here(?:['’]s| is) )?(?:(?:the|my|an?) )?(?:revised|rewritten|improved|corrected|updated|new)"
+    r" (?:answer|response|reply)[*_]*(?::[*_]*|(?=\n))\s*(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
 """The one line that announces a revision."""
@@ -34,7 +34,10 @@ _ANSWER = r"(?:the|this|your|my) (?:original |given |current |previous )?(?:answ
 _EDIT = r"(?:revisions?|rewrit(?:es?|ing)|changes?|edits?|modifications?|adjustments?|corrections?)"
 _EDITED = r"(?:revised?|rewrite|rewritten|changed?|edit(?:ed)?|modify|modified|adjust(?:ed)?|corrected)"
 _NEEDED = r"(?:needed|necessary|required)"
-_RULES = r"(?:(?:all|every|each|any|the|these|of|given) )*(?:principles?|rules?|requests?|guidelines?|constitution)"
+_RULES = (
+    r"(?:(?:all|every|each|any|the|these|of|given) )*"
+    r"(?:principles?|rules?|requests?|guidelines?|constitution)"
+)
 _REMARK = re.compile(
     "|".join(
         (
