@@ -148,6 +148,57 @@ def test_records_are_immutable_and_hashable() -> None:
     assert len({loaded["a"], constitution()["a"]}) == 1
 
 
+def test_a_copy_with_other_fields_has_its_own_digest_and_principles() -> None:
+    first = constitution(principle("a"), principle("b"))
+    digest = first.digest
+
+    fewer = first.model_copy(update={"principles": (first["b"],)})
+    firmer = first.model_copy(update={"refusal": "No."})
+
+    assert ([p.id for p in fewer], "a" in fewer) == (["b"], False)
+    assert fewer == first.select(["b"])
+    assert fewer.digest == first.select(["b"]).digest
+    assert len({digest, fewer.digest, firmer.digest}) == 3
+    assert load("balanced").model_copy() == load("balanced")
+    assert first.model_copy() == first.model_copy(deep=True) == first
+
+
+@pytest.mark.parametrize(
+    ("record", "update"),
+    [
+        (constitution(), {"principles": ()}),
+        (constitution(), {"refusall": "No."}),
+        (constitution()["a"], {"id": "Not An Id"}),
+    ],
+)
+def test_a_copy_is_checked_as_the_first_was(record: Constitution | Principle, update: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        record.model_copy(update=update)
+
+
+def test_translations_stay_what_the_digest_was_taken_of() -> None:
+    german = {"critique_request": "a", "revision_request": "b", "preference_question": "c"}
+    made = constitution(principle(translations={"de": german}), refusal_translations={"de": "Nein."})
+    plain = constitution()
+
+    for texts in (made.refusal_translations, plain.refusal_translations, plain["a"].translations):
+        for change in (
+            lambda: texts.__setitem__("de", "x"),  # noqa: B023
+            lambda: texts.update(de="x"),  # noqa: B023
+            lambda: texts.setdefault("fr", "x"),  # noqa: B023
+        ):
+            with pytest.raises(TypeError, match="immutable"):
+                change()
+    with pytest.raises(TypeError, match="immutable"):
+        made["a"].translations.pop("de")
+    for same in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made), copy.copy(made)):
+        assert same == made
+        assert same.digest == made.digest
+        assert same.refusal_translations == {"de": "Nein."}
+    assert json.loads(made.model_dump_json())["refusal_translations"] == {"de": "Nein."}
+    assert load(made.model_dump()) == made
+
+
 def test_constitution_survives_pickle_copy_and_dump() -> None:
     loaded = load("company-policy")
     assert pickle.loads(pickle.dumps(loaded)) == loaded

@@ -55,6 +55,15 @@ def test_lint_finds_what_is_missing_in_a_language() -> None:
     assert found(c) == [("b", "translations"), (None, "refusal_translations")]
 
 
+def test_lint_reads_translations_as_it_reads_the_texts() -> None:
+    german = {"critique_request": "suche a", "revision_request": "y " * 121 + "z"}
+    c = constitution(principle(translations={"de": german}), refusal_translations={"de": "Nein."})
+    assert [(f.principle, f.field, f.message.partition(":")[0]) for f in lint(c)] == [
+        ("a", "translations", "'de' revision_request"),
+        ("a", "translations", "'de' preference_question"),
+    ]
+
+
 def test_lint_finds_misspelt_aims_and_copied_wording() -> None:
     assert found(constitution(principle(aim="harmles"))) == [("a", "aim")]
     assert found(constitution(principle(aim="style"))) == []

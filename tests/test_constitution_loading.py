@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cai_graph.constitution import Example, Principle, lint, load, loading
+from cai_graph.constitution.principles import DEFAULT_REFUSAL
 from cai_graph.constitution.source import MAX_FILE_BYTES
 from cai_graph.errors import ConstitutionError
 
@@ -82,6 +83,14 @@ def test_examples_and_refusal_are_inherited_unless_the_child_has_its_own(folder:
     assert both.refusal == balanced.refusal, (
         "a parent without a refusal of its own does not bring the default"
     )
+
+
+def test_translations_of_the_default_refusal_are_inherited(folder: Path) -> None:
+    write(folder, parent=ONE + "refusal_translations:\n  de: Nein.\n")
+    for name in ("parent.yaml", folder / "parent.yaml", [folder / "parent.yaml"]):
+        child = load({"name": "c", "extends": name, "refusal_translations": {"fr": "Non."}})
+        assert child.refusal == DEFAULT_REFUSAL
+        assert child.refusal_translations == {"de": "Nein.", "fr": "Non."}
 
 
 def test_parent_shared_by_two_parents_counts_once(folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cai_graph.constitution.principles import MAX_REQUEST_CHARS, Constitution, File, plain_question
+from cai_graph.constitution.principles import MAX_REQUEST_CHARS, Constitution, File, Texts, plain_question
 
 __all__ = ["KNOWN_AIMS", "Difference", "Finding", "diff", "json_schema", "lint"]
 
@@ -45,22 +45,26 @@ def lint(constitution: Constitution) -> list[Finding]:
 
 def _lint_wording(constitution: Constitution) -> Iterator[Finding]:
     for principle in constitution:
-        for name in ("critique_request", "revision_request"):
-            length = len(getattr(principle, name))
-            if length > MAX_REQUEST_CHARS:
-                advice = f"{length} characters; keep it to {MAX_REQUEST_CHARS}, or split the principle"
-                yield Finding(advice, principle.id, name)
-        if principle.preference_question == plain_question(principle.critique_request):
-            yield Finding(
-                "made from the critique request; write which of two answers is better",
-                principle.id,
-                "preference_question",
-            )
-        if _words(principle.critique_request) == _words(principle.revision_request):
-            yield Finding("says the same as the critique request", principle.id, "revision_request")
+        for name, problem in _lint_texts(principle.texts()):
+            yield Finding(problem, principle.id, name)
+        for language, texts in principle.translations.items():
+            for name, problem in _lint_texts(texts):
+                yield Finding(f"{language!r} {name}: {problem}", principle.id, "translations")
         close = difflib.get_close_matches(principle.aim.lower(), KNOWN_AIMS, n=1, cutoff=0.8)
         if close and principle.aim not in KNOWN_AIMS:
             yield Finding(f"{principle.aim!r}: did you mean {close[0]!r}?", principle.id, "aim")
+
+
+def _lint_texts(texts: Texts) -> Iterator[tuple[str, str]]:
+    """Yield the field and what is wrong with it, of a principle's wording in one language."""
+    for name in ("critique_request", "revision_request"):
+        length = len(getattr(texts, name))
+        if length > MAX_REQUEST_CHARS:
+            yield name, f"{length} characters; keep it to {MAX_REQUEST_CHARS}, or split the principle"
+    if texts.preference_question == plain_question(texts.critique_request):
+        yield "preference_question", "made from the critique request; write which of two answers is better"
+    if _words(texts.critique_request) == _words(texts.revision_request):
+        yield "revision_request", "says the same as the critique request"
 
 
 def _words(text: str) -> set[str]:

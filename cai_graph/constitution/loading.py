@@ -126,8 +126,8 @@ def _build(source: Source, chain: tuple[Path, ...], built: dict[Path, Constituti
         parent = built[path]
         principles |= {p.id: p for p in parent}
         examples += [e for e in parent.examples if e not in examples]
-        if "refusal" in parent.model_fields_set:
-            refusal = {"refusal": parent.refusal, "refusal_translations": parent.refusal_translations}
+        own = parent.refusal if "refusal" in parent.model_fields_set else None
+        refusal = _refusal(refusal, own, parent.refusal_translations)
 
     for i, principle_id in enumerate(file.remove):
         if principle_id not in principles:
@@ -138,11 +138,7 @@ def _build(source: Source, chain: tuple[Path, ...], built: dict[Path, Constituti
         del principles[principle_id]
     examples = [e for e in examples if e.principle is None or e.principle in principles]
     principles |= {p.id: p for p in file.principles}
-    if file.refusal is not None:
-        refusal = {"refusal": file.refusal, "refusal_translations": file.refusal_translations}
-    elif file.refusal_translations:
-        inherited = refusal.get("refusal_translations", {})
-        refusal = {**refusal, "refusal_translations": inherited | file.refusal_translations}
+    refusal = _refusal(refusal, file.refusal, file.refusal_translations)
 
     for problem in contradictions(tuple(principles.values()), file.examples):
         raise ConstitutionError(f"{source.at(problem.path)}: {problem.message}")
@@ -158,6 +154,13 @@ def _build(source: Source, chain: tuple[Path, ...], built: dict[Path, Constituti
         },
         context=RESOLVED,
     )
+
+
+def _refusal(inherited: dict[str, Any], own: str | None, translations: dict[str, str]) -> dict[str, Any]:
+    """Return the fields of a refusal: its own, or the inherited one with more translations."""
+    if own is not None:
+        return {"refusal": own, "refusal_translations": translations}
+    return {**inherited, "refusal_translations": inherited.get("refusal_translations", {}) | translations}
 
 
 _TO_ADD = {

@@ -9,9 +9,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -54,10 +55,34 @@ _Id = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+([-_.][a-z0-9]+)*$", 
 _Aim = Annotated[str, StringConstraints(pattern=r"^[^\W\d_][\w-]*$", max_length=64)]
 
 
+_Value = TypeVar("_Value")
+
+
+class _Fixed(dict[str, _Value]):
+    """A dict that stays as it is, and so as the digest has it."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
+        raise TypeError("a constitution is immutable; make another one with model_copy(update=...)")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
 class _Record(BaseModel):
     """What all parts of a constitution share: immutable, no unknown field, no blank at either end."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a record with other fields, checked as this one was; `deep` changes nothing.
+
+        Raises:
+            ValidationError: pydantic's; a field is unknown or wrong.
+        """
+        fields = {name: getattr(self, name) for name in self.model_fields_set} | dict(update or {})
+        return self.model_validate(fields, context=RESOLVED)
 
 
 def _with_question(data: Any) -> Any:
@@ -110,8 +135,8 @@ class Principle(_Record):
     tools: bool = Field(
         default=False, description="Whether it also judges turns that only call tools, and what they call."
     )
-    translations: dict[Language, Texts] = Field(
-        default_factory=dict, description="The same texts in other languages, by code such as de or pt-BR."
+    translations: Annotated[dict[Language, Texts], AfterValidator(_Fixed)] = Field(
+        default_factory=_Fixed, description="The same texts in other languages, by code such as de or pt-BR."
     )
 
     _fill = model_validator(mode="before")(_with_question)
@@ -155,7 +180,10 @@ class Example(_Record):
 
 
 def _one_or_more(value: Any) -> Any:
-    return [value] if isinstance(value, str | os.PathLike) else value
+    values = [value] if isinstance(value, str | os.PathLike) else value
+    if not isinstance(values, list | tuple):
+        return values
+    return [os.fspath(each) if isinstance(each, os.PathLike) else each for each in values]
 
 
 _Names = Annotated[
@@ -214,7 +242,9 @@ class Constitution(_Record):
     """At least one, ids unique, in the order in which a critic reads them."""
     refusal: _Text = DEFAULT_REFUSAL
     """What the user reads when the policy is `closed` and no acceptable answer was found."""
-    refusal_translations: dict[Language, _Text] = Field(default_factory=dict)
+    refusal_translations: Annotated[dict[Language, _Text], AfterValidator(_Fixed)] = Field(
+        default_factory=_Fixed
+    )
     """The refusal in other languages."""
     examples: tuple[Example, ...] = ()
     """Worked examples; each serves all principles or the one it names."""
@@ -282,10 +312,7 @@ class Constitution(_Record):
             raise ConstitutionError(f"no principle of {self.name!r} was selected; name at least one")
         principles = tuple(p for p in self.principles if p.id in chosen)
         examples = tuple(e for e in self.examples if e.principle is None or e.principle in chosen)
-        fields = dict(self.__dict__) | {"principles": principles, "examples": examples}
-        return Constitution.model_validate(
-            {name: fields[name] for name in type(self).model_fields}, context=RESOLVED
-        )
+        return self.model_copy(update={"principles": principles, "examples": examples})
 
     def without(self, principle_ids: Iterable[str]) -> Constitution:
         """Return the constitution less these principles and their examples.
@@ -299,9 +326,6 @@ class Constitution(_Record):
     def refusal_in(self, language: str | None = None) -> str:
         """Return the refusal in `language`, or as it stands where there is no translation."""
         return _in_language(self.refusal_translations, language) or self.refusal
-
-
-_Value = TypeVar("_Value")
 
 
 def _in_language(translations: Mapping[str, _Value], language: str | None) -> _Value | None:
