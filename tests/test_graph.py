@@ -269,12 +269,14 @@ async def test_a_worse_revision_never_ships(
     "revision",
     [
         "<answer>\nbetter\n</answer>",
+        "<think>It is curt.</think>\nbetter",
+        "It is curt.\n</think>\n\nRevised answer: better",
         "Here is the revised answer:\n\nbetter",
         "**Revised response:** better",
         "## Rewritten answer\n\n<answer>better</answer>",
     ],
 )
-async def test_a_label_and_our_tags_around_a_revision_do_not_leave(revision: str) -> None:
+async def test_a_thought_a_label_and_our_tags_around_a_revision_do_not_leave(revision: str) -> None:
     model = ScriptedModel(replies=["the draft", verdicts("no-harm"), revision, verdicts()])
 
     output, _ = await ask(model)
@@ -283,8 +285,9 @@ async def test_a_label_and_our_tags_around_a_revision_do_not_leave(revision: str
     assert answer_in(model.calls[3]) == "better"
 
 
-async def test_tags_that_are_the_apps_own_stay_around_its_revision() -> None:
-    draft, revision = "<answer>the draft</answer>", "<answer>better</answer>"
+@pytest.mark.parametrize("frame", ["<answer>{}</answer>", "<think>hm</think>{}", "Revised answer: {}"])
+async def test_what_the_app_itself_writes_around_an_answer_stays_around_its_revision(frame: str) -> None:
+    draft, revision = frame.format("the draft"), frame.format("better")
     model = ScriptedModel(replies=[draft, verdicts("no-harm"), revision, verdicts()])
 
     output, _ = await ask(model)

@@ -1,4 +1,4 @@
-"""What a writer puts around a revision, or in place of one: a label, our tags, a remark that it is fine."""
+"""What a writer puts around a revision, or in place of one: a thought, a label, our tags, a remark."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import re
 
 __all__ = ["is_remark", "unwrapped"]
 
+_THOUGHT = re.compile(
+    r"(?:\s*<think(?:ing)?>.*|.*\n)</think(?:ing)?>\s*(?P<text>.*)", re.DOTALL | re.IGNORECASE
+)
+"""What a model thought before it wrote; templates may open it in the prompt."""
 _LABEL = re.compile(
     r"[*_#\s]*(?:here(?:['’]s| is) )?(?:(?:the|my|an?) )?(?:revised|rewritten|improved|corrected|updated|new)"
     r" (?:answer|response|reply)[*_]*(?::[*_]*|(?=\n))\s*(?P<text>.*)",
@@ -19,12 +23,12 @@ _TAGGED = re.compile(
 
 
 def unwrapped(text: str, standing: str) -> str:
-    """Return a revision without the label and the tags around it, unless `standing` has them, too.
+    """Return a revision without a thought, a label or tags around it, unless `standing` has such, too.
 
     >>> unwrapped("Here is the revised answer:\\n\\n<answer>\\nHello\\n</answer>", "hello")
     'Hello'
     """
-    for wrapping in (_LABEL, _TAGGED):
+    for wrapping in (_THOUGHT, _LABEL, _TAGGED):
         if (found := wrapping.match(text)) and not wrapping.match(standing):
             text = found["text"].rstrip()
     return text
