@@ -26,6 +26,7 @@ __all__ = [
     "call_of",
     "describe",
     "prompt_digest",
+    "told",
 ]
 
 
@@ -260,8 +261,17 @@ def call_of(
 
 def describe(error: BaseException) -> str:
     """Return class and message of an exception, at most 2000 characters, and what a provider's means."""
-    said, note = f"{type(error).__name__}: {error}"[:2000], note_of(error)
+    name, message, note = type(error).__name__, told(error), note_of(error)
+    said = name if message is None else f"{name}: {message}"[:2000]
     return said if note is None else f"{said} ({note})"
+
+
+def told(error: BaseException) -> str | None:
+    """Return an exception's message; None where its class fails to tell it."""
+    try:
+        return str(error)
+    except Exception:
+        return None
 
 
 def prompt_digest(messages: Sequence[BaseMessage]) -> str:

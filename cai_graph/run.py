@@ -17,10 +17,10 @@ from langchain_core.runnables import RunnableConfig
 
 from cai_graph import graph
 from cai_graph.app.wrapped import STEP_LIMIT
-from cai_graph.calls import Calls, describe
+from cai_graph.calls import Calls, describe, told
 from cai_graph.errors import BudgetExceeded, RunError
 from cai_graph.plain import plain
-from cai_graph.request.committing import commit
+from cai_graph.request.committing import alarm, commit
 from cai_graph.request.plan import Plan
 from cai_graph.request.policy import Decision, Progress, decide
 from cai_graph.request.request import Request, Run
@@ -65,18 +65,25 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
             raised.trajectory_id = request.id
         raise
     finally:
-        trajectory = _trajectory(under_way, decision, error)
-        if under_way.paused is None and not decision.asks:
-            request.recorded(trajectory)
-            await commit(
-                plan,
-                trajectory,
-                # Nobody waits behind an answer that has left, and whether its record is lost is counted.
-                failed=error is not None and request.mode != "shadow",
-                since=under_way.calls.started,
-                lost=request.lost,
-            )
-    asks = (str(decision.error) or describe(decision.error)) if decision.error and decision.asks else None
+        try:
+            trajectory = _trajectory(under_way, decision, error)
+        except Exception as untold:  # what the app handed over cannot be told, such as its context
+            if error is None:
+                raise
+            if plan.log is not None:
+                alarm(f"trajectory {request.id}", untold)
+        else:
+            if under_way.paused is None and not decision.asks:
+                request.recorded(trajectory)
+                await commit(
+                    plan,
+                    trajectory,
+                    # Nobody waits behind an answer that has left; whether its record is lost is counted.
+                    failed=error is not None and request.mode != "shadow",
+                    since=under_way.calls.started,
+                    lost=request.lost,
+                )
+    asks = (told(decision.error) or describe(decision.error)) if decision.error and decision.asks else None
     return Ending(trajectory, trajectory.released, asks)
 
 

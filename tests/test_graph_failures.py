@@ -10,10 +10,11 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatResult
 from langchain_core.runnables import RunnableLambda
+from langgraph.checkpoint.memory import InMemorySaver
 from replies import RULES, answer_in, ask, by_role, guard, logged, role_of, verdicts
 
 from cai_graph.calls import Budget
-from cai_graph.errors import BudgetExceeded, CaiError, Unreadable, Violation
+from cai_graph.errors import AwaitsReview, BudgetExceeded, CaiError, Unreadable, Violation
 from cai_graph.log import Log
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Outcome, decode, encode
@@ -53,6 +54,7 @@ class Faulty(BaseChatModel):
 
 
 MB = 1 << 20
+THREAD: Any = {"configurable": {"thread_id": "1"}}
 ERROR = ConnectionError("the provider is down")
 
 OPEN, CLOSED = "EXHAUSTED draft", "REFUSED refusal"
@@ -282,6 +284,42 @@ async def test_the_apps_own_error_is_raised_as_it_is(error: Exception, policy: s
 
     assert raised.value is error
     assert len(logged(log)) == 1
+
+
+class UntellableError(Exception):
+    def __str__(self) -> str:
+        return f"code {self.code}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("role", ["draft", "critique"])
+@pytest.mark.parametrize("policy", ["raise", "human"])
+async def test_an_error_that_cannot_tell_its_message_is_raised_and_logged_by_its_class(
+    role: str, policy: str, log: Log
+) -> None:
+    model, asks = Faulty(role=role, fault=UntellableError()), policy == "human"
+    guarded = guard(model, log=log, on_error=policy, checkpointer=InMemorySaver() if asks else None)
+
+    with pytest.raises(AwaitsReview if asks and role == "critique" else UntellableError) as raised:
+        await guarded.ainvoke("hello", THREAD)
+
+    if isinstance(raised.value, AwaitsReview):
+        assert raised.value.question["reason"] == "UntellableError"
+    else:
+        assert [found.error for found in logged(log)] == ["UntellableError"]
+
+
+async def test_a_record_that_cannot_be_made_hides_no_error(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def app(_: dict[str, Any]) -> str:
+        raise ValueError("mine")
+
+    guarded = guard(RunnableLambda(app), log=log, context_keys=["pages"])
+
+    with pytest.raises(ValueError, match="mine"):
+        await guarded.ainvoke({"question": "hello", "pages": UntellableError()})
+
+    assert "LOST FROM THE LOG" in caplog.text
 
 
 async def test_an_error_that_is_raised_again_and_again_collects_no_notes() -> None:

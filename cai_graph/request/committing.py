@@ -22,7 +22,7 @@ from cai_graph.request.plan import Plan
 from cai_graph.request.policy import Settings
 from cai_graph.trajectory import Review, Trajectory
 
-__all__ = ["commit"]
+__all__ = ["alarm", "commit"]
 
 logger = logging.getLogger("cai_graph")
 
@@ -139,15 +139,20 @@ class _Entry:
 
     def alarm(self, error: BaseException) -> None:
         """Say that the record is lost, and count it."""
-        global log_failures
-        log_failures += 1
         self._lost(error)
-        logger.error(
-            "LOST FROM THE LOG: %s could not be committed (%d lost in this process): %s",
-            self.name,
-            log_failures,
-            error,
-        )
+        alarm(self.name, error)
+
+
+def alarm(name: str, error: BaseException) -> None:
+    """Say that a record is lost, and count it."""
+    global log_failures
+    log_failures += 1
+    logger.error(
+        "LOST FROM THE LOG: %s could not be committed (%d lost in this process): %s",
+        name,
+        log_failures,
+        error,
+    )
 
 
 _late = ThreadPoolExecutor(1, "cai late")
