@@ -12,8 +12,9 @@ from typing import Any, TypedDict
 import pydantic.v1
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.structured_output import ProviderStrategy
+from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.messages import AIMessage
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.memory import InMemorySaver
@@ -22,8 +23,9 @@ from replies import RULES, answer_in, by_role, flags, verdicts
 from wire import Reply, Server, role, serving
 
 from cai_graph import ConstitutionalChatModel, ScriptedModel, constitutional, open_log
-from cai_graph.errors import ConfigError, Refused, Violation
+from cai_graph.errors import ConfigError, DataError, Refused, Violation
 from cai_graph.faces.typed import form_of
+from cai_graph.testing import leaks
 from cai_graph.trajectory import Outcome, Rejection, Trajectory
 
 # langchain-openai warns of its own structured output, wrapped or not.
@@ -245,7 +247,9 @@ def test_structured_output_without_a_model_in_it_is_an_error_that_says_what_to_d
         def with_structured_output(self, schema: Any, **kwargs: Any) -> Any:
             return RunnableLambda(lambda _: Advice(**GOOD))
 
-    with pytest.raises(ConfigError, match="no chat model stands in it; wrap the result instead"):
+    with pytest.raises(
+        ConfigError, match="no chat model stands in it; where that returns a pydantic object, wrap it"
+    ):
         constitutional(Odd(replies=[]), log=None).with_structured_output(Advice)
 
 
@@ -425,6 +429,122 @@ async def test_an_agent_with_a_response_format_of_the_provider_gets_its_revised_
         state = await agent.ainvoke({"messages": [("user", "hello")]})
 
     assert state["structured_response"] == Advice(**GOOD)
+
+
+def rewriting(*revisions: str) -> ScriptedModel:
+    """A critic that finds fault with BAD only, and a reviser that writes these one after the other."""
+    written = iter(revisions)
+    finds = lambda asked: verdicts(*(["no-harm"] if "mix them" in answer_in(asked) else []))  # noqa: E731
+    return by_role(critique=finds, revise=lambda _: next(written))
+
+
+def around(app: Any, *revisions: str, **settings: Any) -> Any:
+    judge = rewriting(*revisions)
+    return constitutional(
+        app, **{"constitution": RULES, "log": None, **settings}, critic=judge, reviser=judge
+    )
+
+
+def agent_of(server: Server, schema: Any) -> Any:
+    model = ChatOpenAI(model="gpt-test", base_url=server.url, api_key="unused")  # type: ignore[arg-type]
+    return create_agent(model, [], response_format=ProviderStrategy(schema), checkpointer=InMemorySaver())
+
+
+@pytest.mark.parametrize("schema", [Advice, SCHEMAS["json_schema"]], ids=["pydantic", "json_schema"])
+def test_a_revised_answer_of_an_agent_is_typed_in_output_stream_and_memory_alike(schema: Any) -> None:
+    said = ("keep them apart", '{"text": "keep them apart"}', json.dumps(GOOD))
+    with serving(lambda _: json.dumps(BAD)) as server:
+        app = agent_of(server, schema)
+        threads: Any = [{"configurable": {"thread_id": name}} for name in ("1", "2")]
+        output = around(app, *said, max_rounds=3).invoke({"messages": [("user", "hello")]}, threads[0])
+        *_, streamed = around(app, *said, max_rounds=3).stream(
+            {"messages": [("user", "hello")]}, threads[1], stream_mode="values"
+        )
+        kept = app.get_state(threads[0]).values
+
+    typed = GOOD if isinstance(schema, dict) else Advice(**GOOD)
+    for state in (output, streamed, kept):
+        assert state["structured_response"] == typed
+        assert json.loads(state["messages"][-1].text) == GOOD
+
+
+async def test_a_refused_answer_of_an_agent_is_raised_and_stands_nowhere() -> None:
+    with serving(lambda _: json.dumps(BAD)) as server:
+        app = agent_of(server, Advice)
+        guarded, thread = around(app, max_rounds=0), {"configurable": {"thread_id": "1"}}
+        with pytest.raises(Refused):
+            await guarded.ainvoke({"messages": [("user", "hello")]}, thread)
+        kept = app.get_state(thread).values
+
+        assert kept["messages"][-1].text == RULES.refusal
+        assert kept["structured_response"] is None
+        assert await leaks(guarded, {"messages": [("user", "hello")]}, "mix them") == []
+
+
+def test_a_call_that_gives_an_agents_answer_leaves_with_the_revised_words_beside_it() -> None:
+    call = {"name": "Advice", "args": GOOD, "id": "c1"}
+    model = Caller(replies=lambda _: AIMessage("mix them", tool_calls=[call]))
+    app = create_agent(model, [], response_format=ToolStrategy(Advice))
+
+    output = around(app, "Here it is.").invoke({"messages": [("user", "hello")]})
+
+    assert output["structured_response"] == Advice(**GOOD)
+    assert output["messages"][1].text == "Here it is."
+    with pytest.raises(Refused):
+        around(app, max_rounds=0).invoke({"messages": [("user", "hello")]})
+
+
+class Caller(ScriptedModel):
+    def bind_tools(self, *args: Any, **kwargs: Any) -> Any:
+        return self
+
+
+# --- an app whose answer is an object -----------------------------------------------------------------
+
+
+def advising(data: dict[str, Any]) -> Any:
+    return RunnableLambda(lambda _: Advice(**data))
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks"])
+@pytest.mark.parametrize("place", [None, "plan"])
+async def test_an_object_is_judged_as_json_and_revised_as_one(place: str | None, stream: str) -> None:
+    def app(data: dict[str, Any]) -> Any:
+        return advising(data) if place is None else advising(data) | (lambda found: {place: found})
+
+    def read(output: Any) -> Any:
+        return output if place is None else output[place]
+
+    settings: dict[str, Any] = {"stream": stream, "output_key": place, "max_rounds": 3}
+    said = ("keep them apart", '{"text": "keep them apart"}', json.dumps(GOOD))
+
+    assert read(around(app(GOOD), **settings).invoke("hello")) == Advice(**GOOD)
+    assert read(around(app(BAD), *said, **settings).invoke("hello")) == Advice(**GOOD)
+    chunks = [chunk async for chunk in around(app(BAD), *said, **settings).astream("hello")]
+    assert [read(chunk) for chunk in chunks] == [Advice(**GOOD)]
+    with pytest.raises(Refused):
+        around(app(BAD), stream=stream, output_key=place, max_rounds=0).invoke("hello")
+
+
+def test_a_chain_that_ends_in_structured_output_answers_as_it_does(tmp_path: Path) -> None:
+    with serving(script(draft=BAD)) as server, open_log(tmp_path / "cai.db") as log:
+        model = ChatOpenAI(model="gpt-test", base_url=server.url, api_key="unused")  # type: ignore[arg-type]
+        chain = ChatPromptTemplate.from_template("{question}") | model.with_structured_output(Advice)
+
+        assert around(chain, json.dumps(GOOD), log=log).invoke({"question": "hello"}) == Advice(**GOOD)
+        log.flush()
+        (record,) = log.read(kind="trajectory")
+
+    assert isinstance(record, Trajectory)
+    assert record.draft is not None
+    assert json.loads(record.draft.answer.content) == BAD
+
+
+def test_a_dict_without_a_usual_key_is_an_error_that_says_what_to_wrap() -> None:
+    chain = RunnableLambda(lambda _: {"steps": ["keep them apart"]})
+
+    with pytest.raises(DataError, match=r"'steps'.*constitutional\(model\)\.with_structured_output"):
+        around(chain).invoke("hello")
 
 
 @pytest.mark.parametrize("profile", ["words", "native", "tool"])

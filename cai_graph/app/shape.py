@@ -7,6 +7,7 @@ so that callers see the types that they always saw.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from langchain_core.prompt_values import PromptValue
 from msgspec.structs import replace
 from pydantic import BaseModel
 
-from cai_graph.errors import DataError
+from cai_graph.errors import DataError, Refused
 from cai_graph.messages import END_REASONS, from_langchain
 from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, left_of, said_in, unwrapped
 from cai_graph.request.form import Form
@@ -26,6 +27,10 @@ __all__ = ["Shape", "Swap", "added", "leaves", "refused"]
 
 _INPUT_KEYS = ("input", "question", "query", "prompt")
 _OUTPUT_KEYS = ("answer", "output", "text")
+_TYPED = "structured_response"
+"""Under which key LangChain's agents return their structured answer, beside the messages."""
+_OR_TYPED = ", or wrap the model: constitutional(model).with_structured_output(…)"
+"""What else to do where a dict may be a structured answer, all of which would have to be judged."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,21 @@ class Shape:
         return found
 
     def form(self, output: object) -> Form | None:
-        """Return what the answer must be, where it is a structured one that callers see parsed."""
-        return None
+        """Return what the answer must be, where it is a structured one that callers see parsed.
+
+        None where it is one that was given as the call of a tool, which stays as it is.
+        """
+        typed = self.typed_in(output)
+        if typed is None or getattr(self.answer_in(output), "tool_calls", None):
+            return None
+        return Form.like(typed)
+
+    def typed_in(self, output: Any) -> Any:
+        """Return the structured answer in an output: the answer itself, or what stands beside it; or None."""
+        if isinstance(output, Mapping):
+            beside = output.get(_TYPED)
+            return self.typed_in(output[self.output_in(output)]) if beside is None else beside
+        return output if isinstance(output, BaseModel) and not isinstance(output, BaseMessage) else None
 
     def pack(self, output: Any) -> Any:
         """Return an output as a checkpointer can keep it."""
@@ -108,8 +126,22 @@ class Shape:
         return packed
 
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
-        """Return the output with the released answer in the answer's place."""
+        """Return the output with the released answer in the answer's place.
+
+        Raises:
+            Refused: the answer is a structured one, and what is released cannot be typed as it.
+        """
         kept = trajectory.released_from == "draft"
+        typed = None if kept else self.typed_in(output)
+        if typed is not None:
+            form = self.form(output)
+            if trajectory.released_from == "refusal" or (form is None and not released.tool_calls):
+                raise Refused(
+                    f"the structured answer was refused: {shown_of(released)}", trajectory_id=trajectory.id
+                )
+            if form is not None:
+                released = replace(released, content=form.read(shown_of(released)))
+                typed = form.parse(json.loads(shown_of(released)))
         if isinstance(output, str):
             return output if kept else shown_of(released)
         if isinstance(output, BaseMessage):
@@ -128,6 +160,8 @@ class Shape:
             elif not kept:
                 update |= _mended(output, shown_of(released))
             return output.model_copy(update=update)
+        if isinstance(output, BaseModel):
+            return output if kept else typed
         answer = self.answer_in(output)
 
         def put_into(value: Any) -> Any:
@@ -140,6 +174,8 @@ class Shape:
             return left if kept else self.swap(output, left)(left)
         key = self.output_in(output)
         left = {**output, key: put_into(output[key])}
+        if typed is not None and output.get(_TYPED) is not None:
+            left[_TYPED] = typed
         if kept:
             return left
         swap = self.swap(output, left)
@@ -154,7 +190,23 @@ class Shape:
         """
         key = self.output_in(output) if isinstance(output, Mapping) else None
         answer = self.answer_in(output)
-        return Swap(answer, self.answer_in(left), key, _earlier(output, answer))
+        typed = self.typed_in(output), self.typed_in(left)
+        return Swap(answer, self.answer_in(left), key, _earlier(output, answer), *typed)
+
+    def refusing(self, output: Any, refusal: str, state: Any = None) -> Swap:
+        """Return what puts a refusal into the answer's place, where nothing of the answer left.
+
+        Args:
+            output: has the answer.
+            refusal: what to put there.
+            state: what else there is beside the output; None: nothing.
+        """
+        key = self.output_in(output) if isinstance(output, Mapping) else None
+        answer = self.answer_in(output)
+        left = refused(answer, refusal, output if key is None else output[key])
+        return Swap(
+            answer, left, key, _earlier(output if state is None else state, answer), self.typed_in(output)
+        )
 
     def unjudged(self, state: Any, keys: Collection[str] | None, refusal: str) -> list[Swap]:
         """Return what puts a refusal into the place of whatever may be an answer in the last turn of a state.
@@ -169,13 +221,12 @@ class Shape:
         """
         swaps: list[Swap] = []
         returned = state if keys is None else {key: state[key] for key in state if key in keys}
+        answer: str | BaseMessage | None = None
         try:
-            key = self.output_in(returned) if isinstance(returned, Mapping) else None
-            answer = self.answer_in(returned)
-            among = returned if key is None else returned[key]
-            swaps.append(Swap(answer, refused(answer, refusal, among), key, _earlier(state, answer)))
+            swaps.append(self.refusing(returned, refusal, state))
+            answer = swaps[0].draft
         except DataError:  # it has not come to an answer
-            answer = None
+            pass
         for name, value in state.items() if isinstance(state, Mapping) else ():
             if isinstance(value, list):
                 said = [each for each in value[_turn(value) :] if isinstance(each, AIMessage)]
@@ -194,24 +245,26 @@ class Shape:
         """Return the answer itself, as it stands in an output.
 
         Among messages it is the model's last one; where that says nothing, what a tool says that ended the
-        run behind it.
+        run behind it. A pydantic object's is its JSON.
         """
         inside = output[self.output_in(output)] if isinstance(output, Mapping) else output
         if isinstance(inside, Mapping):
             return self.answer_in(inside)
         if isinstance(inside, str | BaseMessage):
             return inside
+        if isinstance(inside, BaseModel):
+            return inside.model_dump_json(by_alias=True)
         if isinstance(inside, list) and inside and all(isinstance(item, BaseMessage) for item in inside):
             messages: list[BaseMessage] = inside
             found, last = messages[_last_of_model(messages)], messages[-1]
             # An agent tells of its structured answer in a tool's message, too, which is no answer itself.
-            typed = isinstance(output, Mapping) and output.get("structured_response") is not None
+            typed = isinstance(output, Mapping) and output.get(_TYPED) is not None
             if isinstance(last, ToolMessage) and not typed and not shown_of(from_langchain(found)).strip():
                 return last
             return found
         raise DataError(
             f"the app returned a {type(inside).__name__}, and an answer is read from a string, a message, "
-            "messages, or a dict with one of them; say where with output_key="
+            f"messages, a pydantic object, or a dict with one of them; say where with output_key={_OR_TYPED}"
         )
 
     def _key(self, value: Mapping[str, Any], chosen: str | None, usual: Sequence[str], side: str) -> str:
@@ -225,9 +278,10 @@ class Shape:
         present = [key for key in usual if key in value]
         if len(present) != 1:
             found = "none" if not present else " and ".join(repr(key) for key in present)
+            hint = _OR_TYPED if side == "output" and not present else ""
             raise DataError(
                 f"the {side} has the keys {keys}; exactly one of 'messages', "
-                f"{', '.join(map(repr, usual))} is expected, found {found}; say which with {side}_key="
+                f"{', '.join(map(repr, usual))} is expected, found {found}; say which with {side}_key={hint}"
             )
         return present[0]
 
@@ -247,6 +301,10 @@ class Swap:
     """Key of the answer in the app's output; None where that has no keys."""
     earlier: frozenset[str | int] = frozenset()
     """The messages of earlier turns, as `_named` names them."""
+    typed: Any = None
+    """The draft as a structured answer, whose copies are known by being equal; None where it is none."""
+    typed_left: Any = None
+    """What stands in its place."""
 
     def sparing(self, state: Any) -> Swap:
         """Return the same, which leaves alone the messages that another state has, too, by their ids.
@@ -257,7 +315,10 @@ class Swap:
         messages = [each for value in values if isinstance(value, list) for each in value]
         ids = {each.id for each in messages if isinstance(each, BaseMessage) and each.id}
         own = {self.draft.id} if isinstance(self.draft, BaseMessage) else set()
-        return dataclasses.replace(self, earlier=self.earlier | (ids - own))
+        known = isinstance(state, Mapping) and state.get(_TYPED) == self.typed
+        return dataclasses.replace(
+            self, earlier=self.earlier | (ids - own), typed=None if known else self.typed
+        )
 
     def __call__(self, value: Any, key: str | None = None) -> Any:
         """Return what stands under `key` with the draft replaced; the very value where no draft is in it."""
@@ -268,6 +329,8 @@ class Swap:
         themselves."""
         if id(value) in around:
             return around[id(value)]
+        if self.typed and type(value) is type(self.typed) and value == self.typed:
+            return self.typed_left
         if isinstance(value, BaseMessage):
             return self._message(value)
         if isinstance(value, str):

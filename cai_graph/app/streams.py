@@ -196,7 +196,10 @@ class Writing:
         return Draft(answer=Message(role="assistant", content=self.text[:end]), unfinished=True)
 
     def _block_end(self, start: int, least: int) -> int | None:
-        """Return where a block ends; None also where the words, as spoken ones, stand outside the content."""
+        """Return where a block ends; None also where the answer is a structured one, or the words, as spoken
+        ones, stand outside the content."""
+        if self.text and self._shape.form(self.output) is not None:
+            return None
         found = self._shape.answer_in(self.output) if self.text else self.text
         apart = isinstance(found, BaseMessage) and not found.content
         return None if apart else block_end(self.text, start, least)

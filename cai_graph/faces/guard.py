@@ -20,7 +20,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 from cai_graph import models
 from cai_graph.app.handlers import progress, unstreamed
 from cai_graph.app.held import Held
-from cai_graph.app.shape import Shape, refused
+from cai_graph.app.shape import Shape
 from cai_graph.app.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
 from cai_graph.app.wrapped import (
     STREAM,
@@ -38,7 +38,7 @@ from cai_graph.concurrency import bridge
 from cai_graph.concurrency.context import apart
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic
-from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
+from cai_graph.errors import AwaitsReview, ConfigError, DataError, Refused, RunError
 from cai_graph.log import Log
 from cai_graph.memory.kept import Kept
 from cai_graph.memory.turns import Turn
@@ -258,7 +258,11 @@ class Guard:
         """Return the output that leaves; a graph that remembers is made to remember that one."""
         output, trajectory, released = settled
         assert released is not None  # without an answer the policies raise, or ask a person
-        left = self.shape.put(output, released, trajectory)
+        try:
+            left = self.shape.put(output, released, trajectory)
+        except Refused:  # what it remembers needs no type
+            await kept.replace(lambda: self.shape.refusing(output, self._refusal()))
+            raise
         if trajectory.released_from != "draft":
             await kept.replace(lambda: self.shape.swap(output, left))
         return left, trajectory
@@ -268,10 +272,9 @@ class Guard:
         swap = None
         if outputs:
             try:
-                swap = self.shape.swap(outputs[0], outputs[0])
+                swap = self.shape.refusing(outputs[0], self._refusal())
             except DataError:  # there is no answer in it
                 return
-            swap = replace(swap, released=refused(swap.draft, self._refusal()))
         await kept.forget(self.shape, self._refusal, swap, resumed=resumed)
 
     async def stream(
@@ -318,6 +321,7 @@ class Guard:
                     blocks=writing if mode == "blocks" else None,
                     written=writing.so_far if mode == "audit" else lambda: None,
                     context=lambda: self.shape.context(input, writing.output),
+                    form=lambda: self.shape.form(writing.output),
                     mode="audit" if mode == "audit" else "enforce",
                 )
             except Paused:

@@ -73,7 +73,8 @@ def with_model(
     if found is None:
         raise ConfigError(
             f"the model's with_structured_output() returned a {type(structured).__name__}, and no chat model "
-            "stands in it; wrap the result instead: constitutional(structured, critic=…, reviser=…)"
+            "stands in it; where that returns a pydantic object, wrap it instead: constitutional(structured, "
+            "critic=…, reviser=…)"
         )
     return found
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
 
 __all__ = ["Form"]
 
@@ -18,6 +20,20 @@ class Form:
     """Its JSON Schema, which revisers are told."""
     parse: Callable[[dict[str, Any]], Any]
     """Makes the answer that callers get out of its JSON; raises ValueError where it does not fit."""
+
+    @classmethod
+    def like(cls, answer: Any) -> Form | None:
+        """Return the form that an answer has: its class's, or of a dict its keys; None where it has none.
+
+        >>> Form.like({"a": 1}).read('{"a": 2}')
+        '{"a": 2}'
+        """
+        if isinstance(answer, Mapping):
+            return cls({"type": "object", "required": [*answer]}, dict)
+        if isinstance(answer, BaseModel) or is_dataclass(answer):
+            kind: TypeAdapter[Any] = TypeAdapter(type(answer))
+            return cls(kind.json_schema(), kind.validate_python)
+        return None
 
     def read(self, text: str) -> str:
         """Return the JSON object that stands in a text, alone.
