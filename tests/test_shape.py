@@ -181,6 +181,18 @@ def test_an_output_that_holds_itself_leaves_with_what_is_released_in_each_place(
     assert output["parts"][0].text == output["parts"][1][1][0].text == "better"
 
 
+def test_a_refused_message_keeps_the_calls_whose_results_stand_behind_it() -> None:
+    call: Any = {"name": "ask", "args": {}, "id": "c1"}
+    said = [AIMessage("the draft", tool_calls=[call]), ToolMessage("done", tool_call_id="c1")]
+    built = StateGraph(MessagesState).add_node("model", lambda state: {"messages": said})
+
+    output = guard(built.add_edge(START, "model").compile(), max_rounds=0).invoke(ASKED)
+
+    _, refused, result = output["messages"]
+    assert (refused.text, result.text) == (RULES.refusal, "done")
+    assert [each["id"] for each in refused.tool_calls] == ["c1"]
+
+
 def test_a_kept_answer_is_streamed_with_its_outcome() -> None:
     (update,) = guard(graph("fine")).stream(ASKED)
 

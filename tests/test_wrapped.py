@@ -11,14 +11,14 @@ from langchain_core.messages import AIMessage, HumanMessage, convert_to_messages
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.channels import Topic
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.errors import GraphRecursionError
+from langgraph.errors import GraphRecursionError, ParentCommand
 from langgraph.graph import END, START, MessagesState, StateGraph
-from langgraph.types import Command, GraphOutput, interrupt
-from replies import RULES, by_role, flags, guard, verdicts
+from langgraph.types import Command, GraphOutput, Send, interrupt
+from replies import RULES, by_role, flags, guard, logged, verdicts
 
 from cai_graph.errors import DataError, RunError, Violation
 from cai_graph.log import open_log
-from cai_graph.trajectory import Trajectory, text_of
+from cai_graph.trajectory import Outcome, Trajectory, text_of
 
 # --- in and around LangGraph --------------------------------------------------------------------------
 
@@ -448,3 +448,97 @@ def test_one_message_stands_for_a_list_of_it_as_in_langgraph(one: Any) -> None:
     output: Any = guard(app).invoke({"messages": one}, THREAD)
 
     assert [message.text for message in output["messages"]] == ["hello", "better"]
+
+
+# --- handing over -------------------------------------------------------------------------------------
+
+
+def team_of(
+    said: str, bob: Any, saver: InMemorySaver | None = None, *, told: bool = True, **settings: Any
+) -> Any:
+    """An outer graph with a guarded `alice`, who says something and hands over to `bob`.
+
+    Without `told` she hands over no word of hers.
+    """
+    call: Any = {"name": "to_bob", "args": {}, "id": "c1"}
+
+    def alice(state: MessagesState) -> Any:
+        message = AIMessage(said, id="a", tool_calls=[call])
+        result = {"role": "tool", "content": "handed over", "tool_call_id": "c1"}
+        messages = [message, *convert_to_messages([result])]
+        update: Any = {"messages": [message, result]}
+        goto = Send("bob", {"messages": messages if told else []})
+        raise ParentCommand(Command(graph=Command.PARENT, goto=goto, update=update if told else {}))
+
+    inner = StateGraph(MessagesState).add_node("alice", alice).add_edge(START, "alice").compile()
+    outer = StateGraph(MessagesState).add_node("alice", guard(inner, **settings), destinations=("bob",))
+    return outer.add_node("bob", bob).add_edge(START, "alice").compile(checkpointer=saver)
+
+
+class Bob:
+    """A node that keeps the texts that it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def __call__(self, state: MessagesState) -> Any:
+        self.given = [message.text for message in state["messages"]]
+        return {"messages": [AIMessage("Here is Bob.")]}
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+@pytest.mark.parametrize(
+    ("said", "rounds", "left"),
+    [("fine", 1, "fine"), ("the draft", 1, "better"), ("the draft", 0, RULES.refusal)],
+)
+async def test_what_is_said_beside_a_handoff_is_judged_and_logged(
+    said: str, rounds: int, left: str, way: str, tmp_path: Path
+) -> None:
+    bob = Bob()
+    with open_log(tmp_path / "cai.db") as log:
+        output = await call(team_of(said, bob, log=log, max_rounds=rounds), way, HELLO, None)
+        (record,) = logged(log)
+
+    assert [message.text for message in output["messages"]] == ["hello", left, "handed over", "Here is Bob."]
+    assert [each["id"] for each in output["messages"][1].tool_calls] == ["c1"]
+    assert bob.given == [left, "handed over"]
+    assert record.draft is not None
+    assert (record.draft.answer.content, record.released and record.released.content) == (said, left)
+
+
+def test_a_violation_beside_a_handoff_is_raised_where_the_policy_says_so() -> None:
+    with pytest.raises(Violation):
+        team_of("the draft", Bob(), on_violation="raise", max_rounds=0).invoke(HELLO)
+
+
+def test_a_handoff_without_words_is_passed_on_and_not_logged(tmp_path: Path) -> None:
+    bob = Bob()
+    with open_log(tmp_path / "cai.db") as log:
+        output = team_of("the draft", bob, told=False, log=log).invoke(HELLO)
+        assert logged(log) == []
+
+    assert [message.text for message in output["messages"]] == ["hello", "Here is Bob."]
+
+
+async def test_in_shadow_mode_what_is_said_beside_a_handoff_is_logged(tmp_path: Path) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        graph = team_of("the draft", Bob(), log=log, mode="shadow")
+        output = graph.invoke(HELLO)
+        graph.nodes["alice"].bound.shadow.close()
+        (record,) = logged(log)
+
+    assert output["messages"][1].text == "the draft"
+    assert (record.mode, record.outcome, record.error) == ("shadow", Outcome.REVISED, None)
+
+
+def test_a_handoff_goes_on_when_a_person_has_decided_about_its_words() -> None:
+    bob, saver = Bob(), InMemorySaver()
+    graph = team_of("the draft", bob, saver, checkpointer=saver, on_violation="human", max_rounds=0)
+
+    waiting = graph.invoke(HELLO, THREAD)
+    assert bob.given == []
+    output = graph.invoke(Command(resume={"decision": "edit", "answer": "By hand."}), THREAD)
+
+    assert waiting["__interrupt__"][0].value["draft"] == "the draft"
+    assert output["messages"][-1].text == "Here is Bob."
+    assert bob.given == ["By hand.", "handed over"]

@@ -145,28 +145,15 @@ class Shape:
         if isinstance(output, str):
             return output if kept else shown_of(released)
         if isinstance(output, BaseMessage):
-            about = {
-                "trajectory_id": trajectory.id,
-                "outcome": trajectory.outcome.value,
-                "calls": [_itemised(call) for call in trajectory.calls],
-            }
-            told = output.response_metadata if kept else _of_others(output.response_metadata)
-            if not kept and trajectory.draft is not None and trajectory.draft.truncated:
-                told = {name: value for name, value in told.items() if name not in END_REASONS}
-            update: dict[str, Any] = {"response_metadata": {**told, "cai": about}}
-            dropped = bool(getattr(output, "tool_calls", None)) and not released.tool_calls
-            if trajectory.released_from == "refusal" or dropped:
-                update |= emptied(output, shown_of(released))
-            elif not kept:
-                update |= _mended(output, shown_of(released))
-            return output.model_copy(update=update)
+            return _left(output, released, trajectory)
         if isinstance(output, BaseModel):
             return output if kept else typed
         answer = self.answer_in(output)
 
         def put_into(value: Any) -> Any:
-            if isinstance(value, list):
-                return [self.put(item, released, trajectory) if item is answer else item for item in value]
+            if isinstance(value, list) and isinstance(answer, BaseMessage):
+                new = _left(answer, released, trajectory, among=value)
+                return [new if item is answer else item for item in value]
             return self.put(value, released, trajectory)
 
         if not isinstance(output, Mapping):
@@ -474,19 +461,45 @@ def emptied(message: BaseMessage, text: str) -> dict[str, Any]:
     return {"content": text, "additional_kwargs": {}, **_without(message, "tool_calls")}
 
 
+def _left(
+    message: BaseMessage, released: Message, trajectory: Trajectory, among: Sequence[Any] = ()
+) -> BaseMessage:
+    """Return a draft's message with what is released; `among` are the messages around it."""
+    kept = trajectory.released_from == "draft"
+    about = {
+        "trajectory_id": trajectory.id,
+        "outcome": trajectory.outcome.value,
+        "calls": [_itemised(call) for call in trajectory.calls],
+    }
+    told = message.response_metadata if kept else _of_others(message.response_metadata)
+    if not kept and trajectory.draft is not None and trajectory.draft.truncated:
+        told = {name: value for name, value in told.items() if name not in END_REASONS}
+    update: dict[str, Any] = {"response_metadata": {**told, "cai": about}}
+    dropped = bool(getattr(message, "tool_calls", None)) and not released.tool_calls
+    if trajectory.released_from == "refusal" or dropped:
+        update |= _without_calls(message, shown_of(released), among)
+    elif not kept:
+        update |= _mended(message, shown_of(released))
+    return message.model_copy(update=update)
+
+
 def refused(draft: str | BaseMessage, refusal: str, among: Any = None) -> str | BaseMessage:
-    """Return the refusal as it stands in a draft's place where nothing left.
+    """Return the refusal as it stands in a draft's place where nothing left; `among` is what is around it."""
+    if isinstance(draft, str):
+        return refusal
+    update = _without_calls(draft, refusal, among if isinstance(among, list) else [])
+    return draft.model_copy(update={**update, "response_metadata": {}})
+
+
+def _without_calls(message: BaseMessage, text: str, among: Sequence[Any]) -> dict[str, Any]:
+    """Return the update by which a message says a text and calls nothing.
 
     Where the messages `among` which it stands have what came of its calls, these stay: providers take no
     result without its call.
     """
-    if isinstance(draft, str):
-        return refusal
-    results = among if isinstance(among, list) else []
-    known = {each.tool_call_id for each in results if isinstance(each, ToolMessage)}
-    answered = any(call["id"] in known for call in getattr(draft, "tool_calls", ()))
-    update = _mended(draft, refusal) if answered else emptied(draft, refusal)
-    return draft.model_copy(update={**update, "response_metadata": {}})
+    known = {each.tool_call_id for each in among if isinstance(each, ToolMessage)}
+    answered = any(call["id"] in known for call in getattr(message, "tool_calls", ()))
+    return _mended(message, text) if answered else emptied(message, text)
 
 
 def _mended(message: BaseMessage, text: str) -> dict[str, Any]:

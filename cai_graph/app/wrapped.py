@@ -1,5 +1,5 @@
 """What is known of a wrapped app: what is bound to it, and of a LangGraph graph how it is called, how it
-answers and how it pauses. Also how a graph that stands around is written to.
+answers, how it pauses and how it hands over. Also how a graph that stands around is written to.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from langchain_core.language_models import BaseLanguageModel
+from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import var_child_runnable_config
 from langchain_core.runnables.history import RunnableWithMessageHistory
 from langgraph.config import get_stream_writer
-from langgraph.errors import GraphBubbleUp
+from langgraph.errors import GraphBubbleUp, ParentCommand
 from langgraph.pregel import Pregel
-from langgraph.types import Command, GraphOutput
+from langgraph.types import Command, GraphOutput, Send
 
 __all__ = [
     "CHECKPOINTER",
@@ -24,12 +25,15 @@ __all__ = [
     "STEP_LIMIT",
     "STREAM",
     "TASK",
+    "ParentCommand",
     "Paused",
     "as_asked",
     "call_options",
     "configurable_of",
     "gives_chunks",
     "graph_of",
+    "handed_over",
+    "handoff",
     "is_graph",
     "is_pause",
     "layers",
@@ -178,10 +182,53 @@ def waits(output: object) -> bool:
 
 
 def is_pause(error: BaseException | None) -> bool:
-    """Return whether an error says that an app waits for a person."""
+    """Return whether an error is none: it says that an app waits for a person, or hands over."""
     return isinstance(error, GraphBubbleUp)
 
 
 def resumes(input: object, app: Runnable[Any, Any]) -> bool:
     """Return whether an input resumes what was paused; from a breakpoint a graph goes on with None."""
     return isinstance(input, Command) or (input is None and is_graph(app))
+
+
+# --- how it hands over --------------------------------------------------------------------------------
+
+_HANDOFF = "__handoff__"
+"""Under which key the update of a handoff says where the outer graph goes on."""
+
+
+def handed_over(error: BaseException | None) -> dict[str, Any] | None:
+    """Return the update that a graph hands to the graph around it, in the place of an output.
+
+    None where an error is no handoff, or its update no dict with an AI message: then nothing is to be judged.
+    """
+    if not isinstance(error, ParentCommand):
+        return None
+    command = error.args[0]
+    given = command.update if isinstance(command.update, Mapping) else {}
+    update = {key: _as_messages(value) for key, value in given.items()}
+    said = [each for value in update.values() for each in (value if isinstance(value, list) else [value])]
+    if not any(isinstance(each, AIMessage) for each in said):
+        return None
+    ways = command.goto if isinstance(command.goto, list | tuple) else [command.goto]
+    goto = [
+        {"node": way.node, "arg": way.arg, "timeout": way.timeout} if isinstance(way, Send) else way
+        for way in ways
+    ]
+    return {**update, _HANDOFF: {"graph": command.graph, "goto": goto}}
+
+
+def handoff(output: Any) -> ParentCommand | None:
+    """Return what hands such an update over; None where an output is none."""
+    if not isinstance(output, Mapping) or _HANDOFF not in output:
+        return None
+    update = {key: value for key, value in output.items() if key != _HANDOFF}
+    to = output[_HANDOFF]
+    goto = [way if isinstance(way, str) else Send(**way) for way in to["goto"]]
+    return ParentCommand(Command(graph=to["graph"], update=update, goto=goto))
+
+
+def _as_messages(value: Any) -> Any:
+    """Return a list with messages in it as a state will have it: those that are told as dicts, too."""
+    known = isinstance(value, list) and any(isinstance(each, BaseMessage) for each in value)
+    return convert_to_messages(value) if known else value

@@ -24,7 +24,10 @@ from cai_graph.app.shape import Shape
 from cai_graph.app.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
 from cai_graph.app.wrapped import (
     STREAM,
+    ParentCommand,
     Paused,
+    handed_over,
+    handoff,
     is_graph,
     is_pause,
     layers,
@@ -141,6 +144,7 @@ class Guard:
         Raises:
             AwaitsReview: a person is waited for, and the output can say nothing of it (policy `human`).
             GraphInterrupt: a person is waited for, inside an outer graph.
+            ParentCommand: the app hands over to an outer graph, with what leaves.
             Exception: what else `run` raises, but for a pause of the app's.
         """
         kept = Kept.of(self.app, config, caller)
@@ -178,7 +182,11 @@ class Guard:
             if waited and desk is not None and (waiting := await desk.lying()) is not None:
                 raise AwaitsReview(waiting["question"])
             begun = True
-            output = untyped(await self._output(input, under, options, calls, kept, caller, held))
+            try:
+                output = untyped(await self._output(input, under, options, calls, kept, caller, held))
+            except ParentCommand as command:
+                if (output := handed_over(command)) is None:
+                    raise
             outputs.append(output)
             if waits(output) or await kept.stopped():
                 raise Paused
@@ -265,6 +273,8 @@ class Guard:
             raise
         if trajectory.released_from != "draft":
             await kept.replace(lambda: self.shape.swap(output, left))
+        if (command := handoff(left)) is not None:
+            raise command
         return left, trajectory
 
     async def _forget(self, outputs: Sequence[Any], kept: Kept, resumed: bool) -> None:

@@ -17,7 +17,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 
 from cai_graph.app.handlers import unstreamed
 from cai_graph.app.shape import Shape, added
-from cai_graph.app.wrapped import gives_chunks, is_graph, is_pause, resumes, untyped, waits
+from cai_graph.app.wrapped import gives_chunks, handed_over, is_graph, is_pause, resumes, untyped, waits
 from cai_graph.calls import Budget, Calls
 from cai_graph.errors import RunError
 from cai_graph.memory.kept import Kept
@@ -201,6 +201,8 @@ class Overheard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if (update := handed_over(error)) is not None:
+            self._output, self._chunks, error = update, [], None
         last = self._chunks[-1] if self._chunks else self._output
         if self._stopped or is_pause(error) or waits(last):
             return
