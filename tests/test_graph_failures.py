@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -115,6 +116,22 @@ async def test_what_leaves_at_a_fault_is_the_stated_policy(
     assert model.cancelled == ([role] if fault == "hang" else [])
     assert role == "draft" or trajectory.calls[-1].role == role
     assert decode(encode(trajectory)) == trajectory
+
+
+@pytest.mark.parametrize(
+    ("policy", "left"), [("open", "the draft"), ("closed", RULES.refusal), ("raise", None)]
+)
+def test_an_app_that_its_callers_thread_runs_past_the_deadline_is_the_policy_of_errors(
+    policy: str, left: str | None
+) -> None:
+    app = RunnableLambda(lambda _: time.sleep(0.1) or "the draft")
+    guarded = guard(app, budget=Budget(seconds=0.05), on_error=policy)
+
+    if left is not None:
+        assert guarded.invoke("hello") == left
+        return
+    with pytest.raises(BudgetExceeded):
+        guarded.invoke("hello")
 
 
 async def test_an_error_that_a_policy_held_stands_in_the_trajectory() -> None:
