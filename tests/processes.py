@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-__all__ = ["WAYS", "Way", "kill", "killed_too", "launch"]
+__all__ = ["WAYS", "Way", "by_deepspeed", "kill", "killed_too", "launch"]
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = ROOT / ".consumers" / "deepspeed"
@@ -23,16 +23,10 @@ DEEPSPEED = ROOT / ".consumers" / "deepspeed"
 killed_too = pytest.mark.skipif(
     not os.environ.get("CAI_SHARDED_KILLS"), reason="`make soak` kills sharded runs, too"
 )
-Way = Literal["ddp", "fsdp2", "zero2", "zero3"]
-"""Each process holds the whole model, or a part of each layer."""
-WAYS = [
-    pytest.param(
-        way, marks=pytest.mark.skipif(not DEEPSPEED.exists(), reason="`make consumers` installs DeepSpeed")
-    )
-    if way.startswith("zero")
-    else way
-    for way in get_args(Way)
-]
+Way = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+"""Each process holds the whole model, or a part of each layer, or of what the optimizer keeps."""
+by_deepspeed = pytest.mark.skipif(not DEEPSPEED.exists(), reason="`make consumers` installs DeepSpeed")
+WAYS = [pytest.param(way, marks=by_deepspeed) if way.startswith("zero") else way for way in get_args(Way)]
 
 
 def launch(folder: Path, way: Way, *command: str) -> subprocess.Popen[str]:
@@ -43,8 +37,8 @@ def launch(folder: Path, way: Way, *command: str) -> subprocess.Popen[str]:
         name = "fsdp2" if way == "fsdp2" else "zero3"
         (block,) = re.findall(rf"^```yaml\n(# {name}\.yaml\n.*?)^```", page, re.DOTALL | re.MULTILINE)
         config = yaml.safe_load(block)
-    if way == "zero2":
-        config["deepspeed_config"]["zero_stage"] = 2
+    if way.startswith("zero"):
+        config["deepspeed_config"]["zero_stage"] = int(way[-1])
     config |= {"num_processes": 2, "mixed_precision": "no", "main_process_port": _free_port()}
     path = folder / f"{way}.json"
     path.write_text(json.dumps(config), encoding="utf-8")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import string
@@ -18,7 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Way, kill, killed_too, launch
+from accelerate.utils import DistributedType
+from processes import Way, by_deepspeed, kill, killed_too, launch
 from safetensors.torch import load_file
 from test_policy_model import reward_model
 from tiny import rows, tiny_model, tracked, turn, write_rows
@@ -31,6 +33,7 @@ from trainers.policy import Messages, load_reward, score
 from trainers.ppo.loop import Run, _explained
 from trainers.ppo.models import Batch, load
 from trainers.ppo.state import States
+from trainers.ppo.ways import way_of
 from trainers.rewards import RewardError
 from trainers.stages import Lora
 from trainers.stages.partial import held
@@ -58,8 +61,10 @@ def flaky(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
 
 
 def broken(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
-    """A reward that is a number, and yet blows up what is trained on it."""
-    return [3e38 if CALLS else 0.1 * len(answer) for answer in answers]
+    """A reward that is a number, and yet, from the second update on, blows up what is trained on it."""
+    global CALLS
+    CALLS += 1
+    return [3e38 if CALLS > 1 else 0.1 * len(answer) for answer in answers]
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +332,7 @@ import sharding
 import torch; torch.set_num_threads(1)
 from pathlib import Path
 from trainers import config, ppo
+{before}
 ppo.train(config.read(ppo.Config, Path({file!r})), lambda done, total: print(done, flush=True))
 """
 
@@ -339,10 +345,11 @@ def written(config: ppo.Config, folder: Path) -> Path:
     return path
 
 
-def script(config: ppo.Config, folder: Path) -> Path:
+def script(config: ppo.Config, folder: Path, before: str = "") -> Path:
     root = Path(__file__).parents[1]
     path = folder / "train.py"
-    path.write_text(SCRIPT.format(path=[str(root), str(root / "tests")], file=str(written(config, folder))))
+    names = {"path": [str(root), str(root / "tests")], "file": str(written(config, folder)), "before": before}
+    path.write_text(SCRIPT.format(**names))
     return path
 
 
@@ -412,25 +419,85 @@ def test_two_runs_do_not_train_in_one_folder_and_what_cannot_begin_leaves_none(c
     assert not config.output.with_name("out.partial").exists()
 
 
-@pytest.mark.parametrize(("way", "lora"), [("ddp", None), ("fsdp2", Lora(rank=4))])
+@pytest.mark.parametrize(
+    ("way", "lora"),
+    [
+        ("ddp", None),
+        ("fsdp2", Lora(rank=4)),
+        pytest.param("zero1", None, marks=by_deepspeed),
+        pytest.param("zero2", None, marks=by_deepspeed),
+        pytest.param("zero2", Lora(rank=4), marks=by_deepspeed),
+    ],
+)
 def test_two_processes_train_what_one_would_have(
     config: ppo.Config, tmp_path: Path, way: Way, lora: Lora | None
 ) -> None:
-    config = but(config, learning_rate=1e-3, rollout_batch=8, lora=lora)
+    """Gradients are clipped to less than Adam's epsilon, for else their length would hardly matter."""
+    config = but(config, rollout_batch=8, lora=lora, max_grad_norm=1e-3, value_learning_rate=1e-1)
     alone = ppo.train(config)
-    both = but(config, output=tmp_path / "both", batch_size=4)
+    both = but(config, output=tmp_path / "both", batch_size=2, accumulate=2)
     running = launch(tmp_path, way, str(script(both, tmp_path)))
     said, complaint = running.communicate(timeout=200)
 
     assert running.returncode == 0, complaint[-3000:]
-    assert said.split() == ["1", "2"]
+    assert [line for line in said.splitlines() if line.isdigit()] == ["1", "2"]  # DeepSpeed talks between
     made = Checkpoint.open(both.output)
     assert made.manifest is not None
     assert "2 processes" in made.manifest.hardware
-    for name in ("reward", "kl", "policy_loss", "answer_tokens"):
+    for name in ("reward", "kl", "policy_loss", "value_loss", "answer_tokens", "grad_norm"):
         found = [line[name] for line in log(made)]
         assert found == pytest.approx([line[name] for line in log(alone)], abs=1e-4)
     assert differ(alone, made) < 1e-4
+    assert differ(Checkpoint.open(config.model), made) > 1e-3
+
+
+@by_deepspeed
+def test_under_zero_bf16_is_computed_in_and_neither_trained_nor_written(
+    config: ppo.Config, tmp_path: Path
+) -> None:
+    config = but(config, max_steps=1, max_grad_norm=1e-3, rollout_batch=8)
+    alone = ppo.train(config)
+    in_bf16 = (  # on a CPU, too
+        "from trainers.ppo import loop, ways\n"
+        "loop.computes_in_bf16 = ways.computes_in_bf16 = lambda config: True"
+    )
+    made = []
+    ways: tuple[Way, ...] = ("ddp", "zero2")
+    for way in ways:
+        both = but(config, output=tmp_path / way, batch_size=4)
+        running = launch(tmp_path, way, str(script(both, tmp_path, in_bf16)))
+        _, complaint = running.communicate(timeout=200)
+        assert running.returncode == 0, complaint[-3000:]
+        made.append(Checkpoint.open(both.output))
+        assert log(made[-1])[0]["kl"] == 0  # so the reference is computed in it, too
+
+    assert differ(*made) < 1e-3 < differ(alone, made[1])
+    assert any((one != one.bfloat16()).any() for one in weights(made[1]).values())
+
+
+@pytest.mark.parametrize(
+    ("state", "changes", "said"),
+    [
+        ({"zero_stage": 3}, {}, "DeepSpeed's ZeRO stage 1 or 2, and not under DeepSpeed's ZeRO stage 3; set"),
+        ({"zero_stage": 0}, {}, "sharded by FSDP2, .* not under DeepSpeed's ZeRO stage 0; set fsdp_version"),
+        (None, {}, "not under FSDP 1; set fsdp_version: 2 or zero_stage: 2"),
+        ({}, {"optimizer": {}}, "DeepSpeed's config has a 'optimizer', and PPO brings its own"),
+        ({}, {"scheduler": {}}, "DeepSpeed's config has a 'scheduler'"),
+        ({}, {"gradient_clipping": 0.5}, r"gradient_clipping is 0\.5 .*, and max_grad_norm is 1\.0"),
+        ({}, {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 4 .*, and accumulate is 1"),
+        ({}, {"train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu is 2 .*batch_size is 8"),
+    ],
+)
+def test_what_accelerate_is_told_that_ppo_cannot_do_is_refused(
+    config: ppo.Config, state: dict[str, Any] | None, changes: dict[str, Any], said: str
+) -> None:
+    told = {"gradient_accumulation_steps": 1, "gradient_clipping": "auto", **changes}
+    plugin = SimpleNamespace(**{"zero_stage": 2, "deepspeed_config": told} | (state or {}))
+    kind = DistributedType.FSDP if state is None else DistributedType.DEEPSPEED
+    state_of = SimpleNamespace(deepspeed_plugin=plugin)
+    accelerator: Any = SimpleNamespace(distributed_type=kind, is_fsdp2=False, state=state_of)
+    with pytest.raises(ConfigError, match=said):
+        way_of(accelerator, config)
 
 
 def noted(prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
@@ -485,11 +552,28 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
     with pytest.raises(
         ppo.Diverged, match=r"update 2, pass 1: .* in the minibatch of rows [\d, ]+ of .*state-000001 is kept"
     ):
-        run.train(lambda done, total: monkeypatch.setattr(sys.modules[broken.__module__], "CALLS", 1))
+        run.train(lambda done, total: None)
     kept = next(run.states.folder.glob("state-*/model.safetensors"))
 
     assert all(tensor.isfinite().all() for tensor in load_file(kept).values())
     assert not config.output.exists()
+
+
+@by_deepspeed
+def test_under_zero_a_loss_that_is_no_number_stops_all_processes_and_the_state_before_is_kept(
+    config: ppo.Config, tmp_path: Path
+) -> None:
+    config = but(config, reward="test_ppo:broken", value_clip=1e30, batch_size=4)
+    running = launch(tmp_path, "zero2", str(script(config, tmp_path)))
+    _, complaint = running.communicate(timeout=200)
+
+    assert running.returncode != 0
+    said = r"Diverged: update 2, pass 1: .* in the minibatch of rows [\d, ]+ of .*state-000001 is kept"
+    assert len(re.findall(said, complaint)) == 2, complaint[-3000:]
+    assert not config.output.exists()
+    (kept,) = tmp_path.glob("out.partial/state-*/pytorch_model/mp_rank_00_model_states.pt")
+    found = torch.load(kept, weights_only=False)["module"]
+    assert all(tensor.isfinite().all() for tensor in found.values())
 
 
 def test_a_disk_that_is_full_leaves_the_state_before(
@@ -548,21 +632,22 @@ def test_the_watch_stops_a_run_and_the_best_weights_come_out(watched: ppo.Config
 
 
 @pytest.mark.parametrize("ends", ["stopped", pytest.param("killed", marks=killed_too)])
+@pytest.mark.parametrize("way", ["fsdp2", pytest.param("zero2", marks=by_deepspeed)])
 def test_a_sharded_run_ends_where_one_process_would_have(
-    watched: ppo.Config, tmp_path: Path, ends: str
+    watched: ppo.Config, tmp_path: Path, way: Way, ends: str
 ) -> None:
     if ends == "killed":
         assert watched.watch is not None
         watched = but(watched, max_steps=4, watch=dataclasses.replace(watched.watch, stop=False))
     alone = ppo.train(watched)
     both = but(watched, output=tmp_path / "both", batch_size=4)
-    running = launch(tmp_path, "fsdp2", str(script(both, tmp_path)))
+    running = launch(tmp_path, way, str(script(both, tmp_path)))
     if ends == "killed":
         assert running.stdout is not None
         assert any(line.strip() == "1" for line in running.stdout)
         kill(running)
         assert not both.output.exists()
-        running = launch(tmp_path, "fsdp2", str(script(both, tmp_path)))
+        running = launch(tmp_path, way, str(script(both, tmp_path)))
     _, complaint = running.communicate(timeout=200)
 
     assert running.returncode == 0, complaint[-3000:]

@@ -2,7 +2,8 @@
 
 A token is a step and an answer is an episode: the state is the text so far, the action the next token. One
 update draws `rollout_size` answers, scores them, and takes `ppo_epochs` passes over them in minibatches of
-batch_size x accumulate x processes answers. The mathematics stand in `formulas`, the loop in `loop`.
+batch_size x accumulate x processes answers. The mathematics stand in `formulas`, the loop in `loop`, and how
+processes share a policy and take a step of it in `ways`.
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2015 (GAE, arXiv:1506.02438), Ziegler
 et al. 2019 (KL in the reward of every token, adaptive coefficient, arXiv:1909.08593), Stiennon et al. 2020

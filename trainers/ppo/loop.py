@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import shutil
@@ -14,27 +13,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.utils.rnn import pad_sequence
 
-from cai_graph.errors import CaiError, ConfigError
+from cai_graph.errors import CaiError
 from trainers import checkpoint
 from trainers.checkpoint import Checkpoint
 from trainers.config import plain
 from trainers.policy import Messages, Sample, batch_of, sample, seed_of
 from trainers.ppo import Config, Diverged
 from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_loss, whiten
-from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs, whole_weights
+from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs
 from trainers.ppo.state import Progress, States, Which, record
+from trainers.ppo.ways import way_of
 from trainers.rewards import EnsembleReward, RewardError, parse
 from trainers.stages import computes_in_bf16, manifest, plan
 from trainers.stages.encoding import Encoder, open_data
@@ -45,8 +37,6 @@ from trainers.watch import Decision, Watch
 __all__ = ["Answer", "Run", "processes"]
 
 _log = logging.getLogger(__name__)
-
-ONE_WHOLE_MODEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 ROLLOUT, SHUFFLE, PROMPTS, WATCH = range(4)
 """What a seed is for."""
@@ -95,7 +85,7 @@ class Run:
             log_with=list(config.report_to) or None,
             project_config=ProjectConfiguration(logging_dir=str(record(config.output) / "runs")),
         )
-        self.is_sharded = _is_sharded(self.accelerator)
+        self.way = way_of(self.accelerator, config)
         config.check_processes(self.accelerator.num_processes)
         self.share = config.rollout_size // self.accelerator.num_processes
         """Answers that each process draws for an update."""
@@ -105,24 +95,15 @@ class Run:
         source = open_data(config.data, shape.kinds)
         self.states = States(config, self.accelerator, plan(config, "ppo", source))
         set_seed(config.seed)
-        policy, actor, self.reference = load(config, self.accelerator.device)
+        policy, actor, reference = load(config, self.accelerator.device)
         self.policy = policy
         encoder = Encoder(policy.tokenizer, config.max_tokens, config.allow, frozenset(policy.stops))
         self.prompts = read_prompts(source, shape, encoder, config.allow)
         self.updates = config.max_steps or max(
             1, math.floor(len(self.prompts.train) * config.epochs / config.rollout_size)
         )
-        if self.is_sharded:
-            _keep_precise(self.accelerator.state.fsdp_plugin)
-        self.actor: Any
-        self.optimizer: Any
-        self.actor, self.optimizer = self.accelerator.prepare(
-            actor, torch.optim.AdamW(_groups(actor, config), eps=1e-5, weight_decay=0.0, fused=True)
-        )
-        if self.is_sharded:
-            register_fsdp_forward_method(self.actor, "around")
-            if self.reference is not None:
-                self.reference = fsdp2_prepare_model(self.accelerator, self.reference)
+        self.way.prepare(actor, reference)
+        self.actor, self.optimizer, self.reference = self.way.actor, self.way.optimizer, self.way.reference
         self.watch = self._watch()
         self.watched: list[str] = []
         self.stopped: dict[str, Any] | None = None
@@ -190,19 +171,15 @@ class Run:
                         column[rows, : batch.mask.shape[1]].to(accelerator.device)
                         for column in (old_logprobs, old_values, advantages, returns)
                     ]
-                    # Processes add up their gradients once, at the end of the minibatch.
-                    with contextlib.nullcontext() if is_last else accelerator.no_sync(self.actor):
+                    with self.way.part(is_last=is_last):
                         loss, figures = self._loss(batch, *old)
-                        accelerator.backward(loss / tokens * accelerator.num_processes)
+                        self.way.backward(loss / tokens * accelerator.num_processes)
                     total += figures
-                norm = accelerator.clip_grad_norm_(self.actor.parameters(), config.max_grad_norm)
-                means = torch.cat(
-                    [accelerator.reduce(total, "sum").cpu() / tokens, torch.tensor([float(norm)])]
-                )
+                means = accelerator.reduce(total, "sum").cpu() / tokens
+                norm = self.way.step() if means.isfinite().all() else math.nan
+                means = torch.cat([means, torch.tensor([norm])])
                 if not means.isfinite().all():
                     raise self._diverged(update, epoch, means, [answers[row].prompt for row in minibatch])
-                self.optimizer.step()
-                self.optimizer.zero_grad()
                 sums += means
         steps = config.ppo_epochs * len(answers) // self.minibatch
         figures_of = dict(zip((*SUMMED, "grad_norm"), (sums / steps).tolist(), strict=True))
@@ -213,7 +190,7 @@ class Run:
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of a forward pass, summed over its tokens, and the figures of `SUMMED`."""
         config = self.config
-        with self.accelerator.autocast():
+        with self.way.autocast():
             read = self.actor(batch, config.temperature)
         policy = policy_loss(read.logprobs, old_logprobs, advantages, config.clip)
         value = value_loss(read.values, old_values, returns, config.value_clip)
@@ -250,7 +227,7 @@ class Run:
             seed=seed,
             first=rank * math.ceil(self.share / at_once),
             batch_size=at_once,
-            in_step=self.is_sharded,
+            in_step=self.way.in_step,
         )
         return self._unwrapped().around(draw)
 
@@ -259,9 +236,9 @@ class Run:
         """Yield answers with what policy, values and reference say of their tokens."""
         actor, temperature = self._unwrapped(), self.config.temperature
         batch = self._batch(samples)
-        with self.accelerator.autocast(), as_reference(actor, self.reference) as reference:
+        with self.way.autocast(), as_reference(actor, self.reference) as reference:
             ref_logprobs, _, _ = actor.around(partial(token_logprobs, reference, batch, temperature))
-        with self.accelerator.autocast():
+        with self.way.autocast():
             read = actor(batch, temperature, entropy=True)
         for row, (number, drawn) in enumerate(zip(numbers, samples, strict=True)):
             length = len(drawn.ids)
@@ -473,7 +450,7 @@ class Run:
             seconds=self.progress.seconds,
             metrics=self.progress.metrics,
         )
-        weights = whole_weights(self.actor, self.accelerator) if self.is_sharded else None
+        weights = self.way.weights()
         for tracker in self.accelerator.trackers:
             tracker.finish()  # before its files go into the Checkpoint
         self.accelerator.trackers = []
@@ -489,46 +466,12 @@ class Run:
         return Checkpoint(config.output, made_by)
 
 
-def _is_sharded(accelerator: Any) -> bool:
-    """Return whether each process has a part of the weights.
-
-    Raises:
-        ConfigError: in a way that a policy cannot both be sampled and trained in.
-    """
-    kind = accelerator.distributed_type
-    if kind not in ONE_WHOLE_MODEL and not (kind == DistributedType.FSDP and accelerator.is_fsdp2):
-        raise ConfigError(
-            f"PPO runs with the whole model in every process, or sharded by FSDP2, and not under {kind.value}"
-            f"{' 1' if kind == DistributedType.FSDP else ''}; set fsdp_version: 2, or launch with --multi_gpu"
-        )
-    return bool(accelerator.is_fsdp2)
-
-
-def _keep_precise(plugin: Any) -> None:
-    """Have FSDP compute in 16 bits where that is asked for, and neither return nor add up in them."""
-    policy = plugin.mixed_precision_policy
-    if policy is not None:
-        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
-
-
 def processes() -> PartialState:
     """Return the processes that train together, as `Run` will have them."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 # --- small parts --------------------------------------------------------------------------------------
-
-
-def _groups(actor: ActorCritic, config: Config) -> list[dict[str, Any]]:
-    """Return what the optimizer trains: the policy, and the values."""
-    named = [(name, one) for name, one in actor.named_parameters() if one.requires_grad]
-    return [
-        {"params": [one for name, one in named if name.startswith("policy.")], "lr": config.learning_rate},
-        {
-            "params": [one for name, one in named if not name.startswith("policy.")],
-            "lr": config.value_learning_rate,
-        },
-    ]
 
 
 def _column(rows: Iterable[Sequence[float]]) -> Tensor:

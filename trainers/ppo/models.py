@@ -62,6 +62,7 @@ class ActorCritic(nn.Module):
                 nn.init.zeros_(parameter)  # so that the first values are 0, whatever the hidden state's scale
             self.value_head = head
         self.value_model = value_model
+        self.config = policy.config  # by whose hidden size DeepSpeed's "auto" goes
         self._no_split_modules = getattr(policy, "_no_split_modules", None)  # the layers that FSDP cuts up
 
     def tie_weights(self) -> None:
