@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from langchain.agents import create_agent
+from langchain.agents.middleware import SummarizationMiddleware
 from langchain_core.callbacks import (
     BaseCallbackHandler,
     UsageMetadataCallbackHandler,
@@ -369,7 +370,7 @@ def counted(model_name: str = "m") -> ScriptedModel:
 
 
 @pytest.mark.parametrize("way", ["invoke", "ainvoke", "answered"])
-async def test_usage_is_the_sum_over_all_calls_and_itemised(way: str) -> None:
+async def test_usage_is_the_drafts_and_the_sum_over_all_calls_stands_beside_it_itemised(way: str) -> None:
     model = guard(counted())
 
     if way == "answered":
@@ -379,7 +380,8 @@ async def test_usage_is_the_sum_over_all_calls_and_itemised(way: str) -> None:
     else:
         answer = await asyncio.to_thread(model.invoke, "hello")
 
-    assert answer.usage_metadata == {
+    assert answer.usage_metadata == {**USAGE, "output_token_details": {"reasoning": 1}}
+    assert answer.response_metadata["cai"]["usage"] == {
         "input_tokens": 40,
         "output_tokens": 8,
         "total_tokens": 48,
@@ -409,9 +411,26 @@ def test_callbacks_count_each_token_once() -> None:
     with get_usage_metadata_callback() as ambient:
         answer = model.invoke("hello", {"callbacks": [handler]})
 
-    assert answer.usage_metadata is not None
+    spent = answer.response_metadata["cai"]["usage"]["total_tokens"]
     for counter in (handler, ambient):
-        assert counter.usage_metadata["m"]["total_tokens"] == answer.usage_metadata["total_tokens"] == 48
+        assert counter.usage_metadata["m"]["total_tokens"] == spent == 48
+
+
+def test_a_turn_looks_as_large_to_middleware_as_it_was() -> None:
+    def reply(messages: list[BaseMessage]) -> AIMessage:
+        text = verdicts() if role_of(messages) == "critique" else "fine"
+        about = {"model_provider": "scriptedmodel"}
+        return AIMessage(text, usage_metadata=USAGE, response_metadata=about)  # type: ignore[arg-type]
+
+    summaries = ScriptedModel(replies=lambda messages: "a summary")
+    summing = SummarizationMiddleware(model=summaries, trigger=("tokens", 20), keep=("messages", 1))
+    agent = create_agent(guard(ScriptedModel(replies=reply)), [], middleware=[summing])
+
+    told: Any = [HumanMessage("hello")]
+    for _ in range(2):
+        told = agent.invoke({"messages": told})["messages"] + [HumanMessage("again")]
+
+    assert [message.text for message in told] == ["hello", "fine", "again", "fine", "again"]
 
 
 async def test_streams_are_shown_the_usage_and_who_counts_counts_once() -> None:
@@ -429,21 +448,47 @@ async def test_streams_are_shown_the_usage_and_who_counts_counts_once() -> None:
     shown = [chunk for chunk, _ in in_a_node(model).stream(asked, stream_mode="messages")]
 
     (end,) = [event["data"]["output"] for event in events if event["event"] == "on_chat_model_end"]
-    assert end.usage_metadata["total_tokens"] == shown[-1].usage_metadata["total_tokens"] == 48
+    assert end.usage_metadata["total_tokens"] == shown[-1].usage_metadata["total_tokens"] == 12
+    assert end.response_metadata["cai"]["usage"]["total_tokens"] == 48
     assert handler.usage_metadata["m"]["total_tokens"] == 48
     assert Printing.usages == [None]
 
 
 def test_langchains_own_entry_has_what_a_chat_model_says_beside_its_answer() -> None:
-    about = {"finish_reason": "stop", "model_name": "m"}
-    draft = AIMessage("fine", usage_metadata=USAGE, response_metadata=about)  # type: ignore[arg-type]
+    about = {"finish_reason": "stop", "model_name": "m", "system_fingerprint": "fp"}
+    usage = {**USAGE, "input_token_details": {"cache_read": 4}, "output_token_details": {"reasoning": 1}}
+    draft = AIMessage("fine", usage_metadata=usage, response_metadata=about)  # type: ignore[arg-type]
     result = guard(by_role(draft=draft, critique=verdicts())).generate([[HumanMessage("hello")]])
 
     assert result.generations[0][0].generation_info == {"finish_reason": "stop"}
     assert result.llm_output == {
-        "token_usage": {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
+        "token_usage": {
+            "prompt_tokens": 10,
+            "completion_tokens": 2,
+            "total_tokens": 12,
+            "prompt_tokens_details": {"cached_tokens": 4},
+            "completion_tokens_details": {"reasoning_tokens": 1},
+        },
         "model_name": "m",
+        "system_fingerprint": "fp",
     }
+
+
+class Sampling(ScriptedModel):
+    n: int | None = None
+
+
+def test_several_candidates_are_refused_since_one_is_judged() -> None:
+    says: Any = lambda messages: verdicts() if role_of(messages) == "critique" else "fine"  # noqa: E731
+    model = guard(Sampling(replies=says))
+
+    with pytest.raises(ConfigError, match=r"n=2 asks for 2 candidates.*model\.batch\(\[input\] \* 2\)"):
+        model.generate([[HumanMessage("hello")]], n=2)
+    with pytest.raises(ConfigError, match="n=3"):
+        guard(Sampling(replies=says, n=3)).invoke("hello")
+    with pytest.raises(ConfigError, match="n=2"):
+        [*model.bind(n=2).stream("hello")]
+    assert model.invoke("hello", n=1).text == "fine"
 
 
 def test_a_model_that_does_not_count_has_no_usage() -> None:

@@ -20,6 +20,7 @@ from langchain_core.callbacks import (
 )
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.output_parsers import StrOutputParser
+from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
 from langchain_core.runnables import Runnable, RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
@@ -176,6 +177,40 @@ def test_langchains_own_entry_to_a_model_passes_too(log: Log) -> None:
     assert counter.usage_metadata["m"] == ambient.usage_metadata["m"] == usage
     guarded.shadow.close()
     assert [t.outcome for t in logged(log)] == [Outcome.REVISED]
+
+
+class Sampled(ScriptedModel):
+    """A model that answers with two candidates, and says what they cost."""
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        said = [ChatGeneration(message=AIMessage(text)) for text in ("one", "two")]
+        return ChatResult(generations=said, llm_output={"cost": 1})
+
+    async def _agenerate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return self._generate()
+
+    def _combine_llm_outputs(self, outputs: list[dict[str, Any] | None], /) -> dict[str, Any]:
+        return {"cost": sum(output["cost"] for output in outputs if output)}
+
+
+@pytest.mark.parametrize("way", ["generate", "agenerate"])
+async def test_all_candidates_leave_and_the_first_is_judged(log: Log, way: str) -> None:
+    guarded = behind(Sampled(replies=[]), log)
+    asked: Any = [[HumanMessage("hello")], [HumanMessage("hi")]]
+
+    async def answers(model: Any, **kwargs: Any) -> LLMResult:
+        if way == "agenerate":
+            return await model.agenerate(asked, **kwargs)
+        return await asyncio.to_thread(model.generate, asked, **kwargs)
+
+    result = await answers(guarded, tags=["mine"])
+    guarded.shadow.close()
+
+    texts = [[each.text for each in candidates] for candidates in result.generations]
+    assert texts == [["one", "two"]] * 2
+    assert (result.llm_output, len(result.run or ())) == ({"cost": 2}, 2)
+    judged = {(t.prompt, text_of(t.draft.answer), t.tags) for t in logged(log) if t.draft is not None}
+    assert judged == {("hello", "one", ("mine",)), ("hi", "one", ("mine",))}
 
 
 def test_json_that_a_call_asks_for_is_revised_as_json(log: Log) -> None:

@@ -2,7 +2,7 @@
 
 Its run is a chat model's run in every trace and stream; the calls that a request costs stand below it.
 Callbacks count each call where it is made, so this run reports no usage of its own to them: the message
-that leaves carries the sum of all calls as `usage_metadata`, and each of them under
+that leaves carries the draft's as `usage_metadata`, and the sum of all calls and each of them under
 `response_metadata["cai"]`.
 """
 
@@ -33,12 +33,13 @@ from cai_graph.app.handlers import ModelRun, Told, manager_for, only, shows_answ
 from cai_graph.app.placed import Placed
 from cai_graph.app.shape import Shape
 from cai_graph.app.streams import Piece
+from cai_graph.app.wrapped import call_options
 from cai_graph.concurrency import bridge
 from cai_graph.errors import ConfigError
 from cai_graph.faces.guard import Guard
 from cai_graph.faces.runnable import Answered, ConstitutionalRunnable
 from cai_graph.faces.typed import Typed, form_asked, form_of, with_model
-from cai_graph.faces.usage import chunk_of, counted, result_of, usage_of, with_usage
+from cai_graph.faces.usage import chunk_of, counted, result_of, summed, with_usage
 from cai_graph.request.plan import Plan
 from cai_graph.shadow.shadow import Shadow
 
@@ -119,12 +120,12 @@ class ConstitutionalChatModel(BaseChatModel):
         guard, config = self._judging(options), self._below(run_manager, configurable)
         if run_manager is None or not any(map(shows_answers, run_manager.handlers)):
             message, trajectory = await guard.answer(messages, config, options, caller=caller)
-            return result_of(message, usage_of(message, trajectory))
+            return result_of(message, trajectory)
         told = Told(only(run_manager, shows_answers), caller)  # LangChain tells of its start and end
         async with aclosing(guard.stream(messages, config, options, caller=caller)) as pieces:
             async for piece in pieces:
                 await told.piece(with_usage(chunk_of(piece)))
-        return result_of(piece.whole, usage_of(piece.whole, piece.trajectory))
+        return result_of(piece.whole, piece.trajectory)
 
     def _stream(
         self,
@@ -300,8 +301,7 @@ class ConstitutionalChatModel(BaseChatModel):
         """Answer, and return the Trajectory beside the message. `source` is recorded in it."""
         runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._judging(kwargs))
         output, trajectory = await runnable.answered(input, config, source=source, **kwargs)
-        usage = usage_of(output, trajectory)
-        return Answered(output.model_copy(update={"usage_metadata": usage}), trajectory)
+        return Answered(summed(output, output, trajectory), trajectory)
 
     @property
     def shadow(self) -> Shadow | None:
@@ -309,8 +309,18 @@ class ConstitutionalChatModel(BaseChatModel):
         return self._guard.shadow
 
     def _judging(self, options: Mapping[str, Any]) -> Guard:
-        """Return the guard for a call's arguments, its model at the place where the call is made."""
+        """Return the guard for a call's arguments, its model at the place where the call is made.
+
+        Raises:
+            ConfigError: they ask for several candidates.
+        """
         guard = self._formed(options)
+        asked = call_options(guard.app, options).get("n") or getattr(self._model, "n", None) or 1
+        if asked != 1:
+            raise ConfigError(
+                f"n={asked} asks for {asked} candidates, and of a request one answer is judged and leaves; "
+                f"leave n out, and for {asked} answers ask as often: model.batch([input] * {asked})"
+            )
         if (place := var_child_runnable_config.get()) is not None:
             guard = dataclasses.replace(guard, app=Placed.at(place, guard.app))
         return guard
@@ -511,7 +521,7 @@ class _Asking(ConstitutionalRunnable[Any, AIMessage]):
         caller: bridge.Caller | None = None,
     ) -> AIMessage:
         message, trajectory = await self.guard.answer(input, config, options, caller=caller)
-        return cast("AIMessage", message.model_copy(update={"usage_metadata": usage_of(message, trajectory)}))
+        return summed(cast("AIMessage", message), message, trajectory)
 
     async def _pieces(self, *args: Any) -> AsyncGenerator[Piece, None]:
         async with aclosing(super()._pieces(*args)) as pieces:

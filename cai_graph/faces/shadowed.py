@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
 
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import ensure_config
 
 from cai_graph.app.handlers import ModelRun, unstreamed
+from cai_graph.concurrency.together import together
 from cai_graph.faces.chat import ConstitutionalChatModel, options_of
 from cai_graph.faces.runnable import Answered, ConstitutionalRunnable
-from cai_graph.faces.usage import result_of
 
 if TYPE_CHECKING:
-    from langchain_core.callbacks import BaseCallbackManager
+    from langchain_core.callbacks import BaseCallbackManager, Callbacks
 
 __all__ = ["ShadowedChatModel"]
 
@@ -88,7 +89,42 @@ class ShadowedChatModel(ConstitutionalChatModel):
         runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._guard)
         return await runnable.answered(input, config, source=source, **kwargs)
 
-    # What LangChain calls on the way of `generate` and of its streams of version 3.
+    def generate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        """Answer each conversation; what the wrapped model's own `generate` returns, all candidates of it."""
+        results: list[LLMResult] = []
+        for conversation, config, options in _requests(messages, stop, *args, **kwargs):
+            guard = self._formed(options)
+            app = _Candidates(bound=guard.app, kwargs={}, config={})
+            replace(guard, app=app).overheard(conversation, config).invoke(options)
+            results += app.results
+        return self._joined(results)
+
+    async def agenerate(
+        self, messages: list[list[BaseMessage]], stop: list[str] | None = None, *args: Any, **kwargs: Any
+    ) -> LLMResult:
+        """Answer each conversation; see `generate`."""
+
+        async def answer(conversation: list[BaseMessage], config: RunnableConfig, options: Any) -> LLMResult:
+            guard = self._formed(options)
+            app = _Candidates(bound=guard.app, kwargs={}, config={})
+            await replace(guard, app=app).overheard(conversation, config).ainvoke(options)
+            return app.results[0]
+
+        requests = _requests(messages, stop, *args, **kwargs)
+        return self._joined(await together([answer(*request) for request in requests]))
+
+    def _joined(self, results: list[LLMResult]) -> LLMResult:
+        if len(results) == 1:
+            return results[0]
+        return LLMResult(
+            generations=[generations for result in results for generations in result.generations],
+            llm_output=self._model._combine_llm_outputs([result.llm_output for result in results]),
+            run=[run for result in results for run in result.run or ()] or None,
+        )
+
+    # What LangChain calls on the way of its streams of version 3.
 
     def _generate(
         self,
@@ -97,9 +133,7 @@ class ShadowedChatModel(ConstitutionalChatModel):
         run_manager: Any = None,
         **kwargs: Any,
     ) -> ChatResult:
-        run = self._formed(kwargs).overheard(messages, self._behind(run_manager))
-        message = run.invoke(options_of(stop, kwargs))
-        return result_of(message, message.usage_metadata)
+        return _as_chat_result(self.generate([messages], stop, self._behind(run_manager), **kwargs))
 
     async def _agenerate(
         self,
@@ -108,23 +142,12 @@ class ShadowedChatModel(ConstitutionalChatModel):
         run_manager: Any = None,
         **kwargs: Any,
     ) -> ChatResult:
-        run = self._formed(kwargs).overheard(messages, self._behind(run_manager))
-        message = await run.ainvoke(options_of(stop, kwargs))
-        return result_of(message, message.usage_metadata)
+        return _as_chat_result(await self.agenerate([messages], stop, self._behind(run_manager), **kwargs))
 
-    def _behind(self, run_manager: ModelRun | None) -> RunnableConfig:
-        """Return the configuration of the wrapped model's own run, below the one that LangChain made here."""
-        config = self._below(run_manager)
-        callbacks = cast("BaseCallbackManager", config["callbacks"])
-        return {**config, "callbacks": unstreamed(callbacks)}  # streams are shown this model's run
-
-    def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
-        """Answer each conversation; LangChain's own entry to a chat model."""
-        return _untouched(super().generate(*args, **kwargs))
-
-    async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
-        """Answer each conversation; LangChain's own entry to a chat model."""
-        return _untouched(await super().agenerate(*args, **kwargs))
+    def _behind(self, run_manager: ModelRun | None) -> BaseCallbackManager:
+        """Return the callbacks of the wrapped model's own run, below the one that LangChain made here."""
+        callbacks = cast("BaseCallbackManager", self._below(run_manager)["callbacks"])
+        return unstreamed(callbacks)  # streams are shown this model's run
 
     def _stream(
         self,
@@ -151,10 +174,44 @@ class ShadowedChatModel(ConstitutionalChatModel):
                 yield ChatGenerationChunk(message=chunk)
 
 
-def _untouched(result: LLMResult) -> LLMResult:
-    """Return the result without the note by which the usage came past the callbacks."""
-    for generation in itertools.chain(*result.generations):
-        metadata = generation.message.response_metadata if isinstance(generation, ChatGeneration) else {}
-        if metadata.get("cai", {}).keys() == {"usage"}:
-            del metadata["cai"]
-    return result
+class _Candidates(RunnableBinding[LanguageModelInput, AIMessage]):
+    """A model asked by its own `generate`: the first of its candidates is the answer that is judged."""
+
+    results: list[LLMResult] = []  # noqa: RUF012 - a pydantic field
+    """What each call returned."""
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
+        """Answer."""
+        return self._first(cast("Any", self.bound).generate([input], **(config or {}), **kwargs))
+
+    async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
+        """Answer."""
+        return self._first(await cast("Any", self.bound).agenerate([input], **(config or {}), **kwargs))
+
+    def _first(self, result: LLMResult) -> AIMessage:
+        self.results.append(result)
+        return cast("AIMessage", cast("ChatGeneration", result.generations[0][0]).message)
+
+
+def _requests(
+    messages: list[list[BaseMessage]],
+    stop: list[str] | None,
+    callbacks: Callbacks = None,
+    *,
+    run_id: UUID | None = None,
+    **kwargs: Any,
+) -> Iterator[tuple[list[BaseMessage], RunnableConfig, Mapping[str, Any]]]:
+    """Yield each conversation of a call of `generate`, its configuration and its options."""
+    about = {name: kwargs.pop(name) for name in ("tags", "metadata", "run_name") if name in kwargs}
+    for conversation in messages:
+        yield (
+            conversation,
+            cast("RunnableConfig", {"callbacks": callbacks, "run_id": run_id, **about}),
+            options_of(stop, kwargs),
+        )
+        run_id = None  # the first one's, as in LangChain
+
+
+def _as_chat_result(result: LLMResult) -> ChatResult:
+    generations = cast("list[ChatGeneration]", result.generations[0])
+    return ChatResult(generations=generations, llm_output=result.llm_output)

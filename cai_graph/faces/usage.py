@@ -1,76 +1,113 @@
-"""What the calls of a request cost in tokens: summed, and told once.
+"""What the calls of a request cost in tokens: what its answer says of it, summed and told once.
 
-Every inner call tells the callback handlers its own usage, and the request's run would tell them the sum once
-more. So the sum is set aside while callbacks look at a message, and put into its place for the caller.
+An answer's `usage_metadata` is its draft's: by it others tell how much of the model's window a turn fills.
+The sum over all calls stands in `response_metadata["cai"]["usage"]`. Every inner call tells the callback
+handlers its own usage, and the request's run would tell them the draft's once more. So it is set aside while
+callbacks look at a message, and put into its place for the caller.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import TypeVar, cast
+from functools import reduce
+from typing import Any, TypeVar, cast
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata, add_usage
-from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
+from langchain_core.outputs import ChatGeneration, ChatResult, Generation, LLMResult
 
 from cai_graph.app.streams import Piece
 from cai_graph.messages import END_REASONS
 from cai_graph.trajectory import Trajectory
 
-__all__ = ["chunk_of", "counted", "result_of", "usage_of", "with_usage"]
+__all__ = ["chunk_of", "counted", "result_of", "summed", "with_usage"]
 
 M = TypeVar("M", bound=AIMessage)
 
+_ASIDE = "draft_usage"
+"""Key in `response_metadata["cai"]` of the usage that callbacks are not to see."""
 
-def result_of(message: AIMessage, usage: UsageMetadata | None) -> ChatResult:
+
+def result_of(message: AIMessage, trajectory: Trajectory | None) -> ChatResult:
     """Return the message as a chat model's result, its usage set aside from the callbacks."""
     beside = (*END_REASONS, "logprobs")  # what providers say of a generation, beside its message
     info = {key: value for key, value in message.response_metadata.items() if key in beside}
-    return ChatResult(generations=[ChatGeneration(message=_set_aside(message, usage), generation_info=info)])
+    kept = _set_aside(summed(message, message, trajectory))
+    return ChatResult(generations=[ChatGeneration(message=kept, generation_info=info)])
 
 
 def chunk_of(piece: Piece) -> AIMessageChunk:
-    """Return a piece as a chat model's chunk, its usage set aside from the callbacks."""
+    """Return a piece as a chat model's chunk, its usage set aside from the callbacks; the last one has it."""
     message = cast("AIMessageChunk", piece.output)
-    if piece.trajectory is None:
-        return message.model_copy(update={"usage_metadata": None})
-    return _set_aside(message, usage_of(piece.whole, piece.trajectory))
+    usage = None if piece.trajectory is None else piece.whole.usage_metadata
+    message = message.model_copy(update={"usage_metadata": usage})
+    return message if piece.trajectory is None else _set_aside(summed(message, piece.whole, piece.trajectory))
 
 
-def _set_aside(message: M, usage: UsageMetadata | None) -> M:
-    about = {**message.response_metadata.get("cai", {}), "usage": usage}
-    update = {"usage_metadata": None, "response_metadata": {**message.response_metadata, "cai": about}}
+def summed(message: M, whole: AIMessage, trajectory: Trajectory | None) -> M:
+    """Return what leaves of the answer `whole`, a message or its last chunk, with the sum of all calls."""
+    return _about(message, usage=_sum(whole, trajectory))
+
+
+def with_usage(message: M) -> M:
+    """Return what callers and streams see of a message or a chunk: its usage in its place."""
+    about = message.response_metadata.get("cai", {})
+    if _ASIDE not in about:
+        return message
+    kept = {name: value for name, value in about.items() if name != _ASIDE}
+    update = {
+        "usage_metadata": about[_ASIDE],
+        "response_metadata": {**message.response_metadata, "cai": kept},
+    }
     return message.model_copy(update=update)
 
 
-def with_usage(message: AIMessageChunk) -> AIMessageChunk:
-    """Return what callers and streams see of a chunk: the last one has the usage."""
-    about = message.response_metadata.get("cai")
-    return message if about is None else message.model_copy(update={"usage_metadata": about["usage"]})
+def _set_aside(message: M) -> M:
+    aside = _about(message, **{_ASIDE: message.usage_metadata})
+    return aside.model_copy(update={"usage_metadata": None})
+
+
+def _about(message: M, **more: Any) -> M:
+    about = {**message.response_metadata.get("cai", {}), **more}
+    return message.model_copy(update={"response_metadata": {**message.response_metadata, "cai": about}})
 
 
 def counted(result: LLMResult) -> LLMResult:
-    """Return the result with the usage of each message in its place, after the callbacks have seen it."""
-    total: UsageMetadata | None = None
-    names: set[str] = set()
-    for generation in itertools.chain(*result.generations):
-        message = getattr(generation, "message", None)
-        if isinstance(message, AIMessage) and "cai" in message.response_metadata:
-            message.usage_metadata = message.response_metadata["cai"].get("usage")
-            total = add_usage(total, message.usage_metadata)
-            names.add(message.response_metadata.get("model_name", ""))
+    """Return the result as its caller sees it, after the callbacks have; it says what all calls cost."""
+    result.generations = [[*map(_with_usage, each)] for each in result.generations]
+    messages = [cast("ChatGeneration", each).message for each in itertools.chain(*result.generations)]
+    costs = [message.response_metadata["cai"]["usage"] for message in messages]
     output = dict(result.llm_output or {})
-    if total is not None:  # in OpenAI's words, which all who read it there know
-        asked, written = total["input_tokens"], total["output_tokens"]
-        spent = {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
-        output["token_usage"] = spent
-    if len(names) == 1 and "" not in names:
-        (output["model_name"],) = names
+    if any(costs):
+        output["token_usage"] = _in_openais_words(reduce(add_usage, costs))
+    for name in ("model_name", "system_fingerprint"):
+        said = {message.response_metadata.get(name) for message in messages}
+        if len(said) == 1 and (value := said.pop()):
+            output[name] = value
     result.llm_output = output
     return result
 
 
-def usage_of(message: AIMessage, trajectory: Trajectory | None) -> UsageMetadata | None:
+def _with_usage(generation: Generation) -> ChatGeneration:
+    made = cast("ChatGeneration", generation)
+    return made.model_copy(update={"message": with_usage(cast("AIMessage", made.message))})
+
+
+def _in_openais_words(usage: UsageMetadata) -> dict[str, Any]:
+    """Return the usage in the words that all know who read it in `llm_output`."""
+    spent: dict[str, Any] = {
+        "prompt_tokens": usage["input_tokens"],
+        "completion_tokens": usage["output_tokens"],
+        "total_tokens": usage["total_tokens"],
+    }
+    if (cached := usage.get("input_token_details", {}).get("cache_read")) is not None:
+        spent["prompt_tokens_details"] = {"cached_tokens": cached}
+    if (thought := usage.get("output_token_details", {}).get("reasoning")) is not None:
+        spent["completion_tokens_details"] = {"reasoning_tokens": thought}
+    return spent
+
+
+def _sum(message: AIMessage, trajectory: Trajectory | None) -> UsageMetadata | None:
     """Return the sum over all calls of a request; None where no provider counts."""
     assert trajectory is not None  # a chat model waits for nobody
     total = message.usage_metadata  # the draft's, in the provider's detail
