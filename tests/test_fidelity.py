@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from langchain.agents import create_agent
 from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import StreamingStdOutCallbackHandler
 from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, HumanMessage, message_chunk_to_message
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import BaseRateLimiter
@@ -23,11 +27,18 @@ from langchain_core.tools import tool
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 from langchain_openai import ChatOpenAI
+from langgraph.graph import START, MessagesState, StateGraph
 from openai import InternalServerError
 from replies import RULES, by_role, flags, verdicts
 from wire import Reply, Script, Server, role, serving
 
-from cai_graph import ConstitutionalChatModel, ScriptedModel, constitutional, open_log
+from cai_graph import (
+    ConstitutionalChatModel,
+    ConstitutionalMiddleware,
+    ScriptedModel,
+    constitutional,
+    open_log,
+)
 from cai_graph.constitution import load
 
 LOGPROBS = [{"token": "fine", "logprob": -0.1, "bytes": None, "top_logprobs": []}]
@@ -104,6 +115,83 @@ def test_the_request_that_is_sent_and_the_message_that_returns_are_the_bare_mode
     same = {"usage_metadata": None, "id": None}
     assert answer.model_copy(update={**same, "response_metadata": told}) == expected.model_copy(update=same)
     assert answer.id.startswith("lc_run--")
+
+
+def calling(body: dict[str, Any]) -> str | Reply:
+    """A model that fills a schema, and calls a tool, where it is given one."""
+    if role(body) == "critique":
+        return verdicts()
+    if "response_format" in body:
+        return '{"city": "Oslo"}'
+    call = {"name": "weather", "args": {"city": "Oslo"}, "id": "call-1"}
+    return Reply("I shall look.", tool_calls=[call] if "tools" in body else ())
+
+
+def wrapped(app: Runnable[Any, Any]) -> Any:
+    judge = by_role(critique=lambda _: verdicts())
+    return constitutional(app, constitution=RULES, critic=judge, reviser=judge, log=None)
+
+
+def total(chunks: Iterable[Any]) -> Any:
+    return reduce(operator.add, chunks)
+
+
+def shown(graph: Any) -> Any:
+    asked = {"messages": [("user", "hello")]}
+    return total(chunk for chunk, _ in graph.stream(asked, stream_mode="messages"))
+
+
+def in_a_node(model: Any) -> Any:
+    graph = StateGraph(MessagesState)
+    graph.add_node("model", lambda state: {"messages": [model.invoke(state["messages"])]})
+    return graph.add_edge(START, "model").compile()
+
+
+def an_agent(model: Any, wrap: Any) -> Any:
+    middleware = [] if wrap is not wrapped else [ConstitutionalMiddleware(constitution=RULES, log=None)]
+    return create_agent(model, [], middleware=middleware)
+
+
+async def told(app: Any) -> Any:
+    return [event async for event in app.astream_events("hello", version="v2")][-1]["data"]["output"]
+
+
+PLACE = {"title": "Place", "type": "object", "properties": {"city": {"type": "string"}}}
+STREAMED: dict[str, Callable[[Any, Any], Any]] = {
+    "a model": lambda m, wrap: total(wrap(m).stream("hello")),
+    "its tools": lambda m, wrap: total(wrap(m).bind_tools([weather]).stream("hello")),
+    "its form": lambda m, wrap: [*wrap(m).with_structured_output(PLACE).stream("hello")][-1],
+    "its events": lambda m, wrap: asyncio.run(told(wrap(m))),
+    "a chain": lambda m, wrap: total(wrap(m | StrOutputParser()).stream("hello")),
+    "in a graph": lambda m, wrap: shown(in_a_node(wrap(m))),
+    "a chain in a graph": lambda m, wrap: shown(in_a_node(wrap(RunnablePassthrough() | m))),
+    "an agent": lambda m, wrap: shown(an_agent(m, wrap)),
+}
+
+
+@pytest.mark.parametrize("way", STREAMED)
+def test_who_streams_has_the_draft_streamed_and_gets_what_the_bare_stream_adds_up_to(way: str) -> None:
+    with both(calling, stream_usage=True) as (server, bare, _):
+        expected, answer = STREAMED[way](bare, lambda app: app), STREAMED[way](bare, wrapped)
+
+    sent_by_bare, sent_by_guarded = [body for body in server.requests if role(body) != "critique"]
+    assert sent_by_guarded["stream"]
+    assert sent_by_guarded == sent_by_bare
+    if isinstance(answer, AIMessage):
+        about = {**answer.response_metadata}
+        assert about.pop("cai")["outcome"] == "KEPT"
+        answer = answer.model_copy(update={"id": expected.id, "response_metadata": about})
+        answer, expected = message_chunk_to_message(answer), message_chunk_to_message(expected)
+    assert answer == expected
+
+
+def test_who_prints_tokens_has_the_draft_asked_for_as_without_a_constitution() -> None:
+    with both() as (server, bare, guarded):
+        for model in (bare, guarded):
+            model.invoke("hello", {"callbacks": [StreamingStdOutCallbackHandler()]})
+
+    assert server.requests[1] == server.requests[0]
+    assert not server.requests[0].get("stream")
 
 
 def test_settings_and_profile_are_the_bare_models() -> None:

@@ -38,8 +38,10 @@ __all__ = [
     "PROGRESS",
     "ModelRun",
     "Shown",
+    "Streaming",
     "Told",
     "chosen",
+    "is_stream",
     "manager_for",
     "only",
     "progress",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 M = TypeVar("M", bound=BaseCallbackManager)
+T = TypeVar("T")
 
 # --- which handlers -----------------------------------------------------------------------------------
 
@@ -56,10 +59,10 @@ M = TypeVar("M", bound=BaseCallbackManager)
 def shows_answers(handler: BaseCallbackHandler) -> bool:
     """Return whether a handler shows an answer as it hears it: to a stream, as those of LangChain and
     LangGraph do, or token by token, as `StreamingStdOutCallbackHandler` does."""
-    return _is_stream(handler) or _shows_tokens(handler)
+    return is_stream(handler) or _shows_tokens(handler)
 
 
-def _is_stream(handler: BaseCallbackHandler) -> bool:
+def is_stream(handler: BaseCallbackHandler) -> bool:
     """Return whether a handler is a stream's, as LangChain and LangGraph tell theirs from others."""
     # The method is what the protocol _StreamingCallbackHandler asks for; isinstance takes long with one.
     return isinstance(handler, _V2StreamingCallbackHandler) or hasattr(handler, "tap_output_aiter")
@@ -144,9 +147,29 @@ def _inside(handler: BaseCallbackHandler, run_id: UUID | None) -> BaseCallbackHa
     """Return a handler as runs inside the run `run_id` may have it."""
     if not shows_answers(handler):
         return handler
-    if _is_stream(handler) or not _hears(handler, "on_chain_start"):
+    if is_stream(handler) or not _hears(handler, "on_chain_start"):
         return _Aside(handler, run_id)
     return _Deaf(handler)
+
+
+class Streaming(BaseCallbackHandler):
+    """Hears nothing, but has the models below it asked for a stream, as a reader's stream around them would.
+
+    So a request that is streamed keeps its provider's connection alive while the whole answer is awaited. It
+    has what LangChain takes for a stream's handler, and does not inherit it, by which LangGraph tells one.
+    """
+
+    ignore_llm = ignore_chat_model = ignore_chain = ignore_retry = True
+    ignore_agent = ignore_retriever = ignore_custom_event = True
+    run_inline = True
+
+    def tap_output_aiter(self, run_id: UUID, output: T) -> T:
+        """Return what a run streams."""
+        return output
+
+    def tap_output_iter(self, run_id: UUID, output: T) -> T:
+        """Return what a run streams."""
+        return output
 
 
 def under_a_model(handlers: list[BaseCallbackHandler], run_id: UUID) -> list[BaseCallbackHandler]:
@@ -242,8 +265,8 @@ class Told:
     def __init__(self, run: ModelRun, caller: bridge.Caller | None) -> None:
         self.run = run
         self._caller = caller
-        self._streams = only(run, _is_stream)
-        self._others = only(run, lambda handler: not _is_stream(handler))
+        self._streams = only(run, is_stream)
+        self._others = only(run, lambda handler: not is_stream(handler))
         self.all: AIMessageChunk | None = None
         """What was shown so far."""
 

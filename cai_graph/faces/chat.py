@@ -122,7 +122,7 @@ class ConstitutionalChatModel(BaseChatModel):
             message, trajectory = await guard.answer(messages, config, options, caller=caller)
             return result_of(message, trajectory)
         told = Told(only(run_manager, shows_answers), caller)  # LangChain tells of its start and end
-        async with aclosing(guard.stream(messages, config, options, caller=caller)) as pieces:
+        async with aclosing(guard.stream(messages, config, options, caller=caller, invoked=True)) as pieces:
             async for piece in pieces:
                 await told.piece(with_usage(chunk_of(piece)))
         return result_of(piece.whole, piece.trajectory)
@@ -523,8 +523,8 @@ class _Asking(ConstitutionalRunnable[Any, AIMessage]):
         message, trajectory = await self.guard.answer(input, config, options, caller=caller)
         return summed(cast("AIMessage", message), message, trajectory)
 
-    async def _pieces(self, *args: Any) -> AsyncGenerator[Piece, None]:
-        async with aclosing(super()._pieces(*args)) as pieces:
+    async def _pieces(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Piece, None]:
+        async with aclosing(super()._pieces(*args, **kwargs)) as pieces:
             async for piece in pieces:
                 yield piece._replace(output=with_usage(chunk_of(piece)))
 

@@ -18,7 +18,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableConfig
 
 from cai_graph import models
-from cai_graph.app.handlers import progress, unstreamed
+from cai_graph.app.handlers import Streaming, is_stream, progress, unstreamed
 from cai_graph.app.held import Held
 from cai_graph.app.shape import Shape
 from cai_graph.app.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
@@ -126,6 +126,7 @@ class Guard:
         caller: bridge.Caller | None = None,
         source: str | None = None,
         held: Held | None = None,
+        hearing: Sequence[BaseCallbackHandler] = (),
     ) -> tuple[Any, Trajectory | None]:
         """Return the app's output with what leaves in the answer's place, and the record.
 
@@ -136,6 +137,7 @@ class Guard:
             caller: the thread that waits, where the app is to run in it.
             source: recorded in the Trajectory.
             held: takes down what the app streams, where it is a graph that is to be streamed.
+            hearing: further handlers of the app's own run.
 
         Returns:
             The record is None where a person is waited for: there is no answer yet, and the output says
@@ -149,7 +151,7 @@ class Guard:
         """
         kept = Kept.of(self.app, config, caller)
         try:
-            return await self._answer(input, config, options, kept, caller, source, held)
+            return await self._answer(input, config, options, kept, caller, source, held, hearing)
         finally:
             kept.turn.end()
 
@@ -162,6 +164,7 @@ class Guard:
         caller: bridge.Caller | None,
         source: str | None,
         held: Held | None,
+        hearing: Sequence[BaseCallbackHandler],
     ) -> tuple[Any, Trajectory | None]:
         outputs: list[Any] = []
         resumed = resumes(input, self.app)
@@ -176,7 +179,7 @@ class Guard:
 
         async def draft(calls: Calls, node: RunnableConfig) -> Draft:
             nonlocal begun
-            under, handler = self._under(config, calls, node, kept.listener)
+            under, handler = self._under(config, calls, node, [*filter(None, [kept.listener]), *hearing])
             waited = await kept.begin(calls)
             await kept.meet(calls, self.shape, self._refusal, options, resumed=resumed)
             if waited and desk is not None and (waiting := await desk.lying()) is not None:
@@ -294,17 +297,24 @@ class Guard:
         options: Mapping[str, Any],
         *,
         caller: bridge.Caller | None = None,
+        invoked: bool = False,
+        hearing: Sequence[BaseCallbackHandler] = (),
     ) -> AsyncGenerator[Piece, None]:
         """Yield the app's output in pieces, as they may leave; arguments and errors are those of `answer`.
 
         The last piece has the record; there is none where the app waits for a person. A graph's chunks are
         the states of its channels and more, not pieces of an answer: they leave once it is judged whole, as
-        does a structured answer.
+        does a structured answer. Where an answer leaves whole, the app is invoked, and its models stream
+        unless its caller `invoked` it.
         """
         mode = self.plan.settings.stream
         if mode == "buffer" or self.shape.whole or is_graph(self.app):
             held = Held(self.app, options) if is_graph(self.app) else None
-            output, trajectory = await self.answer(input, config, options, caller=caller, held=held)
+            if held is None and not invoked:
+                hearing = [*hearing, Streaming()]
+            output, trajectory = await self.answer(
+                input, config, options, caller=caller, held=held, hearing=hearing
+            )
             for chunk in () if held is None else held.told(self.shape, output, trajectory):
                 yield Piece(chunk, "")
             yield whole(output, self.shape, trajectory, told=held is not None)
@@ -312,7 +322,7 @@ class Guard:
 
         async def work(send: Send[Piece]) -> None:
             async def chunks(calls: Calls, node: RunnableConfig) -> AsyncGenerator[Batch[Any], None]:
-                under, handler = self._under(config, calls, node)
+                under, handler = self._under(config, calls, node, hearing)
                 writing.cut = handler.cut
                 async with aclosing(_written(self.app, input, under, options, caller, Turn())) as written:
                     async for batch in written:
@@ -370,18 +380,20 @@ class Guard:
         config: RunnableConfig,
         calls: Calls,
         node: RunnableConfig,
-        listener: BaseCallbackHandler | None = None,
+        hearing: Sequence[BaseCallbackHandler],
     ) -> tuple[RunnableConfig, DraftCalls]:
         """Return the configuration under which the app runs, and what records the calls that it makes.
 
-        Further `listener` hears the run.
+        Further `hearing` hear the run. A stream around it has the app's models stream, too, as without a
+        constitution; it is shown nothing of that.
         """
         handler = DraftCalls(calls, self._model_name)
         # The caller's configuration, traced under the node; the graph's own must not leak into the app.
         callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
-        callbacks.add_handler(handler, inherit=True)
-        if listener is not None:
-            callbacks.add_handler(listener, inherit=True)  # what is bound to a graph calls it as its own run
+        around = cast("BaseCallbackManager", config["callbacks"]).handlers
+        streaming = [Streaming()] if any(map(is_stream, around)) else []
+        for each in (handler, *hearing, *streaming):
+            callbacks.add_handler(each, inherit=True)  # what is bound to a graph calls it as its own run
         under: RunnableConfig = {**config, "callbacks": callbacks}
         configurable = config.get("configurable") or {}
         under["configurable"] = {key: configurable[key] for key in configurable if key != STREAM}

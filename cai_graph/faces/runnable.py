@@ -199,7 +199,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         if not any(map(shows_answers, cast("BaseCallbackManager", config["callbacks"]).handlers)):
             output, _ = await self.guard.answer(input, config, options, caller=caller)
             return cast("Output", as_asked(output, self.app, options))
-        async with aclosing(self._pieces(input, config, options, caller)) as pieces:
+        async with aclosing(self._pieces(input, config, options, caller, invoked=True)) as pieces:
             async for piece in pieces:
                 output = piece.whole
         return cast("Output", as_asked(output, self.app, options))
@@ -222,12 +222,15 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         config: RunnableConfig,
         options: Mapping[str, Any],
         caller: bridge.Caller | None,
+        *,
+        invoked: bool = False,
     ) -> AsyncGenerator[Piece, None]:
         """Yield what leaves, and show it to the streams that stand around."""
         asked = [] if resumes(input, self.app) else self.guard.shape.conversation(input)
         shown = Shown(config, to_langchain(asked), self.get_name(), caller)
+        made = self.guard.stream(input, config, options, caller=caller, invoked=invoked)
         try:
-            async with aclosing(self.guard.stream(input, config, options, caller=caller)) as pieces:
+            async with aclosing(made) as pieces:
                 async for piece in pieces:
                     await shown.piece(piece)
                     yield piece
