@@ -63,6 +63,69 @@ async def test_content_in_parts_stays_in_parts() -> None:
     ]
 
 
+def writing(parts: list[Any]) -> RunnableGenerator[Any, AIMessageChunk]:
+    async def write(input: AsyncIterator[Any]) -> AsyncIterator[AIMessageChunk]:
+        for part in parts:
+            yield AIMessageChunk(content=[part], id="7")
+            await asyncio.sleep(0.01)
+
+    return RunnableGenerator(write)
+
+
+THOUGHT = [
+    {"type": "thinking", "thinking": "SECRET", "index": 0},
+    {"type": "thinking", "signature": "sig", "index": 0},
+]
+CITED = [
+    {"type": "text", "text": ONE, "index": 1, "id": "t"},
+    {"type": "text", "citations": ["p. 1"], "index": 1},
+]
+MILD = TWO.replace("unsafe", "harmless")
+LATER = [{"type": "text", "text": MILD, "index": 2}, {"type": "text", "text": THREE, "index": 2}]
+SEARCH = [{"type": "server_tool_use", "name": "search", "input": {}, "index": 5}]
+WRAPPED = [{"type": "non_standard", "value": {"type": "own", "data": "SECRET"}, "index": 6}]
+PLAIN = [{"type": "text", "text": ONE}, MILD, {"type": "image", "url": "x"}, {"type": "text", "text": THREE}]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [*THOUGHT, *CITED, *LATER],
+        [
+            *CITED,
+            *SEARCH,
+            *LATER,
+            {"type": "tool_use", "name": "look_up", "input": {}, "id": "1", "index": 3},
+        ],
+        [*WRAPPED, *CITED, *THOUGHT, *LATER],
+        [*SEARCH, {"type": "refusal", "refusal": ONE, "index": 1}, *LATER],
+        PLAIN,
+    ],
+)
+async def test_the_blocks_of_content_in_parts_add_up_to_what_the_apps_own_chunks_do(parts: list[Any]) -> None:
+    app = writing(parts)
+    bare, chunks = await drawn(app), await drawn(guarded(app))
+
+    assert len(chunks) > 2
+    assert all("SECRET" not in str(chunk.content) for chunk in chunks[:-1])
+    total, expected = reduce(operator.add, chunks), reduce(operator.add, bare)
+    if parts is PLAIN:  # which LangChain never puts together
+        assert total.text == expected.text
+    else:
+        assert total.content == expected.content
+
+
+async def test_a_revision_goes_on_behind_the_parts_that_have_left_and_their_thoughts_stay_back() -> None:
+    said = (" The", TWO.removeprefix(" The"), THREE)
+    later = [{"type": "text", "text": text, "index": 2} for text in said]
+
+    chunks = await drawn(guarded(writing([*THOUGHT, *CITED, *later])))
+
+    total = reduce(operator.add, chunks)
+    assert total.text == ONE + " It ends well."
+    assert not any(secret in str(chunks) for secret in ("SECRET", "sig", "p. 1", "unsafe"))
+
+
 async def test_what_stands_beside_the_answer_leaves_with_the_first_block_once() -> None:
     typist = Typist(FINE)
     app = RunnableParallel(answer=typist.app, documents=RunnableLambda(lambda _: ["a document"]))

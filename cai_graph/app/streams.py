@@ -24,7 +24,7 @@ from langchain_core.runnables.utils import AddableDict
 from cai_graph.app.shape import Shape, added, leaves
 from cai_graph.calls import Calls
 from cai_graph.errors import DataError
-from cai_graph.parts import said_in
+from cai_graph.parts import kind_of, said_in
 from cai_graph.trajectory import Draft, Message, Trajectory, shown_of
 
 __all__ = [
@@ -266,8 +266,9 @@ class Writing:
     async def release(self, draft: Draft) -> None:
         """Send the text of a draft as far as it has not left yet."""
         text = shown_of(draft.answer)[self._sent :]
+        chunk = self._part(self.output, text)
         self._sent += len(text)
-        await self._send(Piece(self._part(self.output, text), text, id=self._id()))
+        await self._send(Piece(chunk, text, id=self._id()))
 
     async def rest(self, output: Any, trajectory: Trajectory) -> None:
         """Send of the output that leaves what has not left yet; where nothing has, it leaves as it is."""
@@ -286,7 +287,7 @@ class Writing:
         if isinstance(output, str):
             return None if last and not text and self._sent else text
         if isinstance(output, BaseMessage):
-            return _part_of_message(output, text, last=last)
+            return _part_of_message(output, self._sent, text, last=last)
         if isinstance(output, Mapping):
             key = self._shape.output_in(output)
             others = {
@@ -330,16 +331,13 @@ def _texts_in(value: Any) -> Iterator[str]:
     return (shown_of(each) if isinstance(each, BaseMessage) else each for each in leaves(value))
 
 
-def _part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMessage:
-    """Return a chunk of `message` with this much of its text; the last one has all that is not text."""
+def _part_of_message(message: BaseMessage, start: int, text: str, *, last: bool) -> BaseMessage:
+    """Return a chunk of `message` with `text`, which begins at `start` of its own; the last has all else."""
     content: str | list[Any] = text
-    if last and text == shown_of(message):
-        content = message.content  # nothing of it has left: it leaves in its own order
+    if last and not start:
+        content = message.content  # nothing of it has left
     elif isinstance(message.content, list):
-        texts = [part for part in message.content if isinstance(part, dict) and part.get("type") == "text"]
-        content = [{**(texts[0] if texts else {"type": "text"}), "text": text}] if text else []
-        if last:
-            content += [part for part in message.content if said_in(part) is None]
+        content = [*_parts_between(message.content, start, start + len(text), last=last)]
     if not isinstance(message, AIMessage):
         return message.model_copy(update={"content": content})
     if not last:
@@ -348,9 +346,50 @@ def _part_of_message(message: BaseMessage, text: str, *, last: bool) -> BaseMess
     return AIMessageChunk(content=content, **fields, chunk_position="last")
 
 
+def _parts_between(content: list[Any], start: int, end: int, *, last: bool) -> Iterator[Any]:
+    """Yield of content in parts the text from `start` to `end`, cut by its parts; at `last` all else, too.
+
+    LangChain puts chunks of a part together by its index. So each text leaves under its part's own, what
+    that part has beside it leaves last, and what else waits until then has its place kept by its index.
+    """
+    at = 0
+    for part in content:
+        said = said_in(part)
+        begin, at = at, at + len(said or "")
+        if said is None:
+            if last:
+                yield part
+            elif start <= begin < end and "index" in part:
+                yield _place_of(part)
+            continue
+        new = said[max(start - begin, 0) : max(end - begin, 0)]
+        if last and isinstance(part, dict) and part.keys() - _OF_TEXT:
+            yield _saying(part, new)
+        elif new:
+            yield _saying(part if isinstance(part, str) else {k: part[k] for k in part if k in _OF_TEXT}, new)
+
+
+_OF_TEXT = {"type", "index", "id", "text", "refusal", "value"}
+"""What a part has of a text that leaves, and of the place where it stands."""
+
+
+def _saying(part: Any, text: str) -> Any:
+    """Return a part with another text; see `said_in`."""
+    if isinstance(part, str):
+        return text
+    wrapped = part["type"] == "non_standard"
+    return {**part, **({"value": _saying(part["value"], text)} if wrapped else {part["type"]: text})}
+
+
+def _place_of(part: dict[str, Any]) -> dict[str, Any]:
+    """Return what keeps the place of a part without a word of it."""
+    place = {"type": part.get("type"), "index": part["index"]}
+    return {**place, "value": {"type": kind_of(part)}} if place["type"] == "non_standard" else place
+
+
 def whole_chunk(message: BaseMessage) -> BaseMessage:
     """Return a message as the one chunk of a stream that shows it whole."""
-    return _part_of_message(message, shown_of(message), last=True)
+    return _part_of_message(message, 0, shown_of(message), last=True)
 
 
 def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: bool = False) -> Piece:
