@@ -6,11 +6,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
@@ -25,6 +27,7 @@ from langchain_core.runnables import (
     RunnableLambda,
     RunnablePassthrough,
 )
+from langchain_core.tracers.context import collect_runs
 from langgraph.graph import START, MessagesState, StateGraph
 from replies import JUDGE, RULES, by_role, flags, guard, role_of, verdicts
 
@@ -595,6 +598,104 @@ def test_a_forked_child_can_answer_and_log(tmp_path: Path) -> None:
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "3\n", "")
+
+
+# --- who reads runs -----------------------------------------------------------------------------------
+
+
+def saying(text: str, tag: str) -> Any:
+    """A model known by a tag, a name and metadata."""
+    model = ScriptedModel(replies=lambda messages: text)
+    return model.with_config(tags=[tag], run_name=f"the {tag} model", metadata={"of": tag})
+
+
+async def titled(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
+    """A node that answers, and then has another model find a title."""
+    answer = await saying("fine and well", "final").ainvoke(state["messages"], config)
+    await saying("a title", "title").ainvoke("hello", config)
+    return {"messages": [answer]}
+
+
+def graph_of(name: str, node: Any) -> Any:
+    return StateGraph(MessagesState).add_node(name, node).add_edge(START, name).compile()
+
+
+KNOWN_BY: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "its tag": ("hello", lambda event: "final" in event["tags"]),
+    "its name": ("hello", lambda event: event["name"] == "the final model"),
+    "its metadata": ("hello", lambda event: event["metadata"].get("of") == "final"),
+    "no node": ("hello", lambda event: "langgraph_node" not in event["metadata"]),
+    "its node": (
+        {"messages": [("user", "hello")]},
+        lambda event: event["metadata"].get("langgraph_node") == "agent" and "final" in event["tags"],
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", ["buffer", "blocks"])
+@pytest.mark.parametrize("known_by", KNOWN_BY)
+async def test_readers_of_events_find_the_model_that_answers(known_by: str, stream: str) -> None:
+    asked, known = KNOWN_BY[known_by]
+    app = (
+        saying("fine and well", "final") | StrOutputParser()
+        if asked == "hello"
+        else graph_of("agent", titled)
+    )
+
+    async def read(app: Any) -> str:
+        events = [event async for event in app.astream_events(asked, version="v2") if known(event)]
+        return "".join(e["data"]["chunk"].text for e in events if e["event"] == "on_chat_model_stream")
+
+    assert await read(guard(app, stream=stream)) == await read(app) == "fine and well"
+
+
+async def test_readers_of_an_outer_graph_find_its_node() -> None:
+    outer = graph_of("outer", guard(graph_of("agent", titled)))
+    asked: Any = {"messages": [("user", "hello")]}
+
+    shown = [about async for _, about in outer.astream(asked, stream_mode="messages")]
+
+    assert {about["langgraph_node"] for about in shown} == {"outer"}
+
+
+def test_who_collects_runs_has_the_requests_as_the_root_of_all() -> None:
+    identifier = uuid4()
+
+    with collect_runs() as collected:
+        guard(saying("fine", "final") | StrOutputParser()).invoke("hello", {"run_id": identifier})
+
+    (root,) = collected.traced_runs
+    assert root.id == identifier
+    waiting, kinds = [root], list[str]()
+    while waiting:
+        run = waiting.pop()
+        kinds.append(run.run_type)
+        waiting += run.child_runs
+    assert kinds.count("llm") == 2  # draft and critique
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+def test_tags_and_metadata_that_are_bound_to_an_app_are_the_requests(tmp_path: Path, mode: str) -> None:
+    heard: list[Any] = []
+
+    class Roots(BaseCallbackHandler):
+        def on_chain_start(self, *args: Any, parent_run_id: Any = None, **about: Any) -> None:
+            if parent_run_id is None:
+                heard.append((about["tags"], about["metadata"]))
+
+    bound = app_of("fine").with_config(tags=["prod"], metadata={"tenant": "x", "seen": 1})
+    with open_log(f"sqlite:///{tmp_path}/cai.db") as log:
+        guarded = guard(bound, log=log, mode=mode)
+        guarded.invoke("hello", {"tags": ["mine"], "metadata": {"seen": 2}, "callbacks": [Roots()]})
+        if guarded.shadow is not None:
+            guarded.shadow.close()
+        (record,) = log.read(kind="trajectory")
+
+    assert set(record.tags) == {"prod", "mine"}
+    assert record.metadata == {"tenant": "x", "seen": 2}
+    assert [(set(tags), metadata) for tags, metadata in heard] == [
+        ({"prod", "mine"}, {"tenant": "x", "seen": 2})
+    ]
 
 
 # --- tracing ------------------------------------------------------------------------------------------

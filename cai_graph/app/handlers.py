@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from langchain_core.callbacks import (
@@ -30,9 +30,11 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResul
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tracers._streaming import _V2StreamingCallbackHandler
 from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
+from langchain_core.tracers.context import run_collector_var
 
 from cai_graph.app.streams import Piece
 from cai_graph.concurrency import bridge
+from cai_graph.trajectory import shown_of
 
 __all__ = [
     "PROGRESS",
@@ -41,6 +43,7 @@ __all__ = [
     "Streaming",
     "Told",
     "chosen",
+    "collected",
     "is_stream",
     "manager_for",
     "only",
@@ -241,6 +244,19 @@ def _hear_nothing(*args: Any, **kwargs: Any) -> None: ...
 async def _hear_nothing_async(*args: Any, **kwargs: Any) -> None: ...
 
 
+def collected(callbacks: BaseCallbackManager) -> BaseCallbackManager:
+    """Return the callbacks with what LangChain's `collect_runs` collects by.
+
+    It hears of each run that LangChain begins, but of none that LangGraph does: the runs below those would be
+    roots to it.
+    """
+    if (collector := run_collector_var.get()) is None:
+        return callbacks
+    made = callbacks.copy()
+    made.add_handler(collector)
+    return made
+
+
 # --- leaving ------------------------------------------------------------------------------------------
 
 ModelRun: TypeAlias = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun
@@ -342,22 +358,27 @@ class Shown:
 
     `astream_events` and the `messages` mode of a LangGraph graph live on a chat model's tokens, and of the
     models inside no token may reach them; nor those that show tokens, such as one that prints them. Tracers
-    are told nothing: they saw the calls that were made.
+    are told nothing: they saw the calls that were made. Its readers find it by the name, tags and metadata of
+    the model that drafted.
     """
 
     def __init__(
         self, config: RunnableConfig, messages: list[BaseMessage], name: str, caller: bridge.Caller | None
     ) -> None:
         callbacks = cast("BaseCallbackManager", config["callbacks"])
-        manager = chosen(manager_for(caller), callbacks, shows_answers)
-        self._begin = partial(Told.begin, manager, messages, caller, name=name) if manager.handlers else None
+        self._manager = chosen(manager_for(caller), callbacks, shows_answers)
+        self._messages, self._name, self._caller = messages, name, caller
         self._told: Told | None = None
+        self.drafting = _Drafting()
+        """Is to hear the app's own run."""
 
     async def piece(self, piece: Piece) -> None:
         """Show a piece."""
-        if self._begin is None or not (piece.text or piece.trajectory):
+        if not self._manager.handlers or not (piece.text or piece.trajectory):
             return
-        told, chunk = await self._begun(self._begin), piece.output
+        drafted = None if piece.trajectory is None else piece.trajectory.draft
+        told = await self._begun(piece.text if drafted is None else shown_of(drafted.answer))
+        chunk = piece.output
         if not isinstance(chunk, AIMessageChunk):
             chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{told.run.run_id}")
         await told.piece(chunk)
@@ -369,10 +390,56 @@ class Shown:
 
     async def error(self, error: BaseException) -> None:
         """Say that nothing more comes, also where nothing came: who reads tokens waits for an end."""
-        if self._begin is not None:
-            await (await self._begun(self._begin)).error(error)
+        if self._manager.handlers:
+            await (await self._begun()).error(error)
 
-    async def _begun(self, begin: Callable[[], Awaitable[Told]]) -> Told:
+    async def _begun(self, draft: str | None = None) -> Told:
         if self._told is None:
-            self._told = await begin()
+            model = self.drafting.model_of(draft) or _Model({}, self._name, [], {})
+            self._manager.add_tags(model.tags, inherit=False)
+            # In a graph's node it is that node's answer, whatever nodes it came from inside.
+            self._manager.metadata = {**model.metadata, **self._manager.metadata}
+            about: dict[str, Any] = {"serialized": model.serialized, "name": model.name}
+            self._told = await Told.begin(self._manager, self._messages, self._caller, **about)
         return self._told
+
+
+class _Model(NamedTuple):
+    """What LangChain says of a model's run as it begins."""
+
+    serialized: dict[str, Any]
+    name: str | None
+    tags: list[str]
+    metadata: dict[str, Any]
+
+    @classmethod
+    def begun(cls, serialized: dict[str, Any] | None, about: Mapping[str, Any]) -> _Model:
+        return cls(serialized or {}, about.get("name"), about.get("tags") or [], about.get("metadata") or {})
+
+
+class _Drafting(BaseCallbackHandler):
+    """Hears which models an app asks."""
+
+    run_inline = True  # else each event of an asynchronous app costs a thread hop
+
+    def __init__(self) -> None:
+        self._models: dict[UUID, _Model] = {}
+        self._texts: dict[UUID, str] = {}
+
+    def on_chat_model_start(self, serialized: Any, messages: Any, *, run_id: UUID, **about: Any) -> None:
+        """Take down who is asked."""
+        self._models[run_id] = _Model.begun(serialized, about)
+
+    def on_llm_start(self, serialized: Any, prompts: Any, *, run_id: UUID, **about: Any) -> None:
+        """Take down who is asked."""
+        self._models[run_id] = _Model.begun(serialized, about)
+
+    def on_llm_end(self, response: LLMResult, *, run_id: UUID, **about: Any) -> None:
+        """Take down what it said."""
+        self._texts[run_id] = "".join(each.text for said in response.generations[:1] for each in said[:1])
+
+    def model_of(self, draft: str | None) -> _Model | None:
+        """Return who wrote a draft: who said the same to the letter, or else who was asked last."""
+        asked: list[_Model | None] = [None, *self._models.values()]
+        wrote = [model for run_id, model in self._models.items() if self._texts.get(run_id) == draft]
+        return wrote[-1] if wrote else asked[-1]

@@ -18,7 +18,7 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableConfig
 
 from cai_graph import models
-from cai_graph.app.handlers import Streaming, is_stream, progress, unstreamed
+from cai_graph.app.handlers import Streaming, collected, is_stream, progress, unstreamed
 from cai_graph.app.held import Held
 from cai_graph.app.shape import Shape
 from cai_graph.app.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
@@ -373,7 +373,7 @@ class Guard:
             **request,
         )
         # Tags and metadata come along with the callbacks.
-        return await run(self.plan, made, RunnableConfig(callbacks=unstreamed(callbacks)))
+        return await run(self.plan, made, RunnableConfig(callbacks=collected(unstreamed(callbacks))))
 
     def _under(
         self,
@@ -390,8 +390,11 @@ class Guard:
         handler = DraftCalls(calls, self._model_name)
         # The caller's configuration, traced under the node; the graph's own must not leak into the app.
         callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
-        around = cast("BaseCallbackManager", config["callbacks"]).handlers
-        streaming = [Streaming()] if any(map(is_stream, around)) else []
+        around = cast("BaseCallbackManager", config["callbacks"])
+        callbacks.tags, callbacks.inheritable_tags = [*around.tags], [*around.inheritable_tags]
+        callbacks.metadata = {**around.metadata}
+        callbacks.inheritable_metadata = {**around.inheritable_metadata}
+        streaming = [Streaming()] if any(map(is_stream, around.handlers)) else []
         for each in (handler, *hearing, *streaming):
             callbacks.add_handler(each, inherit=True)  # what is bound to a graph calls it as its own run
         under: RunnableConfig = {**config, "callbacks": callbacks}

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import patch_config
+from langchain_core.runnables.config import merge_configs, patch_config
 from langchain_core.runnables.utils import ConfigurableField, ConfigurableFieldSpec
 
 from cai_graph.app.handlers import Shown, shows_answers
@@ -176,13 +176,14 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                 yield chunk
 
     def _named(self, config: RunnableConfig | None) -> RunnableConfig | None:
-        """Return a call's configuration; a `run_name` that is bound to the app names this run, too."""
-        if config is not None and config.get("run_name"):
-            return config
-        bound = (getattr(layer, "config", None) for layer in layers(self.app))
-        names = (each.get("run_name") for each in bound if isinstance(each, Mapping))
-        name = next(filter(None, names), None)
-        return config if name is None else {**(config or {}), "run_name": name}
+        """Return a call's configuration; the name, tags and metadata bound to the app are this run's, too."""
+        told = ("run_name", "tags", "metadata")
+        bound = [
+            cast("RunnableConfig", {name: each[name] for name in told if name in each})
+            for layer in reversed(layers(self.app))
+            if isinstance(each := getattr(layer, "config", None), Mapping)
+        ]
+        return merge_configs(*bound, config) if any(bound) else config
 
     async def _whole(
         self,
@@ -228,7 +229,9 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         """Yield what leaves, and show it to the streams that stand around."""
         asked = [] if resumes(input, self.app) else self.guard.shape.conversation(input)
         shown = Shown(config, to_langchain(asked), self.get_name(), caller)
-        made = self.guard.stream(input, config, options, caller=caller, invoked=invoked)
+        made = self.guard.stream(
+            input, config, options, caller=caller, invoked=invoked, hearing=[shown.drafting]
+        )
         try:
             async with aclosing(made) as pieces:
                 async for piece in pieces:
