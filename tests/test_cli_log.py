@@ -50,6 +50,16 @@ def test_the_log_is_listed_counted_and_shown(logged: Path) -> None:
     assert [json.loads(line)["record"] for line in lines] == ["trajectory", "trajectory"]
 
 
+def test_an_export_by_a_filter_takes_feedback_along(logged: Path) -> None:
+    kept, revised = (next(t.id for t in trajectories(logged) if t.outcome == o) for o in ("KEPT", "REVISED"))
+    for id in (kept, revised):
+        cai(logged, "feedback", "add", id, "--score", "1")
+    cai(logged, "log", "export", "out.jsonl", "--outcome", "REVISED")
+    out = cai(logged, "log", "export", "-", "--outcome", "REVISED").stdout
+    assert out == (logged / "out.jsonl").read_text()
+    assert [json.loads(line).get("trajectory_id", revised) for line in out.splitlines()] == [revised, revised]
+
+
 def test_an_export_reads_back_equal(logged: Path) -> None:
     cai(logged, "log", "export", "out.jsonl")
     assert cai(logged, "log", "export", "-").stdout == (logged / "out.jsonl").read_text()

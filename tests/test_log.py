@@ -47,6 +47,7 @@ from cai_graph.trajectory import (
     Message,
     Outcome,
     Record,
+    Review,
     Trajectory,
     decode,
     encode,
@@ -134,6 +135,45 @@ def test_filters_hold_together(log: Log) -> None:
     assert list(log.read(source="run1:", after=made[0].id)) == [made[1]]
     assert list(log.read(source="run1:", after=made[2].id)) == []
     assert list(log.read(source="run2:", outcome="KEPT")) == []
+
+
+@pytest.mark.parametrize(
+    ("filters", "chosen"),
+    [
+        ({"outcome": "KEPT"}, [1]),
+        ({"tag": "a"}, [0, 1]),
+        ({"source": "run1:"}, [0]),
+        ({"source": "run1:", "outcome": "KEPT"}, []),
+        ({"constitution": "d1" * 32}, [0, 1, 2]),
+        ({"since": START + timedelta(minutes=2)}, [2]),
+        ({"until": START + timedelta(minutes=1)}, [0]),
+        ({}, [0, 1, 2, None]),
+        ({"outcome": "KEPT", "kind": "review"}, [1]),
+        ({"tag": "a", "kind": "trajectory"}, [0, 1]),
+    ],
+)
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_what_was_appended_goes_with_its_trajectory_wherever_it_stands(
+    log: Log, filters: Filters, chosen: list[int | None], newest_first: bool
+) -> None:
+    made = [
+        trajectory(0, tags=("a",), source="run1:0"),
+        trajectory(1, tags=("a",), outcome=Outcome.KEPT),
+        trajectory(2),
+    ]
+    late = START + timedelta(days=1)
+    early = [(number, feedback(made[number].id)) for number in (0, 1, 2)]
+    later = [(number, review(made[number].id, at=late)) for number in (2, 1, 0)]
+    alone = [(None, comparison("removed"))]
+    everything = [*early, *enumerate(made), *later, *alone]
+    for _, record in everything:
+        log.append(record).result()
+
+    found = list(log.read(with_appended=True, newest_first=newest_first, **filters))
+
+    kind = {"review": Review, "trajectory": Trajectory}.get(filters.get("kind") or "", object)
+    expected = [record for number, record in everything if number in chosen and isinstance(record, kind)]
+    assert found == (expected[::-1] if newest_first else expected)
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,7 +22,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from log_support import contents, feedback, fill, records, store_of, trajectory
+from log_support import START, contents, feedback, fill, records, review, store_of, trajectory
 
 import cai_graph.log as log_module
 import cai_graph.trajectory as trajectory_module
@@ -83,6 +84,22 @@ def test_export_takes_the_filters_of_read(url: str, tmp_path: Path) -> None:
     assert export(url, tmp_path / "out.jsonl", outcome="KEPT") == 1
     assert (tmp_path / "out.jsonl").read_bytes() == encode(made[1]) + b"\n"
     assert export(url, tmp_path / "out.jsonl", kind="feedback") == 1
+
+
+def test_what_was_said_of_an_exported_trajectory_leaves_with_it_in_any_order(
+    new_log: Callable[[], str], tmp_path: Path
+) -> None:
+    a, b = new_log(), new_log()
+    kept, revised = trajectory(0, outcome=Outcome.KEPT), trajectory(1)
+    early, late = review(revised.id), feedback(revised.id, at=START + timedelta(days=9))
+    make(a, early, feedback(kept.id), kept, revised, review("removed"), late)
+
+    assert export(a, tmp_path / "a.jsonl", outcome="REVISED", until=START + timedelta(hours=1)) == 3
+    assert import_(b, tmp_path / "a.jsonl").records == 3
+    export(b, tmp_path / "b.jsonl")
+
+    assert contents(b) == [early, revised, late]
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
 def test_an_export_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -116,11 +116,21 @@ def log_export(
     since: Since = None,
     until: Until = None,
 ) -> None:
-    """Write the log's records to a file, each whole."""
+    """Write the log's records to a file, each whole.
+
+    Filters choose trajectories; the comparisons, reviews and feedback about these go along.
+    """
     from cai_graph import show
     from cai_graph.log import open_log, transfer
 
-    filters: Filters = {"outcome": outcome, "tag": tag, "source": source, "since": since, "until": until}
+    filters: Filters = {
+        "outcome": outcome,
+        "tag": tag,
+        "source": source,
+        "since": since,
+        "until": until,
+        "with_appended": True,
+    }
     if file == "-":
         if format == "parquet":
             raise typer.BadParameter("standard output takes JSONL alone; name a file", param_hint="--format")

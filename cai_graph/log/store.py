@@ -99,6 +99,9 @@ class Filters(TypedDict, total=False):
     """Only records made before this time; a time without a zone is UTC."""
     appended: bool
     """Only the comparisons, reviews and feedback, about whichever Trajectory."""
+    with_appended: bool
+    """What was appended goes with its Trajectory, whenever it was made: `outcome`, `constitution`, `tag`,
+    `source`, `since` and `until` choose Trajectories, and of the others those about a chosen one pass."""
     positions: tuple[int, int] | None
     """Only records after the first position and up to the second; `Log.cuts` gives positions."""
     after: str | None
@@ -358,23 +361,29 @@ class Store(ABC):
         )
 
     def _where(self, filters: Filters) -> tuple[list[str], dict[str, Any]]:
-        clauses: list[str] = []
+        of_any: list[str] = []
+        of_trajectory: list[str] = []
         bindings: dict[str, Any] = {}
         for name in ("kind", "trajectory_id", "outcome", "constitution"):
             value = filters.get(name)
             if value is not None:
-                clauses.append(f"{name} = :{name}")
+                (of_any if name in ("kind", "trajectory_id") else of_trajectory).append(f"{name} = :{name}")
                 bindings[name] = column_text(str(value))
         if filters.get("appended") or filters.get("kind") not in (None, "trajectory"):
-            clauses.append("trajectory_id IS NOT NULL")  # as the index on kinds has it
+            of_any.append("trajectory_id IS NOT NULL")  # as the index on kinds has it
         if (tag := filters.get("tag")) is not None:
-            clauses.append(self.tagged)
+            of_trajectory.append(self.tagged)
             bindings["tag"] = json.dumps(tag)
         for column, clause, values in _ranges(filters):
             # As an expression, since its index has another order, in which each page would be sorted anew.
-            clauses.append(clause.format("source || ''" if column == "source" else "at + 0"))
+            of_trajectory.append(clause.format("source || ''" if column == "source" else "at + 0"))
             bindings |= values
-        return clauses, bindings
+        if filters.get("with_appended") and of_trajectory:
+            chosen = " AND ".join(of_trajectory)
+            # Inside, the columns are those of `about`. Only what was appended has no outcome.
+            about = f"SELECT 1 FROM records AS about WHERE about.id = records.trajectory_id AND {chosen}"
+            of_trajectory = [f"(outcome IS NOT NULL AND {chosen} OR outcome IS NULL AND EXISTS ({about}))"]
+        return of_any + of_trajectory, bindings
 
     def span(self, filters: Filters) -> tuple[int, int]:
         """Return the first and the last position that may pass the filters; the first is larger for none."""
@@ -393,7 +402,8 @@ class Store(ABC):
                 break
             else:
                 raise self._missing(after)
-        for column, clause, values in _ranges(filters):
+        # What was appended about a Trajectory may stand anywhere.
+        for column, clause, values in () if filters.get("with_appended") else _ranges(filters):
             # Plus nothing, or PostgreSQL would look for the first position by walking through all.
             table = f"records{self.filtered() if column == 'at' else ''}"
             sql = f"SELECT min(position + 0), max(position + 0) FROM {table} WHERE {clause.format(column)}"

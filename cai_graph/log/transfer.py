@@ -81,6 +81,9 @@ def export(
 ) -> int:
     """Write the records that pass the filters to a file, and return how many they are.
 
+    What was said about a Trajectory leaves with it, and alone it does not leave: see `with_appended` of
+    `Filters`, which is always so here.
+
     The file appears whole or not at all, readable by its owner alone. JSONL holds each record as one line.
     Parquet holds a row a record: the columns that one filters and plots by, and the whole record as JSON in
     `json`. `import_` reads both back byte for byte.
@@ -106,6 +109,7 @@ def export(
     chosen = format or _SUFFIXES.get(target.suffix.lower())
     if chosen is None:
         raise ConfigError(f"{target}: the name does not say which format; end it in .jsonl or .parquet")
+    filters["with_appended"] = True
     write = _write_jsonl if chosen == "jsonl" else _parquet_writer()
     with open_log(url, read_only=True) as log:
         try:
