@@ -6,6 +6,8 @@ goes along as a note (PEP 678): Python prints it below the message, and records 
 
 from __future__ import annotations
 
+import re
+
 from cai_graph.errors import ConfigError, LogError, MissingExtra
 
 __all__ = ["annotate", "forget_task", "is_about_all_rows", "meaning", "note_of"]
@@ -22,6 +24,9 @@ _BY_STATUS = {
     529: "the provider is overloaded; try later, or raise the model's max_retries",
 }
 
+_FLAGGED = re.compile("moderation|flagged", re.IGNORECASE)
+"""How a provider that denies one request for its words says so."""
+
 
 def meaning(error: BaseException) -> str | None:
     """Return what an error of a provider's client means and what to do; None for any other error.
@@ -33,6 +38,8 @@ def meaning(error: BaseException) -> str | None:
     if isinstance(status, int):
         if status == 401 and (server := _asked_without_key(error)) is not None:
             return f"the server wants an API key; set OPENAI_API_KEY to it, and OPENAI_BASE_URL={server}"
+        if status == 403 and _FLAGGED.search(str(error)):
+            return "the provider's moderation rejected what was sent; its message says why"
         if status in _BY_STATUS:
             return _BY_STATUS[status]
         if status >= 500:
@@ -75,10 +82,18 @@ def forget_task(error: BaseException) -> None:
         notes.pop()
 
 
-def is_about_all_rows(error: Exception) -> bool:
-    """Return whether every further row would fail alike: a wrong set-up, a refused key, a broken log."""
-    refused = getattr(error, "status_code", None) in (401, 403)
-    return refused or isinstance(error, ConfigError | MissingExtra | LogError)
+def is_about_all_rows(error: Exception, *, succeeded: bool = False) -> bool:
+    """Return whether every further row would fail alike: a wrong set-up, a refused key, a broken log.
+
+    Args:
+        error: of one row.
+        succeeded: whether another row has succeeded. Then access that is denied (403) or a model that is
+            not found (404) is about the row, as is what moderation rejects in any case.
+    """
+    status = getattr(error, "status_code", None)
+    if status in (403, 404):
+        return not succeeded and not _FLAGGED.search(str(error))
+    return status == 401 or isinstance(error, ConfigError | MissingExtra | LogError)
 
 
 def _asked_without_key(error: BaseException) -> str | None:

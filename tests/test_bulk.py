@@ -80,10 +80,26 @@ def test_csv_rows_that_do_not_fit_are_broken_and_the_others_are_read(tmp_path: P
     assert whys[3] == "'prompt' is empty"
 
 
-def test_csv_with_a_quote_that_never_closes_is_one_broken_row(tmp_path: Path) -> None:
-    found = prompts(file(tmp_path, "p.csv", 'prompt\nfine\n"open\nand\nso on\n'))
-    assert texts(found) == ["fine", None]
-    assert found[1].line == 3
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_csv_rows_behind_a_quote_that_never_closes_are_read(tmp_path: Path, end: str) -> None:
+    rows = ["kind,prompt", "a,fine", 'b,"open', "c,and", 'd,"so ""it""" ', 'e,"two', 'lines"', "f,on"]
+    found = prompts(file(tmp_path, "p.csv", end.join(rows) + end))
+    assert texts(found) == ["fine", None, "and", None, f"two{end}lines", "on"]
+    assert [row.line for row in found] == [2, 3, 4, 5, 6, 8]
+    whys = [row.why for row in found if isinstance(row, Broken)]
+    assert whys[0].startswith("not CSV: ',' expected after '\"', in line 5; is a quote of line 3 not closed?")
+    found = prompts(file(tmp_path, "q.csv", f'kind,prompt{end}a,"open{end}b,on'))
+    assert texts(found) == [None, "on"]
+
+
+def test_csv_with_a_column_twice_is_an_error_and_one_without_a_name_is_no_metadata(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the header names the column 'prompt' twice"):
+        prompts(file(tmp_path, "p.csv", "prompt,prompt\n1,2\n"))
+    with pytest.raises(DataError, match="the header names the column 'kind' twice"):
+        prompts(file(tmp_path, "p.csv", "kind,prompt,kind\n1,2,3\n"))
+    (row,) = prompts(file(tmp_path, "q.csv", ",prompt,,kind\n0,hello,1,a\n"))
+    assert isinstance(row, Prompt)
+    assert row.metadata == {"kind": "a"}
 
 
 def test_csv_of_bare_carriage_returns_is_read(tmp_path: Path) -> None:
@@ -135,6 +151,48 @@ def test_jsonl_rows_are_objects_or_strings_and_what_is_broken_is_said(tmp_path: 
     assert found[0].metadata == {"id": 7}
     whys = [row.why for row in found if isinstance(row, Broken)]
     assert whys[2] == "no 'prompt' among the keys 'question'; say where the prompt is with --column"
+
+
+def test_a_key_that_is_null_is_absent(tmp_path: Path) -> None:
+    asked = '{"role": "user", "content": "q"}'
+    found = prompts(
+        file(
+            tmp_path,
+            "p.jsonl",
+            f'{{"prompt": "one", "messages": null}}\n{{"messages": [{asked}], "prompt": null}}',
+        )
+    )
+    assert texts(found) == ["one", "q"]
+    lines = [
+        f'{{"messages": [{asked}, {{"role": "assistant", "content": "a"}}], "response": null}}',
+        '{"prompt": "q", "response": "a", "messages": null, "id": null}',
+    ]
+    with closing(Rows(str(file(tmp_path, "a.jsonl", "\n".join(lines))))) as rows:
+        answers = list(rows.answers())
+    assert [row.id for row in answers if isinstance(row, bulk.Answer)] == [0, 1]
+
+
+def test_messages_that_ask_nothing_are_broken(tmp_path: Path) -> None:
+    system, user, empty, image, answer = (
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "q"},
+        {"role": "user", "content": " "},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},
+        {"role": "assistant", "content": "a"},
+    )
+    called = {"role": "assistant", "content": "", "tool_calls": [{"name": "t", "args": {}, "id": "1"}]}
+    tool = {"role": "tool", "content": "found", "tool_call_id": "1"}
+    asked = [[user, answer], [system], [empty], [user, answer, empty]]
+    sound = [[system, user], [user, answer, user], [image], [user, called, tool]]
+    lines = "\n".join(json.dumps({"messages": messages}) for messages in asked + sound)
+    found = prompts(file(tmp_path, "p.jsonl", lines))
+    assert [row.why if isinstance(row, Broken) else None for row in found] == [
+        "'messages' end in an answer; `cai judge` judges it, or leave it out to have another one written",
+        "'messages' hold no message of the role 'user'",
+        "the last message of the role 'user' in 'messages' is empty",
+        "the last message of the role 'user' in 'messages' is empty",
+        *[None] * 4,
+    ]
 
 
 def test_jsonl_with_a_lone_surrogate_is_read_as_it_stands(tmp_path: Path) -> None:
@@ -347,6 +405,34 @@ def test_a_refused_key_ends_the_run_at_once(bench: Callable[..., Bench], tmp_pat
     assert len(it.server.requests) <= 4
 
 
+@pytest.mark.parametrize("status", [403, 404])
+def test_what_is_denied_or_not_found_ends_a_run_in_which_nothing_was_answered(
+    bench: Callable[..., Bench], tmp_path: Path, status: int
+) -> None:
+    it = bench(lambda body: Reply("no such model", status=status))
+    with pytest.raises(Exception, match="no such model"):
+        it.run(file(tmp_path, "p.txt", "a\n" * 100), concurrency=2)
+    assert len(it.server.requests) <= 4
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_what_is_denied_or_not_found_after_an_answer_fails_its_row(
+    bench: Callable[..., Bench], tmp_path: Path, status: int
+) -> None:
+    it = bench(under(BALANCED, draft=lambda prompt: Reply("no", status=status) if prompt == "b" else "fine"))
+    run, _ = it.run(file(tmp_path, "p.txt", "a\nb\nc\n"), concurrency=1)
+    assert ([row.index for row in run.summary.skipped], run.summary.answered) == ([1], 2)
+
+
+def test_what_moderation_rejects_fails_its_row_even_if_it_is_the_first(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    said = "Your chosen model requires moderation and your input was flagged"
+    it = bench(under(BALANCED, draft=lambda prompt: Reply(said, status=403) if prompt == "a" else "fine"))
+    run, _ = it.run(file(tmp_path, "p.txt", "a\nb\n"), concurrency=1)
+    assert ([row.index for row in run.summary.skipped], run.summary.answered) == ([0], 1)
+
+
 def test_as_many_rows_as_asked_for_are_under_way_and_no_more(
     bench: Callable[..., Bench], tmp_path: Path
 ) -> None:
@@ -422,6 +508,36 @@ def test_judgements_come_in_the_order_of_the_rows(bench: Callable[..., Bench], t
     line = json.loads(found[5].line())
     assert set(line) == {"id", "verdicts", "aims"}
     assert line["verdicts"][0]["label"] == "VIOLATES"
+
+
+async def test_judgements_that_were_made_come_before_the_error_that_ends_them(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    sound = under(BALANCED)
+    others = threading.Event()
+
+    def reply(body: dict[str, Any]) -> str | Reply:
+        said = json.dumps(body)
+        if "text 2" in said:
+            others.wait(60)
+            return Reply("the key is revoked", status=401)
+        if "text 3" in said:
+            others.set()
+        return sound(body)
+
+    it = bench(reply)
+    lines = [json.dumps({"prompt": "p", "response": f"text {n}"}) for n in range(50)]
+    found: list[int] = []
+
+    async def work() -> None:
+        with closing(Rows(str(file(tmp_path, "a.jsonl", "\n".join(lines))))) as rows:
+            async for judgement in bulk.judge(bulk_critic(it.server), BALANCED, rows, 2):
+                found.append(judgement.index)
+
+    with pytest.raises(Exception, match="the key is revoked"):
+        await work()
+    assert found[:3] == [0, 1, 3]
+    assert len(found) < 50
 
 
 class Timed:

@@ -66,6 +66,38 @@ def test_judge_output_file_appears_whole_or_not_at_all(tmp_path: Path, serve: An
     assert not [path for path in tmp_path.iterdir() if "w.jsonl" in path.name]
 
 
+def test_verdicts_so_far_are_kept_where_the_critic_cannot_go_on(tmp_path: Path, serve: Any) -> None:
+    critic = under(BALANCED)
+    server = serve(lambda body: Reply("revoked", status=401) if "zebra" in str(body) else critic(body))
+    answers(tmp_path, "ant", "bee", "zebra", "cat")
+    _, ended = judge(tmp_path, server, "-o", "v.jsonl", "--concurrency", "1", status=1)
+    lines = (tmp_path / "v.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["r0", "r1"]
+    assert "2 of 4 answers judged and written; the others are missing" in ended.stderr
+    assert "401 - revoked" in ended.stderr
+
+
+def test_verdicts_never_replace_the_answers(tmp_path: Path, serve: Any) -> None:
+    server = serve(under(BALANCED))
+    answers(tmp_path, "fine")
+    before = (tmp_path / "a.jsonl").read_text()
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "a.jsonl")
+    (tmp_path / "soft.jsonl").symlink_to(tmp_path / "a.jsonl")
+    for name in ("a.jsonl", "./a.jsonl", "hard.jsonl", "soft.jsonl"):
+        _, ended = judge(tmp_path, server, "-o", name, status=1)
+        assert f"{name}: holds the answers; name another file" in ended.stderr
+    assert (tmp_path / "a.jsonl").read_text() == before
+    assert server.requests == []
+
+
+def test_a_row_that_cannot_be_judged_keeps_its_id(tmp_path: Path, serve: Any) -> None:
+    server = serve(under(BALANCED))
+    rows = ['{"id": 1, "prompt": "p", "response": "r"}', '{"id": "x", "prompt": "p"}', '{"id": null}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    lines, _ = judge(tmp_path, server, status=3)
+    assert [line["id"] for line in lines] == [1, "x", 2]
+
+
 def test_a_reader_who_has_seen_enough_ends_judge_without_a_word_of_it(tmp_path: Path, serve: Any) -> None:
     server = serve(under(BALANCED))
     answers(tmp_path, *map(str, range(20)))

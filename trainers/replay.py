@@ -209,7 +209,7 @@ class Replay:
             calls = Calls(Budget(seconds=UNATTENDED_SECONDS))
             critique = await self._critic.critique(answer.exchange, self._rules, calls, explain=False)
         except Exception as error:
-            if is_about_all_rows(error):
+            if is_about_all_rows(error, succeeded=self.report.judged > 0):
                 raise
             self.report.failed += 1
             return Judged(answer, self._before(answer), "unjudged", describe(error))

@@ -12,7 +12,7 @@ import msgspec
 
 from cai_graph.bulk.rows import Answer, Broken, Rows
 from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
-from cai_graph.concurrency.together import side_by_side
+from cai_graph.concurrency.together import side_by_side, until
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.failures import is_about_all_rows
@@ -68,26 +68,38 @@ async def judge(
 
     Raises:
         DataError: the file cannot be read.
-        Exception: what would fail every further row, such as a refused key.
+        Exception: what would fail every further row, such as a refused key; once the judgements of all that
+            was under way have been yielded.
     """
+    succeeded = False
+    fatal: list[Exception] = []
 
-    async def work(row: Answer | Broken) -> Judgement:
+    async def work(row: Answer | Broken) -> Judgement | None:
+        nonlocal succeeded
         if isinstance(row, Broken):
-            return Judgement(row.index, row.index, None, f"line {row.line}: {row.why}")
+            return Judgement(row.index, row.id, None, f"line {row.line}: {row.why}")
         try:
             calls = Calls(Budget(seconds=UNATTENDED_SECONDS))
             critique = await critic.critique(row.exchange, constitution, calls, explain=False)
         except Exception as error:
-            if is_about_all_rows(error):
-                raise
+            if is_about_all_rows(error, succeeded=succeeded):
+                fatal.append(error)
+                return None
             return Judgement(row.index, row.id, None, f"line {row.line}: {describe(error)}")
+        succeeded = True
         return Judgement(row.index, row.id, critique)
 
     early: dict[int, Judgement] = {}
     following = 0
-    async with contextlib.aclosing(side_by_side(rows.answers(), work, concurrency)) as ended:
+    begun = until(rows.answers(), lambda: bool(fatal))
+    async with contextlib.aclosing(side_by_side(begun, work, concurrency)) as ended:
         async for judgement in ended:
-            early[judgement.index] = judgement
+            if judgement is not None:
+                early[judgement.index] = judgement
             while following in early:
                 yield early.pop(following)
                 following += 1
+    for index in sorted(early):  # behind a row that failed for all
+        yield early[index]
+    if fatal:
+        raise fatal[0]

@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -74,6 +75,8 @@ class Broken:
     """Place among the rows, from 0."""
     line: int
     """Line of the file in which it begins, from 1."""
+    id: Any
+    """The row's `id`, or else its index."""
     why: str
     """What was found, and what to do."""
 
@@ -148,13 +151,13 @@ class Rows:
         """
         for index, line, row in self._each(column):
             if isinstance(row, str):
-                yield Broken(index, line, row)
+                yield Broken(index, line, index, row)
                 continue
             try:
                 key = column or ("messages" if "messages" in row else "prompt")
-                yield Prompt(index, line, _conversation(row, key), _scalars(row, without=key))
+                yield Prompt(index, line, _asking(_conversation(row, key), key), _scalars(row, without=key))
             except DataError as error:
-                yield Broken(index, line, str(error))
+                yield Broken(index, line, row.get("id", index), str(error))
 
     def answers(self) -> Iterator[Answer | Broken]:
         """Yield each row as an Answer: `prompt` and `response`, or `messages` that end in the answer.
@@ -164,12 +167,13 @@ class Rows:
         """
         for index, line, row in self._each(None):
             if isinstance(row, str):
-                yield Broken(index, line, row)
+                yield Broken(index, line, index, row)
                 continue
+            id = row.get("id", index)
             try:
-                yield Answer(index, line, row.get("id", index), _exchange(row))
+                yield Answer(index, line, id, _exchange(row))
             except DataError as error:
-                yield Broken(index, line, str(error))
+                yield Broken(index, line, id, str(error))
 
     def _each(self, column: str | None) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
         """Yield index, line, and the row or what is wrong with it."""
@@ -234,7 +238,10 @@ def _jsonl(file: _File, column: str | None) -> _Read:
             continue
         if isinstance(row, str):
             row = {column or "prompt": row}
-        yield number, row if isinstance(row, dict) else f"a row is an object, found {type(row).__name__}"
+        if isinstance(row, dict):
+            yield number, {key: value for key, value in row.items() if value is not None}
+        else:
+            yield number, f"a row is an object, found {type(row).__name__}"
 
 
 def _lines(file: _File) -> Iterator[tuple[int, bytes]]:
@@ -247,7 +254,8 @@ def _csv(file: _File, column: str | None) -> _Read:
     csv.field_size_limit(1 << 30)
     texts = (line.decode("utf-8", "surrogateescape") for _, line in _lines(file))
     # A line may end in a bare carriage return.
-    reader = csv.reader((line for text in texts for line in io.StringIO(text, newline="")), strict=True)
+    lines = _Lines(line for text in texts for line in io.StringIO(text, newline=""))
+    reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, [])
     except csv.Error as error:
@@ -265,14 +273,20 @@ def _csv(file: _File, column: str | None) -> _Read:
     if wanted not in header:
         found = f"the file has the columns {', '.join(map(repr, header)) or '(none)'}"
         raise ConfigError(f"no column {wanted!r}: {found}; say which with --column")
+    if twice := next((name for name in header if name and header.count(name) > 1), None):
+        raise DataError(f"the header names the column {twice!r} twice; give one another name, or none")
     while True:
-        line = reader.line_num + 1
+        line = lines.begin()
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, f"not CSV: {error}"
+            why = f"not CSV: {error}"
+            if lines.number > line:
+                why += f", in line {lines.number}; is a quote of line {line} not closed?"
+                lines.go_back(to=line + 1)
+            yield line, why
             continue
         if not fields:
             continue
@@ -285,6 +299,37 @@ def _csv(file: _File, column: str | None) -> _Read:
             if column is None:
                 row["prompt"] = row.pop(wanted)
             yield line, row
+
+
+class _Lines:
+    """The lines of a file, which can go back to one of the row that is being read."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._again: deque[str] = deque()
+        self._row: list[str] = []
+        self.number = 0
+        """How many lines have been given."""
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines)
+        self._row.append(line)
+        self.number += 1
+        return line
+
+    def begin(self) -> int:
+        """Begin another row, and return the number of its first line."""
+        self._row.clear()
+        return self.number + 1
+
+    def go_back(self, to: int) -> None:
+        """Give the line of this number next."""
+        again = self._row[to - 1 - self.number :]
+        self._again.extendleft(reversed(again))
+        self.number -= len(again)
 
 
 def _conversation(row: Mapping[str, Any], key: str) -> list[BaseMessage]:
@@ -304,9 +349,30 @@ def _conversation(row: Mapping[str, Any], key: str) -> list[BaseMessage]:
         raise DataError(f"{key!r} is no list of messages: {str(error).splitlines()[0][:200]}") from error
 
 
+def _asking(messages: list[BaseMessage], key: str) -> list[BaseMessage]:
+    """Return messages that ask for an answer.
+
+    Raises:
+        DataError: they do not.
+    """
+    if messages[-1].type == "ai":
+        raise DataError(
+            f"{key!r} end in an answer; `cai judge` judges it, or leave it out to have another one written"
+        )
+    asked = [message.content for message in messages if message.type == "human"]
+    if not asked:
+        raise DataError(f"{key!r} hold no message of the role 'user'")
+    last = asked[-1]
+    if not (last.strip() if isinstance(last, str) else last):
+        raise DataError(f"the last message of the role 'user' in {key!r} is empty")
+    return messages
+
+
 def _scalars(row: Mapping[str, Any], *, without: str) -> dict[str, Any]:
     return {
-        key: value for key, value in row.items() if key != without and isinstance(value, str | int | float)
+        key: value
+        for key, value in row.items()
+        if key and key != without and isinstance(value, str | int | float)
     }
 
 

@@ -172,7 +172,7 @@ class Run:
                 row.messages, {"metadata": row.metadata}, source=f"{self.prefix}{row.index}"
             )
         except Exception as error:
-            if is_about_all_rows(error):
+            if is_about_all_rows(error, succeeded=self.summary.answered > 0):
                 raise
             return Failed(row.index, row.line, describe(error))
         return answered.trajectory

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
 from cai_graph.cli.console import FAILED, SKIPPED, bar, complain, group, note
 from cai_graph.cli.options import Concurrency, ConstitutionName, Strong, Threshold, option
 from cai_graph.cli.specs import critic_of, fetch, foreign, width
-from cai_graph.errors import DataError
+from cai_graph.errors import CaiError, ConfigError, DataError
 
 commands = group()
 
@@ -52,21 +53,24 @@ def judge(
     from cai_graph import constitution as constitutions
 
     rules = constitutions.load(constitution)
-    violates = unreadable = skipped = 0
+    judged = violates = unreadable = skipped = 0
     with contextlib.closing(bulk.Rows(answers, "jsonl")) as rows:
+        if answers != "-" and output and os.path.exists(output) and os.path.samefile(answers, output):
+            raise ConfigError(f"{output}: holds the answers; name another file for the verdicts")
         total = sum(1 for _ in rows.answers())
         if not total:
             raise DataError(f"{rows.name} holds no answer; give it a row with prompt and response at least")
         who = critic_of(critic, strong, threshold)
         fetch(critic, strong)
 
-        async def work() -> None:
-            nonlocal violates, unreadable, skipped
+        async def work(file: TextIO) -> None:
+            nonlocal judged, violates, unreadable, skipped
             judgements = bulk.judge(who, rules, rows, concurrency or width(critic))
-            with whole.output(output) as file, bar(total, "answers") as advance:
+            with bar(total, "answers") as advance:
                 async with contextlib.aclosing(judgements):
                     async for judgement in judgements:
                         file.write(judgement.line() + "\n")
+                        judged += judgement.critique is not None
                         violates += judgement.violates(rules)
                         unreadable += judgement.unreadable
                         skipped += judgement.error is not None
@@ -74,8 +78,18 @@ def judge(
                         if judgement.error is not None:
                             complain(f"skipped: {judgement.error}")
 
-        with foreign(critic):
-            asyncio.run(work())
+        broken_off: CaiError | None = None
+        with whole.output(output) as file:
+            try:
+                with foreign(critic):
+                    asyncio.run(work(file))
+            except CaiError as error:
+                if not judged:
+                    raise
+                broken_off = error  # raised once what was judged, and paid for, is kept
+    if broken_off is not None:
+        note(f"{judged} of {show.count(total, 'answer')} judged and written; the others are missing")
+        raise broken_off
     note(
         f"{show.count(total, 'answer')}: {violates} violate, {unreadable} unreadable, "
         f"{skipped} could not be judged"
