@@ -158,7 +158,7 @@ class Message(Base, frozen=True, kw_only=True):
 
 
 class Verdict(Base, frozen=True, kw_only=True):
-    """A critic's judgement of one answer under one principle or one aim."""
+    """A critic's judgement of one answer under one principle or one aim; with neither, of all of it."""
 
     label: Label
     """VIOLATES, COMPLIES or UNREADABLE."""
@@ -176,9 +176,9 @@ class Verdict(Base, frozen=True, kw_only=True):
     """The rung that read it: structured, tool, json, line, logprob, probe, classifier, human, imported."""
 
     @property
-    def about(self) -> str:
-        """What it speaks of: the id of a principle, or an aim."""
-        return self.principle or self.aim or ""
+    def about(self) -> str | None:
+        """What it speaks of: the id of a principle, or an aim; None: the answer as a whole."""
+        return self.principle or self.aim or None
 
 
 class Critique(Base, frozen=True, kw_only=True):
@@ -202,8 +202,9 @@ class Critique(Base, frozen=True, kw_only=True):
 
     @property
     def violated(self) -> tuple[str, ...]:
-        """What the answer violates: ids of principles, and aims."""
-        return tuple(verdict.about for verdict in self.verdicts if verdict.label is Label.VIOLATES)
+        """What the answer violates: ids of principles, and aims. A verdict on all of it names nothing."""
+        failed = (verdict.about for verdict in self.verdicts if verdict.label is Label.VIOLATES)
+        return tuple(about for about in failed if about is not None)
 
 
 class Cascaded(Base, frozen=True, kw_only=True):

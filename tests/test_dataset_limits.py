@@ -48,6 +48,7 @@ def dropped(tmp_path: Path, records: list[Record], kind: Any = "preference", **r
 # --- every reason -------------------------------------------------------------------------------------
 
 UNREADABLE = Critique(verdicts=(Verdict(label=Label.UNREADABLE, principle="no-harm"),))
+WHOLE = Critique(verdicts=(Verdict(label=Label.VIOLATES),), critic="human")
 TWICE: list[Record] = [revised(), revised()]
 
 
@@ -92,6 +93,7 @@ CASES: dict[Reason, tuple[str, Callable[[], list[Record]], dict[str, Any]]] = {
     Reason.NO_PAIR: ("preference", lambda: [kept()], {}),
     Reason.NO_CRITIQUE: ("privileged", lambda: [kept()], {}),
     Reason.UNKNOWN_PRINCIPLE: ("critique-sft", lambda: [revised()], {}),
+    Reason.NO_PRINCIPLE: ("critic", lambda: [kept(rounds=(Round(critique=WHOLE),))], {}),
     Reason.IDENTICAL: ("preference", lambda: [revised(draft=Draft(answer=says("revised  0")))], {}),
     Reason.TIE: ("preference", lambda: about("tie"), {}),
     Reason.DISAGREEMENT: ("preference", lambda: about("flip"), {}),

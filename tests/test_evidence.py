@@ -259,6 +259,22 @@ def test_each_critique_is_of_the_answer_that_stood_then() -> None:
     assert [row.completion[0].content for row in rows if row.step == "revision"] == ["middle", "final"]
 
 
+@pytest.mark.parametrize("kind", ["unpaired", "privileged", "preference"])
+def test_a_verdict_on_the_whole_answer_counts_and_names_nothing(kind: Kind) -> None:
+    failed, passed = (
+        Critique(verdicts=(Verdict(label=label),), reasoning="why")
+        for label in (Label.VIOLATES, Label.COMPLIES)
+    )
+    revision = Revision(answer=says("better"), critique=passed, accepted=True)
+    found = of(
+        kind, revised(rounds=(Round(critique=failed, revisions=(revision,)),), released=says("better"))
+    )
+    assert not isinstance(found, Reason)
+    assert {row.principles for row in found} == {()}
+    if kind == "unpaired":
+        assert [row.label for row in found if isinstance(row, UnpairedRow)] == [False, True]
+
+
 def test_a_critique_is_asked_for_under_the_violated_principles_alone() -> None:
     verdicts = (*VIOLATES.verdicts, Verdict(label=Label.COMPLIES, principle="be-kind"))
     step = Revision(answer=says("mended"), critique=COMPLIES, accepted=True)

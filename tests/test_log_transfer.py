@@ -286,6 +286,9 @@ def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(url: s
         b'{"prompt": "p"}',
         b'{"prompt": "p", "draft": 1}',
         b'{"prompt": "p", "draft": "d", "label": "MAYBE"}',
+        b'{"prompt": " ", "draft": "d"}',
+        b'{"prompt": "p", "draft": ""}',
+        b'{"prompt": "p", "draft": "d", "revision": ""}',
         b"\xff\xfe",
         encode(different),
         encode(good[1]),
@@ -293,7 +296,7 @@ def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(url: s
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     done = import_(url, tmp_path / "in.jsonl")
     assert (done.records, done.truncated) == (2, False)
-    assert [broken.line for broken in done.broken] == [2, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert [broken.line for broken in done.broken] == [2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     says = [broken.what for broken in done.broken]
     for what, expected in zip(
         says,
@@ -305,6 +308,9 @@ def test_a_broken_line_is_reported_by_its_number_and_the_rest_is_imported(url: s
             "'draft' is missing",
             "'draft' is text, found int",
             "'label' is one of VIOLATES, COMPLIES, UNREADABLE, found 'MAYBE'",
+            "'prompt' is empty",
+            "'draft' is empty",
+            "'revision' is empty",
             "not JSON",
             "a different record of the id",
         ],
@@ -380,6 +386,22 @@ def test_a_demonstration_becomes_an_imported_trajectory(url: str, tmp_path: Path
     assert (verdict.label, verdict.principle) == (Label.VIOLATES, "not-evasive")
     assert round_.revisions[0].accepted
     assert UUID(record.id).version == 8
+
+
+@pytest.mark.parametrize("principle", [{}, {"principle": None}, {"principle": ""}])
+def test_a_demonstration_without_a_principle_has_a_verdict_on_the_whole_answer(
+    url: str, tmp_path: Path, principle: dict[str, Any]
+) -> None:
+    line = {key: value for key, value in DEMONSTRATION.items() if key != "principle"} | principle
+    (tmp_path / "in.jsonl").write_text(json.dumps(line))
+    import_(url, tmp_path / "in.jsonl")
+    (record,) = contents(url)
+    assert isinstance(record, Trajectory)
+    (verdict,) = record.rounds[0].critique.verdicts
+    assert (verdict.label, verdict.principle, verdict.about) == (Label.VIOLATES, None, None)
+    assert record.violated == ()
+    with open_log(url, read_only=True) as log:
+        assert log.stats().violated == {}
 
 
 def test_a_demonstration_s_id_follows_from_its_content(tmp_path: Path) -> None:

@@ -118,6 +118,16 @@ def test_unreadable_is_never_read_as_complies() -> None:
     assert standing(Critique(), RULES) == "unjudged"
 
 
+async def test_a_verdict_on_the_whole_answer_is_compared_by_no_principle(log: Log, tmp_path: Path) -> None:
+    whole = Round(critique=Critique(verdicts=(Verdict(label=Label.VIOLATES),)))
+    fill(log, kept("better now", rounds=(whole,)))
+    job, _ = await replay(log, critic(better=()), tmp_path)
+    assert job.report.cleared == 1
+    assert set(job.report.principles) == {principle.id for principle in RULES.principles}
+    (example,) = job.report.shown["cleared"]
+    assert example.principles == ()
+
+
 async def test_what_changes_is_counted_by_principle_and_outcome_with_examples(
     log: Log, tmp_path: Path
 ) -> None:

@@ -54,6 +54,8 @@ class Reason(StrEnum):
     """There is no critique in words that a revision followed."""
     UNKNOWN_PRINCIPLE = "unknown_principle"
     """The principle's wording is not known; name its constitution."""
+    NO_PRINCIPLE = "no_principle"
+    """The verdict is on the answer as a whole, and names neither a principle nor an aim."""
     IDENTICAL = "identical"
     """The answers to compare are the same text."""
     TIE = "tie"

@@ -466,17 +466,18 @@ class Report:
 
 
 def _labels(critique: Critique | None) -> dict[str, Label]:
-    return {} if critique is None else {verdict.about: verdict.label for verdict in critique.verdicts}
+    verdicts = () if critique is None else critique.verdicts
+    return {verdict.about: verdict.label for verdict in verdicts if verdict.about is not None}
 
 
 def _example(answer: Answer, critique: Critique | None) -> Example:
-    violated = [] if critique is None else [v for v in critique.verdicts if v.label is Label.VIOLATES]
-    reasons = [verdict.reason for verdict in violated if verdict.reason]
+    verdicts = () if critique is None else critique.verdicts
+    reasons = [v.reason for v in verdicts if v.label is Label.VIOLATES and v.reason]
     return Example(
         answer.trajectory_id,
         answer.of,
         answer.exchange.request,
         text_of(answer.exchange.answer),
-        tuple(verdict.about for verdict in violated),
+        () if critique is None else critique.violated,
         " ".join(reasons) or ("" if critique is None else critique.reasoning),
     )

@@ -110,8 +110,8 @@ class Tally:
                 if verdict.label == Label.UNREADABLE:
                     self.unreadable += 1
                 elif verdict.label == Label.VIOLATES and number == 0:
-                    name = verdict.principle or verdict.aim or ""
-                    self.violated[name] = self.violated.get(name, 0) + 1
+                    if about := verdict.principle or verdict.aim:
+                        self.violated[about] = self.violated.get(about, 0) + 1
         for call in record.calls:
             self.calls += 1
             self.input_tokens += call.input_tokens or 0

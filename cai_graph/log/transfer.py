@@ -270,9 +270,9 @@ def import_(
     The file is JSONL, or Parquet as `export` writes it, each row of which is a line. A line is a record as
     `export` writes it, or a demonstration that a person wrote: an object with `prompt`, `draft` and, where
     they apply, `critique`, `revision`, `principle` and `label` (`VIOLATES` where there is a revision,
-    otherwise `COMPLIES`); other keys go to `metadata`. What is in the log already, by id, is not added
-    again; a demonstration's id follows from its content, as `redact` leaves it. One whose redaction fails is
-    added each time.
+    otherwise `COMPLIES`); without a principle the label is of the whole answer. Other keys go to `metadata`.
+    What is in the log already, by id, is not added again; a demonstration's id follows from its content, as
+    `redact` leaves it. One whose redaction fails is added each time.
 
     Args:
         url: the log; made where it is absent.
@@ -448,13 +448,15 @@ def _demonstration(data: dict[str, Any]) -> Trajectory:
             raise DataError(f"demonstration: {name!r} is missing")
         if value is not None and not isinstance(value, str):
             raise DataError(f"demonstration: {name!r} is text, found {type(value).__name__}")
+        if value is not None and not value.strip() and name in ("prompt", "draft", "revision"):
+            raise DataError(f"demonstration: {name!r} is empty")
     prompt, draft = str(data["prompt"]), str(data["draft"])
     critique, revision, principle, label = (data.get(name) for name in _DEMONSTRATION[2:])
     if label is None:
         label = Label.COMPLIES if revision is None else Label.VIOLATES
     if label not in set(Label):
         raise DataError(f"demonstration: 'label' is one of {', '.join(Label)}, found {label!r}")
-    verdict = Verdict(label=Label(label), principle=principle, read_by="imported")
+    verdict = Verdict(label=Label(label), principle=principle or None, read_by="imported")
     answer = Message(role="assistant", content=draft)
     revised = None if revision is None else Message(role="assistant", content=revision)
     if revised is not None:

@@ -7,6 +7,7 @@ which the ledger counts as a tie or a disagreement.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -183,13 +184,13 @@ def heed_users(logged: Logged, evidence: Evidence, answer: Turn) -> None:
 # --- critics ------------------------------------------------------------------------------------------
 
 
-def abouts(critique: LoggedCritique) -> list[str]:
-    """Return what the verdicts speak of: ids of principles, or aims."""
-    return [verdict.about for verdict in critique.verdicts]
+def abouts(verdicts: Iterable[LoggedVerdict]) -> tuple[str, ...]:
+    """Return what verdicts speak of: ids of principles, or aims. One on the whole answer names nothing."""
+    return tuple(verdict.about for verdict in verdicts if verdict.about is not None)
 
 
-def violated(critique: LoggedCritique, *, passed: bool = False) -> list[str]:
-    """Return the principles or aims that the answer violates.
+def violated(critique: LoggedCritique, *, passed: bool = False) -> list[LoggedVerdict]:
+    """Return the verdicts by which the answer violates the constitution.
 
     Args:
         critique: the judgement of the answer.
@@ -197,7 +198,7 @@ def violated(critique: LoggedCritique, *, passed: bool = False) -> list[str]:
             `min_severity` then, and does not count; the constitution itself may be gone.
     """
     return [
-        verdict.about
+        verdict
         for verdict in critique.verdicts
         if verdict.label == VIOLATES and not (passed and verdict.severity is not None)
     ]
@@ -208,9 +209,9 @@ def draft_passed(logged: Logged) -> bool:
     return logged.outcome == "KEPT" and logged.mode != "sampled"
 
 
-def failed_by_draft(logged: Logged) -> list[str]:
+def failed_by_draft(logged: Logged) -> tuple[str, ...]:
     """Return the principles or aims that the draft violates."""
-    return violated(logged.rounds[0].critique) if logged.rounds else []
+    return abouts(violated(logged.rounds[0].critique)) if logged.rounds else ()
 
 
 def vouching(critique: LoggedCritique | None, *, passed: bool = True) -> LoggedCritique:
@@ -251,14 +252,14 @@ def mended_by(before: LoggedCritique, after: LoggedCritique | None) -> Mended:
     mean of these probabilities stands. Without probabilities the label is certain.
     """
     vouched = vouching(after)
-    mended: list[str] = []
+    mended: list[LoggedVerdict] = []
     sure: list[float] = []
     readable = False
     for failed in before.verdicts:
         if failed.label == VIOLATES:
             for passed in vouched.verdicts:
                 if _is_mended(failed, passed):
-                    mended.append(failed.principle or failed.aim or "")
+                    mended.append(failed)
                     if failed.probability is not None and passed.probability is not None:
                         odds = _log_odds(failed.probability) - _log_odds(passed.probability)
                         sure.append(1 / (1 + math.exp(-odds)))
@@ -270,7 +271,7 @@ def mended_by(before: LoggedCritique, after: LoggedCritique | None) -> Mended:
     p_better = sum(sure) / len(sure) if sure else 1.0
     if p_better <= 0.5:
         raise Drop(Reason.TIE if p_better == 0.5 else Reason.DISAGREEMENT)
-    return Mended(tuple(mended), p_better, vouched.critic or "")
+    return Mended(abouts(mended), p_better, vouched.critic or "")
 
 
 def _is_mended(failed: LoggedVerdict, passed: LoggedVerdict) -> bool:

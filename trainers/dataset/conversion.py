@@ -128,7 +128,7 @@ def sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[SFTRow]:
     accepted = accepted_of(logged)
     if logged.mode == "sampled" and accepted:
         return [
-            row(revision.answer, "revision", round_.critique.critic, abouts(round_.critique))
+            row(revision.answer, "revision", round_.critique.critic, abouts(round_.critique.verdicts))
             for round_ in logged.rounds
             for revision in round_.revisions
             if revision.accepted
@@ -232,7 +232,7 @@ def privileged(logged: Logged, evidence: Evidence, terms: Terms) -> list[Privile
     draft = draft_of(logged)
     critique = logged.rounds[0].critique if logged.rounds else None
     words = _words(critique) if critique else ""
-    if critique is None or not words or not (logged.mode == "sampled" or failed_by_draft(logged)):
+    if critique is None or not words or not (logged.mode == "sampled" or violated(critique)):
         raise Drop(Reason.NO_CRITIQUE)
     if (review := review_of(evidence)) is not None:
         _bear_out(logged, review)
@@ -244,7 +244,7 @@ def privileged(logged: Logged, evidence: Evidence, terms: Terms) -> list[Privile
             source="critique",
             constitution=logged.constitution.digest,
             judge=critique.critic or "",
-            principles=tuple(failed_by_draft(logged)),
+            principles=failed_by_draft(logged),
             prompt=prompt,
             privileged_context=words,
         )
@@ -317,7 +317,7 @@ def _pair(
 def _reviewed(logged: Logged, review: Review) -> PreferenceRow:
     draft = draft_of(logged)
     revision = seen_beside_the_draft(logged)
-    principles = tuple(failed_by_draft(logged))
+    principles = failed_by_draft(logged)
     if review.decision == "tie":
         raise Drop(Reason.TIE)
     if review.decision == "edit" and review.answer is not None:
@@ -365,7 +365,7 @@ def _revised(logged: Logged, evidence: Evidence) -> list[PreferenceRow]:
     final = accepted[-1]
     source: Source = "revision"
     if logged.mode == "imported":
-        source, mended = "imported", Mended(tuple(failed_by_draft(logged)), 1.0, author_of(logged))
+        source, mended = "imported", Mended(failed_by_draft(logged), 1.0, author_of(logged))
     else:
         mended = mended_by(logged.rounds[0].critique, final.critique)
     if liking := liking_of(evidence):
@@ -507,7 +507,7 @@ def _by_critic(logged: Logged) -> tuple[list[_Labelled], Reason]:
         if critique is None or not critique.verdicts:
             reason = Reason.UNJUDGED
         elif (failed := violated(critique, passed=passed)) or evades:
-            labelled.append(_Labelled(answer, False, source, critique.critic, failed))
+            labelled.append(_Labelled(answer, False, source, critique.critic, abouts(failed)))
         elif any(verdict.label == UNREADABLE for verdict in critique.verdicts):
             reason = Reason.UNREADABLE_VERDICT
         elif source == "draft" and is_cut(logged):

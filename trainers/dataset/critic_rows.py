@@ -18,6 +18,7 @@ __all__ = ["critic_rows"]
 def critic_rows(logged: Logged, evidence: Evidence, terms: object) -> list[CriticRow]:
     """Every readable verdict on every answer, and what people said of the draft in their place.
 
+    A verdict on the whole answer trains no head, and gives no row.
     Where reviewers label the draft otherwise than one another, it has no label; nor where they all prefer it
     to its revision, and the critic found it violating.
     """
@@ -26,7 +27,7 @@ def critic_rows(logged: Logged, evidence: Evidence, terms: object) -> list[Criti
     by_people = _labels_of(standing(evidence.reviews))
     preferred = agreed_side(evidence.reviews) == "draft"
     rows: list[CriticRow] = []
-    unreadable = False
+    missing = Reason.UNJUDGED
 
     def add(answer: Turn, source: Source, judge: str, about: str, violates: bool, p_violates: float) -> None:
         rows.append(
@@ -58,7 +59,10 @@ def critic_rows(logged: Logged, evidence: Evidence, terms: object) -> list[Criti
             continue
         for verdict in critique.verdicts:
             if verdict.label == UNREADABLE:
-                unreadable = True
+                missing = Reason.UNREADABLE_VERDICT
+                continue
+            if verdict.about is None:
+                missing = Reason.NO_PRINCIPLE
                 continue
             violates = verdict.label == VIOLATES
             if answer is draft and (verdict.about in by_people or (preferred and violates)):
@@ -69,9 +73,7 @@ def critic_rows(logged: Logged, evidence: Evidence, terms: object) -> list[Criti
         if label is not None:
             add(answer_of(draft), "human", reviewer, about, label, float(label))
     if not rows:
-        contradicted = preferred or by_people
-        kept_out = Reason.UNREADABLE_VERDICT if unreadable else Reason.UNJUDGED
-        raise Drop(Reason.DISAGREEMENT if contradicted else kept_out)
+        raise Drop(Reason.DISAGREEMENT if preferred or by_people else missing)
     return rows
 
 
@@ -81,7 +83,7 @@ def _labels_of(reviews: Sequence[Review]) -> dict[str, tuple[bool | None, str]]:
     for review in reviews:
         for verdict in review.verdicts:
             about = verdict.about
-            if not about or verdict.label.value == UNREADABLE:
+            if about is None or verdict.label.value == UNREADABLE:
                 continue
             violates = verdict.label.value == VIOLATES
             label, reviewer = found.get(about, (violates, review.reviewer))

@@ -81,9 +81,9 @@ class LoggedVerdict(_Part, frozen=True):
     severity: int | None = None
 
     @property
-    def about(self) -> str:
-        """The principle's id, or else the aim."""
-        return self.principle or self.aim or ""
+    def about(self) -> str | None:
+        """The principle's id, or else the aim; None: it is about the answer as a whole."""
+        return self.principle or self.aim or None
 
 
 class LoggedCritique(_Part, frozen=True):
