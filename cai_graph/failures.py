@@ -24,6 +24,7 @@ _BY_STATUS = {
     529: "the provider is overloaded; try later, or raise the model's max_retries",
 }
 
+_CLIENTS = ("langchain_openai.", "langchain_anthropic.")
 _FLAGGED = re.compile("moderation|flagged", re.IGNORECASE)
 """How a provider that denies one request for its words says so."""
 
@@ -51,8 +52,13 @@ def meaning(error: BaseException) -> str | None:
         return "the provider did not answer in time; raise the model's timeout"
     if names & {"APIConnectionError", "TransportError"}:
         return "there is no connection to the provider, or it broke; check the network and the base URL"
-    if isinstance(error, IndexError) and _in_client(error):
+    where = _raised_in(error)
+    if isinstance(error, IndexError) and where.startswith("langchain_core."):
         return "the provider sent a reply without a choice; try again, or another model"
+    if isinstance(error, ValueError | TypeError) and where.startswith(_CLIENTS):
+        return (
+            "the provider sent a reply that its client cannot read; check the base URL, or try another model"
+        )
     return None
 
 
@@ -106,9 +112,9 @@ def _asked_without_key(error: BaseException) -> str | None:
     return address.removesuffix("/chat/completions")
 
 
-def _in_client(error: BaseException) -> bool:
-    """Return whether an error comes from LangChain's own reading of a reply."""
+def _raised_in(error: BaseException) -> str:
+    """Return the module whose code raised an error; an empty text where it was not raised."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("langchain_core.")
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))

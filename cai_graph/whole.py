@@ -57,9 +57,11 @@ def output(path: str | None) -> Iterator[TextIO]:
     None is standard output, on which it appears as it is written.
 
     Raises:
-        DataError: the file cannot be written there.
+        DataError: the file cannot be written there, or the shell has closed standard output.
     """
     if path is None:
+        if sys.stdout is None:
+            raise DataError("standard output is closed; name a file with -o")
         yield sys.stdout
         return
     target = Path(path)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,17 @@ def test_a_row_that_cannot_be_judged_keeps_its_id(tmp_path: Path, serve: Any) ->
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     lines, _ = judge(tmp_path, server, status=3)
     assert [line["id"] for line in lines] == [1, "x", 2]
+
+
+def test_output_that_the_shell_has_closed_is_said_before_anything_is_judged(
+    tmp_path: Path, serve: Any
+) -> None:
+    server = serve(under(BALANCED))
+    answers(tmp_path, "fine")
+    command = shlex.join([sys.executable, "-m", "cai_graph.cli", "judge", "a.jsonl", "--critic", server.spec])
+    ended = subprocess.run(f"{command} >&-", shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, server.requests) == (1, [])
+    assert ended.stderr == "standard output is closed; name a file with -o\n"
 
 
 def test_a_reader_who_has_seen_enough_ends_judge_without_a_word_of_it(tmp_path: Path, serve: Any) -> None:

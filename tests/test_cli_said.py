@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -47,6 +51,61 @@ def test_a_file_without_an_answer_passes_no_gate(tmp_path: Path, content: str) -
     (tmp_path / "a.jsonl").write_text(content)
     args = ("judge", "a.jsonl", "--critic", "http://127.0.0.1:9/v1#m", "--fail-on", "violates")
     assert cai(tmp_path, *args, status=1).stderr.startswith("a.jsonl holds no answer; give it a row")
+
+
+@pytest.mark.parametrize("command", ["run", "judge"])
+def test_standard_input_that_the_shell_has_closed_is_said(tmp_path: Path, command: str) -> None:
+    option = "--model" if command == "run" else "--critic"
+    words = [sys.executable, "-m", "cai_graph.cli", command, "-", option, "http://127.0.0.1:9/v1#m"]
+    words += ["--format", "text"] if command == "run" else []
+    line = f"{shlex.join(words)} <&-"
+    ended = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "standard input is closed; name a file, or redirect one into it\n"
+
+
+def test_a_question_whose_bytes_are_no_text_is_refused_and_not_logged(tmp_path: Path) -> None:
+    c = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-m", "cai_graph.cli", "ask", "café", "--model", "http://127.0.0.1:9/v1#m"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=os.environ | c)
+    assert ended.returncode == 2
+    assert "not UTF-8 in this locale; set LC_ALL=C.UTF-8" in ended.stderr
+    assert not (tmp_path / "cai.db").exists()
+
+
+def test_a_reply_that_is_none_is_said_in_a_line(tmp_path: Path) -> None:
+    replies = [
+        '{"error": {"message": "overloaded"}}',
+        "<html>log in</html>",
+        '{"choices": []}',
+        '{"choices": null}',
+    ]
+
+    class Strange(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            reply = replies[0].encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html" if reply.startswith(b"<") else "application/json")
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Strange)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    spec = f"http://127.0.0.1:{server.server_port}/v1#m"
+    try:
+        while replies:
+            said = cai(tmp_path, "ask", "hi", "--model", spec, status=1).stderr
+            assert said.startswith(f"{spec}: the app failed: the provider sent a reply")
+            assert len(said.splitlines()) == 1
+            assert "overloaded" in said or len(replies) < 4
+            replies.pop(0)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_server_of_ones_own_that_wants_a_key_says_how_it_gets_one(tmp_path: Path) -> None:

@@ -223,6 +223,17 @@ def test_parquet_has_columns_to_filter_by_and_the_whole_record(url: str, tmp_pat
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["large_string", "string_view"])
+def test_a_parquet_export_that_another_program_wrote_anew_is_imported(tmp_path: Path, kind: str) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    made = make(tmp_path / "a.db", trajectory(0), trajectory(1))
+    texts = pa.array([encode(record).decode() for record in made], getattr(pa, kind)())
+    pq.write_table(pa.table({"json": texts}), tmp_path / "a.parquet")
+    assert import_(tmp_path / "b.db", tmp_path / "a.parquet").records == 2
+    assert contents(tmp_path / "b.db") == made
+
+
 def test_a_parquet_file_that_is_no_whole_export_is_one_error_and_makes_no_log(tmp_path: Path) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     pa = pytest.importorskip("pyarrow")

@@ -194,6 +194,8 @@ _File = io.BufferedReader | io.BufferedRandom
 def _readable_twice(path: str) -> _File:
     try:
         if path == "-":
+            if sys.stdin is None:
+                raise DataError("standard input is closed; name a file, or redirect one into it")
             return _copy(sys.stdin.buffer)
         file = open(path, "rb")  # noqa: SIM115 - `Rows.close`
         if file.seekable():

@@ -60,6 +60,11 @@ def ask(
     from cai_graph import show
     from cai_graph.trajectory import encode
 
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        reason = "it is not UTF-8 in this locale; set LC_ALL=C.UTF-8"
+        raise typer.BadParameter(reason, param_hint="PROMPT") from error
     guarded = guard(
         model,
         critic,

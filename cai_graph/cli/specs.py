@@ -78,7 +78,7 @@ def fetched(name: str) -> str:
 
 @contextlib.contextmanager
 def foreign(model: str) -> Iterator[None]:
-    """Translate what a provider's client raises; a builtin exception is a bug and keeps its traceback.
+    """Translate what a provider's client raises; another builtin exception is a bug and keeps its traceback.
 
     An error of our own writing is none of the provider's, whose client wraps what its connection does.
     """
@@ -89,11 +89,11 @@ def foreign(model: str) -> Iterator[None]:
     except (CaiError, asyncio.CancelledError):
         raise
     except Exception as error:
-        if type(error).__module__ == "builtins" and not isinstance(error, OSError):
+        said = note_of(error) or meaning(error)
+        if type(error).__module__ == "builtins" and not isinstance(error, OSError) and said is None:
             raise
         if isinstance(error, OSError) and error.errno in UNWRITTEN:
             raise
         model = without_password(model)
-        said = note_of(error) or meaning(error)
         plain = f"{type(error).__name__}: {error}"
         raise ModelError(f"{model}: {said} ({plain})" if said else f"{model}: {plain}") from error

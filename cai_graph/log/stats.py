@@ -107,11 +107,11 @@ class Tally:
             self.constitutions[name] = self.constitutions.get(name, 0) + 1
         for number, round_ in enumerate(record.rounds):
             for verdict in round_.critique.verdicts:
+                about = verdict.principle or verdict.aim
                 if verdict.label == Label.UNREADABLE:
                     self.unreadable += 1
-                elif verdict.label == Label.VIOLATES and number == 0:
-                    if about := verdict.principle or verdict.aim:
-                        self.violated[about] = self.violated.get(about, 0) + 1
+                elif verdict.label == Label.VIOLATES and number == 0 and about:
+                    self.violated[about] = self.violated.get(about, 0) + 1
         for call in record.calls:
             self.calls += 1
             self.input_tokens += call.input_tokens or 0

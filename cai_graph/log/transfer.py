@@ -319,7 +319,8 @@ def _parquet_lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{source}: is no whole Parquet file: {error}") from error
     found = table.schema_arrow
-    if "json" not in found.names or found.field("json").type != pa.string():
+    texts = (pa.string(), pa.large_string(), pa.string_view())  # the last two where pandas or polars wrote it
+    if "json" not in found.names or found.field("json").type not in texts:
         raise DataError(f"{source}: has no column 'json' of texts, which `cai log export` writes")
 
     def read() -> Iterator[bytes]:
