@@ -25,6 +25,7 @@ _BY_STATUS = {
 }
 
 _CLIENTS = ("langchain_openai.", "langchain_anthropic.")
+"""LangChain's packages that read what providers send."""
 _FLAGGED = re.compile("moderation|flagged", re.IGNORECASE)
 """How a provider that denies one request for its words says so."""
 

@@ -352,6 +352,13 @@ async def test_what_a_judge_was_out_for_is_asked_again_and_what_it_left_unreadab
     assert not asked
 
 
+async def test_a_prompt_that_is_denied_after_an_answer_fails_alone(tmp_path: Path) -> None:
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "helpfulness", "a?", "b?", "c?"))
+    replies = iter([Reply("fine"), Reply("denied", status=403), Reply("fine")])
+    with serving(lambda body: next(replies)) as server:
+        assert await evaluation.generate(AppSubject(load(server.spec), name="app", concurrency=1)) == 1
+
+
 async def test_what_a_judges_provider_rejects_has_failed_and_is_asked_again(tmp_path: Path) -> None:
     evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "helpfulness", "a?", "b?", "c?"))
     await evaluation.generate(says("app", base))

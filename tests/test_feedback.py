@@ -311,6 +311,18 @@ async def test_a_refused_key_ends_the_labelling_at_once(log: Log) -> None:
         assert len(server.requests) == 1
 
 
+async def test_what_is_denied_after_a_comparison_fails_its_trajectory_alone(log: Log) -> None:
+    fill(log, *(trajectory(n) for n in range(3)))
+
+    def script(body: dict[str, Any]) -> Reply:
+        denied = "draft 1" in body["messages"][-1]["content"]
+        return Reply("denied", status=403) if denied else prefers_revisions(body)
+
+    with serving(script) as server:
+        results = await run(labelling(log, server), 1)
+    assert [result.failed is not None for result in results] == [False, True, False]
+
+
 async def test_unreadable_ties_and_disagreements_are_recorded_and_counted_apart(log: Log) -> None:
     fill(log, *(trajectory(n) for n in range(4)))
 

@@ -97,6 +97,7 @@ class AppSubject:
         self.settings: Mapping[str, Any] = {"seed": seed, **own, **(settings or {})}
         self._seed, self._concurrency = seed, concurrency
         self._is_seeded = local.is_local(app)
+        self._succeeded = False
 
     async def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
         """Yield a row for each that was asked, as each ends."""
@@ -115,9 +116,10 @@ class AppSubject:
             answer = shown_of(Shape().answer(output))
             cut = cut_short(output) if isinstance(output, BaseMessage) else None
         except Exception as raised:
-            if is_about_all_rows(raised):
+            if is_about_all_rows(raised, succeeded=self._succeeded):
                 raise
             error = describe(raised)
+        self._succeeded = self._succeeded or error is None
         return _row(asked, answer, cut, error, time.perf_counter() - started)
 
 

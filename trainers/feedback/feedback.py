@@ -252,6 +252,7 @@ class Labelling:
         self.positions = Positions(judge.name)
         self._people = decided(log)
         self._known: set[str] = set()
+        self._succeeded = False
         for record in log.read(kind="comparison"):
             if isinstance(record, Comparison) and (record.source or "").startswith(self.prefix):
                 self._known.add(record.source or "")
@@ -327,8 +328,9 @@ class Labelling:
                     await self._log.append(comparison)
                     self.positions.add(comparison, self._people.get(work.trajectory.id))
                     made.append(comparison)
+                    self._succeeded = True
         except Exception as error:
-            if is_about_all_rows(error):
+            if is_about_all_rows(error, succeeded=self._succeeded):
                 raise
             return Labelled(trajectory, tuple(made), describe(error))
         return Labelled(trajectory, tuple(made))
