@@ -89,17 +89,20 @@ def forget_task(error: BaseException) -> None:
         notes.pop()
 
 
-def is_about_all_rows(error: Exception, *, succeeded: bool = False) -> bool:
+def is_about_all_rows(error: Exception, *, succeeded: bool | None = None) -> bool:
     """Return whether every further row would fail alike: a wrong set-up, a refused key, a broken log.
 
     Args:
         error: of one row.
         succeeded: whether another row has succeeded. Then access that is denied (403) or a model that is
-            not found (404) is about the row, as is what moderation rejects in any case.
+            not found (404) is about the row, as is what moderation rejects in any case. None: the caller
+            does not know; a model may be out for a while only, so 404 is about the row.
     """
     status = getattr(error, "status_code", None)
-    if status in (403, 404):
+    if status == 403:
         return not succeeded and not _FLAGGED.search(str(error))
+    if status == 404:
+        return succeeded is False
     return status == 401 or isinstance(error, ConfigError | MissingExtra | LogError)
 
 
