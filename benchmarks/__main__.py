@@ -23,6 +23,7 @@ ALL = (
     "log",
     "log_postgres",
     "probe",
+    "turns",
     "critic",
     "engines",
     "dataset",

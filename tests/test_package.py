@@ -80,7 +80,7 @@ def test_without_the_extras_only_what_is_imported_late_needs_them() -> None:
         "cai_graph.log.postgres",
         "cai_graph.log.postgres_session",
         "cai_graph.middleware",
-        *(f"trainers.ppo.{name}" for name in ("formulas", "loop", "models", "state")),
+        *(f"trainers.ppo.{name}" for name in ("formulas", "loop", "models", "state", "ways")),
     }
 
 
