@@ -40,7 +40,7 @@ _COMMA_AT_END = re.compile(r",\s*}$")
 _THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL)
 """What a model thinks before it replies, as text; templates may open it in the prompt."""
 _OPENED_THOUGHT = re.compile(r"\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
-_HYPHENS = dict.fromkeys([ord("_"), *range(0x2010, 0x2016)], "-")
+_HYPHENS = dict.fromkeys(range(0x2010, 0x2016), "-")
 """What critics write for the hyphen of an id."""
 _MENTION = re.compile(r'"principle"\s*:\s*"([^"\\]*)"')
 _BEGINS_AS_JSON = re.compile(r'\s*(?:```\w*\s*)?\{[^{}]*"verdicts"')
@@ -144,7 +144,8 @@ def _complies(verdict: Verdict | None) -> bool:
 
 
 def _folded(name: str) -> str:
-    return name.casefold().translate(_HYPHENS)
+    folded = name.casefold().replace("_", "-")
+    return folded if folded.isascii() else folded.translate(_HYPHENS)
 
 
 def _mentions(text: str, names: Mapping[str, str]) -> Iterator[str]:
@@ -232,10 +233,10 @@ def _from_objects(objects: Iterable[Any], names: Mapping[str, str], read_by: str
 
 def _severity(value: Any) -> int | None:
     """Return a severity from 1 to 5 that stands as a number or as text; None for anything else."""
-    with contextlib.suppress(ValueError, TypeError, OverflowError):
-        if not isinstance(value, bool) and (number := float(value)) in range(1, 6):
-            return int(number)
-    return None
+    if type(value) in (str, float):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return int(value) if type(value) in (int, float) and value in (1, 2, 3, 4, 5) else None
 
 
 def _lines_of_text(text: str) -> int:
