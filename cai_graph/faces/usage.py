@@ -32,7 +32,7 @@ def result_of(message: AIMessage, trajectory: Trajectory | None) -> ChatResult:
     """Return the message as a chat model's result, its usage set aside from the callbacks."""
     beside = (*END_REASONS, "logprobs")  # what providers say of a generation, beside its message
     info = {key: value for key, value in message.response_metadata.items() if key in beside}
-    kept = _set_aside(summed(message, message, trajectory))
+    kept = _set_aside(message, message, trajectory)
     return ChatResult(generations=[ChatGeneration(message=kept, generation_info=info)])
 
 
@@ -41,12 +41,13 @@ def chunk_of(piece: Piece) -> AIMessageChunk:
     message = cast("AIMessageChunk", piece.output)
     usage = None if piece.trajectory is None else piece.whole.usage_metadata
     message = message.model_copy(update={"usage_metadata": usage})
-    return message if piece.trajectory is None else _set_aside(summed(message, piece.whole, piece.trajectory))
+    return message if piece.trajectory is None else _set_aside(message, piece.whole, piece.trajectory)
 
 
 def summed(message: M, whole: AIMessage, trajectory: Trajectory | None) -> M:
     """Return what leaves of the answer `whole`, a message or its last chunk, with the sum of all calls."""
-    return _about(message, usage=_sum(whole, trajectory))
+    about = {**message.response_metadata.get("cai", {}), "usage": _sum(whole, trajectory)}
+    return message.model_copy(update={"response_metadata": {**message.response_metadata, "cai": about}})
 
 
 def with_usage(message: M) -> M:
@@ -62,14 +63,12 @@ def with_usage(message: M) -> M:
     return message.model_copy(update=update)
 
 
-def _set_aside(message: M) -> M:
-    aside = _about(message, **{_ASIDE: message.usage_metadata})
-    return aside.model_copy(update={"usage_metadata": None})
-
-
-def _about(message: M, **more: Any) -> M:
-    about = {**message.response_metadata.get("cai", {}), **more}
-    return message.model_copy(update={"response_metadata": {**message.response_metadata, "cai": about}})
+def _set_aside(message: M, whole: AIMessage, trajectory: Trajectory | None) -> M:
+    """Return the same as `summed`, its usage where callbacks do not look."""
+    usage = {_ASIDE: message.usage_metadata, "usage": _sum(whole, trajectory)}
+    about = {**message.response_metadata.get("cai", {}), **usage}
+    update = {"usage_metadata": None, "response_metadata": {**message.response_metadata, "cai": about}}
+    return message.model_copy(update=update)
 
 
 def counted(result: LLMResult) -> LLMResult:
