@@ -5,10 +5,6 @@ in the next turn. So what leaves in the draft's place is put into its place ther
 the refusal is. A run that broke off on its way may have left a draft there, too: the next request puts the
 refusal into its place.
 
-    kept.py      when that is done, and when it is not
-    unheard.py   which words of a thread nobody was given
-    memory.py    the thread, read and changed
-
 A memory that cannot be reached from here, such as that of a graph inside a chain, is warned of.
 """
 
