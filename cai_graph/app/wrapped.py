@@ -182,7 +182,7 @@ def waits(output: object) -> bool:
 
 
 def is_pause(error: BaseException | None) -> bool:
-    """Return whether an error is none: it says that an app waits for a person, or hands over."""
+    """Return whether an error says that nothing failed: an app waits for a person, or hands over."""
     return isinstance(error, GraphBubbleUp)
 
 
