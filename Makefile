@@ -28,12 +28,12 @@ bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/
 	$(BIN)/python -m benchmarks
 
 soak: $(VENV)/.installed consumers  ## long kill loops; foreign trainers read our formats; sharded training; PPO against TRL's
-	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/test_log_crash.py --timeout 0
-	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/test_log_postgres.py -k "killed or falls" --timeout 0
-	$(BIN)/python -m pytest tests/test_consumers.py tests/test_elsewhere.py
-	CAI_SHARDED_KILLS=1 $(BIN)/python -m pytest tests/test_processes.py tests/test_online.py tests/test_ppo.py \
+	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/log/test_log_crash.py --timeout 0
+	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/log/test_log_postgres.py -k "killed or falls" --timeout 0
+	$(BIN)/python -m pytest tests/trainers/export/test_consumers.py tests/trainers/test_elsewhere.py
+	CAI_SHARDED_KILLS=1 $(BIN)/python -m pytest tests/trainers/stages/test_processes.py tests/trainers/test_online.py tests/trainers/ppo/test_ppo.py \
 		-k "zero or sharded" --timeout 0
-	CAI_TRL_PPO=1 $(BIN)/python -m pytest tests/test_ppo_trl.py -s --timeout 0
+	CAI_TRL_PPO=1 $(BIN)/python -m pytest tests/trainers/ppo/test_ppo_trl.py -s --timeout 0
 
 consumers: $(VENV)/.installed  ## OpenRLHF, verl, LLaMA-Factory, axolotl and DeepSpeed beside the project, for `make soak`
 	test -d .consumers/venv || $(PYTHON) -m venv .consumers/venv

@@ -8,10 +8,10 @@ PYTHONPATH=.peers python -m benchmarks peers
 The two peers of the first lines are no dependencies of the project; the others are what nemoguardrails needs
 of its own. A peer that is not installed is left out, and the section says so.
 
-Every contender drives the same ChatOpenAI against the server of tests/wire.py, which answers in waves: all
-calls that are open once no other came for `QUIET_S` are answered together. Calls that wait for each other are
-never of one wave, and others nearly always are, so the least number of waves that any of the prompts takes is
-the longest chain of calls that wait for each other.
+Every contender drives the same ChatOpenAI against the server of tests/support/wire.py, which answers in
+waves: all calls that are open once no other came for `QUIET_S` are answered together. Calls that wait for
+each other are never of one wave, and others nearly always are, so the least number of waves that any of the
+prompts takes is the longest chain of calls that wait for each other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from cai_graph import constitutional, local
 from cai_graph.constitution import Principle, load
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "support"))
 from wire import serving
 
 PRINCIPLES = (1, 4, 8, 16)

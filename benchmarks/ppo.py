@@ -66,7 +66,9 @@ def run() -> str:
                 told = {**settings, "value_model": None if is_head else settings["value_model"]}
                 path.write_text(json.dumps(told), encoding="utf-8")
                 is_trl = who.startswith("TRL")
-                what = [str(ROOT / "tests" / "trl_ppo.py")] if is_trl else ["-m", "benchmarks.ppo"]
+                what = (
+                    [str(ROOT / "tests" / "support" / "trl_ppo.py")] if is_trl else ["-m", "benchmarks.ppo"]
+                )
                 seconds, kib = _timed([*what, str(path)], trl if is_trl else ROOT)
                 found[who] += seconds
                 memory[who] = max(memory[who], kib)

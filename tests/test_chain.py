@@ -30,6 +30,7 @@ from langchain_core.runnables import (
 from langchain_core.tracers.context import collect_runs
 from langgraph.graph import START, MessagesState, StateGraph
 from replies import JUDGE, RULES, by_role, flags, guard, role_of, verdicts
+from repository import SUPPORT
 
 from cai_graph.chain import constitutional
 from cai_graph.constitution import Constitution
@@ -577,7 +578,7 @@ async def test_a_log_that_cannot_keep_up_holds_up_the_answers_and_not_the_event_
 def test_a_forked_child_can_answer_and_log(tmp_path: Path) -> None:
     code = f"""
         import os, sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path.insert(0, {str(SUPPORT)!r})
         from replies import RULES, by_role, flags
         from cai_graph import constitutional, open_log
 

@@ -30,6 +30,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import interrupt
 from replies import answer_in, role_of, verdicts
+from repository import EXAMPLES, fenced, read_page
 from wire import role, serving
 
 from cai_graph.classic import ConstitutionalChain, ConstitutionalPrinciple
@@ -41,7 +42,7 @@ from cai_graph.log import open_log
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Critique, Label, Outcome, Trajectory, Verdict
 
-PAGE = (Path(__file__).parents[1] / "docs" / "moving-from-constitutional-chain.md").read_text()
+PAGE = read_page("moving-from-constitutional-chain.md")
 
 PROMPT = PromptTemplate.from_template("Q: {question} A:")
 QUESTION = "How do I open this?"
@@ -616,7 +617,7 @@ def test_code_of_the_page_runs_old_and_new(tmp_path: Path, monkeypatch: pytest.M
             return verdicts(ids=re.findall(r"^([\w.-]+): ", body["messages"][0]["content"], re.MULTILINE))
         return "With a key."
 
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    blocks = fenced(PAGE, "python")
     assert len(blocks) >= 4
     with serving(script) as server, deprecated():
         monkeypatch.setenv("OPENAI_API_KEY", "unused")
@@ -631,7 +632,7 @@ def test_code_of_the_page_runs_old_and_new(tmp_path: Path, monkeypatch: pytest.M
 def test_the_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = Path(__file__).parents[1] / "examples" / "moving_from_constitutional_chain.py"
+    example = EXAMPLES / "moving_from_constitutional_chain.py"
 
     def script(body: dict[str, Any]) -> str:
         if role(body) == "critique":

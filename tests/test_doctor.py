@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from cai_graph import doctor, local
 
@@ -72,10 +73,9 @@ def test_cache_folder_that_does_not_exist_yet_is_fine(cache: Path, monkeypatch: 
 
 def test_nothing_is_installed_from_an_index_that_does_not_have_it() -> None:
     """README says how: from a clone."""
-    root = Path(__file__).parents[1]
-    texts = [root / "README.md", *root.glob("docs/*.md")]
+    texts = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
     texts += [
-        path for folder in ("cai_graph", "trainers", "examples") for path in root.glob(f"{folder}/**/*.py")
+        path for folder in ("cai_graph", "trainers", "examples") for path in ROOT.glob(f"{folder}/**/*.py")
     ]
     found = [
         path for path in texts if re.search(r"pip install \"?cai-graph", path.read_text(encoding="utf-8"))

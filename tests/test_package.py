@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from cli_support import OPTIONAL
+from repository import ROOT
 
 import cai_graph
 
-ROOT = Path(__file__).parents[1]
 NEVER = ["torch", "transformers", "trl", "fastapi"]
 """What no part of the runtime loads, whatever is used of it."""
 PROVIDERS = [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from postgres_server import Server
+from repository import SUPPORT
 
 from cai_graph.log import open_log
 from cai_graph.trajectory import Review, Trajectory
@@ -35,7 +36,7 @@ SAVERS = {
 
 PROGRAM = """
     import asyncio, os, signal, sys
-    sys.path.insert(0, TESTS)
+    sys.path[:0] = TESTS
     from langchain_core.messages import HumanMessage
     from langgraph.types import Command
     from replies import RULES
@@ -113,7 +114,7 @@ def test_a_request_goes_on_in_another_process_after_the_first_was_killed(
         server: Server = request.getfixturevalue("postgres")
         place = f"host={server.folder} user=postgres dbname={server.database(DATABASES[name])}"
     names: dict[str, Any] = {
-        "TESTS": str(Path(__file__).parent),
+        "TESTS": [str(SUPPORT), str(Path(__file__).parent)],
         "LOG": str(tmp_path / "cai.db"),
         "ASYNCHRONOUS": name.endswith("asynchronous"),
         "PLACE": place,
