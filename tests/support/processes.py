@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import psutil
 import pytest
 import yaml
-from repository import ROOT, SUPPORT, read_page
+from repository import ROOT, read_page
 
 __all__ = ["WAYS", "Way", "by_deepspeed", "kill", "killed_too", "launch"]
 
@@ -42,6 +42,7 @@ def launch(folder: Path, way: Way, *command: str) -> subprocess.Popen[str]:
     config |= {"num_processes": 2, "mixed_precision": "no", "main_process_port": _free_port()}
     path = folder / f"{way}.json"
     path.write_text(json.dumps(config), encoding="utf-8")
+    tests = [entry for entry in sys.path if Path(entry).is_relative_to(ROOT / "tests")]  # with their rewards
     return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(path), *command],
         env={
@@ -49,7 +50,7 @@ def launch(folder: Path, way: Way, *command: str) -> subprocess.Popen[str]:
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "DS_ACCELERATOR": "cpu",
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, SUPPORT, DEEPSPEED))),
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *tests, DEEPSPEED))),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -347,7 +347,11 @@ def written(config: ppo.Config, folder: Path) -> Path:
 
 def script(config: ppo.Config, folder: Path, before: str = "") -> Path:
     path = folder / "train.py"
-    names = {"path": [str(ROOT), str(SUPPORT)], "file": str(written(config, folder)), "before": before}
+    names = {
+        "path": [str(ROOT), str(Path(__file__).parent), str(SUPPORT)],
+        "file": str(written(config, folder)),
+        "before": before,
+    }
     path.write_text(SCRIPT.format(**names))
     return path
 
