@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,17 @@ def test_documents_and_the_fields_of_states_count_as_what_they_hold() -> None:
     for value in ({"context": pages}, State(pages=pages), Slots(pages), [pages, "z"]):
         assert 20_000 < size_of(value) < 40_000
     assert size_of([[AIMessage("x" * 1000)] * 2, b"x" * 1000, None, 1, 2.5]) < 4000
+
+
+def test_a_part_of_long_lists_stands_for_all() -> None:
+    pages = [Document("x" * 1000, metadata={"source": "y" * 1000}) for _ in range(30_000)]
+
+    assert 60e6 < size_of({"question": "why?", "context": pages}) < 120e6
+
+
+def test_an_answer_does_not_wait_for_its_numbers_to_be_counted() -> None:
+    vectors = {"question": "why?", "vectors": [[0.5] * 1536 for _ in range(1000)]}
+    started = time.perf_counter()
+
+    assert 40e6 < size_of(vectors) < 60e6
+    assert time.perf_counter() - started < 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import threading
 import time
@@ -29,6 +30,7 @@ from repository import fenced, read_page
 from wire import role, serving
 
 from cai_graph import Settings, constitutional, open_log
+from cai_graph.concurrency import bridge
 from cai_graph.constitution import load
 from cai_graph.errors import ConfigError, LogError
 from cai_graph.log import Log
@@ -330,6 +332,27 @@ async def test_answered_waits_for_the_record(log: Log) -> None:
 
     assert output == "the draft"
     assert (trajectory.outcome, trajectory.source) == (Outcome.REVISED, "row 1")
+
+
+async def test_who_gives_up_waiting_for_the_record_leaves_it_to_the_log(
+    log: Log, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate()
+    guarded = behind(drafting(), log, gate.model)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(guarded.answered("hello"), 0.05)
+    gate.open.set()
+    await guarded.shadow.aclose()
+    await asyncio.to_thread(bridge.run, settled)
+
+    assert [t.outcome for t in logged(log)] == [Outcome.KEPT]
+    assert not caplog.text
+
+
+async def settled(caller: bridge.Caller) -> None:
+    """Until what the bridge's loop has ended is let go of, and has said what went wrong."""
+    await asyncio.sleep(0)
+    gc.collect()
 
 
 def test_each_judgement_runs_in_its_own_callers_context(log: Log) -> None:
