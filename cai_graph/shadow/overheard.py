@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from copy import copy
 from functools import reduce
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from uuid import UUID
 
 from langchain_core.callbacks import AsyncCallbackManager, BaseCallbackHandler, BaseCallbackManager
 from langchain_core.runnables import Runnable, RunnableConfig
+from pydantic import BaseModel
 
 from cai_graph.app.handlers import unstreamed
 from cai_graph.app.shape import Shape, added
@@ -26,7 +28,7 @@ from cai_graph.request.drafts import DraftCalls
 from cai_graph.request.plan import Plan
 from cai_graph.request.request import Request
 from cai_graph.shadow.shadow import Shadow, size_of
-from cai_graph.trajectory import Draft, Message, Trajectory, now
+from cai_graph.trajectory import Call, Draft, Message, Trajectory, now
 
 __all__ = ["UNHEARD", "Overheard"]
 
@@ -86,6 +88,8 @@ class Overheard:
         self._output: Any = None
         self._chunks: list[Any] = []
         self._messages: tuple[Message, ...] = ()
+        self._context: Mapping[str, str] = {}
+        self._draft: Draft | None = None
         self._metadata: dict[str, Any] = {}
         self._error: BaseException | None = None
         try:
@@ -124,7 +128,7 @@ class Overheard:
 
         def heard() -> Iterator[Any]:
             for part in inputs:
-                self._inputs.append(part)
+                self._inputs.append(_as_it_is(part))
                 yield part
 
         return self._streamed(lambda: self._app.transform(heard(), self._under, **options))
@@ -134,7 +138,7 @@ class Overheard:
             chunks = begin()
             try:
                 for chunk in chunks:
-                    self._chunks.append(chunk)
+                    self._chunks.append(_as_it_is(chunk))
                     yield chunk
             finally:
                 getattr(chunks, "close", lambda: None)()
@@ -149,7 +153,7 @@ class Overheard:
 
         async def heard() -> AsyncIterator[Any]:
             async for part in inputs:
-                self._inputs.append(part)
+                self._inputs.append(_as_it_is(part))
                 yield part
 
         return self._astreamed(lambda: self._app.atransform(heard(), self._under, **options))
@@ -159,7 +163,7 @@ class Overheard:
             chunks = begin()
             try:
                 async for chunk in chunks:
-                    self._chunks.append(chunk)
+                    self._chunks.append(_as_it_is(chunk))
                     yield chunk
             finally:
                 if (close := getattr(chunks, "aclose", None)) is not None:
@@ -169,6 +173,7 @@ class Overheard:
     def _read(self) -> None:
         """Read the request, now, since its owner may change it later."""
         try:
+            self._context = self._shape.context(self._input, None)
             self._messages = () if resumes(self._input, self._app) else self._shape.conversation(self._input)
         except Exception as error:  # the app may take what is no request
             self._error = error
@@ -213,50 +218,52 @@ class Overheard:
         if isinstance(error, GeneratorExit):
             error = RunError("the reader closed the stream")
         self._error = error or self._error
-        answer: Message | None = None
-        if not self._chunks and self._error is None:
-            try:
-                answer = self._shape.answer(self._output)  # now, since its owner may change it later
-            except Exception as unlike:
-                self._error = unlike
         calls = tuple(self._calls.calls.made)
-
-        def heard() -> Draft:
-            said = answer or self._shape.answer(self._whole())
-            return Draft(answer=said, truncated=self._calls.cut(said))
-
-        async def draft(own: Calls, node: RunnableConfig) -> Draft:
-            return heard()
-
-        def written() -> Draft | None:
-            with suppress(Exception):
-                return heard() if answer or self._chunks or self._output is not None else None
-            return None
-
-        def asked() -> tuple[Message, ...]:
-            with suppress(Exception):
-                return self._shape.asked(self._messages, self._whole())
-            return self._messages
+        size = size_of(self._input) + size_of(self._chunks or self._output)
+        # The chunks were copied as they passed, and adding them up takes long.
+        later = bool(self._chunks) and not is_graph(self._app)
+        if not later:
+            self._hear()
 
         def request() -> Request:
-            return Request(
-                messages=asked(),
-                draft=draft,
-                written=written,
-                context=lambda: self._shape.context(self._input, self._whole()),
-                form=lambda: self._shape.form(self._whole()),
-                mode="shadow",
-                made=calls,
-                failed=self._error,
-                source=self._source,
-                metadata=self._metadata,
-                tags=self._behind.get("tags") or (),
-                started_at=self._started_at,
-                started=self._started,
-            )
+            if later:
+                self._hear()
+            return self._request(calls)
 
-        size = size_of(self._input) + size_of(self._chunks or self._output)
         self._recorded = self._shadow.take(self._plan, request, self._behind, size)
+
+    def _hear(self) -> None:
+        """Read what the app said; before its output leaves, since its owner may change it later."""
+        try:
+            output = self._output = _as_it_is(self._whole())
+            answer = self._shape.answer(output)
+            self._draft = Draft(answer=answer, truncated=self._calls.cut(answer))
+            with suppress(Exception):
+                self._messages = self._shape.asked(self._messages, output)
+            self._context = self._shape.context(self._context, output)
+        except Exception as unlike:
+            self._error = self._error or unlike
+
+    def _request(self, calls: tuple[Call, ...]) -> Request:
+        async def draft(own: Calls, node: RunnableConfig) -> Draft:
+            assert self._draft is not None  # else it is said what failed
+            return self._draft
+
+        return Request(
+            messages=self._messages,
+            draft=draft,
+            written=lambda: self._draft,
+            context=lambda: self._context,
+            form=lambda: self._shape.form(self._output),
+            mode="shadow",
+            made=calls,
+            failed=self._error,
+            source=self._source,
+            metadata=self._metadata,
+            tags=self._behind.get("tags") or (),
+            started_at=self._started_at,
+            started=self._started,
+        )
 
     def _whole(self) -> Any:
         """Return the output, or what the chunks of a stream add up to."""
@@ -264,8 +271,20 @@ class Overheard:
             return self._output
         if is_graph(self._app):  # its chunks are its steps, which do not add up to what it returns
             return self._end.output
-        self._output, self._chunks = reduce(added, self._chunks), []
-        return self._output
+        return reduce(added, self._chunks)
+
+
+def _as_it_is(value: Any) -> Any:
+    """Return a copy of an output or a chunk, with the lists and messages in it: its reader may change them."""
+    with suppress(Exception):  # what cannot be copied may still be read
+        if isinstance(value, BaseModel):
+            return copy(value)
+        if isinstance(value, dict):
+            parts = {key: copy(part) for key, part in value.items() if isinstance(part, BaseModel | list)}
+            copied = copy(value)
+            copied.update(parts)
+            return copied
+    return value
 
 
 class _End(BaseCallbackHandler):

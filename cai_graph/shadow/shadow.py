@@ -26,11 +26,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import Context, copy_context
 from dataclasses import dataclass
-from itertools import islice
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
@@ -332,7 +331,7 @@ def size_of(value: Any) -> int:
                     step += len(inside) // (looks + 1)
                 else:
                     size += times * 512
-                looked = [*islice(inside, None, None, step)]
+                looked = inside[::step]
                 for each in looked:
                     waiting.append((each, looks // len(looked) or 1, times * len(inside) / len(looked)))
             except Exception:  # an app's own class may do anything when it is looked into
@@ -340,7 +339,7 @@ def size_of(value: Any) -> int:
     return int(size)
 
 
-def _inside(value: Any) -> Collection[Any]:
+def _inside(value: Any) -> Sequence[Any]:
     """Return what an object holds."""
     if isinstance(value, list | tuple):
         return value
@@ -349,11 +348,11 @@ def _inside(value: Any) -> Collection[Any]:
     if isinstance(value, BaseModel):
         return [*vars(value).values(), *(value.model_extra or {}).values()]
     if isinstance(value, Mapping):
-        return value.values()
+        return [*value.values()]
     if dataclasses.is_dataclass(value):
         return [getattr(value, field.name) for field in dataclasses.fields(value)]
     if isinstance(value, set | frozenset):
-        return value
+        return [*value]
     content = getattr(value, "content", None)
     return () if content is None else (content,)
 

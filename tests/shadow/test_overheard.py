@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage
-from langchain_core.runnables import RunnableGenerator, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableGenerator, RunnableLambda
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import BaseModel
-from replies import guard, logged
+from replies import JUDGE, guard, logged
 
 from cai_graph import open_log
+from cai_graph.log import Log
 from cai_graph.shadow.shadow import size_of
+from cai_graph.trajectory import Trajectory, text_of
 
 # --- hearing it changes nothing -----------------------------------------------------------------------
 
@@ -83,6 +85,90 @@ async def test_no_checkpoint_is_read_but_those_that_the_graph_reads(way: str) ->
     assert guarded.shadow is not None
     await guarded.shadow.aclose()
     assert guarded.shadow.tally.judged == 1
+
+
+# --- what is judged is what was given and returned ----------------------------------------------------
+
+
+def judged_after(change: Callable[[Any], object], log: Log, app: Runnable[Any, Any]) -> Trajectory:
+    """What is logged of an app whose caller changes what it has in its hands as soon as it can."""
+    guarded = guard(app, log=log, mode="shadow", context_keys=["docs"])
+    change(guarded)
+    assert guarded.shadow is not None
+    guarded.shadow.close()
+    (record,) = logged(log)
+    assert record.error is None
+    return record
+
+
+def sourced(asked: Any) -> dict[str, Any]:
+    return {"answer": "the draft", "docs": ["a source"]}
+
+
+def pops(app: Any) -> None:
+    app.invoke({"question": "hello"}).pop("docs")
+
+
+def clears(app: Any) -> None:
+    app.invoke({"question": "hello"})["docs"].clear()
+
+
+def clears_while_it_streams(app: Any) -> None:
+    for chunk in app.stream({"question": "hello"}):
+        chunk["docs"].clear()
+        del chunk["answer"]
+
+
+@pytest.mark.parametrize("change", [pops, clears, clears_while_it_streams])
+def test_the_critic_is_shown_the_context_that_the_app_returned(
+    change: Callable[[Any], object], tmp_path: Path
+) -> None:
+    with open_log(tmp_path / "cai.db") as log:
+        record = judged_after(change, log, RunnableLambda(sourced))
+
+    assert (record.context, record.draft and text_of(record.draft.answer)) == (
+        {"docs": "a source"},
+        "the draft",
+    )
+
+
+def test_a_request_whose_dict_is_used_again_is_judged_with_its_own_context(tmp_path: Path) -> None:
+    def again(app: Any) -> None:
+        state: dict[str, Any] = {"question": "first", "docs": ["a source"]}
+        app.invoke(state)
+        state.update(question="second", docs=["another source"])
+
+    with open_log(tmp_path / "cai.db") as log:
+        record = judged_after(again, log, RunnableLambda(lambda asked: {"answer": "the draft"}))
+
+    assert (record.prompt, record.context) == ("first", {"docs": "a source"})
+
+
+def test_a_reader_may_change_the_chunks_of_a_stream(tmp_path: Path) -> None:
+    def change(app: Any) -> None:
+        for chunk in app.stream("hello"):
+            chunk.content = "changed"
+
+    with open_log(tmp_path / "cai.db") as log:
+        record = judged_after(change, log, JUDGE)
+
+    assert record.released is not None
+    assert text_of(record.released) == "the draft"
+
+
+def test_a_reader_may_change_the_last_state_of_a_graph(tmp_path: Path) -> None:
+    def change(app: Any) -> None:
+        *_, last = app.stream({"messages": [("user", "hello")]}, stream_mode="values")
+        last["messages"].pop().content = "changed"
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("answer", lambda state: {"messages": [AIMessage("the draft")]})
+    graph.add_edge(START, "answer")
+    with open_log(tmp_path / "cai.db") as log:
+        record = judged_after(change, log, graph.compile())
+
+    assert record.released is not None
+    assert text_of(record.released) == "the draft"
 
 
 # --- an input that comes in chunks --------------------------------------------------------------------
