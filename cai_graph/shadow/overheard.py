@@ -275,7 +275,7 @@ class Overheard:
 
 
 def _as_it_is(value: Any) -> Any:
-    """Return a copy of an output or a chunk, with the lists and messages in it: its reader may change them."""
+    """Return a copy of an output or a chunk and of the lists and messages in it: its reader may change it."""
     with suppress(Exception):  # what cannot be copied may still be read
         if isinstance(value, BaseModel):
             return copy(value)

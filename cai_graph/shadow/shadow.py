@@ -9,7 +9,8 @@ At the end of the process what waits is judged for `DRAIN_SECONDS`, and the rest
 (`shutdown`): at a normal exit, at `sys.exit`, and at a SIGTERM that nobody handles. For that the app is to be
 wrapped in the main thread, the only one that may set a handler; where it is not, a warning says so. A handler
 of the application's own is left alone, since it ends the process in its own way: by an exit, which drains, or
-by calling `close` first. A process that is killed outright loses what waits.
+by calling `close` first. Once it is taken away, ours takes its place: uvicorn takes its own away when it has
+shut down, and then sends itself the SIGTERM again. A process that is killed outright loses what waits.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, NamedTuple
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableConfig
@@ -388,14 +389,25 @@ def _see_to_sigterm() -> None:
         return
     if threading.current_thread() is threading.main_thread():  # no other may set a handler
         _handles = True
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminated)
-    elif not _told and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        else:
+            with contextlib.suppress(TypeError):  # not every object can be watched
+                finalize(handler, _see_to_sigterm_again).atexit = False
+    elif not _told:
         _told = True
         logger.warning(
-            "an app of mode 'shadow' was wrapped outside the main thread, so a SIGTERM loses what waits for "
-            "its judgement; wrap it in the main thread, or handle SIGTERM and call its `shadow.close()`"
+            "an app of mode 'shadow' was wrapped outside the main thread, so a SIGTERM may lose what waits "
+            "for its judgement; wrap it in the main thread, or handle SIGTERM and call its `shadow.close()`"
         )
+
+
+def _see_to_sigterm_again() -> None:
+    """See to it once a handler of the application's own is no more."""
+    global _handles
+    _handles = False
+    _see_to_sigterm()
 
 
 def _drain() -> None:
@@ -427,6 +439,8 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def _after_fork() -> None:
+    global _handles
+    _handles = False  # a server's worker may handle SIGTERM in another way than its parent
     for shadow in list(_live):
         shadow._reset()  # what waits is the parent's
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -105,6 +109,66 @@ def test_a_sigterm_handler_of_the_applications_own_stays_and_its_exit_drains(tmp
     assert judged(tmp_path) == [None] * 10
 
 
+API = """
+import os
+from contextlib import asynccontextmanager
+from fastapi import FastAPI
+made = {}
+@asynccontextmanager
+async def lifespan(app):
+    if not made:
+        made["guarded"] = make(1)
+    yield
+api = FastAPI(lifespan=lifespan)
+@api.get("/")
+async def answer_one():
+    return (await made["guarded"].ainvoke(f"question of {os.getpid()}")).text
+"""
+
+
+@pytest.mark.parametrize(("way", "place"), [("workers", "module"), ("served", "lifespan")])
+def test_a_worker_of_uvicorn_judges_what_waits(way: str, place: str, tmp_path: Path) -> None:
+    wraps = 'made["guarded"] = make(1)\n' if place == "module" else ""
+    (tmp_path / "api.py").write_text(
+        PROGRAM.replace("sys.argv[1]", repr(str(tmp_path / "log.db"))) + API + wraps
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = (
+        "import asyncio, uvicorn\n"
+        f"asyncio.run(uvicorn.Server(uvicorn.Config('api:api', port={port}, log_level='error')).serve())"
+    )
+    workers = ["-m", "uvicorn", "api:api", "--port", str(port), "--workers", "2", "--log-level", "error"]
+    process = subprocess.Popen(
+        [sys.executable, *(workers if way == "workers" else ["-c", served])],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([".", str(SUPPORT), *sys.path])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for number in range(10):
+        assert answer_of(f"http://127.0.0.1:{port}/") == '"the draft"', number
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+
+    assert not errors
+    assert judged(tmp_path) == [None] * 10
+
+
+def answer_of(url: str) -> str:
+    """What a server says, once it is up."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply:
+                return str(reply.read().decode())
+        except urllib.error.URLError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
 def test_a_handler_that_was_set_later_can_hand_on_to_ours(tmp_path: Path) -> None:
     process = run(
         tmp_path,
@@ -181,6 +245,28 @@ for worker in workers: assert os.waitpid(worker, 0)[1] == 0
     ended(process, 0)
 
     assert judged(tmp_path) == [None] * 11
+
+
+def test_a_forked_worker_that_dies_by_sigterm_once_it_has_shut_down_judges_its_own(tmp_path: Path) -> None:
+    process = run(
+        tmp_path,
+        """
+guarded = make(4)
+class Server:
+    def end(self, *args): ...
+worker = os.fork()
+if worker == 0:  # as uvicorn's under gunicorn
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = signal.signal(signal.SIGTERM, Server().end)
+    answer(guarded, 5)
+    signal.signal(signal.SIGTERM, before)
+    signal.raise_signal(signal.SIGTERM)
+assert os.waitpid(worker, 0)[1] == signal.SIGTERM
+""",
+    )
+    ended(process, 0)
+
+    assert judged(tmp_path) == [None] * 5
 
 
 def test_a_child_of_multiprocessing_judges_what_waits(tmp_path: Path) -> None:
