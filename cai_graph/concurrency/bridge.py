@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 from cai_graph.concurrency import threads
 
-__all__ = ["Caller", "run", "start", "stream"]
+__all__ = ["Caller", "is_here", "run", "start", "stream"]
 
 T = TypeVar("T")
 
@@ -184,8 +184,7 @@ class Caller:
 
     def _is_foreign(self) -> bool:
         """Return whether this is the thread of a loop, into which a collected stream came by chance."""
-        here = threading.current_thread()
-        return isinstance(here, _LoopThread) and here is not self._thread
+        return is_here() and threading.current_thread() is not self._thread
 
     def _abandon(self, items: AsyncGenerator[Any, None]) -> None:
         """Close `items` without waiting, and have what it hands over to this caller fail."""
@@ -200,6 +199,11 @@ class Caller:
 
         loop = self._loop.loop
         loop.call_soon_threadsafe(begin)
+
+
+def is_here() -> bool:
+    """Return whether this is the thread of a loop of the bridge's, and not of a caller's."""
+    return isinstance(threading.current_thread(), _LoopThread)
 
 
 def run(core: Callable[[Caller], Coroutine[Any, Any, T]]) -> T:

@@ -5,26 +5,35 @@ connection belongs to the event loop that opened it: used from another loop it f
 event loop"). A critic is asked from several: the app's own, the bridge's under a synchronous `invoke` and in
 shadow mode, and a new one for each `asyncio.run`. So each has a client of its own, closed with the loop.
 
-A client that was given for synchronous calls only, with a company's certificate or proxy, is the way to the
-provider all the same. A model with such a one is asked in a thread, by its synchronous client.
+Clients that were given with a model, for a company's certificate or proxy, are the way to the provider all
+the same, and there is one of each. The asynchronous one belongs to the loop on which the app is asked. On
+another loop, which is always one of the bridge's, a critic goes by the synchronous one, in a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from functools import cache
 from types import new_class
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from langchain_core.language_models import BaseChatModel
 
-__all__ = ["on_any_loop"]
+from cai_graph.concurrency import bridge
 
+__all__ = ["for_any_loop", "on_any_loop"]
+
+C = TypeVar("C")
 M = TypeVar("M", bound=BaseChatModel)
 
+logger = logging.getLogger("cai_graph")
+
+_for_any_loop: WeakSet[Any] = WeakSet()
 _pools: dict[str, Any] = {}
 _lock = threading.Lock()
 
@@ -32,23 +41,29 @@ _lock = threading.Lock()
 def on_any_loop(model: M) -> M:
     """Return the model with connections of its own for each event loop that it is asked from.
 
-    One that was given a synchronous HTTP client alone comes back as a model that sends by that client, from a
-    thread; a call that is given up goes on there until the client ends it. A model of another class, and one
-    that was given an asynchronous HTTP client or a proxy, is returned as it is.
+    One that was given HTTP clients or a proxy comes back as a model that sends by its asynchronous client
+    where it has one and is asked on its caller's loop, and else by the synchronous one, from a thread; a call
+    that is given up goes on there until the client ends it. A model of another class is returned as it is.
     """
-    if getattr(model, "http_client", None) is not None and getattr(model, "http_async_client", None) is None:
-        if type(model)._agenerate is BaseChatModel._agenerate:  # it sends from a thread as it is
+    own_async = getattr(model, "http_async_client", None)
+    if (
+        own_async is not None
+        or getattr(model, "http_client", None)
+        or getattr(model, "anthropic_proxy", None)
+    ):
+        sends_anywhere = own_async in _for_any_loop or type(model)._agenerate is BaseChatModel._agenerate
+        if sends_anywhere or isinstance(model, _Given):
             return model
         own = model.model_copy()
-        object.__setattr__(own, "__class__", _in_a_thread(type(model)))
+        object.__setattr__(own, "__class__", _given(type(model)))
         return own
-    if getattr(model, "http_async_client", None) is None and hasattr(model, "root_async_client"):
+    if hasattr(model, "root_async_client"):
         root = model.root_async_client
         if root is None:
             return model
         root = root.copy(http_client=_pool(root._client))
         return model.model_copy(update={"root_async_client": root, "async_client": root.chat.completions})
-    if hasattr(type(model), "_async_client") and not getattr(model, "anthropic_proxy", None):
+    if hasattr(type(model), "_async_client"):
         own = model.model_copy()
         client = model._async_client  # type: ignore[attr-defined]
         own.__dict__["_async_client"] = client.copy(http_client=_pool(client._client))  # a cached property
@@ -56,13 +71,52 @@ def on_any_loop(model: M) -> M:
     return model
 
 
+def for_any_loop(client: C) -> C:
+    """Note that an asynchronous HTTP client keeps nothing that belongs to one event loop, and return it."""
+    _for_any_loop.add(client)
+    return client
+
+
+class _Given:
+    """What goes before the class of a model with HTTP clients that were given with it."""
+
+    async def _agenerate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        native: Any = super()
+        if _goes_by_thread(self):
+            return await BaseChatModel._agenerate(self, *args, **kwargs)
+        return await native._agenerate(*args, **kwargs)
+
+    async def _astream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        native: Any = super()
+        by_thread: Any = _goes_by_thread(self) and BaseChatModel._astream(self, *args, **kwargs)
+        async with aclosing(by_thread or native._astream(*args, **kwargs)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+
 @cache
-def _in_a_thread(kind: type[BaseChatModel]) -> type[BaseChatModel]:
-    """Return the class without native asynchronous calls, so that LangChain sends them by the synchronous."""
-    native = {"_agenerate": BaseChatModel._agenerate, "_astream": BaseChatModel._astream}
+def _given(kind: type[BaseChatModel]) -> type[BaseChatModel]:
     # Of the same name: by its class LangChain tells tracers and caches which model it is.
     about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return new_class(kind.__name__, (kind,), exec_body=lambda body: body.update({**about, **native}))
+    return new_class(kind.__name__, (_Given, kind), exec_body=lambda body: body.update(about))
+
+
+def _goes_by_thread(model: Any) -> bool:
+    has_one = getattr(model, "http_client", None) is not None
+    has_asynchronous = getattr(model, "http_async_client", None) is not None
+    if bridge.is_here():
+        if has_asynchronous and not has_one:
+            _warn_once()
+        return True
+    return has_one and not has_asynchronous
+
+
+@cache
+def _warn_once() -> None:
+    logger.warning(
+        "a critic or reviser with an http_async_client alone is asked by another client in mode 'shadow' and "
+        "under synchronous calls, without its proxy or certificate; give it an http_client, too"
+    )
 
 
 def _pool(client: Any) -> Any:

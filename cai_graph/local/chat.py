@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cai_graph.concurrency.connections import for_any_loop
 from cai_graph.concurrency.threads import in_thread
 from cai_graph.errors import ConfigError, MissingExtra
 from cai_graph.local.cache import model_name, own_file, weights
@@ -77,7 +78,7 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
         "http_socket_options": (),
         "use_responses_api": False,
         "http_client": httpx.Client(transport=synchronous, trust_env=False),
-        "http_async_client": httpx.AsyncClient(transport=asynchronous, trust_env=False),
+        "http_async_client": for_any_loop(httpx.AsyncClient(transport=asynchronous, trust_env=False)),
     }
     if "max_completion_tokens" not in settings:  # ChatOpenAI's other name for it
         defaults["max_tokens"] = MAX_REPLY_TOKENS

@@ -22,10 +22,10 @@ from langchain_core.language_models import BaseChatModel
 from langchain_openai import ChatOpenAI
 from replies import IDS, RULES, verdicts
 from repository import SUPPORT
-from wire import Server, serving
+from wire import Server, serving, under
 
-from cai_graph import Budget, constitutional
-from cai_graph.concurrency import bridge
+from cai_graph import Budget, constitutional, local
+from cai_graph.concurrency import bridge, connections
 from cai_graph.concurrency.connections import on_any_loop
 from cai_graph.errors import BudgetExceeded
 
@@ -140,16 +140,16 @@ def test_a_loop_that_was_closed_as_it_stood_is_let_go_of_at_the_next(
     assert not caplog.text
 
 
-def test_an_http_client_of_the_users_own_stays() -> None:
-    own = httpx2.AsyncClient()
-    model = ChatOpenAI(model="m", api_key="unused", http_async_client=own)  # type: ignore[arg-type]
+def by_own_clients(
+    answer: Callable[[dict[str, Any]], str],
+    *,
+    loops: set[asyncio.AbstractEventLoop] | None = None,
+    **settings: Any,
+) -> ChatOpenAI:
+    """A model whose own clients are the only way to its provider.
 
-    assert on_any_loop(model) is model
-    asyncio.run(own.aclose())
-
-
-def by_a_sync_client(answer: Callable[[dict[str, Any]], str], **settings: Any) -> ChatOpenAI:
-    """A model whose synchronous client is the only way to its provider."""
+    Of the asynchronous one, which it has where there are `loops`, these hear where it sends.
+    """
 
     def send(request: httpx2.Request) -> httpx2.Response:
         message = {"role": "assistant", "content": answer(json.loads(request.content))}
@@ -158,13 +158,19 @@ def by_a_sync_client(answer: Callable[[dict[str, Any]], str], **settings: Any) -
         reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
         return httpx2.Response(200, json=reply | {"usage": usage})
 
-    client = httpx2.Client(transport=httpx2.MockTransport(send))
+    async def asend(request: httpx2.Request) -> httpx2.Response:
+        assert loops is not None
+        loops.add(asyncio.get_running_loop())
+        return send(request)
+
+    if loops is not None:
+        settings["http_async_client"] = httpx2.AsyncClient(transport=httpx2.MockTransport(asend))
     return ChatOpenAI(
         model="m",
         api_key="unused",
         base_url="http://gateway.invalid/v1",
         max_retries=0,
-        http_client=client,
+        http_client=httpx2.Client(transport=httpx2.MockTransport(send)),
         **settings,
     )
 
@@ -185,7 +191,7 @@ class Ended(BaseCallbackHandler):
 
 
 def test_a_model_with_a_sync_client_alone_also_judges_and_revises_by_it() -> None:
-    guarded = constitutional(by_a_sync_client(by_role), constitution=RULES, log=None)
+    guarded = constitutional(by_own_clients(by_role), constitution=RULES, log=None)
     ended = Ended()
 
     assert guarded.invoke("hello", {"callbacks": [ended]}).text == "kind"
@@ -194,8 +200,77 @@ def test_a_model_with_a_sync_client_alone_also_judges_and_revises_by_it() -> Non
     assert len(ended.texts) == 5  # each call is traced, and the answer
 
 
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+async def test_an_async_client_of_the_apps_sends_on_its_callers_loop_alone(mode: str) -> None:
+    loops: set[asyncio.AbstractEventLoop] = set()
+    guarded = constitutional(by_own_clients(by_role, loops=loops), constitution=RULES, log=None, mode=mode)
+    answers = await asyncio.gather(
+        *(guarded.ainvoke("hello") for _ in range(3)),
+        *(asyncio.to_thread(guarded.invoke, "hello") for _ in range(3)),
+    )
+    if guarded.shadow is not None:
+        await guarded.shadow.aclose()
+        assert guarded.shadow.tally.judged == 6
+
+    assert {answer.text for answer in answers} == {"kind" if mode == "enforce" else "rude"}
+    assert loops == {asyncio.get_running_loop()}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_critic_without_a_sync_client_of_its_own_says_that_it_goes_by_another(
+    streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    connections._warn_once.cache_clear()
+    with serving(under(RULES)) as server:
+        model = ChatOpenAI(
+            model="m",
+            api_key="unused",  # type: ignore[arg-type]
+            base_url=server.url,
+            http_async_client=httpx2.AsyncClient(),
+            streaming=streaming,
+        )
+        guarded = constitutional(model, constitution=RULES, log=None)
+        for _ in range(2):
+            assert (
+                guarded.invoke("hello").text
+                == asyncio.run(guarded.ainvoke("hello")).text
+                == "answer to hello"
+            )
+
+    assert caplog.text.count("give it an http_client, too") == 1
+
+
+def test_a_proxy_of_anthropics_is_the_way_from_every_loop() -> None:
+    async def ask(caller: bridge.Caller | None = None) -> None:
+        assert (await model.ainvoke("hello")).text == "fine"
+
+    async def app() -> None:
+        assert (await bare.ainvoke("hello")).text == "fine"
+        await asyncio.to_thread(bridge.run, ask)
+        await asyncio.gather(*(bare.ainvoke("hello") for _ in range(3)))
+
+    with serving(lambda body: "fine", keep_alive=True) as server:
+        proxy = server.url.removesuffix("/v1")
+        bare = ChatAnthropic(
+            model="m",  # type: ignore[call-arg]
+            api_key="unused",  # type: ignore[arg-type]
+            base_url="http://gateway.invalid",
+            anthropic_proxy=proxy,
+            max_retries=0,
+        )
+        model = on_any_loop(bare)
+        asyncio.run(app())
+        assert len(server.requests) == 5
+
+
+def test_a_local_model_sends_by_its_async_client_from_every_loop() -> None:
+    model = local.chat_model()
+
+    assert on_any_loop(model) is model
+
+
 def test_such_a_model_stays_what_it_is_for_tracers_and_callers() -> None:
-    model = by_a_sync_client(by_role, temperature=0.5)
+    model = by_own_clients(by_role, temperature=0.5)
     own = on_any_loop(model)
 
     assert isinstance(own, ChatOpenAI)
@@ -212,9 +287,7 @@ def test_a_deadline_does_not_wait_for_a_thread_that_sends() -> None:
             time.sleep(1.5)
         return verdicts(ids=IDS)
 
-    guarded = constitutional(
-        by_a_sync_client(slowly), constitution=RULES, log=None, budget=Budget(seconds=0.5)
-    )
+    guarded = constitutional(by_own_clients(slowly), constitution=RULES, log=None, budget=Budget(seconds=0.5))
     began = time.monotonic()
 
     with pytest.raises(BudgetExceeded, match="deadline"):
