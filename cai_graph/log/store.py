@@ -105,7 +105,8 @@ class Filters(TypedDict, total=False):
     positions: tuple[int, int] | None
     """Only records after the first position and up to the second; `Log.cuts` gives positions."""
     after: str | None
-    """Only records that come after the record of this id, in the order that is asked for."""
+    """Only records that come after the record of this id, in the order that is asked for. It may have been
+    removed, but not before the log was recovered."""
     limit: int | None
     """At most this many."""
     newest_first: bool
@@ -392,16 +393,11 @@ class Store(ABC):
         else:
             ((first, last),) = self.rows("SELECT 1, coalesce(max(position), 0) FROM records", {})
         if (after := filters.get("after")) is not None:
-            sql = (
-                "SELECT position FROM records WHERE id = :id UNION ALL "
-                "SELECT position FROM tombstones WHERE id = :id"
-            )
-            for (position,) in self.rows(sql, {"id": column_text(after)}):
-                newest_first = filters.get("newest_first", False)
-                first, last = (first, position - 1) if newest_first else (position + 1, last)
-                break
+            position = self._position_of(after)
+            if filters.get("newest_first"):
+                last = min(last, position - 1)
             else:
-                raise self._missing(after)
+                first = max(first, position + 1)
         # What was appended about a Trajectory may stand anywhere.
         for column, clause, values in () if filters.get("with_appended") else _ranges(filters):
             # Plus nothing, or PostgreSQL would look for the first position by walking through all.
@@ -410,6 +406,22 @@ class Store(ABC):
             ((low, high),) = self.rows(sql, values)
             first, last = (1, 0) if low is None else (max(first, low), min(last, high))
         return first, last
+
+    def _position_of(self, id: str) -> int:
+        """Return where a record stands or, if it was removed, stood last."""
+        found = " UNION ALL ".join(
+            f"SELECT position FROM {table} WHERE id = :id" for table in ("records", "tombstones")
+        )
+        sql = f"SELECT max(position) FROM ({found}) AS found"
+        ((position,),) = self.rows(sql, {"id": column_text(id)})
+        if position is None:
+            raise self._missing(id)
+        if position < 0:
+            raise DataError(
+                f"{self.name}: record {id!r} was removed before the log was recovered, so what came after it "
+                "is not known; name a record that is in the log"
+            )
+        return int(position)
 
     def _checked(self, id: str, writer: str, sequence: int, digest: bytes, payload: bytes) -> StoredPayload:
         try:
@@ -431,7 +443,7 @@ class Store(ABC):
         )
 
     def _missing(self, id: str) -> DataError:
-        sql = "SELECT removed_at, why FROM tombstones WHERE id = :id"
+        sql = "SELECT removed_at, why FROM tombstones WHERE id = :id ORDER BY position DESC"
         for removed_at, why in self.rows(sql, {"id": column_text(id)}):
             return DataError(
                 f"{self.name}: record {id!r} was removed on {from_micros(removed_at):%Y-%m-%d}: {why}"

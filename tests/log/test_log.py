@@ -252,6 +252,15 @@ def test_cuts_divide_the_log_without_loss_or_overlap(log: Log, count: int) -> No
     assert [decode(payload) for payload in log.payloads(limit=2)] == made[:2]
 
 
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_what_comes_after_a_record_in_a_range_is_in_both(log: Log, newest_first: bool) -> None:
+    made = fill(log, 10)
+    for number, one in enumerate(made):
+        found = list(log.read(positions=(3, 7), after=one.id, newest_first=newest_first))
+        expected = made[3 : min(number, 7)][::-1] if newest_first else made[max(number + 1, 3) : 7]
+        assert found == expected, number
+
+
 def test_an_empty_log_has_one_cut(log: Log) -> None:
     assert log.cuts(3) == [0]
 

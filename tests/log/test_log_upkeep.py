@@ -337,6 +337,23 @@ def test_what_was_appended_again_after_it_was_removed_is_recovered(tmp_path: Pat
         log.get(gone.id)
 
 
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_what_stood_after_a_removed_record_is_not_guessed_in_a_recovered_log(
+    tmp_path: Path, newest_first: bool
+) -> None:
+    path = tmp_path / "cai.db"
+    made = [trajectory(number) for number in (50, 1, 51)]
+    with open_log(path) as log:
+        for record in made:
+            log.append(record).result()
+    gc(path, before=START + timedelta(minutes=4), why="age")
+    recover(path, tmp_path / "new.db")
+    with open_log(tmp_path / "new.db") as log:
+        with pytest.raises(DataError, match="was removed before the log was recovered"):
+            list(log.read(after=made[1].id, newest_first=newest_first))
+        assert list(log.read(after=made[0].id)) == [made[2]]
+
+
 # --- gc -----------------------------------------------------------------------------------------------
 
 
@@ -541,6 +558,19 @@ def test_what_is_appended_again_after_it_was_removed_can_be_removed_again(url: s
         log.append(record).result()
         assert list(log.read()) == [record]
     assert verify(url).ok
+
+
+def test_what_was_removed_twice_stood_where_it_was_last(url: str) -> None:
+    again, young = trajectory(), trajectory(50)
+    with open_log(url) as log:
+        for why, records in (("once", [again]), ("twice", [young, again])):
+            for record in records:
+                log.append(record).result()
+            gc(url, before=START + timedelta(minutes=4), why=why)
+        assert list(log.read(after=again.id)) == []
+        assert list(log.read(after=again.id, newest_first=True)) == [young]
+        with pytest.raises(DataError, match=r"was removed on .*: twice"):
+            log.get(again.id)
 
 
 def test_gc_of_an_absent_log_makes_none(new_log: Callable[[], str], tmp_path: Path) -> None:
