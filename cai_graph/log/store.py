@@ -383,6 +383,7 @@ class Store(ABC):
             chosen = " AND ".join(of_trajectory)
             # Inside, the columns are those of `about`. Only what was appended has no outcome.
             about = f"SELECT 1 FROM records AS about WHERE about.id = records.trajectory_id AND {chosen}"
+            about += " LIMIT 1 OFFSET 0"  # or PostgreSQL would look up all chosen ones, for each page anew
             of_trajectory = [f"(outcome IS NOT NULL AND {chosen} OR outcome IS NULL AND EXISTS ({about}))"]
         return of_any + of_trajectory, bindings
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
@@ -21,7 +21,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from log_support import START, contents, execute, fill, store_of, trajectory
+from log_support import START, contents, execute, feedback, fill, store_of, trajectory
 from postgres_server import Network, Server
 from replies import verdicts
 from repository import SUPPORT, fenced, read_page
@@ -453,6 +453,27 @@ def test_a_record_that_the_server_cannot_hold_fails_alone(url: str, log: Log) ->
         wrong.result()
     assert list(log.read()) == made
     assert verify(url).ok
+
+
+def test_a_page_of_what_goes_with_its_trajectory_looks_at_no_other(
+    url: str, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for made in fill(log, 300):
+        log.append(feedback(made.id))
+    log.flush()
+    execute(url, "ANALYZE records")
+    store = store_of(log)
+    plans: list[str] = []
+
+    def page(sql: str, bindings: Mapping[str, Any]) -> list[Any]:
+        plans.append(str(store.rows(f"EXPLAIN {sql}", bindings)))
+        return real(sql, bindings)
+
+    real = store.page
+    monkeypatch.setattr(store, "page", page)
+    assert len(list(log.read(with_appended=True, outcome="REVISED"))) == 600
+    assert plans
+    assert "hashed SubPlan" not in str(plans)
 
 
 def test_memory_stays_flat_where_records_are_large(log: Log) -> None:
