@@ -190,7 +190,8 @@ def _snapshot(db: apsw.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        db.execute("ROLLBACK")
+        if db.in_transaction:  # SQLite may have ended it, on an error that this one would hide
+            db.execute("ROLLBACK")
 
 
 @contextlib.contextmanager

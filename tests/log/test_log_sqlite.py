@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -477,6 +478,22 @@ assert log.lost == 5
     found = verify(path)
     assert found.ok
     assert found.records == 6
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_log_that_a_full_disk_lets_nobody_open_says_so(tmp_path: Path, read_only: bool) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        made = fill(log, 3)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # less than the shared memory of the WAL
+    try:
+        with pytest.raises(LogError, match=r"the disk failed to read or write .*; check its space"):
+            open_log(path, read_only=read_only)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with open_log(path, read_only=read_only) as log:
+        assert list(log.read()) == made
 
 
 def test_a_file_held_by_another_process_for_a_while_fails_nobody(log: Log) -> None:
