@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = ["plain"]
 
 _DEEPEST = 100
 """Levels of dicts and lists that are told. JSON's readers, and whoever walks a record, bear few more."""
+_MOST = 100_000
+"""Values that are told in all: a list may stand in another twice, that in one more twice, and so on."""
+_WIDEST = 3000
+"""Bits of a number that is told as one, about 900 digits; Python writes and reads no more than 4,300."""
 
 
 def plain(value: Any) -> Any:
@@ -17,25 +21,45 @@ def plain(value: Any) -> Any:
     >>> plain({"n": float("nan"), "s": (1, "x")})
     {'n': 'nan', 's': [1, 'x']}
     """
-    return _told(value, _DEEPEST)
+    return _Telling().told(value)
 
 
-def _told(value: Any, levels: int) -> Any:
-    if isinstance(value, str):
-        return str.__str__(value)  # of a subclass, which the log does not take, the text alone
-    if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else repr(value)
-    if isinstance(value, Mapping | list | tuple | set | frozenset):
-        if not levels:
+class _Telling:
+    def __init__(self) -> None:
+        self._left = _MOST
+        self._within: set[int] = set()
+        """Which dicts and lists the value stands in that is told now."""
+
+    def told(self, value: Any) -> Any:
+        if not self._left:
+            return f"[more than {_MOST} values]"
+        self._left -= 1
+        if isinstance(value, str):
+            return str.__str__(value)  # of a subclass, which the log does not take, the text alone
+        if isinstance(value, float):
+            return value if value == value and abs(value) != float("inf") else repr(value)
+        if isinstance(value, int):
+            return value if value.bit_length() <= _WIDEST else hex(value)
+        if isinstance(value, Mapping | list | tuple | set | frozenset):
+            return self._opened(value)
+        return value if value is None else _said(repr, value)
+
+    def _opened(self, value: Any) -> Any:
+        if id(value) in self._within:
+            return "[a value that holds this one]"
+        if len(self._within) == _DEEPEST:
             return f"[nested deeper than {_DEEPEST} levels]"
+        self._within.add(id(value))
         if isinstance(value, Mapping):
-            return {_told(str(key), 0): _told(item, levels - 1) for key, item in value.items()}
-        return [_told(item, levels - 1) for item in value]
-    return value if value is None or isinstance(value, bool | int) else _repr(value)
+            told: Any = {_said(str, key): self.told(item) for key, item in value.items()}
+        else:
+            told = [self.told(item) for item in value]
+        self._within.remove(id(value))
+        return told
 
 
-def _repr(value: Any) -> str:
+def _said(say: Callable[[Any], str], value: Any) -> str:
     try:
-        return repr(value)
+        return str.__str__(say(value))
     except Exception:  # the application's own, and no answer is lost for it
         return object.__repr__(value)

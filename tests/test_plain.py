@@ -28,13 +28,42 @@ def nested(levels: int) -> dict[str, Any]:
     return json.loads('{"a":' * levels + "1" + "}" * levels)
 
 
-def test_what_is_nested_without_end_is_told_to_a_depth() -> None:
-    loop: dict[str, Any] = {}
-    loop["loop"] = loop
+def test_what_is_nested_deeply_is_told_to_a_depth() -> None:
+    told = json.dumps(plain.plain({"deep": [nested(400)]}))
 
-    for deep in (loop, {"deep": [nested(400)]}):
-        told = json.dumps(plain.plain(deep))
-        assert "nested deeper than 100 levels" in told
+    assert "nested deeper than 100 levels" in told
+
+
+def test_what_holds_itself_is_told_once() -> None:
+    parent: dict[str, Any] = {"name": "p"}
+    parent["children"] = [{"parent": parent}, {"parent": parent}]
+    twice = ["x"]
+
+    told = plain.plain({"tree": parent, "twice": [twice, twice]})
+
+    child = {"parent": "[a value that holds this one]"}
+    assert told == {"tree": {"name": "p", "children": [child, child]}, "twice": [["x"], ["x"]]}
+
+
+def test_what_holds_another_twice_and_so_on_is_told_to_a_number() -> None:
+    shared: list[Any] = ["x"]
+    for _ in range(60):
+        shared = [shared, shared]
+
+    told = json.dumps(plain.plain({"shared": shared}))
+
+    assert told.count('"x"') > 10_000
+    assert "[more than 100000 values]" in told
+    assert len(told) < 5_000_000
+
+
+def test_a_number_of_any_size_is_told() -> None:
+    huge = 10**5000
+
+    told = plain.plain({"n": huge, "m": -huge, "i": 10**900, huge: 1})
+
+    assert (told["n"], told["m"], told["i"]) == (hex(huge), hex(-huge), 10**900)
+    assert len(json.loads(json.dumps(told))) == 4
 
 
 class Unsaid:
