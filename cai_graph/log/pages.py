@@ -1,8 +1,9 @@
 """Records out of the raw pages of a damaged log file, past SQLite.
 
 Every page is looked at, in the file and in its WAL, whether the tree still leads to it or not, and whatever
-its own header says that it is; what looks like the header of a row is tried. A row counts only if its
-checksum holds, so nothing is found that was not written. The format: https://www.sqlite.org/fileformat2.html.
+its own header says that it is; what looks like the header of a row is tried. A record counts only if its
+checksum holds, so none is found that was not written. A tombstone has none: where two stand at one position,
+the one that its page lists counts. The format: https://www.sqlite.org/fileformat2.html.
 """
 
 from __future__ import annotations
@@ -184,7 +185,8 @@ class _Scanner:
     def __init__(self, pages: _Pages) -> None:
         self.pages = pages
         self.records: dict[str, tuple[int, _Place]] = {}
-        self.tombstones: dict[str, tuple[int, tuple[Any, ...]]] = {}
+        self.tombstones: dict[int, tuple[bool, tuple[Any, ...]]] = {}
+        """By position: whether a page lists it, and its row."""
         self.suspects: dict[tuple[int, str | None], str] = {}
         self.sequences: dict[str, set[int]] = defaultdict(set)
 
@@ -206,11 +208,12 @@ class _Scanner:
                             self._take(page, row, _Place(number, version, offset), listed=False)
 
     def found(self) -> Found:
+        for _, (_, _, writer, sequence, *_) in self.tombstones.values():
+            self.sequences[writer].add(sequence)
         # An id may be appended again after it was removed: what came last holds.
+        removed = {stone[0]: position for position, (_, stone) in sorted(self.tombstones.items())}
         intact = sorted(
-            place
-            for id, place in self.records.items()
-            if id not in self.tombstones or place[0] > self.tombstones[id][0]
+            place for id, place in self.records.items() if id not in removed or place[0] > removed[id]
         )
         return Found(
             records=len(intact),
@@ -218,9 +221,9 @@ class _Scanner:
             damaged=[
                 (position, id, what)
                 for (position, id), what in sorted(self.suspects.items(), key=lambda item: item[0][0])
-                if id not in self.records and id not in self.tombstones
+                if id not in self.records and id not in removed
             ],
-            tombstones=[stone for _, (_, stone) in sorted(self.tombstones.items())],
+            tombstones=[self.tombstones[position][1] for position in sorted(removed.values())],
             sequences=self.sequences,
         )
 
@@ -240,7 +243,7 @@ class _Scanner:
         for columns in self._readings(page, row, place.version):
             try:
                 if len(columns) == _TOMBSTONE_COLUMNS:
-                    self._take_tombstone(row.position, columns)
+                    self._take_tombstone(row.position, columns, listed=listed)
                 else:
                     self._take_record(row.position, columns, place)
                 return
@@ -258,14 +261,16 @@ class _Scanner:
         if id not in self.records or self.records[id][0] < position:
             self.records[id] = (position, place)
 
-    def _take_tombstone(self, position: int, columns: list[Any]) -> None:
+    def _take_tombstone(self, position: int, columns: list[Any], *, listed: bool) -> None:
         (_, id, kind, writer, sequence, digest, link, removed_at, why) = columns
         id, kind, writer, why = (text.decode() for text in (id, kind, writer, why))
-        if len(digest) != 16 or len(link) != 16 or not isinstance(sequence, int):
+        numbers = isinstance(sequence, int) and isinstance(removed_at, int)
+        if len(digest) != 16 or len(link) != 16 or not numbers:
             raise ValueError("is no tombstone")
-        self.sequences[writer].add(sequence)
-        if id not in self.tombstones or self.tombstones[id][0] < position:
-            self.tombstones[id] = (position, (id, kind, writer, sequence, digest, link, removed_at, why))
+        # What no list leads to may be a remnant, written over in part.
+        if position not in self.tombstones or (listed and not self.tombstones[position][0]):
+            stone = (id, kind, writer, sequence, digest, link, removed_at, why)
+            self.tombstones[position] = (listed, stone)
 
     def _readings(self, page: bytes, row: _Row, version: int) -> Iterator[list[Any]]:
         """Yield the columns of a row; twice where it goes on in overflow pages that may be one or others."""

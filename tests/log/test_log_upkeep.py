@@ -337,6 +337,37 @@ def test_what_was_appended_again_after_it_was_removed_is_recovered(tmp_path: Pat
         log.get(gone.id)
 
 
+def tombstones(path: Path) -> set[tuple[Any, ...]]:
+    return set(
+        execute(path, "SELECT id, kind, writer, sequence, digest, chain, removed_at, why FROM tombstones")
+    )
+
+
+def test_no_remnant_of_a_tombstone_is_recovered_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        fill(log, 1000)
+    # The table's first page becomes one that leads to others, and keeps parts of the rows that it had.
+    gc(path, before=START + timedelta(minutes=300), why="x")
+    found = recover(path, tmp_path / "new.db")
+    assert tombstones(tmp_path / "new.db") == tombstones(path)
+    assert found.gaps == ()
+
+
+def test_a_tombstone_whose_time_is_no_number_ends_no_recovery(tmp_path: Path) -> None:
+    path = tmp_path / "cai.db"
+    with open_log(path) as log:
+        made = fill(log, 3)
+    gc(path, before=START + timedelta(minutes=2), why="age")
+    sound = path.read_bytes()
+    digest, number, blob = b"\x2c", b"\x06", b"\x1c"  # how a row tells the kinds of its columns
+    assert sound.count(digest * 2 + number) == 2
+    path.write_bytes(sound.replace(digest * 2 + number, digest * 2 + blob, 1))
+    recover(path, tmp_path / "new.db")
+    assert contents(tmp_path / "new.db") == made[2:]
+    assert len(tombstones(tmp_path / "new.db")) == 1
+
+
 @pytest.mark.parametrize("newest_first", [False, True])
 def test_what_stood_after_a_removed_record_is_not_guessed_in_a_recovered_log(
     tmp_path: Path, newest_first: bool
