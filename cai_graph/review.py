@@ -44,6 +44,7 @@ from cai_graph.calls import describe
 from cai_graph.concurrency import bridge
 from cai_graph.concurrency.context import within
 from cai_graph.constitution import Constitution
+from cai_graph.critic import failed_principles
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
 from cai_graph.log.store import Duplicate
 from cai_graph.memory.memory import as_owner
@@ -51,6 +52,7 @@ from cai_graph.request.committing import commit
 from cai_graph.request.form import Form
 from cai_graph.request.plan import Plan
 from cai_graph.request.policy import Progress
+from cai_graph.request.revision import kept_calls
 from cai_graph.run import Ending
 from cai_graph.trajectory import (
     Label,
@@ -529,7 +531,16 @@ def _settled(waiting: Waiting, decision: Mapping[str, Any], plan: Plan) -> tuple
     progress = Progress(trajectory.draft, list(trajectory.rounds))
     own: Message | None = None
     if decision["decision"] == "edit":
-        own = Message(role="assistant", content=decision["answer"], id=trajectory.draft.answer.id)
+        draft = trajectory.draft.answer
+        failed = (
+            failed_principles(trajectory.rounds[0].critique, plan.constitution) if trajectory.rounds else []
+        )
+        own = Message(
+            role="assistant",
+            content=decision["answer"],
+            id=draft.id,
+            tool_calls=kept_calls(draft, failed),
+        )
         changes: dict[str, Any] = {"outcome": Outcome.REVISED, "released": own, "released_from": "human"}
     elif decision["decision"] == "reject":
         refusal = plan.constitution.refusal_in(plan.settings.language)

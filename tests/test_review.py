@@ -13,15 +13,27 @@ import pytest
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelRequest, dynamic_prompt
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 from langgraph.types import Command, interrupt
-from replies import RULES, answer_in, by_role, flags, verdicts
-from test_middleware import ASKED, CANARY, agents_model, guarded, reporting, stored, weather
+from replies import RULES, answer_in, by_role, flags, principle, verdicts
+from test_middleware import (
+    ASKED,
+    CALL,
+    CANARY,
+    PAYS,
+    agents_model,
+    guarded,
+    order,
+    ordering,
+    reporting,
+    stored,
+    weather,
+)
 
 from cai_graph import constitutional
 from cai_graph.constitution import Constitution
@@ -834,6 +846,46 @@ async def test_an_agent_pauses_at_its_model_call_and_goes_on_with_what_was_decid
     trajectories, reviews = records(log)
     assert [t.outcome for t in trajectories] == [Outcome.KEPT, Outcome.REVISED]
     assert [r.decision for r in reviews] == ["edit"]
+
+
+@pytest.mark.parametrize(("tools", "calls"), [(False, ["call-1"]), (True, [])])
+def test_an_edit_of_the_words_beside_a_call_keeps_it_unless_the_call_is_at_fault(
+    tools: bool, calls: list[str], log: Log, saver: InMemorySaver
+) -> None:
+    def draft(messages: list[BaseMessage]) -> AIMessage:
+        if isinstance(messages[-1], ToolMessage):
+            return AIMessage("It rains.")
+        return AIMessage(f"{CANARY} I look", tool_calls=[CALL])
+
+    rules = [principle("no-harm", "harmless", tools=tools), principle("be-kind", "harmless", tools=True)]
+    settings = {
+        "constitution": Constitution(name="rules", principles=tuple(rules), refusal="No."),
+        "on_violation": "human",
+        "max_rounds": 0,
+        "log": log,
+    }
+    agent = guarded(agents_model(draft), checkpointer=saver, settings=settings)
+
+    agent.invoke(ASKED, THREAD)
+    state = agent.invoke(decide("edit", answer="I look."), THREAD)
+
+    said, *after = state["messages"][1:]
+    assert (said.text, [call["id"] for call in said.tool_calls]) == ("I look.", calls)
+    assert [message.text for message in after] == (["rain in Oslo", "It rains."] if calls else [])
+    (review,) = records(log)[1]
+    assert review.answer is not None
+    assert [call.id for call in review.answer.tool_calls] == calls
+
+
+def test_an_edit_stands_in_the_place_of_a_call_without_words(saver: InMemorySaver) -> None:
+    settings = {"constitution": PAYS, "on_unreadable": "human"}
+    agent = guarded(ordering("gibberish"), tools=[order], checkpointer=saver, settings=settings)
+
+    paused = agent.invoke(ASKED, THREAD)
+    state = agent.invoke(decide("edit", answer="Shall I order it?"), THREAD)
+
+    assert paused["__interrupt__"][0].value["tool_calls"][0]["name"] == "order"
+    assert (state["messages"][-1].text, state["messages"][-1].tool_calls) == ("Shall I order it?", [])
 
 
 def test_an_agent_that_drafts_anew_when_it_is_resumed_asks_anew(saver: InMemorySaver) -> None:

@@ -21,9 +21,18 @@ from cai_graph.request.plan import Plan
 from cai_graph.request.policy import Progress, no_revision
 from cai_graph.request.remarks import unwrapped
 from cai_graph.request.request import Run
-from cai_graph.trajectory import Critique, Label, Rejection, Revision, Round, text_of
+from cai_graph.trajectory import (
+    Critique,
+    Label,
+    Message,
+    Rejection,
+    Revision,
+    Round,
+    ToolCall,
+    text_of,
+)
 
-__all__ = ["candidate"]
+__all__ = ["candidate", "kept_calls"]
 
 
 async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> Revision:
@@ -44,9 +53,7 @@ async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> R
     )
     number = (len(progress.rounds) - 1) * plan.candidates + index
     reply = await _written(plan, calls, number, messages, form)
-    # The calls beside a rewritten text leave with it, and are judged with it, unless they are what is wrong.
-    kept = () if any(principle.tools for principle in principles) else standing.tool_calls
-    answer = msgspec.structs.replace(from_langchain(reply), tool_calls=kept)
+    answer = msgspec.structs.replace(from_langchain(reply), tool_calls=kept_calls(standing, principles))
     if (text := unwrapped(text_of(answer), text_of(standing))) != text_of(answer):
         answer = msgspec.structs.replace(answer, content=text)
     truncated = cut_short(reply) is not None
@@ -65,6 +72,16 @@ async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> R
     return Revision(
         answer=answer, from_draft=show_draft, rejection=rejection, detail=misfit, accepted=accepted
     )
+
+
+def kept_calls(standing: Message, failed: Sequence[Principle]) -> tuple[ToolCall, ...]:
+    """Return the calls that leave with other words for an answer that fails principles.
+
+    Those beside its words do, unless they are what is wrong; calls alone give way to the words.
+    """
+    if not text_of(standing) or any(principle.tools for principle in failed):
+        return ()
+    return standing.tool_calls
 
 
 def _addressed(plan: Plan, opened: Round) -> list[Principle]:
