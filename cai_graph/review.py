@@ -43,6 +43,7 @@ from cai_graph.app.wrapped import CHECKPOINTER, STEPS, TASK
 from cai_graph.calls import describe
 from cai_graph.concurrency import bridge
 from cai_graph.concurrency.context import within
+from cai_graph.concurrency.together import to_the_end
 from cai_graph.constitution import Constitution
 from cai_graph.critic import failed_principles
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
@@ -248,42 +249,49 @@ class Desk:
         return cast("Waiting", snapshot.values) if snapshot.values.get("question") else None
 
     async def lay_down(self, ending: Ending, output: Any) -> Waiting:
-        """Keep a request until a person has decided.
+        """Keep a request until a person has decided; who is cancelled meanwhile is held until it is kept.
 
         Raises:
             GraphInterrupt: it is kept, and pauses the outer graph.
             RunError: the checkpointer cannot keep it; its Trajectory is logged.
         """
+        waiting, pause = await to_the_end(self._kept(ending, output))
+        if pause is not None:
+            raise pause
+        return waiting
+
+    async def _kept(self, ending: Ending, output: Any) -> tuple[Waiting, GraphInterrupt | None]:
+        """Keep a request, and return it with the pause of the outer graph; raises as `lay_down`."""
         trajectory = ending.trajectory
         assert trajectory.draft is not None
-        progress = Progress(trajectory.draft, list(trajectory.rounds))
-        proposed = progress.best(self.plan.constitution)
-        question = _question(trajectory, text_of(progress.answer(proposed)), ending.asks or "")
-        waiting = Waiting(
-            trajectory=encode(trajectory).decode(),
-            output=self.shape.pack(output),
-            question={**question, "thread_id": self.thread},
-            proposed=proposed,
-            review=new_id(),
-        )
         pause: GraphInterrupt | None = None
-        if self.node is not None:
-            waiting["earlier"], pause = await self._unasked(waiting["question"])
-            await self._clear()
         try:
+            progress = Progress(trajectory.draft, list(trajectory.rounds))
+            proposed = progress.best(self.plan.constitution)
+            question = _question(trajectory, text_of(progress.answer(proposed)), ending.asks or "")
+            waiting = Waiting(
+                trajectory=encode(trajectory).decode(),
+                output=self.shape.pack(output),
+                question={**question, "thread_id": self.thread},
+                proposed=proposed,
+                review=new_id(),
+            )
+            if self.node is not None:
+                waiting["earlier"], pause = await self._unasked(waiting["question"])
+                await self._clear()
             with self._alone(self._late()):
                 if await self.lying() is not None:
                     raise self._late()
                 await self._run(waiting)
-        except Exception as error:
+        except BaseException as error:
             ended = msgspec.structs.replace(trajectory, error=describe(error))
             await commit(self.plan, ended, failed=True)
+            if not isinstance(error, Exception):  # all that runs on the loop is cancelled
+                raise
             raise RunError(
                 f"the request could not be kept for a person: {error}", trajectory_id=trajectory.id
             ) from error
-        if pause is not None:
-            raise pause
-        return waiting
+        return waiting, pause
 
     @contextmanager
     def _alone(self, otherwise: RunError) -> Iterator[None]:

@@ -18,7 +18,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
 from replies import RULES, answer_in, by_role, flags, principle, verdicts
 from test_middleware import (
@@ -565,6 +565,58 @@ def test_of_decisions_in_two_processes_the_first_in_the_log_leaves(
     assert "LOST" not in caplog.text
     with pytest.raises(RunError, match="nothing waits"):
         guard(model(), other, log).invoke(decide("approve"), THREAD)
+
+
+class Slow(InMemorySaver):
+    """Says when it begins to write, and goes on when it may."""
+
+    def __init__(self, fault: Exception | None = None) -> None:
+        super().__init__()
+        self.begins, self.may = asyncio.Event(), asyncio.Event()
+        self.fault = fault
+
+    async def aput(self, *given: Any) -> Any:
+        self.begins.set()
+        await self.may.wait()
+        if self.fault is not None:
+            raise self.fault
+        return await super().aput(*given)
+
+
+async def test_a_request_that_is_cancelled_while_it_is_kept_waits_all_the_same(log: Log) -> None:
+    said: Any = lambda _: {"messages": [AIMessage("the draft", id="a")]}  # noqa: E731
+    memory, saver = InMemorySaver(), Slow()
+    graph = StateGraph(MessagesState).add_node("say", said).add_edge(START, "say").compile(memory)
+    app = guard(graph, saver, log)
+
+    request = asyncio.create_task(app.ainvoke({"messages": "hello"}, THREAD))
+    await saver.begins.wait()
+    request.cancel()
+    saver.may.set()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    state = await app.ainvoke(decide("draft"), THREAD)
+
+    assert state["messages"][-1].text == graph.get_state(THREAD).values["messages"][-1].text == "the draft"
+    assert [len(each) for each in records(log)] == [1, 1]
+
+
+@pytest.mark.parametrize("cancelled", ["it alone", "all that runs"])
+async def test_a_request_that_is_cancelled_and_not_kept_is_logged(cancelled: str, log: Log) -> None:
+    saver = Slow(OSError("down"))
+    before = asyncio.all_tasks()
+
+    request = asyncio.create_task(guard(model(), saver, log).ainvoke("hello", THREAD))
+    await saver.begins.wait()
+    for task in [request] if cancelled == "it alone" else asyncio.all_tasks() - before:
+        task.cancel()
+    saver.may.set()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+
+    ((trajectory,), _) = records(log)
+    assert (trajectory.outcome, len(trajectory.calls)) == (Outcome.FAILED, 4)
+    assert trajectory.error == ("OSError: down" if cancelled == "it alone" else "CancelledError: ")
 
 
 def test_what_lies_in_a_checkpointer_is_found_by_the_callers_thread(saver: InMemorySaver) -> None:

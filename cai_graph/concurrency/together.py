@@ -1,4 +1,4 @@
-"""Work on many things at once, none of which goes on once it is not needed any more."""
+"""Work on many things at once, none of which goes on once it is not needed any more; and work to its end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from itertools import islice
 from typing import Any, TypeVar
 
-__all__ = ["side_by_side", "together", "until"]
+__all__ = ["side_by_side", "to_the_end", "together", "until"]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,3 +59,18 @@ def until(items: Iterable[T], stopped: Callable[[], bool]) -> Iterator[T]:
         if stopped():
             return
         yield item
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Do some work to its end; who is cancelled meanwhile is held until then."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:  # anyio, and so Starlette, cancels again and again
+            cancelled = error
+    if cancelled is not None:
+        await asyncio.gather(task, return_exceptions=True)  # nobody else looks at its error
+        raise cancelled
+    return task.result()

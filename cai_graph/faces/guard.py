@@ -6,6 +6,7 @@ draft, keeps drafts and critiques out of the caller's streams, and puts what lea
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from copy import deepcopy
@@ -207,9 +208,6 @@ class Guard:
                 mode="sampled" if self.plan.settings.strategy == "sampled" else "enforce",
                 source=source,
             )
-            waiting = None
-            if desk is not None and ending.released is None:
-                waiting = await desk.lay_down(ending, outputs[0])
         except Paused:
             return outputs[0], None
         except BaseException as error:
@@ -217,8 +215,15 @@ class Guard:
             if begun and not (is_pause(error) or isinstance(error, GeneratorExit)):
                 await self._forget(outputs, kept, resumed)
             raise
-        if desk is None or waiting is None:
+        if desk is None or ending.released is not None:
             return await self._leave(Settled(outputs[0], ending.trajectory, ending.released), kept)
+        try:
+            waiting = await desk.lay_down(ending, outputs[0])
+        except (RunError, asyncio.CancelledError) as error:
+            # Who was cancelled leaves a request that waits, unless it could not be kept.
+            if isinstance(error, RunError) or await desk.lying() is None:
+                await self._forget(outputs, kept, resumed)
+            raise
         if (paused := desk.paused(waiting, outputs[0])) is not None:
             return paused, None
         return await self._leave(await desk.settle(waiting), kept)

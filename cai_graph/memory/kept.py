@@ -10,8 +10,7 @@ A memory that cannot be reached from here, such as that of a graph inside a chai
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +30,7 @@ from cai_graph.app.wrapped import (
 )
 from cai_graph.calls import Calls
 from cai_graph.concurrency import bridge
+from cai_graph.concurrency.together import to_the_end
 from cai_graph.memory.memory import Memory, warn
 from cai_graph.memory.turns import Turn
 from cai_graph.memory.unheard import beside, broken_off, just_said
@@ -163,7 +163,7 @@ class Kept:
             resumed: whether the request went on with the last run.
         """
         if self.memory is not None:
-            await _to_the_end(self._forget(self.memory, shape, refusal, swap, resumed))
+            await to_the_end(self._forget(self.memory, shape, refusal, swap, resumed))
         elif swap is not None:
             self._cannot_reach()
 
@@ -191,7 +191,7 @@ class Kept:
         not every output has a place for an answer.
         """
         if self.memory is not None:
-            await _to_the_end(self.memory.replace(swap()))
+            await to_the_end(self.memory.replace(swap()))
         else:
             self._cannot_reach()
 
@@ -202,20 +202,6 @@ class Kept:
     def _goes_on(self, memory: Memory, resumed: bool) -> bool:
         """Return whether this request goes on with the last run; so does one in a graph that is resumed."""
         return resumed or bool(memory.config["configurable"].get(RESUMING))
-
-
-async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Do some work to its end; who is cancelled meanwhile is held until then."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:  # anyio, and so Starlette, cancels again and again
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled
-    task.result()
 
 
 class _Pauses(GraphCallbackHandler):
