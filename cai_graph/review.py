@@ -23,7 +23,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple, TypedDict, TypeVar, cast
@@ -175,7 +175,7 @@ def _check_deletes(checkpointer: Checkpointer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Desk:
-    """Where the requests of one thread, or of one node's task in an outer graph, wait for a person."""
+    """Where an app's requests of one thread, or of one node's task in an outer graph, wait for a person."""
 
     plan: Plan
     """Judges, refuses, logs."""
@@ -193,16 +193,17 @@ class Desk:
     """The thread that waits for the answer, where it is a synchronous one."""
 
     @classmethod
-    def of(
+    async def of(
         cls,
         plan: Plan,
         shape: Shape,
         config: RunnableConfig,
         messages: Sequence[Message],
+        names: Sequence[str],
         checkpointer: Checkpointer | None,
         caller: bridge.Caller | None,
     ) -> Desk:
-        """Return the desk of a request.
+        """Return the desk of a request; `names` are those that the app was given.
 
         Raises:
             ConfigError: the thread, or the checkpointer of the outer graph, is missing, or that checkpointer
@@ -225,20 +226,27 @@ class Desk:
                 "policy 'human' needs to know which thread waits for a decision: give a config such as "
                 '{"configurable": {"thread_id": "1"}}'
             )
-        place = [thread]
         if node is not None:
             # A node that runs again asks the same, and has the same task; its neighbours ask something else.
             asked = [[m.role, text_of(m)] for m in messages]
-            place += [given.get("checkpoint_ns"), plan.constitution.digest, asked]
-        return cls(
+            key = _key(thread, given.get("checkpoint_ns"), plan.constitution.digest, asked)
+        else:  # a thread may have several apps; what waits outlives amendments of their constitutions
+            key = _key(thread, names, plan.constitution.name)
+        desk = cls(
             plan=plan,
             shape=shape,
             checkpointer=checkpointer,
             thread=str(thread),
-            key=str(uuid5(_THREADS, json.dumps(place, default=str))),
+            key=key,
             node=node,
             caller=caller,
         )
+        if node is None:  # an earlier release had one place for all apps of a thread
+            before = replace(desk, key=_key(thread))
+            lies = await before.lying()
+            if lies is not None and lies["question"]["constitution"] == plan.constitution.name:
+                return before
+        return desk
 
     async def lying(self) -> Waiting | None:
         """Return the request that waits here, or None."""
@@ -469,6 +477,10 @@ class Desk:
             lambda: machine.invoke(given, config, durability="sync"),
             lambda: machine.ainvoke(given, config, durability="sync"),
         )
+
+
+def _key(*place: Any) -> str:
+    return str(uuid5(_THREADS, json.dumps(place, default=str)))
 
 
 def _question(trajectory: Trajectory, proposed: str, reason: str) -> dict[str, Any]:

@@ -404,7 +404,7 @@ async def test_a_checkpointer_may_delete_for_one_kind_of_callers_only(
         await run(app, way, "hello")
 
     assert (await run(app, way, decide("approve"))).content == "hardly better"
-    assert not saver.storage
+    assert list(saver.list(None)) == []
 
 
 @pytest.mark.parametrize(
@@ -454,6 +454,78 @@ def test_a_thread_that_waits_takes_no_new_request_and_another_thread_does(saver:
 
     assert again.value.question == first.value.question
     assert len(drafts.calls) == calls + 4
+
+
+def of_two_apps(by: str, saver: Any, logs: list[Log]) -> list[Any]:
+    """Two apps that differ in the name of their constitution, or in their own."""
+    made = []
+    for name, log in zip(("sales", "support"), logs, strict=True):
+        rules = Constitution(
+            name=name if by == "constitution" else "rules", principles=RULES.principles, refusal=f"{name}: no"
+        )
+        chain: Any = model(draft=f"the draft of {name}") | StrOutputParser()
+        if by == "run name":
+            chain = chain.with_config(run_name=name)
+        elif by == "name":
+            chain.name = name
+        judge = model(critique=verdicts("no-harm"))
+        made.append(guard(chain, saver, log, constitution=rules, critic=judge, reviser=judge, max_rounds=0))
+    return made
+
+
+@pytest.mark.parametrize("by", ["constitution", "name", "run name"])
+def test_apps_that_share_a_thread_wait_and_are_decided_each_by_itself(
+    by: str, saver: InMemorySaver, tmp_path: Path
+) -> None:
+    logs = [open_log(tmp_path / f"{name}.db") for name in ("sales", "support")]
+    sales, support = of_two_apps(by, saver, logs)
+
+    with pytest.raises(AwaitsReview):
+        sales.invoke("hello", THREAD)
+    with pytest.raises(RunError, match="nothing waits for a decision in thread '1'"):
+        support.invoke(decide("reject"), THREAD)
+    with pytest.raises(AwaitsReview) as waits:
+        support.invoke("and to you", THREAD)
+
+    assert (waits.value.question["request"], waits.value.question["draft"]) == (
+        "and to you",
+        "the draft of support",
+    )
+    assert sales.invoke(decide("draft"), THREAD) == "the draft of sales"
+    assert support.invoke(decide("reject"), THREAD) == "support: no"
+    assert [[t.prompt for t in records(log)[0]] for log in logs] == [["hello"], ["and to you"]]
+
+
+def test_what_waits_from_before_each_app_had_a_place_of_its_own_is_found(
+    log: Log, saver: InMemorySaver
+) -> None:
+    app = guard(model(), saver, log)
+    with pytest.raises(AwaitsReview) as waits:
+        app.invoke("hello", THREAD)
+    before = "9d17b8a3-1ee9-5cb6-9bf7-e1fd23f657ac"  # the place of thread "1"
+    lying = next(saver.list(None)).config["configurable"]["thread_id"]
+    saver.storage[before] = saver.storage.pop(lying)
+    for kept in (saver.writes, saver.blobs):
+        for key in [*kept]:
+            kept[(before, *key[1:])] = kept.pop(key)  # type: ignore[attr-defined, index]
+
+    with pytest.raises(AwaitsReview) as again:
+        app.invoke("and another thing", THREAD)
+    others = Constitution(name="others", principles=RULES.principles)
+    with pytest.raises(RunError, match="nothing waits"):
+        guard(model(), saver, log, constitution=others).invoke(decide("approve"), THREAD)
+
+    assert again.value.question == waits.value.question
+    assert app.invoke(decide("approve"), THREAD).content == "hardly better"
+    assert list(saver.list(None)) == []
+
+
+def test_a_request_goes_on_under_a_constitution_that_was_amended_meanwhile(saver: InMemorySaver) -> None:
+    with pytest.raises(AwaitsReview):
+        guard(model(), saver).invoke("hello", THREAD)
+    amended = Constitution(name="rules", version="2", principles=RULES.principles[:2], refusal="No.")
+
+    assert guard(model(), saver, constitution=amended).invoke(decide("reject"), THREAD).content == "No."
 
 
 def test_a_decision_that_nobody_waits_for_is_an_error(saver: InMemorySaver) -> None:

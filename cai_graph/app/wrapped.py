@@ -38,6 +38,7 @@ __all__ = [
     "is_pause",
     "layers",
     "memory_in",
+    "names_given",
     "outer_writer",
     "resumes",
     "step_limit",
@@ -76,6 +77,13 @@ def graph_of(app: Runnable[Any, Any]) -> Pregel[Any, Any, Any, Any] | None:
 def is_graph(app: Runnable[Any, Any]) -> bool:
     """Return whether a wrapped app is a compiled LangGraph graph."""
     return graph_of(app) is not None
+
+
+def names_given(app: Runnable[Any, Any]) -> list[str]:
+    """Return the names that an app was given, and those that are bound to it for its runs."""
+    given = [getattr(layer, "name", None) for layer in layers(app)]
+    bound = [config.get("run_name") for config in _bound_configs(app) if isinstance(config, Mapping)]
+    return [str(name) for name in (*given, *bound) if name]
 
 
 def memory_in(app: Runnable[Any, Any]) -> object:

@@ -32,6 +32,7 @@ from cai_graph.app.wrapped import (
     is_graph,
     is_pause,
     layers,
+    names_given,
     outer_writer,
     resumes,
     untyped,
@@ -172,7 +173,8 @@ class Guard:
         messages = () if resumed else self.shape.conversation(input)
         desk: Desk | None = None
         if self.plan.settings.asks:
-            desk = Desk.of(self.plan, self.shape, config, messages, self.checkpointer, caller)
+            names = names_given(self.app)
+            desk = await Desk.of(self.plan, self.shape, config, messages, names, self.checkpointer, caller)
             if (left := await self._decided(desk, input, kept, resumed)) is not None:
                 return left
 
