@@ -335,7 +335,8 @@ class Desk:
             GraphInterrupt: the same, inside an outer graph.
             DataError: the decision cannot be read; the request goes on waiting.
             LogError: it could not be logged and `on_log_error` is `raise`; the request goes on waiting.
-            RunError: another call, of this process or another, has decided about it already.
+            RunError: another call, of this process or another, has decided about it already; or a class of
+                the app's output is not loaded here, and the request goes on waiting.
         """
         output = self.shape.unpack(waiting["output"])
         required, decision = self.shape.form(output), waiting.get("decision")

@@ -18,8 +18,10 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableConfig, RunnableLambda
 from langgraph.checkpoint.base import BaseCheckpointSaver
 from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
+from pydantic import BaseModel
 from replies import RULES, answer_in, by_role, flags, principle, verdicts
 from test_middleware import (
     ASKED,
@@ -689,6 +691,22 @@ async def test_a_request_that_is_cancelled_and_not_kept_is_logged(cancelled: str
     ((trajectory,), _) = records(log)
     assert (trajectory.outcome, len(trajectory.calls)) == (Outcome.FAILED, 4)
     assert trajectory.error == ("OSError: down" if cancelled == "it alone" else "CancelledError: ")
+
+
+class Advice(BaseModel):
+    answer: str
+
+
+def test_an_app_returns_its_own_type_out_of_a_checkpointer_that_knows_no_classes() -> None:
+    strict = InMemorySaver(serde=JsonPlusSerializer(allowed_msgpack_modules=None))
+    critic = model(critique=verdicts("no-harm"))
+    app = guard(RunnableLambda(lambda _: Advice(answer="the draft")), strict, critic=critic, max_rounds=0)
+
+    for decision, left in (("draft", "the draft"), ("edit", "mine")):
+        with pytest.raises(AwaitsReview):
+            app.invoke("hello", THREAD)
+        more = {} if decision == "draft" else {"answer": json.dumps({"answer": left})}
+        assert app.invoke(decide(decision, **more), THREAD) == Advice(answer=left)
 
 
 def test_what_lies_in_a_checkpointer_is_found_by_the_callers_thread(saver: InMemorySaver) -> None:

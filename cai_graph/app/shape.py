@@ -17,6 +17,7 @@ from langchain_core.prompt_values import PromptValue
 from msgspec.structs import replace
 from pydantic import BaseModel
 
+from cai_graph.app.packed import pack, unpack
 from cai_graph.errors import DataError, Refused
 from cai_graph.messages import END_REASONS, from_langchain
 from cai_graph.parts import CALLS, THOUGHTS, is_words, kind_of, left_of, said_in, unwrapped
@@ -119,11 +120,11 @@ class Shape:
 
     def pack(self, output: Any) -> Any:
         """Return an output as a checkpointer can keep it."""
-        return output
+        return pack(output)
 
     def unpack(self, packed: Any) -> Any:
-        """Return the output that `pack` packed."""
-        return packed
+        """Return the output that `pack` packed; raises RunError where a class of its is not loaded here."""
+        return unpack(packed)
 
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
         """Return the output with the released answer in the answer's place.
