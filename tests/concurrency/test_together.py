@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cai_graph.concurrency.together import side_by_side
+from cai_graph.concurrency.together import side_by_side, to_the_end
 
 
 async def test_failures_beside_the_one_that_is_raised_leave_no_complaint() -> None:
@@ -26,6 +26,29 @@ async def test_failures_beside_the_one_that_is_raised_leave_no_complaint() -> No
 
     with pytest.raises(OSError, match="key refused"):
         await all_of_them()
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
+
+
+async def test_what_goes_on_to_its_end_holds_who_is_cancelled_and_its_failure_leaves_no_complaint() -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    begins, may = asyncio.Event(), asyncio.Event()
+
+    async def fails() -> None:
+        begins.set()
+        await may.wait()
+        raise OSError("down")
+
+    held = asyncio.create_task(to_the_end(fails()))
+    await begins.wait()
+    held.cancel()
+    await asyncio.sleep(0)
+    assert not held.done()
+    may.set()
+    with pytest.raises(asyncio.CancelledError):
+        await held
     gc.collect()
     await asyncio.sleep(0)
     assert complaints == []
