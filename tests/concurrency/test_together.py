@@ -41,14 +41,18 @@ async def test_what_goes_on_to_its_end_holds_who_is_cancelled_and_its_failure_le
         await may.wait()
         raise OSError("down")
 
-    held = asyncio.create_task(to_the_end(fails()))
-    await begins.wait()
-    held.cancel()
-    await asyncio.sleep(0)
-    assert not held.done()
-    may.set()
-    with pytest.raises(asyncio.CancelledError):
+    async def cancelled() -> None:
+        held = asyncio.create_task(to_the_end(fails()))
+        await begins.wait()
+        held.cancel()
+        await asyncio.sleep(0)
+        assert not held.done()
+        may.set()
         await held
+
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled()
+    await asyncio.sleep(0)  # lets go of what was raised
     gc.collect()
     await asyncio.sleep(0)
     assert complaints == []
