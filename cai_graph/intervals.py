@@ -17,4 +17,5 @@ def wilson(count: float, of: float) -> tuple[float, float]:
     share = count / of
     centre = (share + z2 / (2 * of)) / (1 + z2 / of)
     half = math.sqrt(z2 * share * (1 - share) / of + z2 * z2 / (4 * of * of)) / (1 + z2 / of)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding alone may leave a share of 0 or 1 outside.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))

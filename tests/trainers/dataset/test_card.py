@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
 from base64 import b64decode
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ from log_support import comparison
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.trajectory import Draft
 from trainers.dataset import Recipe, build
-from trainers.dataset.card import page, report, summarise
+from trainers.dataset.card import Side, page, report, summarise
 from trainers.export import Format
 from trainers.rows import Kind
 
@@ -70,6 +71,13 @@ def test_refusals_are_counted_on_the_side_where_they_are(tmp_path: Path) -> None
 
     assert summary.sides["chosen"].refused.yes == 0
     assert summary.sides["rejected"].refused.yes == 5
+
+
+def test_a_side_of_refusals_alone_is_drawn(tmp_path: Path) -> None:
+    summary = summarise(made(tmp_path))
+    summary.sides["rejected"] = Side(array("I", [9] * 4), refusals=4)
+
+    assert "100% (51% to 100%, n = 4)" in page(summary, "set")
 
 
 def test_an_answer_that_only_calls_a_tool_is_no_refusal(tmp_path: Path) -> None:

@@ -544,6 +544,12 @@ def test_a_share_has_wilsons_interval() -> None:
     assert Share(0, 0).interval == (0.0, 1.0)
 
 
+def test_an_interval_holds_its_share_however_it_is_rounded() -> None:
+    for of in range(1, 1000):
+        assert Share(0, of).interval[0] == 0.0
+        assert Share(of, of).interval[1] == 1.0
+
+
 def test_a_summary_is_json_whatever_was_counted() -> None:
     found = Positions("j")
     assert json.loads(json.dumps(found.summary()))["comparisons"] == 0
