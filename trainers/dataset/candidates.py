@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest, xxh3_128_intdigest
 
+from cai_graph.digests import sha256_of
+from cai_graph.errors import DataError
 from trainers.dataset.conversion import ROWLESS, Terms, Wording, rows_of
 from trainers.dataset.evidence import NO_EVIDENCE, Evidence, EvidenceFile
 from trainers.dataset.heldout import HeldOut
@@ -228,12 +230,22 @@ def checked(recipe: Recipe) -> None:
     Candidates(recipe, 0)
 
 
-@cache
 def _held_out(recipe: Recipe) -> HeldOut | None:
-    return HeldOut(recipe.held_out) if recipe.held_out else None
+    if not recipe.held_out:
+        return None
+    try:
+        contents = tuple(sha256_of(Path(path)) for path in recipe.held_out)
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return _sets(recipe.held_out, contents)
 
 
-@cache
+@lru_cache(maxsize=1)
+def _sets(paths: tuple[str, ...], contents: tuple[str, ...]) -> HeldOut:
+    """Read evaluation sets, once for all stretches of a process; an edited one has another digest."""
+    return HeldOut(paths)
+
+
 def _terms(recipe: Recipe) -> Terms:
     if recipe.kind != "critique-sft":
         return Terms()

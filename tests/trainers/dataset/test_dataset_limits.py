@@ -396,6 +396,19 @@ def test_a_critique_is_asked_for_in_the_words_of_its_principle(
     assert first.split == second.split
 
 
+def test_a_constitution_that_was_edited_is_read_again(tmp_path: Path) -> None:
+    rules = tmp_path / "own.yaml"
+    for question in ("Does it harm?", "Whom does it harm?"):
+        principle = {"id": "no-harm", "aim": "harmless", "critique_request": question}
+        principles = [{**principle, "revision_request": "Mend it."}]
+        rules.write_text(json.dumps({"name": "own", "version": "1", "principles": principles}))
+        judged_by = ConstitutionRef(name="own", version="1", digest=load(rules).digest)
+        log = write(tmp_path / "log.jsonl", [revised(constitution=judged_by)])
+        made = build([log], tmp_path / question, Recipe(kind="critique-sft", constitutions=(str(rules),)))
+
+        assert question in [turn.content for row in rows_of(made.path, "critique-sft") for turn in row.prompt]
+
+
 def test_tool_calls_and_all_turns_are_kept(tmp_path: Path) -> None:
     call = ToolCall(name="search", args={"q": "stain"}, id="c1")
     messages = (

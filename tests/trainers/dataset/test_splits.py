@@ -183,6 +183,18 @@ def test_an_evaluation_set_without_prompts_is_an_error(tmp_path: Path) -> None:
         dropped(tmp_path, [], held_out=(str(tmp_path / "absent.jsonl"),))
 
 
+def test_an_evaluation_set_that_was_edited_is_read_again(tmp_path: Path) -> None:
+    asked = ("Is this in it?", "Or that?")
+    log = write(tmp_path / "log.jsonl", [kept(n, messages=asks(one)) for n, one in enumerate(asked)])
+    held_out = tmp_path / "set.txt"
+    recipe = Recipe(kind="prompts", test_share=0, held_out=(str(held_out),))
+    for one, other in (asked, asked[::-1]):
+        held_out.write_text(one)
+        made = build([log], tmp_path / one, recipe).path
+
+        assert [row.prompt[-1].content for row in rows_of(made, "prompts")] == [other]
+
+
 @pytest.mark.parametrize(
     "asked",
     [
