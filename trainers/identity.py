@@ -21,7 +21,7 @@ from trainers.weights import path_of
 if TYPE_CHECKING:
     from trainers.rewards import Spec
 
-__all__ = ["identity", "identity_of_reward", "told_apart", "weights_of"]
+__all__ = ["identity", "identity_of_module", "identity_of_reward", "told_apart", "weights_of"]
 
 
 def identity(spec: str | Path | None) -> str:
@@ -78,11 +78,12 @@ def identity_of_reward(spec: Spec) -> Any:
         return [identity_of_reward(member) for member in spec]
     module, colon, _ = spec.partition(":")
     if colon and not Path(spec).expanduser().exists():
-        return [spec, _of_module(module)]
+        return [spec, identity_of_module(module)]
     return identity(spec)
 
 
-def _of_module(name: str) -> str:
+def identity_of_module(name: str) -> str:
+    """Return a digest of a module's file, which says nothing of what the module imports; "" of none."""
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError, AttributeError):  # whoever checks the config says so

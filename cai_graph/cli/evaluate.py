@@ -113,8 +113,12 @@ def run(
         for name in models:
             about = {"max_tokens": max_tokens, "temperature": drawn[name], "seed": seed}
             for subject in _subjects(name, about, constitution or [], critic, concurrency):
+                is_kept = subject.name in evaluation.subjects
+                kept = len(evaluation.answers(subject.name)) if is_kept else 0
                 with measured(f"answers of {subject.name}") as tell, foreign(name):
                     failed += await evaluation.generate(subject, samples=samples, progress=tell)
+                if kept:
+                    note(f"kept from an earlier run: {show.count(kept, 'answer')} of {subject.name}")
         return failed
 
     with resumable():
@@ -182,6 +186,7 @@ def _subjects(
     from cai_graph import constitution as rules
     from cai_graph.chain import constitutional
     from trainers.evaluation.generations import AppSubject, CheckpointSubject, app_of
+    from trainers.identity import identity_of_module
 
     if Path(name).is_dir():
         if constitutions:
@@ -199,7 +204,7 @@ def _subjects(
         return
     kind, _, rest = name.partition(":")
     if kind == "app":
-        app, settings = app_of(rest), {}
+        app, settings = app_of(rest), {"module": identity_of_module(rest.partition(":")[0])}
     else:
         app, settings = loaded(name, **about), {k: v for k, v in about.items() if k != "seed"}
     at_once = concurrency or width(name)

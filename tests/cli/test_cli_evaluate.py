@@ -179,6 +179,21 @@ def test_a_critic_of_other_weights_in_the_same_file_makes_another_subject(folder
     assert "were made with other settings (critic_weights '" in refused.stderr
 
 
+def test_an_app_whose_module_was_edited_is_another_and_what_is_kept_is_said(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "app_here.py").write_text("def app(messages):\n    return 'Gladly.'\n")
+    monkeypatch.syspath_prepend(folder)
+    run = ("evaluate", "run", "eval", "app:app_here:app", "--helpfulness", "fine.txt")
+    first, again = cai(folder, *run), cai(folder, *run)
+    (folder / "app_here.py").write_text("def app(messages):\n    return 'No.'\n")
+    refused = cai(folder, *run, status=1)
+
+    assert "kept" not in first.stderr
+    assert "kept from an earlier run: 3 answers of app:app_here:app" in again.stderr
+    assert "were made with other settings (module '" in refused.stderr
+
+
 def test_prompts_that_failed_are_said_with_a_status_of_its_own(folder: Path) -> None:
     def fails(body: dict[str, Any]) -> str | Reply:
         asked = str(body["messages"][-1]["content"])

@@ -54,7 +54,7 @@ _ABOUT, _PROMPTS, _LOCK = "evaluation.json", "prompts.jsonl", ".lock"
 _ANSWER = ("prompt", "sample")
 _FORMAT = 1
 
-_ADDED = ("weights", "config_and_tokenizer", "critic_weights")
+_ADDED = ("weights", "config_and_tokenizer", "critic_weights", "module")
 """Digests among the settings that earlier versions did not write down."""
 
 
