@@ -57,7 +57,7 @@ class Manifest:
     data: Mapping[str, Any]
     """`path`, `digest` (SHA-256 of the training files) and `rows` of the data; more where a stage says so."""
     constitution_digests: tuple[str, ...] = ()
-    """Digests of the constitutions that judged the data."""
+    """Digests of the constitutions that judged the data, and of those that a reward's judges go by."""
     seed: int
     """Of everything random."""
     versions: Mapping[str, str]

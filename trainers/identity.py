@@ -86,7 +86,7 @@ def identity_of_module(name: str) -> str:
     """Return a digest of a module's file, which says nothing of what the module imports; "" of none."""
     try:
         found = importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):  # whoever checks the config says so
+    except Exception:  # of the package that it stands in; whoever checks the config says so
         return ""
     origin = found and found.origin
     return sha256_of(Path(origin)) if origin and Path(origin).is_file() else ""

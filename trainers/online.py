@@ -29,8 +29,9 @@ from cai_graph.errors import CaiError, ConfigError
 from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import above, at_least
+from trainers.identity import identity_of_reward
 from trainers.policy import Messages, Policy, sample, seed_of
-from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, folders, parse
+from trainers.rewards import EnsembleReward, Reward, RewardError, Spec, constitutions, folders, parse
 from trainers.stages import Run, StageConfig, run
 from trainers.stages.prompts import prompt_shape
 from trainers.stages.sharded import reshard
@@ -85,6 +86,13 @@ class Config(StageConfig):
     def learns_from(self) -> tuple[Path, ...]:
         """Folders of the reward models."""
         return tuple(folders(self.reward))
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What names the content behind the reward and the watch."""
+        watched = {} if self.watch is None else self.watch.contents
+        of_watch = {f"watch.{setting}": named for setting, named in watched.items()}
+        return {"reward": identity_of_reward(self.reward), **of_watch}
 
     def fewest(self, processes: int) -> tuple[int, str]:
         """Return the fewest prompts that so many processes can train on, and what needs as many."""
@@ -166,6 +174,7 @@ def _trainer(begun: Run, config: Config, reward: Reward) -> Any:
         settings |= {"vllm_server_base_url": config.vllm.url} if config.vllm.url else {}
     heldout = [] if begun.test is None else [json.loads(row["prompt"]) for row in begun.test]
     begun.test = None  # the watch measures on them; TRL would have them answered once more
+    begun.counts["constitutions"] += constitutions(reward)
     paid = _Paid(reward)
     name = config.algorithm.upper()
     # TRL fetches its trainers when they are asked for, and names them in no __all__.

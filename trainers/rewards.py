@@ -49,6 +49,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "Spec",
+    "constitutions",
     "folders",
     "parse",
     "ratings",
@@ -230,6 +231,8 @@ class JudgeReward:
         self.name = f"{'judge' if isinstance(judge, Judge) else 'critic'}:{judge.name}"
         self.unreadable = 0
         """Answers so far that stayed unreadable."""
+        self.constitution = rules.digest
+        """Digest of the constitution."""
         self._judge, self._rules, self._concurrency, self._waits = judge, rules, concurrency, waits
 
     @property
@@ -426,6 +429,13 @@ def sources(reward: Reward) -> frozenset[str]:
         return frozenset().union(*map(sources, reward.members))
     found: frozenset[str] = getattr(reward, "sources", frozenset({reward.name}))
     return found
+
+
+def constitutions(reward: Reward) -> frozenset[str]:
+    """Return the digests of the constitutions that a reward's judges go by."""
+    if isinstance(reward, EnsembleReward):
+        return frozenset().union(*map(constitutions, reward.members))
+    return frozenset({reward.constitution}) if isinstance(reward, JudgeReward) else frozenset()
 
 
 def ratings(reward: Reward, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Rated]:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judges import rated
 from processes import WAYS, Way, launch
-from repository import fenced, read_page
-from tiny import rows, tiny_model, write_rows
+from repository import ROOT, fenced, read_page
+from tiny import reward_model, rows, tiny_model, write_rows
+from wire import serving
 
+from cai_graph.constitution import load
 from cai_graph.errors import CaiError, ConfigError, DataError, ModelError
+from trainers import online, ppo
 from trainers.checkpoint import Checkpoint
 from trainers.config import read
 from trainers.online import Config, train
 from trainers.rewards import WAITS, RewardError
+from trainers.stages import partial, plan
+from trainers.stages.encoding import open_data
+from trainers.watch import WatchConfig
 
 Messages = list[dict[str, Any]]
 BEST = 5
@@ -257,6 +264,77 @@ def test_a_reward_that_is_out_pauses_the_run_which_goes_on_without_a_step_lost(
     assert figures[2]["kl"] > 1e-4
 
 
+def test_a_paused_run_does_not_go_on_with_a_reward_whose_module_was_edited(
+    talker: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainers.rewards.time.sleep", lambda seconds: None)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "online_reward.py"
+    written = "import test_online\n\nletters = test_online.failing\n"
+    module.write_text(written)
+    CALLS.clear()
+    OUT_AT[:] = [2]
+    told = config(talker, prompts, tmp_path / "out", reward="online_reward:letters")
+    with pytest.raises(RewardError, match="paused after update 1"):
+        train(told)
+    OUT_AT.clear()
+    module.write_text(f"{written}\n# edited\n")
+    with pytest.raises(ConfigError, match="was begun otherwise: the content of reward changed"):
+        train(told)
+
+    module.write_text(written)
+    assert train(told).path.exists()
+
+
+@pytest.mark.parametrize("stage", [online, ppo])
+def test_what_stands_behind_reward_and_watch_is_a_part_of_the_plan(
+    talker: Path, tmp_path: Path, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    data, judge = tmp_path / "data", reward_model(tmp_path / "judge")
+    data.mkdir()
+    files = [tmp_path / name for name in ("own.yaml", "plan_reward.py", "benign.txt")]
+    files += [write_rows(data / name, rows("prompts", 16)) for name in ("train.jsonl", "test.jsonl")]
+    rules, module, benign, train_rows, test_rows = files
+    rules.write_text((ROOT / "constitutions" / "harmlessness.yaml").read_text())
+    module.write_text("def letters(prompts, answers):\n    return [0.0] * len(answers)\n")
+    benign.write_text("What is tea?\n")
+
+    def changed(reward: Any, edit: Callable[[], object]) -> list[str]:
+        watch = WatchConfig(judge=str(judge), benign=benign)
+        told = stage.Config(model=str(talker), data=data, output=tmp_path / "out", reward=reward, watch=watch)
+        plans = []
+        for step in (edit, lambda: None):
+            found = plan(told, "rl", open_data(data, ("prompts",)))
+            plans.append(json.loads(json.dumps(found)))
+            step()
+        return partial.changed(*plans, ())
+
+    def replaced(path: Path, *words: str) -> Callable[[], object]:
+        return lambda: path.write_text(path.read_text().replace(*words))
+
+    judged = {"judge": "openai:gpt-5-mini", "constitution": str(rules)}
+    function = "plan_reward:letters"
+    assert changed(judged, lambda: None) == []
+    assert changed(judged, replaced(rules, "harm", "damage")) == ["the content of reward changed"]
+    assert changed(function, replaced(module, "0.0", "1.0")) == ["the content of reward changed"]
+    assert changed(function, lambda: reward_model(judge, seed=2)) == ["the content of watch.judge changed"]
+    assert changed(function, replaced(benign, "tea", "rice")) == ["the content of watch.benign changed"]
+    assert changed(function, replaced(test_rows, "question", "what of")) == ["the test data changed"]
+    assert changed(function, replaced(train_rows, "question", "what of")) == ["the data changed"]
+
+
+def test_the_manifest_names_the_constitution_that_the_reward_goes_by(
+    talker: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with serving(lambda body: rated("9")) as server:
+        reward = {"judge": server.spec, "constitution": "harmlessness"}
+        made = train(config(talker, prompts, tmp_path / "out", reward=reward, max_steps=1))
+
+    assert made.manifest is not None
+    assert made.manifest.constitution_digests == (load("harmlessness").digest,)
+
+
 def test_a_judge_that_is_out_pauses_the_run_too(
     talker: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +452,18 @@ def test_a_config_that_cannot_work_says_why(
     with pytest.raises(CaiError, match=said):
         train(config(talker, prompts, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_judge_whose_package_breaks_as_it_is_imported_is_named(
+    talker: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "breaking").mkdir()
+    (tmp_path / "breaking" / "__init__.py").write_text("1 / 0\n")
+    watch = {**WATCH, "judge": "breaking.judge:score"}
+
+    with pytest.raises(ConfigError, match=r"'breaking\.judge:score': cannot be imported"):
+        train(config(talker, prompts, tmp_path / "out", watch=watch))
 
 
 @pytest.mark.parametrize(

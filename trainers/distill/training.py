@@ -109,9 +109,8 @@ class Training:
                 settings[key] = identity(settings[key])
         if "reward" in settings:
             settings["reward"] = identity_of_reward(settings["reward"])
-        if (watched := settings.get("watch")) is not None:
-            named = {key: identity(watched[key]) for key in ("benign", "evasion")}
-            settings["watch"] = {**watched, **named, "judge": identity_of_reward(watched["judge"])}
+        if settings.get("watch") is not None:
+            settings["watch"] |= self._planned.watch.contents
         return settings
 
     def _check(self) -> None:

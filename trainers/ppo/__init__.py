@@ -20,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cai_graph.errors import CaiError, ConfigError
 from trainers import whole
 from trainers.checkpoint import Checkpoint
 from trainers.config import above, at_least
+from trainers.identity import identity_of_reward
 from trainers.rewards import Spec, folders
 from trainers.stages import StageConfig, check_machine, partial
 from trainers.watch import WatchConfig
@@ -90,6 +92,13 @@ class Config(StageConfig):
     def learns_from(self) -> tuple[Path, ...]:
         """Folders of the reward models, and of the value model."""
         return tuple(folders(self.reward) + folders(self.value_model or []))
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What names the content behind the reward and the watch."""
+        watched = {} if self.watch is None else self.watch.contents
+        of_watch = {f"watch.{setting}": named for setting, named in watched.items()}
+        return {"reward": identity_of_reward(self.reward), **of_watch}
 
     def __post_init__(self) -> None:
         super().__post_init__()

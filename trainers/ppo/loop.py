@@ -27,7 +27,7 @@ from trainers.ppo.formulas import adapted, gae, kl_rewards, policy_loss, value_l
 from trainers.ppo.models import ActorCritic, Batch, as_reference, load, quiet, token_logprobs
 from trainers.ppo.state import Progress, States, Which, record
 from trainers.ppo.ways import way_of
-from trainers.rewards import EnsembleReward, RewardError, parse
+from trainers.rewards import EnsembleReward, RewardError, constitutions, parse
 from trainers.stages import computes_in_bf16, manifest, plan
 from trainers.stages.encoding import Encoder, open_data
 from trainers.stages.prompts import prompt_shape, read_prompts
@@ -439,6 +439,7 @@ class Run:
     def _finish(self) -> Checkpoint:
         config = self.config
         counts = {**self.prompts.counts.to_json(), "test_rows": len(self.prompts.heldout)}
+        counts["constitutions"] += constitutions(self.reward)
         if config.watch is not None:
             said = self.stopped or {"stopped_at": None, "reason": None}
             counts["watch"] = {**said, "weights_of_step": self.progress.update}

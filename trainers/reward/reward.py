@@ -144,13 +144,15 @@ def _resumed(config: Config) -> Checkpoint | None:
     found = Checkpoint.open(config.output)
     if found.manifest is None:
         raise ConfigError(f"{config.output}: has no manifest; remove {config.output.parent}")
+    source, data = open_data(config.data, KINDS), found.manifest.data
     made = {
         "stage": found.manifest.stage,
         "config": found.manifest.config,
         "models": list(found.manifest.parents),
-        "data": found.manifest.data["digest"],
+        "data": data["digest"],
+        "test data": data.get("test_digest", source.test_digest),  # earlier versions did not write it down
     }
-    wanted = json.loads(json.dumps(plan(config, "reward", open_data(config.data, KINDS))))
+    wanted = json.loads(json.dumps(plan(config, "reward", source)))
     if otherwise := partial.changed(made, wanted, MAY_CHANGE):
         raise ConfigError(
             f"{config.output}: is a member of a run that was begun otherwise: {'; '.join(otherwise)}. Go on "

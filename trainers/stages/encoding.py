@@ -86,6 +86,8 @@ class Source:
     """The file to measure on, where there is one."""
     digest: str
     """SHA-256 of the training file."""
+    test_digest: str
+    """SHA-256 of the file to measure on; "" where there is none."""
     constitutions: tuple[str, ...]
     """Digests of the constitutions, where a manifest names them."""
     log_digest: str
@@ -128,6 +130,7 @@ def open_data(path: Path, kinds: Sequence[Kind]) -> Source:
         train=train,
         test=test,
         digest=sha256_of(train),
+        test_digest="" if test is None else sha256_of(test),
         constitutions=tuple(manifest.get("constitutions", ())),
         log_digest=manifest.get("log_digest", ""),
     )

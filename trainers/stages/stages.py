@@ -122,6 +122,11 @@ class StageConfig:
         """Folders of the models that it draws on beside the one that training starts from."""
         return ()
 
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What names the content behind settings that are neither models nor data, by setting; JSON."""
+        return {}
+
     def fewest(self, processes: int) -> tuple[int, str]:
         """Return the fewest rows that so many processes can train on, and what needs as many."""
         return self.batch_size * processes, (
@@ -266,6 +271,8 @@ def plan(config: StageConfig, stage: str, source: Source) -> dict[str, Any]:
         "models": parents(config),
         "files beside the models' weights": [model.shape for model in _models(config)],
         "data": source.digest,
+        "test data": source.test_digest,
+        **{f"content of {setting}": named for setting, named in config.contents.items()},
     }
 
 
@@ -294,7 +301,8 @@ def manifest(
         config: what the stage was told.
         stage: its name.
         source: what it was trained on.
-        counts: what became of its rows, as `Counts.to_json` says it; more where a stage says so.
+        counts: what became of its rows, as `Counts.to_json` says it; more where a stage says so. Among its
+            constitutions are those that a reward goes by.
         seconds: of training.
         metrics: the last value of each figure.
     """
@@ -307,6 +315,7 @@ def manifest(
         data={
             "path": str(source.path),
             "digest": source.digest,
+            "test_digest": source.test_digest,
             "log_digest": source.log_digest,
             **{key: value for key, value in counts.items() if key != "constitutions"},
         },

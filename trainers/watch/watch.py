@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import lines
+from trainers.identity import identity, identity_of_reward
 from trainers.policy import Messages
 from trainers.refusal import Evades, benign_prompts, by_opening, by_probe
 from trainers.rewards import Reward, Spec, parse, sources
@@ -67,6 +68,12 @@ class WatchConfig:
         for name, least in (("every", 1), ("patience", 1), ("prompts", FEWEST)):
             if getattr(self, name) < least:
                 raise ConfigError(f"watch.{name} is a number from {least}, found {getattr(self, name)!r}")
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What names the content behind its settings, by setting; JSON."""
+        named = {"benign": identity(self.benign), "evasion": identity(self.evasion)}
+        return {"judge": identity_of_reward(self.judge), **named}
 
     def asks(self, heldout: Sequence[Messages]) -> list[Messages]:
         """Return what an observation asks the policy, in one call of `sample`.

@@ -20,11 +20,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from judges import rated
 from processes import Way, by_deepspeed, kill, killed_too, launch
 from repository import ROOT, SUPPORT
 from safetensors.torch import load_file
 from tiny import reward_model, rows, tiny_model, tracked, turn, write_rows
+from wire import serving
 
+from cai_graph import constitution
 from cai_graph.errors import ConfigError, DataError, ModelError
 from trainers import config as configs
 from trainers import ppo
@@ -110,6 +113,15 @@ def test_figures_go_to_the_trackers_once(config: ppo.Config) -> None:
     assert {one.name for one in config.output.parent.iterdir()} == {"out"}
     with pytest.raises(ConfigError, match="report_to: wandb is not installed"):
         ppo.train(but(config, report_to=("wandb",), output=config.output.with_name("other")))
+
+
+def test_the_manifest_names_the_constitution_that_the_reward_goes_by(config: ppo.Config) -> None:
+    with serving(lambda body: rated("9")) as server:
+        reward = {"judge": server.spec, "constitution": "harmlessness"}
+        made = ppo.train(but(config, reward=reward, max_steps=1))
+
+    assert made.manifest is not None
+    assert made.manifest.constitution_digests == (constitution.load("harmlessness").digest,)
 
 
 def weights(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -429,6 +429,19 @@ def test_members_of_another_model_are_not_averaged(tmp_path: Path, monkeypatch: 
         train(config)
 
 
+def test_members_that_were_measured_on_other_rows_are_not_averaged(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rewards are centred on the test rows."""
+    data = dataset(tmp_path / "data", polite(8), polite(4))
+    config = Config(model=model, data=data, output=tmp_path / "out", max_steps=1, members=2)
+    interrupted(config, monkeypatch)
+    write_rows(data / "test.jsonl", polite(6))
+
+    with pytest.raises(ConfigError, match="was begun otherwise: the test data changed"):
+        train(config)
+
+
 # --- configs ------------------------------------------------------------------------------------------
 
 
