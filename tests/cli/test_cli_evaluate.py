@@ -186,6 +186,10 @@ def test_an_app_whose_module_was_edited_is_another_and_what_is_kept_is_said(
     monkeypatch.syspath_prepend(folder)
     run = ("evaluate", "run", "eval", "app:app_here:app", "--helpfulness", "fine.txt")
     first, again = cai(folder, *run), cai(folder, *run)
+    about = json.loads((folder / "eval" / "evaluation.json").read_text())
+    del about["subjects"]["app:app_here:app"]["module"]  # as an earlier version wrote it
+    (folder / "eval" / "evaluation.json").write_text(json.dumps(about))
+    cai(folder, *run)
     (folder / "app_here.py").write_text("def app(messages):\n    return 'No.'\n")
     refused = cai(folder, *run, status=1)
 
