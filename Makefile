@@ -27,7 +27,8 @@ check: $(VENV)/.installed  ## format, lint, types, import contracts, fast tests
 bench: $(VENV)/.installed  ## side-by-side benchmarks; figures go to benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
 
-soak: $(VENV)/.installed consumers  ## long kill loops; foreign trainers read our formats; sharded training; PPO against TRL's
+soak: $(VENV)/.installed consumers  ## long kill loops; lowest versions; foreign trainers read our formats; sharded training; PPO against TRL's
+	CAI_LOWEST=1 $(BIN)/python -m pytest tests/test_lowest.py
 	CAI_LOG_KILLS=1000 $(BIN)/python -m pytest tests/log/test_log_crash.py --timeout 0
 	CAI_LOG_FALLS=200 $(BIN)/python -m pytest tests/log/test_log_postgres.py -k "killed or falls" --timeout 0
 	$(BIN)/python -m pytest tests/trainers/export/test_consumers.py tests/trainers/test_elsewhere.py
