@@ -112,16 +112,19 @@ def _sqlite() -> Iterator[Check]:
 
     try:
         import apsw
+
+        from cai_graph.log.sqlite import SQLITE_NEEDED
     except ImportError:
         yield Check("sqlite of the log", "missing", "apsw is not installed", "pip install -e . in its folder")
     else:
         version = apsw.sqlite_lib_version()
-        if _release(version) < SQLITE_FIXED:
+        if _release(version) < SQLITE_NEEDED:
+            needed = ".".join(map(str, SQLITE_NEEDED))
             yield Check(
                 "sqlite of the log",
-                "warn",
-                f"{version} (apsw), which may corrupt a log with several writers",
-                f'pip install --upgrade "apsw>={".".join(map(str, SQLITE_FIXED))}"',
+                "missing",
+                f"{version} (apsw), and a log needs {needed}",
+                f'pip install --upgrade "apsw>={needed}"',
             )
         else:
             yield Check("sqlite of the log", "ok", f"{version} (apsw)")

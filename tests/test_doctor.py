@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import apsw
 import pytest
 from repository import ROOT
 
@@ -64,6 +65,13 @@ def test_fetched_model_is_verified(tiny_weights: Path) -> None:
 
 def test_sqlite_of_the_log_is_free_of_the_wal_bug(cache: Path) -> None:
     assert found()["sqlite of the log"].status == "ok"
+
+
+def test_a_sqlite_that_no_log_opens_with_is_missing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apsw, "sqlite_lib_version", lambda: "3.51.3")
+    check = found()["sqlite of the log"]
+    assert check.status == "missing"
+    assert check.remedy == 'pip install --upgrade "apsw>=3.53"'
 
 
 def test_cache_folder_that_does_not_exist_yet_is_fine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,10 @@ from cai_graph.log.sqlite_schema import APPLICATION_ID, MIGRATIONS, SCHEMA
 from cai_graph.log.store import MAX_ROWS, PAGE_BYTES, TAGGED, Database, Row, Store
 from cai_graph.log.wal import copies_of, is_at_rest, keep_unread, make, set_aside, unread_of, wal_of
 
-__all__ = ["PAGE_SIZE", "SQLiteStore", "connect"]
+__all__ = ["PAGE_SIZE", "SQLITE_NEEDED", "SQLiteStore", "connect"]
+
+SQLITE_NEEDED = (3, 53)
+"""First release that tells how much of a WAL it reads: before, `SQLITE_CHECKPOINT_NOOP` is an error."""
 
 PAGE_SIZE = 32768
 """Bytes: records of a few kilobytes share a page and leave little of it empty. With half of it, those of 9 KB
@@ -81,9 +84,16 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
     """Return a connection to a log; an absent or empty file becomes one, an older one is migrated.
 
     Raises:
-        LogError: the file cannot be opened, is no log, or was written by a newer release; it is
-            unchanged.
+        LogError: the file cannot be opened, is no log, or was written by a newer release, or SQLite is too
+            old; it is unchanged.
     """
+    version = apsw.sqlite_lib_version()
+    if tuple(map(int, version.split("."))) < SQLITE_NEEDED:
+        needed = ".".join(map(str, SQLITE_NEEDED))
+        raise LogError(
+            f"{path}: apsw has SQLite {version} here, and a log needs {needed} or newer; "
+            f'pip install --upgrade "apsw>={needed}"'
+        )
     _make_file(path, read_only)
 
     def attempt() -> apsw.Connection:

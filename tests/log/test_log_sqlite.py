@@ -59,6 +59,16 @@ def test_a_new_log_is_for_its_owner_alone(tmp_path: Path) -> None:
             assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_sqlite_that_is_too_old_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    monkeypatch.setattr(apsw, "sqlite_lib_version", lambda: "3.51.3")
+    with pytest.raises(LogError, match=r"SQLite 3\.51\.3 here, and a log needs 3\.53 or newer; pip install"):
+        open_log(tmp_path / "cai.db", read_only=read_only)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_absent_folder_is_named_and_not_made(tmp_path: Path) -> None:
     with pytest.raises(LogError, match=f"the folder {tmp_path / 'no'} does not exist; make it"):
         open_log(tmp_path / "no" / "cai.db")
