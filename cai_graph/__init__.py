@@ -7,6 +7,7 @@ guarded = constitutional(app)
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from cai_graph.request.policy import Settings as Settings
     from cai_graph.testing import ScriptedModel as ScriptedModel
     from cai_graph.trajectory import Trajectory as Trajectory
+
+if not hasattr(os, "register_at_fork"):
+    raise ImportError("cai_graph needs a POSIX system: Linux or macOS; on Windows it runs in WSL")
 
 _HOME = {
     "Answered": "faces.runnable",
@@ -52,7 +56,10 @@ __all__ = sorted(
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except AttributeError as error:  # of which `from cai_graph import …` would say nothing
+        raise ImportError(f"{name} cannot be imported from {__name__}: {error}") from error
 
 
 def __dir__() -> list[str]:

@@ -118,6 +118,38 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = cai_graph.constitutionel
 
 
+def test_where_processes_cannot_fork_the_import_says_which_systems_can() -> None:
+    said = python(
+        """
+        import os
+
+        del os.register_at_fork  # which Windows has not
+        try:
+            from cai_graph import constitutional
+        except ImportError as error:
+            print(error)
+        """
+    )
+    assert said == "cai_graph needs a POSIX system: Linux or macOS; on Windows it runs in WSL\n"
+
+
+def test_what_hinders_a_lazy_import_is_said() -> None:
+    said = python(
+        """
+        import sys, types
+
+        sys.modules["cai_graph.chain"] = types.ModuleType("chain")
+        try:
+            from cai_graph import constitutional
+        except ImportError as error:
+            print(error)
+        """
+    )
+    assert said == (
+        "constitutional cannot be imported from cai_graph: module 'chain' has no attribute 'constitutional'\n"
+    )
+
+
 def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(cai_graph.__file__).parent / "py.typed").exists()
 

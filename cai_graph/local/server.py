@@ -273,8 +273,7 @@ def _after_fork() -> None:
         _engines.popitem()[1].abandon()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def require() -> None:

@@ -60,10 +60,8 @@ def held(output: Path, *, is_main: bool) -> Iterator[Path]:
 
 
 def _hold(lock: int, work: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such locks
-        return
+    import fcntl
+
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
