@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cai_graph import local
+from cai_graph import installed, local
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -75,18 +75,16 @@ def _packages() -> Iterator[Check]:
     try:
         metadata = importlib.metadata.metadata("cai-graph")
     except importlib.metadata.PackageNotFoundError:
-        yield Check("cai-graph", "warn", "not installed", "pip install -e . in its folder")
+        yield Check("cai-graph", "warn", "not installed", installed.command())
         return
     required = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
-    yield _versions(
-        "base packages", [r for r in required if r.marker is None], "pip install -e . in its folder"
-    )
+    yield _versions("base packages", [r for r in required if r.marker is None], installed.command())
     for extra in metadata.get_all("Provides-Extra") or []:
         if extra == "dev":
             continue
         chosen = [r for r in required if r.marker is not None and r.marker.evaluate({"extra": extra})]
         own = [r for r in chosen if r.name != "cai-graph"]  # an extra of an extra has its own line
-        yield _versions(f"extra [{extra}]", own, f'pip install -e ".[{extra}]" in its folder')
+        yield _versions(f"extra [{extra}]", own, installed.command(extra))
 
 
 def _versions(name: str, required: list[Requirement], remedy: str) -> Check:
@@ -115,7 +113,7 @@ def _sqlite() -> Iterator[Check]:
 
         from cai_graph.log.sqlite import SQLITE_NEEDED
     except ImportError:
-        yield Check("sqlite of the log", "missing", "apsw is not installed", "pip install -e . in its folder")
+        yield Check("sqlite of the log", "missing", "apsw is not installed", installed.command())
     else:
         version = apsw.sqlite_lib_version()
         if _release(version) < SQLITE_NEEDED:

@@ -22,6 +22,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cai_graph import installed
+
 __all__ = [
     "AwaitsReview",
     "BudgetExceeded",
@@ -73,9 +75,7 @@ class MissingExtra(CaiError, ImportError):  # noqa: N818 - reads as what is miss
     """
 
     def __init__(self, needed_by: str, package: str, extra: str) -> None:
-        super().__init__(
-            f'{needed_by} needs {package}; pip install -e ".[{extra}]" in the folder of cai-graph'
-        )
+        super().__init__(f"{needed_by} needs {package}; {installed.command(extra)}")
         self._given = needed_by, package, extra
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ from langgraph.config import get_stream_writer
 from pydantic import BaseModel
 from replies import IDS, RULES, answer_in, by_role, principle, role_of, verdicts
 
-from cai_graph import ConstitutionalMiddleware, ScriptedModel
+from cai_graph import ConstitutionalMiddleware, ScriptedModel, installed
 from cai_graph.constitution import Constitution
 from cai_graph.errors import ConfigError, Refused, Violation
 from cai_graph.log import Log, open_log
@@ -669,7 +669,4 @@ def test_importing_the_package_loads_no_langchain_and_the_middleware_says_what_i
     )
 
     assert done.stderr == ""
-    assert (
-        done.stdout
-        == 'ConstitutionalMiddleware needs langchain; pip install -e ".[agents]" in the folder of cai-graph\n'
-    )
+    assert done.stdout == f"ConstitutionalMiddleware needs langchain; {installed.command('agents')}\n"

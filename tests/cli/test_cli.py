@@ -19,6 +19,7 @@ from replies import verdicts
 from repository import read_page
 from wire import Reply, role, under
 
+from cai_graph import installed
 from cai_graph.cli import console, options
 from cai_graph.cli.specs import foreign
 from cai_graph.errors import ModelError
@@ -143,7 +144,7 @@ def test_a_missing_extra_is_one_sentence_with_the_pip_command(tmp_path: Path) ->
     )
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert err.splitlines()[0].endswith('pip install -e ".[openai]" in the folder of cai-graph')
+    assert err.splitlines()[0].endswith(installed.command("openai"))
     assert len(err.splitlines()) == 1
 
 
@@ -173,7 +174,7 @@ def test_a_command_whose_extra_is_missing_names_it_before_any_work(
     process = start(tmp_path, *args, env=env)
     _, err = process.communicate(timeout=120)
 
-    assert err == f'{needs}; pip install -e ".[{extra}]" in the folder of cai-graph\n'
+    assert err == f"{needs}; {installed.command(extra)}\n"
     assert process.returncode == 1
     assert not (tmp_path / "cache").exists()
 

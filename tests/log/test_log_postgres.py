@@ -548,11 +548,11 @@ import sys
 sys.modules["psycopg"] = None
 from cai_graph import open_log
 from cai_graph.errors import MissingExtra
+from cai_graph.installed import command
 try:
     open_log("postgresql://host/db")
 except MissingExtra as error:
-    wanted = 'a log in PostgreSQL needs psycopg; pip install -e ".[postgres]" in the folder of cai-graph'
-    assert str(error) == wanted, error
+    assert str(error) == f"a log in PostgreSQL needs psycopg; {command('postgres')}", error
 else:
     raise SystemExit("no error")
 """
