@@ -12,11 +12,13 @@ import io
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
+import cai_graph
 from cai_graph.cli import (
     ask,
     constitution,
@@ -99,6 +101,15 @@ def main() -> NoReturn:
         sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except (ImportError, AttributeError) as error:
+        other = _other_trainers()
+        if other is None:
+            raise
+        complain(
+            f"{error}: {other} hides the package of that name which came with cai_graph; run `cai` in place "
+            "of `python -m cai_graph.cli`, or in another folder"
+        )
+        sys.exit(FAILED)
     except OSError as error:
         if error.errno not in UNWRITTEN:
             if error.filename is None:
@@ -113,6 +124,15 @@ def main() -> NoReturn:
     finally:
         logger.removeHandler(alarm)
     raise AssertionError("the app exits by itself")
+
+
+def _other_trainers() -> str | None:
+    """Return where `trainers` is imported from, if it is not the package beside this one."""
+    from importlib.util import find_spec
+
+    found = find_spec("trainers")
+    ours = Path(cai_graph.__file__).parents[1] / "trainers" / "__init__.py"
+    return None if found is None or found.origin == str(ours) else found.origin
 
 
 def _version(asked: bool) -> None:

@@ -179,6 +179,21 @@ def test_a_command_whose_extra_is_missing_names_it_before_any_work(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("modules", [(), ("dataset",)])
+def test_a_trainers_package_that_hides_ours_is_named(tmp_path: Path, modules: tuple[str, ...]) -> None:
+    (tmp_path / "trainers").mkdir()
+    for name in ("__init__", *modules):
+        (tmp_path / "trainers" / f"{name}.py").touch()
+
+    process = start(tmp_path, "dataset", "build", "--kind", "preference", "--output", "pairs")
+    _, err = process.communicate(timeout=60)
+
+    (said,) = err.splitlines()
+    assert f"{tmp_path}/trainers/__init__.py hides the package" in said
+    assert "run `cai`" in said
+    assert process.returncode == 1
+
+
 def piped(folder: Path, *args: str, **env: str) -> str:
     process = start(folder, *args, env=env)
     said, _ = process.communicate(timeout=60)
