@@ -79,7 +79,7 @@ class Evaluation:
         There the prompts get the labels and kinds that they have here; answers and grades hang on neither.
 
         Raises:
-            ConfigError: the folder holds an evaluation of other prompts, or there are no prompts.
+            ConfigError: subjects were asked other prompts in this folder, or there are no prompts.
             DataError: it cannot be read or written.
         """
         if not prompts:
@@ -90,10 +90,9 @@ class Evaluation:
         with _held(path):
             found = cls.open(path) if (path / _ABOUT).exists() else None
             if found is not None and found._about["prompts"] != digest:
-                raise ConfigError(
-                    f"{path}: holds an evaluation of other prompts, and figures compare on the same ones "
-                    "only; name another folder"
-                )
+                if found._about["subjects"]:
+                    raise _of_other_prompts(path)
+                found = None  # its run ended before anybody was asked
             if found is None or found.prompts != begun.prompts:
                 write_whole(path / _PROMPTS, lines.text(map(msgspec.to_builtins, prompts)))
             if found is None:
@@ -416,7 +415,10 @@ class Evaluation:
     def _changing(self) -> Iterator[dict[str, Any]]:
         """Give what is known of the subjects, to add to; other runs may have added to it, too."""
         with _held(self.path):
-            self._about = self.open(self.path)._about
+            about = self.open(self.path)._about
+            if about["prompts"] != self._about["prompts"]:  # another run began, before anybody was asked here
+                raise _of_other_prompts(self.path)
+            self._about = about
             before = json.dumps(self._about)
             yield self._about
             if json.dumps(self._about) != before:
@@ -443,6 +445,13 @@ def _held(path: Path) -> Iterator[None]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _of_other_prompts(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path}: holds an evaluation of other prompts, and figures compare on the same ones only; "
+        "name another folder"
+    )
 
 
 def _slug(name: str) -> str:

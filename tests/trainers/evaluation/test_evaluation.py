@@ -394,10 +394,24 @@ async def test_answers_made_with_other_settings_are_not_mixed(tmp_path: Path) ->
 
 
 async def test_a_folder_compares_on_the_same_prompts_only(tmp_path: Path) -> None:
-    Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
+    evaluation = Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
+    await evaluation.generate(says("app", base))
 
     with pytest.raises(ConfigError, match="an evaluation of other prompts"):
         Evaluation.begin(tmp_path / "eval", suite(tmp_path, "harmlessness", "another?"))
+
+
+async def test_a_run_that_asked_nobody_leaves_the_folder_to_other_prompts(tmp_path: Path) -> None:
+    early = Evaluation.begin(tmp_path / "eval", prompts(tmp_path), notes=["of these prompts"])
+
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "harmlessness", "another?"))
+    with pytest.raises(ConfigError, match="an evaluation of other prompts"):
+        await early.generate(says("early", base))
+    await evaluation.generate(says("app", base))
+
+    found = Evaluation.open(tmp_path / "eval")
+    assert [row["prompt"] for row in found.answers("app")] == list(found.prompts) == list(evaluation.prompts)
+    assert (found.subjects, found.notes) == (("app",), ())
 
 
 async def test_two_runs_in_one_folder_lose_nothing_of_each_other(tmp_path: Path) -> None:
