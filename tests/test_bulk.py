@@ -285,7 +285,7 @@ class Bench:
 
     def sources(self) -> list[str]:
         with open_log(self.folder / "cai.db", read_only=True) as log:
-            return sorted(str(r.source) for r in log.read(kind="trajectory") if isinstance(r, Trajectory))
+            return sorted(str(r.source) for r in log.read(kind="trajectory"))
 
 
 @pytest.fixture

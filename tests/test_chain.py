@@ -38,7 +38,7 @@ from cai_graph.errors import ConfigError, DataError, Violation
 from cai_graph.log import open_log
 from cai_graph.log import writer as log_writer
 from cai_graph.testing import ScriptedModel
-from cai_graph.trajectory import Outcome, Trajectory
+from cai_graph.trajectory import Outcome
 
 asked_by: ContextVar[str] = ContextVar("asked_by", default="nobody")
 
@@ -285,7 +285,6 @@ def test_the_default_log_is_a_file_beside_the_caller(tmp_path: Path, monkeypatch
 
     with open_log("sqlite:///cai.db", read_only=True) as log:
         (trajectory,) = log.read(kind="trajectory")
-    assert isinstance(trajectory, Trajectory)
     assert trajectory.outcome is Outcome.KEPT
 
 
@@ -783,7 +782,6 @@ async def test_the_app_gets_the_callers_configuration(way: str, tmp_path: Path) 
     assert given["metadata"] == {"user": "u1"}
     assert given["configurable"] == {"thread_id": "7"}
     assert given["max_concurrency"] == 3
-    assert isinstance(trajectory, Trajectory)
     assert (trajectory.tags, trajectory.metadata) == (("t1",), {"user": "u1"})
 
 

@@ -133,7 +133,6 @@ class Run:
         """Return the rows that need no further call, and count them. A row that failed is tried again."""
         done: set[int] = set()
         for record in log.read(kind="trajectory", source=self.prefix):
-            assert isinstance(record, Trajectory)
             index = int((record.source or "").removeprefix(self.prefix))
             # Two runs at once answer a row twice.
             if record.outcome is not Outcome.FAILED and index < self.rows and index not in done:

@@ -25,7 +25,7 @@ from cai_graph.cli.console import (
 from cai_graph.cli.options import AsJson, ExportFormat, LogUrl, OutcomeFilter, Since, Source, Tag
 
 if TYPE_CHECKING:
-    from cai_graph.log import Filters
+    from cai_graph.log import Filters, FiltersOfKind
     from cai_graph.log.upkeep import Removal
     from cai_graph.trajectory import Trajectory
 
@@ -49,8 +49,7 @@ def log_list(
     from cai_graph import show
     from cai_graph.log import open_log
 
-    filters: Filters = {
-        "kind": "trajectory",
+    filters: FiltersOfKind = {
         "outcome": outcome,
         "tag": tag,
         "source": source,
@@ -61,9 +60,9 @@ def log_list(
     }
     with open_log(log, read_only=True) as opened:
         if as_json:
-            print_lines(opened.lines(**filters))
+            print_lines(opened.lines(kind="trajectory", **filters))
             return
-        rows = [_row(record) for record in opened.read(**filters)]  # type: ignore[arg-type]
+        rows = [_row(record) for record in opened.read(kind="trajectory", **filters)]
     out.print(show.table(rows, ("id", "at", "outcome", "prompt")))
 
 

@@ -18,14 +18,23 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, Unpack, overload
 
 from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
 from cai_graph.log.redaction import WITHHELD, Redactor, redact_texts
 from cai_graph.log.stats import Stats
-from cai_graph.log.store import Filters, Kind
-from cai_graph.trajectory import SCHEMA_VERSION, Record, decode, encode
+from cai_graph.log.store import Filters, FiltersOfKind, Kind
+from cai_graph.trajectory import (
+    SCHEMA_VERSION,
+    Comparison,
+    Feedback,
+    Record,
+    Review,
+    Trajectory,
+    decode,
+    encode,
+)
 
 if TYPE_CHECKING:
     from cai_graph.log.commit import Commit
@@ -39,6 +48,7 @@ __all__ = [
     "WITHHELD",
     "Commit",
     "Filters",
+    "FiltersOfKind",
     "Import",
     "Kind",
     "Log",
@@ -266,7 +276,21 @@ class Log:
             raise ConfigError(f"{self.name}: a log with a redaction hook takes records, not encoded ones")
         return self._writer().append(record, self._redact, payload)
 
-    def read(self, **filters: Unpack[Filters]) -> Iterator[Record]:
+    @overload
+    def read(
+        self, *, kind: Literal["trajectory"], **filters: Unpack[FiltersOfKind]
+    ) -> Iterator[Trajectory]: ...
+    @overload
+    def read(
+        self, *, kind: Literal["comparison"], **filters: Unpack[FiltersOfKind]
+    ) -> Iterator[Comparison]: ...
+    @overload
+    def read(self, *, kind: Literal["review"], **filters: Unpack[FiltersOfKind]) -> Iterator[Review]: ...
+    @overload
+    def read(self, *, kind: Literal["feedback"], **filters: Unpack[FiltersOfKind]) -> Iterator[Feedback]: ...
+    @overload
+    def read(self, **filters: Unpack[Filters]) -> Iterator[Record]: ...
+    def read(self, **filters: Unpack[Filters]) -> Iterator[Any]:
         """Yield the records that pass the filters, as of the first one, in flat memory.
 
         Args:

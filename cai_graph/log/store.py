@@ -35,6 +35,7 @@ __all__ = [
     "Database",
     "Duplicate",
     "Filters",
+    "FiltersOfKind",
     "Kind",
     "Row",
     "Store",
@@ -78,11 +79,9 @@ _MICROSECOND = timedelta(microseconds=1)
 _EARLIEST, _LATEST = -(2**63), 2**63 - 1
 
 
-class Filters(TypedDict, total=False):
-    """Which records to read, and in which order; every filter that is given must hold."""
+class FiltersOfKind(TypedDict, total=False):
+    """What `Filters` has beside the kind."""
 
-    kind: Kind | None
-    """Only records of this kind."""
     trajectory_id: str | None
     """Only the comparisons, reviews and feedback about this Trajectory."""
     outcome: str | None
@@ -111,6 +110,13 @@ class Filters(TypedDict, total=False):
     """At most this many."""
     newest_first: bool
     """Latest committed first; otherwise in the order of commit, which keeps each writer's sequence."""
+
+
+class Filters(FiltersOfKind, total=False):
+    """Which records to read, and in which order; every filter that is given must hold."""
+
+    kind: Kind | None
+    """Only records of this kind."""
 
 
 class Row(NamedTuple):

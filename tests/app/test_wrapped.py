@@ -18,7 +18,7 @@ from replies import RULES, by_role, flags, guard, logged, verdicts
 
 from cai_graph.errors import DataError, RunError, Violation
 from cai_graph.log import open_log
-from cai_graph.trajectory import Outcome, Trajectory, text_of
+from cai_graph.trajectory import Outcome, text_of
 
 # --- in and around LangGraph --------------------------------------------------------------------------
 
@@ -186,7 +186,6 @@ async def test_an_app_that_waited_for_a_person_is_judged_when_it_is_resumed(way:
         (trajectory,) = log.read(kind="trajectory")
 
     assert output["answer"] == "better"
-    assert isinstance(trajectory, Trajectory)
     assert trajectory.prompt == "hello"
 
 

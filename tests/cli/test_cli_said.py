@@ -43,7 +43,7 @@ def test_a_column_that_holds_such_a_mark_is_asked_where_it_is_named(tmp_path: Pa
     with serving(under(BALANCED)) as server:
         cai(tmp_path, "run", "p.csv", "--model", server.spec, "--column", "question; in a word")
     with open_log(tmp_path / "cai.db", read_only=True) as log:
-        assert [record.prompt for record in log.read(kind="trajectory")] == ["How are you?"]  # type: ignore[union-attr]
+        assert [record.prompt for record in log.read(kind="trajectory")] == ["How are you?"]
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])

@@ -45,7 +45,7 @@ def run(name: str, *args: str) -> None:
 
 def trajectories(folder: Path) -> list[Trajectory]:
     with open_log(folder / "cai.db", read_only=True) as log:
-        return [record for record in log.read(kind="trajectory") if isinstance(record, Trajectory)]
+        return list(log.read(kind="trajectory"))
 
 
 def free_port() -> int:

@@ -60,7 +60,6 @@ async def run(provider: Provider, script: Script, tmp_path: Path, **settings: An
         guarded = constitutional(provider(server), constitution=RULES, log=log, on_error="closed", **settings)
         await guarded.ainvoke("hello")
         (record,) = log.read(kind="trajectory")
-    assert isinstance(record, Trajectory)
     return record
 
 
@@ -463,7 +462,6 @@ async def test_a_stream_that_breaks_is_an_error_with_a_sentence_and_its_record_s
         log.flush()
         (record,) = log.read(kind="trajectory")
 
-    assert isinstance(record, Trajectory)
     assert record.outcome is Outcome.FAILED
     said = "".join(left)
     assert (said == "") == (stream == "blocks")  # of which nothing leaves unjudged
@@ -497,7 +495,6 @@ async def test_a_refusal_among_the_parts_is_the_answer_that_is_judged(part: Any,
         answer = await constitutional(model, constitution=RULES, log=log).ainvoke("hello")
         (record,) = log.read(kind="trajectory")
 
-    assert isinstance(record, Trajectory)
     assert record.draft is not None
     assert text_of(record.draft.answer) == "I cannot."
     assert "I cannot." in str(model.calls[1])

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
 from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args, get_overloads, get_type_hints
 from weakref import WeakSet
 
 import msgspec
@@ -84,11 +84,17 @@ def test_a_read_shows_the_log_as_it_was_when_it_began(log: Log) -> None:
     assert [first, *reading] == made
 
 
+def test_a_type_checker_knows_what_is_read_of_each_kind() -> None:
+    told = [get_type_hints(read) for read in get_overloads(Log.read)]
+    found = {get_args(hints["return"]): get_args(hints["kind"]) for hints in told if "kind" in hints}
+    assert found == {(record,): (kind,) for record, kind in store.KINDS.items()}
+
+
 @pytest.mark.parametrize(
     ("filters", "said"),
     [
         ({"tags": "y"}, "no filter 'tags'; did you mean 'tag'"),
-        ({"colour": "y"}, "no filter 'colour'; they are kind, trajectory_id"),
+        ({"colour": "y"}, "no filter 'colour'; they are trajectory_id, outcome"),
         ({"kind": "trajectories"}, "kind is one of trajectory, comparison, review, feedback; found 'traj"),
         ({"outcome": "kept"}, "outcome is one of KEPT, .*; found 'kept'"),
         ({"since": "2020-01-01"}, "since is a datetime, found '2020-01-01'"),

@@ -101,7 +101,7 @@ def without(folder: Path, *packages: str) -> dict[str, str]:
 def trajectories(folder: Path) -> list[Trajectory]:
     """What `cai` logged in a folder."""
     with open_log(folder / "cai.db", read_only=True) as log:
-        return [record for record in log.read(kind="trajectory") if isinstance(record, Trajectory)]
+        return list(log.read(kind="trajectory"))
 
 
 def commands() -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -131,4 +131,4 @@ async def ask(app: Any, **settings: Any) -> Answered:
 def logged(log: Log) -> list[Trajectory]:
     """The Trajectories of an open log, the latest too."""
     log.flush()
-    return [record for record in log.read(kind="trajectory") if isinstance(record, Trajectory)]
+    return list(log.read(kind="trajectory"))

@@ -22,7 +22,7 @@ from repository import DATA
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.log import gc, open_log, redact_texts
 from cai_graph.log.transfer import BrokenLine
-from cai_graph.trajectory import Comparison, Message, Outcome, Trajectory, text_of
+from cai_graph.trajectory import Message, Outcome, Trajectory, text_of
 from trainers.dataset import Recipe, build
 from trainers.imports import Imports, dialogue, import_preferences, read_preferences
 from trainers.rows import PreferenceRow, SFTRow, UnpairedRow, read_row
@@ -117,7 +117,6 @@ def test_a_soft_label_becomes_a_comparison(tmp_path: Path) -> None:
     import_preferences(tmp_path / "cai.db", path)
     with open_log(tmp_path / "cai.db", read_only=True) as log:
         (found,) = log.read(kind="comparison")
-    assert isinstance(found, Comparison)
     assert (found.preference, found.judge) == (0.7, "set")
     (row,) = rows(tmp_path, "preference")
     assert isinstance(row, PreferenceRow)

@@ -254,7 +254,7 @@ class Labelling:
         self._known: set[str] = set()
         self._succeeded = False
         for record in log.read(kind="comparison"):
-            if isinstance(record, Comparison) and (record.source or "").startswith(self.prefix):
+            if (record.source or "").startswith(self.prefix):
                 self._known.add(record.source or "")
                 self.positions.add(record, self._people.get(record.trajectory_id))
         self.total = self.done = 0
@@ -282,8 +282,7 @@ class Labelling:
                 yield result
 
     def _trajectories(self) -> Iterator[Trajectory]:
-        found = self._log.read(kind="trajectory")
-        return islice((t for t in found if isinstance(t, Trajectory)), self._config.limit)
+        return islice(self._log.read(kind="trajectory"), self._config.limit)
 
     def _done(self, trajectory: Trajectory) -> bool:
         return self._known.issuperset(self._wanted(trajectory))
@@ -343,7 +342,7 @@ class Labelling:
         answers: dict[str, Message] = {}
         if not self._known.isdisjoint(wanted):
             for record in self._log.read(kind="comparison", trajectory_id=work.trajectory.id):
-                if isinstance(record, Comparison) and (record.source or "").startswith(self.prefix):
+                if (record.source or "").startswith(self.prefix):
                     answers |= zip(record.origins, record.answers, strict=True)
                     work.truncated.update(record.settings.get("truncated", ()))
         asked = to_langchain(work.trajectory.messages)

@@ -90,7 +90,6 @@ def positions(log: Log) -> dict[str, Positions]:
     people = decided(log)
     found: dict[str, Positions] = {}
     for record in log.read(kind="comparison"):
-        assert isinstance(record, Comparison)
         counted = found.setdefault(record.judge, Positions(record.judge))
         counted.add(record, people.get(record.trajectory_id))
     return found
@@ -100,7 +99,6 @@ def decided(log: Log) -> dict[str, Side]:
     """Return what reviewers chose, by Trajectory, where they agree."""
     reviews: dict[str, list[Review]] = {}
     for record in log.read(kind="review"):
-        assert isinstance(record, Review)
         reviews.setdefault(record.trajectory_id, []).append(record)
     sides = {id: agreed_side(found) for id, found in reviews.items()}
     return {id: side for id, side in sides.items() if side is not None}

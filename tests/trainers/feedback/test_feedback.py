@@ -58,7 +58,7 @@ def fill(log: Log, *made: Trajectory) -> None:
 
 
 def compared(log: Log) -> list[Comparison]:
-    return [record for record in log.read(kind="comparison") if isinstance(record, Comparison)]
+    return list(log.read(kind="comparison"))
 
 
 async def run(job: Labelling, concurrency: int = 4, **options: Any) -> list[Labelled]:
