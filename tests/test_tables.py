@@ -178,6 +178,7 @@ def test_nulls_are_left_out_and_arguments_are_objects() -> None:
     ("name", "text"),
     [
         ("set.jsonl", '{"Goal": "a"}\n{"goal": "b", "text": "no"}\n'),
+        ("set.jsonl", '{"instruction": "a", "input": ""}\n{"text": "b", "input": null}\n'),
         ("set.jsonl", '"a"\n"b"\n'),
         ("set.jsonl", '[{"role": "user", "content": "a"}]\n["b"]\n'),
         (
@@ -208,6 +209,15 @@ def test_nulls_are_left_out_and_arguments_are_objects() -> None:
 )
 def test_prompts_are_found_in_the_forms_that_others_write(tmp_path: Path, name: str, text: str) -> None:
     assert list(prompts_in(written(tmp_path, name, text))) == ["a", "b"]
+
+
+def test_what_an_instruction_is_about_is_a_part_of_the_prompt(tmp_path: Path) -> None:
+    rows = [{"instruction": "Sum up.", "input": text} for text in ("One.", "Two.")]
+
+    assert list(prompts_in(written(tmp_path, "set.jsonl", lines_of(rows)))) == [
+        "Sum up.\n\nOne.",
+        "Sum up.\n\nTwo.",
+    ]
 
 
 def test_prompts_are_found_in_parquet(tmp_path: Path) -> None:

@@ -258,6 +258,9 @@ COLUMNS = (
 )
 """Where a row's prompt may stand, the first that is there, in small letters or with a capital."""
 
+_BESIDE = {"behavior": "ContextString", "instruction": "input"}
+"""Where the text stands that a prompt is about, by its column: HarmBench's and Alpaca's."""
+
 
 def prompts_in(path: Path) -> Iterator[str]:
     """Yield the user messages in a set of prompts. Raises as `prompt_rows`."""
@@ -295,10 +298,18 @@ def prompt_rows(path: Path) -> Iterator[Row]:
 
 
 def prompt_in(row: Mapping[str, Any]) -> Any:
-    """Return what stands in the prompt's column of a row: a text, messages, or a user's turns; else None."""
-    return next(
-        (row[name] for column in COLUMNS for name in (column, column.capitalize()) if row.get(name)), None
-    )
+    """Return what stands in the prompt's column of a row: a text, messages, or a user's turns; else None.
+
+    What a text is about stands below it, where the row has that in a column of its own.
+    """
+    names = (name for column in COLUMNS for name in (column, column.capitalize()))
+    name = next((name for name in names if row.get(name)), None)
+    if name is None:
+        return None
+    asked, about = row[name], row.get(_BESIDE.get(name.lower(), ""))
+    if isinstance(asked, str) and isinstance(about, str) and about.strip():
+        return f"{asked}\n\n{about}"
+    return asked
 
 
 def text_in(message: Mapping[str, Any]) -> str:

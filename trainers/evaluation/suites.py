@@ -55,21 +55,33 @@ def read_suite(suite: Suite, path: Path, limit: int | None = None) -> list[Promp
         limit: most prompts; the same ones in each run, and in each file that has them.
 
     Raises:
-        DataError: the file cannot be read, or holds no prompt; names the columns looked for.
+        DataError: the file cannot be read, or holds no prompt; names the columns looked for. In the suite
+            over-refusal also: a label is neither safe nor unsafe, or a prompt has both.
         MissingExtra: it is Parquet, and pyarrow is not installed.
     """
     found: dict[str, Prompt] = {}
-    for cells in prompt_rows(path):
+    for number, cells in enumerate(prompt_rows(path), 1):
         if messages := _conversation(prompt_in(cells)):
             kind = str(cells.get("type") or cells.get("category") or "")
-            label = str(cells.get("label") or ("unsafe" if kind.startswith("contrast") else "safe"))
-            safe = label.strip().casefold() != "unsafe"
+            safe = suite != "over-refusal" or _is_safe(cells.get("label"), kind, f"{path} row {number}")
             said = json.dumps([suite, [[m.role, m.content] for m in messages]])
             id = hashlib.sha256(said.encode()).hexdigest()[:16]
+            if id in found and found[id].safe is not safe:
+                text = str(messages[-1].content)[:80]
+                raise DataError(
+                    f"{path} row {number}: {text!r} is labelled both safe and unsafe; keep one row"
+                )
             found[id] = Prompt(id=id, suite=suite, messages=messages, safe=safe, kind=kind)
     if not found:
         raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(COLUMNS)}")
     return sorted(found.values(), key=lambda prompt: prompt.id)[:limit]
+
+
+def _is_safe(label: object, kind: str, place: str) -> bool:
+    said = "" if label is None else str(label).strip().casefold()
+    if said not in ("", "safe", "unsafe"):
+        raise DataError(f"{place}: the label is safe or unsafe, found {label!r}")
+    return said == "safe" or (not said and not kind.startswith("contrast"))
 
 
 def _conversation(found: object) -> tuple[Message, ...]:

@@ -644,6 +644,38 @@ def test_xstests_contrasts_are_unsafe_where_no_label_says_so(tmp_path: Path) -> 
     assert {str(prompt.messages[0].content) for prompt in found if not prompt.safe} == {"kill?"}
 
 
+@pytest.mark.parametrize("label", ["harmful", "1", 0, True, False])
+def test_a_label_that_is_neither_safe_nor_unsafe_is_refused(tmp_path: Path, label: Any) -> None:
+    with pytest.raises(DataError, match=rf"over-refusal.jsonl row 2: the label is safe or .* {label!r}"):
+        suite(
+            tmp_path, "over-refusal", {"prompt": "a?", "label": " UNSAFE"}, {"prompt": "b?", "label": label}
+        )
+
+    assert suite(tmp_path, "harmlessness", {"prompt": "b?", "label": label})
+
+
+def test_a_prompt_that_is_labelled_safe_and_unsafe_is_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": "a?", "label": label} for label in ("safe", "safe", "unsafe")]
+
+    with pytest.raises(DataError, match=r"over-refusal.jsonl row 3: 'a\?' is labelled both safe and unsafe"):
+        suite(tmp_path, "over-refusal", *rows)
+
+
+def test_requests_with_other_contexts_are_other_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "harmbench.csv"
+    file.write_text(
+        "Behavior,ContextString,BehaviorID\nDisable it,The X12 is red.,a\nDisable it,The X13.,b\nDo,,c\n"
+    )
+
+    found = read_suite("harmlessness", file)
+
+    assert {str(prompt.messages[0].content) for prompt in found} == {
+        "Disable it\n\nThe X12 is red.",
+        "Disable it\n\nThe X13.",
+        "Do",
+    }
+
+
 def test_a_prompt_in_parts_is_its_text(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "how "}, {"type": "text", "text": "so?"}]
 
