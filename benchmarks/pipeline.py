@@ -191,7 +191,7 @@ def run() -> str:
     subjects = {"base": resolve(MODEL)}
     for method in METHODS:
         subjects |= distilled(log, method)
-    seen = {prompt.id for prompt in trained_on(found, [HERE / "prompts.jsonl"])}
+    seen = {prompt.id for prompt in trained_on(found, [HERE / "prompts.jsonl"])[0]}
     prompts = [prompt for prompt in found if prompt.id not in seen]
     summary = asyncio.run(evaluated(subjects, prompts))
     with open_log(log, read_only=True) as opened:

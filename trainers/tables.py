@@ -5,7 +5,8 @@ each           the same, where a row that cannot be read costs no other
 parquet        the rows of a Parquet file alone
 without_nulls  a row as it was before Arrow filled it up
 prompts_in     the user messages of a set of prompts
-prompt_rows    its rows; `prompt_in` is the prompt of one, `text_in` the text of a message
+prompt_rows    its rows; `prompt_in` is the prompt of one, `user_messages` what the user says there, `text_in`
+               the text of a message
 
 A file's name says how it is written: `.jsonl` and `.ndjson`, `.json` (an array, an object that holds one, a
 row; or lines, which such files often are), `.parquet`. All but Parquet may be compressed (`.gz`).
@@ -38,6 +39,7 @@ __all__ = [
     "prompts_in",
     "rows",
     "text_in",
+    "user_messages",
     "without_nulls",
 ]
 
@@ -264,15 +266,21 @@ _BESIDE = {"behavior": "ContextString", "instruction": "input"}
 
 def prompts_in(path: Path) -> Iterator[str]:
     """Yield the user messages in a set of prompts. Raises as `prompt_rows`."""
-    for found in map(prompt_in, prompt_rows(path)):
-        if isinstance(found, str):
-            yield found
-        elif isinstance(found, list):  # messages, or the user's turns
-            for message in found:
-                if isinstance(message, str):
-                    yield message
-                elif isinstance(message, dict) and message.get("role") == "user":
-                    yield text_in(message)
+    for row in prompt_rows(path):
+        yield from user_messages(row)
+
+
+def user_messages(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the user says in the prompt of a row."""
+    found = prompt_in(row)
+    if isinstance(found, str):
+        yield found
+    elif isinstance(found, list):  # messages, or the user's turns
+        for message in found:
+            if isinstance(message, str):
+                yield message
+            elif isinstance(message, dict) and message.get("role") == "user":
+                yield text_in(message)
 
 
 def prompt_rows(path: Path) -> Iterator[Row]:
@@ -300,12 +308,13 @@ def prompt_rows(path: Path) -> Iterator[Row]:
 def prompt_in(row: Mapping[str, Any]) -> Any:
     """Return what stands in the prompt's column of a row: a text, messages, or a user's turns; else None.
 
-    What a text is about stands below it, where the row has that in a column of its own.
+    What a text is about stands below it, where the row has that in a column of its own. Of a pair of whole
+    conversations without a column for the prompt it is the better one.
     """
     names = (name for column in COLUMNS for name in (column, column.capitalize()))
     name = next((name for name in names if row.get(name)), None)
     if name is None:
-        return None
+        return chosen if isinstance(chosen := row.get("chosen"), list) else None
     asked, about = row[name], row.get(_BESIDE.get(name.lower(), ""))
     if isinstance(asked, str) and isinstance(about, str) and about.strip():
         return f"{asked}\n\n{about}"

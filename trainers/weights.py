@@ -24,7 +24,17 @@ from trainers import whole
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Precision", "export", "is_hub_name", "path_of", "quietly", "resolve", "source_of", "to_gguf"]
+__all__ = [
+    "Precision",
+    "export",
+    "is_fetched",
+    "is_hub_name",
+    "path_of",
+    "quietly",
+    "resolve",
+    "source_of",
+    "to_gguf",
+]
 
 Precision = Literal["F32", "F16", "Q8_0"]
 """How matrices are stored in a GGUF file: 32, 16 or 8.5 bits a weight. Vectors are always F32."""
@@ -49,6 +59,18 @@ def path_of(spec: str) -> Path | None:
 def is_hub_name(spec: str) -> bool:
     """Return whether a spec has the form of a name on the model hub, OWNER/NAME."""
     return spec.count("/") == 1 and not spec.startswith((".", "/", "~"))
+
+
+def is_fetched(name: str) -> bool:
+    """Return whether a model of the hub is in the cache here; OWNER/NAME may be a folder that is gone."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return False
+    try:
+        return is_hub_name(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except ValueError:  # the hub has no such names
+        return False
 
 
 def resolve(model: str | Path) -> Path:

@@ -13,7 +13,7 @@ from cai_graph.addresses import without_password
 from cai_graph.cli.console import SKIPPED, group, measured, note, out, print_json, resumable
 from cai_graph.cli.options import AsJson, ConstitutionName, option
 from cai_graph.cli.specs import fetch, foreign, judging, loaded, width
-from cai_graph.errors import ConfigError, DataError, ModelError
+from cai_graph.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from cai_graph.critic import Critic
@@ -151,22 +151,18 @@ def _not_trained_on(
         ModelError: a folder that is named as a model is no checkpoint.
     """
     from trainers.checkpoint import Checkpoint
-    from trainers.evaluation.suites import data_of, folder_of, trained_on
+    from trainers.evaluation.suites import data_of, trained_on
 
-    data, notes = list(given), []
+    data, unknown = list(given), []
     for name in models:
-        if (folder := folder_of(name)) is None:
-            continue
-        try:
-            found, unknown = data_of(Checkpoint.open(folder))
-        except ModelError as error:
-            if Path(name).is_dir():
-                raise
-            # What is served of it, such as a GGUF file, may be all that is left in the folder.
-            found, unknown = [], [f"what {name} was trained on is not known ({error})"]
+        if Path(name).is_dir():
+            Checkpoint.open(name)
+        found, gaps = data_of(name)
         data += found
-        notes += [] if given else [f"{why}: some prompts may be among it" for why in unknown]
-    seen = {prompt.id for prompt in trained_on(prompts, dict.fromkeys(data))}
+        unknown += [] if given else gaps
+    known, gaps = trained_on(prompts, dict.fromkeys(data))
+    seen = {prompt.id for prompt in known}
+    notes = [f"{why}: some prompts may be among it" for why in [*unknown, *gaps]]
     if seen and not drop:
         first = next(prompt for prompt in prompts if prompt.id in seen)
         text = str(first.messages[-1].content)[:80]

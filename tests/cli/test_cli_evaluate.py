@@ -16,6 +16,7 @@ from wire import Reply, role, serving
 
 from cai_graph.cli import evaluate
 from cai_graph.constitution import load
+from cai_graph.digests import sha256_of
 from trainers.checkpoint import Manifest, save
 
 IDS = [principle.id for principle in load("balanced").principles]
@@ -121,7 +122,7 @@ def test_what_a_checkpoint_was_trained_on_is_looked_for_where_it_is_served_too(f
         stage="sft",
         base="base",
         config={},
-        data={"path": str(folder / "train.jsonl")},
+        data={"path": str(folder / "train.jsonl"), "digest": sha256_of(folder / "train.jsonl")},
         seed=0,
         versions={},
         hardware="cpu",
@@ -133,6 +134,18 @@ def test_what_a_checkpoint_was_trained_on_is_looked_for_where_it_is_served_too(f
     refused = cai(folder, "evaluate", "run", "eval", "local:out", "--helpfulness", "fine.txt", status=1)
 
     assert "1 of 3 prompts were trained on, the first of helpfulness: 'good two'" in refused.stderr
+
+
+def test_what_is_not_known_of_the_training_data_is_noted(folder: Path) -> None:
+    (folder / "train.jsonl").write_text('{"prompt": "another"}\n{"instead": "of a prompt"}\n')
+    told = ("--helpfulness", "fine.txt", "--trained-on", "train.jsonl")
+    with serving(script) as server:
+        cai(folder, "evaluate", "run", "eval", server.spec, *told)
+        shown = cai(folder, "evaluate", "score", "eval", "--json")
+
+    assert json.loads(shown.stdout)["notes"] == [
+        "1 of 2 rows of train.jsonl have no prompt that can be read: some prompts may be among it"
+    ]
 
 
 def test_a_checkpoint_is_a_subject_and_may_not_stand_under_a_constitution(folder: Path) -> None:

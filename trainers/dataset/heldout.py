@@ -18,7 +18,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 from cai_graph.errors import DataError
 from trainers.dataset.split import normalise
 from trainers.rows import Turn
-from trainers.tables import COLUMNS, prompts_in
+from trainers.tables import COLUMNS, prompt_rows, user_messages
 
 __all__ = ["HeldOut"]
 
@@ -33,8 +33,8 @@ _MAY_GO = bytes(code for code in range(256) if code >= 128 or not chr(code).isal
 class HeldOut:
     """The prompts of evaluation sets."""
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        """Read the sets, as `trainers.tables.prompt_rows` does.
+    def __init__(self, paths: Iterable[str] = ()) -> None:
+        """Read the sets.
 
         Raises:
             DataError: a file cannot be read, or holds no prompt.
@@ -44,15 +44,28 @@ class HeldOut:
         self._grams: set[int] = set()
         self._longest = 0
         for path in paths:
-            found = False
-            for text in prompts_in(Path(path)):
-                if words := _words(normalise(text)):
-                    found = True
-                    self._keys.add(_key(words))
-                    self._longest = max(self._longest, len("".join(words)))
-                    self._grams.update(_grams(words))
-            if not found:
+            rows, without = self.add(Path(path))
+            if rows == without:
                 raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(COLUMNS)}")
+
+    def add(self, path: Path) -> tuple[int, int]:
+        """Read one more set, as `trainers.tables.prompt_rows` does; return how many rows it has, and how many
+        of them have no prompt that can be read.
+
+        Raises:
+            DataError: the file cannot be read.
+            MissingExtra: it is Parquet, and pyarrow is not installed.
+        """
+        rows = without = 0
+        for row in prompt_rows(path):
+            found = [words for text in user_messages(row) if (words := _words(normalise(text)))]
+            for words in found:
+                self._keys.add(_key(words))
+                self._longest = max(self._longest, len("".join(words)))
+                self._grams.update(_grams(words))
+            rows += 1
+            without += not found
+        return rows, without
 
     def holds(self, prompt: Iterable[Turn]) -> bool:
         """Return whether a user message of the conversation stands in one of the sets."""

@@ -12,19 +12,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from cai_graph import local
-from cai_graph.errors import DataError
+from cai_graph.errors import ConfigError, DataError, ModelError
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
-from trainers.dataset import read_manifest
 from trainers.dataset.heldout import HeldOut
-from trainers.rows import Turn
+from trainers.rows import Kind, Turn
+from trainers.stages.encoding import open_data
 from trainers.tables import COLUMNS, prompt_in, prompt_rows, text_in
-from trainers.weights import path_of
+from trainers.weights import is_fetched, path_of
 
 __all__ = ["Prompt", "Suite", "data_of", "folder_of", "read_suite", "trained_on"]
 
@@ -103,9 +103,11 @@ def _conversation(found: object) -> tuple[Message, ...]:
 # --- what was trained on ------------------------------------------------------------------------------
 
 
-def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> list[Prompt]:
-    """Return the prompts that stand in training data: a user message is the same text there, normalised, or
-    shares 13 words in a row with one; see `trainers.dataset.heldout`.
+def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> tuple[list[Prompt], list[str]]:
+    """Return the prompts that stand in training data, and what of the data could not be read.
+
+    A prompt stands there where a user message is the same text, normalised, or shares 13 words in a row with
+    one; see `trainers.dataset.heldout`.
 
     Args:
         prompts: what is to be evaluated on.
@@ -115,51 +117,80 @@ def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> list[Prompt]:
         DataError: one of them cannot be read.
         MissingExtra: one is Parquet, and pyarrow is not installed.
     """
-    files = [str(file) for path in data for file in _train_files(path)]
-    if not files:
-        return []
-    seen = HeldOut(files)
-    return [
+    seen, unknown = HeldOut(), []
+    for file in [file for path in data for file in _train_files(path)]:
+        rows, without = seen.add(file)
+        if without:
+            unknown.append(f"{without} of {rows} rows of {file} have no prompt that can be read")
+    found = [
         prompt
         for prompt in prompts
         if seen.holds(Turn(role=m.role, content=str(m.content)) for m in prompt.messages)
     ]
+    return found, unknown
 
 
 def _train_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    read_manifest(path)  # says what is wrong where it is no dataset
-    files = [file for file in sorted(path.glob("train*")) if file.suffix in (".jsonl", ".json", ".parquet")]
+    files = [file for end in ("jsonl", "parquet") if (file := path / f"train.{end}").exists()]
     if not files:
-        raise DataError(f"{path}: is a dataset without a train side that can be read")
+        raise DataError(f"{path}: has no train.jsonl or train.parquet, so it is no dataset that can be read")
     return files
 
 
-def data_of(checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
-    """Return the data that a Checkpoint and those it started from were trained on, and what is not known.
+def data_of(model: str) -> tuple[list[Path], list[str]]:
+    """Return the data that a model and those it started from were trained on, and what is not known of it.
+
+    Args:
+        model: a spec; of one that is no folder of weights nothing is asked.
 
     Raises:
-        DataError, ModelError: a folder that one of them started from is no Checkpoint any more.
+        DataError: a manifest cannot be read.
     """
     found: list[Path] = []
-    if checkpoint.manifest is None:
-        return found, [f"{checkpoint.path} has no manifest, so what it was trained on is not known"]
     unknown: list[str] = []
     seen: set[Path] = set()
-    while checkpoint.manifest is not None and checkpoint.path.resolve() not in seen:
-        seen.add(checkpoint.path.resolve())
-        path = checkpoint.manifest.data.get("path")
-        if path is not None and Path(path).exists():
-            found.append(Path(path))
-        else:
-            data = path or "data that its manifest does not name"
-            unknown.append(f"{checkpoint.path} was trained on {data}, which is not here")
-        base = folder_of(checkpoint.manifest.base)
-        if base is None:
+    folder = folder_of(model)
+    while folder is not None and folder.resolve() not in seen:
+        try:
+            manifest = Checkpoint.open(folder).manifest
+        except ModelError as error:
+            # What is served of it, such as a GGUF file, may be all that is left in the folder.
+            unknown.append(f"what {folder} was trained on is not known ({error})")
             break
-        checkpoint = Checkpoint.open(base)
+        if manifest is None:
+            if not seen:
+                unknown.append(f"{folder} has no manifest, so what it was trained on is not known")
+            break
+        seen.add(folder.resolve())
+        data = manifest.data.get("path") or "data that its manifest does not name"
+        digest = _digest_of(Path(data))
+        if digest is None:
+            unknown.append(f"{folder} was trained on {data}, which is not here")
+        else:
+            found.append(Path(data))
+            if digest != manifest.data.get("digest"):
+                unknown.append(f"{folder} was trained on {data}, which has changed since")
+        base, before = manifest.base, folder
+        folder = folder_of(base)
+        if folder is None and not _is_here(base):
+            unknown.append(f"{before} was trained from {base}, which is not here")
     return found, unknown
+
+
+def _digest_of(data: Path) -> str | None:
+    """Return the digest of training data as a manifest has it; None where there is no such data any more."""
+    try:
+        return open_data(data, get_args(Kind)).digest
+    except (ConfigError, DataError):
+        return None
+
+
+def _is_here(model: str) -> bool:
+    """Return whether a model that is no folder is one of the catalogue or of the hub, or a file."""
+    path = path_of(model)
+    return path is None or path.is_file() or is_fetched(model)
 
 
 def folder_of(model: str) -> Path | None:

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wire import Reply, serving
 
 from cai_graph.critic import ModelCritic
+from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError, ModelError
 from cai_graph.models import load
 from cai_graph.testing import ScriptedModel
-from trainers.checkpoint import Checkpoint, Manifest, save
+from trainers.checkpoint import Manifest, save
 from trainers.evaluation.claims import ByClaim
 from trainers.evaluation.folder import Evaluation
 from trainers.evaluation.generations import AppSubject, CheckpointSubject, app_of
@@ -701,29 +702,121 @@ def test_prompts_that_were_trained_on_are_found_in_a_datasets_train_side(tmp_pat
         rows = [{"prompt": [{"role": "user", "content": text}], "completion": []} for text in texts]
         (data / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    seen = trained_on(found, [data])
+    seen, unknown = trained_on(found, [data])
 
     assert {str(prompt.messages[0].content) for prompt in seen} == {"How  SO?", f"Hello, {long} at night"}
+    assert not unknown
 
 
-@pytest.mark.parametrize("base", ["{}", "local:{}", "local:{}/model.gguf"])
-def test_the_data_of_all_that_a_checkpoint_started_from_is_looked_at(tmp_path: Path, base: str) -> None:
-    def checkpoint(name: str, base: str, data: str) -> Checkpoint:
-        about = {"stage": "sft", "base": base, "config": {}, "data": {"path": data}, "seed": 0}
-        manifest = Manifest(**about, versions={}, hardware="cpu", seconds=0.0)  # type: ignore[arg-type]
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-        return save(tmp_path / name, model, tokenizer, manifest)
+def test_prompts_are_found_in_the_forms_that_stages_train_on(tmp_path: Path) -> None:
+    asked, answer = {"role": "user", "content": "how so?"}, {"role": "assistant", "content": "so"}
+    pair = {"chosen": [asked, answer], "rejected": [asked, {**answer, "content": "no"}]}
+    texts = [{"prompt": "", "completion": "text"}] * 2
+    data = [tmp_path / name for name in ("pairs.jsonl", "mixed.jsonl", "texts.jsonl")]
+    for path, rows in zip(
+        data, ([pair], [{"prompt": "z", "completion": "so"}, pair, *texts], texts), strict=True
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "without-manifest"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": "how so?", "completion": "so"}\n')
+    found = suite(tmp_path, "helpfulness", "how so?", "unseen?")
 
-    tiny_model(tmp_path / "base")
-    (tmp_path / "here.jsonl").write_text("{}\n")
-    checkpoint("sft", str(tmp_path / "base"), str(tmp_path / "here.jsonl"))
+    said = {path.name: trained_on(found, [path]) for path in (*data, folder)}
 
-    found, unknown = data_of(checkpoint("rl", base.format(tmp_path / "sft"), "gone.jsonl"))
+    assert {name: len(seen) for name, (seen, _) in said.items()} == {
+        "pairs.jsonl": 1,
+        "mixed.jsonl": 1,
+        "texts.jsonl": 0,
+        "without-manifest": 1,
+    }
+    assert [unknown for _, unknown in said.values()] == [
+        [],
+        [f"2 of 4 rows of {data[1]} have no prompt that can be read"],
+        [f"2 of 2 rows of {data[2]} have no prompt that can be read"],
+        [],
+    ]
 
-    assert found == [tmp_path / "here.jsonl"]
-    assert unknown == [f"{tmp_path / 'rl'} was trained on gone.jsonl, which is not here"]
-    assert data_of(Checkpoint.open(tmp_path / "base"))[1][0].endswith("is not known")
+
+def test_a_folder_without_a_train_side_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no train\.jsonl or train\.parquet"):
+        trained_on(suite(tmp_path, "helpfulness", "how so?"), [tmp_path])
+
+
+def trained(folder: Path, base: str, data: Path) -> Path:
+    """A checkpoint that says that it was trained from a base on data."""
+    about = {"path": str(data), "digest": sha256_of(data)}
+    source = tiny_model(folder.parent / "tiny")
+    save(
+        folder,
+        AutoModelForCausalLM.from_pretrained(source),
+        AutoTokenizer.from_pretrained(source),
+        Manifest(
+            stage="sft", base=base, config={}, data=about, seed=0, versions={}, hardware="cpu", seconds=0.0
+        ),
+    )
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "how so?", "completion": "so"}\n')
+    return path
+
+
+@pytest.mark.parametrize("spec", ["{}", "local:{}", "local:{}/model.gguf"])
+def test_the_data_of_all_that_a_checkpoint_started_from_is_looked_at(
+    tmp_path: Path, rows: Path, spec: str
+) -> None:
+    first = trained(tmp_path / "sft", "local:smollm2", rows)
+    gone = tmp_path / "gone.jsonl"
+    gone.write_text("{}\n")
+    second = trained(tmp_path / "rl", spec.format(first), gone)
+    gone.unlink()
+
+    found, unknown = data_of(spec.format(second))
+
+    assert found == [rows]
+    assert unknown == [f"{second} was trained on {gone}, which is not here"]
+    assert data_of(str(tmp_path / "tiny"))[1][0].endswith("is not known")
+    assert data_of("openai:gpt-5-mini") == ([], [])
+
+
+def test_data_that_was_changed_since_is_not_known(tmp_path: Path, rows: Path) -> None:
+    checkpoint = trained(tmp_path / "sft", "local:smollm2", rows)
+    rows.write_text('{"prompt": "what else?", "completion": "so"}\n')
+
+    found, unknown = data_of(str(checkpoint))
+
+    assert found == [rows]
+    assert unknown == [f"{checkpoint} was trained on {rows}, which has changed since"]
+
+
+@pytest.mark.parametrize("base", ["out/sft", "local:out/sft", "local:out/sft/model.gguf", "./out/sft"])
+def test_a_base_that_is_not_here_is_not_known(tmp_path: Path, rows: Path, base: str) -> None:
+    checkpoint = trained(tmp_path / "dpo", base, rows)
+
+    assert data_of(str(checkpoint)) == (
+        [rows],
+        [f"{checkpoint} was trained from {base}, which is not here"],
+    )
+
+
+@pytest.mark.parametrize("base", ["local", "local:smollm2", "owner/fetched", "local:{}/mine.gguf"])
+def test_a_base_that_others_trained_is_no_gap(
+    tmp_path: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, base: str
+) -> None:
+    (tmp_path / "mine.gguf").write_bytes(b"GGUF")
+    commit = "0" * 40
+    fetched = tmp_path / "hub" / "models--owner--fetched"
+    (fetched / "snapshots" / commit).mkdir(parents=True)
+    (fetched / "snapshots" / commit / "config.json").write_text("{}")
+    (fetched / "refs").mkdir()
+    (fetched / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    assert data_of(str(trained(tmp_path / "sft", base.format(tmp_path), rows))) == ([rows], [])
 
 
 # --- checkpoints and apps -----------------------------------------------------------------------------
