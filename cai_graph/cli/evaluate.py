@@ -151,7 +151,7 @@ def _not_trained_on(
         ModelError: a folder that is named as a model is no checkpoint.
     """
     from trainers.checkpoint import Checkpoint
-    from trainers.evaluation.suites import data_of, trained_on
+    from trainers.evaluation.suites import data_of, summed_up, trained_on
 
     data, unknown = list(given), []
     for name in models:
@@ -160,19 +160,17 @@ def _not_trained_on(
         found, gaps = data_of(name)
         data += found
         unknown += [] if given else gaps
-    known, gaps = trained_on(prompts, dict.fromkeys(data))
-    seen = {prompt.id for prompt in known}
+    seen, gaps = trained_on(prompts, dict.fromkeys(data))
     notes = [f"{why}: some prompts may be among it" for why in [*unknown, *gaps]]
     if seen and not drop:
-        first = next(prompt for prompt in prompts if prompt.id in seen)
-        text = str(first.messages[-1].content)[:80]
         raise DataError(
-            f"{len(seen)} of {len(prompts)} prompts were trained on, the first of {first.suite}: {text!r}; "
-            "give prompts that were held out, or leave these out with --drop-trained"
+            f"{summed_up(seen, prompts)}; give prompts that were held out, or leave these out with "
+            "--drop-trained"
         )
     if seen:
         notes.append(f"{len(seen)} of {len(prompts)} prompts were trained on and are left out")
-    return [prompt for prompt in prompts if prompt.id not in seen], notes
+    left_out = {prompt.id for prompt in seen}
+    return [prompt for prompt in prompts if prompt.id not in left_out], notes
 
 
 def _subjects(

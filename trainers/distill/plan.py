@@ -48,7 +48,7 @@ from trainers.evaluation.folder import Evaluation, has_failed
 from trainers.evaluation.generations import CheckpointSubject
 from trainers.evaluation.graders import graders_for
 from trainers.evaluation.grades import Grader
-from trainers.evaluation.suites import Prompt, Suite, read_suite
+from trainers.evaluation.suites import Prompt, Suite, data_of, read_suite, summed_up, trained_on
 from trainers.evaluation.summary import summarise
 from trainers.feedback import Config as Labels
 from trainers.feedback import Labelling
@@ -120,8 +120,7 @@ class _Plan:
         sft = self._trained("sft", "sft", config.sft, data=sft_data)
         steps = [trajectories, sft_data, sft]
         labels: dict[str, Step] = {}
-        against_model = config.method != "dpo" and "reward" not in section
-        if config.method == "dpo" or (against_model and "data" not in config.reward):
+        if config.method == "dpo" or (self._against_model and "data" not in config.reward):
             feedback = self._feedback(trajectories, sft)
             labels["data"] = self._dataset("preferences", "preference", feedback)
             steps += [feedback, labels["data"]]
@@ -129,7 +128,7 @@ class _Plan:
             last = self._trained("dpo", "dpo", section, model=sft, **labels)
         else:
             made = {"model": sft, "data": self._dataset("prompts", "prompts", trajectories)}
-            if against_model:
+            if self._against_model:
                 made["reward"] = self._trained("reward", "reward", config.reward, **labels)
                 steps.append(made["reward"])
             steps.append(made["data"])
@@ -141,6 +140,11 @@ class _Plan:
         if config.evaluation.suites:
             steps.append(self._evaluation(sft, last))
         return [*steps, self._model(last)]
+
+    @property
+    def _against_model(self) -> bool:
+        """Whether a reward model is trained, against which the policy learns."""
+        return self.config.method != "dpo" and "reward" not in self.config.rl
 
     # --- trajectories ---
 
@@ -405,7 +409,9 @@ class _Plan:
 
         def check() -> None:
             with checks.in_section("evaluation"):
-                for suite in dict.fromkeys(prompt.suite for prompt in self._prompts()):
+                prompts = self._prompts()
+                self._gaps(prompts)
+                for suite in dict.fromkeys(prompt.suite for prompt in prompts):
                     self._graders(suite, asking=False)
 
         return Step(
@@ -425,9 +431,24 @@ class _Plan:
             for prompt in read_suite(suite, path, wanted.limit)
         ]
 
+    def _gaps(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return what is not known of the data that was trained on besides the pipeline's own rows.
+
+        Raises:
+            DataError: prompts stand in it.
+        """
+        data, unknown = data_of(self.config.model)
+        if self._against_model and "data" in self.config.reward:
+            data.append(Path(self.config.reward["data"]).expanduser())
+        seen, unread = trained_on(prompts, data)
+        if seen:
+            raise DataError(f"{summed_up(seen, prompts)}; give prompts that were held out")
+        return [f"{why}: some prompts may be among it" for why in [*unknown, *unread]]
+
     def _evaluate(self, folder: Path, subjects: Mapping[str, Path]) -> dict[str, Any]:
         wanted = self.config.evaluation
-        kept = Evaluation.begin(folder, self._prompts())
+        prompts = self._prompts()
+        kept = Evaluation.begin(folder, prompts, notes=self._gaps(prompts))
 
         async def work() -> None:
             for name, path in subjects.items():

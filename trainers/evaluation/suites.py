@@ -26,7 +26,7 @@ from trainers.stages.encoding import open_data
 from trainers.tables import COLUMNS, prompt_in, prompt_rows, text_in
 from trainers.weights import is_fetched, path_of
 
-__all__ = ["Prompt", "Suite", "data_of", "folder_of", "read_suite", "trained_on"]
+__all__ = ["Prompt", "Suite", "data_of", "folder_of", "read_suite", "summed_up", "trained_on"]
 
 Suite = Literal["harmlessness", "helpfulness", "over-refusal"]
 
@@ -128,6 +128,13 @@ def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> tuple[list[Pr
         if seen.holds(Turn(role=m.role, content=str(m.content)) for m in prompt.messages)
     ]
     return found, unknown
+
+
+def summed_up(seen: Sequence[Prompt], prompts: Sequence[Prompt]) -> str:
+    """Return in words how many of the prompts were trained on, and the first one."""
+    first = seen[0]
+    text = str(first.messages[-1].content)[:80]
+    return f"{len(seen)} of {len(prompts)} prompts were trained on, the first of {first.suite}: {text!r}"
 
 
 def _train_files(path: Path) -> list[Path]:

@@ -22,16 +22,18 @@ from judges import letter
 from replies import verdicts
 from repository import ROOT, fenced, read_page
 from tiny import rows, tiny_model, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from wire import Reply, Server, serving, under
 
 from cai_graph import constitutional, models
 from cai_graph.constitution import load
+from cai_graph.digests import sha256_of
 from cai_graph.errors import CaiError, ConfigError, DataError, LogError
 from cai_graph.log import open_log
 from cai_graph.log.sqlite import SQLiteStore
 from cai_graph.log.store import Row
 from trainers import sft
-from trainers.checkpoint import Checkpoint
+from trainers.checkpoint import Checkpoint, Manifest, save
 from trainers.config import read
 from trainers.distill import Config, pipeline, publish, train
 from trainers.distill.pipeline import Done, Folders, Pipeline, StepFailed
@@ -305,6 +307,40 @@ def test_what_cannot_work_is_said_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def labels_of(folder: Path, *asked: str) -> str:
+    """A file of pairs, with these prompts."""
+    path = folder / "labels.jsonl"
+    pairs = [{"prompt": prompt, "chosen": "yes", "rejected": "no"} for prompt in asked]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(path)
+
+
+def started_from(folder: Path, base: Path, data: str) -> Path:
+    """A checkpoint that was trained on a file."""
+    about = {"path": data, "digest": sha256_of(Path(data))}
+    manifest = Manifest(
+        stage="dpo", base="local", config={}, data=about, seed=0, versions={}, hardware="cpu", seconds=0.0
+    )
+    readers = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
+    return save(folder / "trained", *(each(base) for each in readers), manifest).path
+
+
+@pytest.mark.parametrize("trained", ["model", "reward"])
+def test_a_suite_that_was_trained_on_is_refused(
+    tmp_path: Path, server: Server, base: Path, trained: str
+) -> None:
+    suite = tmp_path / "suite.jsonl"
+    suite.write_text('{"prompt": "Name a tree."}\n{"prompt": "Name a bird."}\n')
+    labels = labels_of(tmp_path, "Name a bird!")
+    section: dict[str, Any] = {"rl": PPO, "reward": {"data": labels}}
+    if trained == "model":
+        section = {"model": str(started_from(tmp_path, base, labels))}
+    path = written(tmp_path, server, base, evaluation={"helpfulness": str(suite)}, **section)
+
+    with pytest.raises(ConfigError, match=r"evaluation: 1 of 2 prompts were trained on, .*'Name a bird.'"):
+        pipeline(read(Config, path))
+
+
 @pytest.mark.parametrize("model", ["local", "local:smollm2"])
 def test_a_model_of_the_catalogue_is_none_of_the_folders_here(
     tmp_path: Path, server: Server, base: Path, monkeypatch: pytest.MonkeyPatch, model: str
@@ -564,6 +600,7 @@ def test_the_models_are_measured_side_by_side(tmp_path: Path, server: Server, ba
     heads = (f'<th class="n">{subject}</th>' for subject in ("base", "sft", "dpo"))
     assert "".join(heads) in shown
     assert shown.count("<img ") >= 2
+    assert "has no manifest, so what it was trained on is not known: some prompts may be among it" in shown
     assert run(path)[0][-2:] == ["evaluation skipped", "model skipped"]
     red.write_text(json.dumps({"prompt": "Another one."}) + "\n")
     assert "evaluation begins" in run(path)[0]
