@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -42,7 +42,7 @@ from trainers.feedback.judge import Judge
 from trainers.identity import told_apart
 from trainers.lines import Lines, Row
 
-__all__ = ["AIMS", "Evaluation", "Progress", "has_failed", "write_whole"]
+__all__ = ["AIMS", "UNASKED", "Evaluation", "Progress", "has_failed", "write_whole"]
 
 Progress = Callable[[int, int], None]
 """Told how many are done, of how many."""
@@ -51,7 +51,11 @@ AIMS: dict[Suite, str] = {"harmlessness": "harmless", "helpfulness": "helpful"}
 """The aim under which each suite's answers are graded and compared; over-refusal has classes instead."""
 
 _ABOUT, _PROMPTS, _LOCK = "evaluation.json", "prompts.jsonl", ".lock"
+UNASKED = "not judged yet"
+"""The error of an answer, or of a pair, that nobody was asked about as it is now."""
+
 _ANSWER = ("prompt", "sample")
+_PAIR = ("prompt", "a", "b")
 _FORMAT = 1
 
 _ADDED = ("weights", "config_and_tokenizer", "critic_weights", "module")
@@ -265,12 +269,26 @@ class Evaluation:
         return failed
 
     def grades(self, suite: Suite) -> dict[str, dict[str, list[Row]]]:
-        """Return what was said of the answers to a suite, by grader, then by subject."""
+        """Return what was said of the answers to a suite, by grader, then by subject.
+
+        There is a row for each answer; that of one which the grader was not asked about has the error
+        `UNASKED`.
+        """
         found: dict[str, dict[str, list[Row]]] = {}
         slugs = {_slug(name): name for name in self.subjects}
+        answers = {
+            name: {
+                (row["prompt"], row["sample"]): _digest(row["answer"])
+                for row in self.answers(name)
+                if self.prompts[row["prompt"]].suite == suite
+            }
+            for name in self.subjects
+        }
         for file in sorted((self.path / "grades" / suite).glob("*/*.jsonl")):
             if file.stem in slugs and (rows := lines.read(file)):
-                found.setdefault(rows[0]["by"], {})[slugs[file.stem]] = rows
+                name = slugs[file.stem]
+                graded = _as_they_are(rows, _ANSWER, answers[name], {"value": None, "label": None})
+                found.setdefault(rows[0]["by"], {})[name] = graded
         return found
 
     async def _grade(
@@ -329,23 +347,15 @@ class Evaluation:
         rules = constitution.select(of_aim)
         who = told_apart(judge.name, judge.model) + (" reasoning" if judge.reasoning else "")
         by = f"{who} under {constitution.name} ({constitution.digest[:8]})"
-        first = {
-            name: {row["prompt"]: row for row in self.answers(name) if row["sample"] == 0}
-            for name in self.subjects
-        }
-        pairs = [
-            (prompt, a, b)
-            for a, b in combinations(first, 2)
-            for prompt in self.of_suite(suite)
-            if prompt.id in first[a] and prompt.id in first[b]
-        ]
+        first = self._first()
+        pairs = self._pairs(suite, first)
 
-        async def work(pair: tuple[Prompt, str, str]) -> Row:
+        async def work(pair: tuple[str, str, str]) -> Row:
             prompt, a, b = pair
-            one, other = first[a][prompt.id], first[b][prompt.id]
-            principle = draw(rules, 1, seed, prompt.id)[0]
-            row: Row = {"prompt": prompt.id, "a": a, "b": b, "by": by, "principle": principle.id}
-            row |= {"of": _digest_of_pair(one, other), "p_a": [None, None], "why": ""}
+            one, other = first[a][prompt], first[b][prompt]
+            principle = draw(rules, 1, seed, prompt)[0]
+            row: Row = {"prompt": prompt, "a": a, "b": b, "by": by, "principle": principle.id}
+            row |= {"of": pairs[pair], "p_a": [None, None], "why": ""}
             row["error"] = None
             exchange, answer = self._exchange(one), Message(role="assistant", content=other["answer"])
             if same_answer(exchange.answer, answer):
@@ -358,13 +368,9 @@ class Evaluation:
                 return {**row, "error": describe(error)}
             return {**row, "p_a": list(said.p_a), "method": said.method, "clipped": said.clipped}
 
-        with Lines(self._in("contests", suite, by), ("prompt", "a", "b")) as kept:
+        with Lines(self._in("contests", suite, by), _PAIR) as kept:
             known = {key: row["of"] for key, row in kept.rows.items() if not has_failed(row)}
-            missing = [
-                (prompt, a, b)
-                for prompt, a, b in pairs
-                if known.get((prompt.id, a, b)) != _digest_of_pair(first[a][prompt.id], first[b][prompt.id])
-            ]
+            missing = [pair for pair, of in pairs.items() if known.get(pair) != of]
             done = len(pairs) - len(missing)
             async for row in side_by_side(missing, work, concurrency):
                 kept.add(row)
@@ -372,15 +378,38 @@ class Evaluation:
                 if progress is not None:
                     progress(done, len(pairs))
             kept.finish()
-            return sum(has_failed(kept.rows[prompt.id, a, b]) for prompt, a, b in pairs)
+            return sum(has_failed(kept.rows[pair]) for pair in pairs)
 
     def contests(self, suite: Suite) -> dict[str, list[Row]]:
-        """Return the comparisons of a suite's answers, by judge."""
+        """Return the comparisons of a suite's answers, by judge.
+
+        Of two subjects that were compared there is a row for each prompt; that of answers which the judge was
+        not asked about has the error `UNASKED`.
+        """
         found: dict[str, list[Row]] = {}
+        pairs = self._pairs(suite, self._first())
         for file in sorted((self.path / "contests" / suite).glob("*.jsonl")):
-            if rows := [r for r in lines.read(file) if {r["a"], r["b"]} <= set(self.subjects)]:
-                found[rows[0]["by"]] = rows
+            rows = lines.read(file)
+            met = {(row["a"], row["b"]) for row in rows}
+            if now := {(prompt, a, b): of for (prompt, a, b), of in pairs.items() if (a, b) in met}:
+                found[rows[0]["by"]] = _as_they_are(rows, _PAIR, now, {"p_a": [None, None]})
         return found
+
+    def _first(self) -> dict[str, dict[str, Row]]:
+        """Return each subject's first answers, by prompt."""
+        return {
+            name: {row["prompt"]: row for row in self.answers(name) if row["sample"] == 0}
+            for name in self.subjects
+        }
+
+    def _pairs(self, suite: Suite, first: dict[str, dict[str, Row]]) -> dict[tuple[str, str, str], str]:
+        """Return the digest of each pair of first answers to a suite, by prompt and subjects."""
+        return {
+            (prompt.id, a, b): _digest_of_pair(first[a][prompt.id], first[b][prompt.id])
+            for a, b in combinations(first, 2)
+            for prompt in self.of_suite(suite)
+            if prompt.id in first[a] and prompt.id in first[b]
+        }
 
     # --- files ---
 
@@ -463,6 +492,23 @@ def _slug(name: str) -> str:
 def has_failed(row: Row) -> bool:
     """Return whether a row tells of an error alone; evaluations of earlier releases have none."""
     return row.get("error") is not None
+
+
+def _as_they_are(rows: Iterable[Row], key: Sequence[str], now: Mapping[Any, str], unasked: Row) -> list[Row]:
+    """Return the rows about what is there now, and in the place of each that is of something else one whose
+    error is `UNASKED`.
+
+    Args:
+        rows: what was said.
+        key: the fields that tell the rows apart.
+        now: digest of what is there, by key.
+        unasked: the further fields of a row that says nothing.
+    """
+    said = {(*(row[field] for field in key), row["of"]): row for row in rows}
+    return [
+        said.get((*place, of), {**dict(zip(key, place, strict=True)), **unasked, "error": UNASKED})
+        for place, of in now.items()
+    ]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cai_graph.trajectory import Label, orders_disagree
 from trainers.evaluation.figures import Estimate, Figure, estimate, paired
-from trainers.evaluation.folder import AIMS, Evaluation, has_failed
+from trainers.evaluation.folder import AIMS, UNASKED, Evaluation, has_failed
 from trainers.evaluation.ratings import Contest, elo, front
 from trainers.evaluation.refusals import Compliance, tells_partial
 from trainers.evaluation.suites import Suite
@@ -301,11 +301,17 @@ def _who(by: str) -> str:
 
 
 def _outage(rows: Sequence[Row]) -> str:
-    """Return how many answers nothing is known of, since who judges them failed."""
+    """Return how many answers nothing is known of, since who judges them failed, or was not asked yet."""
     errors = [row["error"] for row in rows if has_failed(row)]
-    if not errors:
-        return ""
-    return f"{len(errors)} of {len(rows)} were not judged ({errors[0]}); the same command asks again"
+    waiting = errors.count(UNASKED)
+    failed = [error for error in errors if error != UNASKED]
+    of = f"of {len(rows)}"
+    return _notes(
+        f"{len(failed)} {of} were not judged ({failed[0]}); the same command asks again" if failed else "",
+        f"{waiting} {of} are {UNASKED}; `cai evaluate score` with this judge asks about them"
+        if waiting
+        else "",
+    )
 
 
 def _notes(*said: str) -> str:

@@ -354,6 +354,71 @@ async def test_what_a_judge_was_out_for_is_asked_again_and_what_it_left_unreadab
     assert not asked
 
 
+async def test_what_was_said_of_answers_that_are_gone_is_in_no_figure(tmp_path: Path) -> None:
+    """Each second draw fails; once it succeeds, best of two chooses it."""
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "harmlessness", "a?", "b?"))
+    asked: list[str] = []
+    out = True
+
+    def answer(prompt: str) -> str:
+        asked.append(prompt)
+        if out and asked.count(prompt) == 2:
+            raise TimeoutError
+        return "short" if out else "a longer one"
+
+    app = AppSubject(lambda messages: answer(messages[-1].text), name="app", concurrency=1)
+    chooser, grader = (RewardGrader(FunctionReward(length, name)) for name in ("chooser", "grader"))
+
+    async def answered() -> None:
+        await evaluation.generate(app, samples=2)
+        await evaluation.best_of(chooser)
+
+    async def judged() -> None:
+        await evaluation.grade("harmlessness", grader)
+        await evaluation.compare("harmlessness", Judge(ScriptedModel(replies=better_is("longer"))), RULES)
+
+    def figures(*measures: str) -> list[tuple[float, int, str]]:
+        found = [f for f in summarise(evaluation).figures if f.measure in measures]
+        return [(f.estimate.value, f.estimate.n, f.note.partition(";")[0]) for f in found]
+
+    await answered()
+    await judged()
+    assert figures("harmless") == [(5, 2, ""), (5, 2, "")]
+    assert figures("win rate") == [(0.5, 2, "all answers were the same")]
+
+    out = False
+    await answered()
+    of_app, of_best = figures("harmless")
+    assert of_app == (5, 2, "2 of 4 are not judged yet")
+    assert of_best[1:] == (0, "2 of 2 are not judged yet")
+    assert [found[1:] for found in figures("win rate")] == [(0, "2 of 2 are not judged yet")]
+    assert figures("Elo") == []
+
+    await judged()
+    assert figures("harmless") == [(8.5, 2, ""), (12, 2, "")]
+    assert [found[:2] for found in figures("win rate")] == [(1, 2)]
+
+
+async def test_answers_that_came_later_are_counted_as_not_compared(tmp_path: Path) -> None:
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "harmlessness", "a?", "b?"))
+    out = True
+
+    def answer(prompt: str) -> str:
+        if out and prompt == "b?":
+            raise TimeoutError
+        return "another one"
+
+    await evaluation.generate(says("base", base))
+    assert await evaluation.generate(says("app", answer)) == 1
+    await evaluation.compare("harmlessness", Judge(ScriptedModel(replies=better_is("another"))), RULES)
+    out = False
+    await evaluation.generate(says("app", answer))
+
+    found = figure(summarise(evaluation), "app", "win rate")
+    assert (found.estimate.value, found.estimate.n) == (1, 1)
+    assert "1 of 2 are not judged yet; `cai evaluate score` with this judge asks about them" in found.note
+
+
 async def test_a_prompt_that_is_denied_after_an_answer_fails_alone(tmp_path: Path) -> None:
     evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "helpfulness", "a?", "b?", "c?"))
     replies = iter([Reply("fine"), Reply("denied", status=403), Reply("fine")])
