@@ -229,18 +229,18 @@ class JudgeReward:
     ) -> None:
         """Take a judge and its constitution; `concurrency` answers are judged at once."""
         self.name = f"{'judge' if isinstance(judge, Judge) else 'critic'}:{judge.name}"
+        self.rules = rules
+        """The constitution."""
         self.unreadable = 0
         """Answers so far that stayed unreadable."""
-        self.constitution = rules.digest
-        """Digest of the constitution."""
-        self._judge, self._rules, self._concurrency, self._waits = judge, rules, concurrency, waits
+        self._judge, self._concurrency, self._waits = judge, concurrency, waits
 
     @property
     def sources(self) -> frozenset[str]:
         """Who judges, and by what: the constitution, or heads, which know nothing of it but its aims."""
         if isinstance(self._judge, ProbeCritic | TrainedCritic):
-            return frozenset(f"{self.name} {principle.aim}" for principle in self._rules.principles)
-        return frozenset({f"{self.name} {self._rules.digest}"})
+            return frozenset(f"{self.name} {principle.aim}" for principle in self.rules.principles)
+        return frozenset({f"{self.name} {self.rules.digest}"})
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
         """Return the judge's ratings, with a number in the place of the few that stayed unreadable."""
@@ -326,9 +326,9 @@ class JudgeReward:
         )
         calls = Calls(Budget(calls=None, forward_passes=None))
         if isinstance(self._judge, Judge):
-            return await self._judge.rate(exchange, self._rules, calls)
-        critique = await self._judge.critique(exchange, self._rules, calls, explain=False)
-        violates = p_violates(critique, self._rules)
+            return await self._judge.rate(exchange, self.rules, calls)
+        critique = await self._judge.critique(exchange, self.rules, calls, explain=False)
+        violates = p_violates(critique, self.rules)
         return None if violates is None else 1 - 2 * violates
 
 
@@ -365,7 +365,9 @@ _KINDS = ("judge", "critic")
 """Who is asked about each answer."""
 
 
-def parse(spec: Spec | Mapping[str, str], *, device: str | None = None) -> Reward:
+def parse(
+    spec: Spec | Mapping[str, str], *, rules: Constitution | None = None, device: str | None = None
+) -> Reward:
     """Return the reward that a config names.
 
     | spec | reward |
@@ -378,11 +380,14 @@ def parse(spec: Spec | Mapping[str, str], *, device: str | None = None) -> Rewar
 
     Args:
         spec: as above.
+        rules: the constitution of a judge or critic whose spec names none, instead of `balanced`.
         device: where reward models run.
 
     Raises:
         ConfigError: it names nothing that there is; says what was found.
     """
+    if isinstance(spec, Mapping) and "constitution" in spec:
+        rules = None
     spec = spelled_out(spec)
     if isinstance(spec, str):
         if Path(spec).expanduser().is_dir():
@@ -401,12 +406,11 @@ def parse(spec: Spec | Mapping[str, str], *, device: str | None = None) -> Rewar
             raise ConfigError(
                 f"reward {found}: write {{judge: MODEL, constitution: NAME}}, or critic for judge"
             )
-        rules = constitution.load(spec["constitution"])
         model = spec[kinds[0]]
         who: Judge | Critic = Judge(model) if kinds[0] == "judge" else critic_for(model)
         at_once = 16 if local.name_in(model) is None else local.CONVERSATIONS // 2
-        return JudgeReward(who, rules, concurrency=at_once)
-    return EnsembleReward([parse(member, device=device) for member in spec])
+        return JudgeReward(who, rules or constitution.load(spec["constitution"]), concurrency=at_once)
+    return EnsembleReward([parse(member, rules=rules, device=device) for member in spec])
 
 
 def spelled_out(spec: Spec | Mapping[str, str]) -> Spec:
@@ -435,7 +439,7 @@ def constitutions(reward: Reward) -> frozenset[str]:
     """Return the digests of the constitutions that a reward's judges go by."""
     if isinstance(reward, EnsembleReward):
         return frozenset().union(*map(constitutions, reward.members))
-    return frozenset({reward.constitution}) if isinstance(reward, JudgeReward) else frozenset()
+    return frozenset({reward.rules.digest}) if isinstance(reward, JudgeReward) else frozenset()
 
 
 def ratings(reward: Reward, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Rated]:

@@ -301,7 +301,7 @@ def score(
         grading = None if critic is None else _critic(critic, by_claim)
         if best_of is not None:
             with measured(f"choosing by {without_password(best_of)}") as tell:
-                await evaluation.best_of(RewardGrader.of(best_of), tell)
+                await evaluation.best_of(RewardGrader.of(best_of, found), tell)
         if self_consistency:
             evaluation.self_consistent()
         for suite in evaluation.suites():

@@ -27,7 +27,8 @@ def graders_for(
 
     Args:
         suite: over-refusal is graded by who classifies refusals, the others by the critic and the rewards.
-        constitution: the critic judges by its principles of the suite's aim.
+        constitution: the critic judges by its principles of the suite's aim, and by all of them a reward that
+            is a judge or a critic whose spec names no constitution.
         critic: None: no critic grades.
         reward: a grader each.
         refusals: `pattern`, `probe` or a model spec; None: refusals are not classified.
@@ -39,4 +40,4 @@ def graders_for(
     if suite not in AIMS:
         return [] if refusals is None else [refusals_for(refusals)]
     by_critic = [] if critic is None else [CriticGrader(critic, constitution, AIMS[suite])]
-    return [*by_critic, *map(RewardGrader.of, reward)]
+    return [*by_critic, *(RewardGrader.of(spec, constitution) for spec in reward)]

@@ -14,7 +14,6 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from cai_graph import constitution as rules
 from cai_graph.calls import Budget, Calls, describe
 from cai_graph.concurrency.together import together
 from cai_graph.constitution import Constitution
@@ -26,7 +25,17 @@ from cai_graph.trajectory import Label, text_of
 from trainers.checkpoint import Checkpoint
 from trainers.feedback import p_violates
 from trainers.identity import identity_of_reward, told_apart
-from trainers.rewards import EnsembleReward, Rated, Reward, Spec, folders, parse, ratings, spelled_out
+from trainers.rewards import (
+    EnsembleReward,
+    JudgeReward,
+    Rated,
+    Reward,
+    Spec,
+    folders,
+    parse,
+    ratings,
+    spelled_out,
+)
 
 __all__ = ["CriticGrader", "Grade", "Grader", "RewardGrader"]
 
@@ -114,11 +123,11 @@ class RewardGrader:
         self.name = f"{name or reward.name} as reward"
 
     @classmethod
-    def of(cls, spec: Spec) -> RewardGrader:
-        """Read a reward's spec. A digest of weights, or of a function's module, is in the name, so that
-        rewards of other weights or another module share no grades; a reward model's folder with the same
-        weights and another config or tokenizer has the same name."""
-        reward = parse(spec)
+    def of(cls, spec: Spec, rules: Constitution | None = None) -> RewardGrader:
+        """Read a reward's spec, as `trainers.rewards.parse`. A digest of weights, of a judge's constitution,
+        or of a function's module is in the name, so that rewards that differ in it share no grades; a reward
+        model's folder with the same weights and another config or tokenizer has the same name."""
+        reward = parse(spec, rules=rules)
         return cls(reward, name=_name_of(spec, reward))
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
@@ -146,13 +155,9 @@ def _name_of(spec: Spec, reward: Reward) -> str:
     spec = spelled_out(spec)
     if isinstance(reward, EnsembleReward):
         return " and ".join(_name_of(one, member) for one, member in zip(spec, reward.members, strict=True))
-    if isinstance(spec, dict):
+    if isinstance(spec, dict) and isinstance(reward, JudgeReward):
         (model,) = (one for kind, one in spec.items() if kind != "constitution")
-        name = told_apart(reward.name, model)
-        if spec["constitution"] == "balanced":
-            return name
-        found = rules.load(spec["constitution"])
-        return f"{name} under {found.name} ({found.digest[:8]})"
+        return f"{told_apart(reward.name, model)} under {reward.rules.name} ({reward.rules.digest[:8]})"
     for folder in folders(spec):
         return f"{spec} ({Checkpoint.open(folder).digest[:8]})"
     _, module = identity_of_reward(spec)

@@ -287,8 +287,8 @@ def _note(evaluation: Evaluation, subject: str, by: str) -> str:
 def _who(by: str) -> str:
     """Return who is behind the name of a grader or a judge, in whatever role it speaks.
 
-    >>> critic = "m by claim as critic under c (1f)"
-    >>> {_who(by) for by in ("judge:m as reward", critic, "m under c (1f)", "m reasoning under c (1f)")}
+    >>> critic, reward = "m by claim as critic under c (1f)", "judge:m under c (1f) as reward"
+    >>> {_who(by) for by in (reward, critic, "m under c (1f)", "m reasoning under c (1f)")}
     {'m'}
     """
     name = by.partition(" as ")[0].partition(" under ")[0]

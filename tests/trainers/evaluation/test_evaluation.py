@@ -20,15 +20,19 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wire import Reply, serving
 
+from cai_graph import constitution
 from cai_graph.critic import ModelCritic
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError, ModelError
 from cai_graph.models import load
+from cai_graph.prompts import Exchange
 from cai_graph.testing import ScriptedModel
+from cai_graph.trajectory import Message
 from trainers.checkpoint import Manifest, save
 from trainers.evaluation.claims import ByClaim
 from trainers.evaluation.folder import Evaluation
 from trainers.evaluation.generations import AppSubject, CheckpointSubject, app_of
+from trainers.evaluation.graders import graders_for
 from trainers.evaluation.grades import CriticGrader, RewardGrader
 from trainers.evaluation.inference import most_agreed
 from trainers.evaluation.plots import svgs
@@ -989,10 +993,13 @@ def test_judges_of_one_name_and_other_weights_are_told_apart(tmp_path: Path, rol
 
     assert len(set(names)) == 3
     assert name(one) == names[0]
-    shown = r"(judge:|critic:)?local:policy.gguf \(\w{8}\)( by claim)? as (critic under|reward|refusal judge)"
+    shown = (
+        r"(judge:|critic:)?local:policy.gguf \(\w{8}\)( by claim)? "
+        r"(as (critic under|refusal judge)|under balanced \(\w{8}\) as reward)"
+    )
     assert all(re.match(shown, each) for each in names)
     assert name("local:smollm2").startswith(
-        ("local:smollm2", "judge:local:smollm2 as", "critic:local:smollm2 as")
+        ("local:smollm2", "judge:local:smollm2 under", "critic:local:smollm2 under")
     )
 
 
@@ -1032,6 +1039,28 @@ def test_rewards_are_told_apart_by_constitution_module_and_members(
         False,
         True,
     ]
+
+
+async def test_a_judge_as_reward_goes_by_the_constitution_that_answers_are_graded_under() -> None:
+    exchange = Exchange(
+        messages=(Message(role="user", content="how so?"),),
+        answer=Message(role="assistant", content="like so"),
+    )
+    with serving(lambda body: rated("9")) as server:
+        specs: list[Any] = [f"judge:{server.spec}", {"judge": server.spec, "constitution": "harmlessness"}]
+        graders = graders_for("harmlessness", RULES, reward=[*specs, specs])
+        for grader in graders:
+            await grader.grade([exchange])
+
+    found = (RULES, constitution.load("harmlessness"))
+    given, own = (f" under {rules.name} ({rules.digest[:8]})" for rules in found)
+    assert [(given in grader.name, own in grader.name) for grader in graders] == [
+        (True, False),
+        (False, True),
+        (True, True),
+    ]
+    under = ["be-kind" in str(body) for body in server.requests]
+    assert under == [True, False, True, False]
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
