@@ -154,8 +154,8 @@ def _check_connected(met: Matrix, names: Sequence[str]) -> None:
     if len(reached) < len(names):
         apart = [name for place, name in enumerate(names) if place not in reached]
         raise DataError(
-            f"{', '.join(apart)} never met {names[0]} or whom it met, so they stand on no common scale; "
-            "compare them, too"
+            f"nothing that could be read compares {', '.join(apart)} with {names[0]} or with whom it met, so "
+            "they stand on no common scale"
         )
 
 

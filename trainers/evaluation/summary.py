@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+from cai_graph.errors import DataError
 from cai_graph.trajectory import Label, orders_disagree
 from trainers.evaluation.figures import Estimate, Figure, estimate, paired
 from trainers.evaluation.folder import AIMS, UNASKED, Evaluation, has_failed
@@ -76,6 +77,7 @@ def summarise(evaluation: Evaluation) -> Summary:
         DataError: a file cannot be read.
     """
     figures: list[Figure] = []
+    notes = list(evaluation.notes)
     by_aim: dict[Suite, dict[str, dict[str, Estimate]]] = {}
     for suite in evaluation.suites():
         figures += _of_answers(evaluation, suite)
@@ -91,16 +93,19 @@ def summarise(evaluation: Evaluation) -> Summary:
                 found = _of_classes(evaluation, by, graded)
             figures += found
         for by, contests in evaluation.contests(suite).items():
-            figures += _of_contests(evaluation, suite, by, contests)
+            outcomes = _outcomes(contests)
+            figures += _win_rates(evaluation, suite, by, contests, outcomes)
+            try:
+                figures += _elo(evaluation, suite, by, outcomes)
+            except DataError as error:
+                notes.append(f"{suite}, by {by}: no Elo: {error}")
     fronts = tuple(
         _pareto(helpful_by, harmless_by, helpful, harmless)
         for helpful_by, helpful in by_aim.get("helpfulness", {}).items()
         for harmless_by, harmless in by_aim.get("harmlessness", {}).items()
         if len(helpful.keys() & harmless.keys()) > 1
     )
-    return Summary(
-        subjects=evaluation.subjects, figures=tuple(figures), fronts=fronts, notes=evaluation.notes
-    )
+    return Summary(subjects=evaluation.subjects, figures=tuple(figures), fronts=fronts, notes=tuple(notes))
 
 
 def _of_answers(evaluation: Evaluation, suite: Suite) -> list[Figure]:
@@ -186,15 +191,19 @@ def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[R
     return figures
 
 
-def _of_contests(evaluation: Evaluation, suite: Suite, by: str, rows: Sequence[Row]) -> list[Figure]:
-    """Return win rates against the first subject, and Elo where there are at least two subjects.
+def _outcomes(rows: Sequence[Row]) -> list[Contest]:
+    """Return what was decided.
 
     A judge that chose another answer when the order was turned round prefers neither: that is a tie. A pair
     with an order that could not be read counts nowhere.
     """
-    outcomes = [
-        Contest(row["prompt"], row["a"], row["b"], _outcome(*row["p_a"])) for row in rows if _read(row)
-    ]
+    return [Contest(row["prompt"], row["a"], row["b"], _outcome(*row["p_a"])) for row in rows if _read(row)]
+
+
+def _win_rates(
+    evaluation: Evaluation, suite: Suite, by: str, rows: Sequence[Row], outcomes: Sequence[Contest]
+) -> list[Figure]:
+    """Return the win rate of each subject against the first."""
     figures = []
     first = evaluation.subjects[0]
     prompts = len(evaluation.of_suite(suite))
@@ -220,20 +229,28 @@ def _of_contests(evaluation: Evaluation, suite: Suite, by: str, rows: Sequence[R
                     ),
                 )
             )
-    if outcomes:
-        figures += [
-            _figure(
-                prompts,
-                rated,
-                subject=name,
-                suite=suite,
-                measure="Elo",
-                by=by,
-                note=_note(evaluation, name, by),
-            )
-            for name, rated in elo(outcomes).items()
-        ]
     return figures
+
+
+def _elo(evaluation: Evaluation, suite: Suite, by: str, outcomes: Sequence[Contest]) -> list[Figure]:
+    """Return the Elo of the subjects that met.
+
+    Raises:
+        DataError: they stand on no common scale.
+    """
+    prompts = len(evaluation.of_suite(suite))
+    return [
+        _figure(
+            prompts,
+            rated,
+            subject=name,
+            suite=suite,
+            measure="Elo",
+            by=by,
+            note=_note(evaluation, name, by),
+        )
+        for name, rated in (elo(outcomes) if outcomes else {}).items()
+    ]
 
 
 def _figure(prompts: int, found: Estimate, **fields: Any) -> Figure:

@@ -193,6 +193,27 @@ async def test_what_a_judge_cannot_decide_is_in_no_win_rate(tmp_path: Path) -> N
     assert "Elo" not in {f.measure for f in summarise(evaluation).figures}
 
 
+async def test_subjects_that_no_readable_contest_links_have_no_elo_and_all_other_figures(
+    tmp_path: Path,
+) -> None:
+    evaluation = Evaluation.begin(tmp_path / "eval", suite(tmp_path, "harmlessness", "a?"))
+    for name in "abcd":
+        await evaluation.generate(says(name, lambda _, name=name: f"answer {name}"))  # type: ignore[misc]
+
+    def reply(messages: list[BaseMessage]) -> str:
+        shown = "".join(name for name in "abcd" if f"answer {name}" in messages[-1].text)
+        return "Better: A" if shown in ("ab", "cd") else "I cannot say."
+
+    await evaluation.compare("harmlessness", Judge(ScriptedModel(replies=reply)), RULES)
+
+    summary = summarise(evaluation)
+    assert {f.measure for f in summary.figures} == {"words", "cut short", "win rate"}
+    (note,) = summary.notes
+    assert note.startswith("harmlessness, by ScriptedModel under rules (")
+    assert "no Elo: nothing that could be read compares c, d with a" in note
+    assert table(summary).key[-1] == note
+
+
 async def test_equal_answers_are_a_tie_that_nobody_is_asked_about(tmp_path: Path) -> None:
     evaluation = Evaluation.begin(tmp_path / "eval", prompts(tmp_path))
     for subject in (says("one", base), says("two", base)):
