@@ -5,18 +5,20 @@ answers, how it pauses and how it hands over. Also how a graph that stands aroun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.messages import AIMessage, BaseMessage, convert_to_messages
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.base import RunnableBindingBase
-from langchain_core.runnables.config import var_child_runnable_config
+from langchain_core.runnables.config import ensure_config, merge_configs, var_child_runnable_config
 from langchain_core.runnables.history import RunnableWithMessageHistory
 from langgraph.config import get_stream_writer
 from langgraph.errors import GraphBubbleUp, ParentCommand
 from langgraph.pregel import Pregel
 from langgraph.types import Command, GraphOutput, Send
+
+from cai_graph.concurrency.context import apart
 
 __all__ = [
     "CHECKPOINTER",
@@ -29,6 +31,7 @@ __all__ = [
     "Paused",
     "as_asked",
     "call_options",
+    "config_of",
     "configurable_of",
     "gives_chunks",
     "graph_of",
@@ -56,6 +59,8 @@ TASK = "__pregel_task_id"
 """Key under which it tells a node of its task."""
 STEPS = "checkpoint_map"
 """Key under which it tells a node from which checkpoints the graphs around it go on."""
+_PLACE = {"thread_id", "checkpoint_ns", "checkpoint_id", "checkpoint_map"}
+"""Keys under which a call says where in a checkpointer a graph keeps its state."""
 STEP_LIMIT = 10_000
 """How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
 
@@ -122,6 +127,28 @@ def configurable_of(app: Runnable[Any, Any], config: RunnableConfig) -> dict[str
     return {name: value for each in configs for name, value in (each.get("configurable") or {}).items()}
 
 
+def config_of(app: Runnable[Any, Any], given: RunnableConfig | None) -> RunnableConfig:
+    """Return a call's configuration with what stands around it, as the app itself would have it.
+
+    A graph that is called, or bound, to keep its state in a place of its own has nothing to do with where the
+    graph around keeps its own; another one has what its caller leaves open. The name, tags and metadata that
+    are bound to an app are its caller's, too.
+    """
+    config = ensure_config(given)
+    told = ("run_name", "tags", "metadata")
+    bound = [
+        {name: value for name, value in each.items() if name in told}
+        for each in reversed(_bound_configs(app))
+    ]
+    with apart():  # else LangChain merges what stands around over each of them
+        own = ensure_config(given)
+        config = merge_configs(*cast("list[RunnableConfig]", bound), config)
+    if is_graph(app):
+        around = {} if _PLACE & configurable_of(app, own).keys() else _around().get("configurable") or {}
+        config["configurable"] = {**around, **own["configurable"]}
+    return config
+
+
 def step_limit(app: Runnable[Any, Any], given: RunnableConfig | None) -> int | None:
     """Return how many steps a graph may take; None where an app is none.
 
@@ -130,14 +157,20 @@ def step_limit(app: Runnable[Any, Any], given: RunnableConfig | None) -> int | N
     """
     if not is_graph(app):
         return None
-    for config in (given or {}, *_bound_configs(app), var_child_runnable_config.get() or {}):
+    for config in (given or {}, *_bound_configs(app), _around()):
         if "recursion_limit" in config:
             return config["recursion_limit"]
     return STEP_LIMIT
 
 
 def _bound_configs(app: Runnable[Any, Any]) -> list[RunnableConfig]:
-    return [config for layer in layers(app) if (config := getattr(layer, "config", None))]
+    found = (getattr(layer, "config", None) for layer in layers(app))
+    return [cast("RunnableConfig", config) for config in found if isinstance(config, Mapping)]
+
+
+def _around() -> RunnableConfig:
+    """Return the configuration that LangChain and LangGraph carry to this place; empty where they do not."""
+    return var_child_runnable_config.get() or {}
 
 
 def outer_writer() -> Callable[[Any], None] | None:

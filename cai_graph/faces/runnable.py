@@ -8,15 +8,25 @@ from dataclasses import replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-from langchain_core.runnables import Runnable, RunnableConfig
-from langchain_core.runnables.config import merge_configs, patch_config
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
+from langchain_core.runnables.config import patch_config
 from langchain_core.runnables.utils import ConfigurableField, ConfigurableFieldSpec
 
 from cai_graph.app.handlers import Shown, shows_answers
 from cai_graph.app.shape import added
 from cai_graph.app.streams import Piece
-from cai_graph.app.wrapped import as_asked, gives_chunks, is_pause, layers, resumes, step_limit
+from cai_graph.app.wrapped import (
+    as_asked,
+    config_of,
+    gives_chunks,
+    is_graph,
+    is_pause,
+    layers,
+    resumes,
+    step_limit,
+)
 from cai_graph.concurrency import bridge
+from cai_graph.concurrency.context import apart
 from cai_graph.faces.guard import Guard
 from cai_graph.messages import to_langchain
 from cai_graph.request.plan import Plan
@@ -73,7 +83,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                 return cast("Output", self.guard.overheard(value, under).invoke(kwargs))
             return bridge.run(lambda caller: self._whole(value, under, kwargs, caller))
 
-        return self._call_with_config(answer, input, self._named(config))
+        return self._call_with_config(answer, input, config_of(self.app, config))
 
     async def ainvoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
         """Answer."""
@@ -85,7 +95,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                 return cast("Output", await self.guard.overheard(value, under).ainvoke(kwargs))
             return await self._whole(value, under, kwargs)
 
-        return await self._acall_with_config(answer, input, self._named(config))
+        return await self._acall_with_config(answer, input, config_of(self.app, config))
 
     def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
         """Answer in chunks, which leave as `Settings.stream` says; the wrapped app runs in this thread."""
@@ -119,7 +129,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                 return
             yield from bridge.stream(lambda caller: self._chunks(value, under, options, caller))
 
-        made = self._transform_stream_with_config(input, chunks, self._named(config))
+        made = self._transform_stream_with_config(input, chunks, config_of(self.app, config))
         with closing(made) as answered:  # type: ignore[type-var]
             yield from answered
 
@@ -170,20 +180,10 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                 async for chunk in answered:
                     yield chunk
 
-        made = self._atransform_stream_with_config(input, chunks, self._named(config))
+        made = self._atransform_stream_with_config(input, chunks, config_of(self.app, config))
         async with aclosing(made) as answered:  # type: ignore[type-var]
             async for chunk in answered:
                 yield chunk
-
-    def _named(self, config: RunnableConfig | None) -> RunnableConfig | None:
-        """Return a call's configuration; the name, tags and metadata bound to the app are this run's, too."""
-        told = ("run_name", "tags", "metadata")
-        bound = [
-            cast("RunnableConfig", {name: each[name] for name in told if name in each})
-            for layer in reversed(layers(self.app))
-            if isinstance(each := getattr(layer, "config", None), Mapping)
-        ]
-        return merge_configs(*bound, config) if any(bound) else config
 
     async def _whole(
         self,
@@ -267,7 +267,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
             kept.append(trajectory)
             return cast("Output", as_asked(output, self.app, kwargs) if trajectory else output)
 
-        output = await self._acall_with_config(answer, input, self._named(config))
+        output = await self._acall_with_config(answer, input, config_of(self.app, config))
         if kept[0] is None:
             raise awaits(output)
         return Answered(output, kept[0])
@@ -330,12 +330,28 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         """Return the same around the app and its alternatives: they answer under the constitution, too."""
         return self._around(cast("Any", self.app).configurable_alternatives(which, **kwargs))
 
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Runnable[Input, Output]:
+        """Return the same with a configuration bound to it."""
+        if not is_graph(self.app):
+            return super().with_config(config, **kwargs)
+        bound = cast("RunnableConfig", {**(config or {}), **kwargs})
+        return _Configured(bound=self, config=bound, kwargs={})
+
     def _around(self, app: Runnable[Input, Output]) -> ConstitutionalRunnable[Input, Output]:
         return ConstitutionalRunnable(replace(self.guard, app=app))
 
     def get_graph(self, config: RunnableConfig | None = None) -> Graph:
         """Return the wrapped app's graph."""
         return self.app.get_graph(config)
+
+
+class _Configured(RunnableBinding[Input, Output]):
+    """A wrapped graph with a configuration bound to it, which says nothing of the graph around, as a graph's."""
+
+    def _merge_configs(self, *configs: RunnableConfig | None) -> RunnableConfig:
+        with apart():
+            merged = super()._merge_configs(*configs)
+        return cast("RunnableConfig", {name: value for name, value in merged.items() if value})
 
 
 _OF_A_GRAPH = {

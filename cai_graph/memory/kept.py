@@ -68,12 +68,14 @@ class Kept:
         if compiled is None or not getattr(compiled, "checkpointer", None):
             return cls(app)
         given = configurable_of(app, config)
+        keeper = given.get(CHECKPOINTER, compiled.checkpointer)
+        if keeper is None:  # a graph around says so, as it has none itself
+            return cls(app)
         if (name := given.get("thread_id")) is None:  # the graph itself says that it needs one
             return cls(app)
         # The run may have begun at an earlier checkpoint; what it came to stands in the thread's last one.
         thread = {key: value for key, value in given.items() if key not in (STREAM, "checkpoint_id")}
         at = given.get("checkpoint_id")
-        keeper = given.get(CHECKPOINTER) or compiled.checkpointer
         turn = Turn((id(keeper), str(name), given.get("checkpoint_ns") or ""))
         begun = RunnableConfig(configurable={**thread, "checkpoint_id": at}) if at is not None else None
         return cls(app, turn, Memory(compiled, RunnableConfig(configurable=thread), caller), begun)
@@ -196,7 +198,8 @@ class Kept:
             self._cannot_reach()
 
     def _cannot_reach(self) -> None:
-        if (found := memory_in(self.app)) is not None:
+        found = memory_in(self.app)
+        if found is not None and found is not graph_of(self.app):  # that one is reached, or not in use
             warn(f"the memory of the {type(found).__name__} inside cannot be reached")
 
     def _goes_on(self, memory: Memory, resumed: bool) -> bool:

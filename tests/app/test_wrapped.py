@@ -352,6 +352,55 @@ async def test_in_a_node_a_graph_with_a_memory_of_its_own_remembers_what_left(wa
     assert seen == [["hello", "better"], ["hello", "better"] * 2] if own else [["hello", "better"]] * 2
 
 
+OWN: Any = {"configurable": {"thread_id": "own"}}
+ON_ITS_OWN: dict[str, tuple[Callable[..., Any], Any]] = {
+    "bound tags": (lambda app, **settings: guard(app.with_config(tags=["x"]), **settings), OWN),
+    "tags bound behind": (lambda app, **settings: guard(app, **settings).with_config(tags=["x"]), OWN),
+    "bound thread": (lambda app, **settings: guard(app.with_config(OWN), **settings), None),
+    "bound thread, more given": (
+        lambda app, **settings: guard(app.with_config(OWN), **settings),
+        {"configurable": {"user": "ann"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+@pytest.mark.parametrize("way", ["invoke", "ainvoke"])
+@pytest.mark.parametrize("binding", ON_ITS_OWN)
+async def test_in_a_node_a_graph_on_a_thread_of_its_own_remembers_that(
+    binding: str, way: str, mode: Any
+) -> None:
+    build, config = ON_ITS_OWN[binding]
+    app = remembering()
+    guarded = build(app, mode=mode)
+
+    def node(state: MessagesState) -> Any:
+        return {"messages": guarded.invoke(HELLO, config)["messages"][-1:]}
+
+    async def anode(state: MessagesState) -> Any:
+        return {"messages": (await guarded.ainvoke(HELLO, config))["messages"][-1:]}
+
+    outer = outer_graph(node if way == "invoke" else anode, InMemorySaver())
+    for _ in (1, 2):
+        await call(outer, way, HELLO)
+
+    left = "better" if mode == "enforce" else "the draft"
+    assert stored(app, OWN) == ["hello", left] * 2
+
+
+@pytest.mark.parametrize("bound", [{}, {"tags": ["x"]}])
+def test_in_a_node_what_a_call_does_not_say_is_the_graphs_around(bound: Any) -> None:
+    guarded = guard(asking_app().compile().with_config(**bound))
+
+    def node(state: Asked) -> Any:
+        return guarded.invoke(state, {"configurable": {"user": "ann"}})
+
+    outer = StateGraph(Asked).add_node("app", node).add_edge(START, "app").compile(InMemorySaver())
+    outer.invoke({"question": "hello"}, THREAD)
+
+    assert outer.invoke(Command(resume=True), THREAD)["answer"] == "better"
+
+
 class Notes(MessagesState):
     notes: Annotated[list[str], Topic(str, accumulate=True)]
 

@@ -224,6 +224,14 @@ async def test_a_function_that_remembers_is_given_what_left(kind: str, way: str)
     assert seen == [["hi"], ["hi", "better", "two"]]
 
 
+def test_in_a_graph_without_a_memory_there_is_none_and_nothing_is_logged_of_it(caplog: Any) -> None:
+    outer = StateGraph(MessagesState).add_node("app", guard(graph(writer([])))).add_edge(START, "app")
+
+    outer.compile().invoke(HI, THREAD)
+
+    assert caplog.records == []
+
+
 def test_a_graph_that_is_told_no_thread_says_so_itself() -> None:
     with pytest.raises(ValueError, match="Checkpointer requires"):
         guard(graph(writer([]))).invoke(HI)
