@@ -19,6 +19,8 @@ from langgraph.pregel import Pregel
 from langgraph.types import Command, GraphOutput, Send
 
 from cai_graph.concurrency.context import apart
+from cai_graph.messages import from_langchain
+from cai_graph.trajectory import shown_of
 
 __all__ = [
     "CHECKPOINTER",
@@ -241,7 +243,8 @@ _HANDOFF = "__handoff__"
 def handed_over(error: BaseException | None) -> dict[str, Any] | None:
     """Return the update that a graph hands to the graph around it, in the place of an output.
 
-    None where an error is no handoff, or its update no dict with an AI message: then nothing is to be judged.
+    None where an error is no handoff, its update no dict with an AI message, or the last one of these has no
+    words: then nothing is to be judged.
     """
     if not isinstance(error, ParentCommand):
         return None
@@ -249,7 +252,8 @@ def handed_over(error: BaseException | None) -> dict[str, Any] | None:
     given = command.update if isinstance(command.update, Mapping) else {}
     update = {key: _as_messages(value) for key, value in given.items()}
     said = [each for value in update.values() for each in (value if isinstance(value, list) else [value])]
-    if not any(isinstance(each, AIMessage) for each in said):
+    by_model = [each for each in said if isinstance(each, AIMessage)]
+    if not by_model or not shown_of(from_langchain(by_model[-1])).strip():
         return None
     ways = command.goto if isinstance(command.goto, list | tuple) else [command.goto]
     goto = [

@@ -346,7 +346,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
 
 class _Configured(RunnableBinding[Input, Output]):
-    """A wrapped graph with a configuration bound to it, which says nothing of the graph around, as a graph's."""
+    """A wrapped graph with a configuration bound to it, merged as LangGraph does it."""
 
     def _merge_configs(self, *configs: RunnableConfig | None) -> RunnableConfig:
         with apart():

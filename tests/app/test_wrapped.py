@@ -568,6 +568,20 @@ def test_a_handoff_without_words_is_passed_on_and_not_logged(tmp_path: Path) -> 
     assert [message.text for message in output["messages"]] == ["hello", "Here is Bob."]
 
 
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+def test_a_handoff_whose_agent_says_nothing_is_passed_on_and_not_logged(mode: str, tmp_path: Path) -> None:
+    judge = by_role(critique="hard to say")
+    with open_log(tmp_path / "cai.db") as log:
+        graph = team_of("", Bob(), log=log, mode=mode, critic=judge, reviser=judge)
+        output = graph.invoke(HELLO)
+        if (shadow := graph.nodes["alice"].bound.shadow) is not None:
+            shadow.close()
+        assert logged(log) == []
+
+    assert [message.text for message in output["messages"]] == ["hello", "", "handed over", "Here is Bob."]
+    assert judge.calls == []
+
+
 async def test_in_shadow_mode_what_is_said_beside_a_handoff_is_logged(tmp_path: Path) -> None:
     with open_log(tmp_path / "cai.db") as log:
         graph = team_of("the draft", Bob(), log=log, mode="shadow")
