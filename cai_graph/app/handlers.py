@@ -33,6 +33,7 @@ from langchain_core.tracers.base import AsyncBaseTracer, BaseTracer
 from langchain_core.tracers.context import run_collector_var
 
 from cai_graph.app.streams import Piece
+from cai_graph.app.wrapped import without_words
 from cai_graph.concurrency import bridge
 from cai_graph.trajectory import shown_of
 
@@ -201,8 +202,8 @@ class _Aside(BaseCallbackHandler):
         self.raise_error, self.run_inline = handler.raise_error, handler.run_inline
         for event, (ignored, known_as) in _ASIDE.items():
             if _hears(handler, event) and not getattr(handler, ignored):
-                hear = getattr(handler, event)
-                setattr(self, event, hear if run_id is None else _always(hear, {known_as: run_id}))
+                about = {} if run_id is None else {known_as: run_id}
+                setattr(self, event, _aside(getattr(handler, event), about))
 
 
 _ASIDE = {
@@ -213,14 +214,14 @@ _ASIDE = {
 """Events without a word of an answer: what ignores them, and which argument names a run that is not shown."""
 
 
-def _always(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any]:
-    """Return `hear` with these arguments, whatever its caller says."""
+def _aside(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any]:
+    """Return `hear` with these arguments, whatever its caller says, and without what a model said."""
 
     async def tell_async(*args: Any, **kwargs: Any) -> Any:
-        return await hear(*args, **{**kwargs, **about})
+        return await hear(*map(without_words, args), **{**kwargs, **about})
 
     def tell(*args: Any, **kwargs: Any) -> Any:
-        return hear(*args, **{**kwargs, **about})
+        return hear(*map(without_words, args), **{**kwargs, **about})
 
     return tell_async if asyncio.iscoroutinefunction(hear) else tell
 

@@ -5,6 +5,7 @@ answers, how it pauses and how it hands over. Also how a graph that stands aroun
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from langchain_core.language_models import BaseLanguageModel
@@ -49,6 +50,7 @@ __all__ = [
     "step_limit",
     "untyped",
     "waits",
+    "without_words",
 ]
 
 STREAM = "__pregel_stream"
@@ -255,10 +257,9 @@ def handed_over(error: BaseException | None) -> dict[str, Any] | None:
     by_model = [each for each in said if isinstance(each, AIMessage)]
     if not by_model or not shown_of(from_langchain(by_model[-1])).strip():
         return None
-    ways = command.goto if isinstance(command.goto, list | tuple) else [command.goto]
     goto = [
         {"node": way.node, "arg": way.arg, "timeout": way.timeout} if isinstance(way, Send) else way
-        for way in ways
+        for way in _ways(command)
     ]
     return {**update, _HANDOFF: {"graph": command.graph, "goto": goto}}
 
@@ -271,6 +272,27 @@ def handoff(output: Any) -> ParentCommand | None:
     to = output[_HANDOFF]
     goto = [way if isinstance(way, str) else Send(**way) for way in to["goto"]]
     return ParentCommand(Command(graph=to["graph"], update=update, goto=goto))
+
+
+def without_words(output: Any) -> Any:
+    """Return what a tool returned as readers may be told of it: a command without what a model said."""
+    if isinstance(output, list):
+        return [without_words(each) for each in output]
+    if not isinstance(output, Command):
+        return output
+    update: dict[str, Any] = {}
+    for key, value in (output.update if isinstance(output.update, Mapping) else {}).items():
+        if isinstance(value, list):
+            update[key] = [each for each in _as_messages(value) if not isinstance(each, AIMessage)]
+        elif not isinstance(value, AIMessage):
+            update[key] = value
+    goto = [way.node if isinstance(way, Send) else way for way in _ways(output)]
+    return replace(output, update=update, goto=output.goto if isinstance(output.goto, str) else goto)
+
+
+def _ways(command: Command[Any]) -> list[Any]:
+    """Return where a command goes on, in one way or several."""
+    return [*command.goto] if isinstance(command.goto, list | tuple) else [command.goto]
 
 
 def _as_messages(value: Any) -> Any:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pytest
 from langchain.agents import create_agent
 from langchain_classic.callbacks import AsyncIteratorCallbackHandler
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler, dispatch_custom_event
 from langchain_core.documents import Document
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import LLMResult
 from langchain_core.retrievers import BaseRetriever
@@ -26,6 +26,8 @@ from langchain_core.tracers.base import BaseTracer
 from langchain_core.tracers.schemas import Run
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, MessagesState, StateGraph
+from langgraph.prebuilt import InjectedState
+from langgraph.types import Command, Send
 from replies import RULES, answer_in, by_role, role_of, verdicts
 
 from cai_graph import ScriptedModel, constitutional
@@ -230,6 +232,54 @@ async def test_a_wrapped_app_has_no_leak() -> None:
     made = case("blocks", "revised")
 
     assert await leaks(chat(scripted(made, fails=False), constitution=RULES, log=None), "hello", CANARY) == []
+
+
+class Handing(ScriptedModel):
+    """A model that takes tools."""
+
+    def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+        return self.bind()
+
+
+def team(model: ScriptedModel, *, sends: bool = False, **settings: Any) -> Any:
+    """A graph with a guarded agent, which says something and hands over to `bob` with all of its messages."""
+
+    @tool
+    def hand_over(state: Annotated[dict[str, Any], InjectedState]) -> Any:
+        """Hand over to Bob."""
+        call = state["messages"][-1].tool_calls[0]["id"]
+        update = {"messages": [*state["messages"], ToolMessage("handed over", tool_call_id=call)]}
+        return Command(graph=Command.PARENT, goto=Send("bob", update) if sends else "bob", update=update)
+
+    agent = create_agent(Handing(replies=model.replies), [hand_over], name="alice")
+    guarded = constitutional(agent, constitution=RULES, log=None, critic=model, reviser=model, **settings)
+    graph = StateGraph(MessagesState).add_node("alice", guarded, destinations=("bob",))
+    return graph.add_node("bob", lambda state: {}).add_edge(START, "alice").compile()
+
+
+def handing(case: Case) -> ScriptedModel:
+    call: Any = {"name": "hand_over", "args": {}, "id": "c1"}
+    said = scripted(case, fails=False).replies
+    return ScriptedModel(
+        replies=lambda asked: AIMessage(said(asked), tool_calls=[call] if role_of(asked) == "draft" else [])
+    )
+
+
+@pytest.mark.parametrize("sends", [False, True])
+async def test_no_stream_shows_a_rejected_word_beside_a_handoff(sends: bool) -> None:
+    app = team(handing(case("buffer", "revised")), sends=sends)
+
+    assert await leaks(app, {"messages": [("user", "hello")]}, CANARY) == []
+
+
+async def test_events_show_what_a_tool_says_as_it_hands_over() -> None:
+    app = team(handing(case("buffer", "revised")))
+
+    events = [event async for event in app.astream_events({"messages": [("user", "hi")]}, version="v2")]
+
+    (output,) = [event["data"]["output"] for event in events if event["event"] == "on_tool_end"]
+    assert output.goto == "bob"
+    assert [message.text for message in output.update["messages"]] == ["hi", "handed over"]
 
 
 # --- handlers that hear tokens ------------------------------------------------------------------------
