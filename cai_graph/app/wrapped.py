@@ -21,7 +21,7 @@ from langgraph.types import Command, GraphOutput, Send
 
 from cai_graph.concurrency.context import apart
 from cai_graph.messages import from_langchain
-from cai_graph.trajectory import shown_of
+from cai_graph.trajectory import Trajectory, shown_of
 
 __all__ = [
     "CHECKPOINTER",
@@ -30,6 +30,7 @@ __all__ = [
     "STEP_LIMIT",
     "STREAM",
     "TASK",
+    "HandedOver",
     "ParentCommand",
     "Paused",
     "as_asked",
@@ -264,14 +265,22 @@ def handed_over(error: BaseException | None) -> dict[str, Any] | None:
     return {**update, _HANDOFF: {"graph": command.graph, "goto": goto}}
 
 
-def handoff(output: Any) -> ParentCommand | None:
+class HandedOver(ParentCommand):
+    """Hands an update over with what leaves."""
+
+    def __init__(self, command: Command[Any], output: Any, trajectory: Trajectory) -> None:
+        super().__init__(command)
+        self.output, self.trajectory = output, trajectory
+
+
+def handoff(output: Any, trajectory: Trajectory) -> HandedOver | None:
     """Return what hands such an update over; None where an output is none."""
     if not isinstance(output, Mapping) or _HANDOFF not in output:
         return None
     update = {key: value for key, value in output.items() if key != _HANDOFF}
     to = output[_HANDOFF]
     goto = [way if isinstance(way, str) else Send(**way) for way in to["goto"]]
-    return ParentCommand(Command(graph=to["graph"], update=update, goto=goto))
+    return HandedOver(Command(graph=to["graph"], update=update, goto=goto), output, trajectory)
 
 
 def without_words(output: Any) -> Any:

@@ -25,6 +25,7 @@ from cai_graph.app.shape import Shape
 from cai_graph.app.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
 from cai_graph.app.wrapped import (
     STREAM,
+    HandedOver,
     ParentCommand,
     Paused,
     handed_over,
@@ -148,7 +149,8 @@ class Guard:
         Raises:
             AwaitsReview: a person is waited for, and the output can say nothing of it (policy `human`).
             GraphInterrupt: a person is waited for, inside an outer graph.
-            ParentCommand: the app hands over to an outer graph, with what leaves.
+            HandedOver: the app hands over to an outer graph, with what leaves.
+            ParentCommand: it does so, and there is nothing to judge.
             Exception: what else `run` raises, but for a pause of the app's.
         """
         kept = Kept.of(self.app, config, caller)
@@ -283,7 +285,7 @@ class Guard:
             raise
         if trajectory.released_from != "draft":
             await kept.replace(lambda: self.shape.swap(output, left))
-        if (command := handoff(left)) is not None:
+        if (command := handoff(left, trajectory)) is not None:
             raise command
         return left, trajectory
 
@@ -319,9 +321,13 @@ class Guard:
             held = Held(self.app, options) if is_graph(self.app) else None
             if held is None and not invoked:
                 hearing = [*hearing, Streaming()]
-            output, trajectory = await self.answer(
-                input, config, options, caller=caller, held=held, hearing=hearing
-            )
+            try:
+                output, trajectory = await self.answer(
+                    input, config, options, caller=caller, held=held, hearing=hearing
+                )
+            except HandedOver as handed:
+                yield whole(handed.output, self.shape, handed.trajectory, told=True)
+                raise
             for chunk in () if held is None else held.told(self.shape, output, trajectory):
                 yield Piece(chunk, "")
             yield whole(output, self.shape, trajectory, told=held is not None)

@@ -238,8 +238,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                     await shown.piece(piece)
                     yield piece
         except BaseException as error:
-            if not is_pause(error):
-                await shown.error(error)
+            await (shown.end() if is_pause(error) else shown.error(error))
             raise
         await shown.end()
 

@@ -265,6 +265,20 @@ def handing(case: Case) -> ScriptedModel:
     )
 
 
+@pytest.mark.parametrize("outcome", ["kept", "revised"])
+async def test_streams_show_what_is_said_beside_a_handoff(outcome: str) -> None:
+    made, asked = case("buffer", outcome), {"messages": [("user", "hello")]}
+    app = team(handing(made))
+
+    messages = [message for message, _ in app.stream(asked, stream_mode="messages")]
+    events = [event async for event in app.astream_events(asked, version="v2")]
+
+    told = [event["data"]["chunk"] for event in events if event["event"] == "on_chat_model_stream"]
+    ended = [event["data"]["output"] for event in events if event["event"] == "on_chat_model_end"]
+    (shown,) = made.shown
+    assert [texts([*found]) for found in (messages, told, ended)] == [shown] * 3
+
+
 @pytest.mark.parametrize("sends", [False, True])
 async def test_no_stream_shows_a_rejected_word_beside_a_handoff(sends: bool) -> None:
     app = team(handing(case("buffer", "revised")), sends=sends)
