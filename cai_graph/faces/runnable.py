@@ -288,6 +288,14 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
                     return value  # what answers must go through the constitution
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set what the wrapped app has besides in that app."""
+            own = name.startswith("_") or name == "guard" or hasattr(type(self), name)
+            if own or not hasattr(app := layers(self.app)[-1], name):
+                super().__setattr__(name, value)
+            else:
+                setattr(app, name, value)
+
     @property
     def InputType(self) -> Any:  # noqa: N802 - LangChain's name
         """The wrapped app's input type."""
@@ -339,9 +347,9 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
     def _around(self, app: Runnable[Input, Output]) -> ConstitutionalRunnable[Input, Output]:
         return ConstitutionalRunnable(replace(self.guard, app=app))
 
-    def get_graph(self, config: RunnableConfig | None = None) -> Graph:
-        """Return the wrapped app's graph."""
-        return self.app.get_graph(config)
+    def get_graph(self, config: RunnableConfig | None = None, **kwargs: Any) -> Graph:
+        """Return the wrapped app's graph; `xray` shows those inside, where it is a LangGraph graph."""
+        return cast("Graph", cast("Any", self.app).get_graph(config, **kwargs))
 
 
 class _Configured(RunnableBinding[Input, Output]):

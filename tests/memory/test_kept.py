@@ -290,6 +290,27 @@ def test_a_wrapped_graph_shows_its_state_and_nothing_that_answers() -> None:
         assert not hasattr(guarded, name)
 
 
+def test_what_is_set_at_a_wrapped_graph_is_the_graphs() -> None:
+    app = graph(writer([]))
+    guarded, saver = guard(app.with_types()), InMemorySaver()
+
+    guarded.checkpointer, guarded.step_timeout, guarded.note = saver, 5, "mine"
+
+    assert (app.checkpointer, app.step_timeout, hasattr(app, "note")) == (saver, 5, False)
+    assert (guarded.checkpointer, guarded.step_timeout, guarded.note) == (saver, 5, "mine")
+    guarded.invoke(HI, THREAD)
+    assert stored(app) == ["hi", "better"]
+
+
+def test_a_wrapped_graph_shows_the_graphs_inside() -> None:
+    outer = StateGraph(MessagesState).add_node("inner", graph(writer([]))).add_edge(START, "inner").compile()
+
+    shown = [guard(outer).get_graph(xray=xray).to_json() for xray in (True, False)]
+
+    assert shown == [outer.get_graph(xray=xray).to_json() for xray in (True, False)]
+    assert shown[0] != shown[1]
+
+
 # --- an agent that ends with a tool's answer ----------------------------------------------------------
 
 
