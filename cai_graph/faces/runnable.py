@@ -290,7 +290,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
         def __setattr__(self, name: str, value: Any) -> None:
             """Set what the wrapped app has besides in that app."""
-            own = name.startswith("_") or name == "guard" or hasattr(type(self), name)
+            own = name.startswith("_") or name in ("guard", "name") or hasattr(type(self), name)
             if own or not hasattr(app := layers(self.app)[-1], name):
                 super().__setattr__(name, value)
             else:

@@ -294,10 +294,10 @@ def test_what_is_set_at_a_wrapped_graph_is_the_graphs() -> None:
     app = graph(writer([]))
     guarded, saver = guard(app.with_types()), InMemorySaver()
 
-    guarded.checkpointer, guarded.step_timeout, guarded.note = saver, 5, "mine"
+    guarded.checkpointer, guarded.step_timeout, guarded.name = saver, 5, "guarded"
 
-    assert (app.checkpointer, app.step_timeout, hasattr(app, "note")) == (saver, 5, False)
-    assert (guarded.checkpointer, guarded.step_timeout, guarded.note) == (saver, 5, "mine")
+    assert (app.checkpointer, app.step_timeout, app.name) == (saver, 5, "LangGraph")
+    assert (guarded.checkpointer, guarded.step_timeout, guarded.name) == (saver, 5, "guarded")
     guarded.invoke(HI, THREAD)
     assert stored(app) == ["hi", "better"]
 
