@@ -283,9 +283,11 @@ class Guard:
         except Refused:  # what it remembers needs no type
             await kept.replace(lambda: self.shape.refusing(output, self._refusal()))
             raise
-        if trajectory.released_from != "draft":
+        command = handoff(left, trajectory)
+        # A run that hands over never ends: by the mark of its record what left is told from a draft.
+        if trajectory.released_from != "draft" or (command is not None and kept.memory is not None):
             await kept.replace(lambda: self.shape.swap(output, left))
-        if (command := handoff(left, trajectory)) is not None:
+        if command is not None:
             raise command
         return left, trajectory
 

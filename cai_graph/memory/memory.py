@@ -67,7 +67,8 @@ class Memory:
 
     async def state(self, at: RunnableConfig | None = None) -> Any:
         """Return the thread's last state, or the one at a checkpoint."""
-        config = at or self.config
+        place = {**self.config["configurable"], **at["configurable"]} if at else self.config["configurable"]
+        config = RunnableConfig(configurable=place)  # no state says which checkpointer an outer graph lends
         return await as_owner(
             self.caller, lambda: self.graph.get_state(config), lambda: self.graph.aget_state(config)
         )

@@ -104,6 +104,52 @@ async def test_in_a_graph_that_is_resumed_a_broken_run_goes_on_and_is_judged() -
     assert [message.text for message in output["messages"]] == ["hi", "better"]
 
 
+async def test_in_a_graph_that_goes_on_a_draft_that_a_broken_run_left_behind_gives_way() -> None:
+    inner, seen = guard(breaking(checkpointer=True)), []
+
+    async def answer(state: MessagesState, config: RunnableConfig) -> Any:
+        output = await inner.ainvoke({"messages": state["messages"][-1:]}, config)
+        seen.append([message.text for message in output["messages"]])
+        return {"messages": output["messages"][-1:]}
+
+    outer = StateGraph(MessagesState).add_node("answer", answer).add_edge(START, "answer")
+    app = outer.compile(checkpointer=InMemorySaver())
+
+    with pytest.raises(ConnectionError):
+        await app.ainvoke(HI, THREAD)
+    await app.ainvoke(TWO, THREAD)
+
+    assert seen == [["hi", RULES.refusal, "two", "fine"]]
+
+
+@pytest.mark.parametrize(("said", "left"), [("fine", "fine"), ("the draft", "better")])
+async def test_what_is_said_beside_a_handoff_stays(said: str, left: str, caplog: Any) -> None:
+    seen: list[list[str]] = []
+
+    def says(state: MessagesState) -> Any:
+        seen.append([message.text for message in state["messages"]])
+        return {"messages": [AIMessage(said)]}
+
+    def hands_over(state: MessagesState) -> Any:
+        return Command(graph=Command.PARENT, goto="bob", update={"messages": state["messages"][-1:]})
+
+    built = StateGraph(MessagesState).add_node("says", says).add_node("hands over", hands_over)
+    built.add_edge(START, "says").add_edge("says", "hands over")
+    inner = guard(built.compile(checkpointer=True))
+
+    async def answer(state: MessagesState, config: RunnableConfig) -> Any:
+        return await inner.ainvoke({"messages": state["messages"][-1:]}, config)
+
+    outer = StateGraph(MessagesState).add_node("answer", answer, destinations=("bob",))
+    outer.add_node("bob", lambda state: {}).add_edge(START, "answer")
+    app = outer.compile(checkpointer=InMemorySaver())
+    await app.ainvoke(HI, THREAD)
+    await app.ainvoke(TWO, THREAD)
+
+    assert seen == [["hi"], ["hi", left, "two"]]
+    assert caplog.records == []
+
+
 async def test_a_run_that_broke_off_before_it_answered_leaves_earlier_turns_as_they_are() -> None:
     def answer(state: Titled) -> Any:
         if state["messages"][-1].text == "two":
