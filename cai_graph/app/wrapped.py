@@ -137,17 +137,17 @@ def config_of(app: Runnable[Any, Any], given: RunnableConfig | None) -> Runnable
 
     A graph that is called, or bound, to keep its state in a place of its own has nothing to do with where the
     graph around keeps its own; another one has what its caller leaves open. The name, tags and metadata that
-    are bound to an app are its caller's, too.
+    are bound to an app are the call's, too.
     """
+
+    def told(config: RunnableConfig) -> RunnableConfig:
+        names = ("run_name", "tags", "metadata")
+        return cast("RunnableConfig", {name: value for name, value in config.items() if name in names})
+
     config = ensure_config(given)
-    told = ("run_name", "tags", "metadata")
-    bound = [
-        {name: value for name, value in each.items() if name in told}
-        for each in reversed(_bound_configs(app))
-    ]
     with apart():  # else LangChain merges what stands around over each of them
         own = ensure_config(given)
-        config = merge_configs(*cast("list[RunnableConfig]", bound), config)
+        config |= told(merge_configs(*map(told, reversed(_bound_configs(app))), told(config)))
     if is_graph(app):
         around = {} if _PLACE & configurable_of(app, own).keys() else _around().get("configurable") or {}
         config["configurable"] = {**around, **own["configurable"]}
