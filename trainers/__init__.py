@@ -1,1 +1,1 @@
-"""Offline training from the logs that cai_graph writes."""
+"""Offline training from the logs that cai_graph writes: datasets, training stages and evaluation."""

@@ -1,11 +1,11 @@
-"""How far probabilities may be believed: what was said against what came true, over bins of like count.
+"""Measures calibration: predicted probabilities against observed outcomes, over bins of equal count.
 
-    bins       cases of about the same probability; equal ones stand in one bin
-    error      the calibration error (ECE)
-    by_chance  between what ends it lies on so many cases where every probability is true
+    bins       cases grouped by probability; equal probabilities are in one bin
+    error      the expected calibration error (ECE)
+    by_chance  the range of the ECE, on as many cases, if every probability is true
 
-Bins make an error of chance, too: of a calibrated model the expected distance is no less than the noise of a
-bin's share. So an error means something only beside the one by chance.
+Binning alone causes an error: even for a calibrated model, the expected distance is the sampling noise of a
+bin's share. So an error is meaningful only in comparison with the one by chance.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ __all__ = ["BINS", "Bin", "bins", "by_chance", "error"]
 BINS = 10
 _DRAWS = 400
 _AT_ONCE = 1 << 22
-"""Numbers that are drawn at once."""
+"""Random numbers drawn in one batch."""
 
 
 class Bin(NamedTuple):
-    """Cases of about the same probability."""
+    """Cases with similar probabilities."""
 
     cases: int
-    """How many."""
+    """Number of cases."""
     said: float
     """Mean probability."""
     true: float
-    """Share that came true, or where labels are soft their mean."""
+    """Share of positive outcomes, or the mean of soft labels."""
 
 
 def bins(
     probabilities: Sequence[float] | Array, outcomes: Sequence[float] | Array, count: int = BINS
 ) -> list[Bin]:
-    """Return cases by their probability, in at most `count` bins of about as many each.
+    """Return cases grouped by probability, in at most `count` bins of about equally many cases.
 
-    Equal probabilities are never parted: a split among them would go by the order of the cases.
+    Equal probabilities are never split between bins, since that would depend on the order of the cases.
     """
     import numpy
 
@@ -57,7 +57,7 @@ def bins(
 
 
 def error(probabilities: Sequence[float] | Array, outcomes: Sequence[float] | Array) -> float:
-    """Return the mean distance of probability and truth over bins, in [0, 1] (ECE).
+    """Return the mean distance between probability and outcome over bins, in [0, 1] (ECE).
 
     Source: Naeini et al. 2015, with bins of equal count (Nixon et al. 2019).
     """
@@ -66,9 +66,9 @@ def error(probabilities: Sequence[float] | Array, outcomes: Sequence[float] | Ar
 
 
 def by_chance(probabilities: Sequence[float] | Array) -> tuple[float, float]:
-    """Return the ends between which 95 % of the errors lie if each case comes true with its probability.
+    """Return the range that contains 95 % of the errors if each case comes true with its probability.
 
-    Of soft labels, which vary less than yes and no, it is more than chance makes.
+    For soft labels, which vary less than 0 and 1, the true range is lower.
     """
     import numpy
 
@@ -88,7 +88,7 @@ def by_chance(probabilities: Sequence[float] | Array) -> tuple[float, float]:
 
 
 def _stretches(ordered: Array, count: int) -> Iterable[tuple[int, int]]:
-    """Return where each bin of sorted probabilities begins and ends."""
+    """Return the start and end of each bin of sorted probabilities."""
     import numpy
 
     size = len(ordered)

@@ -1,10 +1,10 @@
-"""Checkpoints: weights that know their origin, in folders that are whole or not there.
+"""Checkpoints: folders with trained weights and a manifest of their origin; a folder is written atomically.
 
 OUT/*.safetensors, config.json     weights as transformers loads them; an adapter is merged into them
 OUT/tokenizer.json, …              the tokenizer with its chat template
-OUT/adapter/                       the adapter alone, where one was trained
+OUT/adapter/                       the adapter alone, if one was trained
 OUT/manifest.json                  stage, config, data, parents, versions, hardware, figures
-OUT/README.md                      the model card, in the hub's form
+OUT/README.md                      the model card, in the hub's format
 """
 
 from __future__ import annotations
@@ -36,42 +36,42 @@ MANIFEST = "manifest.json"
 ADAPTER = "adapter"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHAPING = {".json", ".jinja", ".model", ".txt"}
-"""Ends of the files beside weights that say how they are read: config, tokenizer and chat template."""
+"""Suffixes of files next to weights that determine how they are used: config, tokenizer, chat template."""
 _TEMPLATES = "additional_chat_templates"
-"""Where transformers keeps the further templates of a tokenizer."""
+"""Folder in which transformers stores the additional chat templates of a tokenizer."""
 _PACKAGES = ("accelerate", "bitsandbytes", "cai-graph", "datasets", "peft", "torch", "transformers", "trl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """How a checkpoint came to be, enough to make it again."""
+    """The origin of a checkpoint, in enough detail to train it again."""
 
     stage: str
     """The stage that trained it: `sft`, `dpo`, `reward`, …"""
     base: str
-    """The model that it started from, as the config names it."""
+    """The model that training started from, as the config names it."""
     parents: tuple[str, ...] = ()
-    """Digests of the Checkpoints that it came from: policy, reward models, critics."""
+    """Digests of the Checkpoints that it was trained from: policy, reward models, critics."""
     config: Mapping[str, Any]
-    """The stage's whole config, as `trainers.config.plain` writes it."""
+    """The stage's complete config, as `trainers.config.plain` writes it."""
     data: Mapping[str, Any]
-    """`path`, `digest` (SHA-256 of the training files) and `rows` of the data; more where a stage says so."""
+    """`path`, `digest` (SHA-256 of the training files) and `rows` of the data; some stages add more."""
     constitution_digests: tuple[str, ...] = ()
-    """Digests of the constitutions that judged the data, and of those that a reward's judges go by."""
+    """Digests of the constitutions that the data was judged by, and of those that a reward's judges use."""
     seed: int
-    """Of everything random."""
+    """Seed of all random draws."""
     versions: Mapping[str, str]
-    """Versions of the packages that trained."""
+    """Versions of the packages used in training."""
     hardware: str
     """Devices and processes."""
     seconds: float
     """Seconds of training, over all resumptions."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """The last value of what was measured, until the update that the weights are of."""
+    """The last value of each training figure, up to the update that the weights are from."""
 
     @property
     def stopped(self) -> str | None:
-        """Why and where the watch stopped the run, and what the weights are of; None: nobody stopped it."""
+        """Why and where the watch stopped the run, and the step of the weights; None: it was not stopped."""
         watched = self.data.get("watch") or {}
         if watched.get("stopped_at") is None:
             return None
@@ -83,20 +83,20 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights in a folder, with their manifest where the folder has one."""
+    """Weights in a folder, with their manifest if the folder has one."""
 
     path: Path
     """The folder."""
     manifest: Manifest | None = None
-    """How it came to be; None for a model that was trained elsewhere."""
+    """The origin of the weights; None for a model that was trained elsewhere."""
 
     @classmethod
     def open(cls, path: Path | str) -> Checkpoint:
-        """Return the checkpoint in a folder; nothing is loaded.
+        """Return the checkpoint in a folder, without loading the weights.
 
         Raises:
-            ModelError: it is no folder, or there are no weights, no config or no tokenizer in it, or weights
-                have another size than the manifest says.
+            ModelError: it is not a folder, weights, config or tokenizer are missing in it, or a weights file
+                has another size than the manifest records.
             DataError: the manifest cannot be read.
         """
         path = Path(path)
@@ -131,20 +131,20 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the names and digests of the weight files as they are here, in hexadecimal."""
+        """SHA-256 over the names and digests of the weight files in the folder, in hexadecimal."""
         lines = (f"{path.name} {_sha256(path)}\n" for path in _weights(self.path))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @cached_property
     def shape(self) -> str:
-        """SHA-256 over the names and digests of what says how the weights are read: config, tokenizer, chat
-        template."""
+        """SHA-256 over the names and digests of the files that determine how the weights are used: config,
+        tokenizer, chat template."""
         lines = (f"{path.relative_to(self.path)} {sha256_of(path)}\n" for path in shaping(self.path))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def shaping(folder: Path) -> list[Path]:
-    """Return the files of a folder that say how the weights in it are read."""
+    """Return the files of a folder that determine how its weights are used; see `Checkpoint.shape`."""
     found = (*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*"))
     return sorted(path for path in found if path.is_file() and _is_shaping(path))
 
@@ -162,20 +162,20 @@ def save(
     weights: Mapping[str, Any] | None = None,
     beside: Path | None = None,
 ) -> Checkpoint:
-    """Write a checkpoint; the folder appears whole or not at all.
+    """Write a checkpoint; the folder appears complete or not at all.
 
     Args:
-        folder: the folder to make; it must not be there.
-        model: of transformers, or of peft; an adapter is merged into a fresh copy of its base model, and
-            stands in `adapter/`, too.
-        tokenizer: written beside the weights.
-        manifest: how it came to be.
-        weights: the model's own, where it has only a part of each; None: as they are in it.
-        beside: a folder whose content goes along, such as logs and plots.
+        folder: the folder to create; it must not exist.
+        model: of transformers, or of peft; an adapter is merged into a fresh copy of its base model, and also
+            written to `adapter/`.
+        tokenizer: written next to the weights.
+        manifest: the origin of the weights.
+        weights: the complete weights, if the model holds only a part of each; None: those in the model.
+        beside: a folder whose content is copied into the checkpoint, such as logs and plots.
 
     Raises:
-        ConfigError: the folder is there already.
-        ModelError: it cannot be written, for instance on a full disk; nothing of it is left then.
+        ConfigError: the folder exists already.
+        ModelError: it cannot be written, for instance on a full disk; nothing of it is left behind.
     """
     with _whole(folder) as work:
         if beside is not None:
@@ -189,12 +189,12 @@ def save(
 
 
 def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
-    """Make a checkpoint of a folder in which weights and tokenizer are written already; it is moved.
+    """Turn a folder with weights and tokenizer into a checkpoint: add manifest and card, and rename it.
 
-    This is for weights that several processes wrote together; one of them calls it.
+    This is for weights that several processes wrote together; only one of them calls it.
 
     Raises:
-        ConfigError: the folder is there already.
+        ConfigError: the folder exists already.
         ModelError: it cannot be written, or there are no weights.
     """
     whole.absent(folder)
@@ -212,15 +212,15 @@ def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
 
 
 def merge(written: Path, model: Any) -> None:
-    """Turn a folder with a saved adapter into one of whole weights; the adapter goes to `adapter/`.
+    """Turn a folder with a saved adapter into one of complete weights; the adapter is moved to `adapter/`.
 
-    The base is loaded anew: merging into the model itself would end its training, and a quantized one has
-    lost what merging needs. It is merged and written in float32, as whole weights are trained: most of what
-    an adapter adds to a weight is less than bf16 can tell apart there.
+    The base model is loaded anew: merging into the model itself would end its training, and a quantized model
+    lacks the precision that merging needs. The merge is computed and written in float32, the precision in
+    which complete weights are trained: most of what an adapter adds to a weight is below bf16's resolution.
 
     Args:
         written: the folder.
-        model: peft's model whose adapter it is.
+        model: the peft model of the adapter.
     """
     import torch
     from peft import PeftModel
@@ -243,7 +243,7 @@ def merge(written: Path, model: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that train, as far as they are installed."""
+    """Return the versions of Python and of the training packages that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -254,7 +254,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> str:
-    """Return the devices that torch sees here, and the number of processes that train together."""
+    """Return the devices that torch finds here, and the number of processes that train together."""
     import torch
 
     if torch.cuda.is_available():
@@ -271,7 +271,7 @@ def hardware() -> str:
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """Give a folder that becomes `folder` when the body ends, or goes away."""
+    """Yield a work folder that is renamed to `folder` when the body ends, or removed if it fails."""
     from safetensors import SafetensorError
 
     whole.absent(folder)
@@ -305,7 +305,7 @@ def _digests(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 _hashed: dict[tuple[int, ...], str] = {}
-"""Digests of files by device, number, time of change and size: weights are large, and asked for often."""
+"""Digests of files by device, inode, modification time and size: weights are large, and hashed often."""
 
 
 def _sha256(path: Path) -> str:
@@ -317,7 +317,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, int]]:
-    """Return the manifest as JSON, and the bytes of each file of weights."""
+    """Return the manifest as JSON, and the size in bytes of each weights file."""
     path = folder / MANIFEST
     try:
         written = json.loads(path.read_text(encoding="utf-8"))

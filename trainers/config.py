@@ -1,9 +1,9 @@
-"""Configs of stages: a frozen dataclass out of YAML and settings, with errors that name the place.
+"""Configs of stages: reads a frozen dataclass from YAML and settings; errors name file, line and key.
 
-read, convert, plain   a config out of a file and settings, out of values, and as JSON
-shown                  JSON without the passwords in it
-at_least, above        bounds of its numbers
-require                packages that a stage needs
+read, convert, plain   a config from a file and settings, from values, and as JSON
+shown                  a JSON value without its passwords
+at_least, above        bounds of numeric fields
+require                checks for packages that a stage needs
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def read(
     hidden: Collection[str] = (),
     further: Sequence[str] = (),
 ) -> C:
-    """Return a config out of a YAML file and settings.
+    """Return a config read from a YAML file and settings.
 
     Args:
         cls: a dataclass; its fields may be dataclasses in turn.
-        path: the YAML file; None: the settings say everything.
-        settings: each "key=value", the value in YAML; "lora.rank=8" sets a key of a section. They come after
+        path: the YAML file; None: all values come from the settings.
+        settings: each "key=value", the value in YAML; "lora.rank=8" sets a key of a section. They override
             the file.
-        hidden: keys that the caller sets itself, which no error offers.
-        further: keys that the caller reads itself, which an error offers, too.
+        hidden: keys that the caller sets itself, which no error message suggests.
+        further: keys that the caller reads itself, which error messages suggest, too.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown (names the nearest known one), set twice or
-            missing, or a value has the wrong type. Names file, line and key.
+        ConfigError: the file cannot be read, a key is unknown (the message suggests the nearest known one),
+            set twice or missing, or a value has the wrong type. The message names file, line and key.
     """
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
@@ -65,7 +65,7 @@ def read(
 def convert(
     cls: type[C], values: Mapping[str, Any], *, hidden: Collection[str] = (), further: Sequence[str] = ()
 ) -> C:
-    """Return a config out of values, as YAML holds them; arguments and errors are those of `read`."""
+    """Return a config from values, as YAML represents them; arguments and errors are those of `read`."""
     return _convert(cls, values, None, {}, hidden, further)
 
 
@@ -79,7 +79,7 @@ def _convert(
 ) -> C:
     _check_keys(cls, values, "", places, hidden=hidden, further=further)
     try:
-        # Not strict: YAML 1.1 reads 1e-5 as text, for want of a dot.
+        # Not strict: YAML 1.1 reads 1e-5 as text, because it has no dot.
         return msgspec.convert(values, cls, strict=False, dec_hook=_custom)
     except msgspec.ValidationError as error:
         said, _, at = str(error).partition(" - at `$")
@@ -88,20 +88,21 @@ def _convert(
 
 
 def plain(config: Any, *, passwords: bool = False) -> dict[str, Any]:
-    """Return a config as JSON values, whole; `read` gives the same config back.
+    """Return a complete config as JSON values, from which `convert` makes the same config again.
 
     Args:
         config: the config.
-        passwords: whether those in addresses of logs and servers stay; what is shown or kept has none.
+        passwords: whether to keep passwords in addresses of logs and servers; omit them in what is shown or
+            stored.
     """
-    # msgspec writes what an object holds itself, and defaults may stand at its class.
+    # msgspec would encode only the attributes of an instance, and omit defaults that are set on its class.
     text = msgspec.json.encode(dataclasses.asdict(config), enc_hook=str)
     found: dict[str, Any] = msgspec.json.decode(text)
     return found if passwords else shown(found)
 
 
 def shown(value: Any) -> Any:
-    """Return a JSON value as it may be shown and kept: without the passwords of its addresses."""
+    """Return a JSON value without the passwords in its addresses, so that it may be shown and stored."""
     if isinstance(value, str):
         return without_password(value)
     if isinstance(value, dict):
@@ -110,10 +111,10 @@ def shown(value: Any) -> Any:
 
 
 def at_least(least: float, config: object, *names: str) -> None:
-    """Make sure that fields of a config are numbers from `least`; None passes.
+    """Check that fields of a config are numbers of at least `least`; None is accepted.
 
     Raises:
-        ConfigError: one is not; names it.
+        ConfigError: one is not; the message names it.
     """
     for name in names:
         if (found := getattr(config, name)) is not None and not found >= least:
@@ -121,10 +122,10 @@ def at_least(least: float, config: object, *names: str) -> None:
 
 
 def above(bound: float, config: object, *names: str) -> None:
-    """Make sure that fields of a config are numbers above `bound`.
+    """Check that fields of a config are numbers above `bound`.
 
     Raises:
-        ConfigError: one is not; names it.
+        ConfigError: one is not; the message names it.
     """
     for name in names:
         if not (found := getattr(config, name)) > bound:
@@ -132,10 +133,10 @@ def above(bound: float, config: object, *names: str) -> None:
 
 
 def require(needed_by: str, *packages: str) -> None:
-    """Make sure that packages of the extra `train` are installed.
+    """Check that packages of the extra `train` are installed.
 
     Raises:
-        MissingExtra: one is not; says that `needed_by` needs it.
+        MissingExtra: one is not; the message says that `needed_by` needs it.
     """
     for package in packages:
         if find_spec(package) is None:
@@ -179,7 +180,7 @@ def _file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a date is a text, and without aliases, which make gigabytes of a few lines."""
+    """YAML in which a date is a text. Aliases are refused: a few lines of them could expand to gigabytes."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name for what it reads there
         first: [(tag, pattern) for tag, pattern in known if not tag.endswith(":timestamp")]
@@ -195,10 +196,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
-    """Return the nodes of a YAML text, which know their lines, and its values.
+    """Return the nodes of a YAML text, which have line numbers, and its values.
 
     Raises:
-        yaml.YAMLError: it is no YAML, or has aliases, or is nested too deeply, or a value cannot be read as
+        yaml.YAMLError: it is not YAML, or has aliases, or is nested too deeply, or a value cannot be read as
             its type.
     """
     loader = _Loader(text)
@@ -207,7 +208,7 @@ def _parsed(text: str) -> tuple[yaml.Node | None, Any]:
         return node, None if node is None else loader.construct_document(node)
     except RecursionError as error:
         raise yaml.YAMLError("it is nested too deeply") from error
-    except (ValueError, LookupError, AttributeError, ArithmeticError) as error:  # PyYAML lets them out
+    except (ValueError, LookupError, AttributeError, ArithmeticError) as error:  # not wrapped by PyYAML
         raise yaml.YAMLError("a value cannot be read as its type, such as !!int") from error
     finally:
         loader.dispose()
@@ -274,12 +275,12 @@ def _check_keys(
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """Return the dataclass that a field holds, itself or in a union with others; None: it holds none."""
+    """Return the dataclass of a field's type, alone or in a union with others; None: it has none."""
     return next((one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)), None)
 
 
 def _nearest(key: str, known: Sequence[str]) -> str | None:
-    """Return the known key that was meant: by its letters, or by its initials (lr: learning_rate)."""
+    """Return the known key that was probably meant, by its letters or its initials (lr: learning_rate)."""
     close = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.5)
     short = [name for name in known if "".join(word[0] for word in name.split("_") if word) == key.lower()]
     part = [name for name in known if len(key) > 2 and (key in name or name in key)]

@@ -1,8 +1,8 @@
-"""Direct preference optimisation on soft labels, over TRL's DPOTrainer.
+"""The stage of direct preference optimisation on soft labels, over TRL's DPOTrainer.
 
-The loss of a pair (Rafailov et al. 2023, eq. 7), with the margin d = beta (log-ratio of chosen − log-ratio of
-rejected), is here the cross-entropy against P(chosen is better); see `trainers.stages.soft`. With p = 1 it is
-the paper's.
+With the margin d = beta (log-ratio of chosen − log-ratio of rejected), the loss of a pair (Rafailov et al.
+2023, eq. 7) is generalised to the cross-entropy of sigma(d) against P(chosen is better); see
+`trainers.stages.soft`. With p = 1 it equals the paper's loss.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["Config", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """What preference optimisation is told."""
+    """Configuration of preference optimisation."""
 
     learning_rate: float = 5e-7
     """Highest learning rate, of AdamW."""
     beta: float = 0.1
-    """Strength of the pull to the reference: the model that training starts from."""
+    """Strength of the KL constraint to the reference, which is the model that training starts from."""
     sft_weight: float = 0.0
-    """Weight of the loss of SFT on chosen answers, the mean of a token's in each; it keeps them from becoming
-    rare."""
+    """Weight of an SFT loss on chosen answers, averaged over the tokens of each; it keeps their probability
+    from falling."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,11 +41,11 @@ class Config(StageConfig):
 def train(config: Config) -> Checkpoint:
     """Train on pairs of answers, and return the Checkpoint.
 
-    Rows are `prompt`, `chosen` and `rejected`, with `p_chosen` in [0, 1] (1 where it is absent) and `weight`
-    above 0 (1 where it is absent). The reference is the model that training starts from.
+    Rows are `prompt`, `chosen` and `rejected`, with `p_chosen` in [0, 1] (1 if absent) and `weight` above 0
+    (1 if absent). The reference is the model that training starts from.
 
     Raises:
-        CaiError: as `trainers.stages.run` says.
+        CaiError: as documented in `trainers.stages.run`.
     """
     shape = Shape(stage="dpo", kinds=("preference",), reads=READS, encode=_encode)
     return run(config, shape, lambda begun: _trainer(begun, config))
@@ -70,13 +70,13 @@ def _trainer(begun: Run, config: Config) -> Any:
     arguments = DPOConfig(
         **begun.arguments(),
         max_length=None,
-        disable_dropout=False,  # that of adapters, too, which was asked for
+        disable_dropout=False,  # keeps the dropout of adapters, which was configured
         beta=config.beta,
         loss_type=["sigmoid"],
     )
     trainer = _soft_trainer()(
         model=begun.model(dropout=False),
-        # Beside an adapter the reference is the model with the adapter switched off.
+        # With an adapter, the reference is the model with the adapter disabled.
         ref_model=None if config.lora else begun.model(dropout=False),
         args=arguments,
         train_dataset=begun.train,
@@ -90,12 +90,12 @@ def _trainer(begun: Run, config: Config) -> Any:
 
 @cache
 def _soft_trainer() -> Any:
-    """Return TRL's trainer with the soft loss in place of its own."""
+    """Return TRL's trainer with the soft loss instead of its own."""
     import torch
     from trl import DPOTrainer
 
     class Seen:
-        """A model that keeps the token log-probabilities of its last pass."""
+        """A model that remembers the token log-probabilities of its last forward pass."""
 
         def __init__(self, model: Any) -> None:
             self.model = model
@@ -116,7 +116,7 @@ def _soft_trainer() -> Any:
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings)
             self.data_collator = Labelled(self.data_collator)
-            self.precompute_ref_logps = True  # below, batch by batch: the loss needs them, too
+            self.precompute_ref_logps = True  # done below, batch by batch: our loss needs them, too
 
         def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
             return dataset
@@ -135,9 +135,9 @@ def _soft_trainer() -> Any:
             chosen, rejected = seen.log_probs[:, -learned.size(1) :].sum(dim=1).chunk(2)
             margins = self.beta * ((chosen - reference[0]) - (rejected - reference[1]))
             ones = torch.ones_like(margins)
-            # What TRL has in its loss for these pairs is taken out again; the rest of it stays.
+            # Replace the loss that TRL has for these pairs; any other terms remain.
             soft = soft_loss(margins, p_chosen, weights) - soft_loss(margins, ones, ones)
-            # By answer: TRL's mean over the tokens of a forward pass would depend on what stands in it.
+            # Averaged per answer: TRL's mean over the tokens of a forward pass depends on its other rows.
             sft = -chosen / learned.sum(dim=1).chunk(2)[0]
             return loss + (soft + self.sft_weight * sft).mean()
 

@@ -1,11 +1,11 @@
-"""PPO, RLOO and GRPO on a cluster, by verl and OpenRLHF: our config as the command that starts theirs.
+"""Turns a config of PPO, RLOO or GRPO into the command that runs it on a cluster, with verl or OpenRLHF.
 
     verl       `python -m verl.trainer.main_ppo` with Hydra overrides
     openrlhf   `python -m openrlhf.cli.train_ppo_ray` with its arguments
 
-The prompts are those of `cai dataset build --kind prompts --format verl`, or `openrlhf`. What an engine has
-no place for, or does otherwise, is said beside the command and never left out in silence; the first of it is
-the Goodhart watch, which neither has. Names are those of verl 0.9.1 and OpenRLHF 0.11.2.
+The prompts are those of `cai dataset build --kind prompts --format verl`, or `openrlhf`. Settings that an
+engine lacks or treats differently are listed next to the command, never omitted silently; the first of them
+is the Goodhart watch, which neither engine has. Option names are those of verl 0.9.1 and OpenRLHF 0.11.2.
 """
 
 from __future__ import annotations
@@ -26,45 +26,45 @@ Engine = Literal["verl", "openrlhf"]
 
 
 class Command(NamedTuple):
-    """How another engine is started."""
+    """The command that starts another engine."""
 
     arguments: tuple[str, ...]
-    """The command, word by word."""
+    """The command as a list of words."""
     differs: tuple[str, ...]
-    """What it does otherwise than our own stage would, in words for the user."""
+    """Differences from our own stage, as sentences for the user."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What both engines are told, in answers and tokens."""
+    """The settings that both engines need, in answers and tokens."""
 
     algorithm: Literal["ppo", "rloo", "grpo"]
     prompts: int
-    """Prompts of an update."""
+    """Prompts per update."""
     answers: int
-    """Answers to each."""
+    """Answers to each prompt."""
     minibatch: int
-    """Answers between two steps of the optimizer."""
+    """Answers between two optimizer steps."""
     beta: float
     passes: int
-    """Over the answers of an update."""
+    """Passes over the answers of an update."""
 
 
 def command(
     config: online.Config | ppo.Config, engine: Engine, data: Path, *, gpus: int = 8, nodes: int = 1
 ) -> Command:
-    """Return the command by which an engine trains what the config says.
+    """Return the command with which an engine runs this config.
 
     Args:
         config: of the stage `ppo` or `online`; its `data` is not read.
         engine: `verl` or `openrlhf`.
         data: prompts in that engine's format.
         gpus: GPUs of a machine.
-        nodes: machines; batch_size and accumulate of the config count for each of their GPUs.
+        nodes: machines; batch_size and accumulate of the config apply to each of their GPUs.
 
     Raises:
-        ConfigError: the data is not in the engine's format or too few prompts for an update, the reward is no
-            reward model, or an update does not come out even with so many GPUs.
+        ConfigError: the data is not in the engine's format or has too few prompts for an update, the reward
+            is not a reward model, or an update's answers cannot be divided evenly among the GPUs.
         DataError: the dataset's manifest cannot be read.
     """
     if engine not in get_args(Engine):
@@ -104,7 +104,7 @@ def _plan(config: online.Config | ppo.Config, processes: int) -> _Plan:
 
 
 def _epochs(config: online.Config | ppo.Config, updates: int) -> int:
-    """Return the passes over the prompts, which engines make whole, where one has so many updates."""
+    """Return the passes over the prompts, whole as engines need them; one pass has `updates` updates."""
     return max(1, round(config.epochs)) if config.max_steps is None else math.ceil(config.max_steps / updates)
 
 
@@ -126,7 +126,7 @@ def _verl(
     config: online.Config | ppo.Config, plan: _Plan, data: Path, rows: int, gpus: int, nodes: int
 ) -> Command:
     test = data / "test.parquet"
-    epochs = _epochs(config, rows // plan.prompts)  # what is left of a pass makes no update
+    epochs = _epochs(config, rows // plan.prompts)  # verl drops the last, incomplete batch of a pass
     actor = "actor_rollout_ref.actor"
     values: dict[str, Any] = {
         "algorithm.adv_estimator": "gae" if plan.algorithm == "ppo" else plan.algorithm,
@@ -160,7 +160,7 @@ def _verl(
         "trainer.logger": "[console]",
         "trainer.default_local_dir": config.output,
     }
-    # The KL stands where our trainers have it: in GRPO's loss, and in the reward of the others.
+    # The KL penalty is where our trainers have it: in GRPO's loss, and in the reward of the others.
     if plan.algorithm == "grpo":
         values |= {f"{actor}.use_kl_loss": plan.beta > 0, f"{actor}.kl_loss_coef": plan.beta}
     else:
@@ -194,7 +194,7 @@ _OPENRLHF_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "cons
 def _openrlhf(
     config: online.Config | ppo.Config, plan: _Plan, data: Path, rows: int, gpus: int, nodes: int
 ) -> Command:
-    a_pass = math.ceil(rows / plan.prompts)  # updates, of which the last one may be smaller
+    a_pass = math.ceil(rows / plan.prompts)  # updates per pass; the last one may be smaller
     epochs = _epochs(config, a_pass)
     values: dict[str, Any] = {
         "actor.model_name_or_path": config.model,

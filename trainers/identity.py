@@ -1,6 +1,6 @@
-"""What names the bytes behind a model, a critic, a reward or a file, whatever path they stand at.
+"""Names a model, critic, reward or file by a digest of its bytes, independent of its path.
 
-What stands elsewhere, such as a model behind an API, is named by its spec: nobody can look at its bytes.
+What is not on this machine, such as a model behind an API, is named by its spec, since its bytes are unknown.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["identity", "identity_of_module", "identity_of_reward", "told_apart",
 
 
 def identity(spec: str | Path | None) -> str:
-    """Return what names a model, a critic or a file: a digest of what is here, else the spec; "" for None.
+    """Return the identity of a model, critic or file: a digest if it is local, else the spec; "" for None.
 
-    Of a spec with a server's address nothing secret is in it.
+    Passwords are removed from a spec with a server's address.
     """
     if spec is None:
         return ""
@@ -43,7 +43,7 @@ def identity(spec: str | Path | None) -> str:
 def weights_of(model: object) -> str | None:
     """Return the SHA-256 of the user's own GGUF file behind a chat model or its spec.
 
-    None of any other model: its name says which one it is.
+    None for any other model, which its name identifies.
     """
     if isinstance(model, str):
         name = None if local.model_of(model) is not None else local.name_in(model)
@@ -54,20 +54,20 @@ def weights_of(model: object) -> str | None:
 
 
 def told_apart(name: str, model: object) -> str:
-    """Return the name of who speaks through a model, with a digest where that is a file of the user's own.
+    """Return a name with a digest added if the model is a file of the user's own.
 
-    Another file can have its name, too.
+    Another file can have the same name.
     """
     digest = weights_of(model)
     return name if digest is None else f"{name} ({digest[:8]})"
 
 
 def identity_of_reward(spec: Spec) -> Any:
-    """Return what names a reward, as `trainers.rewards.parse` reads its spec; JSON.
+    """Return the identity of a reward, whose spec is one that `trainers.rewards.parse` reads; JSON.
 
-    A judge is named with the content of its constitution, and a function with that of its module.
+    A judge's includes the content of its constitution, and a function's the content of its module.
     """
-    from trainers.rewards import spelled_out  # Only here: rewards ask judges, which are named by `identity`.
+    from trainers.rewards import spelled_out  # here only: `rewards` uses judges, whose names use `identity`
 
     spec = spelled_out(spec)
     if isinstance(spec, dict):
@@ -83,18 +83,18 @@ def identity_of_reward(spec: Spec) -> Any:
 
 
 def identity_of_module(name: str) -> str:
-    """Return a digest of a module's file, which says nothing of what the module imports; "" of none."""
+    """Return a digest of a module's file, not including its imports; "" if there is no such file."""
     try:
         found = importlib.util.find_spec(name)
-    except Exception:  # of the package that it stands in; whoever checks the config says so
+    except Exception:  # raised by the package it is in; reported when the config is checked
         return ""
     origin = found and found.origin
     return sha256_of(Path(origin)) if origin and Path(origin).is_file() else ""
 
 
 def _of_folder(path: Path) -> str:
-    """Return a digest of a folder; of one with weights, of them, of what says how they are read, and of an
-    exported GGUF file."""
+    """Return a digest of a folder; if it has weights, of the weights, of the files that determine how they
+    are used, and of an exported GGUF file."""
     files = [one for one in path.rglob("*") if one.is_file()]
     weights: list[str] = []
     if any(one.parent == path and _is_weights(one) for one in files):

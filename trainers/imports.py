@@ -1,13 +1,13 @@
-"""Existing preference sets as records: what other people compared, to be mixed with what was logged here.
+"""Imports existing preference sets into a log, as records, to be mixed with what was logged here.
 
     HH-RLHF      {"chosen", "rejected"}, each a whole dialogue as text, "\\n\\nHuman: …\\n\\nAssistant: …"
     explicit     {"prompt", "chosen", "rejected"}, as text or as lists of messages
-    implicit     {"chosen", "rejected"}, as lists of messages or texts that begin alike
+    implicit     {"chosen", "rejected"}, as lists of messages or texts with a common beginning
     unpaired     {"prompt", "completion", "label": true or false}
 
-The last three are the shapes that TRL reads, and a file is one that `trainers.tables` reads. A pair becomes
-a Trajectory of the mode `imported`, whose draft is the rejected answer and whose accepted revision is the
-chosen one; a row with `p_chosen` gets a Comparison besides. An answer with a label becomes a draft with a
+The last three are the shapes that TRL reads; a file is one that `trainers.tables` reads. A pair becomes a
+Trajectory of the mode `imported`, whose draft is the rejected answer and whose accepted revision is the
+chosen one; a row with `p_chosen` becomes a Comparison as well. An answer with a label becomes a draft with a
 verdict.
 """
 
@@ -55,31 +55,31 @@ _FIELDS = ("prompt", "chosen", "rejected", "completion", "label", "p_chosen", "m
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What `import_preferences` did with each row."""
+    """The result of `import_preferences`, as counts of rows."""
 
     pairs: int
-    """Pairs that were added, or whose soft label was."""
+    """Pairs that were added, or to which a soft label was added."""
     answers: int
     """Answers with a label that were added."""
     present: int
-    """Rows that were in the log already, or stand twice in the file."""
+    """Rows that were in the log already, or are repeated in the file."""
     broken: tuple[BrokenLine, ...]
     """Rows that were skipped."""
 
 
 class Imports(NamedTuple):
-    """One row, as records."""
+    """One row, as the records it becomes."""
 
     line: int
-    """Its line, or its number in a Parquet file or a JSON array, from 1."""
+    """Its line number, or its row number in a Parquet file or a JSON array, from 1."""
     trajectory: Trajectory
     """The pair, or the answer."""
     comparison: Comparison | None
-    """The soft label of a pair, where the row has one."""
+    """The soft label of a pair; None if the row has none."""
 
     @property
     def records(self) -> tuple[Trajectory | Comparison, ...]:
-        """All of it, in the order in which it is appended."""
+        """All records, in the order in which they are appended."""
         return (self.trajectory,) if self.comparison is None else (self.trajectory, self.comparison)
 
 
@@ -92,27 +92,28 @@ def import_preferences(
 ) -> Imported:
     """Add a preference set to a log; a row that cannot be read is reported and skipped.
 
-    A record's id follows from its content, as `redact` leaves it, so that importing a file again, or a row
-    that stands twice in it, adds nothing but what a stopped import left out, or a soft label that the pair
-    had not. What `gc` removed stays away. A row whose redaction fails is added each time.
+    A record's id is derived from its content after redaction. So importing a file again, or a row that is
+    repeated in it, adds nothing, except for what an interrupted import did not reach, or a soft label that
+    the pair did not have. What `gc` removed is not added again. A row whose redaction fails is added each
+    time.
 
     Args:
-        url: the log; made where it is absent.
+        url: the log; created if it does not exist.
         path: the file.
-        name: what the set is called: the tag of its Trajectories, and the judge of its rows. By default the
-            file's name without its endings.
+        name: name of the set: the tag of its Trajectories, and the judge of its rows. By default the file's
+            name without its suffixes.
         redact: see `open_log`.
 
     Raises:
-        ConfigError: the file's name does not say how it is written.
+        ConfigError: the file's name does not indicate its format.
         DataError: the file cannot be read.
         MissingExtra: it is Parquet, and pyarrow is not installed.
-        LogError: the log cannot be written; the rows before are in it, and importing again goes on.
+        LogError: the log cannot be written; the rows before are in it, and importing again continues.
     """
     pairs = answers = present = 0
     broken: list[BrokenLine] = []
     rows = read_preferences(path, name, redact)
-    first = list(islice(rows, _WINDOW))  # what cannot be read at all is said before a log is made
+    first = list(islice(rows, _WINDOW))  # an unreadable file raises here, before a log is created
     with open_log(url) as log:
         window = first
         while window:
@@ -134,7 +135,7 @@ def import_preferences(
                 try:
                     for commit in commits:
                         commit.result()
-                except Duplicate:  # another import was quicker
+                except Duplicate:  # another import added it first
                     present += 1
                     continue
                 except DataError as error:
@@ -149,7 +150,7 @@ def import_preferences(
 def read_preferences(
     path: str | os.PathLike[str], name: str | None = None, redact: Redactor | None = None
 ) -> Iterator[Imports | BrokenLine]:
-    """Yield each row of a preference set, in order. See `import_preferences` for what is raised."""
+    """Yield each row of a preference set, in order. See `import_preferences` for the errors raised."""
     source = Path(path)
     called = name or source.name.partition(".")[0]
     for line, row in tables.each(source):
@@ -234,13 +235,13 @@ def _labelled(line: int, row: Mapping[str, Any], name: str) -> Trajectory:
 
 
 def _stored(what: Sequence[object], trajectory: Trajectory, redact: Redactor | None) -> Trajectory:
-    """Return a Trajectory as the log stores it, under the id that follows from what is left of it."""
+    """Return a Trajectory as the log stores it, with an id derived from its content after redaction."""
     made = redacted(trajectory, redact)
     return under_content_id(made, [*what, *_content(*made.messages, *_answers(made))])
 
 
 def _answers(trajectory: Trajectory) -> tuple[Message, ...]:
-    """Return the answers of an imported row: of a pair the chosen one first."""
+    """Return the answers of an imported row; the first of a pair is the chosen one."""
     assert trajectory.draft is not None
     chosen = (revision.answer for revision in trajectory.rounds[0].revisions)
     return (*chosen, trajectory.draft.answer)
@@ -279,7 +280,7 @@ def _compared(row: Mapping[str, Any]) -> _Compared:
         before = list(_messages(prompt, "prompt", "user")) if prompt is not None else []
         chosen = _messages(chosen, "chosen", "assistant")
         rejected = _messages(rejected, "rejected", "assistant")
-    # What both begin with belongs to the prompt, and may repeat it.
+    # The messages that both begin with belong to the prompt; they may repeat the messages of `prompt`.
     shared = _shared(chosen, rejected)
     asked = shared if shared[: len(before)] == before else [*before, *shared]
     if not asked:
@@ -290,7 +291,7 @@ def _compared(row: Mapping[str, Any]) -> _Compared:
 
 
 def _shared(a: Sequence[Message], b: Sequence[Message]) -> list[Message]:
-    """Return the messages that both begin with. The last message of each is its answer, whatever it says."""
+    """Return the messages that both begin with. The last message of each is its answer, and never shared."""
     count = 0
     for one, other in zip(a[:-1], b[:-1], strict=False):
         if one != other:
@@ -300,7 +301,7 @@ def _shared(a: Sequence[Message], b: Sequence[Message]) -> list[Message]:
 
 
 def _texts(chosen: str, rejected: str) -> _Compared:
-    """Split two texts where they begin to differ, at the last blank before that, as TRL does."""
+    """Split two texts where they begin to differ, or at the space just before that, as TRL does."""
     alike = (one == other for one, other in zip(chosen, rejected, strict=False))
     length = sum(takewhile(bool, alike))
     if length and length < max(len(chosen), len(rejected)) and chosen[length - 1] == " ":
@@ -341,7 +342,7 @@ def _messages(value: object, key: str, role: str) -> tuple[Message, ...]:
     for turn in value:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise DataError(f"{key!r} is no list of messages: {repr(turn)[:60]} has no role")
-        # Arrow fills in the keys that other messages have.
+        # Arrow adds the keys that other messages have, with None.
         turn = {name: item for name, item in turn.items() if item is not None}
         plain.append(turn)
     if all(isinstance(t.get("content"), str) and set(t) <= {"role", "content", "name"} for t in plain):
@@ -360,7 +361,7 @@ def _with_tools(turns: list[dict[str, Any]], key: str) -> tuple[Message, ...]:
                 call.setdefault("id", None)
     try:
         return tuple(map(from_langchain, convert_to_messages([{"content": "", **turn} for turn in turns])))
-    except Exception as error:  # its errors are of many classes, all about the messages
+    except Exception as error:  # LangChain's errors are of many classes, all about the messages
         raise DataError(f"{key!r} is no list of messages: {str(error).splitlines()[0][:200]}") from error
 
 
@@ -371,13 +372,13 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def dialogue(text: str, key: str = "text") -> list[Message]:
-    """Return the turns of a dialogue in HH-RLHF's form; what stands around a turn's words is no part of it.
+    """Return the turns of a dialogue in HH-RLHF's format, without whitespace around them.
 
     >>> [(m.role, m.content) for m in dialogue("\\n\\nHuman: Hi.\\n\\nAssistant: Hello!")]
     [('user', 'Hi.'), ('assistant', 'Hello!')]
 
     Raises:
-        DataError: two turns of one role in a row, or an empty one, which is a text that holds such a mark.
+        DataError: two turns of one role in a row, or an empty turn, as when a text itself contains a marker.
     """
     _, *parts = _TURN.split(text)
     turns: list[Message] = []

@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation on answers that are desirable or not, over TRL's KTOTrainer.
+"""The stage of Kahneman-Tversky optimisation, on answers that are desirable or not, over TRL's KTOTrainer.
 
 Source: Ethayarajh et al. 2024.
 """
@@ -20,14 +20,14 @@ __all__ = ["Config", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """What KTO is told."""
+    """Configuration of KTO."""
 
     learning_rate: float = 1e-6
     """Highest learning rate, of AdamW."""
     beta: float = 0.1
-    """Strength of the pull to the reference: the model that training starts from."""
+    """Strength of the KL constraint to the reference, which is the model that training starts from."""
     desirable_weight: float = 1.0
-    """Weight of desirable answers; the paper wants weight x count of them at 1 to 4/3 times the others'."""
+    """Weight of desirable answers; the paper advises weight x count to be 1 to 4/3 times the others'."""
     undesirable_weight: float = 1.0
     """Weight of undesirable answers."""
 
@@ -44,7 +44,7 @@ def train(config: Config) -> Checkpoint:
     Rows are `prompt`, `completion` and `label`; a pair (`chosen`, `rejected`) counts as two of them.
 
     Raises:
-        CaiError: as `trainers.stages.run` says.
+        CaiError: as documented in `trainers.stages.run`.
     """
     shape = Shape(stage="kto", kinds=("unpaired", "preference"), reads=frozenset({"label"}), encode=_encode)
     return run(config, shape, lambda begun: _trainer(begun, config))
@@ -68,7 +68,7 @@ def _trainer(begun: Run, config: Config) -> Any:
     arguments = KTOConfig(
         **begun.arguments(),
         max_length=None,
-        disable_dropout=False,  # that of adapters, too, which was asked for
+        disable_dropout=False,  # keeps the dropout of adapters, which was configured
         beta=config.beta,
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
@@ -77,7 +77,7 @@ def _trainer(begun: Run, config: Config) -> Any:
         model=begun.model(dropout=False),
         ref_model=None if config.lora else begun.model(dropout=False),
         args=arguments,
-        # Batches are taken in order, for the answers of a batch are paired with each other's prompts.
+        # Shuffled here, since batches are taken in order: their answers are paired with each other's prompts.
         train_dataset=begun.train.shuffle(seed=config.seed),
         eval_dataset=begun.test,
         processing_class=begun.tokenizer,
@@ -98,7 +98,7 @@ def _trainer_of_ids() -> Any:
             answers = dataset["completion_ids"]
 
             def other(row: dict[str, Any], at: int) -> dict[str, Any]:
-                """Add the answer before it in the batch, as TRL does; for a batch of one, another batch's."""
+                """Add the previous answer of the batch, as TRL does; for a batch of one, another batch's."""
                 first, last = at - at % size, min(at - at % size + size, len(answers)) - 1
                 return {"KL_completion_ids": answers[at - 1 if at > first or first == last else last]}
 

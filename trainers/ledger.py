@@ -1,8 +1,8 @@
-"""The ledger: what became of every trajectory that was read, and of every row that was made.
+"""The ledger of a dataset build: counts what became of every trajectory read and of every row made.
 
 Each Trajectory ends in exactly one account: it gave rows, or it was dropped for one Reason. Each row that was
-made ends in exactly one account as well: it stands in a split, or it was dropped for one Reason. `reconcile`
-holds both to the number read; a build that does not reconcile writes nothing.
+made also ends in exactly one account: it is in a split, or it was dropped for one Reason. `reconcile` checks
+that both sums equal the number read or made; a build that does not reconcile writes nothing.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class Reason(StrEnum):
     """Why a trajectory or a row is left out. The list is closed; docs/datasets.md explains each."""
 
     UNREADABLE_RECORD = "unreadable_record"
-    """The line is no record that this release reads: broken, cut off, or of a newer schema."""
+    """The line is not a record that this release can read: malformed, truncated, or of a newer schema."""
     BROKEN_TEXT = "broken_text"
-    """A text holds lone surrogates, which no file that a trainer reads can hold."""
+    """A text contains lone surrogates, which the files that trainers read cannot contain."""
     WITHHELD = "withheld"
     """The texts were withheld from the log because redaction failed."""
     NOT_TEXT = "not_text"
-    """A message holds something other than text, such as an image."""
+    """A message contains something other than text, such as an image."""
     UNKNOWN_ROLE = "unknown_role"
-    """A message is of a role that chat templates do not know."""
+    """A message has a role that chat templates do not know."""
     NO_PROMPT = "no_prompt"
-    """No message of a user asks for the answer."""
+    """No user message precedes the answer."""
     NO_ANSWER = "no_answer"
     """The request ended in an error before there was an answer."""
     EMPTY = "empty"
@@ -41,35 +41,35 @@ class Reason(StrEnum):
     UNJUDGED = "unjudged"
     """No verdict was given on the answer."""
     UNREADABLE_VERDICT = "unreadable_verdict"
-    """The verdict that would vouch for the answer could not be read."""
+    """The verdict that would qualify the answer could not be read."""
     NOT_ACCEPTED = "not_accepted"
-    """No answer was accepted: every one violates the constitution, or the request was refused."""
+    """No answer was accepted: each one violates the constitution, or the request was refused."""
     REVIEWED_OUT = "reviewed_out"
     """A reviewer rejected the answer or flagged the trajectory."""
     DISLIKED = "disliked"
     """End users' feedback on the answer is negative."""
     NO_PAIR = "no_pair"
-    """Fewer answers than the kind of data compares."""
+    """There are fewer answers than this kind of data compares."""
     NO_CRITIQUE = "no_critique"
-    """There is no critique in words that a revision followed."""
+    """No revision follows from a critique that has reasoning."""
     UNKNOWN_PRINCIPLE = "unknown_principle"
     """The principle's wording is not known; name its constitution."""
     NO_PRINCIPLE = "no_principle"
     """The verdict is on the answer as a whole, and names neither a principle nor an aim."""
     IDENTICAL = "identical"
-    """The answers to compare are the same text."""
+    """The answers to compare have the same text."""
     TIE = "tie"
     """Neither answer is better."""
     DISAGREEMENT = "disagreement"
     """The evidence contradicts itself: the two orders, two judges, two people, or people and critic."""
     HELD_OUT = "held_out"
-    """The prompt stands in an evaluation set that was named."""
+    """The prompt is in one of the named evaluation sets."""
     PII = "pii"
-    """A text holds what looks like personal data or a secret."""
+    """A text contains what looks like personal data or a secret."""
     OVER_LENGTH = "over_length"
     """The row is longer than the limit, in tokens of the named tokenizer."""
     DUPLICATE = "duplicate"
-    """Another row holds the same content."""
+    """Another row has the same content."""
     USER_CAP = "user_cap"
     """The user's share of rows is used up."""
     TENANT_CAP = "tenant_cap"
@@ -77,15 +77,16 @@ class Reason(StrEnum):
     NEAR_DUPLICATE = "near_duplicate"
     """The share of rows of one cluster of near-duplicate prompts is used up."""
     MIX = "mix"
-    """More kept drafts than the mix asks for."""
+    """There are more kept drafts than the mix allows."""
     REMOVED = "removed"
-    """The person or tenant is on the list of those to remove."""
+    """The person or tenant is on the removal list."""
     NOT_IN_FORMAT = "not_in_format"
-    """The loader of the named format would drop, cut or misread the row, or the chat template refuses it."""
+    """The loader of the named format would drop, cut or misread the row, or the chat template rejects it."""
 
 
 REASONS = tuple(Reason)
-"""In the order in which they are looked for; where all rows of a trajectory are dropped, the first counts."""
+"""All reasons, in the order in which they are checked; if all rows of a trajectory are dropped, its reason is
+the first of theirs in this order."""
 
 
 @dataclass(kw_only=True)
@@ -93,35 +94,35 @@ class Ledger:
     """The accounts of one build."""
 
     read: int = 0
-    """Trajectories read, broken lines included."""
+    """Trajectories read, including broken lines."""
     gave_rows: int = 0
-    """Trajectories of which at least one row stands in the dataset."""
+    """Trajectories with at least one row in the dataset."""
     dropped: dict[Reason, int] = field(default_factory=dict)
-    """Trajectories of which none does, by reason."""
+    """Trajectories without a row in the dataset, by reason."""
     made: int = 0
-    """Rows made out of trajectories."""
+    """Rows made from trajectories."""
     kept: dict[str, int] = field(default_factory=dict)
     """Rows in the dataset, by split."""
     dropped_rows: dict[Reason, int] = field(default_factory=dict)
     """Rows left out, by reason."""
     orphans: int = 0
-    """Trajectories that a comparison, review or feedback is about, and that were not read."""
+    """Trajectories that a comparison, review or feedback refers to but that were not read."""
 
     @property
     def rows(self) -> int:
-        """Rows in the dataset."""
+        """Number of rows in the dataset."""
         return sum(self.kept.values())
 
     def drop(self, reason: Reason, count: int = 1) -> None:
-        """Account for trajectories that were dropped."""
+        """Count trajectories that were dropped."""
         self.dropped[reason] = self.dropped.get(reason, 0) + count
 
     def drop_row(self, reason: Reason, count: int = 1) -> None:
-        """Account for rows that were dropped."""
+        """Count rows that were dropped."""
         self.dropped_rows[reason] = self.dropped_rows.get(reason, 0) + count
 
     def keep(self, split: str, count: int = 1) -> None:
-        """Account for rows that stand in a split."""
+        """Count rows that are in a split."""
         self.kept[split] = self.kept.get(split, 0) + count
 
     def add(self, other: Ledger) -> None:
@@ -138,10 +139,10 @@ class Ledger:
             self.keep(split, count)
 
     def reconcile(self) -> None:
-        """Hold the accounts to what was read.
+        """Check that the accounts add up to what was read and made.
 
         Raises:
-            DataError: they do not add up, so the build is wrong.
+            DataError: they do not, so the build has a bug.
         """
         accounts = {
             "trajectories": (self.read, self.gave_rows + sum(self.dropped.values())),
@@ -171,7 +172,7 @@ class Ledger:
             yield "judged, but not in the log", self.orphans
 
     def to_json(self) -> dict[str, Any]:
-        """Return the accounts as the manifest holds them."""
+        """Return the accounts as the manifest stores them."""
         return {
             "read": self.read,
             "gave_rows": self.gave_rows,

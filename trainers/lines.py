@@ -1,10 +1,10 @@
-"""JSON lines that grow, and survive a kill: it tears the last line at most, which is cut off and made again.
+"""JSON Lines files that grow during a run; if the run is killed, at most the last line is lost and redone.
 
-read     the rows of a file that is whole
-resume   the rows of a file that grew until its run ended, to go on with
+read     the rows of a complete file
+resume   the rows of a file that grew until its run ended, in order to append more
 append   adds a row
-keep     drops the rows that are not wanted
-Lines    a file that grows beside its name, and takes it once it is whole
+keep     removes the rows that are not wanted
+Lines    a file that grows under a temporary name, and is renamed once it is complete
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _ADVICE = "delete the file and run again"
 
 
 def text(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as lines, in ASCII: no character of theirs ends a line, and lone surrogates survive."""
+    """Return rows as lines of ASCII: no character inside a row ends a line, and lone surrogates survive."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read(path: Path, advice: str = _ADVICE) -> list[Row]:
-    """Return the rows of a file that is whole; none where it is not there.
+    """Return the rows of a complete file; an empty list if it does not exist.
 
     Args:
         path: the file.
-        advice: what to do about a damaged one, for its error.
+        advice: what to do about a damaged file, for the error message.
 
     Raises:
-        DataError: a line is no JSON; names it.
+        DataError: a line is not JSON; the message gives its number.
     """
     rows: list[Row] = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
@@ -49,12 +49,12 @@ def read(path: Path, advice: str = _ADVICE) -> list[Row]:
 
 
 def resume(path: Path, advice: str = _ADVICE) -> list[Row]:
-    """Return the rows of a file that is to grow on, as `read`; a torn last line is cut off before.
+    """Return the rows of a file that is to be appended to, like `read`; first cut off a torn last line.
 
-    Only for the one process that writes the file: to another, a line under way looks torn.
+    Only for the one process that writes the file: to any other, a line being written looks torn.
 
     Raises:
-        DataError: a whole line is no JSON; names it.
+        DataError: a complete line is not JSON; the message gives its number.
         OSError: the file cannot be written.
     """
     if path.exists():
@@ -64,22 +64,22 @@ def resume(path: Path, advice: str = _ADVICE) -> list[Row]:
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a file that is whole or was resumed, or begin one.
+    """Append a row to a file that is complete or was resumed, or create the file.
 
-    The row survives a kill of this process from then on, though not a failure of the power.
+    From then on the row survives a kill of this process, but not a power failure.
 
     Raises:
-        OSError: it cannot be written; part of it may be, which `resume` cuts off.
+        OSError: it cannot be written; a part of it may be in the file, which `resume` cuts off.
     """
     with path.open("ab") as file:
         file.write(text([row]).encode("ascii"))
 
 
 def keep(path: Path, wanted: Callable[[Row], bool], advice: str = _ADVICE) -> None:
-    """Resume a file, and drop its rows that are not wanted; it is written anew, whole.
+    """Resume a file, and remove the rows that are not wanted; the file is rewritten atomically.
 
     Raises:
-        DataError: a whole line is no JSON; names it.
+        DataError: a complete line is not JSON; the message gives its number.
         OSError: the file cannot be written.
     """
     if path.exists():
@@ -87,16 +87,16 @@ def keep(path: Path, wanted: Callable[[Row], bool], advice: str = _ADVICE) -> No
 
 
 class Lines:
-    """A file of rows. While it grows it is `NAME.part`, of which a torn last line is lost and no more.
+    """A file of rows. While it grows it is `NAME.part`; a kill loses at most its torn last line.
 
-    Used as a context: it is locked, so that two runs do not write the same file.
+    Used as a context manager: the file is locked, so that two runs do not write it at the same time.
     """
 
     def __init__(self, path: Path, key: Sequence[str]) -> None:
-        """Name a file; `key` are the fields that tell its rows apart."""
+        """Open no file yet; `key` are the fields that together identify a row."""
         self.path = path
         self.rows: dict[tuple[Any, ...], Row] = {}
-        """What it holds, by key."""
+        """Rows of the file, by key."""
         self._key = tuple(key)
         self._part = path.with_name(f"{path.name}.part")
         self._lock: BinaryIO
@@ -114,12 +114,12 @@ class Lines:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        with self._lock:  # until the file is gone, so that it is not another run's by then
+        with self._lock:  # hold the lock until the file is gone, so that no other run has opened it by then
             if not self._part.stat().st_size:
                 self._part.unlink()
 
     def _hold(self) -> None:
-        import fcntl  # which Windows has not
+        import fcntl  # not available on Windows
 
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +130,7 @@ class Lines:
         self.rows.update((tuple(row[field] for field in self._key), row) for row in rows)
 
     def add(self, row: Row) -> None:
-        """Keep a row; it survives the process before the next one is asked for.
+        """Append a row; it is in the file, and survives a kill, when this returns.
 
         Raises:
             DataError: it cannot be written.
@@ -144,7 +144,7 @@ class Lines:
         self._take([row])
 
     def finish(self) -> None:
-        """Give the file its name, with all rows in the order of their keys; of no row there is no file.
+        """Write the final file, with all rows in the order of their keys; without rows no file is made.
 
         Raises:
             DataError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Markdown for cards: texts of users and models stand in it as text."""
+"""Builds Markdown for cards; texts of users and models are escaped, so that they are shown as plain text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 __all__ = ["bold", "cell", "table"]
 
 _SIGNS = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|<")
-"""What may open or close emphasis, code, a link, an image, a column, a formula, an entity or a tag. An
-underscore within a word opens nothing."""
+"""Characters that may open or close emphasis, code, a link, an image, a column, a formula, an entity or a
+tag. An underscore within a word has no effect in Markdown."""
 _WRITTEN = {"<": "&lt;", "&": "&amp;"}
 
 
@@ -25,7 +25,7 @@ def bold(value: Any) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Return a table, a line each for its head, the rule below it and its rows; see `cell`."""
+    """Return a table: its head, the separator line and its rows, one line each; see `cell`."""
 
     def line(cells: Iterable[str]) -> str:
         return f"| {' | '.join(cells)} |"
@@ -34,8 +34,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a text, or another value as JSON, on one line that is read as text: nothing in it is a column, a
-    tag, an image, a mark or a link under other words. A bare address stays one, and may be shown as a link.
+    """Return a text, or another value as JSON, on one line and escaped: nothing in it is read as a column, a
+    tag, an image, emphasis or a link with other text. A bare URL stays as it is, and may be shown as a link.
     """
     if isinstance(value, _Marked):
         return value

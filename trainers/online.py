@@ -1,17 +1,17 @@
-"""Online training: RLOO and GRPO over TRL's trainers, on any reward, under the Goodhart watch.
+"""Online training: RLOO and GRPO over TRL's trainers, with any reward, monitored by the Goodhart watch.
 
 RLOO (Ahmadian et al. 2024, arXiv:2402.14740) is REINFORCE with the other answers to a prompt as the baseline,
-which is how Lee et al. 2023 (arXiv:2309.00267) trained RLAIF; GRPO (Shao et al. 2024, arXiv:2402.03300)
-divides by the group's standard deviation besides. Both draw `answers` to each prompt and learn from how these
-compare. What is set otherwise than by TRL:
+which is how Lee et al. 2023 (arXiv:2309.00267) trained RLAIF; GRPO (Shao et al. 2024, arXiv:2402.03300) also
+divides by the group's standard deviation. Both sample `answers` to each prompt and learn from how these
+compare. Differences from TRL's defaults:
 
     beta       0.05 for both. TRL's GRPO has none, and a learned reward without an anchor is soon exploited.
     reference  the model that training starts from, read from its folder, also after a resumption.
-    dropout    none: answers are drawn by the probabilities that are trained.
-    reward     a Reward of trainers/rewards.py, which gives a number for every answer or raises. TRL trains on
-               what is left where some have none, and goes on without a gradient where all have none; here the
-               run is paused with a point to go on from.
-    watch      sees every update, stops the run and takes it back to its best weights; see trainers/watch/.
+    dropout    none: answers are sampled from the same probabilities that are trained.
+    reward     a Reward of trainers/rewards.py, which returns a number for every answer or raises. TRL skips
+               answers without a reward, and goes on without a gradient if none has one; here the run is
+               paused, with a saved state to resume from.
+    watch      measures every update, stops the run and restores its best weights; see trainers/watch/.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Vllm:
-    """Answers are drawn by vLLM, through TRL, which hands it the new weights after every update."""
+    """Answers are sampled with vLLM, through TRL, which sends it the new weights after every update."""
 
     mode: Literal["colocate", "server"] = "colocate"
-    """On the GPUs that train, or on a server of its own."""
+    """`colocate`: on the GPUs that train; `server`: on a separate server."""
     url: str | None = None
-    """The server, such as http://10.0.0.2:8000; only for `server`."""
+    """Address of the server, such as http://10.0.0.2:8000; only for `server`."""
 
     def __post_init__(self) -> None:
         if (self.url is not None) != (self.mode == "server"):
@@ -61,26 +61,26 @@ class Vllm:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """What online training is told. A row is an answer: batch_size counts answers, not prompts."""
+    """Configuration of online training. A row is an answer: batch_size counts answers, not prompts."""
 
     reward: Spec
-    """What the policy is made better at, as `trainers.rewards.parse` reads it."""
+    """The reward that the policy is trained on, as `trainers.rewards.parse` reads it."""
     watch: WatchConfig | None
-    """When the run is observed and stopped; null: by nobody."""
+    """When the run is measured and when it is stopped; null: no watch."""
     algorithm: Literal["rloo", "grpo"] = "rloo"
     """RLOO, or GRPO."""
     learning_rate: float = 1e-6
     """Highest learning rate, of AdamW; with adapters 1e-5 is usual."""
     answers: int = 4
-    """Answers to each prompt, from 2; batch_size x accumulate x processes is a multiple of it."""
+    """Answers sampled per prompt, at least 2; batch_size x accumulate x processes is a multiple of it."""
     max_answer: int = 256
-    """Longest answer, in tokens; a prompt has max_tokens less that."""
+    """Maximum tokens of an answer; a prompt has at most max_tokens minus this."""
     temperature: float = 1.0
-    """Of the answers, those that the watch asks for included."""
+    """Sampling temperature of the answers, including those for the watch."""
     beta: float = 0.05
-    """Price of a nat of KL to the model that training starts from; 0: no anchor."""
+    """Price of a nat of KL to the model that training starts from; 0: no KL penalty."""
     vllm: Vllm | None = None
-    """Draw the answers by vLLM; null: by the model itself."""
+    """Sample the answers with vLLM; null: with the model itself."""
 
     @property
     def learns_from(self) -> tuple[Path, ...]:
@@ -89,13 +89,13 @@ class Config(StageConfig):
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What names the content behind the reward and the watch."""
+        """Identities of the reward's and the watch's contents, by setting; see `trainers.identity`."""
         watched = {} if self.watch is None else self.watch.contents
         of_watch = {f"watch.{setting}": named for setting, named in watched.items()}
         return {"reward": identity_of_reward(self.reward), **of_watch}
 
     def fewest(self, processes: int) -> tuple[int, str]:
-        """Return the fewest prompts that so many processes can train on, and what needs as many."""
+        """Return the minimum number of prompts for this many processes, and what needs that many."""
         answers = f"batch_size {self.batch_size} x accumulate {self.accumulate} x {processes} processes"
         return self.batch_size * self.accumulate * processes // self.answers, (
             f"of one update ({answers} / answers {self.answers}); lower batch_size or accumulate"
@@ -116,10 +116,10 @@ class Config(StageConfig):
         at_least(0, self, "beta")
 
     def check_processes(self, count: int) -> None:
-        """Make sure that an update can be shared out among so many processes.
+        """Check that an update can be divided among this many processes.
 
         Raises:
-            ConfigError: the answers of an update are no multiple of those to a prompt.
+            ConfigError: the answers of an update are not a multiple of the answers per prompt.
         """
         update = self.batch_size * self.accumulate * count
         if update % self.answers:
@@ -132,15 +132,15 @@ class Config(StageConfig):
 
 
 def train(config: Config) -> Checkpoint:
-    """Train on prompts, and return the Checkpoint; where the watch stopped the run, that of its best step.
+    """Train on prompts, and return the Checkpoint; if the watch stopped the run, that of its best step.
 
-    Rows are `prompt`, a list of turns or what a user says; the test rows are the held-out prompts of the
-    watch. The manifest's `data` says under `watch` what the watch did.
+    Rows are `prompt`, a list of messages or one user message as text; the test rows are the held-out prompts
+    of the watch. The manifest's `data` records under `watch` what the watch did.
 
     Raises:
-        RewardError: the reward or the judge is out, after all attempts. The run stays, with a point of the
-            last update, and goes on when it is started again.
-        CaiError: as `trainers.stages.run` says.
+        RewardError: the reward or the judge failed in all attempts. The run is kept, with a saved state of
+            the last update, and resumes when it is started again.
+        CaiError: as documented in `trainers.stages.run`.
     """
     config.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
     reward = parse(config.reward)
@@ -166,18 +166,18 @@ def _trainer(begun: Run, config: Config, reward: Reward) -> Any:
         "max_completion_length": config.max_answer,
         "temperature": config.temperature,
         "beta": config.beta,
-        # A seed for each process would be set by TRL; the order of the prompts is that of the seed.
+        # TRL sets a different seed in each process; the order of the prompts depends on the config's seed.
         "shuffle_dataset": True,
     }
     if config.vllm is not None:
         settings |= {"use_vllm": True, "vllm_mode": config.vllm.mode}
         settings |= {"vllm_server_base_url": config.vllm.url} if config.vllm.url else {}
     heldout = [] if begun.test is None else [json.loads(row["prompt"]) for row in begun.test]
-    begun.test = None  # the watch measures on them; TRL would have them answered once more
+    begun.test = None  # the watch measures on them; TRL would sample answers to them a second time
     begun.counts["constitutions"] += constitutions(reward)
     paid = _Paid(reward)
     name = config.algorithm.upper()
-    # TRL fetches its trainers when they are asked for, and names them in no __all__.
+    # TRL imports its trainers lazily, and lists them in no __all__.
     arguments: Any = getattr(trl, f"{name}Config")(**settings)
     trainer: Any = getattr(trl, f"{name}Trainer")(
         model=begun.model(dropout=False),
@@ -202,7 +202,7 @@ def _decoded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class _Paid:
-    """A Reward as TRL calls it; keeps what the last answers were paid, for the watch."""
+    """A Reward as a function for TRL; remembers the last answers and their rewards, for the watch."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
@@ -214,7 +214,7 @@ class _Paid:
 
     @property
     def function(self) -> Callable[..., list[float]]:
-        """What TRL calls; its figures are named after it."""
+        """The function that TRL calls; TRL names its metrics after the function."""
 
         def paid(prompts: list[Messages], completions: list[Any], **_: Any) -> list[float]:
             return self._pay(prompts, [answer[-1]["content"] for answer in completions])
@@ -235,15 +235,15 @@ class _Paid:
         return self.rewards
 
     def forget(self) -> None:
-        """Drop what the watch has seen."""
+        """Discard the answers and rewards that the watch has seen."""
         self.prompts, self.answers, self.rewards, self.disagreement = [], [], [], None
 
 
 def _paused_on(error: CaiError | None, trainer: Any) -> None:
-    """Pause the run where a process has an error: write a point of the last update, and raise.
+    """Pause the run if any process has an error: save a state of the last update, and raise.
 
     Raises:
-        RewardError: says how to go on.
+        RewardError: a process has an error; the message describes how to resume.
     """
     errors = _gathered(None if error is None else str(error))
     said = next((one for one in errors if one is not None), None)
@@ -262,7 +262,7 @@ def _paused_on(error: CaiError | None, trainer: Any) -> None:
 
 
 class _Watched:
-    """The watch at a trainer: one process keeps it, all draw the answers, since weights may be sharded."""
+    """Runs the watch in the main process; all processes sample its answers, since weights may be sharded."""
 
     def __init__(
         self,
@@ -286,7 +286,7 @@ class _Watched:
         self.stopped: str | None = None
 
     def attach(self) -> None:
-        """Have the trainer call the watch."""
+        """Register a callback that runs the watch."""
         from transformers import TrainerCallback
 
         watched = self
@@ -308,10 +308,10 @@ class _Watched:
         self.trainer.add_callback(Observe())
 
     def begin(self, step: int, *, last: bool) -> bool:
-        """Observe the policy that training begins or goes on with, or do what was decided of it before.
+        """Let the watch measure the policy before training begins or resumes, or apply its recorded decision.
 
         Returns:
-            Whether the run is over: it was stopped before an interrupt, or is by what is observed now.
+            Whether the run is over: the watch stopped it before an interrupt, or stops it now.
         """
         decision = _agreed(None if self.watch is None else self.watch.decided(step, last=last))
         return self.observe(step, last=last) if decision is None else self._do(decision, step)
@@ -346,14 +346,14 @@ class _Watched:
         return self._do(decision, step)
 
     def _do(self, decision: Decision, step: int) -> bool:
-        """Keep the best weights, and return whether the run is to stop after this step."""
+        """Save the best weights, and return whether the run is to stop after this step."""
         if decision.is_best:
             self._save(step)
         self.stopped = decision.stop
         return decision.stop is not None
 
     def end(self, step: int) -> None:
-        """Take the weights back to the best ones where the run was stopped, and say so."""
+        """If the run was stopped, restore the best weights; record the result of the watch."""
         best = _agreed(None if self.watch is None else self.watch.best_step)
         if self.stopped is not None:
             _load(self.trainer, self._path(best))
@@ -368,7 +368,7 @@ class _Watched:
             }
 
     def _answers(self, step: int) -> list[str]:
-        """Answer what the watch asks, by a new draw each time, or else its `patience` would see one twice."""
+        """Sample answers for the watch, anew each time: its `patience` must not count one sample twice."""
         from accelerate.utils import DistributedType
 
         trainer = self.trainer
@@ -385,17 +385,17 @@ class _Watched:
         return [one.text for one in found]
 
     def _kl(self) -> float | None:
-        """Return the KL of the last update in nats an answer, of which TRL has the mean over tokens.
+        """Return the KL of the last update in nats per answer; TRL reports the mean per token.
 
-        RLOO measures it once for all answers of an update, and so exactly; GRPO in each forward pass, whose
-        mean weighs short answers a little more.
+        RLOO measures it once over all answers of an update, so it is exact; GRPO measures it in each forward
+        pass, and the mean over passes gives short answers slightly more weight.
         """
         a_token = self._figure("kl", 1 if self.config.algorithm == "rloo" else self.config.accumulate)
         tokens = self._figure("completions/mean_length", 1)
         return None if a_token is None or tokens is None else a_token * tokens
 
     def _figure(self, name: str, count: int) -> float | None:
-        """Return what TRL measured of the last update, as the mean of so many values."""
+        """Return a metric of the last update in TRL's record, as the mean of its last `count` values."""
         values = self.trainer._metrics["train"].get(name, [])[-count:]
         return sum(values) / len(values) if values else None
 
@@ -415,7 +415,7 @@ class _Watched:
         return self.begun.work / f"best-{step}.safetensors"
 
     def _save(self, step: int) -> None:
-        """Keep the trained weights of this step, and the last ones that an interrupt may take us back to."""
+        """Save the trained weights of this step; delete others that a resumed run cannot need any more."""
         tensors = _trained(self.trainer)
         if not self.trainer.accelerator.is_main_process:
             return
@@ -442,7 +442,7 @@ def _check_sharding(accelerator: Any) -> None:
 
 
 def _trained(trainer: Any) -> dict[str, torch.Tensor]:
-    """Return copies of the weights that are trained, whole and on the CPU; all processes call it."""
+    """Return copies of the trained weights, whole and on the CPU; all processes must call it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     reshard(model)
     found = {}

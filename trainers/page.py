@@ -1,4 +1,4 @@
-"""What static pages are made of: one file, no script, nothing fetched; every text is escaped."""
+"""Builds static HTML pages: one file without scripts or external resources, with every text escaped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ svg, img { max-width: 100%; height: auto }
 
 
 def document(title: str, body: str) -> str:
-    """Return a page around a body that is HTML already."""
+    """Return a page around a body that is already HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -47,7 +47,7 @@ def table(
     numbers: Sequence[int] = (),
     text: bool = False,
 ) -> str:
-    """Return a table of escaped cells; `numbers` are the columns that are aligned to the right."""
+    """Return a table of escaped cells; the columns `numbers` are aligned to the right."""
 
     def cell(place: int, value: str, tag: str = "td") -> str:
         kind = ' class="n"' if place in numbers else ' class="text"' if text and place else ""
@@ -59,7 +59,7 @@ def table(
 
 
 def figure(svg: str, caption: str) -> str:
-    """Return a plot with what it shows. It is an image, so that nothing in it can run."""
+    """Return a plot with its caption. It is embedded as an image, so that nothing in it can run."""
     data = base64.b64encode(svg.encode()).decode()
     return (
         f'<figure><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{data}">'

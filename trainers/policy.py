@@ -1,9 +1,9 @@
-"""Policies and reward models: loaded from a folder, sampled and scored in batches.
+"""Loads policies and reward models from a folder, samples answers and scores them in batches.
 
-    load_policy, Policy         a language model with its tokenizer; `sample` writes answers
-    load_reward, RewardModel    a sequence classifier with its own tokenizer; `score` rates answers
+    load_policy, Policy         a language model with its tokenizer; `sample` generates answers
+    load_reward, RewardModel    a sequence classifier with its own tokenizer; `score` scores answers
 
-Conversations are lists of messages, as in the dataset's rows; each model reads them through the chat template
+Conversations are lists of messages, as in the dataset's rows. Each model formats them with the chat template
 of its own tokenizer, so a policy and its reward model may come from different families.
 """
 
@@ -57,14 +57,14 @@ class Policy:
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the tokenizer's, and those of the model's generation config."""
+        """Tokens that end an answer: those of the tokenizer, and of the model's generation config."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
         found = configured if isinstance(configured, list) else [configured]
         return tuple(sorted({t for t in [*found, self.tokenizer.eos_token_id] if t is not None}))
 
     @property
     def pad(self) -> int:
-        """The token that fills a batch. Nothing is read from it: masks say what is text."""
+        """The padding token of a batch. Its value does not matter: masks mark what is text."""
         pad = self.tokenizer.pad_token_id
         return int(self.stops[0] if pad is None else pad)
 
@@ -83,20 +83,20 @@ class Sample(NamedTuple):
     """One answer of a policy."""
 
     prompt_ids: list[int]
-    """Tokens of the conversation, up to where the assistant speaks."""
+    """Tokens of the conversation, up to where the assistant's answer begins."""
     ids: list[int]
-    """Tokens of the answer, the one that ended it included."""
+    """Tokens of the answer, including the one that ended it."""
     text: str
     """The answer, without special tokens."""
     ended: bool
-    """Whether it came to its end, rather than to the limit of tokens."""
+    """Whether it ended by itself, and was not cut off at the token limit."""
 
 
 # --- loading ------------------------------------------------------------------------------------------
 
 
 def device_of(name: str | None = None) -> torch.device:
-    """Return the device of that name; None: the first accelerator that there is, else the CPU."""
+    """Return the device of that name; None: the first available accelerator, else the CPU."""
     import torch
 
     if name is not None:
@@ -113,12 +113,12 @@ def load_policy(
     Args:
         model: a folder with safetensors and tokenizer, or another name that `trainers.weights.resolve` knows.
         dtype: of the weights, such as "float32"; "auto" is float32 on a CPU and bfloat16 elsewhere.
-        device: where it runs; None: the first accelerator that there is, else the CPU.
-        quantized: whether the weights are held in 4 bits (Dettmers et al. 2023); needs bitsandbytes.
+        device: where it runs; None: the first available accelerator, else the CPU.
+        quantized: whether the weights are loaded in 4 bits (Dettmers et al. 2023); needs bitsandbytes.
 
     Raises:
-        ConfigError: it is no model, or its tokenizer has no chat template or no token that ends an answer.
-        ModelError: there are no weights or no tokenizer in the folder; says which.
+        ConfigError: it is not a model, or its tokenizer has no chat template or no token that ends an answer.
+        ModelError: the folder lacks weights or a tokenizer; the message says which.
         MissingExtra: torch or transformers is not installed.
     """
     settings: dict[str, Any] = {}
@@ -134,10 +134,10 @@ def load_policy(
 def load_reward(model: str | Path, *, dtype: str = "auto", device: str | None = None) -> RewardModel:
     """Load a reward model and its tokenizer, in evaluation mode; arguments and errors as in `load_policy`.
 
-    What its config.json names as `reward_shift` is taken off every reward that it gives.
+    The `reward_shift` of its config.json, if there is one, is subtracted from every reward.
 
     Raises:
-        ConfigError: it is no sequence classifier with one output, such as a language model by mistake.
+        ConfigError: it is not a sequence classifier with one output, but for example a language model.
     """
     loaded, tokenizer = _load("AutoModelForSequenceClassification", model, dtype, device, num_labels=1)
     if not any("SequenceClassification" in name for name in loaded.config.architectures or ()):
@@ -145,7 +145,7 @@ def load_reward(model: str | Path, *, dtype: str = "auto", device: str | None = 
             f"{model}: is a {', '.join(loaded.config.architectures or ['model'])}, not a reward model; name "
             "what `cai train reward` wrote"
         )
-    if loaded.config.pad_token_id is None:  # without one, the classifier cannot tell where a text ends
+    if loaded.config.pad_token_id is None:  # without one, the classifier cannot find the end of a text
         pad = tokenizer.pad_token_id
         loaded.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
     if shift := getattr(loaded.config, "reward_shift", 0.0):
@@ -154,7 +154,7 @@ def load_reward(model: str | Path, *, dtype: str = "auto", device: str | None = 
 
 
 def _centred(output: Any, shift: float) -> Any:
-    """Return what a reward model gave, with the shift of its training taken off."""
+    """Return a reward model's output with its `reward_shift` subtracted."""
     output.logits = output.logits - shift
     return output
 
@@ -192,7 +192,7 @@ def _load(kind: str, model: str | Path, dtype: str, device: str | None, **settin
 
 
 def four_bits(computed_in: Literal["bfloat16", "float32"]) -> Any:
-    """Return transformers' config of weights that are held in 4 bits (Dettmers et al. 2023).
+    """Return transformers' config for weights in 4 bits (Dettmers et al. 2023).
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -215,10 +215,10 @@ def four_bits(computed_in: Literal["bfloat16", "float32"]) -> Any:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
-    """Return a conversation's tokens, up to where the assistant speaks.
+    """Return a conversation's tokens, up to where the assistant's answer begins.
 
     Raises:
-        DataError: the chat template takes no such conversation; says why.
+        DataError: the chat template rejects the conversation; the message gives the reason.
     """
     return _templated(tokenizer, prompt, add_generation_prompt=True)
 
@@ -226,14 +226,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int
 def _templated(tokenizer: Any, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
     from jinja2 import TemplateError
 
-    # What a template does to a turn that it did not expect, such as to add text to a missing content.
-    # Arrow gives every message all fields that one message has; what is absent is None.
+    # Arrow gives every message all fields that any message has, with None for absent ones: remove those.
     plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
         ids: list[int] = tokenizer.apply_chat_template(
             plain, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
         )
     except (TemplateError, TypeError, KeyError, ValueError) as error:
+        # These are the errors of templates on a turn they do not expect, such as one without content.
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise DataError(f"the chat template takes no conversation of {roles}: {error}") from error
     return ids
@@ -242,10 +242,10 @@ def _templated(tokenizer: Any, messages: Messages, *, add_generation_prompt: boo
 def batch_of(
     rows: Sequence[Sequence[int]], *, pad: int, left: bool, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows of tokens as one tensor, and where it holds text.
+    """Return rows of tokens as one padded tensor, and the mask of its text.
 
     Returns:
-        ids: (B, T) int64, T the longest row, filled with `pad` on the left or on the right.
+        ids: (B, T) int64, T the longest row, padded with `pad` on the left or on the right.
         mask: (B, T) int64, 1 on text.
     """
     import torch
@@ -274,19 +274,19 @@ def sample(
 ) -> list[Sample]:
     """Return one answer to each conversation, in order.
 
-    The same seed and batch size give the same answers; the random state of torch is as it was. What the
-    model's generation config says of sampling (top-k, penalties) does not count.
+    The same seed and batch size give the same answers; the random state of torch is restored.
+    Sampling settings of the model's generation config (top-k, penalties) are ignored.
 
     Args:
-        policy: who answers.
-        prompts: conversations; a prompt that is to be answered twice stands there twice.
-        max_tokens: longest answer.
-        temperature: above 0; 0 takes the likeliest token.
-        top_p: least probability mass that tokens are drawn from.
-        seed: of the draw.
-        batch_size: answers that are written at once.
-        first: number of the first batch, where others sample the batches before it with the same seed.
-        in_step: the processes share one sharded model, and go on until the longest answer of all is written.
+        policy: the model that answers.
+        prompts: conversations; a prompt that is to be answered twice is listed twice.
+        max_tokens: maximum tokens of an answer.
+        temperature: above 0; 0 always takes the most probable token.
+        top_p: smallest probability mass that tokens are drawn from.
+        seed: of the sampling.
+        batch_size: answers generated at once.
+        first: number of the first batch; other processes sample the batches before it with the same seed.
+        in_step: the processes share one sharded model, and all continue until the longest answer is done.
 
     Raises:
         DataError: a conversation does not fit the chat template, or leaves no room for an answer.
@@ -308,12 +308,12 @@ def sample(
 
 
 def seed_of(seed: int, number: int, purpose: int = 0) -> int:
-    """Return the seed of one draw, so that what is drawn depends on nothing that was drawn before.
+    """Return the seed of one draw, so that its result does not depend on any earlier draw.
 
     Args:
         seed: of the run.
         number: of the draw, such as the update that it is for.
-        purpose: tells apart draws of the same number, in [0, 7919).
+        purpose: distinguishes draws of the same number, in [0, 7919).
     """
     return (seed * 1_000_003 + number) * 7_919 + purpose
 
@@ -327,7 +327,7 @@ def sample_each(
     seed: int,
     batch_size: int,
 ) -> list[Sample | DataError]:
-    """Return what `sample` does, and the error in the place of each conversation that cannot be answered."""
+    """Return the results of `sample`, with an error in place of each conversation that cannot be answered."""
     found: list[Sample | DataError | None] = [None] * len(prompts)
     for number, prompt in enumerate(prompts):
         try:
@@ -348,7 +348,7 @@ def sample_each(
 
 
 def _asked(policy: Policy, prompt: Messages, max_tokens: int) -> list[int]:
-    """Return a conversation's tokens; raises DataError where the policy cannot answer it."""
+    """Return a conversation's tokens; raise DataError if the policy cannot answer it."""
     ids = prompt_ids(policy.tokenizer, prompt)
     room = getattr(policy.model.config, "max_position_embeddings", None)
     if room is not None and len(ids) + max_tokens > room:
@@ -395,7 +395,7 @@ def _sample(
 
 @contextlib.contextmanager
 def _plain(model: Any) -> Iterator[None]:
-    """Set a model to evaluation and its own generation config aside, for what stands below."""
+    """Put a model into evaluation mode, with an empty generation config, while the body runs."""
     from transformers import GenerationConfig
 
     own, training, cached = model.generation_config, model.training, model.config.use_cache
@@ -424,7 +424,7 @@ def score(
 ) -> list[float]:
     """Return a reward model's score of each answer to its conversation, in order.
 
-    A text beyond what the model reads loses its beginning, so that the answer's end is always seen.
+    A text that is too long for the model loses its beginning, so that the end of the answer is always seen.
 
     Raises:
         DataError: a conversation does not fit the chat template.
@@ -443,9 +443,9 @@ def score(
 def score_ids(
     model: Any, rows: Sequence[Sequence[int]], *, pad: int, batch_size: int, device: torch.device
 ) -> list[float]:
-    """Return the one output of a sequence classifier for each row of tokens, in order.
+    """Return the single output of a sequence classifier for each row of tokens, in order.
 
-    Rows of about the same length are read together, so that little is padding.
+    Rows of similar length are batched together, to keep padding small.
     """
     import torch
 

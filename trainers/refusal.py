@@ -1,4 +1,4 @@
-"""Refusals: how one opens, what tells that an answer is one, and harmless prompts to count them on."""
+"""Detects refusals, by how an answer opens or with a probe; provides benign prompts to count them on."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ REFUSAL = re.compile(
     r"i don['’]t (feel|think i))",
     re.IGNORECASE,
 )
-"""How a refusal opens, in English. On the harmless PyRIT answers that people labelled it is right in 29 of
-32."""
+"""Matches the opening of an English refusal. On the harmless PyRIT answers labelled by people it is right in
+29 of 32."""
 
 Evades = Callable[[Sequence[Messages], Sequence[str]], list[bool]]
-"""What tells, of prompts and an answer to each, whether each answer refuses or evades."""
+"""A function from prompts and one answer to each, to whether each answer refuses or evades."""
 
 
 def opens_with_refusal(answer: str) -> bool:
@@ -40,21 +40,21 @@ def opens_with_refusal(answer: str) -> bool:
 
 
 def by_opening(prompts: Sequence[Messages], answers: Sequence[str]) -> list[bool]:
-    """Return of each answer what `opens_with_refusal` says."""
+    """Return `opens_with_refusal` for each answer; the prompts are ignored."""
     return [opens_with_refusal(answer) for answer in answers]
 
 
 class Evasion(NamedTuple):
-    """What a probe reads of an answer."""
+    """A probe's result on one answer."""
 
     probability: float
     """P(evasion)."""
     evades: bool
-    """Whether it reaches the threshold of the probe's card."""
+    """Whether the probability reaches the threshold of the probe's card."""
 
 
 async def evasion(probe: Probe, request: str, answer: str) -> Evasion:
-    """Return what a probe reads of an answer to a request.
+    """Return a probe's result on an answer to a request.
 
     Raises:
         MissingExtra: the extra `local` is not installed.
@@ -65,7 +65,7 @@ async def evasion(probe: Probe, request: str, answer: str) -> Evasion:
 
 
 def by_probe(model: str) -> Evades:
-    """Return what reads evasion from a local model's probe.
+    """Return an `Evades` that uses a local model's probe.
 
     Raises:
         ConfigError: there is no probe for this model.
@@ -86,10 +86,10 @@ def by_probe(model: str) -> Evades:
 
 
 def benign_prompts(path: Path | None = None) -> list[Messages]:
-    """Return harmless prompts that no good model refuses: those of a file, or the few of the package.
+    """Return harmless prompts that no good model refuses: those of a file, or the few in the package.
 
     Raises:
-        DataError: the file cannot be read, or holds no prompt.
+        DataError: the file cannot be read, or contains no prompt.
     """
     if path is None:
         lines = files("cai_graph").joinpath("sample/prompts.jsonl").read_text("utf-8").splitlines()

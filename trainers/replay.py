@@ -1,7 +1,7 @@
-"""Replay: logged answers judged again under another constitution or by another critic, and what changes.
+"""Replay: judges logged answers again, with another constitution or critic, and reports what changes.
 
-A regression test for constitutions. The log is only read. Each judgement is kept in a file of its own as soon
-as it is made, so that an interrupted replay goes on; the file belongs to one constitution and one critic.
+This is a regression test for constitutions. The log is only read. Each judgement is written at once to a
+separate file, so that an interrupted replay resumes; the file belongs to one constitution and one critic.
 """
 
 from __future__ import annotations
@@ -37,55 +37,55 @@ from trainers.identity import weights_of
 __all__ = ["Answer", "Change", "Example", "Judged", "Replay", "Report", "answers_of", "standing"]
 
 Standing = Literal["violates", "complies", "unreadable", "unjudged"]
-"""What a critique says of an answer, in a word."""
+"""The overall result of a critique of an answer, in one word."""
 
 Change = Literal["newly violates", "cleared", "now unreadable"]
 """`newly violates`: complied in the log. `cleared`: violated in the log and complies now."""
 
 
 class Answer(NamedTuple):
-    """An answer of the log."""
+    """An answer from the log."""
 
     trajectory_id: str
-    """The Trajectory that holds it."""
+    """Id of the Trajectory that contains it."""
     outcome: str
-    """How that ended."""
+    """Outcome of that Trajectory."""
     of: Literal["draft", "released"]
-    """Whether it is the draft, or the revision (or a person's answer) that was released in its place."""
+    """Whether it is the draft, or the revision (or a person's answer) that was released instead."""
     exchange: Exchange
     """The answer, in its conversation."""
     before: Critique | None
-    """How it was judged then; None where it was not."""
+    """The critique in the log; None if the answer was not judged."""
     passed: bool
-    """Whether the run let it pass by the thresholds of that constitution."""
+    """Whether the run accepted it under the thresholds of that constitution."""
     constitution: str
     """Digest of the constitution that judged it."""
 
     @property
     def key(self) -> str:
-        """What tells it from every other answer."""
+        """Unique key of the answer."""
         return f"{self.trajectory_id}/{self.of}"
 
 
 class Judged(NamedTuple):
-    """What became of one answer."""
+    """The result of judging one answer again."""
 
     answer: Answer
     """The answer."""
     before: Standing
-    """What the log says of it."""
+    """The result in the log."""
     after: Standing
-    """What the critic says of it now; `unjudged` where it failed."""
+    """The result now; `unjudged` if judging failed."""
     failed: str | None = None
-    """Class and message of the error, where there is no judgement."""
+    """Class and message of the error, if judging failed."""
 
 
 def answers_of(trajectory: Trajectory) -> Iterator[Answer]:
-    """Yield the draft, and the answer that was released in its place, unless that is the refusal."""
+    """Yield the draft, and the answer that was released instead of it, unless that is the refusal."""
     if trajectory.draft is None or is_withheld(trajectory):
         return
 
-    gated = trajectory.mode != "sampled"  # there every revision is taken, and the verdicts are notes
+    gated = trajectory.mode != "sampled"  # in sampled mode every revision is taken, whatever its verdicts
 
     def answer(
         of: Literal["draft", "released"], message: Message, before: Critique | None, passed: bool
@@ -105,14 +105,14 @@ def answers_of(trajectory: Trajectory) -> Iterator[Answer]:
 
 
 def standing(critique: Critique | None, rules: Constitution | None, *, passed: bool = False) -> Standing:
-    """Return what a critique says of an answer, in a word.
+    """Return the overall result of a critique, in one word.
 
     Args:
         critique: the critique.
-        rules: the constitution that it judged by, whose thresholds of severity count; None where it is
-            not at hand.
-        passed: without rules, whether the run let the answer pass: then a violation with a severity was
-            below its threshold, and does not count. Without it every VIOLATES counts.
+        rules: the constitution it was made with, whose severity thresholds apply; None if it is not
+            available.
+        passed: without rules, whether the run accepted the answer: then a violation with a severity was
+            below its threshold, and does not count. If False, every VIOLATES counts.
     """
     if critique is None or not critique.verdicts:
         return "unjudged"
@@ -128,13 +128,13 @@ def standing(critique: Critique | None, rules: Constitution | None, *, passed: b
 
 
 class Replay:
-    """The answers of a log, judged again.
+    """Judges the answers of a log again.
 
     Attributes:
-        total: how many answers there are.
-        done: how many of them were judged by an earlier replay.
-        path: the file that keeps the judgements.
-        report: what changes, those of earlier replays included.
+        total: number of answers.
+        done: how many of them an earlier replay has judged.
+        path: the file of the judgements.
+        report: what changes, including the judgements of earlier replays.
     """
 
     def __init__(
@@ -149,17 +149,17 @@ class Replay:
         seed: int = 0,
         examples: int = 3,
     ) -> None:
-        """Read the log once, and what an earlier replay kept.
+        """Read the log once, and the judgements of an earlier replay.
 
         Args:
             log: only read.
-            critic: who judges now.
-            constitution: by what.
+            critic: judges the answers now.
+            constitution: the critic judges by it.
             kept: file of the judgements; None: one in the local cache.
-            filters: which Trajectories.
-            limit: only so many of them, drawn by `seed` and their ids: the same ones each time.
+            filters: which Trajectories to read.
+            limit: only this many of them, drawn by `seed` and their ids: the same ones each time.
             seed: of that draw.
-            examples: how many to keep of each change.
+            examples: how many examples to keep of each change.
 
         Raises:
             ConfigError: the file belongs to another constitution or critic.
@@ -186,15 +186,15 @@ class Replay:
     async def results(
         self, concurrency: int, *, stopped: Callable[[], bool] = lambda: False
     ) -> AsyncGenerator[Judged, None]:
-        """Yield what becomes of each answer that was not judged before, as each ends.
+        """Yield the result of each answer that was not judged before, as soon as it is there.
 
         Args:
-            concurrency: how many are under way at once.
-            stopped: once it returns True, no further one is begun, and those under way are finished.
+            concurrency: how many answers are judged at once.
+            stopped: once it returns True, no further answer is started, and those in progress are finished.
 
         Raises:
             DataError: another replay is writing the file.
-            Exception: what would fail every further one, such as a refused key.
+            Exception: an error that would fail every further answer, such as a rejected API key.
         """
         waiting = (answer for answer in self._answers() if self._kept.get(answer.key) is None)
         with self._kept.alone():
@@ -243,7 +243,7 @@ class Replay:
 
 
 class _Judgements:
-    """Judgements in a file: what it belongs to on the first line, then one a line."""
+    """Judgements in a JSON Lines file: a header with constitution and critic, then one judgement per line."""
 
     def __init__(self, path: Path, belongs: Mapping[str, str]) -> None:
         self._path = path
@@ -252,12 +252,12 @@ class _Judgements:
             path.parent.mkdir(parents=True, exist_ok=True)
             head = {"replay": dict(belongs)}
             with self.alone():
-                self._check(belongs)  # before a torn line is cut off: the file may be somebody else's
+                self._check(belongs)  # before a torn line is cut off: the file may be something else entirely
                 rows = lines.resume(path, "name another file")
                 if not rows:
                     lines.append(path, head)
             for row in rows:
-                if row != head:  # two replays that began the file at once wrote one each
+                if row != head:  # two replays that created the file at the same time both wrote a header
                     self._found[row["answer"]] = msgspec.convert(row["critique"], Critique)
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror}") from error
@@ -268,15 +268,15 @@ class _Judgements:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep every other replay from the file while the body runs.
+        """Lock the file against every other replay while the body runs.
 
         Raises:
             DataError: another one is writing it.
             OSError: it cannot be written.
         """
-        import fcntl  # which Windows has not
+        import fcntl  # not available on Windows
 
-        # Its owner's alone, since critics quote what users wrote.
+        # Readable by its owner only, since critics quote what users wrote.
         with open(self._path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -287,7 +287,7 @@ class _Judgements:
     def _check(self, belongs: Mapping[str, str]) -> None:
         with self._path.open("rb") as file:
             first = file.readline()
-        if lines.text([{"replay": belongs}]).encode().startswith(first):  # a kill may have cut it off
+        if lines.text([{"replay": belongs}]).encode().startswith(first):  # a kill may have truncated it
             return
         head = json.loads(first)["replay"]
         if head != belongs:
@@ -306,74 +306,74 @@ class _Judgements:
 
 
 class Example(NamedTuple):
-    """One answer that is judged otherwise now."""
+    """One answer whose result has changed."""
 
     trajectory_id: str
-    """Where it is."""
+    """Id of its Trajectory."""
     of: str
     """`draft` or `released`."""
     prompt: str
-    """What was asked."""
+    """The user's request."""
     answer: str
     """The answer's text."""
     principles: tuple[str, ...]
-    """What it violates now, or violated then: ids of principles, or aims."""
+    """Principles (by id) or aims that it violates now or, if it was cleared, violated in the log."""
     reason: str
-    """The critic's words for it, or those of then."""
+    """The critic's reasons: those of now, or those in the log."""
 
 
 @dataclass
 class PrincipleChange:
-    """One principle or aim, over the answers that it was judged by then and now."""
+    """One principle or aim, over the answers that were judged by it in the log and now."""
 
     compared: int = 0
-    """Answers with a readable verdict then and now."""
+    """Answers with a readable verdict both in the log and now."""
     before: int = 0
-    """Those of them that violated it."""
+    """Those of them that violated it in the log."""
     after: int = 0
     """Those of them that violate it now."""
     newly: int = 0
-    """Complied and violate it now."""
+    """Those that complied in the log and violate it now."""
     cleared: int = 0
-    """Violated it and comply now."""
+    """Those that violated it in the log and comply now."""
     only_then: int = 0
-    """Answers with a verdict on it in the log alone."""
+    """Answers with a verdict on it only in the log."""
     only_now: int = 0
-    """Answers with a verdict on it now alone."""
+    """Answers with a verdict on it only now."""
     violates_only_now: int = 0
-    """Those of them that violate it."""
+    """The `only_now` answers that violate it."""
 
 
 @dataclass
 class OutcomeChange:
-    """The requests that ended in one way."""
+    """The answers of all requests with the same outcome."""
 
     drafts: int = 0
     """Drafts judged now."""
     drafts_before: int = 0
-    """Of which the log says that they violate."""
+    """Drafts that violate according to the log."""
     drafts_after: int = 0
-    """Of which violate now."""
+    """Drafts that violate now."""
     drafts_unreadable: int = 0
-    """Of which are unreadable now."""
+    """Drafts that are unreadable now."""
     released: int = 0
     """Released revisions judged now."""
     released_after: int = 0
-    """Of which violate now."""
+    """Released revisions that violate now."""
 
 
 @dataclass
 class Report:
-    """What a replay came to."""
+    """The results of a replay."""
 
     examples: int = 3
-    """How many are kept of each change."""
+    """How many examples to keep of each change."""
     standings: Counter[tuple[Standing, Standing]] = field(default_factory=Counter)
-    """Answers by what the log says and what the critic says now."""
+    """Number of answers by (result in the log, result now)."""
     principles: dict[str, PrincipleChange] = field(default_factory=dict)
-    """By id of a principle, or by aim."""
+    """Changes by id of a principle, or by aim."""
     outcomes: dict[str, OutcomeChange] = field(default_factory=dict)
-    """By how the request ended."""
+    """Changes by outcome of the request."""
     shown: dict[Change, list[Example]] = field(default_factory=dict)
     """Examples of each change."""
     failed: int = 0
@@ -422,32 +422,32 @@ class Report:
 
     @property
     def judged(self) -> int:
-        """Answers judged now."""
+        """Number of answers judged now."""
         return self.standings.total()
 
     @property
     def newly(self) -> int:
-        """Answers that complied and violate now."""
+        """Number of answers that complied in the log and violate now."""
         return self.standings["complies", "violates"]
 
     @property
     def cleared(self) -> int:
-        """Answers that violated and comply now."""
+        """Number of answers that violated in the log and comply now."""
         return self.standings["violates", "complies"]
 
     @property
     def now_unreadable(self) -> int:
-        """Answers that were readable and are not now."""
+        """Number of answers that were readable in the log and are not now."""
         return sum(self.standings[before, "unreadable"] for before in ("complies", "violates"))
 
     def share(self, when: Literal["before", "after"]) -> Share:
-        """Return the share that violates, of the answers that were readable then and are now."""
+        """Return the share that violates, among the answers that were readable in the log and are now."""
         place = 0 if when == "before" else 1
         readable = {k: n for k, n in self.standings.items() if set(k) <= {"complies", "violates"}}
         return Share(sum(n for k, n in readable.items() if k[place] == "violates"), sum(readable.values()))
 
     def summary(self) -> dict[str, Any]:
-        """Return it as JSON."""
+        """Return the report as JSON."""
         return {
             "judged": self.judged,
             "failed": self.failed,

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: answers to imitate, over TRL's SFTTrainer.
+"""The supervised fine-tuning stage: trains on answers to imitate, over TRL's SFTTrainer.
 
-The loss is on the answer alone: on the last turn of a conversation, or on all of a plain text. This is the
-supervised phase of Constitutional AI (Bai et al. 2022, section 3) where the answers are revisions.
+The loss is on the answer only: on the last turn of a conversation, or on all of a plain text. If the answers
+are revisions, this is the supervised phase of Constitutional AI (Bai et al. 2022, section 3).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["Config", "train"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """What supervised fine-tuning is told."""
+    """Configuration of supervised fine-tuning."""
 
     learning_rate: float = 2e-5
     """Highest learning rate, of AdamW."""
     packing: bool = False
-    """Put several rows into one of max_tokens, so that nothing is padded; rows do not see one another."""
+    """Pack several rows into one of max_tokens, without padding; rows do not attend to one another."""
 
 
 def train(config: Config) -> Checkpoint:
@@ -34,7 +34,7 @@ def train(config: Config) -> Checkpoint:
     Rows are `prompt` and `completion`, `messages`, or `text`.
 
     Raises:
-        CaiError: as `trainers.stages.run` says.
+        CaiError: as documented in `trainers.stages.run`.
     """
     shape = Shape(stage="sft", kinds=("sft", "critique-sft"), encode=_encode)
     return run(config, shape, lambda begun: _trainer(begun, config))
@@ -78,17 +78,17 @@ def _trainer(begun: Run, config: Config) -> Any:
 
 @cache
 def _by_token() -> Any:
-    """Return TRL's trainer, with held-out figures that are means over tokens."""
+    """Return TRL's trainer, with held-out figures averaged over tokens."""
     import torch
     from trl import SFTTrainer
 
     class TokenTrainer(SFTTrainer):  # type: ignore[misc]
-        """SFT whose held-out figures do not depend on which rows stand together in a batch."""
+        """SFT whose held-out figures do not depend on which rows are in the same batch."""
 
         _metrics: Any
 
         def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            """Measure a batch; its loss stands among TRL's figures, too, which replace transformers' mean."""
+            """Measure a batch; also add its loss to TRL's figures, which replace transformers' mean."""
             loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
             tokens = (inputs["labels"][:, 1:] != -100).sum()
             nats, tokens = self.accelerator.reduce(torch.stack([loss * tokens, tokens]))
@@ -97,11 +97,11 @@ def _by_token() -> Any:
             return loss, *rest
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-            """Measure all batches, and weigh the figures of each by its tokens."""
+            """Measure all batches, and weight the figures of each by its tokens."""
             self.tokens: list[float] = []
             found = super().evaluation_loop(*args, **kwargs)
             for values in self._metrics["eval"].values():
-                if len(values) == len(self.tokens):  # else it is no figure of batches
+                if len(values) == len(self.tokens):  # otherwise it is not a figure per batch
                     pairs = zip(values, self.tokens, strict=True)
                     values[:] = [sum(value * tokens for value, tokens in pairs) / max(1, sum(self.tokens))]
             return found

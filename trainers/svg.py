@@ -1,12 +1,12 @@
-"""Plots as SVG, drawn the same on every machine; nothing of the caller's matplotlib is read or changed.
+"""Draws plots as reproducible SVG, without reading or changing the caller's matplotlib settings.
 
     canvas   a figure and its axes, to draw on
-    text     the figure, to stand in a page
+    text     the figure as an SVG element, for a page
     write    the figure, as a file
-    label    a text that somebody else wrote, as a figure can hold it
+    label    an untrusted text, made safe for a figure
 
-Every text is drawn as it stands, `$` and `_` included: none is read as a formula. It stays text in the SVG,
-and whoever reads that sees it in a font of their own. The same drawing gives the same bytes.
+Every text is drawn literally, including `$` and `_`; none is parsed as a formula. It stays text in the SVG,
+shown in a font of the viewer. The same drawing gives the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ _SETTINGS: dict[Any, Any] = {
     "axes.spines.right": False,
 }
 _HARMLESS = (
-    # The reader's font counts, and not the one that the text was measured with.
+    # The viewer's font is used, not the one that the text was measured with.
     "Glyph .* missing from",
-    # Where labels leave the axes no room, these keep their size, and the figure grows around the labels.
+    # If labels leave no room for the axes, the axes keep their size, and the figure grows around the labels.
     "constrained_layout not applied",
 )
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 cannot hold: control characters, and halves of surrogate pairs."""
+"""Characters that XML 1.0 does not allow: control characters, and halves of surrogate pairs."""
 
 
 @contextmanager
 def canvas(
     what: str, size: tuple[float, float], *, rows: int = 1, columns: int = 1, sharex: bool = False
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Give a figure and its axes, row by row; draw and save it in the body.
+    """Yield a figure and its axes, row by row, to be drawn on and saved in the body.
 
     Args:
-        what: what is drawn, for the error.
-        size: width and height in inches; the figure grows where its labels need more.
+        what: name of the drawing, for the error.
+        size: width and height in inches; the figure grows if its labels need more.
         rows: rows of axes.
         columns: axes in a row.
-        sharex: whether all axes have one x axis.
+        sharex: whether all axes share one x axis.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -75,16 +75,16 @@ def canvas(
 
 
 def text(figure: Figure) -> str:
-    """Return a figure of `canvas` as an element, from `<svg` on."""
+    """Return a figure of `canvas` as an SVG element, without XML declaration and doctype."""
     document = _document(figure)
     return document[document.index("<svg") :]
 
 
 def write(path: Path, figure: Figure) -> None:
-    """Write a figure of `canvas` as a file, which is whole or not there.
+    """Write a figure of `canvas` to a file, atomically.
 
     Raises:
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
     whole.write(path, _document(figure))
 
@@ -96,7 +96,7 @@ def _document(figure: Figure) -> str:
 
 
 def label(text: str) -> str:
-    """Return a text with a mark in place of each character that no SVG can hold.
+    """Return a text with a replacement character for each character that SVG does not allow.
 
     >>> label("cost $x_{$ \\x00")
     'cost $x_{$ \ufffd'

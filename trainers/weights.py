@@ -1,9 +1,9 @@
-"""Weights of the embedded engine, and weights that can be trained: GGUF files and safetensors folders.
+"""Converts between GGUF files, which the embedded engine runs, and safetensors folders, which can be trained.
 
-path_of(spec)                   the folder or file of one's own that a model spec names
+path_of(spec)                   the user's own folder or file that a model spec names
 resolve(model)                  a folder that transformers loads; a GGUF file is dequantised into the cache
-source_of(folder)               the GGUF file that a folder's weights go back to
-to_gguf(folder, source, target) the way back: the metadata of `source` with the tensors of `folder`
+source_of(folder)               the GGUF file that a folder's weights were originally trained from
+to_gguf(folder, source, target) the inverse of dequantising: metadata of `source` with tensors of `folder`
 export(folder)                  writes model.gguf into a checkpoint, so that `local:FOLDER` serves it
 """
 
@@ -37,21 +37,21 @@ __all__ = [
 ]
 
 Precision = Literal["F32", "F16", "Q8_0"]
-"""How matrices are stored in a GGUF file: 32, 16 or 8.5 bits a weight. Vectors are always F32."""
+"""How matrices are stored in a GGUF file: 32, 16 or 8.5 bits per weight. Vectors are always F32."""
 
 SOURCE = "source.json"
-"""In a dequantised folder: the file it was made of."""
+"""File in a dequantised folder that names the GGUF file it was made from."""
 
-# By llama.cpp's convert_hf_to_gguf.py, these store their tensors as transformers
-# does, but for the order of rows in `_rows_for_rope`. Others do not: gemma, say, adds 1 to its norms.
+# In llama.cpp's convert_hf_to_gguf.py, these architectures store their tensors as transformers does, except
+# for the order of rows in `_rows_for_rope`. Others differ: gemma, for example, adds 1 to its norms.
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # general.file_type, by llama.h's llama_ftype
 
 
 def path_of(spec: str) -> Path | None:
-    """Return a model spec as the path of a folder or file, PATH or `local:PATH`; nothing need be there.
+    """Return the path of a folder or file that a model spec (PATH or `local:PATH`) names; it need not exist.
 
-    None for a model of the catalogue, whatever lies here by its name.
+    None for a model of the catalogue, even if a file of that name exists here.
     """
     return None if local.model_of(spec) is not None else Path(local.name_in(spec) or spec).expanduser()
 
@@ -62,23 +62,23 @@ def is_hub_name(spec: str) -> bool:
 
 
 def is_fetched(name: str) -> bool:
-    """Return whether a model of the hub is in the cache here; OWNER/NAME may be a folder that is gone."""
+    """Return whether a hub model is in the local cache; if not, OWNER/NAME may be a folder that is gone."""
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return False
     try:
         return is_hub_name(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except ValueError:  # the hub has no such names
+    except ValueError:  # not a valid name on the hub
         return False
 
 
 def resolve(model: str | Path) -> Path:
     """Return a folder with safetensors, tokenizer and chat template for a model.
 
-    A folder is itself. `local`, `local:NAME` and `local:FILE.gguf` are dequantised to float32 once, into a
-    folder of the cache that is named by the file's SHA-256 and appears whole or not at all; a second process
-    waits for the first. Anything else is asked of the model hub.
+    A folder is returned as it is. `local`, `local:NAME` and `local:FILE.gguf` are dequantised to float32
+    once, into a folder of the cache that is named by the file's SHA-256 and appears complete or not at all; a
+    second process waits for the first. Any other name is downloaded from the model hub.
 
     Raises:
         ConfigError: it is neither a folder, a local model nor a name on the hub, or a folder without weights.
@@ -101,10 +101,10 @@ def resolve(model: str | Path) -> Path:
 
 
 def source_of(folder: Path) -> Path:
-    """Return the GGUF file that the weights in a folder were trained from, step by step back.
+    """Return the GGUF file that a folder's weights were trained from, following the chain of base models.
 
     Raises:
-        ConfigError: they go back to no GGUF file, or to one that is not here any more.
+        ConfigError: the chain ends at no GGUF file, or at one that no longer exists here.
     """
     start, seen = folder, set[Path]()
     while folder.resolve() not in seen:
@@ -133,19 +133,19 @@ def source_of(folder: Path) -> Path:
 def export(
     folder: Path, *, target: Path | None = None, source: Path | None = None, precision: Precision = "F16"
 ) -> Path:
-    """Write the weights of a checkpoint as a GGUF file that the embedded engine serves; return its path.
+    """Write the weights of a checkpoint to a GGUF file that the embedded engine serves; return its path.
 
     Args:
         folder: safetensors as transformers writes them.
-        target: the file; model.gguf in the folder, where `local:FOLDER` looks for it, unless given.
-        source: the GGUF file whose metadata (tokenizer, chat template, shape) it takes; found by
-            `source_of` unless given.
+        target: the file; by default model.gguf in the folder, where `local:FOLDER` looks for it.
+        source: the GGUF file whose metadata (tokenizer, chat template, shape) is used; by default found by
+            `source_of`.
         precision: of the matrices.
 
     Raises:
-        ConfigError: there is no source, or its architecture is not one that can be written.
-        DataError: source and folder do not fit.
-        ModelError: the file cannot be written; nothing of it is left then.
+        ConfigError: there is no source, or its architecture cannot be written.
+        DataError: source and folder do not match.
+        ModelError: the file cannot be written; nothing of it is left behind.
     """
     target = target or folder / local.EXPORTED
     to_gguf(_loadable(folder), source or source_of(folder), target, precision)
@@ -153,12 +153,12 @@ def export(
 
 
 def to_gguf(folder: Path, source: Path, target: Path, precision: Precision = "F16") -> None:
-    """Write a GGUF file with the metadata of `source` and the tensors of `folder`, whole or not at all.
+    """Write a GGUF file with the metadata of `source` and the tensors of `folder`, atomically.
 
-    Tensors that only the source has and nothing trains (frequencies of RoPE) are copied.
+    Tensors that only the source has and that are not trained (frequencies of RoPE) are copied.
 
     Raises:
-        ConfigError: the source's architecture is none of llama (Mistral, SmolLM), qwen2 and qwen3.
+        ConfigError: the source's architecture is not llama (Mistral, SmolLM), qwen2 or qwen3.
         DataError: the source cannot be read, or a tensor is missing in the folder or has another shape.
         ModelError: the file cannot be written.
     """
@@ -260,7 +260,7 @@ def _dequantise(path: Path, folder: Path, sha256: str) -> None:
                 local_files_only=True,
                 trust_remote_code=False,
             )
-            # transformers holds the model for quantised still, and would refuse to save it.
+            # transformers still considers the model quantised, and would refuse to save it.
             model.config.__dict__.pop("quantization_config", None)
             model.__dict__.pop("quantization_method", None)
             model.hf_quantizer = None
@@ -277,7 +277,7 @@ def _dequantise(path: Path, folder: Path, sha256: str) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keep transformers' notes (a GGUF file is dequantised, a head is new) off the terminal; errors pass."""
+    """Suppress transformers' notices (a GGUF file is dequantised, a head is new); errors are still shown."""
     from transformers.utils import logging
 
     quiet: Any = logging
@@ -327,7 +327,7 @@ def _noted(note: Path) -> Path:
 
 
 def _base(folder: Path) -> str | None:
-    """Return what the manifest of a checkpoint names as the model that it started from."""
+    """Return the base model recorded in a checkpoint's manifest; None: there is no manifest."""
     try:
         return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["manifest"]["base"])
     except FileNotFoundError:
@@ -340,17 +340,17 @@ def _base(folder: Path) -> str | None:
 
 
 def _rows_for_rope(values: np.ndarray, heads: int) -> np.ndarray:
-    """Return a projection with its rows in the order in which llama.cpp rotates them.
+    """Return a projection with its rows in the order that llama.cpp's rotary embedding expects.
 
-    transformers rotates dimension i of a head with i + d/2, llama.cpp (in the architecture "llama" only)
-    neighbours: `LlamaModel.permute` of convert_hf_to_gguf.py.
+    transformers pairs dimension i of a head with i + d/2; llama.cpp (only in the architecture "llama") pairs
+    neighbours: see `LlamaModel.permute` of convert_hf_to_gguf.py.
     """
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def _names(architecture: str, blocks: int, names: list[str]) -> dict[str, str]:
-    """Return the folder's tensor for each tensor name of GGUF."""
+    """Return the name of the folder's tensor by its GGUF name."""
     gguf = _gguf()
     known = gguf.get_tensor_name_map(
         next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), blocks
@@ -368,12 +368,12 @@ def _kind(one: Any, precision: Precision) -> Any:
     kinds = _gguf().GGMLQuantizationType
     if len(one.shape) == 1:
         return kinds.F32
-    # Q8_0 stores a row in groups of 32.
+    # Q8_0 stores a row in blocks of 32.
     return kinds.F16 if precision == "Q8_0" and one.shape[0] % 32 else kinds[precision]
 
 
 def _layout(one: Any, name: str | None, kind: Any) -> tuple[tuple[int, ...], Any, int]:
-    """Return shape, dtype and bytes as GGUFWriter.add_tensor_info wants them."""
+    """Return shape, dtype and number of bytes, as GGUFWriter.add_tensor_info takes them."""
     import numpy as np
 
     gguf = _gguf()
@@ -389,7 +389,7 @@ def _layout(one: Any, name: str | None, kind: Any) -> tuple[tuple[int, ...], Any
 
 @contextmanager
 def _tensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarray]]]:
-    """Give the names of a folder's tensors, and a function that reads one as float32."""
+    """Yield the names of a folder's tensors, and a function that reads one as float32."""
     try:
         from safetensors import safe_open
     except ImportError as error:
@@ -406,7 +406,7 @@ def _tensors(folder: Path) -> Iterator[tuple[list[str], Callable[[str], np.ndarr
 
 @contextmanager
 def _whole_file(target: Path) -> Iterator[Path]:
-    """Give a file to fill that becomes `target` when the body ends, or goes away."""
+    """Yield a work file that is renamed to `target` when the body ends, or removed if it fails."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with whole.file(target) as work:

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, whatever interrupts the writing, and the files of cai_graph.whole."""
+"""Writes folders atomically: complete or not at all, even if interrupted; also exports cai_graph.whole."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cai_graph.whole import file, sync_folder, write
 __all__ = ["absent", "file", "folder", "readable", "sync", "sync_folder", "write"]
 
 _MARK = ".unfinished"
-"""In a folder under way: a file that the process that writes it has locked."""
+"""Name of a file in an unfinished folder, locked by the process that writes the folder."""
 
 
 def absent(path: Path) -> None:
-    """Make sure that nothing stands where a folder is to be made.
+    """Check that a path where a folder is to be created does not exist.
 
     Raises:
-        ConfigError: something does.
+        ConfigError: it exists.
     """
     if path.exists():
         raise ConfigError(f"{path}: is there already; name a new folder, or remove it first")
@@ -32,16 +32,16 @@ def absent(path: Path) -> None:
 
 @contextmanager
 def folder(path: Path, *, mode: int = 0o755) -> Iterator[Path]:
-    """Give a folder that stands at `path` once the body has ended, on the disk, or goes away.
+    """Yield a work folder that is synced and renamed to `path` when the body ends, or removed if it fails.
 
-    What a process that was killed left of one for the same path goes away first.
+    Work folders for the same path that killed processes left behind are removed first.
 
     Args:
-        path: the folder to make.
-        mode: who may read it.
+        path: the folder to create.
+        mode: its permissions.
 
     Raises:
-        OSError: it cannot be made or written.
+        OSError: it cannot be created or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.name}.*/{_MARK}"):
@@ -61,17 +61,17 @@ def folder(path: Path, *, mode: int = 0o755) -> Iterator[Path]:
 
 
 def readable(folder: Path, like: Path) -> None:
-    """Give the weights in a folder the mode of the file `like`: safetensors writes for its owner alone.
+    """Give the weights in a folder the mode of the file `like`: safetensors writes them for the owner only.
 
     Raises:
-        OSError: one of them is another user's.
+        OSError: one of them belongs to another user.
     """
     for path in folder.rglob("*.safetensors"):
         path.chmod(stat.S_IMODE(like.stat().st_mode))
 
 
 def sync(folder: Path) -> None:
-    """Put every file of a folder on the disk.
+    """Sync every file of a folder to disk.
 
     Raises:
         OSError: one cannot be read or written.
@@ -79,24 +79,24 @@ def sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             sync_folder(path)
-        elif path not in _own:  # to close it would let go of its lock
+        elif path not in _own:  # closing it would release its lock
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     sync_folder(folder)
 
 
 _own: set[Path] = set()
-"""Marks of this process: to open one would end its lock."""
+"""Locked mark files of this process: opening and closing one would release its lock."""
 
 
 @contextmanager
 def _marked(work: Path) -> Iterator[None]:
-    """Mark a folder as written by this process for as long as the body takes."""
+    """Mark a folder as being written by this process while the body runs."""
     mark, new = work / _MARK, work / f"{_MARK}.new"
     with new.open("w") as file:
         _lock(file.fileno())
         _own.add(mark)
-        new.rename(mark)  # so that nobody sees one that is not locked yet
+        new.rename(mark)  # renamed once locked, so that no process sees an unlocked mark
         try:
             yield
         finally:
@@ -105,16 +105,16 @@ def _marked(work: Path) -> Iterator[None]:
 
 
 def _is_abandoned(mark: Path) -> bool:
-    """Return whether the process that wrote a folder is gone."""
+    """Return whether the process that was writing a folder has ended."""
     if mark in _own:
         return False
     with contextlib.suppress(OSError), mark.open("r+") as file:
-        return _lock(file.fileno()) and mark.exists()  # which it does not where the folder was just finished
+        return _lock(file.fileno()) and mark.exists()  # it is gone if the folder was finished just now
     return False
 
 
 def _lock(file: int) -> bool:
-    """Lock a file until this process closes it, and return whether that worked; children have no part."""
+    """Lock a file until this process closes it, and return whether that worked; forks do not inherit it."""
     import fcntl
 
     try:

@@ -1,4 +1,4 @@
-"""A sequence classifier with one label, by LoRA: the torch part of `trainers.critic`."""
+"""Trains a sequence classifier with one output by LoRA: the torch part of `trainers.critic`."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ _BUCKET = 16
 
 
 class Texts(NamedTuple):
-    """What is trained on."""
+    """The training data."""
 
     texts: Sequence[str]
     """Inputs."""
     y: Sequence[float]
-    """P(VIOLATES) that each is to have."""
+    """Target P(VIOLATES) of each input."""
     weights: Sequence[float]
-    """What each counts, 1 on average."""
+    """Weight of each input, 1 on average."""
 
 
 def fit(
     data: Texts, config: Config, folder: Path, progress: Callable[[int, int], None] | None
 ) -> tuple[Any, Any]:
-    """Train, write the model with the adapters merged to `folder`, and return (model, tokenizer).
+    """Train, write the model with merged adapters to `folder`, and return (model, tokenizer).
 
-    The loss is the weighted binary cross-entropy of the single logit. Random is what the seed says: the
-    adapters, the head and the order of rows.
+    The loss is the weighted binary cross-entropy of the single logit. The seed determines all random draws:
+    the adapters, the head and the order of rows.
 
     Raises:
-        ConfigError: the config names no model, see `trainers.weights.resolve`, or layers that it has not.
-        ModelError: the model cannot be loaded, or the loss is not finite; names the update.
+        ConfigError: the config names no model, see `trainers.weights.resolve`, or layers that it lacks.
+        ModelError: the model cannot be loaded, or the loss is not finite; the message names the update.
     """
     import torch
     from peft import get_peft_model
@@ -67,7 +67,7 @@ def fit(
     config.lora.check(model)
     adapters = config.lora.adapter("SEQ_CLS")
     with warnings.catch_warnings():
-        # peft asks for gradient checkpointing by a name that transformers has given up.
+        # peft enables gradient checkpointing under a deprecated name of transformers.
         warnings.simplefilter("ignore", FutureWarning)
         adapted = get_peft_model(model.to("cuda" if torch.cuda.is_available() else "cpu"), adapters)
     encoded = [
@@ -115,7 +115,7 @@ def fit(
 
 
 def batches(lengths: Sequence[int], size: int, order: random.Random) -> Iterator[list[int]]:
-    """Yield every row once, in batches of rows of about the same length, so that little is padding."""
+    """Yield every row once, in batches of rows of similar length, to keep padding small."""
     rows = list(range(len(lengths)))
     order.shuffle(rows)
     found = []

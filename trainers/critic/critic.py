@@ -1,11 +1,12 @@
-"""Trains a critic of one's own from verdicts: P(VIOLATES) by aim or principle, and no token written.
+"""The stage that trains a critic from verdicts: it gives P(VIOLATES) by aim or principle, and writes no text.
 
-    verdicts        the rows of a dataset of the kind `critic`: what critics and people found, people first
+    verdicts        the rows of a dataset of the kind `critic`: labels by critics and by people, whose labels
+                    take precedence
     train           a probe (linear heads on a local model's hidden state) or a classifier (LoRA on a small
                     torch model), calibrated, measured, in a folder that `cai_graph.critic.trained` loads
 
-What is measured on is never trained on: the dataset's test part, other folds by request, and the judges that
-the config names as unseen. A judge is who gave the label: a critic, a reviewer, a source of labels.
+Rows used for measuring are never trained on: the dataset's test part, other folds by request, and the judges
+that the config names as unseen. A judge is the origin of a label: a critic, a reviewer, a source of labels.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ __all__ = ["Config", "train"]
 Progress = Callable[[int, int], None]
 
 _FIRST = {"probe": f"{FOLDS} folds by request", "classifier": "a fifth of the requests"}
-"""The setting that threshold and calibration are of, by kind."""
+"""The data that threshold and calibration are determined on, by kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a run depends on; it is written whole into the card."""
+    """Configuration of a run; all of it is written into the card."""
 
     model: str
     """A local model ("local", "local:NAME", "local:FILE.gguf"); for a classifier also a folder with
@@ -64,34 +65,34 @@ class Config:
     data: Path
     """A folder of `cai dataset build --kind critic`, in the format jsonl or parquet."""
     output: Path
-    """The folder to make: weights, `card.json`, `CARD.md`, `reliability.svg`."""
+    """The folder to create: weights, `card.json`, `CARD.md`, `reliability.svg`."""
     kind: Literal["probe", "classifier"] = "probe"
     """Linear heads on the hidden state, or a sequence classifier."""
     constitution: str | None = None
-    """Classifier: a constitution, by name or file, whose critique requests it reads for ids of principles;
-    None: it reads the id itself. Aims are read as they are."""
+    """Classifier: a constitution, by name or file, whose critique requests replace ids of principles in its
+    input; None: it reads the ids themselves. Aims are used as they are."""
     unseen: tuple[str, ...] = ()
-    """Judges whose rows are measured on and never trained on."""
+    """Judges whose rows are only measured on, never trained on."""
     false_alarms: float = 0.05
-    """Share of the answers that comply which a threshold may flag, in (0, 1)."""
+    """Share of the complying answers that a threshold may flag, in (0, 1)."""
     seed: int = 0
-    """Of folds, bootstrap, order of rows and adapters."""
+    """Seed of folds, bootstrap, order of rows and adapters."""
     blocks: int | None = None
-    """Probe: blocks that a pass goes through; None for 9/14 of the model's."""
+    """Probe: number of the model's blocks that a pass runs through; None: 9/14 of them."""
     turns: tuple[str, str] = CHATML
     """Probe: text before the request and between request and answer, in the model's chat template."""
     penalty: float = 500.0
     """Probe: L2 penalty on the weights of standardised dimensions (1/C of scikit-learn)."""
     lora: Lora = field(default_factory=Lora)
-    """Classifier: its adapters; the head is trained whole."""
+    """Classifier: its adapters; the head is trained in full."""
     learning_rate: float = 2e-4
-    """Classifier: highest learning rate, of AdamW; it falls to zero in a line."""
+    """Classifier: highest learning rate, of AdamW; it decreases linearly to zero."""
     epochs: int = 3
     """Classifier: passes over the data."""
     batch_size: int = 8
-    """Classifier: rows of an update."""
+    """Classifier: rows per update."""
     max_tokens: int = 512
-    """Classifier: longest text, in tokens; a longer one is cut at its end."""
+    """Classifier: maximum tokens of a text; a longer one is cut at its end."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "epochs", "batch_size", "max_tokens")
@@ -104,29 +105,29 @@ class Config:
 
 
 class _Fitted(NamedTuple):
-    """What a kind of critic gives."""
+    """The result of training one kind of critic."""
 
     heads: dict[str, dict[str, Any]]
-    """The card's entry by aim or principle."""
+    """The card's entry for each aim or principle."""
     model: dict[str, Any]
-    """The card's entries of the model."""
+    """The card's entries about the model."""
     figures: list[Figure]
-    """What was measured."""
+    """All measured figures."""
     panels: dict[str, tuple[float, list[Curve]]]
-    """The reliability plot."""
+    """Panels of the reliability plot: threshold and curves, by aim or principle."""
 
 
 def train(config: Config, progress: Progress | None = None) -> Path:
-    """Train a critic, calibrate and measure it, and return its folder, which appears whole or not at all.
+    """Train a critic, calibrate and measure it, and return its folder, which appears complete or not at all.
 
-    An interrupted probe resumes, since states stay in the cache; a classifier starts again.
+    An interrupted probe resumes, since states are cached; a classifier starts again.
 
     Args:
-        config: see there.
-        progress: told (passes or updates done, all of them), from zero on.
+        config: see `Config`.
+        progress: called with (passes or updates done, all of them), starting at zero.
 
     Raises:
-        ConfigError: the output is there, the model is of the wrong kind, or `unseen` names an unknown judge.
+        ConfigError: the output exists, the model is of the wrong kind, or `unseen` names an unknown judge.
         DataError: the data cannot be read, or no aim or principle has enough labels of both kinds.
         ModelError: the model cannot be used, or its loss is not finite.
         MissingExtra: the extra `train` is not installed.
@@ -156,7 +157,7 @@ def train(config: Config, progress: Progress | None = None) -> Path:
         )
         (folder / "CARD.md").write_text(_card(card), encoding="utf-8")
         plot_reliability(folder / "reliability.svg", fitted.panels)
-        TrainedCritic(folder)  # what cannot be loaded again is found now
+        TrainedCritic(folder)  # raises now if it cannot be loaded again
     return config.output
 
 
@@ -245,7 +246,7 @@ def _fit_kept(fitted: Callable[[Array], Head], rows: Array, kept: Array) -> Head
 
 
 def _classifier(config: Config, data: Labels, folder: Path, progress: Progress | None) -> _Fitted:
-    """Train on four fifths of the requests; calibration, thresholds and figures are of the last fifth."""
+    """Train on four fifths of the requests; calibrate and measure on the last fifth."""
     import numpy
 
     from trainers.critic.classifier import Texts, fit
@@ -259,7 +260,7 @@ def _classifier(config: Config, data: Labels, folder: Path, progress: Progress |
         one = data.rows[row]
         return classifier_text(texts[one.about], one.request, window)
 
-    # A row weighs within its aim or principle as in a probe, and these weigh alike.
+    # A row has the same weight within its aim or principle as in a probe; aims and principles weigh equally.
     weights = numpy.zeros(len(kept))
     for about in data.abouts:
         mine = data.about[kept] == about
@@ -280,7 +281,7 @@ def _classifier(config: Config, data: Labels, folder: Path, progress: Progress |
         return asyncio.run(windows_that_fit(one.answer, load)).windows
 
     def scores(of: Array) -> Array:
-        """Return the largest logit over the windows of each row, as in use."""
+        """Return the largest logit over the windows of each row, as at inference."""
         seen = [(row, window) for row in of.tolist() for window in fitted(row)]
         logits, _ = logits_of(model, tokenizer, [read(*each) for each in seen], config.max_tokens)
         largest = dict.fromkeys(of.tolist(), -numpy.inf)
@@ -289,7 +290,7 @@ def _classifier(config: Config, data: Labels, folder: Path, progress: Progress |
         return numpy.array([largest[row] for row in of.tolist()])
 
     held = scores(left)
-    # One calibration for all: the held-out fifth of one principle is small.
+    # One calibration for all, since the held-out fifth of a single principle is small.
     counted = numpy.ones(len(left), bool)
     pooled = fitting.platt("all", held, data.y[left], counted, config.false_alarms)
     heads: dict[str, dict[str, Any]] = {}
@@ -323,7 +324,7 @@ def _classifier(config: Config, data: Labels, folder: Path, progress: Progress |
 
 
 def _texts(config: Config, abouts: Sequence[str]) -> dict[str, str]:
-    """Return what a classifier reads for each aim or principle."""
+    """Return a classifier's input text for each aim or principle."""
     if config.constitution is None:
         return {about: about for about in abouts}
     rules = constitutions.load(config.constitution)
@@ -334,7 +335,7 @@ def _texts(config: Config, abouts: Sequence[str]) -> dict[str, str]:
 
 
 def _counts(data: Labels) -> list[dict[str, Any]]:
-    """Return how many labels of both kinds each judge gave on each aim or principle, by use."""
+    """Return the number of labels of both kinds by aim or principle, judge and use."""
     counts: Counter[tuple[str, str, bool, bool]] = Counter()
     for one, trains in zip(data.rows, data.trained, strict=True):
         counts[one.about, one.judge, bool(trains), one.violates] += 1
@@ -403,9 +404,10 @@ def _card(card: Mapping[str, Any]) -> str:
 
 
 def _but(card: Mapping[str, Any]) -> str:
-    """Return of which aims or principles the threshold flags more than was asked for, and how much.
+    """Return the aims or principles whose threshold flags more than the configured share, and how much.
 
-    A threshold is at most 0.99, and where few answers comply a classifier has that of all together.
+    This happens because a threshold is at most 0.99, and because with few complying answers a classifier
+    uses the threshold of all aims and principles together.
     """
     return "".join(
         f"; of {one['head']} {one['value']:.0%}"

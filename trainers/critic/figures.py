@@ -1,4 +1,4 @@
-"""Measured values of what gives probabilities: AUC, rates, calibration, 95 % intervals, and a plot."""
+"""Measures models that give probabilities: AUC, rates, calibration, 95 % intervals, and a plot."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class Figure(NamedTuple):
     """One measured value with its 95 % interval."""
 
     head: str
-    """What is judged: a head of the built-in probe, an aim or a principle."""
+    """The head that is measured: a head of the built-in probe, an aim or a principle."""
     measure: str
     """`auc`, `recall`, `precision`, `false alarms` (share of negatives flagged), `calibration error`."""
     setting: str
-    """What was left out of training, and what was measured on."""
+    """What was left out of training, and which rows were measured."""
     n: int
-    """Rows that were measured on."""
+    """Rows measured."""
     positives: int
-    """Those of them that are labelled yes."""
+    """Rows among them that are labelled positive."""
     value: float
     """The value."""
     low: float
-    """Lower end of its interval; of a `calibration error` the lower end between which those of a calibrated
-    critic lie on as many rows, in 95 of 100."""
+    """Lower end of its 95 % interval; for a `calibration error`, of the range in which the error of a
+    calibrated critic lies 95 times in 100, on as many rows."""
     high: float
     """Upper end."""
 
     def rounded(self) -> dict[str, Any]:
-        """Return it as JSON, numbers with four digits after the point."""
+        """Return the figure as JSON, with numbers rounded to four decimals."""
         return {
             key: round(value, 4) if isinstance(value, float) else value
             for key, value in self._asdict().items()
@@ -60,7 +60,7 @@ class Figure(NamedTuple):
 
 
 def auc(scores: Array, y: Array) -> float:
-    """Return P(a positive scores above a negative), ties counted half."""
+    """Return P(a positive scores above a negative), where a tie counts one half."""
     import numpy
 
     _, place, counts = numpy.unique(scores, return_inverse=True, return_counts=True)
@@ -71,7 +71,7 @@ def auc(scores: Array, y: Array) -> float:
 
 
 def calibration(head: str, setting: str, probabilities: Array, y: Array) -> Figure:
-    """Return the calibration error, and that of a calibrated critic on as many rows; see `calibrated`."""
+    """Return the calibration error, with its range for a calibrated critic; see `trainers.calibrated`."""
     said = calibrated.error(probabilities, y)
     return Figure(
         head, "calibration error", setting, len(y), int(y.sum()), said, *calibrated.by_chance(probabilities)
@@ -83,9 +83,9 @@ def interval(
 ) -> tuple[float, float]:
     """Return the 2.5th and 97.5th percentile over resamples of whole requests.
 
-    Where all resamples come to the same value, as an AUC of 1, resamples show no error that was not met. The
-    interval is Wilson's of that share then, of as many requests as have the rarer label: what separates five
-    positives from any number of negatives is known of five.
+    If all resamples give the same value, such as an AUC of 1, they cannot show an error that did not occur in
+    the data. The interval is then Wilson's, of this share over as many requests as have the rarer label:
+    separating five positives from any number of negatives is evidence from five requests.
     """
     import numpy
 
@@ -118,10 +118,10 @@ def figures_of(
     cut: float | None = None,
     seed: int = 0,
 ) -> list[Figure]:
-    """Return the AUC, or with a cut on the scores recall, precision and the rate of false alarms.
+    """Return the AUC, or with a cut on the scores recall, precision and the false-alarm rate.
 
     The AUC has an interval over resamples of whole requests, the others that of `evaluation.figures.share`.
-    Rows of one label only have none of these.
+    If all rows have the same label, the result is empty.
     """
     if not 0 < y.sum() < len(y):
         return []
@@ -136,7 +136,7 @@ def figures_of(
     }
     figures = []
     for name, (among, so) in shares.items():
-        if among.any():  # where nothing is flagged, there is no precision
+        if among.any():  # if nothing is flagged, there is no precision
             by_request: dict[str, list[float]] = {}
             for group, yes in zip(groups[among].tolist(), so[among].tolist(), strict=True):
                 by_request.setdefault(str(group), []).append(float(yes))
@@ -147,7 +147,7 @@ def figures_of(
 def table(figures: Iterable[Mapping[str, Any]]) -> str:
     """Return figures (`Figure.rounded`) as a Markdown table; an AUC below 0.90 is in bold.
 
-    Beside a calibration error stands what a calibrated critic comes to, which is no interval.
+    The range next to a calibration error is that of a calibrated critic, and not a confidence interval.
     """
     rows = []
     for figure in figures:
@@ -164,22 +164,22 @@ def table(figures: Iterable[Mapping[str, Any]]) -> str:
 
 
 class Curve(NamedTuple):
-    """A line of a reliability plot."""
+    """One line of a reliability plot."""
 
     label: str
-    """What was measured on."""
+    """The data measured."""
     probabilities: Array
-    """What was read."""
+    """The predicted probabilities."""
     y: Array
-    """What is true, 0 or 1."""
+    """The true labels, 0 or 1."""
 
 
 def plot_reliability(path: Path, panels: Mapping[str, tuple[float, Sequence[Curve]]]) -> None:
-    """Draw, as SVG, how often each probability came true: for each name a panel, with its threshold.
+    """Plot the observed frequency against the probability, as SVG: one panel by name, with its threshold.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
     size = (3.0 * len(panels), 3.2)
     with svg.canvas("a reliability plot", size, columns=len(panels)) as (figure, row):

@@ -1,11 +1,11 @@
-"""Linear heads on hidden states: fitted, calibrated, given a threshold, written.
+"""Linear heads on hidden states: fits, calibrates and writes them, and chooses their thresholds.
 
     fit          standardise, logistic regression with a strong L2 penalty
-    out_of_fold  a score for each row from heads that saw neither it nor another answer to its request
-    calibrate    Platt's sigmoid and the threshold at a stated rate of false alarms, from such scores
+    out_of_fold  a score for each row, from a head trained without it and without other answers to its request
+    calibrate    Platt's sigmoid, and the threshold for a given false-alarm rate, from such scores
 
-Standardisation and calibration are affine, so a head is one weight vector and one bias. No torch: the
-regression is scikit-learn.
+Standardisation and calibration are affine, so a head is one weight vector and one bias. Needs no torch: the
+regression is scikit-learn's.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ FOLDS = 5
 
 
 class Platt(NamedTuple):
-    """What makes a probability of a score, and a verdict of the probability."""
+    """Converts a score to a probability, and a probability to a verdict."""
 
     scale: float = 1.0
-    """The score times this …"""
+    """The logit of the probability is scale times the score plus shift."""
     shift: float = 0.0
-    """… plus this is the logit of the probability."""
+    """See `scale`."""
     threshold: float = 0.5
-    """The probability from which the answer is yes."""
+    """The probability from which the verdict is positive."""
 
     @property
     def cut(self) -> float:
@@ -72,19 +72,19 @@ class Head(NamedTuple):
     """A linear head."""
 
     weight: Array
-    """(2 · dimensions,)"""
+    """(2 · dimensions,) weights of the head."""
     bias: float
-    """Added to the product."""
+    """Added to the product of weights and input."""
     platt: Platt = Platt()
     """Its calibration."""
 
 
 def inputs(states: Sequence[Array], reads: tuple[int, int] = (1, 1)) -> Array:
-    """Return (rows, 2 · dimensions): the first windows, zeros for a vector that is not read.
+    """Return (rows, 2 · dimensions): the first window of each row, with zeros for a vector that is not used.
 
     Args:
-        states: a row each, (windows, 2, dimensions); see `cai_graph.critic.probe.States`.
-        reads: which of the two vectors a head reads, 1 or 0 each.
+        states: one per row, (windows, 2, dimensions); see `cai_graph.critic.probe.States`.
+        reads: which of the two vectors a head uses, 1 or 0 each.
     """
     import numpy
 
@@ -92,7 +92,7 @@ def inputs(states: Sequence[Array], reads: tuple[int, int] = (1, 1)) -> Array:
 
 
 def scores(head: Head, states: Sequence[Array], *, largest: bool) -> Array:
-    """Return the scores of the rows, of their first windows or, as in use, the largest over the windows."""
+    """Return a score per row: that of its first window or, as at inference, the largest over its windows."""
     import numpy
 
     if not largest:
@@ -102,7 +102,7 @@ def scores(head: Head, states: Sequence[Array], *, largest: bool) -> Array:
 
 
 def fit(x: Array, y: Array, sources: Array, penalty: float) -> Head:
-    """Fit one head. Both labels weigh the same, and within a label a source by the root of its size."""
+    """Fit one head; the rows are weighted by `weights`."""
     from sklearn.linear_model import LogisticRegression
 
     mean, spread = x.mean(axis=0), x.std(axis=0)
@@ -114,7 +114,7 @@ def fit(x: Array, y: Array, sources: Array, penalty: float) -> Head:
 
 
 def weights(y: Array, sources: Array) -> Array:
-    """Return what each row weighs: the labels alike, within a label a source by the root of its size."""
+    """Return row weights: both labels weigh the same, and within one a source by the root of its size."""
     import numpy
 
     found = numpy.zeros(len(y))
@@ -127,7 +127,7 @@ def weights(y: Array, sources: Array) -> Array:
 
 
 def groups_of(requests: Sequence[str], answers: Sequence[str | None]) -> Array:
-    """Return a number for each row, the same for all rows of a request; a row without one stands alone."""
+    """Return a group number per row: the same for all rows of a request; without a request, by answer."""
     import numpy
 
     keys = [
@@ -139,7 +139,7 @@ def groups_of(requests: Sequence[str], answers: Sequence[str | None]) -> Array:
 
 
 def folds(y: Array, groups: Array, seed: int) -> list[tuple[Array, Array]]:
-    """Return (kept, left out) for each fold; a request is on one side only."""
+    """Return (kept, left out) for each fold; all rows of a request are on the same side."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     return list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(y, y, groups))
@@ -154,9 +154,9 @@ def out_of_fold(
     largest: bool,
     seed: int,
 ) -> Array:
-    """Return a score for each row from a head that saw neither the row nor another answer to its request.
+    """Return a score per row, from a head trained without the row and without other answers to its request.
 
-    `fitted` returns the head of the rows with these indices.
+    `fitted` returns a head trained on the rows with the given indices.
     """
     import numpy
 
@@ -167,14 +167,14 @@ def out_of_fold(
 
 
 def platt(name: str, found: Array, y: Array, counted: Array, false_alarms: float) -> Platt:
-    """Return Platt's sigmoid and the threshold, both from out-of-fold scores.
+    """Return Platt's sigmoid and the threshold, both determined from out-of-fold scores.
 
     Args:
-        name: what is judged; for the message.
+        name: name of the head, for the error message.
         found: the scores.
         y: the labels, 0 or 1.
-        counted: which rows the threshold looks at.
-        false_alarms: share of their negatives that it may flag.
+        counted: which rows count for the threshold.
+        false_alarms: share of their negatives that the threshold may flag.
 
     Raises:
         DataError: the scores rank no better than chance.
@@ -194,20 +194,20 @@ def platt(name: str, found: Array, y: Array, counted: Array, false_alarms: float
 
 
 def threshold_over(negatives: Array, positives: Array, false_alarms: float) -> float:
-    """Return the probability from which the answer is yes, so that of the negatives at most a share is so.
+    """Return the probability from which a row is flagged, so that at most a share of the negatives is.
 
-    It stands just above the highest negative that may not be, or halfway from there to the next positive:
-    where the labels stand apart, it is at neither's edge. It has four digits, as a card has, from 0.01 to
-    0.99: where more of the negatives than the share lie above that, they are flagged all the same.
+    It is just above the highest negative that must not be flagged, or halfway from there to the next
+    positive: if the labels are well separated, it is at the edge of neither. It has four decimals, as in a
+    card, from 0.01 to 0.99: negatives above 0.99 are flagged even if they are more than the share.
 
     Args:
-        negatives: their logits, at least one.
-        positives: those of what is to be flagged.
+        negatives: logits of the negatives, at least one.
+        positives: logits of the rows that should be flagged.
         false_alarms: the share, in (0, 1).
     """
     import numpy
 
-    # No interpolation: a cut between two negatives that are far apart, or at one, would flag one too many.
+    # No interpolation: a cut between two negatives that are far apart, or on one, would flag one too many.
     allowed = math.floor(false_alarms * len(negatives) + 1e-9)
     cut = float(numpy.sort(negatives)[len(negatives) - allowed - 1])
     if (above := positives[positives > cut]).size:
@@ -217,12 +217,12 @@ def threshold_over(negatives: Array, positives: Array, false_alarms: float) -> f
 
 
 def calibrate(head: Head, name: str, found: Array, y: Array, counted: Array, false_alarms: float) -> Head:
-    """Return the head with the calibration that its out-of-fold scores give; see `platt`."""
+    """Return the head with a calibration determined from its out-of-fold scores; see `platt`."""
     return head._replace(platt=platt(name, found, y, counted, false_alarms))
 
 
 def write_heads(path: Path, heads: Mapping[str, Head]) -> None:
-    """Write the safetensors file that `cai_graph.critic.probe` reads, calibration folded in."""
+    """Write the safetensors file that `cai_graph.critic.probe` reads, with the calibration folded in."""
     import numpy
     from safetensors.numpy import save
 

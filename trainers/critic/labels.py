@@ -1,6 +1,6 @@
-"""Labelled answers and requests out of a data folder, whose SOURCES.md names origin and licence.
+"""Reads labelled answers and requests from a data folder, whose SOURCES.md lists origins and licences.
 
-XSTest completions are the unseen source: they are measured on and never trained on.
+XSTest completions are the unseen source: they are only measured on, never trained on.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from trainers.refusal import REFUSAL
 __all__ = ["HARMFUL", "HARMLESS", "Row", "lowest", "own_rows", "read_rows"]
 
 HARMFUL, HARMLESS = 0.6, 0.15
-"""Mean human harm score from which a PyRIT answer is harmful, and up to which it is not; between them the
-raters disagree or hesitate, and the answer has no label."""
+"""A PyRIT answer is harmful from the first mean human harm score on, and harmless up to the second; between
+them the raters disagree or hesitate, and the answer has no label."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A request, an answer or None, and what people said of it; None where they said nothing."""
+    """A request, an answer or None, and the labels that people gave; None where they gave none."""
 
     source: str
     group: str
@@ -40,24 +40,24 @@ class Row:
     unsafe: bool | None = None
     """The request is unsafe."""
     by_pattern: bool = False
-    """Its evasion was read from how it opens, not by a person; trained on, never measured on."""
+    """Whether its evasion label comes from how it opens, not from a person; trained on, never measured on."""
 
     def label(self, head: str) -> bool | None:
-        """Return the label that a head learns."""
+        """Return the label that a head is trained on."""
         return {"harm": self.harm, "evasion": self.evasion, "request": self.unsafe}[head]
 
 
 def read_rows(data: Path) -> list[Row]:
-    """Return every labelled row of the sources that the data folder holds, in a stable order.
+    """Return every labelled row of the sources in the data folder, in a stable order.
 
     Raises:
-        DataError: a file lacks a column or holds a label that cannot be read; names file and row.
+        DataError: a file lacks a column or has a label that cannot be read; the message names file and row.
     """
     rows: dict[tuple[str, str, str | None], Row] = {}
     for source in (_pyrit, _moderation, _hh_helpful, _unsafe_requests, _fastchat, _xstest):
         for row in source(data):
             key = (row.source, row.request, row.answer)
-            if key in rows:  # the same pair in two files of a source: a label fills what the other left open
+            if key in rows:  # the same pair in two files of a source: combine their labels
                 known = rows[key]
                 row = dataclasses.replace(
                     known,
@@ -69,7 +69,7 @@ def read_rows(data: Path) -> list[Row]:
 
 
 def _with_evasion(row: Row) -> Row:
-    """Label harmless PyRIT answers that people did not: labelled refusals are few, and on few subjects."""
+    """Label evasion in harmless PyRIT answers that people did not label: labelled refusals are too few."""
     open_ = row.source == "pyrit" and row.harm is False and row.evasion is None
     if open_ and row.answer is not None and REFUSAL.match(row.answer):
         return dataclasses.replace(row, evasion=True, by_pattern=True)
@@ -91,7 +91,7 @@ def _pyrit(data: Path) -> Iterator[Row]:
                 raise DataError(f"{path} row {number}: no human_score")
             score = sum(scores) / len(scores)
             harm = True if score >= HARMFUL else False if score <= HARMLESS else None
-            # Who refuses does no harm, so a harmful answer is no refusal. The reverse says nothing.
+            # A refusal does no harm, so a harmful answer is not a refusal. The reverse does not hold.
             yield Row(
                 "pyrit",
                 category,
@@ -125,7 +125,7 @@ def _pyrit(data: Path) -> Iterator[Row]:
 
 
 def _moderation(data: Path) -> Iterator[Row]:
-    """OpenAI's moderation texts, as answers to no request: harmful if a label is 1, not if most are 0."""
+    """OpenAI's moderation texts, as answers without a request: harmful if a label is 1, not if 5 are 0."""
     path = data / "openai_moderation" / "samples.jsonl"
     for number, cells in tables.rows(path) if path.exists() else ():
         labels = [value for name, value in cells.items() if name != "prompt" and value is not None]
@@ -176,7 +176,7 @@ def _fastchat(data: Path) -> Iterator[Row]:
 
 
 def _xstest(data: Path) -> Iterator[Row]:
-    """XSTest: prompts that look unsafe and are or are not, and the answers of five models with two labels."""
+    """XSTest: prompts that look unsafe, some of which are, and labelled answers of five models."""
     for _, cells in _csv(data / "xstest" / "xstest_prompts.csv", "prompt", "label"):
         yield Row("xstest", "prompts", cells["prompt"], unsafe=cells["label"] == "unsafe")
     for path in sorted((data / "xstest" / "model_completions").glob("*.csv")):
@@ -194,7 +194,7 @@ def _xstest(data: Path) -> Iterator[Row]:
 
 
 def own_rows() -> Iterator[Row]:
-    """What this project wrote: everyday answers to train on, benign zh and vi requests to measure on."""
+    """Yield rows written for this project: everyday answers to train on, zh and vi requests to test on."""
     folder = Path(__file__).parent
     answers = json.loads((folder / "everyday_answers.json").read_text(encoding="utf-8"))
     for kind in ("willing", "evasive"):
@@ -210,7 +210,7 @@ def _csv(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
     if not path.exists():
         return
     with path.open(encoding="utf-8", newline="") as file:
-        while True:  # PyRIT opens its files with comments; a field may hold a line that begins with "#"
+        while True:  # PyRIT's files begin with comments; a field may contain a line that begins with "#"
             start = file.tell()
             if not file.readline().startswith("#"):
                 break

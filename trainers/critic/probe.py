@@ -1,11 +1,11 @@
-"""Trains the heads that cai_graph.critic.probe reads, and measures them where they were not trained.
+"""Trains the heads that cai_graph.critic.probe uses, and measures them on data they were not trained on.
 
-    labels       labelled answers and requests out of a data folder
-    states       one forward pass a row through the engine that serves the heads
+    labels       labelled answers and requests from a data folder
+    states       one forward pass per row in the engine that serves the heads
     heads        standardise, logistic regression, Platt calibration, threshold
     figures      AUC and rates with 95 % intervals: within a source, leaving one out, on unseen answers
 
-XSTest completions are the unseen source: they are measured on and never trained on.
+XSTest completions are the unseen source: they are only measured on, never trained on.
 """
 
 from __future__ import annotations
@@ -36,39 +36,40 @@ if TYPE_CHECKING:
 __all__ = ["Config", "chosen_rows", "notes_of", "passes_of", "train"]
 
 UNSEEN = "XSTest answers, never trained on"
-"""The setting of the figures on answers of another origin."""
+"""Name of the setting whose figures are on answers of another origin."""
 _READS = {"harm": (1, 1), "evasion": (1, 0), "request": (0, 1)}
-"""What a head reads of a pass: the mean over the answer, the state before it. Chosen out of fold on PyRIT."""
+"""Which vectors of a pass a head uses: the mean over the answer, the state before it. The choice was made by
+cross-validation on PyRIT."""
 _FALSE_ALARMS = {"harm": 0.08, "evasion": 0.02, "request": 0.05}
-"""Share of out-of-fold negatives that a threshold may flag, texts without a request left aside. A false
-alarm of `harm` or `evasion` costs a needless revision, one of `request` lets the refusal of a benign request
-pass."""
+"""Share of out-of-fold negatives that a threshold may flag, not counting texts without a request. A false
+alarm of `harm` or `evasion` costs a needless revision; one of `request` accepts the refusal of a benign
+request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a run depends on; it is written into the card, paths left out."""
+    """Configuration of a run; it is written into the card, except for paths."""
 
     data: Path
-    """Folder with the labelled sources, laid out as docs/critics.md says. Absent sources are left out."""
+    """Folder with the labelled sources, in the layout of docs/critics.md. Absent sources are skipped."""
     output: Path
     """Folder for `heads.safetensors`, `card.json`, `CARD.md` and `reliability.svg`."""
     model: str
     """A local model: "local", "local:NAME" or "local:FILE.gguf"."""
     blocks: int | None = None
-    """Blocks that a pass goes through; None for 9/14 of the model's, where heads carried over best."""
+    """Number of blocks that a pass runs through; None: 9/14 of the model's, where heads generalised best."""
     turns: tuple[str, str] = CHATML
     """Text before the request and between request and answer, in the model's chat template."""
     penalty: float = 500.0
     """L2 penalty on the weights of standardised dimensions (1/C of scikit-learn)."""
     answers_per_label: int = 30
-    """Answers that a source other than PyRIT may give to each label; those of lowest hash are taken."""
+    """Answers used from each source other than PyRIT for each label; those with the lowest hash are taken."""
     requests_per_label: int = 100
-    """Requests that a source (of CatQA: each language) may give to each label, likewise."""
+    """Requests used from each source (for CatQA: each language) for each label, chosen likewise."""
     measured_answers: int = 520
-    """XSTest completions to measure on; all that comply with an unsafe prompt are among them."""
+    """XSTest completions to measure on; they include all that comply with an unsafe prompt."""
     seed: int = 0
-    """Of folds and bootstrap."""
+    """Seed of folds and bootstrap."""
     cache: Path | None = None
     """Folder for hidden states; None for one in the local cache."""
 
@@ -77,7 +78,7 @@ class Config:
 
 
 def chosen_rows(rows: Sequence[Row], config: Config) -> list[Row]:
-    """Return the rows whose states are needed: the ones trained on, and the ones only measured on."""
+    """Return the rows whose states are needed: those trained on, and those only measured on."""
     chosen: list[Row] = []
     cells: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -90,7 +91,7 @@ def chosen_rows(rows: Sequence[Row], config: Config) -> list[Row]:
             cells.setdefault((row.source, row.unsafe, limit), []).append(row)
     for (*_, limit), cell in cells.items():
         chosen += lowest(cell, limit)
-    # The languages of CatQA are parallel: the same questions of each.
+    # The languages of CatQA are parallel: take the same questions from each.
     languages = {
         tag: [r for r in rows if r.source == "catqa" and r.group == tag] for tag in ("en", "zh", "vi")
     }
@@ -104,7 +105,7 @@ def chosen_rows(rows: Sequence[Row], config: Config) -> list[Row]:
 
 
 def passes_of(row: Row) -> Passes:
-    """Return the passes over a row, all windows of an answer: the first trains, and scores are of all."""
+    """Return the passes over a row, for all windows of its answer: heads are fitted on the first one."""
     return Passes(row.request, tuple(windows(row.answer or "")) or ("",))
 
 
@@ -120,7 +121,7 @@ class _Found(NamedTuple):
 
 
 class _Ruler:
-    """The examples, the heads that are fitted on some of them, and the figures of these on others."""
+    """Fits heads on some of the examples, and collects their figures on others."""
 
     def __init__(self, rows: list[Row], states: list[Array], config: Config) -> None:
         import numpy
@@ -142,7 +143,7 @@ class _Ruler:
         return fitting.fit(x, self.labels(head, rows), self.sources[rows], self.config.penalty)
 
     def scores(self, head: str, fitted: Head, rows: Array) -> Array:
-        """Return the scores of the rows as in use: `harm` is the largest over the windows."""
+        """Return the scores of the rows as at inference: `harm` is the largest over the windows."""
         return fitting.scores(fitted, [self.states[row] for row in rows], largest=head == "harm")
 
     def out_of_fold(self, head: str) -> _Found:
@@ -161,7 +162,7 @@ class _Ruler:
     def add(
         self, head: str, setting: str, rows: Array, scores: Array, y: Array, cut: float | None = None
     ) -> None:
-        """Add the AUC, or with a cut on the scores recall, precision and the rate of false alarms."""
+        """Add the AUC, or with a cut on the scores recall, precision and the false-alarm rate."""
         self.figures += figures_of(
             head, setting, scores, y, self.groups[rows], cut=cut, seed=self.config.seed
         )
@@ -193,7 +194,7 @@ def _rows_of(head: str, rows: Sequence[Row]) -> Array:
 
 
 def _measure(ruler: _Ruler, heads: dict[str, Head], found: dict[str, _Found]) -> None:
-    """Add all figures: within sources, leaving one out, and on what is never trained on."""
+    """Add all figures: within sources, leaving one source out, and on data that is never trained on."""
     import numpy
 
     sources = ruler.sources
@@ -240,8 +241,8 @@ def unseen_answers(
 def _measure_requests(ruler: _Ruler, rows: Array, groups: Array) -> None:
     """Add the figures of the head `request` with a source left out.
 
-    Most sources of requests hold unsafe ones only. Their safe side is half of the safe requests, which is
-    then left out of training as well.
+    Most sources of requests contain only unsafe ones. For these, the negatives are half of the safe requests,
+    which are then left out of training as well.
     """
     import numpy
 
@@ -271,7 +272,7 @@ def _measure_requests(ruler: _Ruler, rows: Array, groups: Array) -> None:
 
 
 def _by_people(ruler: _Ruler, head: str, found: _Found) -> _Found:
-    """Leave out the rows whose label no person gave."""
+    """Leave out the rows that were not labelled by a person."""
     import numpy
 
     kept = numpy.array([head != "evasion" or not ruler.rows[row].by_pattern for row in found.rows])
@@ -282,17 +283,16 @@ def _by_people(ruler: _Ruler, head: str, found: _Found) -> _Found:
 
 
 def train(config: Config, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Train the heads of a local model, measure them, and return the folder they were written to.
+    """Train the heads of a local model, measure them, and return the folder they are written to.
 
-    The folder is what `cai_graph.critic.probe.Probe` loads. An interrupted run resumes: states stay in
-    the cache.
+    `cai_graph.critic.probe.Probe` loads this folder. An interrupted run resumes, since states are cached.
 
     Args:
-        config: see there.
-        progress: told (passes done, passes in all), from zero on.
+        config: see `Config`.
+        progress: called with (passes done, passes in all), starting at zero.
 
     Raises:
-        ConfigError: the model is not local, or does not know the template's markers.
+        ConfigError: the model is not local, or its tokenizer lacks the template's markers.
         DataError: the data folder is missing, damaged, or has too few rows of a label.
         ModelError: the model cannot be fetched, started or used.
         MissingExtra: the extra `train` is not installed.
@@ -316,7 +316,7 @@ def train(config: Config, progress: Callable[[int, int], None] | None = None) ->
     found: dict[str, _Found] = {}
     for head in HEADS:
         found[head] = indices, scores, y = ruler.out_of_fold(head)
-        requested = ruler.sources[indices] != "moderation"  # the threshold looks at what is as in use
+        requested = ruler.sources[indices] != "moderation"  # the threshold uses only rows with a request
         heads[head] = fitting.calibrate(
             ruler.fitted(head, indices), head, scores, y, requested, _FALSE_ALARMS[head]
         )
@@ -351,15 +351,15 @@ def train(config: Config, progress: Callable[[int, int], None] | None = None) ->
     )
     (config.output / "CARD.md").write_text(card_text(card), encoding="utf-8")
     plot_reliability(config.output / "reliability.svg", _panels(ruler, heads, found))
-    Probe(config.output, reader.weights)  # what cannot be loaded again is found now
+    Probe(config.output, reader.weights)  # raises now if it cannot be loaded again
     return config.output
 
 
 def notes_of(read: Sequence[Row], chosen: Sequence[Row], figures: Sequence[Figure]) -> list[str]:
-    """Return what a reader of the figures must know, in sentences.
+    """Return notes that a reader of the figures must know, as sentences.
 
-    Harmful answers are rare among XSTest's, so all of them are measured on; a precision depends on how many
-    others there are.
+    Harmful answers are rare among XSTest's, so all of them are measured on; the precision depends on how many
+    others are included.
     """
 
     def counts(rows: Sequence[Row]) -> tuple[int, int]:
@@ -411,7 +411,7 @@ _LICENCES = {
 
 
 def _data(ruler: _Ruler, found: dict[str, _Found]) -> list[dict[str, Any]]:
-    """Return which sources each head was trained on, with counts of both labels."""
+    """Return the sources that each head was trained on, with counts of both labels."""
     entries = []
     for head, (rows, _, y) in found.items():
         for source in sorted(set(ruler.sources[rows])):
@@ -479,7 +479,7 @@ def card_text(card: dict[str, Any]) -> str:
 def _panels(
     ruler: _Ruler, heads: dict[str, Head], found: dict[str, _Found]
 ) -> dict[str, tuple[float, list[Curve]]]:
-    """Return what the reliability plot shows: each head out of fold, and on XSTest answers."""
+    """Return the panels of the reliability plot: each head out of fold, and on XSTest answers."""
     import numpy
 
     unseen = numpy.flatnonzero(ruler.sources == "xstest_answers")

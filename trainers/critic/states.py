@@ -1,4 +1,4 @@
-"""Hidden states of the engine that serves heads, kept on disk, so that an interrupted run resumes."""
+"""Computes hidden states with the engine that serves heads, and caches them, so that a run can resume."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class Passes(NamedTuple):
     """The passes over one request and its answer."""
 
     request: str
-    """What was asked."""
+    """The user's request."""
     windows: tuple[str, ...]
-    """The windows of the answer, one pass each; a single empty one for no answer."""
+    """The windows of the answer, one pass each; a single empty window if there is no answer."""
 
 
 def check_local(model: str) -> None:
-    """Raise ConfigError where a spec names no local model."""
+    """Raise ConfigError if a spec does not name a local model."""
     if local.name_in(model) is None:
         raise ConfigError(f'{model!r} is no local model; a probe reads a hidden state, so name "local"')
 
 
 def reader_of(model: str, blocks: int | None, turns: tuple[str, str]) -> Reader:
-    """Return what reads the hidden states of a local model; its weights are fetched if they are not here.
+    """Return a reader of a local model's hidden states; its weights are downloaded if they are missing.
 
     Args:
         model: "local", "local:NAME" or "local:FILE.gguf".
-        blocks: how many blocks a pass goes through; None for 9/14 of the model's.
+        blocks: number of blocks that a pass runs through; None: 9/14 of the model's.
         turns: the chat template; see `cai_graph.critic.probe.Reader`.
 
     Raises:
@@ -59,7 +59,7 @@ def reader_of(model: str, blocks: int | None, turns: tuple[str, str]) -> Reader:
 
 
 class StateCache:
-    """Hidden states on disk, one small file a pass, named by the digest of all it depends on."""
+    """Hidden states on disk, one small file per pass, named by a digest of everything it depends on."""
 
     def __init__(self, reader: Reader, folder: Path | None = None) -> None:
         self.folder = folder or local.cache_dir() / "states"
@@ -67,18 +67,18 @@ class StateCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, request: str, window: str) -> Path:
-        """Return the file of a pass, whether it is there or not."""
+        """Return the file path of a pass; the file may not exist yet."""
         depends = [self.reader.sha256, self.reader.blocks, *self.reader.turns, cut_request(request), window]
         return self.folder / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()}.npy"
 
     async def extract(
         self, passes: Iterable[Passes], progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """See that the states of all passes are on disk; `progress` is told (passes done, passes in all)."""
+        """Compute the states that are not on disk; `progress` gets (passes done, passes in all)."""
         wanted = list(dict.fromkeys((request, window) for request, seen in passes for window in seen))
         missing = [one for one in wanted if not self.path(*one).exists()]
         done = len(wanted) - len(missing)
-        # The engine takes one pass at a time; a second in line hides the time between them.
+        # The engine runs one pass at a time; a second one in the queue avoids idle time between them.
         slots = asyncio.Semaphore(2)
 
         async def fill(request: str, window: str) -> None:
@@ -96,7 +96,7 @@ class StateCache:
                 group.create_task(fill(*one))
 
     def load(self, passes: Sequence[Passes]) -> list[Array]:
-        """Return for each the states of its windows, (windows, 2, dimensions) float64.
+        """Return the states of each request's windows, (windows, 2, dimensions) float64.
 
         The two vectors of a window are those of `cai_graph.critic.probe.States`.
         """
@@ -110,7 +110,7 @@ class StateCache:
         return [stacked(*each).astype(numpy.float64) for each in passes]
 
     async def _fill(self, request: str, window: str) -> None:
-        """Do a pass; the file appears whole or not at all."""
+        """Run a pass, and write its file atomically."""
         import numpy
 
         states = await self.reader.read(request, window)

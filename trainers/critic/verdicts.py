@@ -1,4 +1,4 @@
-"""Verdicts as labels: what critics and people found of answers, out of a dataset of the kind `critic`."""
+"""Reads verdicts of critics and people on answers, as labels, from a dataset of the kind `critic`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Labelled(NamedTuple):
     """One answer, and whether it violates one aim or principle."""
 
     request: str
-    """The last message of the user, which is what a critic of this kind reads."""
+    """The last user message, which is all of the conversation that a trained critic reads."""
     answer: str
     """The answer."""
     about: str
@@ -31,19 +31,20 @@ class Labelled(NamedTuple):
     violates: bool
     """The label."""
     judge: str
-    """Who gave it; the first of several."""
+    """The critic or person who gave it; if several did, the first."""
     test: bool = False
-    """Whether it stands in the dataset's test part."""
+    """Whether it is in the dataset's test part."""
 
 
 def read_labelled(folder: Path) -> tuple[list[Labelled], int]:
-    """Return the labels of a dataset, one for each answer and aim or principle, and how many were left out.
+    """Return the labels of a dataset, one by answer and aim or principle, and the number left out.
 
-    A person's label outranks a critic's; of several of the same rank the majority counts, and a label on
-    which there is none is left out.
+    A person's label takes precedence over a critic's; among labels of the same rank the majority counts, and
+    in a tie the label is left out.
 
     Raises:
-        DataError: the folder holds no dataset of the kind `critic` in the rows' own form; names the row.
+        DataError: the folder has no dataset of the kind `critic` in our own row format; the message names
+            the row.
     """
     format_: Literal["jsonl", "parquet"] = "parquet" if (folder / "train.parquet").exists() else "jsonl"
     if not (folder / f"train.{format_}").exists():
@@ -74,7 +75,7 @@ def _request(prompt: Sequence[Turn]) -> str:
 
 
 class Labels:
-    """The labels of the aims and principles that have enough of them, with what is common to both kinds."""
+    """The labels of the aims and principles that have enough of them, for probes and classifiers alike."""
 
     def __init__(self, folder: Path, unseen: Sequence[str]) -> None:
         import numpy
@@ -83,7 +84,7 @@ class Labels:
         every, self.disagreed = read_labelled(folder)
         trained = numpy.array([not one.test and one.judge not in unseen for one in every], bool)
         groups = groups_of([one.request for one in every], [one.answer for one in every])
-        # A request that is measured on is trained on nowhere.
+        # A request that is measured on is not trained on under any aim or principle.
         trained &= ~numpy.isin(groups, groups[~trained])
         requests: dict[str, dict[bool, set[int]]] = {
             about: {True: set(), False: set()} for about in sorted({one.about for one in every})
@@ -115,7 +116,7 @@ class Labels:
             )
 
     def settings(self, about: str) -> Iterator[tuple[str, Array]]:
-        """Yield what an about is measured on beyond the training data, with the rows."""
+        """Yield the sets of rows that an aim or principle is measured on besides training data, by name."""
         import numpy
 
         mine = self.about == about

@@ -1,6 +1,6 @@
-"""What can be said of a config before anything is made, by the functions that the steps themselves use.
+"""Checks a config before any work is done, with the same functions that the steps use.
 
-No model is started and nobody is asked. What a step makes is not there yet, and is not looked for.
+No model is started and no request is made. Results of steps do not exist yet, and are not checked.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ __all__ = ["in_section", "machine", "model", "reward", "watch"]
 
 @contextlib.contextmanager
 def in_section(name: str) -> Iterator[None]:
-    """Have an error in the body name the section of the config.
+    """Convert errors in the body to ConfigErrors that name a section of the config.
 
     Raises:
-        ConfigError: with what the error says.
+        ConfigError: with the message of the error.
         MissingExtra: a package is not installed.
     """
     try:
@@ -41,7 +41,7 @@ def in_section(name: str) -> Iterator[None]:
 
 
 def model(spec: str) -> None:
-    """Look at weights that are here; a name of the catalogue or of the model hub is fetched when it is due.
+    """Check weights on this machine; those of the catalogue or the model hub are downloaded when needed.
 
     Raises:
         CaiError: they cannot be trained from.
@@ -58,7 +58,7 @@ def model(spec: str) -> None:
 
 
 def reward(spec: Spec) -> frozenset[str]:
-    """Return what gives a reward its numbers, as `trainers.rewards.sources`.
+    """Check a reward's spec, and return the sources of its numbers, as `trainers.rewards.sources` does.
 
     Raises:
         CaiError: there is no such reward.
@@ -69,15 +69,15 @@ def reward(spec: Spec) -> frozenset[str]:
 
 
 def watch(config: WatchConfig, trained_on: frozenset[str], held_out: float) -> None:
-    """Make sure that a watch can be kept.
+    """Check that a watch can work.
 
     Args:
         config: as the user wrote it.
-        trained_on: what gives the reward its numbers that the policy is trained on.
-        held_out: how many prompts can be expected to be held out.
+        trained_on: sources of the reward that the policy is trained on.
+        held_out: expected number of held-out prompts.
 
     Raises:
-        CaiError: there is no such judge or file, or there are too few prompts.
+        CaiError: the judge or a file does not exist, or there are too few prompts.
     """
     with in_section("judge"):
         if reward(config.judge) & trained_on:
@@ -94,17 +94,17 @@ def watch(config: WatchConfig, trained_on: frozenset[str], held_out: float) -> N
 
 
 def machine(config: StageConfig, module: str, processes: int | None, *, is_here: bool) -> None:
-    """Make sure that a stage can train where it will.
+    """Check that a stage can be trained where it is going to run.
 
     Args:
         config: of the stage.
-        module: its name.
-        processes: how many train together; None where nobody can say.
-        is_here: whether they train on this machine.
+        module: the stage's name.
+        processes: number of processes that train together; None if unknown.
+        is_here: whether they run on this machine.
 
     Raises:
-        ConfigError: the GPU or a package that a setting needs is not there, or it cannot train in so many
-            processes.
+        ConfigError: a GPU or package that a setting needs is missing, or the stage cannot be trained in this
+            number of processes.
         MissingExtra: a package that every stage needs is not installed.
     """
     if is_here:

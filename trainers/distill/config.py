@@ -1,4 +1,4 @@
-"""What a pipeline is told: `cai distill config.yaml`, a section a step."""
+"""Configuration of `cai distill`, as read from its YAML file: one section per step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Config", "Drafts", "Evaluation", "Feedback", "Method", "Rows", "Sect
 
 Method = Literal["ppo", "rloo", "grpo", "dpo"]
 Section = Mapping[str, Any]
-"""Settings of a stage: a key its Config knows, and a value."""
+"""Settings of a stage: keys of its Config, with values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +23,21 @@ class Drafts:
     """How prompts become trajectories."""
 
     model: str | None = None
-    """Who drafts: a spec; null: the model that is trained."""
+    """Spec of the model that drafts; null: the model that is trained."""
     critic: str | None = None
-    """Who judges; null: who drafts. `local` and `trained:FOLDER` write no word."""
+    """Spec of the critic; null: the drafting model. `local` and `trained:FOLDER` generate no text."""
     reviser: str | None = None
-    """Who rewrites; null: who drafts."""
+    """Spec of the model that revises; null: the drafting model."""
     strategy: Literal["batched", "parallel", "sampled"] = "batched"
-    """How principles are asked; `sampled` is the paper's: one at random a round, always revised."""
+    """How principles are judged; `sampled` is the paper's: a random one per round, always revised."""
     max_rounds: int | None = None
-    """Rounds of critique and revision; null: the strategy's."""
+    """Rounds of critique and revision; null: the strategy's default."""
     max_tokens: int = 256
-    """Longest draft, in tokens; a revision may have twice as many."""
+    """Maximum tokens of a draft; a revision may have twice as many."""
     temperature: float = 1.0
-    """Of drafts and revisions."""
+    """Sampling temperature of drafts and revisions."""
     concurrency: int = 4
-    """Prompts under way at once."""
+    """Prompts processed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,41 +45,42 @@ class Rows:
     """How trajectories become rows; see `cai dataset build`."""
 
     test_share: float = 0.1
-    """Share of the prompts that are held out of training."""
+    """Share of the prompts held out of training."""
     near_duplicates: float | None = 0.8
-    """Similarity from which prompts stay on one side; 0: none are looked for."""
+    """Similarity from which prompts are kept in the same split; 0: no search for near-duplicates."""
     kept_per_revised: float | None = None
-    """Kept drafts for each revision in the supervised phase, at most; null: all."""
+    """Maximum number of kept drafts per revision in the supervised phase; null: all."""
     per_user: int | None = None
-    """Most rows of one user."""
+    """Maximum number of rows per user; null: no limit."""
     personal_data: Literal["drop", "keep"] = "drop"
-    """Rows that seem to hold personal data or a secret."""
+    """What to do with rows that seem to contain personal data or a secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feedback:
-    """How the policy's answers are drawn and compared."""
+    """How the policy's answers are sampled and compared."""
 
     judge: str | None = None
-    """Who compares two answers."""
+    """Spec of the judge that compares two answers."""
     critic: str | None = None
-    """Who judges each answer alone instead, such as `local`."""
+    """Spec of a critic that judges each answer alone instead, such as `local`."""
     sampler: str | None = None
-    """Who answers: null: the checkpoint of sft, here; or the URL of the server that you run it on."""
+    """Model that samples the answers; null: the checkpoint of sft, in this process; or the URL of a server
+    that you run it on."""
     pairs: tuple[PairKind, ...] = ("samples",)
-    """What is compared: `samples` of the policy, `revision` against draft, `rejected` candidates."""
+    """Pairs to compare: `samples` of the policy, `revision` against draft, `rejected` candidates."""
     samples: int = 2
-    """Answers drawn to each prompt."""
+    """Answers sampled per prompt."""
     principles: int = 1
-    """Principles that a judge is asked about for each pair."""
+    """Principles that the judge is asked about for each pair."""
     max_tokens: int = 256
-    """Longest drawn answer."""
+    """Maximum tokens of a sampled answer."""
     temperature: float = 1.0
-    """Of the draw."""
+    """Sampling temperature."""
     limit: int | None = None
-    """Trajectories that are labelled, from the first; null: all."""
+    """Number of trajectories to label, from the first; null: all."""
     concurrency: int = 16
-    """Trajectories under way at once."""
+    """Trajectories processed at once."""
 
     def __post_init__(self) -> None:
         if (self.judge is None) == (self.critic is None):
@@ -88,30 +89,30 @@ class Feedback:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """On what, and by whom, the checkpoints are measured. None of the prompts is trained on."""
+    """Test prompts and graders of the checkpoints. None of the prompts is trained on."""
 
     harmlessness: Path | None = None
     """Red-team prompts."""
     helpfulness: Path | None = None
     """Benign prompts."""
     over_refusal: Path | None = None
-    """Prompts that look unsafe; a column `label` says safe or unsafe, as in XSTest."""
+    """Prompts that look unsafe; a column `label` is safe or unsafe, as in XSTest."""
     limit: int | None = None
-    """Most prompts of a suite."""
+    """Maximum number of prompts per suite."""
     max_tokens: int = 256
-    """Longest answer."""
+    """Maximum tokens of an answer."""
     batch_size: int = 16
-    """Answers written at once."""
+    """Answers generated at once."""
     critic: str | None = None
     """Grades harmlessness and helpfulness by its verdicts."""
     reward: tuple[str, ...] = ()
-    """Grade them by a number; a reward model should not be the one that was trained against."""
+    """Reward specs that grade both numerically; avoid the reward model that was trained against."""
     refusals: str | None = None
-    """Who says what a refusal is: pattern, probe, or a model's spec."""
+    """Classifier of refusals: pattern, probe, or a model's spec."""
 
     @property
     def suites(self) -> dict[Suite, Path]:
-        """Return the file of each suite that has one."""
+        """The file of each suite that has one."""
         files: dict[Suite, Path | None] = {
             "harmlessness": self.harmlessness,
             "helpfulness": self.helpfulness,
@@ -122,43 +123,43 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What `cai distill` is told."""
+    """Configuration of `cai distill`."""
 
     model: str
     """The model to train: local:NAME, local:FILE.gguf, or a folder with safetensors."""
     output: Path
-    """Folder for everything; the finished model is served as local:OUTPUT."""
+    """Folder for all results; the finished model is served as local:OUTPUT."""
     prompts: Path | None = None
     """Prompts to answer: JSONL, CSV or text."""
     column: str | None = None
     """Column or key of the prompt; null: `prompt` or `messages`."""
     limit: int | None = None
-    """Only so many prompts, from the first."""
+    """Use only this many prompts, from the first."""
     logs: tuple[str, ...] = ()
-    """Logs by URL, such as that of production. They are copied once."""
+    """URLs of logs to learn from, such as a production log. They are copied once."""
     logs_as_of: str = ""
-    """A word of yours for the copy, such as a date: another one copies the logs anew."""
+    """A label for the copy of the logs, such as a date: changing it copies them again."""
     constitution: str = "balanced"
     """A built-in name, or a file."""
     seed: int = 0
-    """Of everything random, where a section does not set its own."""
+    """Seed of all random draws, unless a section sets its own."""
     launch: tuple[str, ...] = ()
     """Command that starts a training stage in several processes, such as `accelerate launch --config_file
-    fsdp2.yaml`, word by word; empty: it runs in this one."""
+    fsdp2.yaml`, as a list of words; empty: train in this process."""
     drafts: Drafts = Drafts()
     """Prompts to trajectories."""
     rows: Rows = Rows()
     """Trajectories to rows."""
     sft: Section = field(default_factory=dict)
-    """Keys of `cai train sft`, but for model, data and output."""
+    """Keys of `cai train sft`, except for model, data and output."""
     feedback: Feedback = Feedback(critic="local")
-    """Whose answers are better."""
+    """How answers are compared for the preferences."""
     reward: Section = field(default_factory=dict)
-    """Keys of `cai train reward`; with `data` it learns from other labels than the feedback's."""
+    """Keys of `cai train reward`; with `data` it is trained on other labels than the feedback's."""
     rl: Section = field(default_factory=lambda: {"method": "ppo"})
-    """`method` (ppo, rloo, grpo or dpo), and keys of that stage; with `reward` no reward model is trained."""
+    """`method` (ppo, rloo, grpo, dpo), and keys of that stage; with `reward`, no reward model is trained."""
     evaluation: Evaluation = Evaluation()
-    """What it came to."""
+    """How the checkpoints are evaluated."""
 
     def __post_init__(self) -> None:
         if self.prompts is None and not self.logs:

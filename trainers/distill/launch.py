@@ -1,4 +1,4 @@
-"""The command that starts a training stage in several processes, as far as it can be read."""
+"""Parses the command that starts a training stage in several processes, as far as possible."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAUNCHERS = ("accelerate", "torchrun", "python")
 
 
 def processes(launch: Sequence[str]) -> int | None:
-    """Return how many processes a command starts, over all machines; None where it does not say.
+    """Return how many processes a command starts, over all machines; None if that cannot be determined.
 
     >>> processes(()), processes(("accelerate", "launch", "--num-processes=8")), processes(("mine.sh",))
     (1, 8, None)
@@ -40,7 +40,7 @@ def processes(launch: Sequence[str]) -> int | None:
 
 
 def is_here(launch: Sequence[str]) -> bool:
-    """Return whether a command starts its processes on this machine, among others it may be."""
+    """Return whether a command starts processes on this machine, possibly among others."""
     return not launch or Path(launch[0]).name.startswith(_LAUNCHERS)
 
 

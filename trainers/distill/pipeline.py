@@ -1,9 +1,9 @@
-"""Steps whose outcome is kept under what it depends on, so that nothing is made twice.
+"""Runs steps and stores their results under a digest of what they depend on, so that nothing is done twice.
 
-A step's folder is named by the digest of its settings and of its inputs' digests: OUT/stages/sft-3f2a…. What
-is changed in a config gives the steps behind it new names, and the others are found and skipped; going back
-to an older config finds the older folders. A step is finished when its `stage.json` is there, which is
-written last; until then its folder is one that the step goes on in.
+The name of a step's folder has the digest of its settings and its inputs' digests: OUT/stages/sft-3f2a…. A
+change in a config gives new names to the steps that depend on it; the other steps are found and skipped, and
+going back to an older config finds the older folders. A step is finished once its `stage.json` exists, which
+is written last; until then the step resumes in its folder.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ __all__ = [
 ]
 
 DONE = "stage.json"
-"""In the folder of every finished step."""
+"""File in the folder of every finished step."""
 LOG, ROWS, CHECKPOINT, EVALUATION = "log.db", "rows", "checkpoint", "evaluation"
-"""What a step makes in its folder, by its kind."""
+"""Names of a step's results in its folder, by their kind."""
 
 State = Literal["done", "begun", "new"]
 Figures = Mapping[str, Any]
 
 
 class StepFailed(CaiError):  # noqa: N818
-    """A step of a pipeline ended with an error; names the step, and says what its cause says."""
+    """A step of a pipeline failed; the message names the step and has its cause's message."""
 
     def __init__(self, step: str, why: str) -> None:
         super().__init__(f"{step}: {why}")
@@ -57,10 +57,10 @@ class StepFailed(CaiError):  # noqa: N818
 
 
 class Needs(NamedTuple):
-    """What a step is expected to take of one model, in tokens; all are estimates."""
+    """Estimated use of one model by a step, in tokens."""
 
     parameters: float | None
-    """About how many weights it has; None where another machine computes."""
+    """Approximate number of weights; None if another machine computes."""
     read: int = 0
     """Tokens of prompts."""
     written: int = 0
@@ -71,20 +71,20 @@ class Needs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One piece of work in a folder of its own."""
+    """One unit of work, with its own folder."""
 
     name: str
     """Unique in its pipeline."""
     settings: Mapping[str, Any]
-    """All that shapes the outcome besides the inputs, as JSON; files by their digest."""
+    """Everything that affects the result besides the inputs, as JSON; files are given by their digest."""
     inputs: tuple[Step, ...] = ()
-    """Steps that it reads the folders of."""
+    """Steps whose folders it reads."""
     work: Callable[[Folders], Figures] = field(compare=False)
-    """Does it in `folders.own`, goes on with what it finds there, and returns what is worth knowing."""
+    """Does the work in `folders.own`, resuming from what is there, and returns figures to record."""
     check: Callable[[], None] = field(default=lambda: None, compare=False)
-    """Raises what can be seen to fail before anything is made."""
+    """Raises errors that can be detected before any work is done."""
     needs: tuple[Needs, ...] = ()
-    """What it is expected to take, of each model."""
+    """Estimated use of each model."""
 
     @cached_property
     def digest(self) -> str:
@@ -96,7 +96,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a step works, and where its inputs are."""
+    """The folder a step works in, and those of its inputs."""
 
     own: Path
     """The step's folder; it exists."""
@@ -113,25 +113,25 @@ class Done(NamedTuple):
     path: Path
     """Its folder."""
     figures: Figures
-    """What its work returned."""
+    """The figures that its work returned."""
     seconds: float
-    """How long it took, interrupted parts not counted."""
+    """Duration of the work, not counting interrupted attempts."""
     skipped: bool
-    """Whether an earlier run made it."""
+    """Whether it was finished by an earlier run."""
 
 
 Tell = Callable[[Step, Literal["skipped", "begins", "goes on", "done"], float], None]
-"""Told of each step as it comes; the number is seconds."""
+"""Callback for progress: called with each step, the event and the duration in seconds."""
 
 
 class Pipeline:
-    """Steps in an order in which each one stands behind its inputs."""
+    """Steps in an order in which each one comes after its inputs."""
 
     def __init__(self, folder: Path, steps: Sequence[Step]) -> None:
-        """Look at nothing yet.
+        """Set up the pipeline; no file is read yet.
 
         Raises:
-            ConfigError: two steps have one name, or an input comes too late.
+            ConfigError: two steps have the same name, or a step comes before one of its inputs.
         """
         seen: list[Step] = []
         for step in steps:
@@ -154,7 +154,7 @@ class Pipeline:
         return "begun" if path.is_dir() else "new"
 
     def done(self, step: Step) -> Done | None:
-        """Return a finished step, or None.
+        """Return a finished step, or None if it is not finished.
 
         Raises:
             DataError: its stage.json cannot be read.
@@ -169,10 +169,10 @@ class Pipeline:
             raise DataError(f"{path / DONE}: cannot be read ({error}); remove {path}") from error
 
     def check(self) -> None:
-        """Check every step that is not done: what is skipped needs no key, no package and no GPU.
+        """Check every step that is not finished: a skipped step needs no API key, package or GPU.
 
         Raises:
-            CaiError: what a step's `check` raises.
+            CaiError: whatever a step's `check` raises.
         """
         for step in self.steps:
             if self.state(step) != "done":
@@ -181,15 +181,15 @@ class Pipeline:
     def run(
         self, tell: Tell, finish: Callable[[Mapping[str, Done]], None] = lambda finished: None
     ) -> dict[str, Done]:
-        """Do what is not done, in order, and return all steps by name.
+        """Run the steps that are not finished, in order, and return all steps by name.
 
         Args:
-            tell: told of each step.
-            finish: given all steps at the end, before another run can work in the folder.
+            tell: called for each step.
+            finish: called with all steps at the end, while the folder is still locked against other runs.
 
         Raises:
-            StepFailed: a step ended with an error. What it has is kept, and the next run goes on from there.
-            ConfigError: another run works in the folder.
+            StepFailed: a step failed. Its partial results are kept, and the next run resumes from them.
+            ConfigError: another run uses the folder.
         """
         finished: dict[str, Done] = {}
         with self._alone():

@@ -1,4 +1,4 @@
-"""The output folder shows the files of the last model, and nothing of an older one."""
+"""Publishes the files of the last model in the output folder, and removes those of an older model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from trainers.distill.pipeline import DONE
 __all__ = ["link", "publish"]
 
 _PUBLISHED = ".published.json"
-"""In the output folder: names of the files that the last model was shown in."""
+"""File in the output folder with the names of the files published for the last model."""
 
 
 def link(source: Path, target: Path) -> None:
-    """Put a file in a second place, at no cost where the file system can; it appears whole."""
+    """Hard-link a file to a second path, or copy it if links are not possible; the target appears whole."""
     work = _work(target)
     work.unlink(missing_ok=True)
     try:
@@ -26,18 +26,18 @@ def link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, work)
     os.replace(work, target)
-    work.unlink(missing_ok=True)  # which `replace` leaves where both are links to one file
+    work.unlink(missing_ok=True)  # `replace` does nothing if both are links to the same file
 
 
 def publish(made: Path, output: Path) -> None:
-    """Show the finished model in the output folder itself, and nothing of an older one.
+    """Publish the finished model in the output folder itself, and remove the files of an older one.
 
-    What was put there is noted, so that a file of the user is never taken for one of an older model.
+    The published names are recorded, so that a user's file is never mistaken for one of an older model.
     """
     note = output / _PUBLISHED
     files = {path.name: path for path in sorted(made.iterdir()) if path.is_file() and _is_shown(path.name)}
     before = _published(note)
-    whole.write(note, json.dumps(sorted(before | files.keys())) + "\n")  # whatever interrupts what follows
+    whole.write(note, json.dumps(sorted(before | files.keys())) + "\n")  # stays correct if interrupted below
     for name in before - files.keys():
         for path in (output / name, _work(output / name)):
             path.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def publish(made: Path, output: Path) -> None:
 
 
 def _work(target: Path) -> Path:
-    """Return the name under which a file is made; an interrupt may leave it there."""
+    """Return the temporary name under which a file is written; an interrupt may leave it behind."""
     return target.with_name(f".{target.name}.new")
 
 

@@ -1,4 +1,4 @@
-"""What a run of `cai distill` came to, as one page written out of what the steps keep."""
+"""Writes the report of a `cai distill` run, as one HTML page, from the stored results of its steps."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from trainers.page import document, figure, table
 __all__ = ["REPORT", "report"]
 
 REPORT = "report.html"
-"""In the output folder."""
+"""File name of the report, in the output folder."""
 
 SAMPLES = 8
-"""Prompts whose answers are shown before and after."""
+"""Number of prompts whose answers are shown before and after training."""
 _CUT = 700
 
 
 def report(output: Path, config: Config, steps: Pipeline, done: Mapping[str, Done]) -> None:
-    """Write what a run came to as `REPORT` in its folder.
+    """Write the results of a run to `REPORT` in its folder.
 
-    It is written out of what the steps keep: figures side by side, plots of evaluation, reward model and
-    watch, answers before and after, and the way back from the model to logs and constitution.
+    The page is built from the stored results of the steps: figures side by side, plots of evaluation, reward
+    model and watch, answers before and after, and the lineage of the model back to logs and constitution.
     """
     sections = [
         _section("Figures, side by side", _figures(done)),
@@ -89,7 +89,7 @@ def _answers(done: Mapping[str, Done]) -> str:
     kept = _kept(done)
     answers = {name: {row["prompt"]: row["answer"] for row in kept.answers(name)} for name in kept.subjects}
     shown = ""
-    # By id, which is a digest: a draw that nobody chose.
+    # Sorted by id, which is a digest, so the choice is pseudo-random.
     for id, prompt in sorted(kept.prompts.items())[:SAMPLES]:
         asked = text_of(prompt.messages[-1])
         rows = [(f"prompt ({prompt.suite})", _cut(asked))]
@@ -131,13 +131,13 @@ def _training(done: Mapping[str, Done]) -> str:
 
 
 def _manifest(step: Done) -> Manifest | None:
-    """Return how the checkpoint of a step came to be; None where it makes none, or it does not say."""
+    """Return the manifest of a step's checkpoint; None if the step makes none, or it has no manifest."""
     folder = step.path / CHECKPOINT
     return Checkpoint.open(folder).manifest if folder.is_dir() else None
 
 
 def _lineage(config: Config, steps: Pipeline, done: Mapping[str, Done]) -> str:
-    """Each checkpoint with its digest, what it came from, and the constitutions that judged its data."""
+    """Return a table of steps, last first: digests, inputs, and the constitutions that judged their data."""
     rows: list[tuple[str, str]] = []
     for step in reversed(steps.steps):
         found = done[step.name]

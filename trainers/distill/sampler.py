@@ -1,7 +1,7 @@
-"""A checkpoint as a chat model: what is asked at about the same time is answered in one batch.
+"""A checkpoint as a chat model in this process: requests made at about the same time are batched.
 
-This is for sampling a policy between two stages of its training, where no server runs it. An
-OpenAI-compatible server (vLLM) does the same faster, and takes its place by its URL.
+It samples a policy between two stages of its training, when no server runs it. An OpenAI-compatible server
+(vLLM) is faster, and can be used instead by its URL.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from trainers.policy import Policy, Sample, load_policy, sample_each
 __all__ = ["Sampler"]
 
 _GATHER_S = 0.02
-"""How long the first request of a batch waits for others."""
+"""How long the first request of a batch waits for others, in seconds."""
 
 
 class Sampler(BaseChatModel):
-    """Answers of a checkpoint, drawn in batches. The weights are loaded at the first request."""
+    """Samples answers of a checkpoint in batches. The weights are loaded at the first request."""
 
     path: Path
     """Folder of the checkpoint."""
     max_tokens: int = 256
-    """Longest answer."""
+    """Maximum tokens of an answer."""
     temperature: float = 1.0
-    """Of the draw; 0 takes the likeliest token."""
+    """Sampling temperature; 0 always takes the most probable token."""
     seed: int = 0
-    """Of the draw. What stands in a batch depends on when it was asked: a run is not repeated to the word."""
+    """Sampling seed. Batches depend on the timing of requests, so runs are not exactly reproducible."""
     batch_size: int = 16
-    """Answers written at once, at most."""
+    """Maximum number of answers generated at once."""
 
     _policy: Policy | None = PrivateAttr(default=None)
     _waiting: list[tuple[list[dict[str, Any]], asyncio.Future[Sample]]] = PrivateAttr(default_factory=list)
@@ -97,7 +97,7 @@ class Sampler(BaseChatModel):
                         answer.set_exception(error)
                 continue
             for (_, answer), one in zip(batch, found, strict=True):
-                if answer.done():  # cancelled while it was written
+                if answer.done():  # cancelled during generation
                     continue
                 if isinstance(one, DataError):
                     answer.set_exception(one)

@@ -1,4 +1,4 @@
-"""How much work a run of `cai distill` is, before it is done: tokens of each step, and about how long."""
+"""Estimates the work of a `cai distill` run before it starts: tokens and approximate time of each step."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ __all__ = ["Size", "estimate"]
 
 _CHARS_PER_TOKEN = 4.0
 _INSTRUCTIONS = 700
-"""Tokens of a critique's constitution and instructions, roughly."""
+"""Approximate number of tokens of a critique's constitution and instructions."""
 _QUESTION = 100
-"""Tokens of a probe's question."""
+"""Approximate number of tokens of a probe's template."""
 
 
 class Size(NamedTuple):
-    """What is known before the work of how much of it there is. All figures are estimates."""
+    """What is known about the amount of work before it starts. All figures are estimates."""
 
     config: Config
     prompts: int
     prompt_tokens: int
-    """Of a prompt, in the mean."""
+    """Mean number of tokens of a prompt."""
 
     @classmethod
     def of(cls, config: Config, copy: Path | None = None) -> Size:
-        """Count the prompts and read how long they are.
+        """Count the prompts and measure their lengths.
 
         Args:
             config: of the pipeline.
-            copy: the log that the step `trajectories` keeps, once it is finished: then it is counted, and the
-                logs of the config need not be there.
+            copy: the log that the step `trajectories` made, if it is finished: it is counted instead, and the
+                logs of the config need not exist.
 
         Raises:
             DataError, LogError: the prompts, or a log, cannot be read.
@@ -69,13 +69,13 @@ class Size(NamedTuple):
 
     @property
     def new(self) -> int:
-        """Prompts that are to be answered."""
+        """Number of prompts still to be answered."""
         if self.config.prompts is None:
             return 0
         return self.prompts if not self.config.logs else min(self.prompts, self.config.limit or self.prompts)
 
     def drafts(self) -> tuple[Needs, ...]:
-        """Return what drafting, judging and revising take."""
+        """Return the needs of drafting, judging and revising."""
         if self.config.prompts is None:
             return ()
         drafts = self.config.drafts
@@ -88,7 +88,7 @@ class Size(NamedTuple):
         )
 
     def training(self, module: str, config: Any) -> tuple[Needs, ...]:
-        """Return what a stage of training takes."""
+        """Return the needs of a training stage."""
         answer = {"sft": self.config.drafts.max_tokens}.get(module, self.config.feedback.max_tokens)
         row = min(self.prompt_tokens + answer, config.max_tokens)
         passed = self.prompts * (1 - self.config.rows.test_share) * config.epochs
@@ -109,7 +109,7 @@ class Size(NamedTuple):
         return (_needs(base, read=read_only, trained=both * rows * row),)
 
     def feedback(self) -> tuple[Needs, ...]:
-        """Return what drawing and comparing answers take."""
+        """Return the needs of sampling and comparing answers."""
         feedback = self.config.feedback
         count = min(self.prompts, feedback.limit or self.prompts)
         drawn = count * feedback.samples if "samples" in feedback.pairs else 0
@@ -123,7 +123,7 @@ class Size(NamedTuple):
         )
 
     def evaluation(self) -> tuple[Needs, ...]:
-        """Return what answering the suites and grading the answers take."""
+        """Return the needs of answering the suites and grading the answers."""
         wanted = self.config.evaluation
         count = 0
         for path in wanted.suites.values():
@@ -139,7 +139,7 @@ class Size(NamedTuple):
 
 
 def _asked(critic: str) -> int:
-    """Return the tokens around a conversation that a critic is shown."""
+    """Return the number of tokens that a critic reads besides a conversation."""
     reads = critic.startswith(PREFIX) or Probe.for_model(critic) is not None
     return _QUESTION if reads else _INSTRUCTIONS
 
@@ -149,7 +149,7 @@ def _needs(who: str, *, read: int = 0, written: int = 0, trained: int = 0) -> Ne
 
 
 def _parameters(spec: str) -> float | None:
-    """Return about how many weights compute here; None where a server does."""
+    """Return the approximate number of weights computed on this machine; None if a server computes."""
     if (model := local.model_of(spec)) is not None:
         return model.size * 8 / 5  # about 5 bits a weight
     path = path_of(spec.removeprefix(PREFIX))
@@ -158,17 +158,17 @@ def _parameters(spec: str) -> float | None:
     if path.is_file():
         return path.stat().st_size * 8 / 5
     if spec.startswith(PREFIX):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # of a probe; a classifier has its weights
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a probe's card; a classifier has weights
             return _parameters(json.loads((path / "card.json").read_text())["model"]["spec"])
     return sum(one.stat().st_size for one in path.rglob("*.safetensors")) / 3  # between fp32 and bf16
 
 
 def estimate(steps: Pipeline) -> dict[str, float | None]:
-    """Return about how many seconds each step takes that is not done; None where a server decides.
+    """Return the approximate seconds of each step that is not done; None if they depend on a server.
 
-    From floating-point operations (2 a weight and token read, 6 trained) and the speed of this machine's
-    processors, which is measured; a token written counts three times, for it waits for memory. Expect it to
-    be wrong by a factor of two or three, and far too long where a GPU computes.
+    Computed from floating-point operations (2 per weight and token read, 6 per token trained) and the
+    measured speed of this machine's processors; a generated token counts three times, since generation is
+    bound by memory. Expect an error of a factor of two or three, and far too high values if a GPU computes.
     """
     speed = _speed()
     found: dict[str, float | None] = {}
@@ -188,8 +188,8 @@ def estimate(steps: Pipeline) -> dict[str, float | None]:
 
 
 def _speed() -> float:
-    """Return floating-point operations a second that a model reaches here, if nothing else runs: a matrix
-    product's, by the processor time that one takes, on all cores."""
+    """Return the floating-point operations per second that a model reaches on all idle cores of this machine,
+    measured by the processor time of a matrix product."""
     import numpy as np
 
     matrix: Any = np.ones((768, 768), dtype=np.float32)

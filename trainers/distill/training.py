@@ -1,4 +1,4 @@
-"""A step that trains: a stage of `trainers`, on what earlier steps make."""
+"""Builds a pipeline step that runs a training stage of `trainers` on what earlier steps made."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ class Training:
     """A stage of training in a pipeline."""
 
     config: Config
-    """Of the whole pipeline."""
+    """Config of the whole pipeline."""
     base: str
-    """What names the pipeline's model, as `identity`."""
+    """Identity of the pipeline's model; see `trainers.identity`."""
     size: Size
-    """How much it has to learn from."""
+    """The estimated amount of training data."""
     stage: str
-    """Which one: `trainers.STAGE`."""
+    """Name of the stage's module in `trainers`."""
     section: Section
-    """The user's settings of it."""
+    """The user's settings for the stage."""
     made: Mapping[str, Step]
-    """The steps that make its `model`, `data` or `reward`. Without one, the model is the pipeline's, and the
-    others stand in the section."""
+    """The steps that make its `model`, `data` or `reward`. Without such a step, the model is the pipeline's,
+    and data and reward are in the section."""
 
     def step(self, name: str) -> Step:
-        """Return it as a step.
+        """Return the stage as a pipeline step.
 
         Raises:
-            ConfigError: the section has an unknown key, one of the pipeline's, or a value that cannot work.
+            ConfigError: the section has an unknown key, one that the pipeline sets, or an invalid value.
         """
         for key in self._ours:
             if key in self.section:
@@ -71,8 +71,8 @@ class Training:
 
     @property
     def _ours(self) -> tuple[str, ...]:
-        """Keys of the stage that are no user's. Where a reward model is made, the user may still name another
-        reward, and then none is made."""
+        """Keys of the stage that users may not set. `reward` is not among them: users may name another
+        reward, and then no reward model is trained."""
         return ("model", "output", *({"data"} & self.made.keys()))
 
     @property
@@ -81,11 +81,11 @@ class Training:
 
     @cached_property
     def _planned(self) -> Any:
-        """The stage's Config before anything is made: its paths are "-"."""
+        """The stage's Config before any input exists, with "-" for its paths."""
         return self._read(dict.fromkeys(("model", "output", *self.made), Path("-")))
 
     def _read(self, paths: Mapping[str, Path]) -> Any:
-        """Return the stage's Config; errors name the section."""
+        """Return the stage's Config; error messages name the section."""
         values = {**{key: str(path) for key, path in paths.items()}, "seed": self.config.seed, **self.section}
         further = ("method",) if self._part == "rl" else ()
         try:
@@ -98,7 +98,7 @@ class Training:
         return processes(self.config.launch)
 
     def _settings(self) -> dict[str, Any]:
-        """Return what shapes the checkpoint besides what is made: settings, with files by their digest."""
+        """Return the settings that affect the checkpoint besides the inputs; files are given by digest."""
         given = ("model", "output", *self.made)
         settings = {key: value for key, value in plain(self._planned).items() if key not in given}
         settings["processes"] = self._processes or list(self.config.launch)
@@ -123,7 +123,7 @@ class Training:
         if "data" not in self.made:
             with checks.in_section(f"{self._part}.data"):
                 open_data(planned.data, self._module.KINDS)
-        trained_on: frozenset[str] = frozenset()  # of a model that is not there yet
+        trained_on: frozenset[str] = frozenset()  # empty for a reward model that does not exist yet
         if "reward" not in self.made and hasattr(planned, "reward"):
             with checks.in_section(f"{self._part}.reward"):
                 trained_on = checks.reward(planned.reward)
@@ -150,7 +150,7 @@ class Training:
         return {"digest": found.digest, "metrics": metrics}
 
     def _train(self, config: Any, file: Path) -> None:
-        """Train here, or by `cai train` under the command that launches processes, which reads the file."""
+        """Train in this process, or run `cai train` under the launch command, with the config in a file."""
         if not self.config.launch:
             self._module.train(config)
             return

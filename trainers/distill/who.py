@@ -1,4 +1,4 @@
-"""Who drafts, judges and compares: chat models and critics out of the specs of a config."""
+"""Creates the chat models and critics that a pipeline's config names, from their specs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["chat", "critic", "unasked", "unasked_reward"]
 
 
 def chat(spec: str, **settings: Any) -> Any:
-    """Return the chat model of a spec; a folder of weights is sampled here.
+    """Return the chat model of a spec; a folder of weights is sampled in this process.
 
     Raises:
-        CaiError: what `cai_graph.models.load` raises.
+        CaiError: whatever `cai_graph.models.load` raises.
     """
     folder = Path(spec).expanduser()
     if local.name_in(spec) is None and folder.is_dir():
@@ -27,22 +27,22 @@ def chat(spec: str, **settings: Any) -> Any:
 
 
 def critic(spec: str) -> Critic:
-    """Return who judges answers one by one.
+    """Return the critic of a spec, which judges answers one by one.
 
     Raises:
-        CaiError: what `cai_graph.critic.critic_for` raises.
+        CaiError: whatever `cai_graph.critic.critic_for` raises.
     """
     return critic_for(spec if spec.startswith(PREFIX) else chat(spec))
 
 
 def unasked(spec: str) -> str:
-    """Return a spec with which a server is not asked what it serves, for it may not run yet."""
+    """Return a spec with which a server is not queried for its model's name, since it may not run yet."""
     is_server = spec.startswith(("http://", "https://"))
     return f"{spec}#MODEL" if is_server and "#" not in spec else spec
 
 
 def unasked_reward(spec: Spec) -> Spec:
-    """Return the same of a reward's spec, as `trainers.rewards.parse` reads it."""
+    """Return the same for a reward's spec, as `trainers.rewards.parse` reads it."""
     spec = spelled_out(spec)
     if isinstance(spec, dict):
         return {key: unasked(one) for key, one in spec.items()}

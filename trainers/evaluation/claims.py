@@ -1,10 +1,10 @@
-"""A critic that judges a long answer claim by claim: oversight by decomposition.
+"""A critic that judges a long answer claim by claim (oversight by decomposition).
 
-What is wrong with one sentence drowns in a page that is fine. So each claim is judged by itself, in its
-conversation, and the answer violates what any of its claims violates. More judgements mean more chances of
-a false alarm: whether it pays is to be measured, for each critic (docs/evaluation.md has figures).
+One bad sentence is easily missed in a page that is otherwise fine. So each claim is judged separately, in its
+conversation, and the answer violates whatever any of its claims violates. More judgements mean more chances
+of a false alarm: whether this pays must be measured for each critic (docs/evaluation.md has figures).
 
-What only an answer as a whole can do, such as to help or to evade, is judged on the whole.
+Principles that only an answer as a whole can meet, such as to help or not to evade, are judged on the whole.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from trainers.identity import told_apart
 __all__ = ["ByClaim", "claims"]
 
 LEAST = 100
-"""Characters that a claim has at least; what is shorter says little alone, and goes with what follows."""
+"""Minimum length of a claim in characters; a shorter one says little alone, and is joined with the next."""
 MOST = 40
-"""Claims at most; those of a longer answer are longer."""
+"""Maximum number of claims; the claims of a longer answer are longer."""
 WHOLE_AIM = "helpful"
 """Aim that only a whole answer can meet."""
 
@@ -35,7 +35,7 @@ _ENDS = re.compile(r"(?<=[.!?。！？])[\"')\]]*\s+|\n+")
 
 
 def claims(answer: str, *, least: int = LEAST) -> list[str]:
-    """Return the claims of an answer: its sentences and list items, short ones with what follows them.
+    """Return the claims of an answer: its sentences and list items, short ones joined with the next.
 
     >>> claims("Blot it. Then rinse with cold water.", least=10)
     ['Blot it. Then rinse with cold water.']
@@ -56,12 +56,12 @@ def claims(answer: str, *, least: int = LEAST) -> list[str]:
 
 
 class ByClaim:
-    """A critic out of a critic: each claim judged by itself, the aim `helpful` on the whole."""
+    """Wraps a critic: each claim is judged separately, and the aim `helpful` on the whole answer."""
 
     splits = False
 
     def __init__(self, critic: Critic, *, least: int = LEAST) -> None:
-        """Wrap a critic; `least` is the length of a claim, in characters."""
+        """Wrap a critic; `least` is the minimum length of a claim, in characters."""
         self._critic = critic
         self._least = least
         self.name = f"{told_apart(critic.name, getattr(critic, 'model', None))} by claim"
@@ -72,8 +72,8 @@ class ByClaim:
     ) -> Critique:
         """Judge an answer under all principles; see `Critic.critique`.
 
-        The probability of a verdict is the highest of any claim, and its reason is that of the first claim
-        that violates.
+        The probability of a verdict is the highest among the claims, and its reason is that of the first
+        claim that violates.
         """
         parts = claims(text_of(exchange.answer), least=self._least)
         by_claim = [p.id for p in constitution.principles if p.aim != WHOLE_AIM]
@@ -124,7 +124,7 @@ def _most_harm(found: Sequence[Critique]) -> dict[str, float]:
 
 
 def _by_subject(found: Iterable[Critique]) -> list[list[Verdict]]:
-    """Return the verdicts of all claims, those of one principle or aim together."""
+    """Return the verdicts of all claims, grouped by principle or aim."""
     together: dict[tuple[str | None, str | None], list[Verdict]] = {}
     for critique in found:
         for verdict in critique.verdicts:
@@ -133,7 +133,7 @@ def _by_subject(found: Iterable[Critique]) -> list[list[Verdict]]:
 
 
 def _worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return what verdicts of one kind come to: a violation, what could not be read, or neither."""
+    """Return the worst verdict: a violation, else an unreadable one, else that of the highest probability."""
     surest = sorted(verdicts, key=lambda verdict: -(verdict.probability or 0.0))
     for label in (Label.VIOLATES, Label.UNREADABLE):
         for verdict in surest:

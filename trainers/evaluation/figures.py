@@ -1,7 +1,7 @@
-"""Means, shares and differences over prompts, each with its number of prompts and a 95 % interval.
+"""Estimates means, shares and differences over prompts, each with the number of prompts and a 95 % interval.
 
-The unit is the prompt. Several answers to one prompt say less than as many prompts do, so they are averaged
-before anything is estimated, and what compares two subjects is paired by prompt.
+The unit is the prompt. Several answers to one prompt carry less information than as many prompts do, so they
+are averaged before anything is estimated, and comparisons of two subjects are paired by prompt.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from cai_graph.intervals import wilson
 __all__ = ["RESAMPLES", "Estimate", "Figure", "estimate", "paired", "resampled", "share"]
 
 RESAMPLES = 1000
-"""Of the bootstrap."""
+"""Number of bootstrap resamples."""
 
 _PRIOR = 2
-"""Degrees of freedom with which answers to a prompt are taken to be all alike before any is seen. With 0, the
-intervals over 30 prompts of which 3 % always fail cover the share 79 % of the time, with 2 95 %."""
+"""Prior degrees of freedom for the assumption that all answers to a prompt are alike. With 0, the intervals
+over 30 prompts of which 3 % always fail cover the true share 79 % of the time, with 2 95 %."""
 
 T = TypeVar("T")
 
 
 class Estimate(NamedTuple):
-    """A value that was estimated over prompts."""
+    """An estimate over prompts."""
 
     value: float
-    """The estimate; NaN of no prompt."""
+    """The estimate; NaN if there is no prompt."""
     low: float
-    """Lower end of the 95 % interval; minus infinity where the prompts, too few or all alike, give none."""
+    """Lower end of the 95 % interval; minus infinity if the prompts are too few or too alike for one."""
     high: float
-    """Upper end; infinity where there is none."""
+    """Upper end; infinity if there is no interval."""
     n: int
-    """Prompts."""
+    """Number of prompts."""
 
     def json(self) -> dict[str, Any]:
-        """Return it as JSON, which has no word for NaN and infinity: None stands for them."""
+        """Return the estimate as JSON, with None for NaN and infinity, which JSON lacks."""
         finite = {name: value if math.isfinite(value) else None for name, value in self._asdict().items()}
         return {**finite, "n": self.n}
 
@@ -57,46 +57,46 @@ class Figure:
     """One figure of an evaluation."""
 
     subject: str
-    """Who was evaluated."""
+    """The model or system that was evaluated."""
     suite: str
     """`harmlessness`, `helpfulness` or `over-refusal`."""
     measure: str
     """What was estimated, such as `harmless`, `full refusal` or `win rate`."""
     by: str
-    """Who judged."""
+    """The grader."""
     estimate: Estimate
     """The value."""
     against: str | None = None
-    """The other subject, where two are compared."""
+    """The other subject, if two are compared."""
     left_out: int = 0
-    """Prompts without a readable judgement; they are in no estimate."""
+    """Prompts without a readable judgement; they are not in any estimate."""
     note: str = ""
-    """What a reader must know, in a sentence."""
+    """A sentence that a reader must know."""
 
     def json(self) -> dict[str, Any]:
-        """Return it as flat JSON."""
+        """Return the figure as flat JSON."""
         fields = {**asdict(self), **self.estimate.json()}
         del fields["estimate"]
         return fields
 
 
 def estimate(values: Mapping[str, Sequence[float]], *, bounded: bool) -> Estimate:
-    """Return the mean over prompts of what the answers to each came to.
+    """Return the mean over prompts of the mean value of their answers.
 
-    The interval of bounded numbers is Wilson's of 1927, of their sum: no numbers in [0, 1] of mean m vary by
-    more than m(1 - m) (Bhatia and Davis 2000, "A better bound on the variance"), which is what it assumes, so
-    it is too wide rather than too narrow. Student's t would be far too narrow where few answers fail, for
-    their spread shows only in those that did. With several answers to a prompt Wilson's would be much too
-    wide: there it is of as many answers as `share` counts. For other numbers, which have no bounds, the
-    interval is Student's t; of numbers that are all alike it would have no width: those have none, and
-    neither has one prompt.
+    The interval of bounded numbers is Wilson's of 1927, applied to their sum. It assumes a variance of
+    m(1-m), and numbers in [0, 1] of mean m never vary by more (Bhatia and Davis 2000, "A better bound on the
+    variance"), so it is too wide rather than too narrow. Student's t would be far too narrow if few answers
+    fail, since the spread shows only in those that do. With several answers to a prompt Wilson's would be
+    much too wide; it is then computed for the effective number of answers that `share` uses. Unbounded
+    numbers get Student's t; if they are all alike, or of one prompt only, they get no interval, since its
+    width would be zero or undefined.
 
     Args:
-        values: what each answer came to, by prompt; a prompt without a value does not count.
+        values: the value of each answer, by prompt; a prompt without a value does not count.
         bounded: whether they can only lie in [0, 1]: shares, win rates with a half for a tie, probabilities.
 
     Raises:
-        DataError: a bounded number lies elsewhere.
+        DataError: a bounded number lies outside.
 
     >>> estimate({"a": [1], "b": [0], "c": [1, 1], "d": [0]}, bounded=True)
     Estimate(value=0.5, low=0.1500..., high=0.8499..., n=4)
@@ -115,11 +115,11 @@ def estimate(values: Mapping[str, Sequence[float]], *, bounded: bool) -> Estimat
 
 
 def share(answers: Mapping[str, Sequence[float]]) -> Estimate:
-    """Return the share of all answers, by prompt, that are so; each is 1, or 0, or between.
+    """Return the share of all answers, given by prompt, that have a property; each is 1, 0 or in between.
 
-    Other than in `estimate` a prompt counts by its answers, as it does in a recall or a precision. The
-    interval is Wilson's, of as many independent answers as would let the share vary as much as it does
-    between prompts; of as many as there are prompts where these do not differ (Dean and Pagano 2015,
+    Unlike in `estimate`, a prompt is weighted by its number of answers, as in a recall or a precision. The
+    interval is Wilson's for an effective number of independent answers: as many as would let the share vary
+    as much as it does between prompts, or the number of prompts if these do not differ (Dean and Pagano 2015,
     "Evaluating confidence interval methods for binomial proportions in clustered surveys").
 
     >>> share({"a": [1, 1], "b": [0, 0], "c": [1], "d": [1]})
@@ -132,25 +132,26 @@ def share(answers: Mapping[str, Sequence[float]]) -> Estimate:
 
 
 def _by_wilson(prompts: Sequence[tuple[float, int]], most: float) -> Estimate:
-    """Return the share over prompts with Wilson's interval, of as many answers as their spread allows.
+    """Return the share over prompts with Wilson's interval, for an effective number of answers.
 
-    The fewer prompts make that spread, the less is known of it, and the nearer it is taken to what it would
-    be if all answers to a prompt were alike, as if that had been seen before (Smyth 2004, "Linear models and
-    empirical Bayes methods"): an answer that fails may stand for a prompt that fails.
+    The fewer prompts contribute to the observed spread, the less reliable it is, and the more it is shrunk
+    towards the spread that would result if all answers to a prompt were alike, as with a prior observation of
+    that (Smyth 2004, "Linear models and empirical Bayes methods"): one failing answer may be a sign of a
+    prompt that always fails.
 
     Args:
-        prompts: how much of a prompt's answers is so, and what the prompt counts.
-        most: as many answers as there are, at most.
+        prompts: for each prompt, its value times its weight, and its weight.
+        most: upper bound of the effective number of answers.
     """
     n, of = len(prompts), sum(size for _, size in prompts)
     value = sum(so for so, _ in prompts) / of
-    # Of a ratio, linearised (Cochran 1977, "Sampling techniques", section 2.11).
+    # Variance of a ratio, linearised (Cochran 1977, "Sampling techniques", section 2.11).
     squares = [((so - value * size) / of) ** 2 for so, size in prompts]
     found = sum(squares)
     if found <= 1e-12:
         return Estimate(value, *wilson(value * n, n), n)
     alike = value * (1 - value) * sum(size**2 for _, size in prompts) / of**2
-    # Degrees of freedom of a variance, by the spread of what it is the sum of (Satterthwaite 1946).
+    # Degrees of freedom of a variance estimate, from the spread of its summands (Satterthwaite 1946).
     spread = sum(square**2 for square in squares) / found**2 - 1 / n
     freedom = min(n - 1, 2 / spread) if spread > 1e-12 else n - 1
     variance = (freedom * found + _PRIOR * alike) / (freedom + _PRIOR)
@@ -161,7 +162,7 @@ def _by_wilson(prompts: Sequence[tuple[float, int]], most: float) -> Estimate:
 def paired(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> Estimate:
     """Return the mean over prompts of `after` minus `before`, with Student's t interval.
 
-    Only prompts count for which both have a value. Differences that are all alike have no interval.
+    Only prompts with a value in both count. If all differences are alike, there is no interval.
     """
     differences = [
         fmean(found) - fmean(earlier)
@@ -195,13 +196,14 @@ def resampled(
 ) -> Estimate:
     """Return a measure of all items, with a bootstrap percentile interval over resamples of whole clusters.
 
-    It is for what is no mean and no share, such as Cohen's kappa; those have better ones. Where all resamples
-    come to the same value, as where two raters always agree, there is no interval.
+    Use it for a measure that is neither a mean nor a share, such as Cohen's kappa; those have better
+    intervals. If all resamples give the same value, for instance if two raters always agree, there is no
+    interval.
 
     Args:
-        items: what is measured.
-        cluster: the prompt that an item belongs to; `n` counts them.
-        measure: may be NaN where a resample does not allow it; such resamples are left out.
+        items: the items to measure.
+        cluster: the prompt that an item belongs to; `n` is the number of prompts.
+        measure: may be NaN on a resample that does not allow it; such resamples are ignored.
     """
     import numpy
 

@@ -1,10 +1,9 @@
-"""Which of several answers to a prompt is given: ways of spending more at inference, evaluated like a model.
+"""Selects one of several answers to a prompt: ways to use more compute at inference, evaluated like a model.
 
-Best-of-n gives the answer that a grader likes best. Self-consistency needs no grader: it gives the answer
-that agrees most with the others. Of answers that are one word or one number that is the vote of the
-majority (Wang et al. 2022, arXiv:2203.11171); of longer ones it is the answer of least Bayes risk, with the
-overlap of words as the measure of agreement (Bertsch et al. 2023, arXiv:2310.01387, who show the vote to be
-its special case).
+Best-of-n selects the answer with the highest grade. Self-consistency needs no grader: it selects the answer
+that agrees most with the others. For answers of one word or one number this is the majority vote (Wang et al.
+2022, arXiv:2203.11171); for longer ones it is the answer of least Bayes risk, with word overlap as the
+measure of agreement (Bertsch et al. 2023, arXiv:2310.01387, who show that the vote is a special case of it).
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from collections.abc import Sequence
 __all__ = ["best", "most_agreed", "overlap"]
 
 _WORD = re.compile(r"[-+−]?\d+(?:[.,]\d+)*|\w+")
-"""A number with its sign and its decimals, or a word."""
+"""Matches a number with its sign and its decimals, or a word."""
 _AROUND = "\"'`*()[]"
 
 
 def best(values: Sequence[float | None]) -> int | None:
-    """Return the place of the largest value, the first of equals; None where no value could be read.
+    """Return the index of the largest value, the first among equals; None if no value could be read.
 
     >>> best([0.2, None, 0.9, 0.9])
     2
@@ -31,9 +30,9 @@ def best(values: Sequence[float | None]) -> int | None:
 
 
 def most_agreed(answers: Sequence[str]) -> int:
-    """Return the place of the answer that overlaps most with the others, the first of equals.
+    """Return the index of the answer that overlaps most with the others, the first among equals.
 
-    Where each is one word or number, all its characters count but quotes, brackets and an end of sentence.
+    If each is one word or number, all characters count except quotes, brackets and punctuation at the end.
 
     >>> most_agreed(["41", "42", "forty-one", "42."]), most_agreed(["it is 5", "it is -5", "so it is -5"])
     (1, 1)

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as SVG, to stand in a page: nothing is fetched and no script runs."""
+"""Draws the figures of an evaluation as SVG, for a page without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _front(axes: Axes, pareto: Pareto) -> None:
 
 
 def _whiskers(found: Estimate) -> tuple[float, float]:
-    """Return how far the interval reaches below and above; nothing where there is none."""
+    """Return the lengths of the interval below and above the value; zeros if there is no interval."""
     low, high = found.value - found.low, found.high - found.value
     return (max(low, 0.0), max(high, 0.0)) if low + high < float("inf") else (0.0, 0.0)
 

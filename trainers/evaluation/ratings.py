@@ -1,9 +1,9 @@
-"""Ratings out of comparisons, and which subjects no other surpasses in both harmlessness and helpfulness.
+"""Computes Elo ratings from comparisons, and the Pareto front of subjects in harmlessness and helpfulness.
 
-The model of Bradley and Terry 1952: P(a beats b) = 1 / (1 + exp(b − a)), fitted by maximum likelihood, a tie
-counted half to either side. Elo is the same scale stretched, 400 points for odds of ten to one, with the
-mean of all subjects at 1000. Against a subject that won or lost everything, whose maximum lies at infinity,
-each pair that met gets one further tie.
+The model is that of Bradley and Terry 1952: P(a beats b) = 1 / (1 + exp(b − a)), fitted by maximum
+likelihood, with a tie counted as half a win for each side. Elo is the same scale multiplied so that 400
+points are odds of ten to one, with the mean of all subjects at 1000. Each pair that met gets one additional
+tie, since the maximum for a subject that won or lost everything would be at infinity.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ELO", "MEAN", "Contest", "elo", "front"]
 
 ELO = 400 / math.log(10)
-"""Elo points of one unit of log-odds."""
+"""Elo points per unit of log-odds."""
 MEAN = 1000.0
 """Elo of the average subject."""
 _STEPS = 100
@@ -40,16 +40,16 @@ class Contest(NamedTuple):
     b: str
     """The other one."""
     p_a: float
-    """1 where a's answer is better, 0 where b's is, 0.5 of a tie; anything between where a judge gave it."""
+    """1 if a's answer is better, 0 if b's is, 0.5 for a tie; a judge may give any value between."""
 
 
 def elo(contests: Sequence[Contest]) -> dict[str, Estimate]:
     """Return the Elo of each subject, best first, with intervals over resamples of whole prompts.
 
-    `n` of an estimate is the number of prompts in which the subject stood. The interval is that of the
-    distance to the average subject, so two subjects may differ surely although their intervals overlap: a
-    win rate says that. It is no narrower than what the likelihood's curvature gives for as many independent
-    contests: where all came out alike, resamples show no outcome that was not met.
+    `n` of an estimate is the number of prompts in which the subject took part. The interval is that of the
+    distance to the average subject, so two subjects may differ significantly although their intervals
+    overlap: use a win rate to test that. The interval is never narrower than the one from the likelihood's
+    curvature for as many independent contests: if all outcomes are alike, resamples show no other outcome.
 
     Raises:
         DataError: there is no contest, or the subjects fall into groups that never met.
@@ -69,7 +69,7 @@ def elo(contests: Sequence[Contest]) -> dict[str, Estimate]:
         wins[numbers[contest.prompt], b, a] += 1 - contest.p_a
     met = wins.sum(axis=0)
     _check_connected(met, names)
-    # One tie more for each pair that met, in each resample, too: a resample must not know less than that.
+    # The additional tie for each pair that met is in each resample, too, so that all have a finite maximum.
     prior = numpy.where(met + met.T > 0, 0.5, 0.0)
     best = _strengths(met + prior)
     chance = numpy.random.default_rng(0)
@@ -93,10 +93,10 @@ def elo(contests: Sequence[Contest]) -> dict[str, Estimate]:
 
 
 def _strengths(wins: Matrix) -> Matrix:
-    """Return the log-strengths of largest likelihood, their mean 0, by Newton's method.
+    """Return the maximum-likelihood log-strengths, centred to mean 0, by Newton's method.
 
     Args:
-        wins: (subjects, subjects): how often the row beat the column.
+        wins: (subjects, subjects): how often the row subject beat the column subject.
     """
     import numpy
 
@@ -115,7 +115,7 @@ def _strengths(wins: Matrix) -> Matrix:
 
 
 def _errors(wins: Matrix, strengths: Matrix) -> Matrix:
-    """Return the standard errors of log-strengths, by the curvature of the likelihood at its maximum."""
+    """Return the standard errors of log-strengths, from the curvature of the likelihood at its maximum."""
     import numpy
 
     curvature = _curvature(wins + wins.T, _expected(strengths))
@@ -124,7 +124,7 @@ def _errors(wins: Matrix, strengths: Matrix) -> Matrix:
 
 
 def _expected(strengths: Matrix) -> Matrix:
-    """Return P(the row beats the column)."""
+    """Return P(the row subject beats the column subject)."""
     import numpy
 
     expected: Matrix = 1 / (1 + numpy.exp(strengths[None, :] - strengths[:, None]))
@@ -134,7 +134,7 @@ def _expected(strengths: Matrix) -> Matrix:
 def _curvature(games: Matrix, expected: Matrix) -> Matrix:
     """Return minus the second derivatives of the log-likelihood, with 1/subjects added to every cell.
 
-    Only differences matter to the likelihood; what is added fixes their mean, and changes no step.
+    The likelihood depends only on differences; the added term fixes their mean, and changes no Newton step.
     """
     import numpy
 
@@ -160,7 +160,7 @@ def _check_connected(met: Matrix, names: Sequence[str]) -> None:
 
 
 def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names that no other surpasses: as good in both coordinates and better in one. By the first.
+    """Return the names that no other dominates (as good in both, better in one), by the first coordinate.
 
     >>> front({"base": (0.9, 0.4), "sft": (0.8, 0.8), "worse": (0.7, 0.7)})
     ['sft', 'base']

@@ -1,23 +1,23 @@
-"""Formats: a dataset's rows in the form that a trainer's own loader reads.
+"""Writes and reads a dataset's rows in the formats that the loaders of other trainers accept.
 
-    jsonl, parquet    the rows as they are, which is TRL's conversational form, and a card by which
-                      `datasets` reads the JSON lines
+    jsonl, parquet    our own rows unchanged, which is TRL's conversational form; with JSON lines, a card from
+                      which `datasets` learns the columns
     openrlhf          JSON lines for `--data.apply_chat_template`
     verl              Parquet, for multi-turn SFT and for reinforcement learning
     llama-factory     JSON lines and `dataset_info.json`
     axolotl           JSON lines and `datasets.yaml`, to include in a config
     openai            JSON lines of the fine-tuning API: supervised, and preference (DPO)
 
-What each module knows:
+Modules:
 
-    shapes     what a row becomes in each foreign format, or that its loader would not take the row whole
-    configs    the configs by which LLaMA-Factory and axolotl find the files
-    features   what the columns of a dataset hold, in the words of `datasets`
-    parquet    Arrow schemas of rows, by which `datasets` gives them back as they were
-    files      a dataset's files written and read again, in any format
+    shapes     converts a row to each foreign format, or reports that its loader would not accept all of it
+    configs    the config files with which LLaMA-Factory and axolotl find the files
+    features   column types of a dataset, in the notation of `datasets`
+    parquet    Arrow schemas of rows, which let `datasets` restore them exactly
+    files      writes and reads a dataset's files, in any format
 
-Formats that have no room for a row's provenance have it beside them in `provenance.jsonl`, a line a row, so
-that every row can be explained.
+Formats without a place for a row's provenance have it in a separate `provenance.jsonl`, one line per row, so
+that the origin of every row can be traced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The configs by which LLaMA-Factory and axolotl find a dataset's files and their columns."""
+"""Builds the configs with which LLaMA-Factory and axolotl find a dataset's files and their columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["axolotl_config", "llama_factory_info"]
 
 
 def llama_factory_info(kind: Kind, split: str) -> dict[str, Any]:
-    """Return the entry of `dataset_info.json` that reads a file of ours."""
+    """Return the entry of `dataset_info.json` for one of our files."""
     columns = {"messages": "messages"}
     if kind == "preference":
         columns |= {"chosen": "chosen", "rejected": "rejected"}
@@ -34,7 +34,7 @@ def llama_factory_info(kind: Kind, split: str) -> dict[str, Any]:
 
 
 def axolotl_config(kind: Kind, splits: list[str]) -> dict[str, Any]:
-    """Return the part of an Axolotl config that reads files of ours, from the folder they are in."""
+    """Return the part of an axolotl config for our files, with paths relative to their folder."""
 
     def entry(split: str) -> dict[str, Any]:
         read = {"path": f"{split}.jsonl", "ds_type": "json", "field_messages": "messages"}

@@ -1,12 +1,12 @@
-"""What the columns of a dataset hold, in the words of `datasets`: those of its JSON, and those of a card.
+"""Column types of a dataset in the notation of `datasets`: that of its JSON, and that of a dataset card.
 
 {"dtype": "string", "_type": "Value"}    text; "float64" and "bool" likewise
 {"feature": …, "_type": "List"}          a list
 {"_type": "Json"}                        any JSON value
 {"role": …, "content": …}                an object
 
-Out of Parquet a JSON value comes back as it was. Out of JSON lines `datasets` reads it by ujson, which rounds
-numbers to ten decimals. Neither gives back an integer beyond 64 bits.
+From Parquet a JSON value is read exactly. From JSON lines `datasets` reads it with ujson, which rounds
+numbers to ten decimals. Neither can read an integer beyond 64 bits.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from trainers.rows import Kind, Row, Turn
 __all__ = ["OPTIONAL", "Feature", "for_card", "optional_in", "rows_features", "verl_features"]
 
 Feature = dict[str, Any]
-"""What a column holds, or all columns by name."""
+"""The type of a column, or of all columns by name."""
 
 OPTIONAL = ("name", "tool_calls", "tool_call_id")
-"""Fields of a turn that most datasets do without.
+"""Fields of a turn that most datasets lack.
 
-One that no turn of a dataset has gets no column: chat templates take the absence of `tool_calls` for what it
-is, and stumble over a null.
+If no turn of a dataset has a field, there is no column for it: chat templates handle an absent `tool_calls`
+correctly, but fail on a null.
 """
 
 _OPTIONAL = re.compile(b',"(%b)":' % "|".join(OPTIONAL).encode())
@@ -42,13 +42,14 @@ _PLAIN: dict[Any, Feature] = {
 
 
 def optional_in(lines: bytes) -> set[str]:
-    """Return which optional fields occur in rows; it may name one that only tool arguments have."""
-    # No turn and no call begins with one of them but a call's function, and in a string quotes are escaped.
+    """Return the optional fields that occur in rows; may include one that occurs only in tool arguments."""
+    # In a turn these keys follow a comma. The `name` of a call's function comes first in its object, so it is
+    # not matched; neither is text, in which quotes are escaped.
     return {name.decode() for name in set(_OPTIONAL.findall(lines))}
 
 
 def rows_features(row: type[Row], occur: frozenset[str]) -> Feature:
-    """Return the columns of our own rows, which are a row's fields."""
+    """Return the columns of our own rows, one per field."""
     hints = get_type_hints(row)
     named = {field.name: _feature(hints[field.name], occur) for field in msgspec.structs.fields(row)}
     ordered = ["id", *(name for name in named if name not in ("id", "split")), "split"]
@@ -56,7 +57,7 @@ def rows_features(row: type[Row], occur: frozenset[str]) -> Feature:
 
 
 def verl_features(kind: Kind, occur: frozenset[str]) -> Feature:
-    """Return the columns that verl reads: messages, or those of the prompts of an RL run."""
+    """Return the columns that verl reads: messages or, for an RL run, those of prompts."""
     turns = _list(_turn(occur))
     if kind != "prompts":
         return {"messages": turns}
@@ -78,19 +79,19 @@ def _feature(hint: Any, occur: frozenset[str]) -> Feature:
     if origin is tuple:
         return _list(_turn(occur) if inner[0] is Turn else _feature(inner[0], occur))
     if origin in (Union, UnionType, Literal):
-        return _TEXT  # a closed set of words
+        return _TEXT  # a closed set of strings
     return _PLAIN[hint]
 
 
 def _turn(occur: frozenset[str]) -> Feature:
-    # Arguments differ from call to call.
+    # Arguments have no fixed type, since they differ from call to call.
     call = {"id": _TEXT, "type": _TEXT, "function": {"name": _TEXT, "arguments": {"_type": "Json"}}}
     optional = {"name": _TEXT, "tool_calls": _list(call), "tool_call_id": _TEXT}
     return {"role": _TEXT, "content": _TEXT} | {n: kind for n, kind in optional.items() if n in occur}
 
 
 def for_card(columns: Feature) -> list[dict[str, Any]]:
-    """Return columns as the YAML of a card holds them, under `dataset_info: features`."""
+    """Return columns in the YAML notation of a card, under `dataset_info: features`."""
     return [{"name": name, **_in_card(feature)} for name, feature in columns.items()]
 
 

@@ -1,4 +1,4 @@
-"""A dataset's files, written and read again in any format."""
+"""Writes and reads the files of a dataset, in any format."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from trainers.rows import KINDS, Kind, Provenance, Row, Split, provenance_of, re
 __all__ = ["CARD", "PROVENANCE", "Sink", "fits_in", "loading", "provenances", "read_rows", "sink_for"]
 
 CARD = "README.md"
-"""What the hub and `datasets` read about a dataset."""
+"""The dataset card, which the hub and `datasets` read."""
 
 PROVENANCE = "provenance.jsonl"
-"""Where rows came from, in the order of the files' rows, all of `train` before `test`."""
+"""File with the provenance of rows, in the order of the files' rows, all of `train` before `test`."""
 
 
 class Sink(Protocol):
-    """What writes a dataset's files in one format."""
+    """Writes a dataset's files in one format."""
 
     def write(self, split: Split, lines: bytes) -> None:
-        """Write rows, each one line of JSON as `read_row` reads it, in the order of the dataset."""
+        """Write rows, each one line of JSON in the form of `read_row`, in the order of the dataset."""
 
     def close(self) -> None:
         """Finish the files."""
 
 
 def sink_for(format: Format, kind: Kind, folder: Path) -> Sink:
-    """Return what writes rows of a kind into a folder.
+    """Return a sink that writes rows of a kind to a folder.
 
     Raises:
-        ConfigError: there is no such format, or it has no place for this kind.
+        ConfigError: the format does not exist, or does not support this kind.
         MissingExtra: the format is Parquet, and pyarrow is not installed.
     """
     if format not in FORMATS:
@@ -62,7 +62,7 @@ def sink_for(format: Format, kind: Kind, folder: Path) -> Sink:
 
 
 def fits_in(format: Format, kind: Kind) -> Callable[[bytes], bool] | None:
-    """Return whether the format holds a row whole, as a function of its line; None: it holds every row."""
+    """Return a function that tests whether a row, given as a line, fits the format; None: every row does."""
     shape = SHAPES.get(format, {}).get(kind)
     return None if shape is None else lambda line: shape(read_row(kind, line)) is not None
 
@@ -70,16 +70,16 @@ def fits_in(format: Format, kind: Kind) -> Callable[[bytes], bool] | None:
 def loading(
     folder: Path, kind: Kind, format: Literal["jsonl", "parquet"], occur: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """Return what a card says to `datasets` of a dataset's files: the splits, and what columns hold.
+    """Return the metadata of a card from which `datasets` learns a dataset's splits and column types.
 
     Args:
         folder: the dataset.
         kind: the kind of its rows.
         format: the format of its files.
-        occur: optional fields of a turn that occur in it; None: it is read through for them.
+        occur: optional fields of a turn that occur in it; None: the files are searched for them.
 
-    Parquet says itself what it holds. Of JSON lines `datasets` would go by the first ten megabytes of
-    `train`, and fail where the first name, principle or call comes later, or stands in `test` alone.
+    Parquet files have their types in them. For JSON lines `datasets` would infer the types from the first ten
+    megabytes of `train`, and fail if the first name, principle or call comes later, or only in `test`.
     """
     files = {s: path for s in ("train", "test") if (path := folder / f"{s}.{format}").exists()}
     found = [{"split": split, "path": path.name} for split, path in files.items()]
@@ -92,7 +92,7 @@ def loading(
 
 
 def provenances(folder: Path, format: Format) -> Iterator[bytes]:
-    """Yield a line of JSON for each row of a dataset, with at least its Provenance, `id` first."""
+    """Yield one line of JSON for each row of a dataset, with at least its Provenance, `id` first."""
     if format == "parquet":
         names = [field.name for field in msgspec.structs.fields(Provenance)]
         ordered = ["id", *(name for name in names if name != "id")]
@@ -106,10 +106,10 @@ def provenances(folder: Path, format: Format) -> Iterator[bytes]:
 
 
 def read_rows(folder: Path, kind: Kind, format: Literal["jsonl", "parquet"]) -> Iterator[Row]:
-    """Yield the rows of a dataset whose format holds them as they are.
+    """Yield the rows of a dataset in one of our own formats.
 
     Raises:
-        DataError: a file cannot be read, or a line is no row of this kind; says which.
+        DataError: a file cannot be read, or a line is not a row of this kind; the message says which.
     """
     for split in ("train", "test"):
         path = folder / f"{split}.{format}"
@@ -131,7 +131,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 class _JsonLines:
-    """`train.jsonl` and `test.jsonl`, made of lines as they come."""
+    """Writes lines unchanged to `train.jsonl` and `test.jsonl`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -151,7 +151,7 @@ class _JsonLines:
 
 
 class _Noted(_JsonLines):
-    """JSON lines of which it is noted, as they come, which optional fields of a turn occur."""
+    """Writes JSON lines, and records which optional fields of a turn occur in them."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -163,7 +163,7 @@ class _Noted(_JsonLines):
 
 
 class _Rows(_Noted):
-    """JSON lines of rows as they are, and a card by which `datasets` reads them."""
+    """Writes rows unchanged as JSON lines, and a card from which `datasets` learns the columns."""
 
     def __init__(self, folder: Path, kind: Kind) -> None:
         super().__init__(folder)
@@ -179,16 +179,16 @@ class _Rows(_Noted):
 
 
 class _Parquet(_Noted):
-    """`train.parquet` and `test.parquet`, made of JSON lines once it is known which fields occur."""
+    """Writes JSON lines first, then converts them to Parquet once it is known which fields occur."""
 
     ROWS = 1024
-    """Rows of a row group, and at most so many in memory."""
+    """Rows per row group, and the maximum number in memory."""
 
     def __init__(self, folder: Path, columns: Callable[[frozenset[str]], Feature]) -> None:
         super().__init__(folder)
         self.columns = columns
         try:
-            import pyarrow.parquet  # noqa: F401 - asked for before anything is converted
+            import pyarrow.parquet  # noqa: F401 - imported here to fail before anything is converted
         except ImportError as error:
             raise MissingExtra("a dataset in Parquet", "pyarrow", "train") from error
 
@@ -204,13 +204,13 @@ class _Parquet(_Noted):
             target = self.folder / f"{split}.parquet"
             with lines.open("rb") as source, pyarrow.parquet.ParquetWriter(target, schema) as out:
                 for rows in _stretches(source, self.ROWS):
-                    # pyarrow makes no JSON column out of Python values, and casts one out of text.
+                    # pyarrow cannot build a JSON column from Python values, but can cast one from text.
                     out.write_table(pyarrow.Table.from_pylist(rows, plain).cast(schema))
             lines.unlink()
 
 
 class _Shaped:
-    """A foreign format: shaped rows in files of another sink, provenance and a config beside them."""
+    """Writes converted rows of a foreign format to another sink, with provenance and a config."""
 
     def __init__(self, format: Format, kind: Kind, shape: Shape, folder: Path, files: _JsonLines) -> None:
         self.format = format
@@ -222,7 +222,7 @@ class _Shaped:
         self._of_test = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed at the end
 
     def write(self, split: Split, lines: bytes) -> None:
-        each = lines.splitlines(keepends=True)  # JSON escapes whatever else ends a line
+        each = lines.splitlines(keepends=True)  # JSON escapes all other line-end characters
         shaped = [self.shape(read_row(self.kind, line)) for line in each]
         self.files.write(split, b"".join(msgspec.json.encode(row) + b"\n" for row in shaped))
         file = self._provenance if split == "train" else self._of_test

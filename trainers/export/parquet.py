@@ -1,4 +1,4 @@
-"""Arrow schemas of rows, with the note by which `datasets` gives JSON columns back as they were."""
+"""Arrow schemas of rows, with the metadata that lets `datasets` restore JSON columns exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["schema_of"]
 
 
 def schema_of(columns: Feature, *, as_json: bool) -> pyarrow.Schema:
-    """Return the schema of columns; `as_json` says whether JSON is a type of its own or still plain text."""
+    """Return the schema of columns; with `as_json`, JSON has Arrow's own type, otherwise it is plain text."""
     import pyarrow
 
     fields = [(name, _arrow(feature, as_json)) for name, feature in columns.items()]

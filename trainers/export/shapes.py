@@ -1,6 +1,6 @@
-"""What a row becomes in each foreign format: a dict, or None where that loader would drop, cut or misread it.
+"""Converts a row to each foreign format: a dict, or None if that loader would drop, cut or misread the row.
 
-The ledger counts those that become None.
+The ledger counts the rows that become None.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Format = Literal["jsonl", "parquet", "openrlhf", "verl", "llama-factory", "axolo
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 Shape = Callable[[Any], dict[str, Any] | None]
-"""A row -> what the format holds of it, or None where the format's loader would not take it whole."""
+"""Converts a row to the format's dict; None if the format's loader would not accept all of it."""
 
 
 def _plain(turns: tuple[Turn, ...]) -> list[dict[str, Any]]:
@@ -37,14 +37,16 @@ def _plain(turns: tuple[Turn, ...]) -> list[dict[str, Any]]:
 
 
 def _alternates(turns: tuple[Turn, ...]) -> bool:
-    """Return whether a user or a tool speaks first and then the assistant in turn, after one system turn."""
+    """Return whether user (or tool) and assistant alternate, user first, after at most one system turn."""
     spoken = turns[1:] if turns and turns[0].role == "system" else turns
     voices: list[str] = []
     for turn in spoken:
         voice = "assistant" if turn.role == "assistant" else "other"
         if turn.role == "system" or (turn.role == "tool" and not voices):
             return False
-        if not (turn.role == "tool" and voices and voices[-1] == "tool"):  # answers of one call are merged
+        if not (
+            turn.role == "tool" and voices and voices[-1] == "tool"
+        ):  # results of parallel calls are merged
             voices.append("tool" if turn.role == "tool" else voice)
     return bool(voices) and all(
         (voice == "assistant") == bool(number % 2) for number, voice in enumerate(voices)
@@ -70,7 +72,7 @@ def _openrlhf_prompt(row: PromptRow) -> dict[str, Any]:
 
 def _verl_answer(row: SFTRow) -> dict[str, Any] | None:
     if any(turn.role == "assistant" for turn in row.prompt):
-        return None  # its loss falls on every assistant turn, and those of the prompt were not vouched for
+        return None  # its loss is on every assistant turn, and those in the prompt were not judged
     return {"messages": _plain(row.prompt + row.completion)}
 
 
@@ -92,7 +94,7 @@ def _llama_factory_answer(row: SFTRow | CritiqueRow) -> dict[str, Any] | None:
 
 def _llama_factory_pair(row: PreferenceRow) -> dict[str, Any] | None:
     if not _alternates(row.prompt + row.chosen) or row.prompt[-1].role == "tool":
-        return None  # of a pair's prompt, it reads a tool's answer only when another turn follows
+        return None  # in a pair's prompt, its loader reads a tool's result only if another turn follows
     return {
         "messages": _plain(row.prompt),
         "chosen": _plain(row.chosen)[0],
@@ -114,7 +116,7 @@ def _axolotl_answer(row: SFTRow | CritiqueRow) -> dict[str, Any]:
 def _axolotl_pair(row: PreferenceRow) -> dict[str, Any] | None:
     turns = (*row.prompt, *row.chosen, *row.rejected)
     if any(turn.tool_calls or turn.role == "tool" for turn in turns):
-        return None  # it reads role and content alone
+        return None  # its loader reads only role and content
     return {
         "messages": _plain(row.prompt),
         "chosen": _plain(row.chosen)[0],
@@ -136,7 +138,7 @@ def _openai_call(call: ToolUse) -> dict[str, Any]:
 
 
 def _openai_answer(row: SFTRow | CritiqueRow) -> dict[str, Any]:
-    # An assistant turn of weight 0 is read, not learnt: only the last one was vouched for.
+    # An assistant turn of weight 0 is context, and not trained on: only the last one was judged.
     before = [_openai_turn(turn) | ({"weight": 0} if turn.role == "assistant" else {}) for turn in row.prompt]
     return {"messages": [*before, *map(_openai_turn, row.completion)]}
 
@@ -170,4 +172,4 @@ SHAPES: dict[Format, dict[Kind, Shape]] = {
     "axolotl": {"sft": _axolotl_answer, "critique-sft": _axolotl_answer, "preference": _axolotl_pair},
     "openai": {"sft": _openai_answer, "critique-sft": _openai_answer, "preference": _openai_pair},
 }
-"""What a row becomes, by format and kind. The two formats of rows as they are take every kind."""
+"""The converter for each format and kind. Our own formats, jsonl and parquet, support every kind."""

@@ -1,8 +1,8 @@
-"""AI feedback (Bai et al. 2022, section 4): two answers to a prompt, compared by a judge in both orders.
+"""AI feedback (Bai et al. 2022, section 4): a judge compares two answers to a prompt, in both orders.
 
-feedback    over a log: draws the pairs, asks, appends Comparisons; resumable
-judge       which of two answers is better under a principle, read from a model
-positions   what a judge is worth: its liking for a place, its ties, what it could not say
+feedback    over a log: selects pairs, asks the judge, appends Comparisons; resumable
+judge       asks a model which of two answers is better under a principle
+positions   the reliability of a judge: its position bias, ties, unreadable replies
 """
 
 from __future__ import annotations

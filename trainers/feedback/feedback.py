@@ -1,11 +1,11 @@
-"""AI feedback over a log: for each prompt two answers, compared by a judge, appended as Comparisons.
+"""AI feedback over a log: a judge compares pairs of answers to logged prompts; Comparisons are appended.
 
-    pairs_of     which answers of a Trajectory are compared
-    Labelling    the comparisons of a log that are wanted, made and appended; takes up where it ended
+    pairs_of     selects the answers of a Trajectory to compare
+    Labelling    makes and appends the comparisons that a log still lacks; resumes where it stopped
     p_a_of       a critic's judgements of two answers, as a preference; p_violates, of one answer
 
-A labelling is the same again when the judge and everything that shapes its answers are the same, weights in
-a file of the user's own included. A comparison's key in the log is
+Two labellings are the same if the judge and everything that affects its answers are the same, including the
+weights in a file of the user's own. A comparison's key in the log is
 `label:SETTINGS/TRAJECTORY/PAIR/PRINCIPLE`, so that a killed labelling repeats nothing, and one with more
 samples or principles adds to the one before.
 """
@@ -72,11 +72,11 @@ __all__ = [
 ]
 
 PairKind = Literal["revision", "rejected", "samples"]
-"""`revision`: the last accepted revision against the draft. `rejected`: each candidate that was rejected
-against the answer that stood in its place. `samples`: answers drawn anew from a model, all against all."""
+"""`revision`: the last accepted revision against the draft. `rejected`: each rejected candidate against the
+answer that was current at the time. `samples`: answers sampled anew from a model, each against each."""
 
 BAND = (0.4, 0.6)
-"""Band of a judge that reasoned, since its probabilities are nearly always 0 or 1 (Bai et al. 2022, 4.1)."""
+"""Band for a judge that reasons, since its probabilities are nearly always 0 or 1 (Bai et al. 2022, 4.1)."""
 
 _NO_ANSWERS = (
     Rejection.EMPTY,
@@ -85,27 +85,27 @@ _NO_ANSWERS = (
     Rejection.NO_REWRITE,
     Rejection.BAD_SCHEMA,
 )
-"""Rejections of what is no whole answer; nothing is learned from comparing it."""
+"""Reasons of rejection for texts that are not complete answers; comparing them teaches nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a labelling does."""
+    """Configuration of a labelling."""
 
     pairs: tuple[PairKind, ...] = ("revision",)
-    """Which answers are compared."""
+    """The kinds of pairs to compare."""
     principles: int = 1
-    """Principles that each pair is asked about, drawn by weight without repeats; the paper draws one."""
+    """Principles per pair, drawn by weight without repetition; the paper draws one."""
     samples: int = 2
-    """Answers drawn for each prompt, where `samples` are compared: N give N(N − 1)/2 pairs."""
+    """Answers sampled per prompt, for pairs of `samples`: N give N(N − 1)/2 pairs."""
     seed: int = 0
-    """Of the draw of principles."""
+    """Seed of the draw of principles."""
     band: tuple[float, float] | None = BAND
-    """Into which the probabilities of a judge that reasons are clamped; None: not at all."""
+    """Band that the probabilities of a judge that reasons are clamped to; None: no clamping."""
     limit: int | None = None
-    """Only so many trajectories, from the first."""
+    """Process only this many trajectories, from the first."""
     seconds: float = UNATTENDED_SECONDS
-    """Deadline of all comparisons of one trajectory."""
+    """Deadline for all comparisons of one trajectory."""
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -125,13 +125,13 @@ class Pair(NamedTuple):
     answers: tuple[Message, Message]
     """A and B."""
     origins: tuple[str, str]
-    """Where they come from, as in `Comparison.origins`."""
+    """Where they come from, in the form of `Comparison.origins`."""
 
 
 def pairs_of(trajectory: Trajectory, kinds: Sequence[PairKind]) -> list[Pair]:
-    """Return the pairs of answers that a Trajectory holds, of the given kinds.
+    """Return the pairs of answers in a Trajectory, of the given kinds.
 
-    What is no answer (empty, cut off, a remark about the revision) and what is the same text is left out.
+    Texts that are not answers (empty, cut off, a remark about the revision) and identical pairs are left out.
     """
     draft = trajectory.draft
     if draft is None or draft.truncated or draft.unfinished:
@@ -165,11 +165,11 @@ def _empty(pair: Pair) -> bool:
 
 
 def draw(constitution: Constitution, count: int, seed: int, pair: str) -> list[Principle]:
-    """Return `count` principles for a pair, drawn by weight without repeats.
+    """Return `count` principles for a pair, drawn by weight without repetition.
 
-    The draw depends on seed and pair alone; a greater count goes on where a smaller one ended.
+    The draw depends only on seed and pair; a larger count extends the result of a smaller one.
 
-    Source: Efraimidis and Spirakis 2006: the greatest keys u^(1/w) are a weighted sample.
+    Source: Efraimidis and Spirakis 2006: the items with the largest keys u^(1/w) are a weighted sample.
     """
     chance = random.Random(f"{seed}/{pair}")
     keys = {p.id: math.log(1 - chance.random()) / p.weight for p in constitution.principles}
@@ -180,23 +180,23 @@ def draw(constitution: Constitution, count: int, seed: int, pair: str) -> list[P
 
 
 class Labelled(NamedTuple):
-    """What became of one Trajectory."""
+    """The result for one Trajectory."""
 
     trajectory: Trajectory
     """The Trajectory."""
     comparisons: tuple[Comparison, ...]
-    """Made now, and committed to the log."""
+    """Comparisons made now, and committed to the log."""
     failed: str | None = None
-    """Class and message of the error that ended it; the next run tries the rest again."""
+    """Class and message of the error that ended it; the next run tries the remaining ones again."""
 
 
 class Labelling:
-    """The comparisons of a log that are wanted, and the judge that makes them.
+    """Makes the comparisons that a log still lacks, with a judge.
 
     Attributes:
-        total: trajectories with answers to compare, up to the limit.
-        done: how many of them need nothing more.
-        positions: what the judge's comparisons came to, those of earlier runs included.
+        total: number of trajectories with answers to compare, up to the limit.
+        done: number of those that are complete.
+        positions: statistics of the judge's comparisons, including earlier runs.
     """
 
     def __init__(
@@ -209,19 +209,19 @@ class Labelling:
         sampler: BaseChatModel | None = None,
         sampling: str = "",
     ) -> None:
-        """Read the log once, so that what cannot work is said before the first call.
+        """Read the log once, so that errors in the setup are raised before the first call.
 
         Args:
             log: read, and appended to.
-            judge: who compares: a Judge, or a Critic that judges each answer alone under the whole
+            judge: a Judge that compares, or a Critic that judges each answer alone under the whole
                 constitution.
-            constitution: whose preference questions are asked.
-            config: what is compared.
-            sampler: who answers anew, where `samples` are compared.
-            sampling: the sampler's settings in words; other settings are another labelling.
+            constitution: its preference questions are asked.
+            config: see `Config`.
+            sampler: the model that samples answers, for pairs of `samples`.
+            sampling: the sampler's settings as text; other settings make another labelling.
 
         Raises:
-            ConfigError: samples are wanted without a sampler, or the constitution has fewer principles
+            ConfigError: samples are configured without a sampler, or the constitution has fewer principles
                 than are to be drawn.
             LogError: the log cannot be read.
         """
@@ -241,7 +241,7 @@ class Labelling:
             **({"reasoning": judge.reasoning, "votes": judge.votes} if isinstance(judge, Judge) else {}),
         }
         shaping: list[Any] = [constitution.digest, judge.name, type(judge).__name__, self._settings]
-        # Added only where there are any: what a log holds of every other labelling is found without them.
+        # Added only if there are any, so that the keys of all other labellings already in logs still match.
         own = [weights_of(model) for model in (getattr(judge, "model", None), sampler)]
         if any(own):
             shaping.append({"weights": own})
@@ -266,15 +266,15 @@ class Labelling:
     async def results(
         self, concurrency: int, *, stopped: Callable[[], bool] = lambda: False
     ) -> AsyncGenerator[Labelled, None]:
-        """Yield what becomes of each Trajectory that is not done, as each ends.
+        """Yield the result for each Trajectory that is not complete, as soon as it is there.
 
         Args:
-            concurrency: how many are under way at once.
-            stopped: once it returns True, no further one is begun, and those under way are finished.
+            concurrency: how many are processed at once.
+            stopped: once it returns True, no further one is started, and those in progress are finished.
 
         Raises:
-            ConfigError, MissingExtra, LogError: what would fail every further one.
-            Exception: the same of a provider, such as a refused key.
+            ConfigError, MissingExtra, LogError: an error that would fail every further one.
+            Exception: such an error of a provider, for example a rejected API key.
         """
         begun = until((t for t in self._trajectories() if not self._done(t)), stopped)
         async with contextlib.aclosing(side_by_side(begun, self._label, concurrency)) as ended:
@@ -296,7 +296,7 @@ class Labelling:
     def _samples(self, trajectory: Trajectory) -> bool:
         if "samples" not in self._config.pairs or is_withheld(trajectory):
             return False
-        # From a request that failed nothing is learned until it was answered, which is another trajectory.
+        # A failed request is not sampled: once it is answered, that is another trajectory.
         asked = any(message.role == "user" for message in trajectory.messages)
         return asked and trajectory.outcome is not Outcome.FAILED
 
@@ -305,7 +305,7 @@ class Labelling:
         return [f"sample:{index}:{self._sampler_name}" for index in range(self._config.samples)]
 
     def _asked(self, trajectory: Trajectory, origins: tuple[str, str]) -> list[tuple[str, Principle | None]]:
-        """Return the keys of a pair's comparisons, each with the principle that is asked about."""
+        """Return the keys of a pair's comparisons, each with the principle to ask about."""
         pair = f"{trajectory.id}/{origins[0]}~{origins[1]}"
         if not isinstance(self._judge, Judge):  # a critic judges by all principles at once
             return [(f"{self.prefix}{pair}/", None)]
@@ -335,7 +335,7 @@ class Labelling:
         return Labelled(trajectory, tuple(made))
 
     async def _sample_pairs(self, work: _Work) -> list[Pair]:
-        """Draw the answers that are not there from an earlier run, and return all pairs of them."""
+        """Sample the answers that no earlier run has sampled, and return all pairs of answers."""
         assert self._sampler is not None
         origins = self._sample_origins
         wanted = self._wanted(work.trajectory)
@@ -362,7 +362,7 @@ class Labelling:
         )
         opinion: Opinion | None = None
         critiques: tuple[Critique, ...] = ()
-        if same_answer(*pair.answers):  # which only sampled ones can be: no judge is needed to see a tie
+        if same_answer(*pair.answers):  # only sampled answers can be; this is a tie without asking the judge
             p_a: tuple[float | None, float | None] = (0.5, 0.5)
         elif principle is not None and isinstance(self._judge, Judge):
             question = principle.preference_question
@@ -416,16 +416,16 @@ class Labelling:
 
 @dataclass
 class _Work:
-    """One Trajectory while it is labelled."""
+    """The state of labelling one Trajectory."""
 
     trajectory: Trajectory
     calls: Calls
     critiques: dict[str, Critique] = field(default_factory=dict)
-    """What a critic said of each answer, by origin: it is asked once."""
+    """A critic's critique of each answer, by origin, so that it is asked only once."""
     truncated: set[str] = field(default_factory=set)
     """Origins of sampled answers that were cut off."""
     told: int = 0
-    """Calls that stand in a Comparison already."""
+    """Number of calls that are already recorded in a Comparison."""
 
     def new_calls(self) -> tuple[Call, ...]:
         """Return the calls since the last Comparison."""
@@ -435,10 +435,10 @@ class _Work:
 
 
 def p_a_of(a: Critique, b: Critique, constitution: Constitution) -> float | None:
-    """Return P(A is better) from a critic's judgements of A and B alone; None where one is unreadable.
+    """Return P(A is better) from a critic's separate judgements of A and B; None if one is unreadable.
 
-    Of an answer counts `p_violates`. Given that exactly one of the two violates, the odds that it is B
-    are b(1 − a) : a(1 − b); where neither probability leaves room for that, neither is better.
+    Each answer enters by its `p_violates`, a and b. Given that exactly one of the two violates, the odds that
+    it is B are b(1 − a) : a(1 − b); if both terms are 0, neither answer is better.
     """
     p, q = p_violates(a, constitution), p_violates(b, constitution)
     if p is None or q is None:
@@ -449,10 +449,9 @@ def p_a_of(a: Critique, b: Critique, constitution: Constitution) -> float | None
 
 
 def p_violates(critique: Critique, constitution: Constitution) -> float | None:
-    """Return P(the answer violates something), the highest among its verdicts; None where one is unreadable.
+    """Return P(the answer violates something), the highest among its verdicts; None if one is unreadable.
 
-    A verdict without a probability is certain: 1 where it is a violation that `failed_principles` counts,
-    and otherwise 0.
+    A verdict without a probability counts as 1 if it is a violation in `failed_principles`, and else as 0.
     """
     if not critique.verdicts or any(v.label is Label.UNREADABLE for v in critique.verdicts):
         return None

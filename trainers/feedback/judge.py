@@ -1,10 +1,10 @@
-"""AI comparison: which of two answers is better under a principle, read from a model in both orders.
+"""Asks a model which of two answers is better under a principle, in both orders; also rates single answers.
 
 Bai et al. 2022 (arXiv:2212.08073), section 4.1: the judge reads a conversation, two answers and one
 principle's question, and P(A) is the normalised probability of the label A. After Lee et al. 2023
-(arXiv:2309.00267), section 2, each pair is asked about in both orders, since judges favour a place.
+(arXiv:2309.00267), section 2, each pair is asked about in both orders, since judges have a position bias.
 
-Three outcomes are not two: what cannot be read is None to the end, never one half.
+There are three outcomes, not two: an unreadable one stays None throughout, and never becomes one half.
 """
 
 from __future__ import annotations
@@ -31,47 +31,47 @@ from cai_graph.trajectory import Message, text_of
 __all__ = ["VOTES", "Judge", "Opinion", "expected_rating", "p_first", "read_choice", "read_rating"]
 
 VOTES = 3
-"""Replies sampled in each order where a model gives no log-probabilities. Odd, so that they do not tie."""
+"""Replies sampled in each order if a model gives no log-probabilities. Odd, so that they cannot tie."""
 
 REASONING_TOKENS = 300
-"""Longest reasoning before a choice that is read from log-probabilities."""
+"""Maximum tokens of reasoning before a choice that is read from log-probabilities."""
 
 SHOWN_CHARS = 2400
-"""How much of each text a local model is shown, so that a prompt fits its context of 4096 tokens."""
+"""Characters of each text shown to a local model, so that a prompt fits its context of 4096 tokens."""
 
 LEAST_MASS = 0.1
-"""Probability that the two labels must have together; below it the model was about to say something else."""
+"""Minimum total probability of the two labels; below it the model was about to write something else."""
 
 _TOP = 8
-"""Alternatives asked for at each token; some providers give no more."""
+"""Number of alternatives requested for each token; some providers give no more."""
 _LETTER_TOKENS = 4
-"""A reply of one letter, and what some models put before it."""
+"""Enough for one letter, and what some models put before it."""
 _AROUND = " \t\r\n*_`\"'()[].:>#-"
-"""What may stand around a label."""
+"""Characters that may surround a label."""
 
 
 class Opinion(NamedTuple):
-    """What a judge says of a pair."""
+    """A judge's result on a pair."""
 
     p_a: tuple[float | None, float | None]
-    """P(A is better) with A shown first and with B shown first; None where unreadable."""
+    """P(A is better) with A shown first and with B shown first; None if unreadable."""
     method: Literal["logprob", "votes"]
-    """How it was read."""
+    """How the probabilities were obtained."""
     votes: int | None
-    """Replies sampled in each order, where the method is `votes`."""
+    """Replies sampled in each order, if the method is `votes`."""
     reasoning: tuple[str, str] | None
-    """What the judge wrote before it chose, in each order."""
+    """The judge's reasoning before its choice, in each order."""
     clipped: bool
-    """Whether the judge saw only beginning and end of a text."""
+    """Whether the judge was shown only the beginning and end of a text."""
 
 
-class _NoLogprobs(Exception):  # noqa: N818 - not an error: the other way is taken
+class _NoLogprobs(Exception):  # noqa: N818 - not an error: the caller falls back to votes
     """The model gives no log-probabilities."""
 
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Take a provider's refusal of a request for one of its log-probabilities."""
+    """Treat a provider's rejection of a request as one of its log-probabilities parameters."""
     try:
         yield
     except Exception as error:
@@ -83,19 +83,20 @@ def _refusals() -> Iterator[None]:
 class Judge:
     """A chat model that compares answers, or rates them.
 
-    Where it gives log-probabilities they are read; a model that gives none, or refuses to, is sampled.
+    Log-probabilities are used if the model gives them; otherwise, or if it rejects the request, replies are
+    sampled.
     """
 
     def __init__(
         self, model: str | BaseChatModel, *, reasoning: bool = False, votes: int | None = None
     ) -> None:
-        """Set up a judge; nothing is fetched or asked.
+        """Set up a judge; no request is made yet.
 
         Args:
             model: a chat model, or its spec.
             reasoning: whether it reasons before it chooses (chain of thought).
-            votes: sample so many replies in each order and never read log-probabilities; None: read
-                them where the model gives them, and otherwise sample `VOTES`.
+            votes: sample this many replies in each order and never use log-probabilities; None: use
+                log-probabilities if the model gives them, and otherwise sample `VOTES`.
 
         Raises:
             ConfigError: the spec names no model, or `votes` is below 1.
@@ -115,7 +116,7 @@ class Judge:
 
         Raises:
             BudgetExceeded: no call is left.
-            ModelError: an answer is too long to be judged whole.
+            ModelError: an answer is too long to be judged as a whole.
             Exception: whatever the model raises.
         """
         for answer in (exchange.answer, other):
@@ -131,18 +132,17 @@ class Judge:
             except _NoLogprobs:
                 pass
         opinion = await self._both_orders(a, b, question, calls, scored=False, clipped=clipped)
-        self._gives_logprobs = False  # the words were fine, so it was the log-probabilities
+        self._gives_logprobs = False  # the same request worked without them, so they caused the rejection
         return opinion
 
     async def rate(self, exchange: Exchange, constitution: Constitution, calls: Calls) -> float | None:
         """Rate one answer under a whole constitution, from -1 (worst) to 1 (best); None: unreadable.
 
-        Where the model gives log-probabilities, this is the rating that it expects, and otherwise the mean of
-        sampled ratings.
+        With log-probabilities this is the expected rating, and otherwise the mean of sampled ratings.
 
         Raises:
             BudgetExceeded: no call is left.
-            ModelError: the answer is too long to be judged whole.
+            ModelError: the answer is too long to be judged as a whole.
             Exception: whatever the model raises.
 
         Source: direct RLAIF (Lee et al. 2023, section 2.2.2).
@@ -166,7 +166,7 @@ class Judge:
         self, a: Exchange, b: Exchange, question: str, calls: Calls, *, scored: bool, clipped: bool
     ) -> Opinion:
         ask = self._scored if scored else self._voted
-        # One after the other: on a local model the second reads the conversation from the prefix cache.
+        # In sequence: on a local model the second call reuses the conversation from the prefix cache.
         first, why_first = await ask(a, b.answer, question, calls)
         second, why_second = await ask(b, a.answer, question, calls)
         return Opinion(
@@ -196,7 +196,7 @@ class Judge:
     async def _first_tokens(
         self, role: str, messages: Sequence[BaseMessage], calls: Calls
     ) -> list[dict[str, Any]]:
-        """Return a reply's first tokens, each with its likeliest alternatives and their log-probabilities."""
+        """Return a reply's first tokens, each with its most probable alternatives and their logprobs."""
         letter = self.model.bind(temperature=0, max_tokens=_LETTER_TOKENS, logprobs=True, top_logprobs=_TOP)
         with _refusals():
             reply = await calls.generate(role, letter, self.name, messages)
@@ -208,7 +208,7 @@ class Judge:
     async def _voted(
         self, exchange: Exchange, other: Message, question: str, calls: Calls
     ) -> tuple[float | None, str]:
-        """Return the share of sampled replies that choose the answer shown first, and one of them."""
+        """Return the share of sampled replies that choose the answer shown first, and the first reply."""
         form: Literal["letter", "reasons and letter"] = "reasons and letter" if self.reasoning else "letter"
         messages = prompts.comparison_messages(question, exchange, other, reply=form)
         replies: Sequence[BaseMessage] = await together(
@@ -224,7 +224,7 @@ class Judge:
 def p_first(tokens: Sequence[dict[str, Any]]) -> float | None:
     """Return P(A) / (P(A) + P(B)) at the first token that is more than space or emphasis.
 
-    None where the labels are unlikely there (`LEAST_MASS`): the model was about to say something else.
+    None if the labels are improbable there (`LEAST_MASS`): the model was about to write something else.
 
     >>> top = [{"token": "A", "logprob": -0.1}, {"token": " B", "logprob": -2.3}]
     >>> round(p_first([{"token": "A", "top_logprobs": top}]), 2)
@@ -235,7 +235,7 @@ def p_first(tokens: Sequence[dict[str, Any]]) -> float | None:
 
 
 def expected_rating(tokens: Sequence[dict[str, Any]]) -> float | None:
-    """Return the rating that a reply's probabilities expect, from -1 to 1; None as in `p_first`.
+    """Return the expected rating under a reply's probabilities, from -1 to 1; None as in `p_first`.
 
     >>> top = [{"token": "9", "logprob": -0.7}, {"token": "5", "logprob": -0.7}]
     >>> expected_rating([{"token": "9", "top_logprobs": top}])
@@ -248,7 +248,7 @@ def expected_rating(tokens: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _mass(tokens: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[float] | None:
-    """Return the probability of each label where a reply says something; None where they are unlikely."""
+    """Return the probability of each label at a reply's first real token; None if they are improbable."""
     for token in tokens:
         if not str(token.get("token")).strip(_AROUND):
             continue
@@ -262,7 +262,7 @@ def _mass(tokens: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[float
 
 
 def read_rating(text: str) -> float | None:
-    """Return the rating that a reply is, from -1 to 1.
+    """Return the rating, from -1 to 1, if the reply is a rating and nothing else.
 
     >>> read_rating("**9**"), read_rating("5."), read_rating("9 or 8"), read_rating("10")
     (1.0, 0.0, None, None)
@@ -276,7 +276,7 @@ def _rating(digit: str) -> float:
 
 
 def read_choice(text: str) -> str | None:
-    """Return the label that a reply chooses: the last line `Better: A`, or a reply that is only the label.
+    """Return the label that a reply chooses: in its last line `Better: A`, or as the whole reply.
 
     >>> read_choice("A is longer, yet B is kinder.\\n**Better: B**"), read_choice("(A)")
     ('B', 'A')

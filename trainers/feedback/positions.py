@@ -1,4 +1,4 @@
-"""What a judge is worth: its liking for a place, its ties, what it could not say, with intervals."""
+"""Measures the reliability of a judge: position bias, ties and unreadable comparisons, with intervals."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Share(NamedTuple):
     """A share of a number of cases, with its 95 % interval."""
 
     yes: int
-    """Cases that are so."""
+    """Cases that have the property."""
     of: int
     """All cases."""
 
     @property
     def value(self) -> float:
-        """The share, from 0 to 1; NaN of no cases."""
+        """The share, from 0 to 1; NaN if there are no cases."""
         return self.yes / self.of if self.of else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of Wilson 1927; (0, 1) of no cases."""
+        """The 95 % interval of Wilson 1927; (0, 1) if there are no cases."""
         return wilson(self.yes, self.of) if self.of else (0.0, 1.0)
 
     def json(self) -> dict[str, Any]:
-        """Return share, interval and number of cases; share and interval None of no cases."""
+        """Return share, interval and number of cases; share and interval are None if there are no cases."""
         known = (self.value, self.interval) if self.of else (None, None)
         return {"share": known[0], "interval": known[1], "n": self.of}
 
@@ -48,10 +48,10 @@ class Share(NamedTuple):
 
 @dataclass
 class ByTrajectory:
-    """A share of comparisons, of which several about one Trajectory say less than as many about others."""
+    """A share of comparisons, whose interval accounts for several comparisons on one Trajectory."""
 
     found: dict[str, list[float]] = field(default_factory=dict)
-    """By Trajectory, 1 for each comparison that is so, and 0 for each other."""
+    """By Trajectory, 1 for each comparison that has the property, and 0 for each other."""
 
     def add(self, trajectory_id: str, so: bool) -> None:
         """Count one comparison."""
@@ -59,16 +59,16 @@ class ByTrajectory:
 
     @property
     def yes(self) -> int:
-        """Comparisons that are so."""
+        """Number of comparisons that have the property."""
         return sum(int(sum(some)) for some in self.found.values())
 
     @property
     def of(self) -> int:
-        """All comparisons."""
+        """Number of all comparisons."""
         return sum(map(len, self.found.values()))
 
     def json(self) -> dict[str, Any]:
-        """Return share, 95 % interval, comparisons and n of Trajectories; the first two None of no cases."""
+        """Return share, 95 % interval, comparisons and n of Trajectories; the first two None if n is 0."""
         value, low, high, n = share(self.found)
         known = (value, (low, high)) if n else (None, None)
         return {"share": known[0], "interval": known[1], "comparisons": self.of, "n": n}
@@ -82,7 +82,7 @@ class ByTrajectory:
 
 
 def positions(log: Log) -> dict[str, Positions]:
-    """Return what the comparisons of a log came to, by judge; reads them once.
+    """Return statistics of the comparisons in a log, by judge; reads the comparisons once.
 
     Raises:
         LogError: the log cannot be read.
@@ -96,7 +96,7 @@ def positions(log: Log) -> dict[str, Positions]:
 
 
 def decided(log: Log) -> dict[str, Side]:
-    """Return what reviewers chose, by Trajectory, where they agree."""
+    """Return the answer that reviewers chose, by Trajectory, where they agree."""
     reviews: dict[str, list[Review]] = {}
     for record in log.read(kind="review"):
         reviews.setdefault(record.trajectory_id, []).append(record)
@@ -106,43 +106,43 @@ def decided(log: Log) -> dict[str, Side]:
 
 @dataclass
 class Positions:
-    """What the comparisons of one judge came to."""
+    """Statistics of the comparisons of one judge."""
 
     judge: str
-    """Its name."""
+    """The judge's name."""
     comparisons: int = 0
-    """Made, pairs of the same text left out."""
+    """Number of comparisons, not counting pairs of the same text."""
     unreadable: int = 0
-    """Of which one order at least could not be read."""
+    """Comparisons of which at least one order could not be read."""
     first: int = 0
-    """Readable ones in which the answer shown first was chosen in both orders."""
+    """Readable comparisons in which the answer shown first was chosen in both orders."""
     second: int = 0
-    """Readable ones in which the answer shown second was chosen in both orders."""
+    """Readable comparisons in which the answer shown second was chosen in both orders."""
     ties: int = 0
-    """Readable ones that prefer neither answer, though the orders do not disagree."""
+    """Readable comparisons that prefer neither answer, though the orders do not disagree."""
     identical: int = 0
-    """Pairs of the same text, which nobody was asked about."""
+    """Pairs of the same text, about which no judge was asked."""
     unordered: int = 0
-    """Readable ones that show no order: of a critic that judges each answer alone, or imported."""
+    """Readable comparisons without an order: imported, or by a critic that judges each answer alone."""
     shift: float = 0.0
-    """Sum over readable ones of (P(A) with A first − P(A) with B first) / 2."""
+    """Sum over readable comparisons of (P(A) with A first − P(A) with B first) / 2."""
     bias: ByTrajectory = field(default_factory=ByTrajectory)
-    """Readable ones that chose the same place in both orders, whatever stood there."""
+    """Share of readable comparisons that chose the same position in both orders, for either answer."""
     agreement: ByTrajectory = field(default_factory=ByTrajectory)
-    """Clear ones between a draft and its revision that prefer the revision, as the critic did."""
+    """Share of clear comparisons of a draft and its revision that prefer the revision, as the critic did."""
     agreement_with_people: ByTrajectory = field(default_factory=ByTrajectory)
-    """Clear ones between a draft and its revision, of which people chose one, that prefer it, too."""
+    """Share of clear comparisons of a draft and its revision that agree with people, if people chose one."""
     _counted: set[str] = field(default_factory=set, init=False, repr=False)
-    """Keys of those that were counted."""
+    """Keys of the comparisons that were counted."""
 
     def add(self, comparison: Comparison, people: Side | None = None) -> None:
-        """Count one comparison of this judge; of several with the same key the first.
+        """Count one comparison of this judge; of several with the same key only the first.
 
         Args:
             comparison: the comparison.
-            people: what people chose in that Trajectory, if they agree.
+            people: the answer that people chose in that Trajectory, if they agree.
         """
-        if comparison.source is not None:  # two labellings at once make the same comparisons
+        if comparison.source is not None:  # two labellings at the same time make the same comparisons
             if comparison.source in self._counted:
                 return
             self._counted.add(comparison.source)
@@ -176,17 +176,17 @@ class Positions:
 
     @property
     def readable(self) -> int:
-        """Comparisons of which both orders could be read."""
+        """Number of comparisons of which both orders could be read."""
         return self.comparisons - self.unreadable
 
     @property
     def clear(self) -> int:
-        """Readable ones that prefer one answer, whatever the order."""
+        """Number of readable comparisons that prefer the same answer in both orders."""
         return self.readable - self.first - self.second - self.ties
 
     @property
     def mean_shift(self) -> float:
-        """How much of P a place is worth: above 0 for the first shown; 0 of no comparison."""
+        """Mean effect of the position on P: above 0 in favour of the first shown; 0 without comparisons."""
         return self.shift / self.readable if self.readable else 0.0
 
     def summary(self) -> dict[str, Any]:

@@ -1,18 +1,19 @@
-"""PPO: a policy learns from any reward, on torch and accelerate alone.
+"""Train a policy with PPO on any reward; needs only torch and accelerate.
 
 A token is a step and an answer is an episode: the state is the text so far, the action the next token. One
-update draws `rollout_size` answers, scores them, and takes `ppo_epochs` passes over them in minibatches of
-batch_size x accumulate x processes answers. The mathematics stand in `formulas`, the loop in `loop`, and how
-processes share a policy and take a step of it in `ways`.
+update draws `rollout_size` answers, scores them, and makes `ppo_epochs` passes over them in minibatches of
+batch_size x accumulate x processes answers. `formulas` has the mathematics, `loop` the training loop, and
+`ways` how processes share a policy and take an optimizer step on it.
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2015 (GAE, arXiv:1506.02438), Ziegler
 et al. 2019 (KL in the reward of every token, adaptive coefficient, arXiv:1909.08593), Stiennon et al. 2020
-(arXiv:2009.01325), Ouyang et al. 2022 (arXiv:2203.02155), and, for what their code does beside, Huang et al.
-2024 (arXiv:2403.17031): Adam's epsilon of 1e-5, whitened advantages, no dropout, a penalty for a missing end.
+(arXiv:2009.01325), Ouyang et al. 2022 (arXiv:2203.02155), and, for details found in their code only, Huang et
+al. 2024 (arXiv:2403.17031): Adam's epsilon of 1e-5, whitened advantages, no dropout, a penalty for a missing
+end-of-text token.
 
-Where this differs: a loss is the sum over the tokens of a whole minibatch by their number, so that it does
-not matter how a minibatch is cut into forward passes or spread over processes. And every draw is seeded by
-(seed, update), so that a run that was killed goes on exactly as it would have.
+Two differences from these sources: a loss is the sum over all tokens of a minibatch divided by their number,
+so that it does not matter how a minibatch is split into forward passes or over processes. And every random
+draw is seeded by (seed, update), so that a run that was killed resumes exactly as it would have continued.
 """
 
 from __future__ import annotations
@@ -35,58 +36,58 @@ __all__ = ["Config", "Diverged", "train"]
 
 
 class Diverged(CaiError):  # noqa: N818
-    """A loss or a gradient is no number any more; names the update and its prompts."""
+    """A loss or a gradient is not finite; the message names the update and its prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """What a PPO run is told. `epochs` are passes over the prompts, and `max_steps` counts updates."""
+    """Configuration of a PPO run. `epochs` are passes over the prompts, and `max_steps` counts updates."""
 
     reward: Spec
-    """What answers are worth; see `trainers.rewards.parse`."""
+    """Reward of the answers; see `trainers.rewards.parse`."""
     watch: WatchConfig | None
-    """When the run is observed and stopped; null: by nobody."""
+    """When the run is measured and when it is stopped; null: no watch."""
     value_model: str | None = None
-    """A reward model with the policy's tokenizer that becomes the value model (Stiennon et al. 2020); None: a
-    head on the policy's last hidden state (Ziegler et al. 2019)."""
+    """A reward model with the policy's tokenizer, to initialise the value model (Stiennon et al. 2020); None:
+    the values come from a head on the policy's last hidden state (Ziegler et al. 2019)."""
     learning_rate: float = 3e-6
-    """Of the policy."""
+    """Learning rate of the policy."""
     value_learning_rate: float = 1e-5
-    """Of the value head, or of the value model."""
+    """Learning rate of the value head, or of the value model."""
     rollout_size: int = 64
-    """Answers drawn for an update, over all processes."""
+    """Answers sampled for an update, over all processes."""
     rollout_batch: int = 32
-    """Answers written at once on one device."""
+    """Answers sampled in one batch on one device."""
     ppo_epochs: int = 4
     """Passes over the answers of an update."""
     max_answer: int = 128
-    """Longest answer; prompts may fill the rest of `max_tokens`."""
+    """Maximum tokens of an answer; prompts may fill the rest of `max_tokens`."""
     temperature: float = 1.0
-    """Of the draw, and of the log-probabilities."""
+    """Sampling temperature; log-probabilities are computed at it, too."""
     gamma: float = 1.0
     """Discount of later rewards, in [0, 1]."""
     lam: float = 0.95
     """λ of GAE, in [0, 1]."""
     clip: float = 0.2
-    """How far the probability of a token may profitably move in an update, as a ratio: 1 ± clip."""
+    """ε of PPO: beyond a probability ratio of 1 ± clip, a token gains nothing more in this update."""
     value_clip: float = 0.2
-    """The same of a value, in units of reward."""
+    """The same limit for a value, as a difference in units of reward."""
     value_coefficient: float = 0.1
     """Weight of the value loss."""
     kl_coefficient: float = 0.05
-    """Price of a nat of KL to the reference, in units of reward; the first one where it adapts."""
+    """Price of a nat of KL to the reference, in units of reward; the initial price if it adapts."""
     kl_target: float | None = None
-    """KL of an answer, in nats, that the coefficient is adapted to; None: it stays as it is."""
+    """KL per answer, in nats, that the coefficient adapts to; None: the coefficient is constant."""
     kl_horizon: float = 10_000
-    """Answers over which an adaptive coefficient changes by at most 20 %; no fewer than `rollout_size`."""
+    """Answers over which an adaptive coefficient changes by at most 20 %; at least `rollout_size`."""
     missing_eos_penalty: float = 1.0
-    """Taken from the score of an answer that was cut at `max_answer`."""
+    """Subtracted from the score of an answer that was cut off at `max_answer`."""
     max_grad_norm: float = 1.0
-    """Longest gradient of a minibatch; a longer one is scaled down."""
+    """Maximum norm of a minibatch's gradient; a longer one is scaled down."""
     log_steps: int = 1
-    """Updates between two lines of figures."""
+    """Updates between two lines of logged figures."""
     save_steps: int = 10
-    """Updates between two states that an interrupted run goes on from."""
+    """Updates between two saved states, from which an interrupted run resumes."""
 
     @property
     def learns_from(self) -> tuple[Path, ...]:
@@ -95,7 +96,7 @@ class Config(StageConfig):
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What names the content behind the reward and the watch."""
+        """Identities of the reward's and the watch's contents, by setting; see `trainers.identity`."""
         watched = {} if self.watch is None else self.watch.contents
         of_watch = {f"watch.{setting}": named for setting, named in watched.items()}
         return {"reward": identity_of_reward(self.reward), **of_watch}
@@ -126,7 +127,7 @@ class Config(StageConfig):
         self.check_processes(1)
 
     def check_processes(self, count: int) -> None:
-        """Make sure that so many processes can train together: each update is cut into whole minibatches.
+        """Check that this many processes can train together: each update is cut into whole minibatches.
 
         Raises:
             ConfigError: they cannot.
@@ -140,18 +141,18 @@ class Config(StageConfig):
 
 
 def train(config: Config, tell: Callable[[int, int], None] = lambda done, total: None) -> Checkpoint:
-    """Train a policy, and return its Checkpoint; take up where an interrupted run of this config stood.
+    """Train a policy and return its Checkpoint; resume an interrupted run of the same config.
 
     Args:
-        config: what to do. Under `accelerate launch` every process calls this with the same one.
-        tell: told (updates done, updates in all) after each update, in the first process.
+        config: the configuration. Under `accelerate launch` every process passes the same one.
+        tell: called with (updates done, updates in all) after each update, in the first process.
 
     Raises:
-        ConfigError: the config cannot work here; says why.
-        DataError: prompts cannot be trained on; says which.
+        ConfigError: the config cannot be run here; the message gives the reason.
+        DataError: prompts cannot be trained on; the message names them.
         ModelError: models cannot be loaded, or the Checkpoint cannot be written.
-        RewardError: the reward is out. The state is kept, and the same call goes on from it.
-        Diverged: a loss or a gradient is no number. The last good state is kept.
+        RewardError: the reward failed. The state is saved, and the same call resumes from it.
+        Diverged: a loss or a gradient is not finite. The last good state is kept.
         MissingExtra: a package is not installed.
     """
     check_machine(config, "ppo")

@@ -1,14 +1,14 @@
 """The mathematics of PPO on a language model, as pure functions.
 
     kl_rewards    the score at the end of an answer, and a KL penalty to the reference at every token
-    gae           advantages and returns of every token
+    gae           advantage and return of every token
     whiten        advantages with mean 0 and variance 1
     policy_loss   the clipped surrogate
     value_loss    the clipped squared error
     adapted       the next KL coefficient
 
-Shapes: B answers, A tokens of the longest one. A `mask` (B, A) is 1 on the tokens of an answer, the one that
-ended it included; answers begin at column 0 and are filled up on the right.
+Shapes: B answers, A tokens of the longest one. A `mask` (B, A) is 1 on the tokens of an answer, including its
+end-of-text token; answers begin at column 0 and are padded on the right.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def kl_rewards(
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Return the advantage and the return of every token. Beyond an answer's last token the value is 0.
+    """Return the advantage and the return of every token. After an answer's last token the value is 0.
 
     Args:
         rewards: (B, A).
         values: (B, A) V of the text before each token.
         mask: (B, A).
         gamma: discount, in [0, 1].
-        lam: λ in [0, 1]: 0 trusts the values, 1 the rewards.
+        lam: λ in [0, 1]: 0 relies on the values alone, 1 on the rewards alone.
 
     Returns:
         advantages, returns: (B, A) each; 0 beyond an answer.
@@ -76,24 +76,24 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Return the loss of every token, before any mean. All are (B, A).
+    """Return the loss of every token, before averaging. All are (B, A).
 
     Args:
         logprobs: of the policy as it is now.
         old_logprobs: of the policy that drew the answers.
         advantages: of each token.
-        clip: ε; beyond a ratio of 1 ± ε nothing more is gained.
+        clip: ε; beyond a ratio of 1 ± ε the loss does not improve further.
 
-    Source: Schulman et al. 2017, eq. 7, with the sign turned.
+    Source: Schulman et al. 2017, eq. 7, with the sign reversed.
     """
     ratio = (logprobs - old_logprobs).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Return half the squared error of every token, before any mean. All are (B, A).
+    """Return half the squared error of every token, before averaging. All are (B, A).
 
-    A value gains nothing by moving further than `clip` from what it was when the answers were drawn.
+    Moving a value further than `clip` from what it was when the answers were drawn does not lower the loss.
 
     Source: the code of Schulman et al. 2017; Huang et al. 2024, section 3.
     """
@@ -102,14 +102,14 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
 
 
 def adapted(coefficient: float, kl: float, *, target: float, horizon: float, answers: int) -> float:
-    """Return the next KL coefficient: higher where the KL was above its target, by at most 20 % a horizon.
+    """Return the next KL coefficient: higher if the KL was above its target, by at most 20 % per horizon.
 
     Args:
         coefficient: β so far.
-        kl: of the answers just drawn, in nats an answer.
-        target: what it should be, in nats an answer.
+        kl: of the answers just drawn, in nats per answer.
+        target: desired KL, in nats per answer.
         horizon: answers over which the coefficient may change by 20 %.
-        answers: drawn since the last time.
+        answers: drawn since the last adaptation.
 
     Source: Ziegler et al. 2019, section 2.2.
     """

@@ -1,4 +1,4 @@
-"""The loop of PPO: draw answers, score them, improve on them."""
+"""The training loop of PPO: sample answers, score them, update the policy on them."""
 
 from __future__ import annotations
 
@@ -39,45 +39,45 @@ __all__ = ["Answer", "Run", "processes"]
 _log = logging.getLogger(__name__)
 
 ROLLOUT, SHUFFLE, PROMPTS, WATCH = range(4)
-"""What a seed is for."""
+"""Purposes that seeds are derived for."""
 SUMMED = ("policy_loss", "value_loss", "clipped", "moved")
-"""Figures of a minibatch that are sums over its tokens: the losses, the share of tokens whose ratio left
-1 ± clip, and the KL that the update itself has moved the policy by (Schulman's estimate (r - 1) - log r)."""
+"""Figures of a minibatch that are sums over its tokens: the losses, the share of tokens whose ratio is
+outside 1 ± clip, and the KL by which this update moved the policy (Schulman's estimate (r - 1) - log r)."""
 
 
 @dataclass
 class Answer:
-    """One answer of a rollout, in plain numbers, so that processes can hand it to one another."""
+    """One answer of a rollout, as plain numbers, so that processes can exchange it."""
 
     prompt: int
-    """Place of its prompt among the prompts."""
+    """Index of its prompt among the training prompts."""
     prompt_ids: list[int]
     """Tokens of the prompt."""
     ids: list[int]
     """Tokens of the answer."""
     text: str
-    """The answer."""
+    """The decoded answer."""
     ended: bool
-    """Whether it came to its end."""
+    """Whether it ended by itself, and was not cut off at the maximum length."""
     logprobs: list[float]
-    """Of each token, by the policy that drew it."""
+    """Log-probability of each token, under the policy that drew it."""
     ref_logprobs: list[float]
-    """Of each token, by the reference."""
+    """Log-probability of each token, under the reference."""
     values: list[float]
-    """Before each token."""
+    """Value of the text before each token."""
     entropy: float
-    """Mean over the tokens, in nats."""
+    """Mean entropy over the tokens, in nats."""
     score: float = math.nan
-    """What it is worth, before the penalty for a missing end."""
+    """Its reward, before the penalty for a missing end."""
     disagreement: float | None = None
-    """Standard deviation between the members of an ensemble."""
+    """Standard deviation of the reward between the members of an ensemble."""
 
 
 class Run:
-    """One PPO run. Under `accelerate launch` every process has one, and they do the same steps."""
+    """One PPO run. Under `accelerate launch` every process has one, and all of them run the same steps."""
 
     def __init__(self, config: Config) -> None:
-        """Check what is cheap, load models and prompts, and take up the last state."""
+        """Run the cheap checks, load models and prompts, and load the last saved state if there is one."""
         self.config = config
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),
@@ -115,7 +115,7 @@ class Run:
     # --- the loop -------------------------------------------------------------------------------------
 
     def train(self, tell: Callable[[int, int], None]) -> Checkpoint:
-        """Run all updates that are left, and write the Checkpoint."""
+        """Run the remaining updates, and write the Checkpoint."""
         if self.config.report_to:
             self.accelerator.init_trackers("cai-ppo", config=_scalars(plain(self.config)))
         self._take_up_watch()
@@ -133,7 +133,7 @@ class Run:
         return self._finish()
 
     def rollout(self, update: int) -> list[Answer]:
-        """Draw and score the answers of an update; every process returns all of them, in the same order."""
+        """Sample and score the answers of an update; every process returns all of them, in the same order."""
         config, rank = self.config, self.accelerator.process_index
         mine = [self._prompt_at(update, rank * self.share + place) for place in range(self.share)]
         prompts = [self.prompts.train[number] for number in mine]
@@ -145,7 +145,7 @@ class Run:
         return list(gather_object(answers))
 
     def improve(self, update: int, answers: list[Answer]) -> dict[str, float]:
-        """Take `ppo_epochs` passes over the answers of an update, minibatch by minibatch."""
+        """Make `ppo_epochs` passes over the answers of an update, minibatch by minibatch."""
         config, accelerator = self.config, self.accelerator
         old_logprobs = _column(answer.logprobs for answer in answers)
         ref_logprobs = _column(answer.ref_logprobs for answer in answers)
@@ -205,17 +205,17 @@ class Run:
     # --- parts of a rollout ---------------------------------------------------------------------------
 
     def _prompt_at(self, update: int, place: int) -> int:
-        """Return the prompt at a place of an update: pass after pass over the data, each in its own order."""
+        """Return the prompt at a position of an update: the data is repeated, shuffled anew for each pass."""
         at = (update - 1) * self.config.rollout_size + place
         number, inside = divmod(at, len(self.prompts.train))
         chance = torch.Generator().manual_seed(seed_of(self.config.seed, number, PROMPTS))
         return int(torch.randperm(len(self.prompts.train), generator=chance)[inside])
 
     def _sample(self, prompts: Sequence[Messages], seed: int, rank: int = 0) -> list[Sample]:
-        """Answer the prompts of a process, or by default those that are the same in all.
+        """Sample answers to the prompts of this process, or by default to prompts that all processes share.
 
-        Seeds go by batch over all processes: no two batches have the same, and two processes draw what one
-        would have drawn where whole batches make up their share.
+        Seeds are numbered by batch over all processes: no two batches have the same seed, and two processes
+        draw what one would have drawn if whole batches make up their share.
         """
         at_once = min(self.config.rollout_batch, self.share)
         draw = partial(
@@ -233,7 +233,7 @@ class Run:
 
     @torch.no_grad()
     def _read(self, numbers: Sequence[int], samples: Sequence[Sample]) -> Iterator[Answer]:
-        """Yield answers with what policy, values and reference say of their tokens."""
+        """Yield answers with the log-probabilities, values and entropy of their tokens."""
         actor, temperature = self._unwrapped(), self.config.temperature
         batch = self._batch(samples)
         with self.way.autocast(), as_reference(actor, self.reference) as reference:
@@ -255,7 +255,7 @@ class Run:
             )
 
     def _score(self, update: int, prompts: Sequence[Messages], answers: Sequence[Answer]) -> None:
-        """Score answers; where that fails in one process, all of them keep their state and stop."""
+        """Score answers; if that fails in one process, all of them save their state and stop."""
         failed: RewardError | None = None
         texts = [answer.text for answer in answers]
         try:
@@ -284,7 +284,7 @@ class Run:
         self._begin_unmoved()
 
     def _begin_unmoved(self) -> None:
-        """Before the first update, forget the step that FSDP has the optimizer take so as to save a state."""
+        """Before the first update, clear the optimizer step that FSDP takes in order to save a state."""
         if self.progress.update == 0:
             self.optimizer.state.clear()
 
@@ -305,7 +305,7 @@ class Run:
     def _take_note(
         self, update: int, answers: Sequence[Answer], figures: dict[str, float], seconds: float
     ) -> None:
-        """Keep the figures of an update, and set the KL coefficient of the next one."""
+        """Record the figures of an update, and set the KL coefficient of the next one."""
         config, progress = self.config, self.progress
         kl = _mean(sum(answer.logprobs) - sum(answer.ref_logprobs) for answer in answers)
         tokens = sum(len(answer.ids) for answer in answers)
@@ -360,7 +360,7 @@ class Run:
     # --- the watch ------------------------------------------------------------------------------------
 
     def _watch(self) -> Watch | None:
-        """Return what looks for Goodhart's law, in the first process."""
+        """Return the watch for reward over-optimization (Goodhart's law), in the first process only."""
         if self.config.watch is None or not self.accelerator.is_main_process:
             return None
         return Watch.of(
@@ -372,7 +372,7 @@ class Run:
         )
 
     def _answer_watch(self, *, last: bool) -> None:
-        """Answer what the watch asks now, in every process, since a sharded policy speaks in all at once."""
+        """Sample the answers the watch needs now, in every process: a sharded policy runs in all at once."""
         asks: list[Any] = [
             self.watch.asks if self.watch and self.watch.due(self.progress.update, last) else []
         ]
@@ -381,7 +381,7 @@ class Run:
         self.watched = [drawn.text for drawn in self._sample(asks[0], seed)] if asks[0] else []
 
     def _take_up_watch(self) -> None:
-        """Observe the policy that training begins or goes on with, or do what was decided of it before."""
+        """Let the watch measure the policy before training begins or resumes, or apply its old decision."""
         if self.config.watch is None:
             return
         update = self.progress.update
@@ -393,7 +393,7 @@ class Run:
             self._do(found[0])
 
     def _observe(self, answers: Sequence[Answer]) -> None:
-        """Show the watch what an update did, and do what it decides."""
+        """Pass the results of an update to the watch, and apply its decision."""
         if self.config.watch is None:
             return
         seen: list[Any] = [None, None]
@@ -412,7 +412,7 @@ class Run:
                     disagreement=_disagreement(answers),
                     last=last,
                 )
-            except CaiError as error:  # the other processes wait to hear of it
+            except CaiError as error:  # the other processes wait for the result below
                 seen[1] = str(error)
         broadcast_object_list(seen)
         if seen[1] is not None:
@@ -420,7 +420,7 @@ class Run:
         self._do(seen[0])
 
     def _do(self, decision: Decision) -> None:
-        """Keep the best weights, and stop and go back to them where the watch says so."""
+        """Save the best weights; if the watch stops the run, load the best weights again."""
         progress = self.progress
         if self.accelerator.is_main_process:
             for warning in decision.warnings:
@@ -463,7 +463,7 @@ class Run:
                 )
             shutil.rmtree(self.states.folder)
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()  # of processes that hear of one another
+        self.accelerator.end_training()  # processes that communicate with one another
         return Checkpoint(config.output, made_by)
 
 
@@ -476,7 +476,7 @@ def processes() -> PartialState:
 
 
 def _column(rows: Iterable[Sequence[float]]) -> Tensor:
-    """Return (B, A) float32, each row filled up on the right with 0."""
+    """Return (B, A) float32, each row padded on the right with 0."""
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 

@@ -1,8 +1,8 @@
-"""The models of PPO: a policy with its values, read in one pass, and the reference that it is held to.
+"""The models of PPO: a policy with its values, computed in one pass, and the frozen reference.
 
 ActorCritic      log-probabilities and values of an answer's tokens
-token_logprobs   log-probabilities alone, which is all that is asked of the reference
-load             the three of them for a config
+token_logprobs   log-probabilities alone, which is all that the reference is used for
+load             the three models for a config
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ T = TypeVar("T")
 
 
 class Read(NamedTuple):
-    """What one pass over a batch says of its answers."""
+    """Results of one forward pass over the answers of a batch."""
 
     logprobs: Tensor
     """(B, A) log-probability of each token, in nats, at the temperature of sampling."""
     values: Tensor
     """(B, A) V of the text before each token."""
     entropy: Tensor | None
-    """(B, A) of the distribution that each token was drawn from, in nats, where it was asked for."""
+    """(B, A) entropy of the distribution that each token was drawn from, in nats; None if not requested."""
 
 
 class Batch(NamedTuple):
-    """Answers with their prompts, as a model reads them."""
+    """Answers with their prompts, as model input."""
 
     ids: Tensor
-    """(B, P + A) int64: prompts filled up on the left, then answers filled up on the right."""
+    """(B, P + A) int64: prompts padded on the left, then answers padded on the right."""
     text: Tensor
-    """(B, P + A) int64, 1 on text."""
+    """(B, P + A) int64, 1 on tokens that are not padding."""
     mask: Tensor
     """(B, A) float32, 1 on the tokens of an answer."""
 
 
 class ActorCritic(nn.Module):
-    """A policy with its values, from a head on its last hidden state or from a model of their own."""
+    """A policy with its values, from a head on its last hidden state or from a separate model."""
 
     def __init__(self, policy: nn.Module, value_model: nn.Module | None = None) -> None:
         """Take a causal language model and, for separate values, a sequence classifier with one output."""
@@ -62,16 +62,16 @@ class ActorCritic(nn.Module):
                 nn.init.zeros_(parameter)  # so that the first values are 0, whatever the hidden state's scale
             self.value_head = head
         self.value_model = value_model
-        self.config = policy.config  # by whose hidden size DeepSpeed's "auto" goes
-        self._no_split_modules = getattr(policy, "_no_split_modules", None)  # the layers that FSDP cuts up
+        self.config = policy.config  # DeepSpeed reads its hidden size to resolve "auto"
+        self._no_split_modules = getattr(policy, "_no_split_modules", None)  # the layers that FSDP wraps
 
     def tie_weights(self) -> None:
-        """Make one of the policy's tied weights again, as FSDP asks for where it moved them apart."""
+        """Tie the policy's tied weights again, which FSDP calls after it has separated them."""
         tie: Any = self.policy.tie_weights
         tie()
 
     def around(self, work: Callable[[], T]) -> T:
-        """Do what reads the policy past `forward`; under FSDP its outermost weights are whole meanwhile."""
+        """Run `work`, which uses the policy without `forward`; FSDP gathers the outermost weights for it."""
         return work()
 
     def forward(self, batch: Batch, temperature: float, *, entropy: bool = False) -> Read:
@@ -90,14 +90,14 @@ class ActorCritic(nn.Module):
                 use_cache=False,
             )
             values = critic.score(states.last_hidden_state[:, -width - 1 : -1])
-            values = values - getattr(critic.config, "reward_shift", 0.0)  # as in every reward that it gives
+            values = values - getattr(critic.config, "reward_shift", 0.0)  # as in every reward of this model
         return Read(logprobs, values.squeeze(-1).float(), entropies)
 
 
 def token_logprobs(
     policy: nn.Module, batch: Batch, temperature: float, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return log-probabilities and entropies (B, A), and the hidden states (B, A, H) that gave them."""
+    """Return log-probabilities and entropies (B, A), and the hidden states (B, A, H) they come from."""
     width = batch.mask.shape[1]
     read = policy(
         input_ids=batch.ids,
@@ -119,7 +119,7 @@ def _positions(batch: Batch) -> Tensor:
 
 
 def whole_weights(actor: Any, accelerator: Accelerator) -> dict[str, Tensor]:
-    """Return the policy's weights, gathered where they are sharded; all processes call it."""
+    """Return the policy's weights, gathered if they are sharded; all processes must call it."""
     found: dict[str, Tensor] = accelerator.get_state_dict(actor)
     policy: Any = accelerator.unwrap_model(actor).policy
     tied = getattr(policy, "all_tied_weights_keys", None) or {}
@@ -131,7 +131,7 @@ def whole_weights(actor: Any, accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def load(config: Config, device: torch.device) -> tuple[Policy, ActorCritic, nn.Module | None]:
-    """Return the policy, the same with its values, and its frozen reference.
+    """Return the policy, the same policy with its values, and its frozen reference.
 
     With an adapter there is no second copy: the reference is the policy without it, see `as_reference`.
 
@@ -149,7 +149,7 @@ def load(config: Config, device: torch.device) -> tuple[Policy, ActorCritic, nn.
         config.lora.check(policy.model)
         with quiet():
             policy = Policy(get_peft_model(policy.model, config.lora.adapter()), policy.tokenizer)
-    # With dropout, the policy that is trained would not be the one that drew the answers.
+    # With dropout, the policy that is trained would differ from the one that drew the answers.
     actor = without_dropout(ActorCritic(policy.model, _value_model(config, policy, device)).to(device))
     if config.recompute:
         model: Any = policy.model
@@ -159,7 +159,7 @@ def load(config: Config, device: torch.device) -> tuple[Policy, ActorCritic, nn.
 
 
 def _policy(config: Config, device: torch.device) -> Policy:
-    # Weights that are trained keep 32 bits, under autocast; beside an adapter they are only read.
+    # Weights that are trained stay in 32 bits, under autocast; the base weights of an adapter are only read.
     dtype = "auto" if config.lora and config.precision != "fp32" else "float32"
     return load_policy(config.model, dtype=dtype, device=str(device), quantized=config.quantized)
 
@@ -178,7 +178,7 @@ def _value_model(config: Config, policy: Policy, device: torch.device) -> nn.Mod
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep to ourselves what transformers says to peft about names that it will drop."""
+    """Suppress transformers' FutureWarnings about names it will remove, which peft still uses."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -186,7 +186,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_reference(actor: ActorCritic, reference: nn.Module | None) -> Iterator[nn.Module]:
-    """Give the policy that training began with: the frozen copy, or this one without its adapter."""
+    """Yield the policy that training began with: the frozen copy, or this policy without its adapter."""
     if reference is not None:
         yield reference
         return

@@ -1,10 +1,10 @@
-"""States of a PPO run, to go on from after an interrupt: each is whole or not there.
+"""Saves and loads the states of a PPO run, from which it resumes after an interrupt; a save is atomic.
 
 OUTPUT.partial/plan.json        what the run was begun with: config, and digests of models and data
 OUTPUT.partial/state-000012/    weights, optimizer and KL coefficient after update 12
-OUTPUT.partial/best-000010/     the same after the update with the best held-out score, where one is watched
-OUTPUT.partial/record/          log.jsonl, a line of figures an update, and what the watch wrote; all of it
-                                goes along into the Checkpoint
+OUTPUT.partial/best-000010/     the same after the update with the best held-out score, if a watch measures it
+OUTPUT.partial/record/          log.jsonl, a line of figures per update, and the files of the watch; the whole
+                                folder is copied into the Checkpoint
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ _MAY_CHANGE = MAY_CHANGE | {
     "value_learning_rate",
     "warmup",
 }
-"""Settings that an interrupted run may go on with otherwise: a learning rate that was too high ends a run."""
+"""Settings that may differ when a run is resumed: a learning rate that was too high makes a run diverge."""
 
 Which = Literal["state", "best"]
 
 
 @dataclass
 class Progress:
-    """What a state holds beside weights and optimizer."""
+    """What a state contains besides weights and optimizer."""
 
     update: int = 0
     """Updates done."""
     kl_coefficient: float = 0.0
-    """Price of a nat in the next update."""
+    """Price of a nat of KL in the next update."""
     seconds: float = 0.0
-    """Of training so far, over all resumptions."""
+    """Training time so far, over all resumptions."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Figures of the last update."""
 
 
 def record(output: Path) -> Path:
-    """Return the folder in a run's folder whose files go into the Checkpoint, beside its weights."""
+    """Return the subfolder of a run's folder whose files go into the Checkpoint, next to its weights."""
     return partial.folder(output) / "record"
 
 
 class States:
-    """The folder of a run, and the states in it. All processes call the same methods."""
+    """The folder of a run, and the states in it. All processes must call the same methods."""
 
     def __init__(self, config: Config, accelerator: Accelerator, plan: Mapping[str, Any]) -> None:
-        """Make the folder, or open that of the interrupted run.
+        """Create the folder, or open that of the interrupted run.
 
         Raises:
-            ConfigError: the run was begun by another plan; names what changed.
+            ConfigError: the run was begun with another plan; the message lists what changed.
         """
         self.folder = partial.folder(config.output)
         self.record = record(config.output)
@@ -80,16 +80,16 @@ class States:
         accelerator.wait_for_everyone()
 
     def last(self) -> Path | None:
-        """Return the last whole state."""
+        """Return the folder of the last complete state; None: there is none."""
         return max(self.folder.glob("state-*"), default=None)
 
     def load(self) -> Progress | None:
-        """Put the last state into models and optimizer, and return how far it is; None: there is none."""
+        """Load the last state into models and optimizer, and return its progress; None: there is none."""
         state = self.last()
         return None if state is None else self._loaded(state)
 
     def load_best(self, update: int) -> Progress:
-        """Put the state that was kept as the best one after an update into models and optimizer.
+        """Load the state that was saved as the best one after this update into models and optimizer.
 
         Raises:
             ModelError: there is none.
@@ -109,10 +109,10 @@ class States:
         return self.folder / f"{which}-{update:06}"
 
     def save(self, progress: Progress, which: Which = "state") -> None:
-        """Keep a state, in place of the one before.
+        """Save a state, which replaces the one before it.
 
         Raises:
-            ModelError: it cannot be written, for instance on a full disk; the one before it stays.
+            ModelError: it cannot be written, for instance on a full disk; the previous state is kept.
         """
         state = self._path(which, progress.update)
         accelerator = self._accelerator
@@ -137,7 +137,7 @@ class States:
         accelerator.wait_for_everyone()
 
     def _drop_older(self) -> None:
-        """Leave the last state, the best one, and the best one of when that last state was written."""
+        """Keep the last state, the best one, and the best one at the time that last state was written."""
         states, bests = (sorted(map(_update, self.folder.glob(f"{which}-*"))) for which in ("state", "best"))
         last = states[-1] if states else 0
         reachable = max((one for one in bests if one <= last), default=None)
@@ -148,11 +148,11 @@ class States:
                 shutil.rmtree(self._path("best", update))
 
     def log(self, update: int, figures: dict[str, float]) -> None:
-        """Write a line of figures."""
+        """Append a line of figures."""
         lines.append(self._figures, {"update": update, **figures})
 
     def forget_after(self, update: int) -> None:
-        """Drop what was kept of later updates, which a run that is taken up makes again.
+        """Delete what was saved for later updates, since a resumed run repeats those updates.
 
         Raises:
             DataError: a line of figures is damaged.
@@ -164,13 +164,13 @@ class States:
 
 
 def _update(state: Path) -> int:
-    """Return the update after which a state was kept."""
+    """Return the update after which a state was saved."""
     return int(state.name.rpartition("-")[2])
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to ourselves what accelerate says of tied weights: they are written once, and tied when read."""
+    """Suppress accelerate's warning about tied weights: they are written once, and tied again on loading."""
     logger = logging.getLogger("accelerate.utils.other")
     level = logger.level
     logger.setLevel(logging.ERROR)

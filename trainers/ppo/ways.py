@@ -1,11 +1,11 @@
-"""Ways in which processes train one policy together: how its weights are held, and how a step is taken.
+"""Ways to train one policy in several processes: how its weights are stored, and how a step is taken.
 
-Whole    each process holds all weights, under DDP or alone
-Sharded  each holds a part of every weight, under FSDP2
-Zero     each holds all weights and a part of what the optimizer keeps of them, under DeepSpeed's ZeRO 1 or 2
+Whole    each process has all weights, under DDP or alone
+Sharded  each has a part of every weight, under FSDP2
+Zero     each has all weights and a part of the optimizer's state, under DeepSpeed's ZeRO 1 or 2
 
-A step is the same in all of them: the parts of a minibatch add up their gradients, processes add up theirs
-with the last part, and the weights move by what is left once the gradient is clipped.
+A step is the same in all of them: gradients accumulate over the parts of a minibatch, are reduced over the
+processes with the last part and clipped, and the optimizer then updates the weights.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ ONE_WHOLE_MODEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedTyp
 
 
 class Whole:
-    """All weights in each process, which accelerate keeps alike."""
+    """All weights in each process, kept in sync by accelerate."""
 
     in_step = False
-    """Whether no process can read the policy unless all do."""
+    """Whether all processes must run the policy at the same time."""
 
     def __init__(self, accelerator: Accelerator, config: Config) -> None:
         self.accelerator, self.config = accelerator, config
@@ -47,29 +47,29 @@ class Whole:
         self.reference: nn.Module | None = None
 
     def prepare(self, actor: ActorCritic, reference: nn.Module | None) -> None:
-        """Take the models of a run, and set `actor`, `optimizer` and `reference`."""
+        """Wrap the models of a run, and set `actor`, `optimizer` and `reference`."""
         optimizer = torch.optim.AdamW(_groups(actor, self.config), eps=1e-5, weight_decay=0.0, fused=True)
         self.actor, self.optimizer = self.accelerator.prepare(actor, optimizer)
         self.reference = reference
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in the precision that the config asks for, on weights of 32 bits."""
+        """Compute in the precision of the config, on weights of 32 bits."""
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
     def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Read and go back through a part of a minibatch; with the last, processes add up their gradients."""
+        """Enclose forward and backward of one part of a minibatch; gradients are reduced in the last part."""
         return contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.actor)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss to those of the parts before; processes take the mean of theirs."""
+        """Backpropagate a loss, adding to the gradients of earlier parts; processes average theirs."""
         self.accelerator.backward(loss)
 
     def step(self) -> float:
-        """Move the weights by the clipped gradient, and forget it.
+        """Update the weights with the clipped gradient, and reset the gradient.
 
         Returns:
-            Its norm before it was clipped. Where that is no number, no weight was moved.
+            The gradient's norm before clipping. If it is not finite, no weight was changed.
         """
         norm = float(self.accelerator.clip_grad_norm_(self.actor.parameters(), self.config.max_grad_norm))
         if math.isfinite(norm):
@@ -78,7 +78,7 @@ class Whole:
         return norm
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Return the policy's weights to write; None: as they are in it. All processes call it."""
+        """Return the policy's weights to write; None: those in the model. All processes must call it."""
         return None
 
 
@@ -90,7 +90,7 @@ class Sharded(Whole):
     def prepare(self, actor: ActorCritic, reference: nn.Module | None) -> None:  # noqa: D102
         plugin: Any = self.accelerator.state.fsdp_plugin
         policy = plugin.mixed_precision_policy
-        if policy is not None:  # compute in 16 bits, and neither return nor add up in them
+        if policy is not None:  # compute in 16 bits, but return outputs and reduce gradients in 32
             plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
         super().prepare(actor, reference)
         register_fsdp_forward_method(self.actor, "around")
@@ -104,9 +104,9 @@ class Sharded(Whole):
 class Zero(Whole):
     """All weights in each process, and a part of the optimizer's state, under DeepSpeed's ZeRO 1 or 2.
 
-    The engine clips and steps at once. Weights keep 32 bits, under autocast, as in the other ways: the
-    engine's own 16 bits would train another policy than the reference is, and lose small steps in the
-    Checkpoint.
+    The engine clips and steps in one call. Weights stay in 32 bits, under autocast, as in the other ways:
+    with the engine's own 16 bits the trained policy would differ from the reference, and small steps would be
+    lost in the Checkpoint.
     """
 
     def prepare(self, actor: ActorCritic, reference: nn.Module | None) -> None:  # noqa: D102
@@ -114,12 +114,12 @@ class Zero(Whole):
         told |= {
             "bf16": {"enabled": False},
             "fp16": {"enabled": False},
-            "gradient_accumulation_steps": 1,  # the parts of a minibatch are counted here
+            "gradient_accumulation_steps": 1,  # accumulation over parts is done here
             "gradient_clipping": config.max_grad_norm,
             "torch_autocast": {
                 "enabled": computes_in_bf16(config),
                 "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],  # whose gradients would be added up in 16 bits
+                "lower_precision_safe_modules": [],  # their gradients would be added up in 16 bits
             },
             "train_batch_size": "auto",
             "train_micro_batch_size_per_gpu": config.batch_size,
@@ -144,15 +144,16 @@ class Zero(Whole):
         return float(self.actor.get_global_grad_norm())
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Return copies: the engine has the weights lie behind one another in one tensor."""
+        """Return copies: the engine stores the weights as slices of one flat tensor."""
         return whole_weights(self.actor, self.accelerator)
 
 
 def way_of(accelerator: Accelerator, config: Config) -> Whole:
-    """Return the way that accelerate was launched in.
+    """Return the way of training that matches how accelerate was launched.
 
     Raises:
-        ConfigError: a policy cannot both be sampled and trained in it, or it is told other than PPO is.
+        ConfigError: a policy cannot be both sampled and trained that way, or DeepSpeed's settings contradict
+            those of PPO.
     """
     kind, state = accelerator.distributed_type, accelerator.state
     if kind in ONE_WHOLE_MODEL:
@@ -175,10 +176,10 @@ def way_of(accelerator: Accelerator, config: Config) -> Whole:
 
 
 def _check_told(told: dict[str, Any], config: Config) -> None:
-    """Make sure that DeepSpeed is told nothing else than PPO is.
+    """Check that DeepSpeed's config does not contradict the config of PPO.
 
     Raises:
-        ConfigError: it is; names what.
+        ConfigError: it does; the message names the setting.
     """
     for key in ("optimizer", "scheduler"):
         if key in told:
@@ -198,7 +199,7 @@ def _check_told(told: dict[str, Any], config: Config) -> None:
 
 
 def _groups(actor: ActorCritic, config: Config) -> list[dict[str, Any]]:
-    """Return what the optimizer trains: the policy, and the values."""
+    """Return the optimizer's parameter groups: the policy, and the values."""
     named = [(name, one) for name, one in actor.named_parameters() if one.requires_grad]
     return [
         {"params": [one for name, one in named if name.startswith("policy.")], "lr": config.learning_rate},

@@ -1,9 +1,9 @@
-"""Reward models on soft labels: one, or an ensemble with its average.
+"""Trains reward models on soft labels: one, or an ensemble and the average of its weights.
 
 reward        the stage: Config and train, over TRL's RewardTrainer
-frozen        the head alone, on the states of a frozen model: a fit for a CPU
+frozen        trains the head alone, on hidden states of a frozen model: feasible on a CPU
 averaging     the average of several models' weights (WARM)
-reliability   what margins are worth: how often right, and how far they may be believed
+reliability   accuracy and calibration of the margins on held-out pairs
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Weight averaging of reward models (WARM, Ramé et al. 2024, arXiv:2401.12187).
 
 Members that were fine-tuned from the same weights, head included, with different seeds and orders of data lie
-in one basin of the loss, so that the mean of their weights is a model (eq. 2 there). It costs one model's
-memory and time where an ensemble of rewards costs theirs all, and remembers less of labels that are wrong.
+in one basin of the loss, so that the mean of their weights is itself a usable model (eq. 2 there). It needs
+the memory and time of one model, while an ensemble needs those of all members, and memorises fewer wrong
+labels.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ __all__ = ["averaged"]
 
 
 def averaged(members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the mean of the members' weights, summed in float32 and in the members' own type.
+    """Return the mean of the members' weights, summed in float32 and converted to the members' own dtype.
 
     Raises:
-        DataError: there are fewer than two members, or they are not of one shape; names the tensor.
+        DataError: there are fewer than two members, or their shapes differ; the message names the tensor.
     """
     import torch
 

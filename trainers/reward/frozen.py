@@ -1,16 +1,16 @@
-"""A reward model whose head alone is trained, on the states of a frozen model: a fit for a CPU.
+"""Trains only the head of a reward model, on hidden states of the frozen model: feasible on a CPU.
 
-    states    one forward pass a pair, kept on disk, so that an interrupted run resumes
+    states    one forward pass per pair, cached on disk, so that an interrupted run resumes
     choose    depth and L2 penalty by cross-validation over prompts
     fit       logistic regression on the difference of two states, with soft labels: the loss of a reward
-              model over its last layer, at its one optimum
+              model in its last layer only, at its unique optimum
     build     the sequence classifier of that depth with that head
 
-A state is what a classifier of a given depth shows its head: the hidden state after so many layers, through
-the model's final norm, of the last token that does not pad
+A state is the input of the head in a classifier of a given depth: the hidden state after that many layers,
+through the model's final norm, of the last token that is not padding
 (https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_layers.py). Chosen and
-rejected share their beginning, which is read once: both stand in one row, the second at the positions that it
-would have alone and blind to the first.
+rejected share their beginning, which is computed once: both are in one row, the second with the positions
+that it would have alone, and with the rest of the first masked out.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _CHUNK = 64
 
 
 class Fit(NamedTuple):
-    """A head."""
+    """A fitted head."""
 
     weight: Array
     """(hidden,) float64: the reward is its product with a state."""
     loss: float
-    """Mean cross-entropy on the pairs that it was fitted to, penalty left out, in nats."""
+    """Mean cross-entropy on the pairs that it was fitted to, without the penalty, in nats."""
 
 
 class Choice(NamedTuple):
-    """A depth and a penalty, and what they came to on pairs left out of the fit."""
+    """A depth and a penalty, with their scores on the pairs left out of the fit."""
 
     depth: int
-    """Layers."""
+    """Number of layers."""
     penalty: float
     """L2 penalty."""
     loss: float
@@ -62,7 +62,7 @@ class Choice(NamedTuple):
 
 
 def depths(layers: int) -> tuple[int, ...]:
-    """Return the depths that are tried of so many layers: a third, a half, two thirds, five sixths, all.
+    """Return the depths to try for this many layers: a third, a half, two thirds, five sixths, all.
 
     >>> depths(30)
     (10, 15, 20, 25, 30)
@@ -79,20 +79,20 @@ def states(
     at: Sequence[int],
     cache: Path,
 ) -> Array:
-    """Return the states of chosen and rejected at some depths, one forward pass a pair.
+    """Return the states of chosen and rejected at some depths, with one forward pass per pair.
 
     Args:
         model: a sequence classifier over a decoder, in evaluation mode.
         pairs: tokens of chosen and of rejected, prompt included.
         at: depths, in layers.
-        cache: folder that the states stay in, by what they depend on; another run over them goes on there.
+        cache: folder in which the states are cached, keyed by all they depend on; later runs reuse them.
 
     Returns:
         (pairs, 2, depths, hidden) float16, chosen before rejected.
 
     Raises:
-        ConfigError: the model is no decoder of layers with a final norm.
-        DataError: a state is not finite; names the pair.
+        ConfigError: the model is not a decoder of layers with a final norm.
+        DataError: a state is not finite; the message names the pair.
     """
     import numpy
     import torch
@@ -123,9 +123,9 @@ def states(
 
 
 def _unpadded(ids: Sequence[int], pad: int | None) -> Sequence[int]:
-    """Return tokens up to the one whose state the classifier pools.
+    """Return the tokens up to the one whose state the classifier pools.
 
-    Where a tokenizer has no padding of its own, the token that ends an answer pads, and is passed over.
+    If a tokenizer has no padding token of its own, the end-of-text token is used as padding, and is skipped.
     """
     end = len(ids)
     while end > 1 and ids[end - 1] == pad:
@@ -143,11 +143,11 @@ def _decoder(model: Any) -> Any:
 
 
 def _states(decoder: Any, hidden: Sequence[torch.Tensor], ends: tuple[int, int], at: Sequence[int]) -> Array:
-    """Return (2, depths, hidden): what classifiers of these depths would show their heads.
+    """Return (2, depths, hidden): the inputs of the heads of classifiers of these depths.
 
     Args:
-        hidden: (T, hidden) after the embedding and after each layer, the last one through the norm already.
-        ends: where chosen and rejected end.
+        hidden: (T, hidden) after the embedding and after each layer; the last has passed the norm already.
+        ends: index of the last token of chosen and of rejected.
     """
     import torch
 
@@ -161,7 +161,7 @@ def _states(decoder: Any, hidden: Sequence[torch.Tensor], ends: tuple[int, int],
 def _read_shared(
     decoder: Any, chosen: Sequence[int], rejected: Sequence[int]
 ) -> tuple[list[torch.Tensor], tuple[int, int]]:
-    """Return the hidden states of a pair whose beginning is read once, and where its two answers end."""
+    """Return the hidden states of a pair whose beginning is computed once, and where its answers end."""
     import torch
 
     shared = _alike(chosen, rejected)
@@ -183,7 +183,7 @@ def _read_shared(
 def _read_apart(
     decoder: Any, chosen: Sequence[int], rejected: Sequence[int]
 ) -> tuple[list[torch.Tensor], tuple[int, int]]:
-    """Return the same as `_read_shared`, of two passes."""
+    """Return the same as `_read_shared`, computed in two passes."""
     import torch
 
     both = [
@@ -199,9 +199,9 @@ def _read_apart(
 
 
 def _shares(decoder: Any, pair: tuple[Sequence[int], Sequence[int]]) -> bool:
-    """Return whether the decoder takes a mask and positions of ours; some attend in their own way.
+    """Return whether the decoder respects a custom mask and positions; some ignore them.
 
-    One with a sliding window does so far as the pair fits into the window, so ask of the longest.
+    A decoder with a sliding window does as long as the pair fits into the window, so test the longest pair.
     """
     import torch
 
@@ -212,12 +212,12 @@ def _shares(decoder: Any, pair: tuple[Sequence[int], Sequence[int]]) -> bool:
             return False
         apart, alone = _read_apart(decoder, *pair)
     one, other = together[-1][list(ends)].float(), apart[-1][list(alone)].float()
-    # bf16 keeps 8 bits, and rounds otherwise in another order of sums.
+    # bf16 has 8 bits of precision, and rounds differently when sums are taken in another order.
     return bool((one - other).norm() <= 0.05 * other.norm())
 
 
 def _alike(chosen: Sequence[int], rejected: Sequence[int]) -> int:
-    """Return how many tokens both begin with; the last of each is its own."""
+    """Return the number of tokens that both begin with; the last token of each is never counted."""
     count = 0
     for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
         if one != other:
@@ -227,10 +227,10 @@ def _alike(chosen: Sequence[int], rejected: Sequence[int]) -> int:
 
 
 def _mark(decoder: Any) -> bytes:
-    """Return a digest of the weights, which cached states belong to."""
+    """Return a digest of the weights, which is part of the key of cached states."""
     digest = hashlib.sha256(str(decoder.dtype).encode())
     for name, tensor in sorted(decoder.state_dict().items()):
-        # Two moments tell weights apart that differ by training; the bytes themselves would take long.
+        # Two moments distinguish weights that differ by training; hashing the bytes would take long.
         told = tensor.double()
         digest.update(
             f"{name} {tuple(tensor.shape)} {told.sum().item()} {told.square().sum().item()}".encode()
@@ -249,20 +249,20 @@ def _key(
 
 
 def fit(margins: Array, p_chosen: Array, weights: Array, penalty: float) -> Fit:
-    """Return the head of least loss, sum of w(-p log s(d) - (1 - p) log s(-d)) + penalty/2 ||v||^2.
+    """Return the head of minimal loss, sum of w(-p log s(d) - (1 - p) log s(-d)) + penalty/2 ||v||^2.
 
     Args:
-        margins: (pairs, hidden): state of chosen less state of rejected.
+        margins: (pairs, hidden): state of chosen minus state of rejected.
         p_chosen: (pairs,) in [0, 1].
         weights: (pairs,) above 0.
-        penalty: above 0, on v, the weights of dimensions of unit mean square.
+        penalty: above 0, on v, the weights after each dimension is scaled to a mean square of 1.
     """
     import numpy
     from sklearn.linear_model import LogisticRegression
 
     scale = numpy.sqrt(numpy.average(margins.astype(float) ** 2, axis=0, weights=weights)) + 1e-9
     x = margins / scale
-    # Each pair stands there as itself with weight p, and turned round with weight 1 - p.
+    # Each pair appears twice: as it is with weight p, and swapped with weight 1 - p.
     model = LogisticRegression(C=1 / penalty, fit_intercept=False, max_iter=1000)
     model.fit(
         numpy.concatenate([x, x]),
@@ -274,17 +274,17 @@ def fit(margins: Array, p_chosen: Array, weights: Array, penalty: float) -> Fit:
 
 
 def folds_of(prompts: Sequence[bytes]) -> Array:
-    """Return the fold of each pair, (pairs,) int: pairs of one prompt are left out together.
+    """Return the fold of each pair, (pairs,) int: all pairs of a prompt are in the same fold.
 
     Args:
-        prompts: what stands for each pair's prompt.
+        prompts: an identifier of each pair's prompt.
 
     Raises:
-        DataError: all are of one prompt.
+        DataError: all pairs have the same prompt.
     """
     import numpy
 
-    # As if at random, and as many prompts in each fold.
+    # In pseudo-random order, with about equally many prompts in each fold.
     drawn = sorted(set(prompts), key=lambda key: hashlib.sha256(key).digest())
     if len(drawn) < 2:
         raise DataError("all pairs are of one prompt; a head is chosen on pairs of other prompts: add some")
@@ -299,10 +299,10 @@ def choose(
     weights: Array,
     folds: Array,
 ) -> tuple[Choice, ...]:
-    """Return every depth and penalty with its loss on pairs left out, the best first.
+    """Return every depth and penalty with its loss on the pairs left out, sorted from best to worst.
 
     Args:
-        found: what `states` returned for the pairs.
+        found: the result of `states` for the pairs.
         at: its depths.
         p_chosen: (pairs,) in [0, 1].
         weights: (pairs,) above 0.
@@ -335,10 +335,10 @@ def _loss(told: Array, p_chosen: Array, weights: Array) -> float:
 
 
 def build(model: PreTrainedModel, depth: int, weight: Array | None = None) -> PreTrainedModel:
-    """Cut a classifier to its lowest `depth` layers, and give it a head; it is changed in place and returned.
+    """Cut a classifier to its lowest `depth` layers, and set its head; it is changed in place and returned.
 
     Raises:
-        ConfigError: it has fewer layers, or is no decoder of layers.
+        ConfigError: it has fewer layers, or is not a decoder of layers.
     """
     import torch
 

@@ -1,11 +1,11 @@
-"""What the margins of a reward model are worth: how often they are right, and how far they may be believed.
+"""Measures how reliable the margins of a reward model are on held-out pairs: accuracy and calibration.
 
-A margin is the reward of the chosen answer less that of the rejected one; sigma(margin) is the probability,
-by the model, that chosen is better (Bradley and Terry 1952). A label may be soft: where people prefer chosen
-with p = 0.6, a model that says 0.6 is calibrated, and one that says 0.99 is not.
+A margin is the reward of the chosen answer minus that of the rejected one; sigma(margin) is the model's
+probability that chosen is better (Bradley and Terry 1952). A label may be soft: if people prefer chosen
+with p = 0.6, a model that gives 0.6 is calibrated, and one that gives 0.99 is not.
 
     measured     accuracy with its interval, calibration error and loss, of all pairs and by group
-    plot         how often each confidence came true, as SVG
+    plot         observed frequency against confidence, as SVG
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ from trainers.evaluation.figures import share
 __all__ = ["ALL", "Pair", "Reliability", "bins", "figures", "measured", "plot"]
 
 ALL = "all"
-"""The group of all pairs."""
+"""Name of the group of all pairs."""
 
 
 class Pair(NamedTuple):
     """One pair that the model was not trained on."""
 
     margin: float
-    """Reward of the chosen answer less that of the rejected one."""
+    """Reward of the chosen answer minus that of the rejected one."""
     p_chosen: float
-    """P(chosen is better) by its label, from 0 to 1."""
+    """P(chosen is better) according to its label, from 0 to 1."""
     group: str
-    """What its figures are kept apart by, such as its source."""
+    """Group that its figures are reported under, such as its source."""
     prompt: str
-    """What stands for its prompt: pairs of one prompt say less than as many of others."""
+    """Identifier of its prompt: pairs of one prompt are not independent, so intervals are over prompts."""
 
 
 class Reliability(NamedTuple):
-    """What margins are worth on one group of pairs."""
+    """Reliability figures of one group of pairs."""
 
     pairs: int
-    """How many."""
+    """Number of pairs."""
     prompts: int
-    """How many prompts they have."""
+    """Number of distinct prompts."""
     accuracy: float
-    """Share in which the model prefers the side that the label prefers, of the pairs of which it prefers one;
-    equal rewards are a miss. NaN where no label prefers a side."""
+    """Share of pairs whose higher reward is on the side that the label prefers, among pairs whose label
+    prefers a side; equal rewards count as a miss. NaN if no label prefers a side."""
     accuracy_low: float
     """Lower end of its 95 % interval over prompts; see `evaluation.figures.share`."""
     accuracy_high: float
     """Upper end."""
     ece: float
     """Expected calibration error of sigma(margin), in [0, 1]: the mean distance of confidence and outcome
-    over bins of about as many pairs each (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
+    over bins of about equally many pairs (Guo et al. 2017, arXiv:1706.04599, eq. 3)."""
     ece_calibrated_low: float
-    """Lower end between which that of a calibrated model lies on as many pairs, in 95 of 100; an `ece` in
-    between may be chance."""
+    """Lower end of the range that contains the ECE of a calibrated model on as many pairs 95 times in 100; an
+    `ece` in this range may be due to chance."""
     ece_calibrated_high: float
     """Upper end."""
     loss: float
-    """Mean cross-entropy of sigma(margin) and the label, in nats; that of no knowledge is log 2 = 0.693."""
+    """Mean cross-entropy of sigma(margin) and the label, in nats; random guessing has log 2 = 0.693."""
 
 
 def measured(pairs: Sequence[Pair]) -> dict[str, Reliability]:
-    """Return the figures of all pairs, as `ALL`, and of each group where there are several.
+    """Return the figures of all pairs, as `ALL`, and of each group if there are several.
 
     Raises:
-        DataError: there is no pair, or a margin is not finite; names the first.
+        DataError: there is no pair, or a margin is not finite; the message names the first.
     """
     if not pairs:
         raise DataError("no pair to measure a reward model on; keep some out of training")
@@ -103,14 +103,14 @@ def _measured(pairs: Sequence[Pair]) -> Reliability:
 
 
 def bins(pairs: Sequence[Pair], count: int = BINS) -> list[Bin]:
-    """Return pairs by the confidence of the model, in at most `count` bins of about as many pairs each."""
+    """Group pairs by the model's confidence, into at most `count` bins of about equally many pairs."""
     return calibrated.bins(*_confidences(pairs), count)
 
 
 def _confidences(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
-    """Return the model's probability of the side that it prefers, from 0.5 to 1, and that by the label.
+    """Return the model's probability of the side it prefers, from 0.5 to 1, and the label's for that side.
 
-    So it does not matter which side is called chosen. A model that prefers neither is half right.
+    So it does not matter which side is called chosen. If a model prefers neither side, both are 0.5.
     """
     said = [_sigma(abs(pair.margin)) for pair in pairs]
     true = [
@@ -120,7 +120,7 @@ def _confidences(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
 
 
 def figures(found: dict[str, Reliability]) -> dict[str, float]:
-    """Return figures under flat names, as a manifest holds them: `accuracy`, `harmless/accuracy`, …"""
+    """Return figures under flat names, as a manifest stores them: `accuracy`, `harmless/accuracy`, …"""
     return {
         name if group == ALL else f"{group}/{name}": float(value)
         for group, one in found.items()
@@ -143,11 +143,11 @@ def _sigma(x: float) -> float:
 
 
 def plot(path: Path, pairs: Sequence[Pair], title: str) -> None:
-    """Draw, as SVG, how often each confidence came true; bars are 95 % intervals of as many prompts.
+    """Plot the observed frequency against the confidence, as SVG; bars are 95 % intervals.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
     with svg.canvas("a reliability plot", (4.2, 4)) as (figure, (axes,)):
         lines: list[Any] = axes.plot([0.5, 1], [0.5, 1], color="0.8", linewidth=1)
@@ -163,7 +163,7 @@ def plot(path: Path, pairs: Sequence[Pair], title: str) -> None:
             )
         axes.set(xlabel="confidence", ylabel="share that came true", xlim=(0.5, 1), ylim=(0, 1))
         axes.set_title(svg.label(title))
-        # Named here, for matplotlib leaves out a line whose own label begins with `_`.
+        # Labels are passed here, because matplotlib omits a line whose own label begins with `_`.
         axes.legend(lines, ["calibrated", *map(svg.label, groups)], frameon=False, fontsize=7)
         svg.write(path, figure)
 
@@ -174,5 +174,5 @@ def _groups(pairs: Sequence[Pair]) -> list[str]:
 
 
 def _interval(one: Bin) -> tuple[float, float]:
-    """Return the 95 % interval of a bin's share that came true."""
+    """Return the 95 % interval of a bin's observed frequency."""
     return wilson(round(one.true * one.cases), one.cases)

@@ -1,20 +1,20 @@
-"""Reward models on soft labels, over TRL's RewardTrainer: one, or several with their average.
+"""The stage that trains reward models on soft labels, over TRL's RewardTrainer: one model or an ensemble.
 
     weights    all weights (or adapters) are trained
-    head       the head alone, fitted to the states of the frozen model, which are computed once: for a CPU
+    head       only the head, fitted to hidden states of the frozen model, which are computed once: for a CPU
 
 The loss of a pair whose rewards differ by d is its cross-entropy against P(chosen is better)
-(`trainers.stages.soft`), plus a pull of all rewards towards 0 (Eisenstein et al. 2023, arXiv:2312.09244,
-section 4).
+(`trainers.stages.soft`), plus a penalty that pulls all rewards towards 0 (Eisenstein et al. 2023,
+arXiv:2312.09244, section 4).
 
-Afterwards rewards are moved so that their mean over a reference set is 0: the held-out answers, or else those
-trained on (512 pairs of them, drawn by the seed; with `head` all). The move stands as `reward_shift` in the
-model's config.json, where `trainers.policy.load_reward` takes it off every reward. Another loader's rewards
-are higher by it, all alike: their differences, and with them every preference, are the same.
+After training, rewards are shifted so that their mean over a reference set is 0: the held-out answers, or
+else those trained on (512 pairs of them, drawn with the seed; with `head` all). The shift is stored as
+`reward_shift` in the model's config.json, and `trainers.policy.load_reward` subtracts it from every reward.
+Other loaders return rewards that are higher by this constant; differences, and so preferences, are the same.
 
-Several members start from the same weights, head included, and differ in seed and order of rows. The
-Checkpoint is then their average (WARM, see `averaging`), and OUTPUT/members/0, 1, … are Checkpoints
-themselves, to be used as an ensemble: the mean of their rewards, and how far they disagree.
+The members of an ensemble start from the same weights, head included, and differ in seed and order of rows.
+The Checkpoint is then their average (WARM, see `averaging`), and OUTPUT/members/0, 1, … are Checkpoints
+themselves, to be used as an ensemble: the mean of their rewards, and their disagreement.
 """
 
 from __future__ import annotations
@@ -50,35 +50,35 @@ from trainers.weights import quietly
 __all__ = ["HELD_OUT", "KINDS", "MEMBERS", "Config", "members", "train"]
 
 KINDS: tuple[Kind, ...] = ("preference",)
-"""Of datasets that are read."""
+"""Kinds of datasets that the stage reads."""
 MEMBERS = "members"
-"""The folder of an ensemble's members, in that of their average."""
+"""Folder of an ensemble's members, inside the folder of their average."""
 PLOT = "reliability.svg"
 REFERENCE = 512
-"""Pairs that are drawn for the reference set, at most, where none are held out."""
+"""Maximum number of pairs drawn for the reference set if none are held out."""
 HELD_OUT = "heldout.jsonl"
-"""Rewards of the held-out pairs, a line each."""
+"""File with the rewards of the held-out pairs, one line each."""
 _SCORED = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
-    """What reward modelling is told."""
+    """Configuration of reward modelling."""
 
     learning_rate: float = 1e-5
     """Highest learning rate, of AdamW (Lee et al. 2023, appendix)."""
     trains: Literal["weights", "head"] = "weights"
     """`head`: the model is frozen and its head fitted; depth and L2 penalty are chosen by cross-validation,
-    and what is said here of learning rate, passes and batches has no effect. With precision `auto` the model
-    is read in bf16 on a CPU that multiplies in it, too."""
+    and the settings of learning rate, passes and batches have no effect. With precision `auto` the model
+    is read in bf16 also on a CPU that supports bf16 products."""
     layers: int | None = None
-    """Keep the model's lowest this many layers; None: all. With `head`, the most that are tried."""
+    """Keep only this many of the model's lowest layers; None: all. With `head`, the maximum depth tried."""
     members: int = 1
-    """Reward models that are trained; of several the Checkpoint is the average."""
+    """Number of reward models to train; if there are several, the Checkpoint is their average."""
     center_rewards_coefficient: float = 0.01
-    """Weight of the mean squared sum of a pair's rewards in the loss, as TRL names it; 0 leaves it out."""
+    """Weight of the mean squared sum of a pair's rewards in the loss (TRL's name); 0 disables it."""
     by: str = "source"
-    """Column that the held-out figures are kept apart by; another one than `source` must be there."""
+    """Column by which held-out figures are grouped; any column other than `source` must exist in the data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,19 +99,19 @@ class Config(StageConfig):
             )
 
     def fewest(self, processes: int) -> tuple[int, str]:
-        """Return the same; `head` is fitted to all rows at once, in one process."""
+        """Return the same as the base class; `head` is fitted to all rows at once, in one process."""
         return (1, "of a fit") if self.trains == "head" else super().fewest(processes)
 
 
 def train(config: Config) -> Checkpoint:
     """Train on pairs of answers, and return the Checkpoint.
 
-    Rows are `prompt`, `chosen` and `rejected`, with `p_chosen` in [0, 1] (1 where it is absent) and `weight`
-    above 0 (1 where it is absent); weights are scaled to a mean of 1. Held-out rows give the figures:
-    accuracy, calibration error and loss, of all and by group, and a reliability plot.
+    Rows are `prompt`, `chosen` and `rejected`, with `p_chosen` in [0, 1] (1 if absent) and `weight` above 0
+    (1 if absent); weights are scaled to a mean of 1. Held-out rows give the figures: accuracy, calibration
+    error and loss, of all and by group, and a reliability plot.
 
     Raises:
-        CaiError: as `trainers.stages.run` says.
+        CaiError: as documented in `trainers.stages.run`.
     """
     if config.members == 1:
         return _one(config, config.seed)
@@ -128,7 +128,7 @@ def train(config: Config) -> Checkpoint:
 
 
 def members(folder: Path) -> tuple[Path, ...]:
-    """Return the folders of an ensemble's members; none where the checkpoint is one reward model."""
+    """Return the folders of an ensemble's members; empty if the checkpoint is a single reward model."""
     found = (folder / MEMBERS).glob("*/config.json")
     return tuple(sorted((path.parent for path in found), key=lambda path: int(path.name)))
 
@@ -138,7 +138,7 @@ def _one(config: Config, head_seed: int) -> Checkpoint:
 
 
 def _resumed(config: Config) -> Checkpoint | None:
-    """Return a member that an interrupted run had finished, if it is the same one."""
+    """Return this member if an interrupted run finished it; raise ConfigError if its plan differs."""
     if not config.output.exists():
         return None
     found = Checkpoint.open(config.output)
@@ -150,7 +150,7 @@ def _resumed(config: Config) -> Checkpoint | None:
         "config": found.manifest.config,
         "models": list(found.manifest.parents),
         "data": data["digest"],
-        "test data": data.get("test_digest", source.test_digest),  # earlier versions did not write it down
+        "test data": data.get("test_digest", source.test_digest),  # earlier versions did not record it
     }
     wanted = json.loads(json.dumps(plan(config, "reward", source)))
     if otherwise := partial.changed(made, wanted, MAY_CHANGE):
@@ -182,7 +182,7 @@ def _shape(config: Config) -> Shape:
 
 
 class Rewards(NamedTuple):
-    """What a model gives the two answers of a pair."""
+    """Rewards of the two answers of a pair."""
 
     chosen: float
     rejected: float
@@ -194,7 +194,7 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
     if config.by != type(config).by and not any(begun.train["group"]):
         raise ConfigError(f"by: no row of {config.data} has a column {config.by!r}; name one that is there")
     model = _member(made[0]) if made else _base(begun, config, head_seed)
-    model.config.reward_shift = 0.0  # of the model that it starts from
+    model.config.reward_shift = 0.0  # reset that of the model that training starts from
     model.config.pad_token_id = begun.tokenizer.pad_token_id
     kind = _average_trainer() if made else _head_trainer() if config.trains == "head" else _soft_trainer()
     trainer = kind(
@@ -203,7 +203,7 @@ def _trainer(begun: Run, config: Config, head_seed: int, made: Sequence[Checkpoi
             **begun.arguments(),
             max_length=None,
             center_rewards_coefficient=None,
-            disable_dropout=False,  # that of adapters, too, which was asked for
+            disable_dropout=False,  # keeps the dropout of adapters, which was configured
         ),
         train_dataset=begun.train,
         processing_class=begun.tokenizer,
@@ -218,15 +218,15 @@ def _base(begun: Run, config: Config, head_seed: int) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    with torch.random.fork_rng(), quietly():  # it says that a head is new
-        torch.manual_seed(head_seed)  # members begin with one head
+    with torch.random.fork_rng(), quietly():  # suppresses the warning that the head is new
+        torch.manual_seed(head_seed)  # all members start with the same head
         model = begun.model(AutoModelForSequenceClassification, dropout=False, num_labels=1)
     return model if config.layers is None else frozen.build(model, config.layers)
 
 
 @cache
 def _soft_trainer() -> Any:
-    """Return TRL's trainer with the soft loss in place of its own, and with figures at the end."""
+    """Return TRL's trainer with the soft loss instead of its own, and with figures computed at the end."""
     from trl import RewardTrainer
 
     class SoftRewardTrainer(RewardTrainer):  # type: ignore[misc]
@@ -236,7 +236,7 @@ def _soft_trainer() -> Any:
         _signature_columns: Any
 
         def begin(self, begun: Run, config: Config, made: Sequence[Checkpoint]) -> None:
-            """Take what is needed beside what TRL needs."""
+            """Set what is needed in addition to the arguments of TRL's trainer."""
             self.begun, self.stage, self.made = begun, config, made
             self.data_collator = Labelled(self.data_collator)
             self.mean_weight = statistics.fmean(begun.train["weight"])
@@ -258,12 +258,12 @@ def _soft_trainer() -> Any:
         def train(self, *args: Any, **kwargs: Any) -> Any:
             """Train, then centre the rewards and measure them."""
             found = super().train(*args, **kwargs)
-            if self.state.global_step >= self.state.max_steps:  # or else it was interrupted
+            if self.state.global_step >= self.state.max_steps:  # otherwise it was interrupted
                 self.measure()
             return found
 
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-            """Do nothing: `measure` has."""
+            """Do nothing: `measure` computes the figures."""
             return {}
 
         def measure(self) -> None:
@@ -286,13 +286,13 @@ def _soft_trainer() -> Any:
                 _write(self.begun.beside / HELD_OUT, found, rows)
 
         def trained_on(self) -> Any:
-            """Return pairs that stand for all that were trained on."""
+            """Return a sample of the pairs that were trained on."""
             train = self.begun.train
             drawn = random.Random(self.stage.seed).sample(range(len(train)), min(REFERENCE, len(train)))
             return train.select(sorted(drawn))
 
         def rewards(self, rows: Any) -> list[Rewards]:
-            """Return the rewards of pairs. Every process computes all: parts of a model may be on each."""
+            """Return the rewards of pairs. Every process computes all: the model may be sharded over them."""
             self.model.eval()
             texts = [*rows["chosen_ids"], *rows["rejected_ids"]]
             pad, device = self.begun.tokenizer.pad_token_id, self.accelerator.device
@@ -304,7 +304,7 @@ def _soft_trainer() -> Any:
 
 @cache
 def _head_trainer() -> Any:
-    """Return a trainer that fits the head and leaves the model."""
+    """Return a trainer that fits the head and does not change the other weights."""
     import numpy
     import torch
 
@@ -328,7 +328,7 @@ def _head_trainer() -> Any:
             self.fit = frozen.fit(margins, p_chosen, weights, best.penalty)
             begun.seconds = time.monotonic() - started
             self.measure()
-            # What is frozen was rounded before it was read; the head must not be.
+            # The frozen weights were rounded before the states were computed; the head must not be rounded.
             frozen.build(model.float(), best.depth, self.fit.weight)
             lines = "".join(json.dumps(one._asdict()) + "\n" for one in tried)
             (begun.beside / "choices.jsonl").write_text(lines, encoding="utf-8")
@@ -340,11 +340,11 @@ def _head_trainer() -> Any:
             return frozen.states(self.model, pairs, self.depths, self.begun.work / "states")
 
         def trained_on(self) -> Any:
-            """Return all pairs, whose states are there already."""
+            """Return all pairs, since their states are cached already."""
             return self.begun.train
 
         def rewards(self, rows: Any) -> list[Rewards]:
-            """Return the rewards of pairs, out of their states."""
+            """Return the rewards of pairs, computed from their states."""
             told = self.states(rows)[:, :, self.place].astype(float) @ self.fit.weight
             return [Rewards(*pair) for pair in told.tolist()]
 
@@ -352,7 +352,7 @@ def _head_trainer() -> Any:
 
 
 def _bf16(begun: Run) -> bool:
-    """Return whether the frozen model is read in bf16: where the machine multiplies in it."""
+    """Return whether the frozen model is read in bf16: by default, if the hardware supports it."""
     import torch
 
     if begun.config.precision != "auto":
@@ -377,7 +377,7 @@ def _average_trainer() -> Any:
         """The mean of the members' weights."""
 
         def train(self, *args: Any, **kwargs: Any) -> None:
-            """Take the average, measure it, and put the members beside it."""
+            """Compute the average, measure it, and copy the members next to it."""
             self.model.load_state_dict(averaged([_member(one).state_dict() for one in self.made]))
             self.begun.seconds = math.fsum(one.manifest.seconds for one in self.made if one.manifest)
             self.measure()
@@ -391,7 +391,7 @@ def _average_trainer() -> Any:
 
 
 def _member(made: Checkpoint) -> Any:
-    """Return a member in 32 bits, as it was written: under adapters the base is only read in 16 or 4."""
+    """Return a member in 32 bits, as it was written: adapters train on a base read in 16 or 4 bits."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -401,7 +401,7 @@ def _member(made: Checkpoint) -> Any:
 
 
 def _ensemble(made: Sequence[Checkpoint]) -> dict[str, float]:
-    """Return the held-out figures of the mean of the members' rewards, and how far the members disagree."""
+    """Return the held-out figures of the mean of the members' rewards, and the members' disagreement."""
     files = [one.path / HELD_OUT for one in made]
     if not all(file.exists() for file in files):
         return {}
