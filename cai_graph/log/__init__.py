@@ -1,4 +1,4 @@
-"""The log: every Trajectory, and what people said of it, kept so that it can be trained on.
+"""The log: durable storage of every Trajectory and its reviews, feedback and comparisons, for training.
 
     log = open_log("sqlite:///cai.db")
     log.append(trajectory).result()     # returns once the record is committed
@@ -81,7 +81,7 @@ _LATER = {
     "recover": "upkeep",
     "verify": "upkeep",
 }
-"""Public names whose modules are loaded when the name is used, so that this import stays cheap."""
+"""Public names whose modules are loaded on first use, so that importing the package stays cheap."""
 
 _FORMS = (
     "'sqlite:///cai.db' (beside you), 'sqlite:////data/cai.db' (absolute), a path that ends in .db, "
@@ -100,11 +100,11 @@ class Place(NamedTuple):
     """Where a log is."""
 
     key: str
-    """The same for every way to write the same place."""
+    """Identical for all URLs that name the same place."""
     name: str
-    """How messages call it; holds no password."""
+    """The name used in messages; contains no password."""
     path: Path | None
-    """The absolute path of its file; None where it is in PostgreSQL."""
+    """The absolute path of its file; None for PostgreSQL."""
 
 
 class _Shared:
@@ -120,26 +120,26 @@ class _Shared:
 _lock = threading.Lock()
 _open: dict[tuple[str, bool], _Shared] = {}
 _live: set[_Shared] = set()
-"""Those of `_open`, and those that are closing but still hold connections, which a fork must not copy."""
+"""Entries of `_open`, and those that are closing and still have connections, which a fork must not copy."""
 
 
 def open_log(url: str | os.PathLike[str], *, redact: Redactor | None = None, read_only: bool = False) -> Log:
-    """Return the log at `url`; an absent one is made, a file readable by its owner alone.
+    """Return the log at `url`, creating it if it does not exist (a file is readable by its owner only).
 
     Args:
         url: `sqlite:///cai.db` (relative), `sqlite:////data/cai.db` (absolute), a path that ends in
             .db, .sqlite or .sqlite3, or `postgresql://user@host:5432/database`, also written
-            `postgresql+psycopg://…`, with the parameters that libpq knows.
-        redact: applied to each record appended through this Log, before anything is written. Where it
+            `postgresql+psycopg://…`, with any libpq parameters.
+        redact: applied to each record appended through this Log, before anything is written. If it
             fails, the record is stored without its texts (`WITHHELD`). Either way calls are stored without
-            their `prompt_digest`, by which a short text could be guessed.
-        read_only: reads only; an absent log is an error and `append` raises.
+            their `prompt_digest`, from which a short text could be guessed.
+        read_only: open for reading only; a missing log is an error, and `append` raises.
 
     Raises:
-        ConfigError: the URL is of no form that is known.
-        LogError: the log cannot be opened or reached, is no log, or was written by a newer release; or
-            PostgreSQL runs with `fsync = off`.
-        MissingExtra: a log in PostgreSQL without psycopg.
+        ConfigError: the URL has none of these forms.
+        LogError: the log cannot be opened or reached, is not a log of cai-graph, or was written by a newer
+            release; or PostgreSQL runs with `fsync = off`.
+        MissingExtra: the log is in PostgreSQL, and psycopg is not installed.
     """
     place = place_of(url)
     key = (place.key, read_only)
@@ -156,7 +156,7 @@ def open_log(url: str | os.PathLike[str], *, redact: Redactor | None = None, rea
 
 
 def open_store(url: str | os.PathLike[str], *, read_only: bool = False) -> Store:
-    """Return the store at `url`, which is the caller's alone. Raises as `open_log`."""
+    """Return a new store at `url`, not shared with any Log. Raises as `open_log`."""
     place = place_of(url)
     if place.path is None:
         try:
@@ -175,7 +175,7 @@ def place_of(url: str | os.PathLike[str]) -> Place:
     """Return the place that `url` names.
 
     Raises:
-        ConfigError: the URL is of no form that is known.
+        ConfigError: the URL has none of the supported forms.
     """
     text = os.fspath(url)
     scheme, separator, rest = text.partition("://")
@@ -186,7 +186,7 @@ def place_of(url: str | os.PathLike[str]) -> Place:
     shown = without_password(text)
     if scheme in ("postgresql", "postgresql+psycopg", "postgres"):
         if re.search(r"[@/?#\s]", rest.rpartition("@")[0]):
-            # The driver would take a part of the password for the host, and name it in its errors.
+            # The driver would parse part of the password as the host, and quote it in its errors.
             raise ConfigError(
                 f"log {shown!r}: a user or password holds an @, /, ?, # or space; "
                 "write it %40, %2F, %3F, %23, %20"
@@ -220,9 +220,9 @@ def is_open(path: Path) -> bool:
 
 
 class Log:
-    """One log, as its user holds it; `open_log` returns it. Thread-safe, and usable after a fork.
+    """A handle to one log, returned by `open_log`. Thread-safe, and usable after a fork.
 
-    Several Logs of one file in a process share one writer. As a context manager it closes at the end.
+    All Logs of one file in a process share one writer. Used as a context manager, the Log closes on exit.
     """
 
     def __init__(self, key: tuple[str, bool], shared: _Shared, redact: Redactor | None) -> None:
@@ -233,27 +233,27 @@ class Log:
 
     @property
     def name(self) -> str:
-        """How messages call the log: the path of its file, or its URL without a password."""
+        """The log's name in messages: the path of its file, or its URL without a password."""
         return self._shared.place.name
 
     @property
     def lost(self) -> int:
-        """Records that this process could not write so far; the future of each says why."""
+        """Number of records that this process failed to write so far; the future of each has the error."""
         return 0 if self._shared.writer is None else self._shared.writer.lost
 
     @property
     def is_full(self) -> bool:
-        """Whether so much is pending (32 MB) that `append` may wait; an event loop sleeps while it is."""
+        """Whether more than 32 MB are pending, so that `append` may block; an event loop should wait."""
         return self._shared.writer is not None and self._shared.writer.is_full
 
     def append(self, record: Record) -> Commit:
         """Queue a record, and return a future that resolves once it is committed; an event loop can await it.
 
-        Callable from any thread or event loop. The caller waits while more than 64 MB are pending. The
-        future fails with DataError where this record cannot be stored (a value that is not JSON; a
-        different record under its id), and with LogError where the log cannot be written (no space, a
-        failing disk); the log goes on by itself as soon as writing works. The future cannot be cancelled,
-        and belongs to the process that appended.
+        Callable from any thread or event loop. Blocks while more than 64 MB are pending. The
+        future fails with DataError if this record cannot be stored (a value that is not JSON; a
+        different record under its id), and with LogError if the log cannot be written (no space, a
+        failing disk); the log resumes by itself as soon as writing works. The future cannot be cancelled,
+        and is valid only in the process that appended.
 
         Raises:
             LogError: the log is closed or read-only.
@@ -261,12 +261,12 @@ class Log:
         return self._writer().append(record, self._redact)
 
     def append_encoded(self, record: Record, payload: bytes | None) -> Commit:
-        """Queue a record like `append`, and store `payload`, its encoding, as it stands.
+        """Queue a record like `append`, and store `payload`, its encoding, unchanged.
 
         Args:
             record: the record.
-            payload: what `encode` or an export made of it; None: as `append`. Refused where this Log
-                redacts, since the bytes would pass by the hook.
+            payload: its encoding, from `encode` or an export; None: as `append`. Rejected if this Log has a
+                redaction hook, since the bytes would bypass it.
 
         Raises:
             LogError: as `append`.
@@ -291,72 +291,75 @@ class Log:
     @overload
     def read(self, **filters: Unpack[Filters]) -> Iterator[Record]: ...
     def read(self, **filters: Unpack[Filters]) -> Iterator[Any]:
-        """Yield the records that pass the filters, as of the first one, in flat memory.
+        """Yield the records that match the filters, in constant memory.
+
+        Records that are appended after iteration starts are not included.
 
         Args:
-            filters: see `Filters`; each that is given must hold.
+            filters: see `Filters`; a record must match all that are given.
 
         Raises:
-            ConfigError: there is no such filter, kind or outcome, or a time is no datetime.
-            DataError: a record was written by a newer release; or there is no record `after`.
-            LogError: the log cannot be read, or is closed meanwhile, or a record is damaged.
+            ConfigError: a filter, kind or outcome is unknown, or a time is not a datetime.
+            DataError: a record was written by a newer release; or the record named by `after` does not exist.
+            LogError: the log cannot be read, was closed during iteration, or a record is damaged.
         """
         for stored in self._select(filters):
             yield self._record(stored)
 
     def lines(self, **filters: Unpack[Filters]) -> Iterator[bytes]:
-        """Yield the same records as `read`, each as one line of JSON, line end included."""
+        """Yield the same records as `read`, each as one line of JSON, including the newline."""
         for stored in self._select(filters):
             payload = stored.payload
-            # Records of an earlier version leave in the current one, so that a reader knows one shape.
+            # Records of an earlier schema version are converted, so that readers need only the current one.
             yield (payload if payload.endswith(CURRENT_END) else encode(self._record(stored))) + b"\n"
 
     def payloads(self, **filters: Unpack[Filters]) -> Iterator[bytes]:
-        """Yield the same records as `read` as they are stored, those of an earlier version as they were."""
+        """Yield the stored bytes of the same records as `read`; earlier schema versions are not converted."""
         for stored in self._select(filters):
             yield stored.payload
 
     def cuts(self, count: int) -> list[int]:
-        """Return the positions that cut the log as it is now into `count` parts of about the same size.
+        """Return the positions that split the current log into `count` parts of about the same size.
 
-        `[a, b, c]` cuts it into the positions (a, b) and (b, c), as the filter `positions` takes them.
+        `[a, b, c]` stands for the parts (a, b) and (b, c), each a value for the filter `positions`.
         """
         return self._store().cuts(count)
 
     def has_appended(self) -> bool:
-        """Return whether there is a comparison, a review or feedback; asks an index."""
+        """Return whether the log contains a comparison, a review or feedback; an indexed lookup."""
         return self._store().has_appended()
 
     def get(self, id: str) -> Record:
         """Return one record.
 
         Raises:
-            DataError: there is none of this id; says so where it was removed, and why.
+            DataError: no record has this id; if it was removed, the message gives the date and the reason.
             LogError: the log cannot be read, or the record is damaged.
         """
         return self._record(self._store().get(id))
 
     def known(self, ids: Sequence[str], *, removed: bool = True) -> set[str]:
-        """Return those of the ids that are in the log or, with `removed`, were until `gc` removed them."""
+        """Return the subset of the ids that are in the log or, with `removed`, were removed by `gc`."""
         return self._store().known(ids, removed=removed)
 
     def stats(self) -> Stats:
-        """Return what the log holds, counted; reads every record once."""
+        """Return counts over the log's contents; reads every record once."""
         return self._store().stats()
 
     def flush(self) -> None:
         """Wait until every record appended so far, by any Log of this file, is committed or has failed.
 
-        In a redaction hook, or a callback of an append, it returns at once: the log would wait for itself.
+        Called from a redaction hook or a callback of an append, it returns at once: these run on the
+        writer's thread, which would wait for itself.
         """
         if self._shared.writer is not None:
             self._shared.writer.flush()
 
     def close(self) -> None:
-        """Write what is pending and let go of the file. Closing twice is harmless.
+        """Write pending records and release the file. Closing twice is harmless.
 
-        In a redaction hook, or a callback of an append, it does neither: what is pending is written all the
-        same, and the file is let go of when the program ends, or another Log of it closes.
+        Called from a redaction hook or a callback of an append, it does neither: pending records are still
+        written, and the file is released when the program ends, or when another Log of it closes.
         """
         with _lock:
             if self._closed:
@@ -383,7 +386,7 @@ class Log:
     def _select(self, filters: Filters) -> Iterator[StoredPayload]:
         for stored in self._store().select(filters):
             yield stored
-            self._store()  # raises where the log was closed meanwhile; to read on would open it again
+            self._store()  # raises if the log was closed meanwhile; reading on would reopen it
 
     def _record(self, stored: StoredPayload) -> Record:
         try:
@@ -414,9 +417,9 @@ def _close(shared: _Shared) -> None:
 
 @atexit.register
 def _drain() -> None:
-    """Write what is pending when the program ends without closing, and let go of the files.
+    """Write pending records when the program ends without closing its Logs, and release the files.
 
-    The Logs stay open: a handler that was registered before this one comes after it, and may append, too.
+    The Logs stay open: an exit handler that was registered earlier runs later than this one, and may append.
     """
     with _lock:
         remaining = list(_open.values())

@@ -1,4 +1,4 @@
-"""What a log has to say while nobody calls it, to the logger `cai_graph.log`."""
+"""Messages of the log's background work, sent to the logger `cai_graph.log`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _logger = logging.getLogger("cai_graph.log")
 
 
 def say(level: int, message: str, *arguments: object, trace: bool = False) -> None:
-    """Log a message, with the trace of the error that is being handled if `trace`. Never raises.
+    """Log a message; with `trace`, add the traceback of the error being handled. Never raises.
 
-    A handler of the application's that fails would end the thread that writes, and hold up every append.
+    Otherwise an error in one of the application's logging handlers would end the writer's thread, and every
+    append would block.
     """
     with contextlib.suppress(Exception):
         _logger.log(level, message, *arguments, exc_info=trace)

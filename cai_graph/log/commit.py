@@ -1,4 +1,4 @@
-"""The future of one append."""
+"""`Commit`: the future of one append, which resolves once its record is committed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Commit", "resolve"]
 
 
 class Commit(Future[None]):
-    """Resolves once a record is committed, and fails where it is not. An event loop can await it, too.
+    """Resolves once a record is committed, and fails if it cannot be. Event loops can await it, too.
 
-    The Commits of a writer share a condition, and those of a transaction are resolved in one go: a condition
-    for each costs as much as all else that an append does, and to wake an event loop for each of them has
-    the writer wait for Python's lock as often. What was appended is written, so it cannot be cancelled.
+    The Commits of a writer share one condition, and those of a transaction are resolved together: a condition
+    for each would cost as much as the rest of an append, and waking an event loop for each would make the
+    writer wait for the GIL each time. A Commit cannot be cancelled: an appended record is always written.
     """
 
     _state = "RUNNING"
@@ -30,7 +30,7 @@ class Commit(Future[None]):
     _awaited: tuple[asyncio.Future[None], ...] = ()
 
     def __init__(self, condition: threading.Condition) -> None:
-        # Instead of Future's own, which makes a condition; all else that it sets stands above.
+        # Future.__init__ is not called, as it creates a condition; its other attributes are set above.
         self._condition = condition
         self._waiters: list[Any] = []
         self._done_callbacks: list[Callable[[Future[None]], object]] = []
@@ -40,23 +40,23 @@ class Commit(Future[None]):
         return self._state == "FINISHED"
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait, at most `timeout` seconds, and return why the record is not committed; None: it is.
+        """Wait at most `timeout` seconds, and return the error of the append; None if it was committed.
 
         Raises:
-            TimeoutError: it is not decided yet.
+            TimeoutError: the record is neither committed nor failed yet.
         """
         if not self.done():
-            with self._condition:  # which other Commits notify, too
+            with self._condition:  # shared: other Commits notify it, too
                 if not self._condition.wait_for(self.done, timeout):
                     raise TimeoutError
         return self._exception
 
     def result(self, timeout: float | None = None) -> None:
-        """Wait, at most `timeout` seconds, until the record is committed.
+        """Wait at most `timeout` seconds until the record is committed.
 
         Raises:
-            TimeoutError: it is not decided yet.
-            CaiError: it is not committed; says why.
+            TimeoutError: the record is neither committed nor failed yet.
+            CaiError: the record could not be committed; the message gives the reason.
         """
         if self.exception(timeout) is not None:
             super().result()
@@ -73,13 +73,13 @@ class Commit(Future[None]):
 
 
 def resolve(condition: threading.Condition, decided: Iterable[tuple[Commit, CaiError | None]]) -> None:
-    """Resolve Commits that share `condition`: as committed, or with the error that says why not."""
+    """Resolve Commits that share `condition`: as committed, or with an error."""
     commits: list[Commit] = []
     with condition:
         for commit, error in decided:
             commit._exception = error
             commit._state = "FINISHED"
-            for waiter in commit._waiters:  # of concurrent.futures.wait and as_completed
+            for waiter in commit._waiters:  # added by concurrent.futures.wait and as_completed
                 waiter.add_result(commit) if error is None else waiter.add_exception(commit)
             commits.append(commit)
         condition.notify_all()
@@ -93,11 +93,11 @@ def resolve(condition: threading.Condition, decided: Iterable[tuple[Commit, CaiE
             except BaseException:
                 say(logging.ERROR, "a callback of an append failed", trace=True)
     for loop, waiting in loops.items():
-        with contextlib.suppress(RuntimeError):  # The loop is closed, so nobody waits there.
+        with contextlib.suppress(RuntimeError):  # The loop is closed, so nothing awaits there.
             loop.call_soon_threadsafe(_wake, waiting)
 
 
 def _wake(waiting: Iterable[asyncio.Future[None]]) -> None:
     for waiter in waiting:
-        if not waiter.done():  # One is when its task was cancelled.
+        if not waiter.done():  # It is done if its task was cancelled.
             waiter.set_result(None)

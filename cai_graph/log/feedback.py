@@ -1,4 +1,4 @@
-"""What end users said of answers, late and from elsewhere: a JSONL file of it into the log."""
+"""Imports end users' feedback on answers from a JSONL file into the log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["FeedbackImport", "import_feedback", "new_feedback"]
 _KEYS = ("trajectory_id", "score", "user", "note", "at")
 
 _Users = defaultdict[str, dict[str | int, int]]
-"""Of feedback that does not tell its users apart, by its id: the number of each user in the file."""
+"""For feedback that redaction made equal, by its id: the file's users who gave it, numbered from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class FeedbackImport:
     added: int
     """Feedback that was appended."""
     present: int
-    """Lines that were in the log already."""
+    """Lines whose feedback was already in the log."""
     broken: tuple[BrokenLine, ...]
     """Lines that were skipped."""
 
@@ -39,14 +39,14 @@ class FeedbackImport:
 def new_feedback(
     trajectory_id: str, score: object, user: object = None, note: object = None, at: object = None
 ) -> Feedback:
-    """Return Feedback, checked, under a new id.
+    """Validate the values, and return them as Feedback with a new id.
 
     Args:
         trajectory_id: the Trajectory that it is about.
         score: -1 (bad) to 1 (good).
-        user: who gave it, by the application's id.
-        note: the user's words.
-        at: when it came, as ISO 8601, UTC where it names no zone; None: now.
+        user: the application's id of the user who gave it.
+        note: the user's comment.
+        at: when it was given, in ISO 8601, UTC if it names no zone; None: now.
 
     Raises:
         DataError: a value is of the wrong type, or out of range.
@@ -78,19 +78,19 @@ def import_feedback(
     """Append the feedback of a JSONL file to a log; a line that cannot be read is reported and skipped.
 
     A line is an object with `trajectory_id`, `score` and, where known, `user`, `note` and `at`, as in
-    `new_feedback`. A line's id follows from its content, as `redact` leaves it, so that importing a file
-    again adds nothing. Of a user's equal lines one counts, and so it is where `redact` has left several users
-    of a file one name; those of a file that name no user count each. A line whose redaction fails is added
-    each time.
+    `new_feedback`. A line's id is derived from its content after redaction, so that importing a file again
+    adds nothing. Equal lines of one user are added once; those of different users are each added, even if
+    `redact` gives these users the same name, and so are equal lines that name no user. A line whose redaction
+    fails is added at every import.
 
     Args:
-        url: the log, which must be there.
+        url: the log, which must exist.
         path: the JSONL file.
         redact: see `open_log`.
 
     Raises:
         DataError: the file cannot be read.
-        LogError: the log cannot be read or written; what went before is in it.
+        LogError: the log cannot be read or written; the lines before the failure may be in it.
     """
     source = Path(path)
     try:
@@ -126,7 +126,7 @@ def import_feedback(
             for number, future in waiting:
                 try:
                     future.result()
-                except Duplicate:  # another import was quicker
+                except Duplicate:  # another import has just added it
                     present += 1
                 except DataError as error:
                     broken.append(BrokenLine(number, str(error)))
@@ -136,7 +136,10 @@ def import_feedback(
 
 
 def _present(url: str | os.PathLike[str]) -> Log:
-    """Return the log, which must be there: in a new one no feedback could be about anything."""
+    """Return the log, opened read-only, so that a missing one is an error and is not created.
+
+    A new log would contain no Trajectory that feedback could be about.
+    """
     return open_log(url, read_only=True)
 
 
@@ -146,7 +149,7 @@ def _parse(line: bytes, redact: Redactor | None, users: _Users) -> Feedback:
     Args:
         line: the line.
         redact: see `open_log`.
-        users: what is known of the file's users so far.
+        users: the users of the file so far; updated here.
     """
     try:
         data: Any = json.loads(line.removeprefix(b"\xef\xbb\xbf"))

@@ -1,9 +1,9 @@
-"""Records out of the raw pages of a damaged log file, past SQLite.
+"""Reads the intact records from the raw pages of a damaged log file, bypassing SQLite.
 
-Every page is looked at, in the file and in its WAL, whether the tree still leads to it or not, and whatever
-its own header says that it is; what looks like the header of a row is tried. A record counts only if its
-checksum holds, so none is found that was not written. A tombstone has none: where two stand at one position,
-the one that its page lists counts. The format: https://www.sqlite.org/fileformat2.html.
+Every page of the file and of its WAL is scanned, whether or not the B-tree still references it and whatever
+page type its header declares; every byte sequence that looks like a row header is tried. A record is accepted
+only if its checksum matches, so nothing is returned that was not written. Tombstones have no checksum: of two
+at one position, the one in its page's cell list is used. Format: https://www.sqlite.org/fileformat2.html.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ _RECORD_COLUMNS = 15
 _TOMBSTONE_COLUMNS = 9
 _MAX_PAYLOAD = 1 << 30
 _HEADER_SIZES = range(10, 65)
-"""Bytes in which a row of ours tells the kinds of its columns; the first of these is NULL, for its number."""
+"""Possible sizes in bytes of the header of a log's row, which lists its column types. The first column is the
+rowid, whose type is NULL."""
 _BEFORE_HEADER = 14
-"""Bytes that may stand before it: the row's size (up to 5) and number (up to 9)."""
+"""Most bytes before that header: the row's size (up to 5) and its rowid (up to 9)."""
 _ZEROS = re.compile(rb"\0+")
-"""Payloads hold none, since they are ASCII, so a page is searched fast for what may be that NULL."""
+"""Zero bytes, which may be that NULL. Payloads are ASCII and contain none, so the search is fast."""
 _FAULTS = (AttributeError, TypeError, ValueError, CaiError)
-"""What comes of a row that is damaged, in which anything may stand."""
+"""Errors that reading a damaged row can raise, as it may contain anything."""
 
 
 class _Place(NamedTuple):
-    """Where a row begins."""
+    """Where a row begins: the page, its version (see `_Pages`), and the offset in the page."""
 
     number: int
     version: int
@@ -50,27 +51,27 @@ class _Place(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One row of ours, as its first bytes tell it."""
+    """One row of a log, as its first bytes describe it."""
 
     position: int
     start: int
-    """Where its header begins in the page, with the columns behind it."""
+    """Offset in the page at which its header begins; the columns follow the header."""
     size: int
-    """Bytes from there, those on overflow pages included."""
+    """Bytes of the header and the columns, including those on overflow pages."""
     header: int
     """Bytes of the header."""
     types: list[int]
-    """The kind of each column."""
+    """SQLite's serial type of each column."""
 
 
 @dataclass
 class Found:
-    """What the pages hold."""
+    """What the pages contain."""
 
     records: int
-    """Number of intact records, each id once, without those that were removed and not appended again."""
+    """Number of intact records, each id once, except those that were removed and not appended again."""
     rows: Iterator[Row]
-    """Those records, by position, read again as they are asked for."""
+    """These records in the order of positions; each is read again from its page when it is yielded."""
     damaged: list[tuple[int, str | None, str]]
     """Position, id and fault of records that can be read but do not match their checksum."""
     tombstones: list[tuple[Any, ...]]
@@ -80,9 +81,9 @@ class Found:
 
 
 class _Pages:
-    """Pages by number, each in all versions that the file and the WAL hold.
+    """Pages by number, each in every version that the file and the WAL contain.
 
-    A version is where the page begins in the WAL; 0 is that of the file.
+    A version is identified by the page's offset in the WAL; 0 is the version in the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,13 +99,13 @@ class _Pages:
         size = int.from_bytes(header[16:18]) or int.from_bytes(wal_header[8:12])
         self.size = 65536 if size == 1 else size
         if self.size not in {512 << n for n in range(8)}:
-            self.size = PAGE_SIZE  # The header is damaged; this is what every log is made with.
-        # No log reserves bytes at the end of a page, so a number there is damage.
+            self.size = PAGE_SIZE  # The header is damaged; every log is created with this size.
+        # No log reserves bytes at the end of a page, so a nonzero value in that header field is damage.
         self._bytes = os.fstat(self._file.fileno()).st_size
         self.count = -(-self._bytes // self.size)
         self._frames: dict[int, list[int]] = {}
         self._commits: list[int] = []
-        """Those versions, in order, that end a transaction; behind them where the WAL ends."""
+        """Versions that end a transaction, in order; then the size of the WAL."""
         wal_bytes = 0 if self._wal is None else os.fstat(self._wal.fileno()).st_size
         for start in range(32 + 24, wal_bytes - self.size + 1, 24 + self.size):
             frame = self._read(self._wal, start - 24, 8)
@@ -138,10 +139,10 @@ class _Pages:
         return self._read(self._file, (number - 1) * self.size, self.size).ljust(self.size, b"\0")
 
     def as_of(self, number: int, version: int) -> bytes | None:
-        """Return a page as the transaction left it that wrote this version, of whichever page.
+        """Return a page as of the end of the transaction that wrote `version`, a version of any page.
 
-        What is later may have overwritten it, and so may what is left of the WAL from before it began anew:
-        the salts of its frames are others.
+        Frames of later transactions are skipped, and so are frames from before the WAL was last restarted,
+        which have other salts.
         """
         salts = self._salts(version)
         end = self._commits[bisect_left(self._commits, version)]
@@ -151,7 +152,7 @@ class _Pages:
         return None
 
     def newest(self, number: int, version: int) -> bytes | None:
-        """Return a page as it stands last in the WAL, or else in the file."""
+        """Return the last version of a page in the WAL, or else the one in the file."""
         return next((self.page(number, start) for start in self._versions(number)), None)
 
     def _versions(self, number: int) -> Iterator[int]:
@@ -161,13 +162,13 @@ class _Pages:
             yield 0
 
     def _salts(self, version: int) -> bytes:
-        """Return the two numbers that the WAL had when this version was written; none for the file's."""
+        """Return the two salts of the frame with this version; empty for the file's."""
         return self._read(self._wal, version - 16, 8) if version else b""
 
 
 @contextlib.contextmanager
 def scan(path: Path) -> Iterator[Found]:
-    """Find every intact record in a log file and its WAL; the rows can be read until the context ends.
+    """Find every intact record in a log file and its WAL; `Found.rows` is usable until the context ends.
 
     Raises:
         LogError: the file cannot be read.
@@ -186,7 +187,7 @@ class _Scanner:
         self.pages = pages
         self.records: dict[str, tuple[int, _Place]] = {}
         self.tombstones: dict[int, tuple[bool, tuple[Any, ...]]] = {}
-        """By position: whether a page lists it, and its row."""
+        """By position: whether the row is in its page's cell list, and the row."""
         self.suspects: dict[tuple[int, str | None], str] = {}
         self.sequences: dict[str, set[int]] = defaultdict(set)
 
@@ -198,7 +199,7 @@ class _Scanner:
                 if (row := _row_at(page, offset)) is not None:
                     seen.add(row.start)
                     self._take(page, row, _Place(number, version, offset), listed=True)
-            # What no list leads to: the list is damaged, or the page's own kind.
+            # Rows that no cell list references, since the list or the page's type is damaged.
             for zeros in _ZEROS.finditer(page, 1):
                 start = zeros.start() - 1
                 if page[start] in _HEADER_SIZES and start not in seen and _types_at(page, start):
@@ -210,7 +211,7 @@ class _Scanner:
     def found(self) -> Found:
         for _, (_, _, writer, sequence, *_) in self.tombstones.values():
             self.sequences[writer].add(sequence)
-        # An id may be appended again after it was removed: what came last holds.
+        # An id may be appended again after it was removed: the later of the two events counts.
         removed = {stone[0]: position for position, (_, stone) in sorted(self.tombstones.items())}
         intact = sorted(
             place for id, place in self.records.items() if id not in removed or place[0] > removed[id]
@@ -238,7 +239,7 @@ class _Scanner:
                     break
 
     def _take(self, page: bytes, row: _Row, place: _Place, *, listed: bool) -> None:
-        """Take a row if it is a sound one; note a damaged one that its page lists."""
+        """Add a row if it is intact; record it as damaged if it is not and is in its page's cell list."""
         fault: tuple[str | None, str] | None = None
         for columns in self._readings(page, row, place.version):
             try:
@@ -267,13 +268,13 @@ class _Scanner:
         numbers = isinstance(sequence, int) and isinstance(removed_at, int)
         if len(digest) != 16 or len(link) != 16 or not numbers:
             raise ValueError("is no tombstone")
-        # What no list leads to may be a remnant, written over in part.
+        # A row that is in no cell list may be a remnant, partly overwritten.
         if position not in self.tombstones or (listed and not self.tombstones[position][0]):
             stone = (id, kind, writer, sequence, digest, link, removed_at, why)
             self.tombstones[position] = (listed, stone)
 
     def _readings(self, page: bytes, row: _Row, version: int) -> Iterator[list[Any]]:
-        """Yield the columns of a row; twice where it goes on in overflow pages that may be one or others."""
+        """Yield the columns of a row; with overflow pages, once for each way to choose their versions."""
         usable = self.pages.size
         local = most = usable - 35
         if row.size > most:
@@ -302,7 +303,7 @@ class _Scanner:
 
 
 def _record_of(columns: list[Any]) -> Record:
-    """Return the record of a row whose checksum holds. Raises one of _FAULTS where it does not."""
+    """Return the record of a row. Raises one of _FAULTS if its checksum does not match."""
     (_, _, _, writer, sequence, *_, digest, _, payload) = columns
     if digest_of(writer.decode("ascii"), sequence, payload) != digest:
         raise ValueError("its bytes do not match its checksum")
@@ -310,7 +311,7 @@ def _record_of(columns: list[Any]) -> Record:
 
 
 def _listed(page: bytes, base: int) -> Iterator[int]:
-    """Yield where the rows of a table leaf begin, by its own list."""
+    """Yield the offsets at which the rows of a table leaf page begin, from its cell list."""
     count = int.from_bytes(page[base + 3 : base + 5])
     if page[base] == _LEAF and base + 8 + 2 * count <= len(page):
         for at in range(base + 8, base + 8 + 2 * count, 2):
@@ -318,7 +319,7 @@ def _listed(page: bytes, base: int) -> Iterator[int]:
 
 
 def _row_at(page: bytes, offset: int) -> _Row | None:
-    """Return the row of ours that begins at an offset of a page, if one does."""
+    """Return the log row that begins at an offset of a page; None if none does."""
     try:
         size, at = _varint(page, offset)
         position, at = _varint(page, at)
@@ -330,12 +331,12 @@ def _row_at(page: bytes, offset: int) -> _Row | None:
     header, types = found
     if sum(map(_width, types)) + header != size:
         return None
-    position -= (position >> 63) << 64  # what `recover` wrote stands at negative ones
+    position -= (position >> 63) << 64  # `recover` writes tombstones at negative positions
     return _Row(position, at, size, header, types)
 
 
 def _types_at(page: bytes, start: int) -> tuple[int, list[int]] | None:
-    """Return the size of the header that begins here, and its kinds of columns, if it is one of ours."""
+    """Return the size and column types of the row header that begins at `start`; None if no log has such."""
     try:
         header, at = _varint(page, start)
         if page[at] != 0 or header > _HEADER_SIZES[-1]:
@@ -352,7 +353,7 @@ def _types_at(page: bytes, start: int) -> tuple[int, list[int]] | None:
 
 
 def _varint(data: bytes, offset: int) -> tuple[int, int]:
-    """Return the number at the offset, and the offset behind it."""
+    """Return the varint at the offset, and the offset after it."""
     value = 0
     for n in range(9):
         byte = data[offset + n]

@@ -1,15 +1,16 @@
-"""The log in PostgreSQL, through psycopg; `Store` says what the tables hold.
+"""Stores a log in PostgreSQL, through psycopg.
 
-They stand in a schema of their own, `cai_log`, of the database that the URL names.
+`cai_graph.log.store` describes the tables. They are in a schema of their own, `cai_log`, in the database that
+the URL names.
 
-Order: the writers of all hosts take turns, under one advisory lock held from the first row of a transaction
-to its commit. So positions are in order of commit: whoever has read one has seen all before it. The lock
-goes with its connection, so a host that dies cannot keep it.
+Order: one advisory lock, taken at the start of each transaction and released at its commit, serializes the
+writers of all hosts. So positions are in order of commit: a reader that has seen a position has seen all
+before it. The lock is released with its connection, so a host that dies cannot keep it.
 
-Outages: a transaction whose connection broke is tried again on a new one, under a new writer's id. Whether
-the first attempt was committed after all is told by the ids of its records, which are then there already.
-What failed on a connection that was open before says nothing of the server as it is now: that connection may
-be from before an outage, or this process may have stood still. So it is tried again in any case.
+Outages: a transaction whose connection broke is retried on a new one, under a new writer's id. If the first
+attempt was committed after all, the ids of its records are already stored, so they are not stored twice.
+A failure on a connection that was already open does not show that the server is down now: the connection may
+date from before an outage, or this process may have been suspended. So such an operation is always retried.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from cai_graph.log.store import PAGE_BYTES, TAGGED, Database, Row, Store
 __all__ = ["PostgresStore"]
 
 OUTAGE_S = 20.0
-"""For how long an operation is tried again where the server cannot be reached. In an outage that lasts
-longer, the operations after the first are tried once on a new connection."""
+"""How long an operation is retried while the server cannot be reached. If an outage lasts longer, each
+operation after the first is tried only once on a new connection."""
 _COPY = """
     COPY records (id, kind, at, trajectory_id, outcome, constitution, source, tags, withheld, payload,
                   writer, sequence, digest, chain)
     FROM STDIN (FORMAT BINARY)
 """
 _STOOD_STILL = ("25P03", "25P04")
-"""What the server says (25P03 and 25P04) to a process that stood still for too long inside a transaction."""
+"""SQLSTATEs that the server returns to a process that was idle for too long inside a transaction."""
 _COPY_TYPES = ("text", "text", "int8", *["text"] * 5, "int2", "bytea", "text", "int8", "bytea", "bytea")
 
 T = TypeVar("T")
@@ -48,12 +49,12 @@ T = TypeVar("T")
 class PostgresStore(Store):
     """One log in PostgreSQL, shared by the threads of a process: one connection writes, another reads.
 
-    Both are closed before a fork, since two processes must not speak through one connection.
+    Both are closed before a fork, since two processes must not share a connection.
 
     Args:
         dsn: `postgresql://…`, as libpq reads it.
-        name: how messages call it.
-        read_only: reads only; a log that is not there is an error.
+        name: the log's name in messages.
+        read_only: open for reading only; a missing log is an error.
     """
 
     tagged = TAGGED.format("strpos")
@@ -62,7 +63,7 @@ class PostgresStore(Store):
         super().__init__(name, read_only=read_only)
         self._parameters = parameters_of(dsn, name)
         self._down = False
-        """Whether the server could not be reached the last time that was tried for long enough."""
+        """Whether the server was unreachable when an operation last gave up retrying."""
         self._reset()
         if read_only:
             self._patiently(lambda: self._read("SELECT 1", {}), 0)
@@ -82,14 +83,14 @@ class PostgresStore(Store):
             self._drop_reader()
 
     def before_fork(self) -> None:
-        """Close both connections and hold; see `Store.before_fork`."""
+        """Close both connections and keep the locks; see `Store.before_fork`."""
         self._writing.acquire()
         self._reading.acquire()
         self._drop_writer()
         self._drop_reader()
 
     def after_fork(self, *, child: bool) -> None:
-        """Let work go on, in the parent or in the child."""
+        """Allow work again, in the parent or in the child."""
         if child:
             self._reset()
         else:
@@ -99,14 +100,14 @@ class PostgresStore(Store):
     # --- writing --------------------------------------------------------------------------------------
 
     def insert(self, rows: Sequence[Row]) -> list[CaiError | None]:
-        """Commit the rows in one transaction, tried again where the connection broke; see `Store.insert`."""
+        """Commit the rows in one transaction, retried if the connection breaks; see `Store.insert`."""
         seconds = WRITE_S + sum(len(row.payload) for row in rows) / 1e6
         try:
             return self._patiently(lambda: self._write(lambda db: self._insert(db, rows), seconds), OUTAGE_S)
         except _Unstorable as error:
             if len(rows) == 1:
                 return [DataError(f"{self.name}: record {rows[0].id!r} cannot be stored: {error}")]
-        # One of them is at fault; the others are stored without it.
+        # One of the rows cannot be stored; bisect, so that the others are.
         errors: list[CaiError | None] = []
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             try:
@@ -136,7 +137,7 @@ class PostgresStore(Store):
         return sequence, link
 
     def change(self, write: Callable[[Database], T]) -> T:
-        """Return what `write` does inside one transaction; see `Store.change`."""
+        """Run `write` in one transaction and return its result; see `Store.change`."""
 
         def attempt(db: Session) -> T:
             with db.turn():
@@ -145,11 +146,11 @@ class PostgresStore(Store):
         return self._patiently(lambda: self._write(attempt, READ_S), 0)
 
     def erase(self) -> bool:
-        """Leave it to the server, which overwrites when it uses the space again."""
+        """Do nothing and return False: the server overwrites removed rows when it reuses their space."""
         return False
 
     def compact(self) -> bool:
-        """Let the server use again what was removed; it keeps the space."""
+        """Let the server reuse the space of removed rows (VACUUM); nothing is returned to the disk."""
 
         def vacuum(db: Session) -> None:
             db.execute("SET statement_timeout = 0")
@@ -169,7 +170,7 @@ class PostgresStore(Store):
                 with self._db.within(seconds):
                     return write(self._db)
             except BaseException as error:
-                # Whatever it was, a new connection and a new writer with its own sequence are sound.
+                # After any error a new connection, and a new writer with its own sequence, are safe to use.
                 self._drop_writer()
                 if was_open and _is_passing(error):
                     raise _Stale from error
@@ -178,7 +179,7 @@ class PostgresStore(Store):
     # --- reading --------------------------------------------------------------------------------------
 
     def rows(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
-        """Return all rows of a query, asked again where the connection broke; see `Store.rows`."""
+        """Return all rows of a query, retried if the connection breaks; see `Store.rows`."""
         return self._patiently(lambda: self._read(sql, bindings), OUTAGE_S)
 
     def page(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
@@ -192,7 +193,7 @@ class PostgresStore(Store):
         return [row[:-1] for row in self.rows(cut, bindings)]
 
     def faults(self) -> list[str]:
-        """Return pages that failed their checksum and indexes that are not valid; see `Store.faults`."""
+        """Report pages that failed their checksum, and invalid indexes; see `Store.faults`."""
         ((failures,),) = self.rows(
             "SELECT coalesce(max(checksum_failures), 0) FROM pg_stat_database "
             "WHERE datname = current_database()",
@@ -253,13 +254,13 @@ class PostgresStore(Store):
             db.close()
 
     def _patiently(self, attempt: Callable[[], T], patience_s: float) -> T:
-        """Return what `attempt` returns, tried again while the server cannot be reached.
+        """Return what `attempt` returns, retrying while the server cannot be reached.
 
-        However short the patience, what fails on an old connection is tried on a new one.
+        However short `patience_s`, an attempt that fails on an old connection is retried on a new one.
 
         Raises:
-            LogError: it failed, or the server could not be reached for `patience_s`.
-            _Unstorable: the server refuses what it was given.
+            LogError: the attempt failed, or the server could not be reached for `patience_s`.
+            _Unstorable: the server rejected a value.
         """
         deadline = time.monotonic() + (0 if self._down else patience_s)
         pause = 0.0
@@ -312,11 +313,11 @@ class PostgresStore(Store):
 
 
 class _Stale(Exception):  # noqa: N818
-    """What may work later failed on a connection that was open before."""
+    """A transient failure on a connection that was open before the operation began."""
 
 
 class _Unstorable(LogError):  # noqa: N818
-    """The server refuses one of the values that it was given."""
+    """The server rejected one of the values that it was sent."""
 
 
 class _Named:
@@ -338,12 +339,12 @@ def _psycopg_form(sql: str) -> Any:
 
 
 def _is_of_the_data(error: psycopg.Error) -> bool:
-    """Whether the server refuses a value: one that is too large, above all."""
+    """Return whether the server rejected a value, usually because it is too large."""
     return isinstance(error, psycopg.DataError | psycopg.errors.ProgramLimitExceeded)
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Whether the same may work later, on a new connection."""
+    """Return whether the error is transient: the same operation may work later, on a new connection."""
     if isinstance(error, psycopg.errors.DiskFull):
         return False
     if isinstance(error, psycopg.Error) and error.diag.sqlstate in _STOOD_STILL:
@@ -352,9 +353,9 @@ def _is_passing(error: BaseException) -> bool:
         error,
         psycopg.OperationalError
         | psycopg.InterfaceError
-        # After a failover the host that was written to may be a replica.
+        # After a failover the host that we write to may have become a replica.
         | psycopg.errors.ReadOnlySqlTransaction
-        # The log was removed while it was open; a new connection makes it anew.
+        # The log was dropped while it was open; a new connection creates it again.
         | psycopg.errors.UndefinedTable
         | psycopg.errors.InvalidSchemaName,
     )

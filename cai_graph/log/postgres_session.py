@@ -1,6 +1,4 @@
-"""Sessions with a log in PostgreSQL: every wait has an end, the server is one that keeps what it commits, and
-the schema is up to date.
-"""
+"""Opens PostgreSQL sessions for a log: bounded waits, a durable server, an up-to-date schema."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ SCHEMA = 1
 CONNECT_S = 5
 """How long connecting to one host may take."""
 WRITE_S = 15.0
-"""How long a transaction of the writer may take, its turn included, beside a second for each megabyte."""
+"""How long a transaction of the writer may take, including the wait for the lock; plus 1 s a megabyte."""
 READ_S = 300.0
 """How long one query of a reader may take."""
 
@@ -33,14 +31,14 @@ _URL_FORM = "postgresql://USER@HOST:5432/DATABASE"
 _SETTINGS = {
     "search_path": "cai_log",
     "client_min_messages": "warning",
-    # A transaction sees what others have committed until its turn came, above all the ids of their records.
+    # A transaction sees what others committed before it got the lock, above all the ids of their records.
     "default_transaction_isolation": r"read\ committed",
-    # Records are read in the order of an index, page by page. A server that has not counted the table yet
-    # would rather sort all that is left, for each page anew.
+    # Records are read in the order of an index, page by page. Without statistics on the table, the planner
+    # would prefer to sort all remaining rows, again for each page.
     "enable_sort": "off",
     "enable_incremental_sort": "off",
     "statement_timeout": f"{READ_S:.0f}s",
-    # A host that died, or a process that stands still, must not keep its turn.
+    # A host that died, or a process that is suspended, must not keep the lock.
     "idle_in_transaction_session_timeout": f"{WRITE_S:.0f}s",
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
@@ -96,17 +94,17 @@ _CREATE = """
 
 
 class Late(psycopg.OperationalError):
-    """The server took a query and did not answer in time."""
+    """The server accepted a query and did not answer in time."""
 
 
 class Session(psycopg.Connection[tuple[Any, ...]]):
-    """A connection on which no work takes longer than `seconds`."""
+    """A connection on which no operation takes longer than `seconds`; see `within`."""
 
     seconds = math.inf
     _ends = math.inf
 
     def wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
-        """Wait for what `gen` does; see `psycopg.Connection.wait`."""
+        """Wait for `gen`, at most until the deadline; see `psycopg.Connection.wait`."""
         return super().wait(self._until_late(gen), *args, **kwargs)
 
     def _until_late(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
@@ -122,7 +120,7 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
 
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
-        """Fail with `Late` what takes longer."""
+        """Limit the time of the body's queries: past it they raise `Late`."""
         before = self.seconds, self._ends
         self.seconds, self._ends = seconds, time.monotonic() + seconds
         try:
@@ -132,7 +130,7 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """A transaction that no other writer's overlaps."""
+        """Run the body in a transaction that holds the writers' lock, and commit it."""
         timeout = 0 if math.isinf(self.seconds) else int(self.seconds * 1000)
         self.execute(f"BEGIN; SET LOCAL statement_timeout = {timeout}; SELECT pg_advisory_xact_lock({LOCK})")
         try:
@@ -141,7 +139,7 @@ class Session(psycopg.Connection[tuple[Any, ...]]):
         except psycopg.errors.UniqueViolation:
             self.execute("ROLLBACK")
             raise
-        # After any other error the session is closed, which rolls back, too.
+        # After any other error the caller closes the session, which also rolls back.
 
 
 def _create(db: Session) -> None:
@@ -149,19 +147,19 @@ def _create(db: Session) -> None:
 
 
 MIGRATIONS: dict[int, Callable[[Session], None]] = {0: _create}
-"""Version n -> what turns a log of version n into version n + 1, inside one transaction."""
+"""Version n -> the function that migrates a log from version n to n + 1, inside one transaction."""
 
 
 def parameters_of(dsn: str, name: str) -> dict[str, Any]:
-    """Return the parameters of libpq that a URL says, beside those that bound every wait, in UTF-8.
+    """Return the libpq parameters of a URL, with defaults that bound every wait, and with UTF-8 encoding.
 
     Raises:
-        ConfigError: it is no URL that PostgreSQL reads.
+        ConfigError: libpq cannot parse the URL.
     """
     try:
         parameters = psycopg.conninfo.conninfo_to_dict(dsn)
     except psycopg.Error:
-        # Not the driver's words, which may quote a password.
+        # Without the driver's message, which may quote a password.
         raise ConfigError(
             f"log {name!r}: is no URL that PostgreSQL reads; write it as {_URL_FORM}, and %40 for an @ in a "
             "password"
@@ -174,26 +172,27 @@ def parameters_of(dsn: str, name: str) -> dict[str, Any]:
         "keepalives_count": 3,
         "tcp_user_timeout": 10_000,
     }
-    # In another encoding there are texts that it cannot write.
+    # Other encodings cannot represent every text.
     return {**defaults, **parameters, "client_encoding": "UTF8"}
 
 
 def connect(parameters: Mapping[str, Any], name: str, *, read_only: bool) -> Session:
-    """Return a session with a log; an absent one is made, an older one brought up to date.
+    """Return a session with a log, creating a missing log and migrating an older one.
 
     Args:
         parameters: see `parameters_of`.
-        name: how messages call the log.
-        read_only: makes and changes nothing.
+        name: the log's name in messages.
+        read_only: create and change nothing.
 
     Raises:
-        psycopg.Error: the server cannot be reached, or refuses.
-        LogError: the log is absent, no log or a newer release's; or the server does not keep what it commits.
+        psycopg.Error: the server cannot be reached, or rejects the connection.
+        LogError: with `read_only`, there is no log; or the schema `cai_log` is not a log of cai-graph or was
+            written by a newer release; the database is not in UTF-8; or the server does not commit durably.
     """
     settings = {**_SETTINGS, "default_transaction_read_only": "on" if read_only else "off"}
     options = " ".join(f"-c {setting}={value}" for setting, value in settings.items())
     given = parameters.get("options") or os.environ.get("PGOPTIONS", "")
-    # Nothing is prepared: each query is planned for the values in its filters.
+    # No prepared statements: each query is planned for the values in its filters.
     db = Session.connect(
         autocommit=True, prepare_threshold=None, **{**parameters, "options": f"{given} {options}"}
     )
@@ -207,7 +206,7 @@ def connect(parameters: Mapping[str, Any], name: str, *, read_only: bool) -> Ses
 
 
 def _check(db: Session, name: str, read_only: bool) -> None:
-    """Bring the log up to date, and refuse what does not keep its promises."""
+    """Migrate the log, and reject a server whose encoding or durability settings do not suffice."""
     sql = """
         SELECT current_setting('server_encoding'), current_setting('fsync'),
                current_setting('synchronous_commit'), pg_is_in_recovery()
@@ -235,7 +234,7 @@ def _check(db: Session, name: str, read_only: bool) -> None:
 
 
 def _version(db: Session, name: str) -> int:
-    """Return the schema version, 0 where there is no log."""
+    """Return the schema version; 0 if there is no log."""
     ((is_log, others),) = db.execute(
         "SELECT to_regclass('cai_log.log') IS NOT NULL, "
         "EXISTS (SELECT FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace "

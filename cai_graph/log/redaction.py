@@ -1,7 +1,7 @@
-"""Redaction: what happens to a record's texts before the first write.
+"""Redaction: hooks that change a record's texts before it is first written to the log.
 
-A hook is any `Callable[[Record], Record]`. `redact_texts` makes one out of a function over strings. Where
-a hook fails, the record is stored without its texts (`withhold`): never raw, and never lost.
+A hook is any `Callable[[Record], Record]`. `redact_texts` makes one from a function over strings. If a hook
+fails, the record is stored without its texts (`withhold`): it is neither stored raw nor lost.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from cai_graph.trajectory import (
 __all__ = ["WITHHELD", "Redactor", "apply", "is_withheld", "redact_texts", "withhold"]
 
 Redactor = Callable[[Record], Record]
-"""Takes a record, returns the record to store in its place, under the same id."""
+"""Takes a record and returns the record to store instead, with the same id."""
 
 WITHHELD = "[withheld: redaction failed]"
-"""Stands for each text of a record whose redaction failed."""
+"""Replaces each text of a record whose redaction failed."""
 
 _NOT_TEXT: dict[type, frozenset[str]] = {
-    # Ids, names of models and principles, and closed sets. A field that is not named here is text, so
-    # that a field added later is redacted until somebody decides otherwise.
+    # Ids, names of models and principles, and fields with a fixed set of values. A field that is not listed
+    # here is treated as text, so that a field added later is redacted unless it is listed.
     Trajectory: frozenset({"id", "mode", "settings", "source", "released_from", "unjudged"}),
     Comparison: frozenset(
         {"id", "trajectory_id", "origins", "judge", "method", "principle", "settings", "source"}
@@ -65,8 +65,8 @@ def redact_texts(redact: Callable[[str], str]) -> Redactor:
 
     Texts are what people and models wrote: contents of messages and their names, tool arguments, context,
     reasoning, reasons, details, errors, notes, tags, and the strings in the user's metadata, keys included.
-    Ids, roles, names of models and principles, the source key and the settings of the run are left as they
-    are, and so are `reviewer` and `user`, by which records are joined; a hook of your own can change those.
+    Ids, roles, names of models and principles, the source key and the settings of the run are unchanged, and
+    so are `reviewer` and `user`, which serve to join records; a custom hook can change those.
 
     Example:
         >>> import re
@@ -81,14 +81,14 @@ def redact_texts(redact: Callable[[str], str]) -> Redactor:
 
 
 def apply(redactor: Redactor, record: Record) -> Record:
-    """Return what the hook makes of the record, or the record without its texts where the hook fails.
+    """Return the record that the hook returns, or the record without its texts if the hook fails.
 
-    Neither has its calls' digests of their prompts, by which whoever guesses a text knows that it is the one.
+    In both, the calls' `prompt_digest` is removed, as it would let a reader confirm a guess of the text.
     """
     record = _without_digests(record)
     try:
         redacted = redactor(record)
-    except BaseException:  # Of any kind, since the writer lives on. It may quote the text: drop it.
+    except BaseException:  # Any kind, so that the writer's thread survives. It may quote the text: drop it.
         return withhold(record)
     if type(redacted) is not type(record) or redacted.id != record.id:
         return withhold(record)
@@ -96,7 +96,7 @@ def apply(redactor: Redactor, record: Record) -> Record:
 
 
 def withhold(record: Record) -> Record:
-    """Return the record with every text replaced and the fact noted (`is_withheld`)."""
+    """Return the record with every text replaced by WITHHELD, marked for `is_withheld`."""
     bare: Record = _map(_without_digests(record), lambda _: WITHHELD, _withheld_json)
     replace = msgspec.structs.replace
     match record:
@@ -129,8 +129,8 @@ def _map(value: Any, redact: Callable[[str], str], json: Callable[[Any], Any]) -
     """Return a value of a record with its texts redacted.
 
     Args:
-        redact: what becomes of a text.
-        json: what becomes of plain JSON, such as a tool's arguments or the parts of a message.
+        redact: maps a text to the redacted one.
+        json: maps plain JSON, such as a tool's arguments or the parts of a message, to the redacted one.
     """
     if isinstance(value, str):
         return value if isinstance(value, Enum) else redact(value)
@@ -151,7 +151,7 @@ def _map(value: Any, redact: Callable[[str], str], json: Callable[[Any], Any]) -
 
 
 _OF_PARTS = frozenset({"type", "text"})
-"""Keys by which a part of a message is known to be text."""
+"""Keys that mark a part of a message as text; they are not redacted."""
 
 
 def _redacted_json(value: Any, redact: Callable[[str], str]) -> Any:
@@ -164,13 +164,13 @@ def _redacted_json(value: Any, redact: Callable[[str], str]) -> Any:
     redacted: dict[str, Any] = {}
     for key, item in value.items():
         name = key if key in _OF_PARTS else redact(key)
-        if name in redacted:  # two keys have become the same
+        if name in redacted:  # redaction made two keys equal
             name = f"{name} {len(redacted)}"
-        # Of a message's parts the one of type "text" is its text, and stays that.
+        # The value of {"type": "text"} marks a message part as text, and must not be redacted.
         redacted[name] = item if (key, item) == ("type", "text") else _redacted_json(item, redact)
     return redacted
 
 
 def _withheld_json(value: Any) -> Any:
-    # Not walked: it may be so deep that nothing can walk it.
+    # Not traversed: it may be nested too deep for that.
     return {} if isinstance(value, dict) else WITHHELD

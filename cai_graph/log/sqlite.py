@@ -1,7 +1,7 @@
-"""The log in one SQLite file; `Store` says what the tables hold.
+"""Stores a log in one SQLite file; `cai_graph.log.store` describes the tables.
 
-WAL with `synchronous=FULL`: a committed transaction survives a crash and a power cut. The file's
-`application_id` says that it is a log, its `user_version` which schema it has.
+It uses a WAL with `synchronous=FULL`: a committed transaction survives a crash and a power cut. The file's
+`application_id` marks it as a log, and its `user_version` is its schema version.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from cai_graph.log.wal import copies_of, is_at_rest, keep_unread, make, set_asid
 __all__ = ["PAGE_SIZE", "SQLITE_NEEDED", "SQLiteStore", "connect"]
 
 SQLITE_NEEDED = (3, 53)
-"""First release that tells how much of a WAL it reads: before, `SQLITE_CHECKPOINT_NOOP` is an error."""
+"""First SQLite release with `SQLITE_CHECKPOINT_NOOP`, which reports how many frames of a WAL it reads."""
 
 PAGE_SIZE = 32768
-"""Bytes: records of a few kilobytes share a page and leave little of it empty. With half of it, those of 9 KB
-stand alone on pages of their own, and a transaction of many takes half as long again."""
+"""Bytes. Records of a few kilobytes share a page and waste little of it. At half this size a record of 9 KB
+takes a page of its own, and a transaction of many takes 1.5 times as long."""
 BUSY_S = 60.0
 """How long an operation waits for other processes before it gives up."""
 _BUSY_SLICE_MS = 500
 _ERASE_S = 5.0
-"""How long `erase` waits for readers; writers wait for it meanwhile, now and then."""
+"""How long `erase` waits for readers; meanwhile it blocks writers for short times."""
 _LOOKED_S = 0.02
-"""How long it holds, while one transaction follows another, that the open file is the one at the path."""
+"""For how long a check that the open file is still the one at the path is not repeated."""
 _SMALLEST_DATABASE = 512
-"""Bytes; SQLite takes a smaller file for an empty one, and would write over it."""
+"""Bytes. SQLite treats a smaller file as empty, and would overwrite it."""
 _FULL_SYNC = "PRAGMA fullfsync = ON"
-"""On macOS a sync leaves what it wrote in the disk's cache otherwise; whoever closes last syncs, too."""
+"""Without it, a sync on macOS leaves the data in the disk's cache. Readers set it, too: the connection that
+closes last syncs."""
 _EMPTY = "{}: the file is empty and holds no log yet"
 _NO_DATABASE = (
     "{}: is no SQLite database, so no log of cai-graph; name another file, or, if it was a log, "
@@ -61,15 +62,15 @@ _INSERT = """
     VALUES """
 _VALUES = "(?,?,?,?,?,?,?,?,?,?,?,?,?,?)"
 _KEPT_ROWS = 8
-"""Of the statements for more rows only that of a full transaction is kept prepared: each takes a kilobyte a
-row."""
+"""Insert statements for up to this many rows stay prepared, and so does the one for a full transaction;
+others do not, as a prepared statement takes a kilobyte a row."""
 
 
 def _insert_all(db: apsw.Connection, bindings: Sequence[tuple[Any, ...]]) -> None:
-    """Insert all rows in one statement, which is a transaction of its own where none is open.
+    """Insert all rows in one statement, which is a transaction of its own if none is open.
 
-    With every statement Python's lock changes hands, and under many producers each change may cost
-    milliseconds. In one statement rows are written while producers go on.
+    Every statement releases and reacquires the GIL, and under many producers each time may cost milliseconds.
+    During one statement, rows are written while producers run.
     """
     if bindings:
         sql = _INSERT + ",".join([_VALUES] * len(bindings))
@@ -81,11 +82,11 @@ def _insert_all(db: apsw.Connection, bindings: Sequence[tuple[Any, ...]]) -> Non
 
 
 def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
-    """Return a connection to a log; an absent or empty file becomes one, an older one is migrated.
+    """Return a connection to a log. A missing or empty file is initialized, an older log is migrated.
 
     Raises:
-        LogError: the file cannot be opened, is no log, or was written by a newer release, or SQLite is too
-            old; it is unchanged.
+        LogError: the file cannot be opened, is not a log, or was written by a newer release, or SQLite is
+            too old; the file is unchanged.
     """
     version = apsw.sqlite_lib_version()
     if tuple(map(int, version.split("."))) < SQLITE_NEEDED:
@@ -100,7 +101,7 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
         db = _opened(path, read_only)
         try:
             db.set_busy_timeout(_BUSY_SLICE_MS)
-            # Until the file is known to be ours, closing must not write to it.
+            # Until the file is known to be a log, closing must not write to it.
             db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             db.config(apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0)
             version = _version(db, path)
@@ -111,12 +112,12 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
             if read_only:
                 if version == 0:
                     raise LogError(_EMPTY.format(path))
-                # Not opened as a read-only file: such a connection cannot tidy up its WAL when it closes.
+                # Not SQLITE_OPEN_READONLY: such a connection cannot clean up the WAL when it closes.
                 db.execute("PRAGMA query_only = ON")
             else:
                 if version == 0:
-                    db.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # It matters for an empty file only.
-                db.execute("PRAGMA journal_mode = WAL")  # A copy by VACUUM INTO is in another.
+                    db.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # It has an effect on empty files only.
+                db.execute("PRAGMA journal_mode = WAL")  # A copy made by VACUUM INTO is in another mode.
                 _migrate(db, path, version)
                 db.execute("PRAGMA synchronous = FULL")
                 db.execute("PRAGMA secure_delete = ON")  # What `gc` removes is overwritten.
@@ -134,7 +135,7 @@ def connect(path: Path, *, read_only: bool = False) -> apsw.Connection:
 
 def _opened(path: Path, read_only: bool) -> apsw.Connection:
     if read_only and is_at_rest(path):
-        # SQLite would make the files beside it, and cannot.
+        # SQLite would have to create -wal and -shm files beside the log, and cannot.
         uri = f"{path.absolute().as_uri()}?immutable=1"
         return apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
     return apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
@@ -174,7 +175,7 @@ def _make_file(path: Path, read_only: bool) -> None:
 
 def _version(db: apsw.Connection, path: Path) -> int:
     """Return the schema version, 0 for an empty file."""
-    with _snapshot(db):  # else another process may make the log between two of these reads
+    with _snapshot(db):  # otherwise another process may create the log between two of these reads
         application = int(_one(db, "PRAGMA application_id"))
         version = int(_one(db, "PRAGMA user_version"))
         tables = int(_one(db, "SELECT count(*) FROM sqlite_schema"))
@@ -192,7 +193,7 @@ def _version(db: apsw.Connection, path: Path) -> int:
 
 @contextlib.contextmanager
 def _snapshot(db: apsw.Connection) -> Iterator[None]:
-    """Read one state of the file, inside the transaction that is open or in one of its own."""
+    """Make the body's reads see one state of the file, in the open transaction or in one of its own."""
     if db.in_transaction:
         yield
         return
@@ -200,13 +201,13 @@ def _snapshot(db: apsw.Connection) -> Iterator[None]:
     try:
         yield
     finally:
-        if db.in_transaction:  # SQLite may have ended it, on an error that this one would hide
+        if db.in_transaction:  # on some errors SQLite ends it; a ROLLBACK would then fail and hide the error
             db.execute("ROLLBACK")
 
 
 @contextlib.contextmanager
 def _transaction(db: apsw.Connection) -> Iterator[None]:
-    """Write in one transaction, which is rolled back where anything is raised in it."""
+    """Run the body in one write transaction, which is rolled back if the body raises."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -234,10 +235,10 @@ def _one(db: apsw.Connection, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
 
 
 def _patiently(attempt: Callable[[], T], path: Path) -> T:
-    """Return what `attempt` returns, tried again while other processes hold the file.
+    """Return what `attempt` returns, retrying while other processes lock the file.
 
     Raises:
-        LogError: it failed, or the file was held for longer than BUSY_S.
+        LogError: the attempt failed, or the file was locked for longer than BUSY_S.
     """
     deadline = time.monotonic() + BUSY_S
     while True:
@@ -255,7 +256,7 @@ def _patiently(attempt: Callable[[], T], path: Path) -> T:
 
 
 def explain(error: apsw.Error, path: Path) -> LogError:
-    """Return the LogError that says what an error of SQLite means for this file."""
+    """Return a LogError that explains an SQLite error for this file."""
     match error:
         case apsw.NotADBError():
             return LogError(_NO_DATABASE.format(path))
@@ -285,8 +286,8 @@ def explain(error: apsw.Error, path: Path) -> LogError:
 class SQLiteStore(Store):
     """One log file, shared by the threads of a process.
 
-    SQLite's locks do not survive a fork: a child that inherits an open database believes that it holds
-    its parent's locks. So every connection is closed before a fork, and each side opens its own after.
+    SQLite's locks do not survive a fork: a child that inherits an open database assumes that it owns its
+    parent's locks. So every connection is closed before a fork, and each side opens its own afterwards.
     """
 
     tagged = TAGGED.format("instr")
@@ -295,7 +296,7 @@ class SQLiteStore(Store):
         super().__init__(str(path), read_only=read_only)
         self.path = path
         self._reset()
-        self.query(lambda db: None)  # An error of the file shows when the log is opened.
+        self.query(lambda db: None)  # So that a bad file raises when the log is opened.
 
     def _reset(self) -> None:
         self._writing = threading.Lock()
@@ -304,7 +305,7 @@ class SQLiteStore(Store):
         self._db = _Connection(self.path, wals, read_only=False)
         self._reader = _Connection(self.path, wals, read_only=self.read_only)
         self._run = 0
-        """Which connection of `_db` the current writer belongs to."""
+        """The count `_db.opened` at which the current writer id was begun."""
 
     def close(self) -> None:
         """Close every connection; the next use opens them again."""
@@ -313,14 +314,14 @@ class SQLiteStore(Store):
             self._reader.close()
 
     def before_fork(self) -> None:
-        """Wait for the transaction in progress, close every connection, and hold until `after_fork`."""
+        """Wait for the transaction in progress, close every connection, and block work until `after_fork`."""
         self._writing.acquire()
         self._reading.acquire()
         self._db.close()
         self._reader.close()
 
     def after_fork(self, *, child: bool) -> None:
-        """Let work go on, in the parent or in the child."""
+        """Allow work again, in the parent or in the child."""
         if child:
             self._reset()
         else:
@@ -335,8 +336,8 @@ class SQLiteStore(Store):
         def attempt() -> list[CaiError | None]:
             with self._writing:
                 try:
-                    # One transaction after another looks at the file once: that lets go of Python's lock,
-                    # which the callers that the last commit woke take, before this thread has begun.
+                    # Check the file only once for transactions in quick succession: the check releases the
+                    # GIL, and the callers woken by the last commit would take it before this thread starts.
                     errors = self._insert(self._writable(self._db.current(_LOOKED_S)), rows)
                     while not self._db.is_current():
                         errors = self._insert(self._writable(self._db.current()), rows)
@@ -344,8 +345,8 @@ class SQLiteStore(Store):
                 except (apsw.BusyError, apsw.LockedError):
                     raise
                 except BaseException:
-                    # After a failed write SQLite's own state is not to be trusted, nor is whether the
-                    # commit reached the disk: a new connection, and a new writer with its own sequence.
+                    # After a failed write neither SQLite's state nor whether the commit reached the disk is
+                    # certain: use a new connection, and a new writer with its own sequence.
                     self._db.close()
                     raise
 
@@ -365,7 +366,7 @@ class SQLiteStore(Store):
         return errors
 
     def change(self, write: Callable[[Database], T]) -> T:
-        """Return what `write` does inside one transaction; see `Store.change`."""
+        """Run `write` in one transaction and return its result; see `Store.change`."""
 
         def attempt() -> T:
             with self._writing:
@@ -376,10 +377,10 @@ class SQLiteStore(Store):
         return _patiently(attempt, self.path)
 
     def erase(self) -> bool:
-        """Overwrite in the file and its WAL what was removed; see `Store.erase`.
+        """Overwrite removed rows in the file and its WAL; see `Store.erase`.
 
-        SQLite overwrites a row as it removes it, but not the copies that it left behind when it moved the row
-        to another page: those go as the file is written anew.
+        SQLite overwrites a row when it removes it, but not the copies that remained when it moved the row to
+        another page: these disappear only when `compact` rewrites the file.
         """
         end = time.monotonic() + _ERASE_S
 
@@ -387,7 +388,7 @@ class SQLiteStore(Store):
             with self._writing:
                 db = self._writable(self._db.current())
                 try:
-                    return not _one(db, "PRAGMA wal_checkpoint(TRUNCATE)")  # 1: a reader is in the way
+                    return not _one(db, "PRAGMA wal_checkpoint(TRUNCATE)")  # 1: a reader blocks it
                 except (apsw.BusyError, apsw.LockedError):
                     return False
 
@@ -396,10 +397,9 @@ class SQLiteStore(Store):
         return done and not self._is_stale()
 
     def compact(self) -> bool:
-        """Write the file anew, if anything was removed and no other connection has it open; see
-        `Store.compact`.
+        """Rewrite the file, if anything was removed and no other connection has it open; see `Store.compact`.
 
-        That takes minutes for a large one, and whoever wants to write waits for its end.
+        That takes minutes for a large file, and blocks all writers.
         """
 
         def attempt() -> bool:
@@ -409,7 +409,7 @@ class SQLiteStore(Store):
                 db = apsw.Connection(str(self.path), flags=apsw.SQLITE_OPEN_READWRITE)
                 try:
                     db.execute(_FULL_SYNC)
-                    db.execute("PRAGMA locking_mode = EXCLUSIVE")  # of the file, from the next statement on
+                    db.execute("PRAGMA locking_mode = EXCLUSIVE")  # locks the file from the next statement on
                     db.execute("VACUUM")
                     with _transaction(db):
                         db.execute("DELETE FROM sqlite_sequence WHERE name = 'tombstones'")
@@ -425,13 +425,13 @@ class SQLiteStore(Store):
         return self._is_stale() and _patiently(attempt, self.path)
 
     def copies(self) -> Sequence[Path]:
-        """Return what was saved of WALs; see `Store.copies`."""
+        """Return the saved copies of WALs; see `Store.copies`."""
         return copies_of(self.path)
 
     def _is_stale(self) -> bool:
-        """Return whether the file may hold copies of what was removed since it was last written anew.
+        """Return whether records were removed since the file was last rewritten, so that copies may remain.
 
-        How many tombstones there were then stands where SQLite keeps such numbers for tables that need one.
+        The number of tombstones at that time is stored in SQLite's table `sqlite_sequence`.
         """
         written = "SELECT seq FROM sqlite_sequence WHERE name = 'tombstones'"
         sql = f"SELECT count(*) > coalesce(({written}), 0) FROM tombstones"
@@ -450,7 +450,7 @@ class SQLiteStore(Store):
         return self.query(lambda db: list(db.execute(sql, bindings)))
 
     def page(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
-        """Return the first rows of a query; those before damage where that comes; see `Store.page`."""
+        """Return the first rows of a query, up to any damage; see `Store.page`."""
 
         def read(db: apsw.Connection) -> list[Any]:
             rows: list[Any] = []
@@ -469,13 +469,13 @@ class SQLiteStore(Store):
         return self.query(read)
 
     def faults(self) -> list[str]:
-        """Return what SQLite's own check of the file reports, and ours of its WAL; see `Store.faults`."""
+        """Report faults that SQLite finds in the file, and that we find in its WAL; see `Store.faults`."""
         wal = Path(f"{self.path}-wal")
         crashed = wal.exists() and wal.stat().st_size > 0
 
         def check(db: apsw.Connection) -> list[str]:
             if crashed:
-                # What a crash left in the WAL stays there; closing would move it into the file.
+                # Keep what a crash left in the WAL there; a checkpoint on close would move it into the file.
                 db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
             unread = unread_of(self.path, db)
             db.execute("PRAGMA cell_size_check = ON")
@@ -505,19 +505,19 @@ class SQLiteStore(Store):
     @staticmethod
     def raw(column: str) -> str:
         """Return the expression; see `Store.raw`."""
-        return f"CAST({column} AS BLOB)"  # A flipped byte may leave a text that is no UTF-8.
+        return f"CAST({column} AS BLOB)"  # After a flipped byte a text may not be valid UTF-8.
 
     def filtered(self) -> str:
         """Return the index for filters, which SQLite does not choose by itself; see `Store.filtered`."""
-        # An older schema that may only be read has none.
+        # An older log that is opened read-only is not migrated, and has no such index.
         has_index = self.rows("SELECT 1 FROM sqlite_schema WHERE name = 'records_filtered'", {})
         return " INDEXED BY records_filtered" if has_index else ""
 
     def query(self, read: Callable[[apsw.Connection], T]) -> T:
-        """Return what `read` makes of the reading connection, which it must not keep.
+        """Return what `read` returns for the reading connection, which it must not keep.
 
         Raises:
-            LogError: the log cannot be read, or is damaged where `read` looked.
+            LogError: the log cannot be read, or is damaged in the part that `read` read.
         """
 
         def attempt() -> T:
@@ -531,12 +531,13 @@ class SQLiteStore(Store):
 
 
 class _Connection:
-    """One connection, opened when it is used, and anew when the file at its path is another one.
+    """A connection that is opened on first use, and reopened when another file is at its path.
 
     Args:
-        path: of the log.
-        wals: of each file that stood there, which WAL it was last seen with; connections share it.
-        read_only: it changes nothing.
+        path: the log's file.
+        wals: by (device, inode) of each file that was at the path, the header of the WAL it last had, or
+            None; shared between connections.
+        read_only: the connection changes nothing.
     """
 
     def __init__(self, path: Path, wals: dict[tuple[int, int], bytes | None], *, read_only: bool) -> None:
@@ -544,17 +545,17 @@ class _Connection:
         self._wals = wals
         self.read_only = read_only
         self.opened = 0
-        """How many connections there have been."""
+        """How many times a connection was opened."""
         self._db: apsw.Connection | None = None
         self._file = (0, 0)
         self._at_rest = False
         self._looked = -math.inf
 
     def current(self, looked_s: float = 0.0) -> apsw.Connection:
-        """Return a connection to the file that stands at the path now.
+        """Return a connection to the file that is at the path now.
 
         Args:
-            looked_s: seconds for which it is enough to have looked at the file.
+            looked_s: seconds for which an earlier check of the file is not repeated.
         """
         if time.monotonic() - self._looked > looked_s and not self.is_current():
             wal = self._wals.pop(self._file, None)
@@ -570,9 +571,9 @@ class _Connection:
         return self._db
 
     def is_current(self) -> bool:
-        """Return whether the file still stands at its path.
+        """Return whether the open file is still the one at its path.
 
-        What SQLite writes to one that was removed or replaced, nobody would find again.
+        Records written to a file that was removed or replaced would be lost.
         """
         found = self._db is not None and not self._is_another()
         if found and self._at_rest:
@@ -583,14 +584,14 @@ class _Connection:
         return found
 
     def close(self) -> None:
-        """Close the connection. What it cannot checkpoint stays in the WAL, for the next one."""
+        """Close the connection. What it cannot checkpoint stays in the WAL for the next connection."""
         if self._db is not None:
             db, self._db = self._db, None
             with contextlib.suppress(apsw.Error):
                 db.close()
 
     def _is_another(self) -> bool:
-        """Return whether another file, or none, stands at the path."""
+        """Return whether another file, or none, is at the path."""
         try:
             return self._identity() != self._file
         except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""The tables of a log in SQLite, and what brings those of older releases up to date.
+"""Defines the tables of a log in SQLite, and the migrations from older schema versions.
 
-What they hold stands in `cai_graph.log.store`.
+`cai_graph.log.store` describes their contents.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _create(db: apsw.Connection) -> None:
 
 
 def _add_indexes(db: apsw.Connection) -> None:
-    # Behind what an index is on stands the position, so each is in the order in which records are read.
+    # SQLite appends the rowid, here the position, to each index, so that each has the order of reading.
     db.execute(
         """
         CREATE INDEX records_kind ON records (kind) WHERE trajectory_id IS NOT NULL;  -- few are no Trajectory
@@ -86,8 +86,8 @@ def _add_indexes(db: apsw.Connection) -> None:
 
 
 def _join_indexes(db: apsw.Connection) -> None:
-    # A commit writes a page of every index that it adds to, whatever the size of the record. In one index
-    # in the order of positions, a filter walks past what it does not want, and no payload is read for it.
+    # A commit writes a page of every index that it adds to, whatever the size of the record. With one index
+    # in the order of positions, a filter skips the records that do not match without reading their payloads.
     db.execute(
         """
         DROP INDEX records_outcome;
@@ -100,4 +100,4 @@ def _join_indexes(db: apsw.Connection) -> None:
 
 
 MIGRATIONS: dict[int, Callable[[apsw.Connection], None]] = {0: _create, 1: _add_indexes, 2: _join_indexes}
-"""Version n -> what turns a file of version n into version n + 1, inside one transaction."""
+"""Version n -> the function that migrates a file from version n to n + 1, inside one transaction."""

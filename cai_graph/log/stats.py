@@ -1,4 +1,4 @@
-"""What a log holds, counted: what its columns say and, record by record, what its payloads say."""
+"""Counts over a log: `Stats` is the result, `Tally` counts the payloads record by record."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Stats", "Tally"]
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What a log holds, counted."""
+    """Counts over a log's records."""
 
     trajectories: int = 0
     """Number of Trajectories."""
@@ -29,19 +29,19 @@ class Stats:
     constitutions: dict[str, int] = field(default_factory=dict)
     """Trajectories by constitution, as `NAME VERSION (first 12 digits of the digest)`."""
     violated: dict[str, int] = field(default_factory=dict)
-    """Trajectories whose draft was found to violate it, by principle id or aim."""
+    """Trajectories whose draft has the verdict VIOLATES, by principle id or aim."""
     unreadable: int = 0
-    """Verdicts that could not be read."""
+    """Verdicts UNREADABLE."""
     calls: int = 0
     """Model calls in Trajectories and Comparisons."""
     input_tokens: int = 0
-    """Tokens of their prompts, where the provider counted."""
+    """Tokens in the prompts of these calls, where the provider reported them."""
     output_tokens: int = 0
-    """Tokens that they wrote, where the provider counted."""
+    """Tokens in the replies of these calls, where the provider reported them."""
     withheld: int = 0
     """Records stored without their texts, because the redaction hook failed."""
     removed: int = 0
-    """Records that `gc` removed; a tombstone says why."""
+    """Records that `gc` removed; the tombstone of each records why."""
     first: datetime | None = None
     """Time of the earliest record, UTC."""
     last: datetime | None = None
@@ -76,7 +76,7 @@ class _ConstitutionCount(msgspec.Struct):
 
 
 class _RecordCount(msgspec.Struct):
-    """The parts of a Trajectory or a Comparison that are counted; the others are not even parsed."""
+    """The fields of a Trajectory or a Comparison that are counted; other fields are not parsed."""
 
     constitution: _ConstitutionCount | None = None
     rounds: tuple[_RoundCount, ...] = ()
@@ -84,7 +84,7 @@ class _RecordCount(msgspec.Struct):
 
 
 class Tally:
-    """Counts over payloads; a store adds each payload once."""
+    """Running counts over payloads; a store adds each payload once."""
 
     def __init__(self) -> None:
         self._decoder = msgspec.json.Decoder(_RecordCount)

@@ -1,14 +1,14 @@
-"""What a log is in a database, whichever database that is.
+"""The tables of a log and the `Store` interface to them, common to SQLite and PostgreSQL.
 
-A store holds rows: the encoded record as it stands, and beside it the few columns that filters read.
-The columns are a function of the record (`row_of`), so `verify` can compute them again and compare.
+A row contains the encoded record (`payload`) and a few columns for filters. These columns are a function of
+the record (`row_of`), so `verify` can compute them again and compare.
 
     records      one row a record, in order of commit (`position`); see `Row` for the columns
-      writer, sequence   one unbroken run of appends by one process, and the number within it, from 1
-      digest             sha256 over writer, sequence and payload, 16 bytes: finds a changed record
-      chain              sha256 over the writer's previous chain and this digest, 16 bytes: finds a
+      writer, sequence   id of one unbroken run of appends by one process, and the number within it, from 1
+      digest             sha256 over writer, sequence and payload, 16 bytes: detects a changed record
+      chain              sha256 over the writer's previous chain and this digest, 16 bytes: detects a
                          removed, added or reordered record
-    tombstones   what `gc` removed, and why; keeps writer, sequence, digest and chain
+    tombstones   one row a record that `gc` removed, with the reason, writer, sequence, digest and chain
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ __all__ = [
 T = TypeVar("T")
 
 MAX_ROWS = 384
-"""Rows in one transaction: enough that each bears little of its sync, and few enough that callers prepare the
-next ones while these are written."""
+"""Rows in one transaction: enough that the cost of the sync per row is small, and few enough that callers
+prepare the next rows while these are written."""
 
 Kind = Literal["trajectory", "comparison", "review", "feedback"]
 
@@ -67,12 +67,12 @@ KINDS: dict[type[Record], Kind] = {
 TAGGED = """
     (tags IS NOT NULL AND {}('", ' || substr(tags, 2, length(tags) - 2) || ', "', '", ' || :tag || ', "') > 0)
 """
-"""Whether the JSON array in `tags` holds the text whose JSON is `:tag`, given the function that finds a text
-in another: it stands between `", ` and `, "`, which no text in the array holds, since JSON escapes quotes."""
+"""SQL condition: the JSON array in `tags` contains the text whose JSON is `:tag`. `{}` is the name of the
+database's substring search. A text cannot contain the separators `", ` and `, "`: JSON escapes quotes."""
 
 PAGE_ROWS = 500
 PAGE_BYTES = 4 << 20
-"""How much of a log is read at a time."""
+"""Most rows, and about the most bytes of payload, that are read at a time."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -80,47 +80,47 @@ _EARLIEST, _LATEST = -(2**63), 2**63 - 1
 
 
 class FiltersOfKind(TypedDict, total=False):
-    """What `Filters` has beside the kind."""
+    """The filters of `Filters` other than `kind`."""
 
     trajectory_id: str | None
     """Only the comparisons, reviews and feedback about this Trajectory."""
     outcome: str | None
-    """Only Trajectories that ended so."""
+    """Only Trajectories with this outcome."""
     constitution: str | None
-    """Only Trajectories judged by the constitution of this digest."""
+    """Only Trajectories judged by the constitution with this digest."""
     tag: str | None
-    """Only Trajectories that carry this tag."""
+    """Only Trajectories with this tag."""
     source: str | None
-    """Only Trajectories whose source key starts so."""
+    """Only Trajectories whose source key starts with this text."""
     since: datetime | None
     """Only records made at this time or later; a time without a zone is UTC."""
     until: datetime | None
     """Only records made before this time; a time without a zone is UTC."""
     appended: bool
-    """Only the comparisons, reviews and feedback, about whichever Trajectory."""
+    """Only comparisons, reviews and feedback, about any Trajectory."""
     with_appended: bool
-    """What was appended goes with its Trajectory, whenever it was made: `outcome`, `constitution`, `tag`,
-    `source`, `since` and `until` choose Trajectories, and of the others those about a chosen one pass."""
+    """Comparisons, reviews and feedback match if their Trajectory does, whenever they were made: `outcome`,
+    `constitution`, `tag`, `source`, `since` and `until` apply to the Trajectory only."""
     positions: tuple[int, int] | None
     """Only records after the first position and up to the second; `Log.cuts` gives positions."""
     after: str | None
-    """Only records that come after the record of this id, in the order that is asked for. It may have been
-    removed, but not before the log was recovered."""
+    """Only records that come after the record with this id, in the requested order. That record may have been
+    removed, unless it was removed before the log was recovered."""
     limit: int | None
     """At most this many."""
     newest_first: bool
-    """Latest committed first; otherwise in the order of commit, which keeps each writer's sequence."""
+    """Latest committed first; otherwise in the order of commit, which preserves each writer's sequence."""
 
 
 class Filters(FiltersOfKind, total=False):
-    """Which records to read, and in which order; every filter that is given must hold."""
+    """Which records to read, and in which order; a record must match every filter that is given."""
 
     kind: Kind | None
     """Only records of this kind."""
 
 
 class Row(NamedTuple):
-    """One record as a store keeps it."""
+    """One record as a store keeps it; `writer`, `sequence`, `digest` and `chain` are added on insert."""
 
     id: str
     kind: Kind
@@ -135,11 +135,11 @@ class Row(NamedTuple):
 
 
 class Duplicate(DataError):  # noqa: N818 - reads as what the record is
-    """Another record of this id is in the log."""
+    """A different record with this id is in the log."""
 
 
 class StoredPayload(NamedTuple):
-    """One encoded record as it was read, its checksum verified."""
+    """One encoded record as it was read; its checksum was verified."""
 
     id: str
     payload: bytes
@@ -155,16 +155,16 @@ class Database(Protocol):
 class Store(ABC):
     """One log in a database, shared by the threads of a process.
 
-    Here stands what both databases do in the same words: SQL with named parameters (`:name`). A subclass
-    brings the connections, the schema, the way in, and the few expressions that differ.
+    This class has the SQL that both databases share, with named parameters (`:name`). A subclass adds the
+    connections, the schema, the inserts, and the few SQL expressions that differ.
 
     Attributes:
-        name: how messages call the log, such as its path; holds no password.
-        read_only: whether it may only be read.
+        name: the log's name in messages, such as its path; contains no password.
+        read_only: whether the log may only be read.
     """
 
     tagged: ClassVar[str]
-    """TAGGED, in the words of the database."""
+    """TAGGED, with the database's substring search."""
 
     def __init__(self, name: str, *, read_only: bool) -> None:
         self.name = name
@@ -175,10 +175,10 @@ class Store(ABC):
 
     @abstractmethod
     def insert(self, rows: Sequence[Row]) -> list[CaiError | None]:
-        """Commit at most MAX_ROWS rows durably, in one transaction; one entry a row, None where it is stored.
+        """Commit at most MAX_ROWS rows durably in one transaction; return an error, or None, for each row.
 
-        A row whose id is stored already with the same payload counts as stored; with another payload
-        its entry is a Duplicate.
+        None means that the row is stored. A row whose id is already stored with the same payload counts as
+        stored; with another payload its error is a Duplicate.
 
         Raises:
             LogError: none of the rows is stored.
@@ -189,20 +189,22 @@ class Store(ABC):
         """Return all rows of a query.
 
         Raises:
-            LogError: the log cannot be read, or is damaged where the query looked.
+            LogError: the log cannot be read, or is damaged in the part that the query read.
         """
 
     @abstractmethod
     def page(self, sql: str, bindings: Mapping[str, Any]) -> list[Any]:
-        """Return the first rows of a query whose last column is the payload, at least one, not much more
-        than PAGE_BYTES of payload. Raises as `rows`.
+        """Return the first rows of a query whose last column is the payload. Raises as `rows`.
+
+        They are all rows, or else at least one, with not much more than PAGE_BYTES of payload in total.
         """
 
     @abstractmethod
     def change(self, write: Callable[[Database], T]) -> T:
-        """Return what `write` does inside one transaction.
+        """Run `write` in one transaction, and return its result.
 
-        `write` must bear to be run again, even after what it did was committed: PostgreSQL may not say so.
+        `write` must be safe to run again, even after its changes were committed: if the connection to
+        PostgreSQL breaks during a commit, whether it succeeded is unknown.
 
         Raises:
             LogError: nothing was changed.
@@ -210,21 +212,21 @@ class Store(ABC):
 
     @abstractmethod
     def erase(self) -> bool:
-        """Overwrite what was removed, wherever the log's files still hold it; return whether all of it is."""
+        """Overwrite removed rows where the log's files still contain them; return whether all are gone."""
 
     @abstractmethod
     def compact(self) -> bool:
-        """Give the space of what was removed back to the disk, unless somebody would wait for it; return
-        whether that worked.
+        """Return the space of removed rows to the disk, unless that would block other users of the log;
+        return whether it was done.
         """
 
     def copies(self) -> Sequence[Path]:
-        """Return files beside the log that may hold what was removed, and that neither of these touches."""
+        """Return files beside the log that may contain removed rows; `erase` and `compact` ignore them."""
         return ()
 
     @abstractmethod
     def faults(self) -> list[str]:
-        """Return what the database's own check of the log's structure reports."""
+        """Return the faults that the database's own check of the log's structure reports."""
 
     @abstractmethod
     def size(self) -> int:
@@ -236,48 +238,48 @@ class Store(ABC):
 
     @abstractmethod
     def before_fork(self) -> None:
-        """Wait for the transaction in progress, close every connection, and hold until `after_fork`."""
+        """Wait for the transaction in progress, close every connection, and block work until `after_fork`."""
 
     @abstractmethod
     def after_fork(self, *, child: bool) -> None:
-        """Let work go on, in the parent or in the child."""
+        """Allow work again, in the parent or in the child."""
 
     @staticmethod
     @abstractmethod
     def among(column: str, name: str) -> str:
-        """Return the expression: whether the column is among the values that `:name` holds."""
+        """Return the SQL expression for "the column is one of the values in `:name`"."""
 
     @staticmethod
     @abstractmethod
     def packed(values: Sequence[str] | Sequence[int]) -> Any:
-        """Return the values as `among` takes them."""
+        """Return the values in the form in which `among` expects them bound."""
 
     @staticmethod
     @abstractmethod
     def raw(column: str) -> str:
-        """Return the expression: the column as bytes, in whatever state it is; UTF-8 for text."""
+        """Return the SQL expression for the column's bytes, even if damaged; UTF-8 for text."""
 
     def filtered(self) -> str:
-        """Return what follows the table's name where it is searched by time, outcome, constitution or tag."""
+        """Return the index hint after the table's name for filters on time, outcome, constitution or tag."""
         return ""
 
     # --- reading --------------------------------------------------------------------------------------
 
     def select(self, filters: Filters) -> Iterator[StoredPayload]:
-        """Yield the payloads that pass the filters, as of the first one, in flat memory.
+        """Yield the payloads that match the filters, as of the start of iteration, in constant memory.
 
-        Read page by page in the order of positions, which the indexes have, too; a range of sources or times
-        is first turned into a range of positions.
+        They are read page by page in the order of positions, which is also that of the indexes; a range of
+        sources or times is first converted to a range of positions.
 
         Raises:
-            ConfigError: there is no such filter, kind or outcome, or a time is no datetime.
+            ConfigError: a filter, kind or outcome is unknown, or a time is not a datetime.
             LogError: the log cannot be read, or a record is damaged.
         """
         _check(filters)
         newest_first = filters.get("newest_first", False)
         first, last = self.span(filters)
         clauses, bindings = self._where(filters)
-        few = filters.get("trajectory_id") or filters.get("appended")  # they have indexes of their own
+        few = filters.get("trajectory_id") or filters.get("appended")  # these have their own indexes
         few = few or filters.get("kind") not in (None, "trajectory")
         by = any(
             filters.get(name) is not None for name in ("since", "until", "outcome", "constitution", "tag")
@@ -306,9 +308,9 @@ class Store(ABC):
                 left -= len(rows)
 
     def cuts(self, count: int) -> list[int]:
-        """Return the positions that cut the log into `count` parts of about as many records each.
+        """Return the positions that split the log into `count` parts of about as many records each.
 
-        They are, of each part, the position before its first record, and at the end that of the last one.
+        They are the position before the first record of each part, and then that of the last record.
         """
         sql = "SELECT coalesce(min(position), 1) - 1, coalesce(max(position), 0) FROM records"
         ((low, high),) = self.rows(sql, {})
@@ -316,18 +318,18 @@ class Store(ABC):
         return sorted({low + (high - low) * number // count for number in range(count + 1)})
 
     def has_appended(self) -> bool:
-        """Return whether there is a comparison, a review or feedback."""
+        """Return whether the log contains a comparison, a review or feedback."""
         return bool(self.rows("SELECT 1 FROM records WHERE trajectory_id IS NOT NULL LIMIT 1", {}))
 
     def get(self, id: str) -> StoredPayload:
-        """Return one payload. Raises DataError where there is none."""
+        """Return one payload. Raises DataError if no record has this id."""
         sql = "SELECT id, writer, sequence, digest, payload FROM records WHERE id = :id"
         for found in self.rows(sql, {"id": column_text(id)}):
             return self._checked(*found)
         raise self._missing(id)
 
     def known(self, ids: Sequence[str], *, removed: bool) -> set[str]:
-        """Return those of the ids that are stored or, with `removed`, were and have a tombstone."""
+        """Return the subset of the ids that are stored or, with `removed`, that have a tombstone."""
         tables = ("records", "tombstones") if removed else ("records",)
         sql = " UNION ALL ".join(
             f"SELECT id FROM {table} WHERE {self.among('id', 'ids')}" for table in tables
@@ -336,7 +338,7 @@ class Store(ABC):
         return {id for id in ids if column_text(id) in stored}
 
     def stats(self) -> Stats:
-        """Return the counts; reads every payload once, in flat memory."""
+        """Return the counts; reads every payload once, in constant memory."""
         outcomes = dict(self.rows(f"{_COUNT.format('outcome', 'outcome')} ORDER BY 1", {}))
         kinds = dict(self.rows(_COUNT.format("kind", "trajectory_id"), {}))
         ((first, last, withheld, removed),) = self.rows(
@@ -377,24 +379,24 @@ class Store(ABC):
                 (of_any if name in ("kind", "trajectory_id") else of_trajectory).append(f"{name} = :{name}")
                 bindings[name] = column_text(str(value))
         if filters.get("appended") or filters.get("kind") not in (None, "trajectory"):
-            of_any.append("trajectory_id IS NOT NULL")  # as the index on kinds has it
+            of_any.append("trajectory_id IS NOT NULL")  # the condition of the index on kinds
         if (tag := filters.get("tag")) is not None:
             of_trajectory.append(self.tagged)
             bindings["tag"] = json.dumps(tag)
         for column, clause, values in _ranges(filters):
-            # As an expression, since its index has another order, in which each page would be sorted anew.
+            # An expression, to avoid the column's own index: its order would require sorting each page.
             of_trajectory.append(clause.format("source || ''" if column == "source" else "at + 0"))
             bindings |= values
         if filters.get("with_appended") and of_trajectory:
             chosen = " AND ".join(of_trajectory)
-            # Inside, the columns are those of `about`. Only what was appended has no outcome.
+            # In the subquery the columns are those of `about`. Only Trajectories have an outcome.
             about = f"SELECT 1 FROM records AS about WHERE about.id = records.trajectory_id AND {chosen}"
-            about += " LIMIT 1 OFFSET 0"  # or PostgreSQL would look up all chosen ones, for each page anew
+            about += " LIMIT 1 OFFSET 0"  # else PostgreSQL would look up all Trajectories, on each page
             of_trajectory = [f"(outcome IS NOT NULL AND {chosen} OR outcome IS NULL AND EXISTS ({about}))"]
         return of_any + of_trajectory, bindings
 
     def span(self, filters: Filters) -> tuple[int, int]:
-        """Return the first and the last position that may pass the filters; the first is larger for none."""
+        """Return the first and last position that may match the filters; if none may, the first is larger."""
         if (positions := filters.get("positions")) is not None:
             first, last = positions[0] + 1, positions[1]
         else:
@@ -405,9 +407,9 @@ class Store(ABC):
                 last = min(last, position - 1)
             else:
                 first = max(first, position + 1)
-        # What was appended about a Trajectory may stand anywhere.
+        # What was appended about a Trajectory may be at any position.
         for column, clause, values in () if filters.get("with_appended") else _ranges(filters):
-            # Plus nothing, or PostgreSQL would look for the first position by walking through all.
+            # `+ 0`, or PostgreSQL would search for the first position by scanning all of them in order.
             table = f"records{self.filtered() if column == 'at' else ''}"
             sql = f"SELECT min(position + 0), max(position + 0) FROM {table} WHERE {clause.format(column)}"
             ((low, high),) = self.rows(sql, values)
@@ -415,7 +417,7 @@ class Store(ABC):
         return first, last
 
     def _position_of(self, id: str) -> int:
-        """Return where a record stands or, if it was removed, stood last."""
+        """Return the position of a record or, if it was removed, the last one that it had."""
         found = " UNION ALL ".join(
             f"SELECT position FROM {table} WHERE id = :id" for table in ("records", "tombstones")
         )
@@ -433,7 +435,7 @@ class Store(ABC):
     def _checked(self, id: str, writer: str, sequence: int, digest: bytes, payload: bytes) -> StoredPayload:
         try:
             sound = digest_of(writer, sequence, payload) == digest
-        except (AttributeError, TypeError):  # a damaged row may hold NULL anywhere
+        except (AttributeError, TypeError):  # a damaged row may have NULL in any column
             sound = False
         if not sound:
             raise LogError(
@@ -443,7 +445,7 @@ class Store(ABC):
         return StoredPayload(id, payload)
 
     def out_of_order(self) -> LogError:
-        """Return the error of rows that do not come in the order of their positions."""
+        """Return the error for rows that were not read in the order of their positions."""
         return LogError(
             f"{self.name}: the log is damaged, its records do not come in the order of their positions; "
             "`cai log verify` says where, `cai log recover` saves every intact record of a file"
@@ -460,11 +462,11 @@ class Store(ABC):
     # --- writing --------------------------------------------------------------------------------------
 
     def _begin_run(self) -> None:
-        """Go on as a new writer, whose sequence begins at 1."""
+        """Become a new writer, whose sequence begins at 1."""
         self._writer, self._sequence, self._link = uuid4().hex[:16], 0, b""
 
     def _bindings(self, rows: Sequence[Row]) -> tuple[list[tuple[Any, ...]], int, bytes]:
-        """Return the rows with writer, sequence, digest and chain, and the sequence and link after them."""
+        """Return the rows with writer, sequence, digest and chain; and the last sequence and chain value."""
         writer, sequence, link = self._writer, self._sequence, self._link
         bindings: list[tuple[Any, ...]] = []
         for row in rows:
@@ -475,7 +477,7 @@ class Store(ABC):
         return bindings, sequence, link
 
     def _refuse(self, db: Database, rows: Sequence[Row]) -> tuple[list[CaiError | None], list[Row]]:
-        """Return an entry a row, and the rows whose id is new."""
+        """Return an error, or None, for each row, and the rows whose id is new; see `insert`."""
         sql = f"SELECT id, payload FROM records WHERE {self.among('id', 'ids')}"
         stored = dict(db.execute(sql, {"ids": self.packed([row.id for row in rows])}))
         errors: list[CaiError | None] = []
@@ -500,7 +502,7 @@ _COUNT = "SELECT {0}, count(*) FROM records WHERE {1} IS NOT NULL GROUP BY {0}"
 
 
 def _ranges(filters: Filters) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield the filters that are for a range of values: column, expression over it, and bindings."""
+    """Yield the filters for ranges of values: column, SQL condition on it, and bindings."""
     if (source := filters.get("source")) is not None:
         yield "source", "{0} >= :source AND {0} < :source_end", _prefix(source)
     since, until = filters.get("since"), filters.get("until")
@@ -516,7 +518,7 @@ def _prefix(source: str) -> dict[str, str]:
 
 
 def _check(filters: Filters) -> None:
-    """Refuse what would pass everything or nothing by mistake."""
+    """Reject unknown filters and values, which would match everything or nothing by mistake."""
     for name, value in filters.items():
         if name not in Filters.__annotations__:
             known = ", ".join(Filters.__annotations__)
@@ -532,21 +534,24 @@ def _check(filters: Filters) -> None:
 
 
 def advances(position: Any, first: int, last: int) -> bool:
-    """Return whether a row stands where the next one may. In a damaged tree others come, over and over."""
+    """Return whether a row is at a position where the next one may be.
+
+    A damaged B-tree may return the same rows again and again.
+    """
     return isinstance(position, int) and first <= position <= last
 
 
 def digest_of(writer: str, sequence: int, payload: bytes) -> bytes:
     """Return the checksum of one record."""
     digest = hashlib.sha256(b"%b:%d:" % (writer.encode(), sequence))
-    # Above 2047 bytes hashlib lets go of Python's lock, which takes longer to get back than these do to hash.
+    # Above 2047 bytes hashlib releases the GIL, and reacquiring it takes longer than hashing these bytes.
     for start in range(0, len(payload), 2047):
         digest.update(payload[start : start + 2047])
     return digest.digest()[:16]
 
 
 def chain_of(previous: bytes, digest: bytes) -> bytes:
-    """Return the link of one record; `previous` is empty for a writer's first."""
+    """Return the chain value of one record; `previous` is empty for a writer's first record."""
     return hashlib.sha256(previous + digest).digest()[:16]
 
 
@@ -556,10 +561,10 @@ def micros(at: datetime) -> int:
 
 
 def from_micros(value: int) -> datetime:
-    """Return the time, UTC, that `micros` turned into `value`, or the nearest that there is."""
+    """Return the time, UTC, of which `micros` returns `value`, or the nearest that a datetime can express."""
     try:
         return _EPOCH + value * _MICROSECOND
-    except OverflowError:  # the first or last hours of all years, in another zone
+    except OverflowError:  # within hours of datetime.min or .max, in another zone
         return (datetime.min if value < 0 else datetime.max).replace(tzinfo=UTC)
 
 
@@ -595,9 +600,9 @@ def row_of(record: Record, payload: bytes) -> Row:
 
 
 def column_text(text: str) -> str:
-    """Return text as a database column can hold it; the payload keeps what is escaped here.
+    """Return text in a form that a database column can store; the payload has it unescaped.
 
-    Lone surrogates have no UTF-8 form, and PostgreSQL has no NUL.
+    Lone surrogates have no UTF-8 form, and PostgreSQL does not store NUL.
     """
     if text.isascii() and "\0" not in text:
         return text

@@ -1,4 +1,4 @@
-"""Records out of a log and into it: `export` to JSONL or Parquet, `import_` from either."""
+"""Copies records between logs and files: `export` to JSONL or Parquet, `import_` from either."""
 
 from __future__ import annotations
 
@@ -79,33 +79,35 @@ def export(
     format: Format | None = None,
     **filters: Unpack[Filters],
 ) -> int:
-    """Write the records that pass the filters to a file, and return how many they are.
+    """Write the records that match the filters to a file, and return their number.
 
-    What was said about a Trajectory leaves with it, and alone it does not leave: see `with_appended` of
-    `Filters`, which is always so here.
+    Comparisons, reviews and feedback are exported together with their Trajectory, and never without it: the
+    filter `with_appended` of `Filters` is always set here.
 
-    The file appears whole or not at all, readable by its owner alone. JSONL holds each record as one line.
-    Parquet holds a row a record: the columns that one filters and plots by, and the whole record as JSON in
-    `json`. `import_` reads both back byte for byte.
+    The file is written atomically, readable by its owner only. In JSONL each record is one line. In Parquet
+    it is one row, with columns for filters and plots, and the whole record as JSON in `json`. `import_`
+    restores records from both byte for byte.
 
     Args:
         url: the log.
-        path: the file to write; one that is there is replaced.
-        format: `jsonl` or `parquet`; by default what the file's name ends in.
+        path: the file to write; an existing file is replaced.
+        format: `jsonl` or `parquet`; by default it follows from the suffix of the file's name.
+        filters: see `Filters`.
 
     Raises:
-        ConfigError: no format is given and the name does not say one; or it names the log, or no plain file.
-        MissingExtra: Parquet is asked for and pyarrow is not installed.
+        ConfigError: the format is neither given nor clear from the name; or the path names the log itself, or
+            something that is not a regular file.
+        MissingExtra: the format is Parquet, and pyarrow is not installed.
         LogError: the log cannot be read, or the file cannot be written.
     """
     target = Path(path)
     place = place_of(url)
     if place.path is not None and os.path.realpath(target) in {f"{place.path}{end}" for end in _OF_A_LOG}:
         raise ConfigError(f"{target}: is the log itself; name another file")
-    # Where even the look fails, the writing says why.
+    # If this check itself fails, writing raises an error with the reason.
     if os.path.exists(target) and not os.path.isfile(target):
         raise ConfigError(f"{target}: is not a plain file; name one")
-    target = target.resolve()  # what a link names is written, and the link stays
+    target = target.resolve()  # write the target of a symbolic link, and keep the link
     chosen = format or _SUFFIXES.get(target.suffix.lower())
     if chosen is None:
         raise ConfigError(f"{target}: the name does not say which format; end it in .jsonl or .parquet")
@@ -130,7 +132,7 @@ def _write_jsonl(log: Log, filters: Filters, file: BinaryIO) -> int:
 
 
 def _pyarrow(needed_by: str) -> tuple[ModuleType, ModuleType]:
-    """Return pyarrow and its part that reads and writes Parquet."""
+    """Return the modules `pyarrow` and `pyarrow.parquet`."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -175,12 +177,12 @@ def _parquet_writer() -> Callable[[Log, Filters, BinaryIO], int]:
 
 
 def windows(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Yield lines as many at a time as an import adds in one go: some hundreds, of a few megabytes in all."""
+    """Yield lists of lines, each as large as an import appends at once: some hundreds, of a few megabytes."""
     return _groups(lines, _WINDOW, _WINDOW_BYTES)
 
 
 def _groups(lines: Iterable[bytes], count: int, size: int) -> Iterator[list[bytes]]:
-    """Yield groups of `count` lines, or of fewer where these are more than `size` bytes already."""
+    """Yield groups of `count` lines; a group with more than `size` bytes ends early."""
     group: list[bytes] = []
     length = 0
     for line in lines:
@@ -224,7 +226,7 @@ def _parquet_row(line: bytes) -> dict[str, Any]:
 
 
 def _storable(text: str | None) -> str | None:
-    # Parquet's strings are UTF-8; the column `json` keeps a lone surrogate as it was.
+    # Parquet's strings are UTF-8, which has no lone surrogates; the column `json` has them escaped.
     return None if text is None else text.encode("utf-8", "replace").decode()
 
 
@@ -237,7 +239,7 @@ class BrokenLine(NamedTuple):
     line: int
     """Its number, from 1."""
     what: str
-    """What is wrong with it."""
+    """The reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,15 +249,15 @@ class Import:
     records: int
     """Records of a log that were added."""
     demonstrations: int
-    """Demonstrations that were added, each as a Trajectory of the mode `imported`."""
+    """Demonstrations that were added, each as a Trajectory with the mode `imported`."""
     present: int
-    """Lines whose record was in the log already."""
+    """Lines whose record was already in the log."""
     removed: int
-    """Lines whose record `gc` removed from this log; they stay away."""
+    """Lines whose record `gc` removed from this log; they are not added again."""
     broken: tuple[BrokenLine, ...]
     """Lines that were skipped."""
     truncated: bool
-    """Whether the last line is cut in the middle, as an interrupted writer leaves it."""
+    """Whether the last line is incomplete, as when its writer was interrupted."""
 
 
 _DEMONSTRATION = ("prompt", "draft", "critique", "revision", "principle", "label")
@@ -269,20 +271,20 @@ def import_(
 
     The file is JSONL, or Parquet as `export` writes it, each row of which is a line. A line is a record as
     `export` writes it, or a demonstration that a person wrote: an object with `prompt`, `draft` and, where
-    they apply, `critique`, `revision`, `principle` and `label` (`VIOLATES` where there is a revision,
-    otherwise `COMPLIES`); without a principle the label is of the whole answer. Other keys go to `metadata`.
-    What is in the log already, by id, is not added again; a demonstration's id follows from its content, as
-    `redact` leaves it. One whose redaction fails is added each time.
+    they apply, `critique`, `revision`, `principle` and `label` (default: `VIOLATES` if there is a revision,
+    otherwise `COMPLIES`); without a principle the label is for the whole answer. Other keys go to `metadata`.
+    A record whose id is already in the log is not added again; a demonstration's id is derived from its
+    content after redaction. One whose redaction fails is added at every import.
 
     Args:
-        url: the log; made where it is absent.
-        path: the file; what it is shows in its first bytes.
+        url: the log; created if it does not exist.
+        path: the file; its format is detected from its first bytes.
         redact: see `open_log`.
 
     Raises:
         DataError: the file cannot be read.
         MissingExtra: it is Parquet, and pyarrow is not installed.
-        LogError: the log cannot be written; the lines before are in it, and importing again goes on.
+        LogError: the log cannot be written; earlier lines may be in it, and a repeated import adds the rest.
     """
     source = Path(path)
     try:
@@ -299,7 +301,7 @@ def import_(
         if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise DataError(f"{source}: is written in UTF-16; save the file as UTF-8")
         parquet = begin.startswith(b"PAR1")
-        lines = _parquet_lines(file, source) if parquet else file  # before the log, which opening makes
+        lines = _parquet_lines(file, source) if parquet else file  # before open_log, which may create the log
         with open_log(url) as log:
             importer = _Importer(log, redact)
             for window in windows(lines):
@@ -311,7 +313,7 @@ def _parquet_lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
     """Return the records of a Parquet export, as the lines of one in JSONL.
 
     Raises:
-        DataError: it is no Parquet export, or damaged; the latter perhaps not until it is read.
+        DataError: the file is not a Parquet export, or damaged; damage may be found only while it is read.
     """
     pa, pq = _pyarrow("a Parquet import")
     try:
@@ -319,13 +321,13 @@ def _parquet_lines(file: BinaryIO, source: Path) -> Iterator[bytes]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{source}: is no whole Parquet file: {error}") from error
     found = table.schema_arrow
-    texts = (pa.string(), pa.large_string(), pa.string_view())  # the last two where pandas or polars wrote it
+    texts = (pa.string(), pa.large_string(), pa.string_view())  # pandas and polars write the last two
     if "json" not in found.names or found.field("json").type not in texts:
         raise DataError(f"{source}: has no column 'json' of texts, which `cai log export` writes")
 
     def read() -> Iterator[bytes]:
         try:
-            for group in range(table.num_row_groups):  # a batch of several would be as large as they are
+            for group in range(table.num_row_groups):  # a batch over several would be as large as all of them
                 for batch in table.iter_batches(_WINDOW, row_groups=[group], columns=["json"]):
                     for text in batch.column(0):
                         yield (text.as_py() or "null").encode() + b"\n"
@@ -375,7 +377,7 @@ class _Importer:
         for read, future in waiting:
             try:
                 future.result()
-            except Duplicate:  # another import was quicker
+            except Duplicate:  # another import has just added it
                 self._meet(read)
                 continue
             except DataError as error:
@@ -385,7 +387,7 @@ class _Importer:
             self.records += not read.demonstration
 
     def _meet(self, read: _Line) -> None:
-        """Count a line whose id the log knows."""
+        """Count a line whose id is in the log or was removed from it."""
         try:
             stored = self.log.get(read.record.id)
         except DataError:
@@ -394,7 +396,7 @@ class _Importer:
         self._compare(read, stored)
 
     def _compare(self, read: _Line, other: Record) -> None:
-        # A demonstration's id is its content; a redacted record differs from its line on purpose.
+        # Demonstrations with one id have equal content; a redacted record differs from its line on purpose.
         if read.demonstration or self.redact is not None or read.record == other:
             self.present += 1
         else:
@@ -416,13 +418,13 @@ class _Line(NamedTuple):
     number: int
     record: Record
     payload: bytes | None
-    """The line, where it can be stored as it stands, so that another export equals the first."""
+    """The line, if it can be stored unchanged, so that a new export yields the same bytes; else None."""
     demonstration: bool
 
 
 def _parse(number: int, line: bytes, redact: Redactor | None) -> _Line:
     try:
-        # Of bytes `json` guesses the encoding, line by line.
+        # Decoded here, since `json` would guess the encoding of bytes, for each line anew.
         data = json.loads(line.decode("utf-8-sig", "surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}") from error
@@ -487,7 +489,7 @@ def _demonstration(data: dict[str, Any]) -> Trajectory:
 
 
 def redacted(record: R, redact: Redactor | None) -> R:
-    """Return the record that a log with this hook stores."""
+    """Return the record as a log with this hook would store it."""
     if redact is None:
         return record
     stored = decode(redacted_row(encode(record), redact).payload)
@@ -496,18 +498,18 @@ def redacted(record: R, redact: Redactor | None) -> R:
 
 
 def under_content_id(record: R, content: Sequence[Any]) -> R:
-    """Return the record under the id that follows from its content; one that is withheld, under its own.
+    """Return the record with the id derived from `content`; a withheld record keeps its own id.
 
-    The content is what `redact` has left, since what was redacted could be guessed by its digest.
+    `content` is taken after redaction: a digest of the original would let a reader confirm a guess.
     """
     return record if is_withheld(record) else msgspec.structs.replace(record, id=content_id(content))
 
 
 def content_id(content: Sequence[Any]) -> str:
-    """Return a UUIDv8 (RFC 9562, section 5.8) that follows from the content: JSON, and parts of records.
+    """Return a UUIDv8 (RFC 9562, section 5.8) derived from the content: JSON values and parts of records.
 
     Raises:
-        DataError: it is nested too deep.
+        DataError: the content is nested too deep.
     """
     try:
         text = json.dumps(content, sort_keys=True, default=msgspec.to_builtins)

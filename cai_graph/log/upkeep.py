@@ -1,4 +1,4 @@
-"""Upkeep of a log: find damage (`verify`), save what is intact (`recover`), remove by age (`gc`)."""
+"""Upkeep of a log: find damage (`verify`), save the intact records (`recover`), remove old ones (`gc`)."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class Damage(NamedTuple):
     """One record whose bytes are not those that were written."""
 
     position: int
-    """Its place in the log, counted from 1."""
+    """Its position in the log, counted from 1."""
     id: str | None
     """Its id, as far as it can be read."""
     what: str
-    """What does not fit."""
+    """The fault that was found."""
 
 
 class Gap(NamedTuple):
-    """Records that a writer committed and that are not in the log any more."""
+    """Records that a writer committed and that are no longer in the log."""
 
     writer: str
     """The writer's id."""
@@ -76,15 +76,15 @@ class Verification:
     records: int
     """Records that were checked."""
     damaged: tuple[Damage, ...]
-    """Those of them that are damaged."""
+    """The damaged records among these."""
     gaps: tuple[Gap, ...]
     """Records that are missing."""
     integrity: tuple[str, ...]
-    """What the database's own check of the log's structure reports."""
+    """Faults that the database's own check of the log's structure reports."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether no fault was found."""
         return not (self.damaged or self.gaps or self.integrity)
 
 
@@ -99,7 +99,7 @@ class Recovery:
     damaged: tuple[Damage, ...]
     """Records that could be found but not saved."""
     gaps: tuple[Gap, ...]
-    """Records of which nothing intact is left, those in `damaged` included."""
+    """Records of which no intact copy remains, including those in `damaged`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,20 +109,20 @@ class Removal:
     trajectories: int
     """Trajectories removed."""
     others: int
-    """Comparisons, reviews and feedback removed with them, or whose Trajectory is not in the log."""
+    """Comparisons, reviews and feedback removed with these, or whose Trajectory is not in the log."""
     kept: int
-    """Trajectories old enough that were kept, because of a review or a tag."""
+    """Trajectories that are old enough but were kept, because of a review or a tag."""
     erased: bool
-    """Whether nothing of what this or an earlier `gc` removed is left in the log's files. What stood in a
-    file's records is overwritten, but SQLite may have left copies beside them, which go only when the file is
-    written anew; a reader may hold up both until the next `gc`. Nor while there are `copies`. PostgreSQL
-    overwrites when it uses the space again."""
+    """Whether the log's files contain nothing any more of the records that this or an earlier `gc` removed.
+    Removed records in a file are overwritten, but SQLite may have left copies elsewhere in it, which
+    disappear only when the file is rewritten; a reader may delay both until the next `gc`. False while there
+    are `copies`, and for PostgreSQL, which overwrites removed records only when it reuses their space."""
     compacted: bool
-    """Whether the file was written anew and space went back to the disk; otherwise the log uses it again. A
-    file that anybody else has open is not written anew."""
+    """Whether the file was rewritten, which returned space to the disk; otherwise the log reuses the space. A
+    file that another connection has open is not rewritten."""
     copies: tuple[Path, ...]
-    """What was saved of a damaged WAL, or of one that stayed behind, and stands beside the file: it may hold
-    what was removed. It is yours to delete, once you have recovered from it."""
+    """Saved copies of damaged or orphaned WALs beside the file, which may contain removed records. Delete
+    them once you have recovered the records that you need from them."""
 
 
 # --- verify -------------------------------------------------------------------------------------------
@@ -135,8 +135,8 @@ _LAST = 2**63 - 1
 def verify(url: str | os.PathLike[str]) -> Verification:
     """Check every record of a log, each writer's sequence and chain, and the database's structure.
 
-    Reads only. A changed byte in a record is found by its checksum, a removed or reordered record by its
-    writer's sequence and chain. What is not found: that the latest records of a writer are missing.
+    Changes nothing. Detects a changed byte in a record by its checksum, and a removed or reordered record by
+    its writer's sequence and chain. Does not detect that the latest records of a writer are missing.
 
     Raises:
         LogError: the log cannot be opened at all, or was written by a newer release.
@@ -164,8 +164,8 @@ def _verify(store: Store) -> Verification:
         try:
             what, real, name = _fault(columns if is_record else [], writer, sequence, digest)
             seen, before = links.get(name, (0, {b""}))
-            # A flipped byte in one link must not cast doubt on the next record as well, so both the
-            # stored link and the one that should be there may be followed.
+            # A flipped byte in one chain value must not make the next record look damaged as well, so the
+            # next one may continue either the stored value or the correct one.
             expected = {chain_of(link, value) for link in before for value in (digest, real)}
             if not what and sequence <= seen:
                 what = "stands out of its writer's order"
@@ -194,7 +194,7 @@ def _verify(store: Store) -> Verification:
 
 
 def _fault(columns: list[Any], writer: bytes, sequence: int, digest: bytes) -> tuple[str, bytes, str]:
-    """Return what is wrong with a row (empty where nothing is), its true checksum, and its writer."""
+    """Return the fault of a row (empty if it has none), its true checksum, and its writer."""
     name = writer.decode()
     if not columns:
         return "", digest, name
@@ -215,10 +215,10 @@ def _fault(columns: list[Any], writer: bytes, sequence: int, digest: bytes) -> t
 
 
 def _merged(store: Store, stored: str, buried: str, integrity: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Yield the rows of records and of tombstones by position, while `gc` may turn some into the others.
+    """Yield the rows of records and of tombstones by position, while `gc` may be removing records.
 
-    The tombstones are read after the records that stand among them, so that none is missed; what is found as
-    both is one record that was removed meanwhile.
+    For each range of positions the tombstones are read after the records, so that no row is missed. A
+    position found in both is a record that was removed in between, and is yielded once, as a record.
     """
     position = 0
     while position < _LAST:
@@ -239,7 +239,7 @@ def _paged(
 
 
 def _page(store: Store, sql: str, position: int, last: int, integrity: list[str]) -> list[Any]:
-    """Return the next rows, each behind the one before it, whatever a damaged tree leads to."""
+    """Return the next rows, in increasing positions even if the B-tree is damaged; report faults found."""
     try:
         rows = store.page(sql, {"position": position, "last": last})
     except LogError as error:
@@ -263,25 +263,24 @@ _STONE = ("position", "id", "kind", "writer", "sequence", "digest", "chain", "re
 def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recovery:
     """Write every intact record of a damaged log file into a new one, in the order of their positions.
 
-    Reads the file page by page, past SQLite, so that a damaged index or tree loses no intact record; each
-    record is taken only if its checksum holds. The damaged file is left as it is. In the new log the
-    records stand under one new writer; ids and contents are unchanged. The new log appears whole or not at
-    all.
+    Reads the file page by page, bypassing SQLite, so that a damaged index or B-tree loses no intact record; a
+    record is accepted only if its checksum matches. The damaged file is not changed. In the new log all
+    records have one new writer; ids and contents are unchanged. The new log is written atomically.
 
     Args:
         url: the damaged log. No process may have it open.
         into: the new log; must not exist.
 
     Raises:
-        ConfigError: one of them is no file: PostgreSQL recovers itself.
-        LogError: the damaged file cannot be read or holds no intact record, or `into` exists or cannot be
+        ConfigError: one of the two is not a file; PostgreSQL recovers itself.
+        LogError: the damaged file cannot be read or contains no intact record, or `into` exists or cannot be
             written.
     """
-    # Here, as what else is for SQLite alone, which a log in PostgreSQL does not load.
+    # Imported here, like all that is specific to SQLite: a log in PostgreSQL does not load it.
     from cai_graph.log.pages import scan
 
     source, target = (_file_of(log) for log in (url, into))
-    # Where even the look fails, the writing says why.
+    # If this check itself fails, writing raises an error with the reason.
     if os.path.exists(target) and os.path.getsize(target):
         raise LogError(f"{target}: exists; name a new file to recover into")
     if is_open(source):
@@ -303,7 +302,7 @@ def recover(url: str | os.PathLike[str], into: str | os.PathLike[str]) -> Recove
 
 
 def _save(found: Found, path: Path) -> None:
-    """Make a log of what was found."""
+    """Write a log with the records and tombstones that were found."""
     from cai_graph.log.sqlite import SQLiteStore
 
     store = SQLiteStore(path)
@@ -317,7 +316,7 @@ def _save(found: Found, path: Path) -> None:
                 store.insert(part)
                 part, size = [], 0
         store.insert(part)
-        # Below every position that the new log gives, so that none is given twice.
+        # Negative positions, which the new log never assigns, so that none is used twice.
         stones = [dict(zip(_STONE, (-n, *stone), strict=True)) for n, stone in enumerate(found.tombstones, 1)]
         sql = f"INSERT INTO tombstones VALUES ({', '.join(f':{name}' for name in _STONE)})"
         store.change(lambda db: [db.execute(sql, stone) for stone in stones])
@@ -327,10 +326,10 @@ def _save(found: Found, path: Path) -> None:
 
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """Give where to make a log, which stands at `target` once the body has ended, or goes away.
+    """Yield a temporary path for a log; it is moved to `target` when the body ends, or deleted on error.
 
     Raises:
-        LogError: it cannot be written.
+        LogError: the log cannot be written.
     """
     import apsw
 
@@ -349,7 +348,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise LogError(f"{target}: cannot be made: {error.strerror}") from error
     except LogError as error:
-        if isinstance(error.__cause__, apsw.Error):  # It names a file that is gone.
+        if isinstance(error.__cause__, apsw.Error):  # Its message names the temporary file, which is gone.
             raise LogError(f"{target}: cannot be written, so nothing was: {error.__cause__}") from error
         raise
 
@@ -385,28 +384,28 @@ def gc(
     keep_tag: str | None = None,
     dry_run: bool = False,
 ) -> Removal:
-    """Remove Trajectories made before a time, with everything appended about them, however late.
+    """Remove Trajectories made before a time, with everything appended about them, even if it was later.
 
-    A tombstone of each keeps its id, when it was removed, and why; `get` says so, and `import` does not
-    bring it back. Whether nothing of what was removed is left in a file, `erased` says.
+    A tombstone for each records its id, the time of the removal and the reason; `get` reports these, and
+    `import_` does not add the record again. `Removal.erased` is True if the files no longer contain it.
 
     Args:
         url: the log.
         before: Trajectories made before this time are removed; a time without a zone is UTC.
-        why: kept in the tombstones, such as "retention of 90 days".
+        why: the reason, stored in the tombstones, such as "retention of 90 days".
         keep_reviewed: keep Trajectories that a person has reviewed.
         keep_tag: keep Trajectories that carry this tag.
         dry_run: count only.
 
     Raises:
-        LogError: there is no log, or it cannot be read or written; what was removed until then stays removed.
+        LogError: there is no log, or it cannot be read or written; records removed before then stay removed.
     """
-    open_store(url, read_only=True).close()  # to write would make a log where there is none
+    open_store(url, read_only=True).close()  # opening it for writing would create a missing log
     store = open_store(url, read_only=dry_run)
     try:
         sweep = _Sweep(store, before, why, keep_reviewed=keep_reviewed, keep_tag=keep_tag)
         trajectories, others = sweep.planned() if dry_run else sweep.remove()
-        erased = not dry_run and store.erase()  # which waits for readers
+        erased = not dry_run and store.erase()  # waits for readers
         compacted = not dry_run and store.compact()
         copies = tuple(store.copies())
         return Removal(
@@ -422,10 +421,11 @@ def gc(
 
 
 class _Sweep:
-    """What `gc` removes: what was made before a time, apart from what is kept.
+    """One removal by `gc`: selects the records made before a time, except those to keep, and removes them.
 
-    It goes through the log once, in the order of positions, and removes a part at a time, so that the writers
-    of other processes come through. At its end goes what came after its Trajectory had been removed.
+    It goes through the log once, in the order of positions, and removes a chunk at a time, so that writers of
+    other processes can commit in between. Last, it removes what was appended about a Trajectory after that
+    was removed.
     """
 
     def __init__(
@@ -437,7 +437,7 @@ class _Sweep:
         self._bindings: dict[str, Any] = {"limit": micros(before), "after": first - 1, "last": last}
         keep = ["1 = 0"]
         if keep_reviewed:
-            # Nothing added to the kind, or SQLite would look for it among all reviews, by the other index.
+            # `|| ''` keeps SQLite from using the index on kinds, in which it would scan all reviews.
             review = "v.trajectory_id = r.id AND v.kind || '' = 'review'"
             keep.append(f"EXISTS (SELECT 1 FROM records v WHERE {review})")
         if keep_tag is not None:
@@ -452,10 +452,10 @@ class _Sweep:
             f"FROM records r WHERE r.trajectory_id IS NOT NULL AND r.at >= :limit AND {orphan} "
             "AND EXISTS (SELECT 1 FROM tombstones s WHERE s.id = r.trajectory_id)"
         )
-        """What is young and was appended about a Trajectory after that was removed; it may hold its texts."""
+        """Newer records that were appended about a Trajectory after that was removed; they may quote it."""
 
     def kept(self) -> int:
-        """Return how many Trajectories are old enough and stay."""
+        """Return how many Trajectories are old enough but are kept."""
         return self._count(self._kept)
 
     def planned(self) -> tuple[int, int]:
@@ -465,7 +465,7 @@ class _Sweep:
         return self._count(self._doomed), others
 
     def remove(self) -> tuple[int, int]:
-        """Remove them; return how many Trajectories and how many others they were."""
+        """Remove the records; return how many Trajectories and how many others were removed."""
         trajectories = others = 0
         for removed, with_them in self._remove(self._doomed):
             trajectories += removed
@@ -486,7 +486,7 @@ class _Sweep:
     def _remove(self, source: str) -> Iterator[tuple[int, int]]:
         sql = f"SELECT r.position {source} ORDER BY r.position LIMIT {_CHUNK}"
         after, last = self._bindings["after"], self._bindings["last"]
-        # Found outside the transaction, for which others wait.
+        # Selected outside the transaction, which blocks other writers.
         while found := [row[0] for row in self._store.rows(sql, self._bindings | {"after": after})]:
             if not advances(found[-1], after + 1, last):
                 raise self._store.out_of_order()
@@ -494,9 +494,11 @@ class _Sweep:
             after = found[-1]
 
     def _bury(self, source: str, found: list[int], db: Database) -> tuple[int, int]:
-        """Remove what is still to go of what was found; return how much, and how much that is about it."""
+        """Remove the found records that are still to be removed, with the records about them; return both
+        numbers.
+        """
         among = self._store.among
-        # A review may have come meanwhile, which keeps its Trajectory.
+        # Selected again: a review may have been appended meanwhile, for which the Trajectory is kept.
         sql = f"SELECT r.position, r.id {source} AND {among('r.position', 'found')}"
         doomed = list(db.execute(sql, self._bindings | {"found": self._store.packed(found)}))
         ids = self._store.packed([id for _, id in doomed])

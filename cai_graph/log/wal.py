@@ -1,11 +1,11 @@
-"""The WAL beside a log's file that SQLite would lose records of: it is set aside first.
+"""Saves a copy of an orphaned or damaged WAL before SQLite would lose the records in it.
 
-SQLite takes any `cai.db-wal` for that of `cai.db`. Where the file was moved away while a process had it open,
-or after a crash, the WAL stays behind with records that were committed. A new file is empty, and beside an
-empty one SQLite deletes the WAL; to one that was put in its place SQLite would apply it.
+SQLite assumes that any `cai.db-wal` belongs to `cai.db`. If the file is moved away while a process has it
+open, or after a crash, its WAL stays behind with committed records. SQLite deletes a WAL that it finds beside
+a new, empty file, and would apply it to another file that was put in the old one's place.
 
-Of a WAL that was left by a crash SQLite reads what stands before the first frame that is damaged, and writes
-over the rest. The format: https://www.sqlite.org/fileformat2.html#walformat.
+Of a WAL that a crash left, SQLite reads the frames before the first damaged one, and overwrites the rest.
+Format: https://www.sqlite.org/fileformat2.html#walformat.
 """
 
 from __future__ import annotations
@@ -30,52 +30,52 @@ __all__ = ["copies_of", "is_at_rest", "keep_unread", "make", "set_aside", "unrea
 _HEADER = 32
 """Bytes before the first frame."""
 _FRAME = 24
-"""Bytes of a frame before its page: the page's number, the size of the file where it ends a transaction or 0,
-the salts, which the header has, too, and a checksum over all frames up to it."""
+"""Bytes of a frame before its page: the page's number; the size of the file if the frame ends a transaction,
+else 0; the salts of the header; and a checksum over all frames up to this one."""
 _BIG_ENDIAN = bytes.fromhex("377f0683")
-"""The first bytes of a WAL whose checksums are over big-endian words."""
+"""The first bytes of a WAL whose checksums are computed over big-endian words."""
 _PART = 1 << 20
 """Bytes that are compared at a time."""
 _DAMAGED = "-wal.damaged-"
 _LEFT = "-wal.left-"
-"""What stands in the names of copies between the log's own and the time."""
+"""Infixes in the names of copies, between the log's name and the time."""
 
 
 def wal_of(path: Path) -> bytes | None:
-    """Return what tells the WAL beside a file from any other; None where it holds nothing."""
+    """Return the header of a file's WAL, which identifies it; None if there is no WAL or it is empty."""
     try:
         with open(f"{path}-wal", "rb", buffering=0) as file:
-            header = file.read(_HEADER)  # with two random numbers in it
+            header = file.read(_HEADER)  # includes two random salts
             return header if file.read(1) else None
     except OSError:
         return None
 
 
 def make(path: Path) -> None:
-    """Make an empty file, unless there is one, without a WAL.
+    """Create an empty file if there is none, and set aside any WAL beside an empty one.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be created.
     """
     with _alone_in(path.parent):
         if not path.exists():
             _clear(path)
-            # Readable by its owner alone, since it holds what users wrote. O_EXCL: closing a descriptor of a
-            # file that SQLite has open would drop SQLite's locks on it.
+            # Readable by its owner only, since it will contain users' texts. O_EXCL: closing a descriptor of
+            # a file that SQLite has open would release SQLite's locks on it.
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         elif path.stat().st_size == 0 and wal_of(path) is not None:
             _clear(path)
 
 
 def set_aside(path: Path, wal: bytes) -> None:
-    """Set aside the WAL beside a path if it still is this one, that of a file which stands there no more."""
+    """Set aside the WAL beside a path if it still is `wal`, of a file that is no longer at the path."""
     with contextlib.suppress(OSError), _alone_in(path.parent):  # the folder may be gone, too
         if wal_of(path) == wal:
             _clear(path)
 
 
 def is_at_rest(path: Path) -> bool:
-    """Return whether no process has a log open, and this one could not help it to its WAL."""
+    """Return whether a log has no WAL, so that no process has it open, and this process cannot create one."""
     return not os.path.exists(f"{path}-wal") and not os.access(path.parent, os.W_OK)
 
 
@@ -88,11 +88,11 @@ def copies_of(path: Path) -> list[Path]:
 
 
 def unread_of(path: Path, db: apsw.Connection) -> str | None:
-    """Return what to say where damage to its WAL hides committed transactions; None where it hides none, or a
-    copy has them.
+    """Return a message if damage to the WAL hides committed transactions; None if it hides none, or if a copy
+    already has them.
 
-    A power cut may tear the last transaction, which was not acknowledged then; but one that others follow was
-    whole once. So damage to the last one does not show.
+    A power cut may tear the last transaction, which was then not acknowledged; but one that is followed by
+    another was complete. So damage to the last transaction is not reported.
 
     Args:
         path: the log.
@@ -102,7 +102,7 @@ def unread_of(path: Path, db: apsw.Connection) -> str | None:
         hidden = _hidden(path, header, frames, int(db.pragma("page_size")))
         if hidden is None or any(_ends_alike(Path(f"{path}-wal"), copy, hidden) for copy in copies_of(path)):
             break
-        # Other processes may write meanwhile, or begin the WAL anew.
+        # Checked again, as other processes may have written meanwhile, or restarted the WAL.
         if (wal_of(path), _frames_read(db)) == (header, frames):
             return (
                 f"the WAL is damaged after frame {frames}, and what was committed behind it cannot be read; "
@@ -112,10 +112,18 @@ def unread_of(path: Path, db: apsw.Connection) -> str | None:
 
 
 def keep_unread(path: Path, db: apsw.Connection, unread: str, *, read_only: bool) -> None:
-    """Say what SQLite does not read of a WAL, and copy that before anything is written over it.
+    """Log that part of a WAL is unreadable for SQLite, and copy the WAL before that part is overwritten.
+
+    With `read_only` it is only logged, as nothing will be overwritten.
+
+    Args:
+        path: the log.
+        db: a connection to it, outside a transaction.
+        unread: the message of `unread_of`.
+        read_only: whether the connection only reads.
 
     Raises:
-        LogError: it cannot be copied.
+        LogError: the WAL cannot be copied.
     """
     if read_only:
         say(logging.ERROR, "%s: %s", path, unread)
@@ -135,7 +143,7 @@ def keep_unread(path: Path, db: apsw.Connection, unread: str, *, read_only: bool
                 unread,
                 kept,
             )
-            # A reader may be in the way; then it stays, partly written over, until SQLite begins it anew.
+            # If a reader blocks this, the WAL remains, partly overwritten, until SQLite restarts it.
             with contextlib.suppress(apsw.BusyError, apsw.LockedError):
                 db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except OSError as error:
@@ -143,22 +151,23 @@ def keep_unread(path: Path, db: apsw.Connection, unread: str, *, read_only: bool
 
 
 def _frames_read(db: apsw.Connection) -> int:
-    """Return how many frames SQLite reads; -1 where there is no WAL for it, or it cannot tell now."""
+    """Return how many frames of the WAL SQLite reads; -1 if it has no WAL, or the number is not available."""
     try:
         return db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
     except (apsw.ReadOnlyError, apsw.BusyError, apsw.LockedError):
-        return -1  # Busy: another process, which has looked, moves it into the file.
+        return -1  # Busy: another process, which has done this check, is checkpointing.
 
 
 def _hidden(path: Path, header: bytes, frames: int, page_size: int) -> int | None:
-    """Return where a transaction begins that was written on another behind the frames that SQLite reads of a
-    WAL; None where there is none.
+    """Return the offset of a transaction that follows another one and is beyond the frames that SQLite reads
+    of a WAL; None if there is none.
     """
     order = ">" if header.startswith(_BIG_ENDIAN) else "<"
-    # Other salts are left from before the WAL began anew. Those of a damaged header are not known.
+    # Frames with other salts are from before the WAL was restarted. If the header is damaged, its salts are
+    # unknown.
     salts = header[16:24] if _checksum(header[:24], bytes(8), order) == header[24:] else None
     size = _FRAME + page_size
-    # The WAL may be removed while it is open; then there is nothing behind.
+    # The WAL may be removed in the meantime; then it hides nothing.
     with contextlib.suppress(FileNotFoundError), open(f"{path}-wal", "rb", buffering=0) as file:
         previous = bytes(_FRAME)
         for start in range(_HEADER + frames * size, os.fstat(file.fileno()).st_size - size + 1, size):
@@ -173,7 +182,7 @@ def _hidden(path: Path, header: bytes, frames: int, page_size: int) -> int | Non
 
 
 def _ends_alike(wal: Path, copy: Path, start: int) -> bool:
-    """Return whether a copy holds what a WAL holds from there on, at the same place."""
+    """Return whether a copy has the same bytes as a WAL from offset `start` to the end."""
     with contextlib.suppress(OSError), wal.open("rb") as one, copy.open("rb") as other:
         one.seek(start)
         other.seek(start)
@@ -184,7 +193,7 @@ def _ends_alike(wal: Path, copy: Path, start: int) -> bool:
 
 
 def _checksum(data: bytes, before: bytes, order: str) -> bytes:
-    """Return the checksum that a WAL has of this data behind what `before` is the checksum of."""
+    """Return the WAL checksum of `data`, continued from the checksum `before`."""
     one, two = struct.unpack(">2I", before)
     words = iter(struct.unpack(f"{order}{len(data) // 4}I", data))
     for first, second in zip(words, words, strict=True):
@@ -207,18 +216,18 @@ def _clear(path: Path) -> None:
             left,
         )
     wal.unlink(missing_ok=True)
-    # Who still has the old file open shares his with those who have, too, and nobody else.
+    # Processes that still have the old file open keep sharing the deleted -shm file among themselves.
     Path(f"{path}-shm").unlink(missing_ok=True)
 
 
 def _name(path: Path, kind: str) -> Path:
-    """Return the name of a copy that is made now."""
+    """Return the path of a copy that is made now."""
     return Path(f"{path}{kind}{datetime.now(UTC):%Y%m%dT%H%M%S.%f}")
 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes from making or setting aside in this folder."""
+    """Lock the folder, so that no other process creates a log or sets a WAL aside in it."""
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)

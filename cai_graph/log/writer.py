@@ -1,9 +1,9 @@
-"""Group commit: one thread that turns whatever has been appended into one transaction.
+"""Group commit: one thread per log that writes all records appended so far in one transaction.
 
-While a transaction is being written, the next appends gather; so a batch is as large as the disk is slow,
-and nobody waits for a timer. Redaction and the database work happen on this thread. A record is encoded by
-its caller, a few microseconds: what is redacted and stored is the record as it was then, whatever becomes of
-the dicts in it; the bytes that wait are known; and one thread less encodes while others wait for its commit.
+While a transaction is being written, further appends collect in a queue and form the next one. So batches
+grow with the disk's latency, and no append waits for a timer. Redaction and the database work run on this
+thread. A record is encoded in the caller's thread, which takes a few microseconds: so later changes to the
+dicts in it have no effect, the number of pending bytes is known, and the writer's thread has less to do.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from cai_graph.trajectory import Record, decode, encode
 __all__ = ["Writer", "redacted_row"]
 
 MAX_PENDING_BYTES = 64 << 20
-"""Appends wait while more than this is not committed yet."""
+"""Appends block while more than this is pending, that is, not yet committed."""
 MAX_BATCH_BYTES = 16 << 20
-"""Bytes in one transaction; other processes wait for the file that long."""
+"""Most bytes in one transaction, which blocks the writers of other processes for its duration."""
 
 _ROW_BYTES = 512
-"""What a record takes beside its payload."""
+"""Estimated memory of a pending record beside its payload."""
 
 _Pending = tuple[Row, Commit, Callable[[], Row] | None]
-"""A row and the Commit of its append. Where a redactor is still to be applied, the row stands for its size
-only, and the function makes the one that is stored."""
+"""A row, the Commit of its append, and, if a redactor is still to be applied, a function that returns the row
+to store; then the first row serves only to know the size."""
 
 
 class Writer:
     """The queue and the thread in front of one store. Thread-safe; survives a fork.
 
-    Appends never wait for one another: an append puts its row into a deque, and the rest of its work is left
-    to whichever thread is at it already. A thread that waits for a lock gets it before it has Python's own
-    lock back, and keeps all others from it until then; so under many producers each append would change
-    threads twice, which costs more than everything else that it does.
+    Appends do not lock each other out: an append puts its row into a deque, and if another thread is already
+    doing the rest of the work, leaves it to that thread. A thread that waits for a lock acquires it before it
+    has reacquired the GIL, and blocks all others until then; so with a lock and many producers each append
+    would cost two thread switches, more than all its other work.
 
     Args:
-        store: where the rows go.
-        name: how messages call the log, such as its path.
+        store: the store to write to.
+        name: the log's name in messages, such as its path.
     """
 
     def __init__(self, store: Store, name: str) -> None:
@@ -55,20 +55,20 @@ class Writer:
         self._name = name
         self._closing = False
         self._leaving = False
-        """Whether nobody sees to what is appended from now on, so that an append does so itself."""
+        """Whether the program is ending or the writer closing, so that each append flushes by itself."""
         self._failing = False
         self._reset()
 
     def _reset(self) -> None:
         self.lost = 0
-        """Records that this process could not write; their futures failed."""
+        """Number of records that this process failed to write; their futures failed."""
         self._queue: deque[_Pending | threading.Event] = deque()
-        """What waits; an Event is set once all that stands before it is decided."""
+        """Pending rows; an Event is set once all rows before it are committed or have failed."""
         self._uncounted: deque[int] = deque()
         self._counting = threading.Lock()
         self._appended_bytes = 0
         self._finished_bytes = 0
-        self._decided = threading.Condition()  # of the Commits, which share it
+        self._decided = threading.Condition()  # shared by all Commits
         self._finished = threading.Condition()
         self._arrived = threading.Event()
         self._starting = threading.Lock()
@@ -79,12 +79,12 @@ class Writer:
     ) -> Commit:
         """Queue a record, and return a future that resolves once it is committed.
 
-        Waits while too much is pending. The future cannot be cancelled: what was appended is written.
+        Blocks while too much is pending. It cannot be cancelled: an appended record is always written.
 
         Args:
             record: the record.
             redactor: applied on the writer's thread before anything is written.
-            payload: the record's encoding where it is known.
+            payload: the record's encoding, if known.
 
         Raises:
             LogError: the writer is closed.
@@ -112,12 +112,12 @@ class Writer:
 
     @property
     def pending_bytes(self) -> int:
-        """What was appended and is neither committed nor lost yet, in memory."""
+        """Bytes in memory of the records that are neither committed nor failed yet."""
         return self._appended_bytes - self._finished_bytes
 
     @property
     def is_full(self) -> bool:
-        """Whether an append may have to wait; true from half of MAX_PENDING_BYTES, since records differ."""
+        """Whether an append may block; true above half of MAX_PENDING_BYTES, since records vary in size."""
         return self.pending_bytes > MAX_PENDING_BYTES // 2
 
     @property
@@ -126,7 +126,7 @@ class Writer:
         return threading.current_thread() is self._thread
 
     def flush(self) -> None:
-        """Wait until everything appended before is committed or has failed.
+        """Wait until every record appended before this call is committed or has failed.
 
         The writer's own thread returns at once: it would wait for itself.
         """
@@ -138,13 +138,13 @@ class Writer:
         reached.wait()
 
     def drain(self) -> None:
-        """Write what is pending as the program ends; an append from here on returns once it is decided."""
+        """Write pending records as the program ends; later appends return only when committed or failed."""
         self._leaving = True
         self.flush()
 
     def close(self) -> None:
-        """Write what is pending and end the thread. Closing twice is harmless."""
-        self._leaving = self._closing = True  # in this order, so that no append is seen to by nobody
+        """Write pending records and end the thread. Closing twice is harmless."""
+        self._leaving = self._closing = True  # in this order, so that no append is left unwritten
         self._arrived.set()
         with self._starting:  # an append may be about to start it
             thread = self._thread
@@ -152,19 +152,19 @@ class Writer:
             thread.join()
 
     def after_fork_in_child(self) -> None:
-        """Begin with an empty queue and without a thread: what is pending belongs to the parent."""
+        """Start with an empty queue and without a thread: pending records belong to the parent."""
         self._reset()
 
     def _wait_for_room(self, size: int) -> None:
         if self.is_here:
-            return  # A callback of a future; the thread must not wait for itself.
+            return  # Called from a future's callback: the thread must not wait for itself.
         with self._finished:
             self._finished.wait_for(
                 lambda: self.pending_bytes <= 0 or self.pending_bytes + size <= MAX_PENDING_BYTES
             )
 
     def _count(self) -> None:
-        """Count the bytes that were appended, unless another thread is at it: it looks again at its end."""
+        """Add up the appended bytes, unless another thread is doing so: it checks again before it ends."""
         while self._uncounted and self._counting.acquire(blocking=False):
             try:
                 while self._uncounted:
@@ -173,7 +173,7 @@ class Writer:
                 self._counting.release()
 
     def _wake(self) -> None:
-        """See that the thread looks at the queue; it looks again once it has changed what is asked here."""
+        """Make the writer's thread check the queue; it checks again after it changes the flags read here."""
         if not self._arrived.is_set():
             self._arrived.set()
         if self._thread is None:
@@ -186,7 +186,8 @@ class Writer:
             if self._thread is not None:
                 return
             end = self._flush_at_exit()
-            # A daemon, so that a program that forgets to close still ends; `drain` at exit writes the rest.
+            # A daemon, so that a program that never closes the log still ends; `drain` at exit writes the
+            # rest.
             thread = threading.Thread(target=self._run, args=[end], name=f"cai log {self._name}", daemon=True)
             self._thread = thread
             try:
@@ -197,10 +198,10 @@ class Writer:
                 raise
 
     def _flush_at_exit(self) -> Callable[[], None]:
-        """See that a child of multiprocessing flushes as it ends; return what undoes that."""
+        """Make a multiprocessing child flush when it ends; return a function that undoes that."""
         if "multiprocessing.util" not in sys.modules:
             return lambda: None
-        # Such a child leaves by os._exit, and runs its own finalizers, not atexit's.
+        # Such a child ends by os._exit, which runs multiprocessing's finalizers but not atexit's.
         from multiprocessing.util import Finalize
 
         return Finalize(None, self.flush, exitpriority=10).cancel
@@ -215,7 +216,7 @@ class Writer:
         end()
 
     def _await_arrival(self) -> bool:
-        """Wait until something is queued; return False where the log is closed and nothing is."""
+        """Wait until something is queued; return False if the log is closed and the queue is empty."""
         while not self._queue:
             self._arrived.clear()
             if self._queue:
@@ -231,7 +232,7 @@ class Writer:
         return True
 
     def _take(self) -> tuple[list[_Pending], int, list[threading.Event]]:
-        """Take what one transaction writes, its bytes, and the events that are reached with it."""
+        """Dequeue the rows of one transaction; return them, their bytes, and the flush events among them."""
         batch: list[_Pending] = []
         size = 0
         reached: list[threading.Event] = []
@@ -283,12 +284,12 @@ def _size(row: Row) -> int:
 
 
 def redacted_row(payload: bytes, redactor: Redactor) -> Row:
-    """Return the row of what the hook makes of an encoded record; where it fails, of one without texts."""
+    """Return the row of an encoded record after redaction; if the hook fails, of the record without texts."""
     record = decode(payload)
     redacted = apply(redactor, record)
     try:
         return row_of(redacted, encode(redacted))
-    except Exception:  # The hook made something that cannot be stored; never the raw record instead.
+    except Exception:  # The hook returned a record that cannot be stored; never store the raw one.
         bare = withhold(record)
         return row_of(bare, encode(bare))
 
@@ -296,7 +297,7 @@ def redacted_row(payload: bytes, redactor: Redactor) -> Row:
 def _unstorable(record: Record, error: Exception) -> CaiError:
     if isinstance(error, CaiError):
         return error
-    # A field of a wrong type, which nothing checked before.
+    # A field has a wrong type, which was not validated before.
     failure = DataError(f"record {record.id!r} cannot be stored: {error!r}; check the types of its fields")
     failure.__cause__ = error
     return failure
