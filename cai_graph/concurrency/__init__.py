@@ -1,10 +1,10 @@
-"""Synchronous callers and an async core: the bridge between them, threads for what blocks, work side by side.
+"""Concurrency helpers: an event loop for synchronous callers, threads for blocking calls, task groups.
 
-    connections  connections of a model's client that any event loop may use
-    bridge       one event loop behind every synchronous caller
-    threads      threads for what blocks: a model without asynchronous calls, a synchronous handler
-    together     work on many things at once, none of which goes on once it is not needed any more
-    context      what LangChain and LangGraph carry in the context: set, or set aside
+    connections  lets a model's HTTP client be used from any event loop
+    bridge       runs the core on one shared event loop for all synchronous callers
+    threads      runs blocking calls in threads: a model without async methods, a synchronous handler
+    together     runs many coroutines at once, and cancels those that are no longer needed
+    context      sets or clears the configuration that LangChain and LangGraph keep in a context variable
 
-Nothing here knows what is judged.
+Nothing here depends on what is judged.
 """

@@ -1,8 +1,8 @@
-"""The one bridge from synchronous callers to the async core.
+"""The bridge: lets synchronous callers run the async core on one shared event loop.
 
-A daemon event loop, one a process, runs the core; what blocks goes to daemon threads. `run` blocks the
-calling thread until the core is done, and `stream` until it has the next item; meanwhile the core may hand
-work back to that thread (`Caller.call`), so that under a synchronous `invoke` the wrapped app's own `invoke`
+The core runs on a daemon event loop, one per process; blocking calls run in daemon threads. `run` blocks the
+calling thread until the core is done, and `stream` until it has the next item. Meanwhile the core may run
+functions in that thread (`Caller.call`), so that under a synchronous `invoke` the wrapped app's own `invoke`
 runs where its author expects it: in the caller's thread, with the caller's context variables, connections and
 thread-locals.
 """
@@ -43,7 +43,7 @@ class _Loop:
 
     def _run(self) -> None:
         while not self._is_over:
-            with suppress(SystemExit, KeyboardInterrupt):  # of a task, which has it as its error as well
+            with suppress(SystemExit, KeyboardInterrupt):  # raised in a task, which keeps it, too
                 self.loop.run_forever()
         self.loop.close()
 
@@ -61,7 +61,7 @@ _lock = threading.Lock()
 def _loop() -> _Loop:
     shared = _shared_loop()
     if threading.current_thread() is shared.thread:
-        return _Loop()  # a synchronous call from inside the core: waiting on its own loop would hang
+        return _Loop()  # a synchronous call from inside the core: waiting for its own loop would deadlock
     return shared
 
 
@@ -82,7 +82,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Caller:
-    """The thread that waits in `run` or `stream`, as the core sees it."""
+    """The core's handle to the thread that waits in `run` or `stream`."""
 
     def __init__(self) -> None:
         self._loop = _loop()
@@ -90,15 +90,16 @@ class Caller:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.current_thread()
         self._interrupted: Callable[[], object] = lambda: None
-        """Fails what was handed over last and was interrupted, if anything was."""
+        """Fails the `call` whose function was interrupted last; does nothing if none was."""
         self.gone = False
-        """Whether nobody waits any more: a stream was left unread and unclosed, or a wait was broken off."""
+        """Whether the thread no longer waits: a stream was abandoned unclosed, or the wait was
+        interrupted."""
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Run `function` in the caller's thread and return what it returns, or raise what it raises.
+        """Run `function` in the caller's thread, and return what it returns or raise what it raises.
 
         Raises:
-            RuntimeError: nobody waits in the caller's thread any more.
+            RuntimeError: the caller's thread no longer waits, or was interrupted while it ran `function`.
         """
         gone = RuntimeError("the caller is gone, and with it the thread to run the app in")
         if self.gone:
@@ -126,7 +127,7 @@ class Caller:
                 error = RuntimeError(f"the wrapped app raised {stop!r}")
             except Exception as raised:
                 error = raised
-            except BaseException as interrupt:  # it ends `run` itself
+            except BaseException as interrupt:  # an interrupt, which `run` raises in the caller's thread
                 broken = RuntimeError(f"interrupted in the caller's thread by {interrupt!r}")
                 self._interrupted = partial(loop.call_soon_threadsafe, settle, None, broken)
                 raise
@@ -138,10 +139,10 @@ class Caller:
         return await future
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the loop, serve what it hands over, and return its result.
+        """Run a coroutine on the loop, run the functions that it passes to `call`, and return its result.
 
-        An interrupt of this thread (Ctrl-C) cancels it, waits until it has cleaned up, and is raised again. A
-        second one is raised at once: what is left of the cleaning up goes on behind it, without this thread.
+        An interrupt of this thread (Ctrl-C) cancels the coroutine, waits for its cleanup, and is raised
+        again. A second one is raised at once; the rest of the cleanup then continues without this thread.
         """
         started: queue.SimpleQueue[asyncio.Task[T]] = queue.SimpleQueue()
         loop = self._loop.loop
@@ -157,7 +158,7 @@ class Caller:
             self._serve(task)
         except BaseException:
             loop.call_soon_threadsafe(task.cancel)
-            self._interrupted()  # after it: only what it does not reach, as it is shielded, hears of this
+            self._interrupted()  # after the cancellation: so this error reaches only shielded code
             try:
                 self._serve(task)
             except BaseException:
@@ -167,12 +168,15 @@ class Caller:
         return task.result()
 
     def _serve(self, task: asyncio.Task[Any]) -> None:
-        """Do what is handed over until `task` is done; an interrupt may have taken the word that it is."""
+        """Run the queued functions until `task` is done.
+
+        An interrupt may have consumed the queue item that wakes this, so `task` itself is checked.
+        """
         while not task.done():
             self._work.get()()
 
     def _go(self) -> None:
-        """Leave, so that nothing of what was handed over, or is yet to be, waits for this thread."""
+        """Stop serving: all pending and later `call`s fail instead of waiting for this thread."""
         self.gone = True
         self._interrupted()
         while not self._work.empty():
@@ -183,11 +187,11 @@ class Caller:
             self._loop.stop(wait=wait)
 
     def _is_foreign(self) -> bool:
-        """Return whether this is the thread of a loop, into which a collected stream came by chance."""
+        """Return whether this runs in the thread of another loop, where a stream was garbage-collected."""
         return is_here() and threading.current_thread() is not self._thread
 
     def _abandon(self, items: AsyncGenerator[Any, None]) -> None:
-        """Close `items` without waiting, and have what it hands over to this caller fail."""
+        """Close `items` without waiting for it; its calls to this caller fail."""
         self.gone = True
 
         def begin() -> None:
@@ -202,7 +206,7 @@ class Caller:
 
 
 def is_here() -> bool:
-    """Return whether this is the thread of a loop of the bridge's, and not of a caller's."""
+    """Return whether the current thread is one of the bridge's loop threads, not a caller's thread."""
     return isinstance(threading.current_thread(), _LoopThread)
 
 
@@ -216,11 +220,11 @@ def run(core: Callable[[Caller], Coroutine[Any, Any, T]]) -> T:
 
 
 def stream(core: Callable[[Caller], AsyncGenerator[T, None]]) -> Iterator[T]:
-    """Yield what `core(caller)` yields, as `run` runs it.
+    """Yield what `core(caller)` yields, running it as `run` does.
 
-    Between two items the caller is elsewhere: what is handed to it then waits until it asks for the next.
-    Closing closes the core and waits until it has cleaned up. A stream that nobody closes may be collected
-    in the thread of a loop, which cannot wait for itself: then the core is closed a moment later.
+    Between two items the caller's thread runs other code: a `Caller.call` then waits until the next item is
+    requested. Closing the stream closes the core and waits for its cleanup. A stream that is not closed may
+    be garbage-collected in the thread of a loop, which cannot wait for itself: then the core is closed later.
     """
     caller = Caller()
     items = core(caller)
@@ -230,7 +234,7 @@ def stream(core: Callable[[Caller], AsyncGenerator[T, None]]) -> Iterator[T]:
             yield cast("T", item)
     finally:
         if sys.is_finalizing():
-            pass  # the loop's thread is gone then, and nobody would answer
+            pass  # the loop's thread has ended, so waiting would hang
         elif caller._is_foreign():
             caller._abandon(items)
         else:
@@ -242,8 +246,8 @@ def stream(core: Callable[[Caller], AsyncGenerator[T, None]]) -> Iterator[T]:
 
 
 _open: set[AsyncGenerator[Any, None]] = set()
-"""The cores of streams. Were one collected with its reader, all in it that is asynchronous would be closed at
-once and out of order."""
+"""The cores of open streams, referenced here because garbage collection of a core, together with its reader,
+would close all its async generators at once and out of order."""
 
 _END = object()
 
@@ -257,15 +261,15 @@ async def _close(items: AsyncGenerator[Any, None]) -> None:
 
 
 async def _close_abandoned(items: AsyncGenerator[Any, None]) -> None:
-    with suppress(Exception):  # what cannot be cleaned up in its reader's thread has nobody to tell of it
+    with suppress(Exception):  # nobody could receive the error: the reader is gone
         await items.aclose()
 
 
 def start(core: Callable[[], Coroutine[Any, Any, None]], *, after: float = 0) -> None:
-    """Begin `core()` on the bridge's loop in `after` seconds, in a copy of the caller's context.
+    """Schedule `core()` on the bridge's loop in `after` seconds, in a copy of the caller's context.
 
-    The caller does not wait, and a moment's delay spares it the race for Python's lock that the loop's work
-    would begin while it returns.
+    The caller does not wait. With a short delay the loop's work does not compete with the returning caller
+    for the GIL.
     """
 
     def begin() -> None:
@@ -276,7 +280,7 @@ def start(core: Callable[[], Coroutine[Any, Any, None]], *, after: float = 0) ->
 
 
 def _keep(task: asyncio.Task[None], then: Callable[[], None] = lambda: None) -> None:
-    """Hold a task until it is done: the loop itself would let go of it."""
+    """Keep a reference to a task until it is done, as the loop has only a weak one; then call `then`."""
 
     def done(task: asyncio.Task[None]) -> None:
         _begun.discard(task)

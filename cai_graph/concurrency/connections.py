@@ -1,13 +1,14 @@
-"""Connections of a model's client that may be used from any event loop.
+"""Makes the HTTP clients of OpenAI and Anthropic models usable from any event loop.
 
-The clients of OpenAI and Anthropic keep one pool of connections for all models of a process, and a
-connection belongs to the event loop that opened it: used from another loop it fails ("bound to a different
-event loop"). A critic is asked from several: the app's own, the bridge's under a synchronous `invoke` and in
-shadow mode, and a new one for each `asyncio.run`. So each has a client of its own, closed with the loop.
+These clients keep one connection pool for all models of a process, and a connection belongs to the event loop
+that opened it: used from another loop it fails ("bound to a different event loop"). A critic is called from
+several loops: the app's own, the bridge's under a synchronous `invoke` and in shadow mode, and a new one for
+each `asyncio.run`. So each loop gets a client of its own, which is closed with the loop.
 
-Clients that were given with a model, for a company's certificate or proxy, are the way to the provider all
-the same, and there is one of each. The asynchronous one belongs to the loop on which the app is asked. On
-another loop, which is always one of the bridge's, a critic goes by the synchronous one, in a thread.
+HTTP clients that the user passed to a model, for a company's certificate or proxy, must still be used, and
+there is at most one synchronous and one asynchronous one. The asynchronous one belongs to the loop on which
+the app is called. On any other loop, which is always one of the bridge's, a critic uses the synchronous one,
+in a thread.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ _lock = threading.Lock()
 
 
 def on_any_loop(model: M) -> M:
-    """Return the model with connections of its own for each event loop that it is asked from.
+    """Return the model with separate connections for each event loop that it is called from.
 
-    One that was given HTTP clients or a proxy comes back as a model that sends by its asynchronous client
-    where it has one and is asked on its caller's loop, and else by the synchronous one, from a thread; a call
-    that is given up goes on there until the client ends it. A model of another class is returned as it is.
+    If it was given HTTP clients or a proxy, the returned model uses its asynchronous client if it has one and
+    is called on its caller's loop, and otherwise the synchronous one, in a thread; a cancelled call continues
+    there until the client ends it. Models of other providers are returned unchanged.
     """
     own_async = getattr(model, "http_async_client", None)
     if (
@@ -72,13 +73,13 @@ def on_any_loop(model: M) -> M:
 
 
 def for_any_loop(client: C) -> C:
-    """Note that an asynchronous HTTP client keeps nothing that belongs to one event loop, and return it."""
+    """Mark an asynchronous HTTP client as not bound to an event loop, and return it."""
     _for_any_loop.add(client)
     return client
 
 
 class _Given:
-    """What goes before the class of a model with HTTP clients that were given with it."""
+    """Mixin for the class of a model whose HTTP clients were passed in by the user; see `_given`."""
 
     async def _agenerate(self: Any, *args: Any, **kwargs: Any) -> Any:
         native: Any = super()
@@ -96,7 +97,7 @@ class _Given:
 
 @cache
 def _given(kind: type[BaseChatModel]) -> type[BaseChatModel]:
-    # Of the same name: by its class LangChain tells tracers and caches which model it is.
+    # Same name: LangChain identifies the model to tracers and caches by its class.
     about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return new_class(kind.__name__, (_Given, kind), exec_body=lambda body: body.update(about))
 
@@ -120,7 +121,7 @@ def _warn_once() -> None:
 
 
 def _pool(client: Any) -> Any:
-    """Return an HTTP client like `client` that sends from any loop; the same one for the same settings."""
+    """Return an HTTP client like `client` that works on any loop; one client for all with equal settings."""
     key = f"{type(client)} {client.base_url} {client.timeout!r}"
     with _lock:
         if key not in _pools:
@@ -133,7 +134,7 @@ def _per_loop(kind: Any, **settings: Any) -> Any:
     lent: dict[asyncio.AbstractEventLoop, AsyncGenerator[Any, None]] = {}
 
     async def lend(loop: asyncio.AbstractEventLoop) -> AsyncGenerator[Any, None]:
-        """Yield a client of the loop's own, which is closed with it: `asyncio.run` closes its generators."""
+        """Yield a client for this loop, closed when `asyncio.run` closes the loop's async generators."""
         client = kind(**settings)
         try:
             while True:
@@ -144,11 +145,11 @@ def _per_loop(kind: Any, **settings: Any) -> Any:
 
     async def send(request: Any, **options: Any) -> Any:
         loop = asyncio.get_running_loop()
-        # A loop runs in one thread, so no other adds it meanwhile.
+        # A loop runs in one thread, so no other thread adds this loop's client meanwhile.
         left = [] if loop in lent else [lent.pop(other, None) for other in list(lent) if other.is_closed()]
         client = await anext(lent.setdefault(loop, lend(loop)))
-        for clients in filter(None, left):  # of loops that were closed without their generators
-            with suppress(Exception):  # a connection cannot say goodbye in a closed loop
+        for clients in filter(None, left):  # of loops that were closed without closing their generators
+            with suppress(Exception):  # a connection of a closed loop cannot be closed cleanly
                 await clients.aclose()
         return await client.send(request, **options)
 

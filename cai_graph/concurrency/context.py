@@ -1,6 +1,6 @@
-"""The configuration that LangChain and LangGraph carry in the context: set, or set aside.
+"""Sets or clears the configuration that LangChain and LangGraph keep in a context variable.
 
-They merge it into every run below, and find a node's runtime, store and stream writer by it.
+They merge it into every nested run, and use it to find a node's runtime, store and stream writer.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ __all__ = ["apart", "within"]
 
 
 class within:  # noqa: N801 - read as a statement: `with within(config):`
-    """Puts a configuration where LangChain and LangGraph carry one in the context.
-
-    They merge it into every run below, and find a node's runtime, store and stream writer by it.
-    """
+    """Sets the configuration in LangChain's context variable for the body of a `with` statement."""
 
     def __init__(self, config: RunnableConfig | None) -> None:
         self._config = config
@@ -28,7 +25,7 @@ class within:  # noqa: N801 - read as a statement: `with within(config):`
 
 
 class apart(within):  # noqa: N801 - read as a statement: `with apart():`
-    """Sets that configuration aside, and with it an outer graph's streams and checkpoints."""
+    """Clears that configuration for the body, so hiding an outer graph's streams and checkpoints from it."""
 
     def __init__(self) -> None:
         super().__init__(None)

@@ -1,7 +1,7 @@
-"""Threads for what blocks: a model without asynchronous calls, a synchronous handler, the look-up of a host.
+"""A thread pool for blocking calls: models without async methods, synchronous handlers, host look-ups.
 
-The pool that asyncio makes for itself has few threads, which calls that hang would keep from all others; and
-when the main thread has ended it takes no more calls, though other threads go on.
+asyncio's default pool has few threads, so that hanging calls would block all others; and once the main thread
+has ended it accepts no more calls, even if other threads are still running.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 IDLE_SECONDS = 10.0
-"""How long a thread waits for a further call before it ends."""
+"""How long an idle thread waits for another call before it ends."""
 
 _Inbox: TypeAlias = "queue.SimpleQueue[Callable[[], None]]"
 
 
 class Threads(ThreadPoolExecutor):  # an event loop takes no other kind
-    """Runs each call at once, in a thread that is idle or else in a new one.
+    """Runs each call at once, in an idle thread or else in a new one.
 
-    How many run is bounded by what asks for them. The process ends without waiting for any. A fork keeps the
-    object, but not its threads.
+    The number of threads is bounded only by the callers. The process ends without waiting for them. After a
+    fork the child has this object, but not its threads.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Threads(ThreadPoolExecutor):  # an event loop takes no other kind
         self._idle: list[_Inbox] = []
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Have a thread call `fn`, and return the future of what it returns or raises."""
+        """Call `fn` in a thread, and return a future for its result or exception."""
         future: Future[T] = Future()
         with self._guard:
             inbox = self._idle.pop() if self._idle else None
@@ -50,12 +50,12 @@ class Threads(ThreadPoolExecutor):  # an event loop takes no other kind
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Do nothing: a loop that closes says this, others go on, and idle threads end by themselves."""
+        """Do nothing: a closing loop calls this, but other loops share the pool; idle threads end anyway."""
 
     def _work(self, inbox: _Inbox) -> None:
         while (call := self._next(inbox)) is not None:
             call()
-            del call  # or what it was called with would live as long as the thread waits
+            del call  # or its arguments would stay alive while the thread is idle
             with self._guard:
                 self._idle.append(inbox)
 
@@ -67,7 +67,7 @@ class Threads(ThreadPoolExecutor):  # an event loop takes no other kind
                 if inbox in self._idle:
                     self._idle.remove(inbox)
                     return None
-            return inbox.get()  # it was chosen this very moment
+            return inbox.get()  # `submit` has just chosen this thread
 
 
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
@@ -77,18 +77,18 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
         result = call()
     except BaseException as error:
         future.set_exception(error)
-        del future  # the error knows this frame, and would hold itself
+        del future  # the error's traceback references this frame: avoid a reference cycle
     else:
         future.set_result(result)
 
 
 async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return what `function` returns, called in a thread for which no loop waits when it ends."""
+    """Run `function` in a thread and return its result; loops do not wait for the thread when they close."""
     return await asyncio.wrap_future(shared().submit(function, *args, **kwargs))
 
 
 def shared() -> Threads:
-    """Return those of this process; all loops share them."""
+    """Return the pool of this process, which all loops share."""
     return _shared
 
 
@@ -97,7 +97,7 @@ _shared = Threads()
 
 def _after_fork() -> None:
     global _shared
-    _shared = Threads()  # the parent has the threads
+    _shared = Threads()  # the threads exist in the parent only
 
 
 os.register_at_fork(after_in_child=_after_fork)

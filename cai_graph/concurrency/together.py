@@ -1,4 +1,4 @@
-"""Work on many things at once, none of which goes on once it is not needed any more; and work to its end."""
+"""Runs coroutines concurrently and cancels those no longer needed; or shields one from cancellation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ R = TypeVar("R")
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return the results of coroutines that run at once; when one fails, the others are cancelled first."""
-    if len(coroutines) == 1:  # the usual case needs no task of its own
+    """Run coroutines concurrently and return their results; if one fails, cancel the others, then raise."""
+    if len(coroutines) == 1:  # the common case needs no task
         return [await coroutines[0]]
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)
-    except BaseException:  # what is not needed any more must not go on spending
+    except BaseException:  # the other tasks are not needed any more and must not spend calls
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -30,10 +30,10 @@ async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 async def side_by_side(
     items: Iterable[T], work: Callable[[T], Awaitable[R]], concurrency: int
 ) -> AsyncGenerator[R, None]:
-    """Yield what `work` returns for each item, as each ends; at most `concurrency` are under way.
+    """Yield the result of `work` for each item, in order of completion; at most `concurrency` run at once.
 
-    Items are drawn one by one, when there is room. When the caller leaves early, or `work` raises, what
-    is under way is cancelled and waited for.
+    Items are taken from the iterable only when there is room. If the generator is closed early, or `work`
+    raises, the running tasks are cancelled and awaited.
     """
     iterator = iter(items)
     pending: set[asyncio.Future[R]] = set()
@@ -50,7 +50,7 @@ async def side_by_side(
     finally:
         for task in pending:
             task.cancel()
-        await asyncio.gather(*pending, *ended, return_exceptions=True)  # whose errors nobody else looks at
+        await asyncio.gather(*pending, *ended, return_exceptions=True)  # retrieves their errors
 
 
 def until(items: Iterable[T], stopped: Callable[[], bool]) -> Iterator[T]:
@@ -62,7 +62,7 @@ def until(items: Iterable[T], stopped: Callable[[], bool]) -> Iterator[T]:
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Do some work to its end; who is cancelled meanwhile is held until then."""
+    """Run a coroutine to its end; a cancellation of the caller takes effect only after that."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -71,6 +71,6 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
         except asyncio.CancelledError as error:  # anyio, and so Starlette, cancels again and again
             cancelled = error
     if cancelled is not None:
-        await asyncio.gather(task, return_exceptions=True)  # nobody else looks at its error
+        await asyncio.gather(task, return_exceptions=True)  # retrieves its error
         raise cancelled
     return task.result()

@@ -1,5 +1,5 @@
-"""Mode `shadow`: an answer leaves as it is, and is judged behind it.
+"""Shadow mode: returns the app's answer unchanged and at once, and judges it afterwards in the background.
 
-shadow     the judging, on the bridge's loop, within its bounds
-overheard  a run of an app whose answer is handed over to be judged
+shadow     queues answers and judges them on the bridge's loop, within limits
+overheard  runs the app, records its answer and passes it to the queue
 """

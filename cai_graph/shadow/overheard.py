@@ -1,4 +1,4 @@
-"""A run of an app whose output leaves as it is, with its answer handed over to be judged (mode `shadow`)."""
+"""Runs an app in shadow mode: its output is returned unchanged, and its answer is queued to be judged."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from cai_graph.trajectory import Call, Draft, Message, Trajectory, now
 __all__ = ["UNHEARD", "Overheard"]
 
 UNHEARD: Any = object()
-"""Stands for an input that comes in chunks later on."""
+"""Placeholder for an input that arrives later, in chunks."""
 
 _UNBOUNDED = Budget(calls=None, forward_passes=None, tokens=None, seconds=None)
 
 
 class Overheard:
-    """One run of an app. Whatever goes wrong in hearing it is logged, and never reaches the caller.
+    """One run of an app in shadow mode. Errors in reading its input or output are recorded, never raised.
 
     Args:
-        app: what answers.
-        plan: judges, revises, logs.
-        shape: where the request and the answer are.
-        shadow: what judges behind it.
-        model: the app's name in the records, where it is one chat model.
-        input: what the app is given; UNHEARD where it comes in chunks.
-        config: the caller's, with the callbacks under which the run is traced.
-        source: recorded in the Trajectory.
+        app: the app.
+        plan: how the answer is judged, revised and logged.
+        shape: where the request and the answer are in the app's input and output.
+        shadow: the queue for judgements.
+        model: the name to record for the app if it is a single chat model.
+        input: the app's input; UNHEARD if it arrives in chunks.
+        config: the caller's configuration, with the callbacks that trace the run.
+        source: the source key to record in the Trajectory.
     """
 
     def __init__(
@@ -93,18 +93,18 @@ class Overheard:
         self._metadata: dict[str, Any] = {}
         self._error: BaseException | None = None
         try:
-            self._metadata = plain(config.get("metadata") or {})  # now, since its owner may change it later
+            self._metadata = plain(config.get("metadata") or {})  # now, since the caller may change it later
         except Exception as error:
             self._error = error
         self._inputs: list[Any] = []
         if input is not UNHEARD:
             self._read()
         self._stopped = False
-        """Whether the app stands at a breakpoint, and so has not answered yet."""
+        """Whether the app stopped at a breakpoint, and so has not answered yet."""
         self._recorded: Future[Trajectory] | None = None
 
     def invoke(self, options: Mapping[str, Any]) -> Any:
-        """Return the app's output; it runs in this thread."""
+        """Run the app in this thread, and return its output."""
         with self:
             output = self._app.invoke(self._input, self._under, **options)
             self._take(output, options)
@@ -112,7 +112,7 @@ class Overheard:
         return output
 
     async def ainvoke(self, options: Mapping[str, Any]) -> Any:
-        """Return the app's output."""
+        """Run the app, and return its output."""
         with self:
             output = await self._app.ainvoke(self._input, self._under, **options)
             self._take(output, options)
@@ -120,11 +120,11 @@ class Overheard:
         return output
 
     def stream(self, options: Mapping[str, Any]) -> Iterator[Any]:
-        """Yield the app's chunks; it writes in this thread."""
+        """Run the app in this thread, and yield its chunks."""
         return self._streamed(lambda: self._app.stream(self._input, self._under, **options))
 
     def transform(self, inputs: Iterator[Any], options: Mapping[str, Any]) -> Iterator[Any]:
-        """Yield the app's chunks to an input that comes in chunks; it may answer before it has all."""
+        """Yield the app's chunks for an input that arrives in chunks; it may answer before it has all."""
 
         def heard() -> Iterator[Any]:
             for part in inputs:
@@ -149,7 +149,7 @@ class Overheard:
         return self._astreamed(lambda: self._app.astream(self._input, self._under, **options))
 
     def atransform(self, inputs: AsyncIterator[Any], options: Mapping[str, Any]) -> AsyncGenerator[Any, None]:
-        """Yield the app's chunks to an input that comes in chunks; it may answer before it has all."""
+        """Yield the app's chunks for an input that arrives in chunks; it may answer before it has all."""
 
         async def heard() -> AsyncIterator[Any]:
             async for part in inputs:
@@ -171,11 +171,11 @@ class Overheard:
             await self._alook()
 
     def _read(self) -> None:
-        """Read the request, now, since its owner may change it later."""
+        """Read the request from the input, before the caller can change it."""
         try:
             self._context = self._shape.context(self._input, None)
             self._messages = () if resumes(self._input, self._app) else self._shape.conversation(self._input)
-        except Exception as error:  # the app may take what is no request
+        except Exception as error:  # the app may accept inputs that are not requests
             self._error = error
 
     def _take(self, output: Any, options: Mapping[str, Any]) -> None:
@@ -185,7 +185,7 @@ class Overheard:
             self._output = untyped(output)
 
     def _look(self) -> None:
-        """See whether the app stopped at a breakpoint."""
+        """Check whether the app stopped at a breakpoint."""
         with suppress(Exception):
             self._stopped = self._kept.stopped_here()
 
@@ -194,7 +194,7 @@ class Overheard:
             self._stopped = await self._kept.stopped()
 
     async def record(self) -> Trajectory | None:
-        """Return the record, once the answer is judged; None where the app waits for a person."""
+        """Wait until the answer is judged, and return its Trajectory; None if the app paused instead."""
         if self._recorded is None:
             return None
         record: Trajectory = await asyncio.wrap_future(self._recorded)
@@ -212,7 +212,7 @@ class Overheard:
         if self._stopped or is_pause(error) or waits(last):
             return
         if self._input is UNHEARD:
-            with suppress(Exception):  # what does not add up is no request
+            with suppress(Exception):  # chunks that cannot be added are not a request
                 self._input = reduce(added, self._inputs)
             self._read()
         if isinstance(error, GeneratorExit):
@@ -220,7 +220,7 @@ class Overheard:
         self._error = error or self._error
         calls = tuple(self._calls.calls.made)
         size = size_of(self._input) + size_of(self._chunks or self._output)
-        # The chunks were copied as they passed, and adding them up takes long.
+        # Chunks were copied as they passed, so they can be added up later; that takes long.
         later = bool(self._chunks) and not is_graph(self._app)
         if not later:
             self._hear()
@@ -233,7 +233,10 @@ class Overheard:
         self._recorded = self._shadow.take(self._plan, request, self._behind, size)
 
     def _hear(self) -> None:
-        """Read what the app said; before its output leaves, since its owner may change it later."""
+        """Read the answer from the output or from the copied chunks.
+
+        An output must be read before it is returned, since the caller may change it.
+        """
         try:
             output = self._output = _as_it_is(self._whole())
             answer = self._shape.answer(output)
@@ -246,7 +249,7 @@ class Overheard:
 
     def _request(self, calls: tuple[Call, ...]) -> Request:
         async def draft(own: Calls, node: RunnableConfig) -> Draft:
-            assert self._draft is not None  # else it is said what failed
+            assert self._draft is not None  # otherwise `failed` is set
             return self._draft
 
         return Request(
@@ -266,17 +269,17 @@ class Overheard:
         )
 
     def _whole(self) -> Any:
-        """Return the output, or what the chunks of a stream add up to."""
+        """Return the output, or the sum of the chunks of a stream."""
         if not self._chunks:
             return self._output
-        if is_graph(self._app):  # its chunks are its steps, which do not add up to what it returns
+        if is_graph(self._app):  # its chunks are its steps, whose sum is not its output
             return self._end.output
         return reduce(added, self._chunks)
 
 
 def _as_it_is(value: Any) -> Any:
-    """Return a copy of an output or a chunk and of the lists and messages in it: its reader may change it."""
-    with suppress(Exception):  # what cannot be copied may still be read
+    """Return a copy of an output or chunk, and of the lists and messages in it; the reader may change it."""
+    with suppress(Exception):  # if it cannot be copied, the original may still be readable
         if isinstance(value, BaseModel):
             return copy(value)
         if isinstance(value, dict):
@@ -288,15 +291,15 @@ def _as_it_is(value: Any) -> Any:
 
 
 class _End(BaseCallbackHandler):
-    """Hears what a run returns, streamed or not."""
+    """Callback handler that records the output of the app's run, streamed or not."""
 
-    run_inline = True  # else it costs an asynchronous app a thread hop
+    run_inline = True  # otherwise an asynchronous app would pay for a thread switch
 
     def __init__(self, parent: UUID | None) -> None:
         self.parent = parent
         self.output: Any = None
 
     def on_chain_end(self, outputs: Any, *, parent_run_id: UUID | None = None, **kwargs: Any) -> None:
-        """Keep the output of the run that stands below `parent`."""
+        """Record the output if the run is a direct child of `parent`."""
         if parent_run_id == self.parent:
             self.output = outputs

@@ -1,16 +1,17 @@
-"""Shadow mode: an answer leaves as it is, and is judged behind it on the bridge's loop.
+"""The background queue of shadow mode: judges answers on the bridge's loop after they were returned.
 
-What was handed over and is not in the log yet is bounded. Where too many answers wait, one more is logged
-without a judgement (`overload`); where even these wait too long for the log, it is only counted (`lost`), as
-is one that the log could not write. Neither is silent: `Shadow.tally` has the numbers, and warnings name
-them.
+The number and size of the answers that are queued and not yet in the log are limited. If too many wait,
+further answers are logged without a judgement (`overload`); if too many wait even for the log, further ones
+are only counted (`lost`), and so are those that could not be written to the log. `Shadow.tally` has the
+counts, and warnings report them.
 
-At the end of the process what waits is judged for `DRAIN_SECONDS`, and the rest is logged unjudged
-(`shutdown`): at a normal exit, at `sys.exit`, and at a SIGTERM that nobody handles. For that the app is to be
-wrapped in the main thread, the only one that may set a handler; where it is not, a warning says so. A handler
-of the application's own is left alone, since it ends the process in its own way: by an exit, which drains, or
-by calling `close` first. Once it is taken away, ours takes its place: uvicorn takes its own away when it has
-shut down, and then sends itself the SIGTERM again. A process that is killed outright loses what waits.
+When the process ends, waiting answers are judged for up to `DRAIN_SECONDS`, and the rest is logged unjudged
+(`shutdown`). This happens at a normal exit, at `sys.exit`, and at a SIGTERM without a handler. To handle
+SIGTERM, the app must be wrapped in the main thread, the only one that may set a signal handler; otherwise a
+warning is logged. An existing handler of the application is not replaced, since it ends the process in its
+own way: by an exit, which drains the queue, or by calling `close` first. When that handler is removed, ours
+is installed: uvicorn removes its own after shutdown, and then sends itself the SIGTERM again. A process that
+is killed by SIGKILL loses the waiting answers.
 """
 
 from __future__ import annotations
@@ -51,31 +52,31 @@ from cai_graph.trajectory import Outcome, Trajectory, text_of
 __all__ = ["DRAIN_SECONDS", "WAITING", "WAITING_BYTES", "Shadow", "Tally", "size_of"]
 
 WAITING = 1000
-"""How many answers of a wrapped app may wait for a judgement. Twice as many may be not in the log yet."""
+"""How many answers of a wrapped app may wait for a judgement. Twice as many may be queued for the log."""
 WAITING_BYTES = 64 << 20
-"""How many bytes of text they may hold, likewise."""
+"""How many bytes of text these may contain; twice as many in those that are not in the log yet."""
 DRAIN_SECONDS = 20.0
 """How long the end of the process waits for judgements. Kubernetes kills 30 s after its SIGTERM."""
 _LOGGING_SECONDS = 5.0
-"""How long it waits after that for the log."""
+"""How long the end of the process then waits for the log."""
 _WARN_SECONDS = 10.0
 _AFTER_SECONDS = 0.005
-"""How long after an answer left its judgement begins."""
+"""Delay between the return of an answer and the start of its judgement."""
 _LOOKS = 300
-"""At how many items of lists `size_of` looks, about."""
+"""About how many items of lists `size_of` inspects."""
 
 Reason = Literal["sample", "overload", "shutdown"]
-"""Why an answer is not judged; see `Trajectory.unjudged`."""
+"""Why an answer was not judged; see `Trajectory.unjudged`."""
 
 logger = logging.getLogger("cai_graph")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tally:
-    """What became of the answers that left a wrapped app in this process. They add up to `answers`."""
+    """Counts of a wrapped app's answers in this process, by their state; the states add up to `answers`."""
 
     answers: int = 0
-    """Answers that left, and runs of the app that failed."""
+    """Answers that the app returned, and runs of the app that failed."""
     judged: int = 0
     """Judged, and logged."""
     unjudged: int = 0
@@ -83,7 +84,7 @@ class Tally:
     failed: int = 0
     """The app, a critic or a reviser failed; the error is in the Trajectory."""
     lost: int = 0
-    """Not even logged: too many others waited for the log, or it could not be written."""
+    """Not logged: too many others waited for the log, or the log could not be written."""
     waiting: int = 0
     """Not in the log yet."""
 
@@ -99,10 +100,10 @@ class _Handed(NamedTuple):
 
 
 class Shadow:
-    """What a wrapped app has answered and nobody has judged yet. Thread-safe; survives a fork.
+    """The queue of a wrapped app's answers that are not judged yet. Thread-safe; survives a fork.
 
     Args:
-        settings: the sample, and how many answers are judged at once.
+        settings: the share of answers to judge, and how many are judged at once.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -116,39 +117,39 @@ class Shadow:
         self._changed = threading.Condition(self._lock)
         self._counts = dict.fromkeys(("answers", "judged", "unjudged", "failed", "lost"), 0)
         self._waiting = 0
-        """Answers that wait for a judgement."""
+        """Number of answers that wait for a judgement."""
         self._pending = 0
-        """Answers that are not in the log yet."""
+        """Number of answers that are not in the log yet."""
         self._bytes = 0
-        """How many bytes of text these hold, about."""
+        """Approximate size of these answers, in bytes of text."""
         self._stopping = False
         self._warned = {False: -_WARN_SECONDS, True: -_WARN_SECONDS}
-        # Only the bridge's loop touches these.
+        # The following are used on the bridge's loop only.
         self._queue: deque[_Handed] = deque()
         self._judging: set[asyncio.Task[None]] = set()
 
     @property
     def tally(self) -> Tally:
-        """What became of the answers so far."""
+        """The counts of the answers so far."""
         with self._lock:
             return Tally(**self._counts, waiting=self._pending)
 
     def take(
         self, plan: Plan, make: Callable[[], Request], config: RunnableConfig, size: int
     ) -> Future[Trajectory]:
-        """Have a request judged behind its answer. Never waits and never raises.
+        """Queue a request to be judged. Never blocks and never raises.
 
         Args:
-            plan: judges, revises, logs.
-            make: called behind; returns the request, of mode `shadow`.
-            config: what the judgement is traced under.
-            size: bytes of text in it, about.
+            plan: how the answer is judged, revised and logged.
+            make: called later on the bridge's loop; returns the request, with mode `shadow`.
+            config: the configuration under which the judgement is traced.
+            size: approximate bytes of text in the request.
 
         Returns:
-            What resolves to the record; it fails where the answer is lost.
+            A future of the Trajectory; it fails if the answer is lost.
         """
         future: Future[Trajectory] = Future()
-        future.set_running_or_notify_cancel()  # who gives up waiting for it must not cancel it for `_end`
+        future.set_running_or_notify_cancel()  # so that it cannot be cancelled, and `_end` can set it
         _see_to_sigterm()
         self._log = plan.log
         with self._lock:
@@ -187,8 +188,8 @@ class Shadow:
     def drain(self, seconds: float | None = None) -> bool:
         """Wait until every answer so far is judged and logged; return whether all were.
 
-        After `seconds` what still waits is logged unjudged (`shutdown`). Not to be called on the bridge's
-        loop, so not by a critic.
+        After `seconds` the answers that still wait are logged unjudged (`shutdown`). Must not be called on
+        the bridge's loop, so not by a critic.
         """
         if self._wait(seconds):
             return True
@@ -238,7 +239,7 @@ class Shadow:
         self._go_on()
 
     async def _stop(self) -> None:
-        """Log what waits without a judgement, and end the judgements that are under way."""
+        """Log the waiting answers without a judgement, and cancel the judgements in progress."""
         with self._lock:
             self._waiting -= len(self._queue)
         waiting, self._queue = self._queue, deque()
@@ -255,7 +256,7 @@ class Shadow:
         failure: BaseException | None = None
         try:
             await run(handed.plan, request, handed.config)
-        except BaseException as error:  # it is in the record, and nobody waits for the answer
+        except BaseException as error:  # it is in the Trajectory, and no caller waits
             failure = error
         self._end(handed, records[0] if records else None, failure, lost=bool(losses))
 
@@ -303,7 +304,7 @@ def _what(record: Trajectory | None) -> str:
 
 
 def _drawn(settings: Settings, request: Request) -> bool:
-    """Return whether a request is in the sample: by its id, or with a seed by its conversation."""
+    """Return whether a request is in the sample; this depends on its id, or with a seed on its messages."""
     if settings.sample >= 1:
         return True
     if settings.seed is None:
@@ -313,9 +314,9 @@ def _drawn(settings: Settings, request: Request) -> bool:
 
 
 def size_of(value: Any) -> int:
-    """Return about how many bytes an input or output of an app holds. Never raises, whatever it is.
+    """Return approximately how many bytes an app's input or output contains. Never raises, whatever it is.
 
-    It is no work to speak of, however much there is: of long lists a part stands for all.
+    The cost is small for inputs of any size: of long lists only evenly spaced items are measured.
     """
     size, waiting, seen = 0.0, [(value, _LOOKS, 1.0)], set[int]()
     while waiting:
@@ -324,7 +325,7 @@ def size_of(value: Any) -> int:
             size += times * (64 + len(part))
         elif part is None or isinstance(part, int | float):
             size += times * 32
-        elif id(part) not in seen:  # it may hold itself
+        elif id(part) not in seen:  # it may contain itself
             seen.add(id(part))
             try:
                 inside, step = _inside(part), 1
@@ -335,17 +336,17 @@ def size_of(value: Any) -> int:
                 looked = inside[::step]
                 for each in looked:
                     waiting.append((each, looks // len(looked) or 1, times * len(inside) / len(looked)))
-            except Exception:  # an app's own class may do anything when it is looked into
+            except Exception:  # an app's own class may raise anything when it is inspected
                 continue
     return int(size)
 
 
 def _inside(value: Any) -> Sequence[Any]:
-    """Return what an object holds."""
+    """Return the values that an object contains."""
     if isinstance(value, list | tuple):
         return value
     if isinstance(value, BaseMessage):
-        return (value.content,)  # what else there is says little, and takes long to look at
+        return (value.content,)  # its other fields are small, and slow to inspect
     if isinstance(value, BaseModel):
         return [*vars(value).values(), *(value.model_extra or {}).values()]
     if isinstance(value, Mapping):
@@ -363,20 +364,20 @@ def _inside(value: Any) -> Sequence[Any]:
 _live: WeakSet[Shadow] = WeakSet()
 _drains = False
 _handles = False
-"""Whether the exit, and SIGTERM, are seen to."""
+"""Whether the exit hooks (`_drains`) and the SIGTERM handling (`_handles`) are installed."""
 _told = False
-"""Whether a warning has said that SIGTERM is not."""
+"""Whether the warning that SIGTERM is not handled was logged."""
 
 
 def _watch(shadow: Shadow) -> None:
-    """See that the end of the process waits for what a shadow holds."""
+    """Make the end of the process wait for the answers in a shadow."""
     global _drains
     _live.add(shadow)
     if not _drains:
         _drains = True
-        # When atexit's functions are called, Python has ended its thread pools, and some versions start no
-        # more threads. A critic may need either, so what waits is judged before. The hook is private, so
-        # atexit, too.
+        # By the time atexit's functions run, Python has shut down its thread pools, and some versions start
+        # no more threads. A critic may need either, so the queue is drained before, by a private hook; as
+        # that hook may be missing, by atexit, too.
         with contextlib.suppress(AttributeError, RuntimeError):
             threading._register_atexit(_drain)  # type: ignore[attr-defined]
         atexit.register(_drain)
@@ -387,13 +388,13 @@ def _see_to_sigterm() -> None:
     global _handles, _told
     if _handles:
         return
-    if threading.current_thread() is threading.main_thread():  # no other may set a handler
+    if threading.current_thread() is threading.main_thread():  # no other thread may set a handler
         _handles = True
         handler = signal.getsignal(signal.SIGTERM)
         if handler == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminated)
         else:
-            with contextlib.suppress(TypeError):  # not every object can be watched
+            with contextlib.suppress(TypeError):  # not every object supports weak references
                 finalize(handler, _see_to_sigterm_again).atexit = False
     elif not _told:
         _told = True
@@ -404,7 +405,7 @@ def _see_to_sigterm() -> None:
 
 
 def _see_to_sigterm_again() -> None:
-    """See to it once a handler of the application's own is no more."""
+    """Install our handler after the application's own was removed and garbage-collected."""
     global _handles
     _handles = False
     _see_to_sigterm()
@@ -421,8 +422,8 @@ def _drain() -> None:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    """Drain, and then die by the signal as if nobody handled it."""
-    # In a thread without Python's bookkeeping: the one that was interrupted may hold any lock.
+    """Drain the queues, and then end the process by the signal's default action."""
+    # In a raw thread, which `threading` does not manage: the interrupted thread may hold any of its locks.
     done = _thread.allocate_lock()
     done.acquire()
 
@@ -440,9 +441,9 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 def _after_fork() -> None:
     global _handles
-    _handles = False  # a server's worker may handle SIGTERM in another way than its parent
+    _handles = False  # a server's worker may handle SIGTERM differently from its parent
     for shadow in list(_live):
-        shadow._reset()  # what waits is the parent's
+        shadow._reset()  # waiting answers belong to the parent
 
 
 os.register_at_fork(after_in_child=_after_fork)
