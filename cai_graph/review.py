@@ -1,17 +1,16 @@
-"""People in the loop: where a request waits until a person has decided what leaves.
+"""Human review: keeps a request in a checkpointer until a person has decided which answer is released.
 
-    `run` asks ──> Desk.lay_down   the request goes into a graph of one node, which interrupts
-    resume     ──> Desk.settle     the node goes on with the decision; it is logged, and an answer leaves
+    `run` asks ──> Desk.lay_down   stores the request in a graph of one node, which interrupts
+    resume     ──> Desk.settle     resumes the node with the decision, logs it, and releases an answer
 
-Nothing of a waiting request is logged, and nothing is paid for again when it goes on: what lies in the
-checkpointer is the app's output and, as JSON, the Trajectory as far as it has come. It lies in a thread of
-its own, whose checkpoints have the caller's thread as metadata (`cai_thread`), and which is deleted once the
-decision is in the log.
+A waiting request is not logged, and resuming it repeats no model call: the checkpointer contains the app's
+output and, as JSON, the Trajectory so far. They are in a thread of their own, whose checkpoints have the
+caller's thread as metadata (`cai_thread`), and which is deleted once the decision is in the log.
 
-Inside a node of another LangGraph graph, an agent say, the interrupt is that graph's, and so is the
-checkpointer. That graph runs the node again when it is resumed, and the request is found lying there. It may
-run the node once more, since what came behind failed or paused; so the request goes on lying there with its
-decision, until the thread comes to ask a person at a later step.
+Inside a node of another LangGraph graph, such as an agent, that graph's interrupt and checkpointer are used.
+When it is resumed, it runs the node again, which finds the stored request. It may run the node yet another
+time, if a later step failed or paused; so the request stays stored with its decision until the thread asks a
+person at a later step.
 """
 
 from __future__ import annotations
@@ -79,54 +78,54 @@ Checkpointer = BaseCheckpointSaver[Any]
 
 
 DECISIONS = ("approve", "edit", "draft", "reject")
-"""What a person may decide: release what is proposed, an answer of his own, the draft, or the refusal."""
+"""A person's options: release the proposed answer, an edited one, the draft, or the refusal."""
 
 _LABELS = (Label.VIOLATES.value, Label.COMPLIES.value)
 
 TYPE = "constitutional_review"
-"""Tells the question apart from what else an agent may ask a person."""
+"""Distinguishes our question from other interrupts of an agent."""
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # no checkpointer takes one
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # checkpointers cannot store them
 
 _THREADS = UUID("a1d5a6f2-0c1e-5b0a-9a6e-6f6f4b1f5d10")
-"""The namespace of the names of our threads. They are UUIDs, since some servers take no other."""
+"""The UUID namespace of our threads' names, which are UUIDs because some servers accept no others."""
 
 
 class Waiting(TypedDict, total=False):
-    """A request that waits, as it lies in a checkpointer."""
+    """A waiting request, as it is stored in a checkpointer."""
 
     trajectory: str
-    """As far as it has come: JSON as in a log, so that a later release reads it."""
+    """The Trajectory so far: JSON as in a log, so that later releases can read it."""
     output: Any
-    """What the app returned."""
+    """The app's output, packed by `Shape.pack`."""
     question: dict[str, Any]
-    """What the person is shown."""
+    """The question that the person is shown; see `_question`."""
     proposed: str
     """Name of the answer that `approve` releases; see `Progress.answer`."""
     review: str
-    """Id that the Review will have, so that logging it twice is logging it once."""
+    """Id of the future Review, fixed so that logging it twice stores it once."""
     decision: dict[str, Any]
-    """What the person decided."""
+    """The person's decision."""
     earlier: int
-    """How many decisions the outer graph's node was resumed with before: they were about other drafts."""
+    """How many decisions the outer graph's node was resumed with before, which were about other drafts."""
     settled: str
-    """At which step of the outer graph the decision came into the log."""
+    """The step of the outer graph at which the decision was logged."""
 
 
 class Settled(NamedTuple):
-    """A request that a person has decided about."""
+    """A request about which a person has decided."""
 
     output: Any
-    """What the app returned."""
+    """The app's output."""
     trajectory: Trajectory
-    """The record, as it was logged."""
+    """The Trajectory, as it was logged."""
     released: Message | None
-    """The message that leaves."""
+    """The released message."""
 
 
 _lock = threading.Lock()
 _busy: set[str] = set()
-"""Keys of the requests that are being laid down or settled."""
+"""Keys of the requests that are being stored or settled."""
 
 
 def review(state: Waiting) -> Waiting:
@@ -144,7 +143,7 @@ def _compiled() -> CompiledStateGraph[Waiting, None, Waiting, Waiting]:
 
 
 def awaits(output: Any) -> RunError:
-    """Return the error that says what an output of a paused app waits for."""
+    """Return the error for callers that need an answer, given the output of a paused app."""
     for each in output.get("__interrupt__", ()):
         if isinstance(each.value, Mapping) and each.value.get("type") == TYPE:
             return AwaitsReview(each.value)
@@ -152,7 +151,7 @@ def awaits(output: Any) -> RunError:
 
 
 def check_checkpointer(face: str, checkpointer: object, *, asks: bool) -> None:
-    """Raise ConfigError where a checkpointer is missing, is none, or cannot delete what waited."""
+    """Raise ConfigError if a checkpointer is missing, of a wrong type, or cannot delete settled requests."""
     if checkpointer is None and asks:
         raise ConfigError(
             f"policy 'human' waits in a checkpointer: {face[:-1]}, checkpointer=…), for example LangGraph's "
@@ -175,22 +174,22 @@ def _check_deletes(checkpointer: Checkpointer) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Desk:
-    """Where an app's requests of one thread, or of one node's task in an outer graph, wait for a person."""
+    """Stores the request of a thread, or of a node's task in an outer graph, until a person has decided."""
 
     plan: Plan
-    """Judges, refuses, logs."""
+    """How requests are judged, refused and logged."""
     shape: Shape
     """Where the answer is in the app's output."""
     checkpointer: Checkpointer
-    """Keeps what waits."""
+    """Stores the waiting requests."""
     thread: str
     """Name of the caller's thread."""
     key: str
-    """Thread in which the request lies."""
+    """Name of the checkpointer's thread in which the request is stored."""
     node: RunnableConfig | None
-    """Configuration of the outer graph's node; None where no graph stands around the request."""
+    """Configuration of the outer graph's node; None outside any graph."""
     caller: bridge.Caller | None
-    """The thread that waits for the answer, where it is a synchronous one."""
+    """The OS thread that waits for the answer; None under an asynchronous call."""
 
     @classmethod
     async def of(
@@ -203,11 +202,11 @@ class Desk:
         checkpointer: Checkpointer | None,
         caller: bridge.Caller | None,
     ) -> Desk:
-        """Return the desk of a request; `names` are those that the app was given.
+        """Return the desk of a request; `names` are the names that the app was given.
 
         Raises:
-            ConfigError: the thread, or the checkpointer of the outer graph, is missing, or that checkpointer
-                cannot delete.
+            ConfigError: no thread is configured, or the outer graph has no checkpointer, or one that cannot
+                delete threads.
         """
         around = var_child_runnable_config.get() or RunnableConfig()
         node = next((c for c in (config, around) if TASK in (c.get("configurable") or {})), None)
@@ -227,10 +226,10 @@ class Desk:
                 '{"configurable": {"thread_id": "1"}}'
             )
         if node is not None:
-            # A node that runs again asks the same, and has the same task; its neighbours ask something else.
+            # A node that runs again has the same task and messages; other nodes have different ones.
             asked = [[m.role, text_of(m)] for m in messages]
             key = _key(thread, given.get("checkpoint_ns"), plan.constitution.digest, asked)
-        else:  # a thread may have several apps; what waits outlives amendments of their constitutions
+        else:  # by name: apps may share a thread, and an amendment changes the digest
             key = _key(thread, names, plan.constitution.name)
         desk = cls(
             plan=plan,
@@ -241,7 +240,7 @@ class Desk:
             node=node,
             caller=caller,
         )
-        if node is None:  # an earlier release had one place for all apps of a thread
+        if node is None:  # an earlier release used one key for all apps of a thread
             before = replace(desk, key=_key(thread))
             lies = await before.lying()
             if lies is not None and lies["question"]["constitution"] == plan.constitution.name:
@@ -249,7 +248,7 @@ class Desk:
         return desk
 
     async def lying(self) -> Waiting | None:
-        """Return the request that waits here, or None."""
+        """Return the waiting request, or None."""
         machine, config = self._machine, self._config
         snapshot = await as_owner(
             self.caller, lambda: machine.get_state(config), lambda: machine.aget_state(config)
@@ -257,11 +256,11 @@ class Desk:
         return cast("Waiting", snapshot.values) if snapshot.values.get("question") else None
 
     async def lay_down(self, ending: Ending, output: Any) -> Waiting:
-        """Keep a request until a person has decided; who is cancelled meanwhile is held until it is kept.
+        """Store a request until a person has decided; a cancellation takes effect only after it is stored.
 
         Raises:
-            GraphInterrupt: it is kept, and pauses the outer graph.
-            RunError: the checkpointer cannot keep it; its Trajectory is logged.
+            GraphInterrupt: the request is stored, and the outer graph must pause.
+            RunError: the checkpointer cannot store it; its Trajectory is logged as failed.
         """
         waiting, pause = await to_the_end(self._kept(ending, output))
         if pause is not None:
@@ -269,7 +268,7 @@ class Desk:
         return waiting
 
     async def _kept(self, ending: Ending, output: Any) -> tuple[Waiting, GraphInterrupt | None]:
-        """Keep a request, and return it with the pause of the outer graph; raises as `lay_down`."""
+        """Store a request; return it with the interrupt of the outer graph, if any. Raises as `lay_down`."""
         trajectory = ending.trajectory
         assert trajectory.draft is not None
         pause: GraphInterrupt | None = None
@@ -294,7 +293,7 @@ class Desk:
         except BaseException as error:
             ended = msgspec.structs.replace(trajectory, error=describe(error))
             await commit(self.plan, ended, failed=True)
-            if not isinstance(error, Exception):  # all that runs on the loop is cancelled
+            if not isinstance(error, Exception):  # such as a cancellation of the whole loop
                 raise
             raise RunError(
                 f"the request could not be kept for a person: {error}", trajectory_id=trajectory.id
@@ -303,7 +302,7 @@ class Desk:
 
     @contextmanager
     def _alone(self, otherwise: RunError) -> Iterator[None]:
-        """Keep this process from laying down or settling a thread's request twice at once."""
+        """Lock the request for the body; raise `otherwise` if this process already stores or settles it."""
         with _lock:
             if self.key in _busy:
                 raise otherwise
@@ -318,25 +317,25 @@ class Desk:
         return RunError(f"another request of thread {self.thread!r} came to wait meanwhile")
 
     def paused(self, waiting: Waiting, output: Any) -> dict[str, Any] | None:
-        """Return what a LangGraph graph returns that waits, where the app returns a dict as a graph does."""
+        """Return the output of a paused LangGraph graph if the app returns a dict as graphs do, or None."""
         if not isinstance(output, Mapping):
             return None
         question = waiting["question"]
         return {"__interrupt__": [Interrupt(value=question, id=question["trajectory_id"])]}
 
     async def settle(self, waiting: Waiting, input: object = None) -> Settled:
-        """Log what a person decided about a request, and return what leaves.
+        """Log a person's decision about a request, and return the released answer.
 
-        `input` is the caller's: the decision, where it resumes. Inside an outer graph a request that was
-        decided before is settled again, as it was.
+        `input` is the caller's input: a Command with the decision, if it resumes the request. Inside an outer
+        graph, a request that was decided before is settled again in the same way.
 
         Raises:
             AwaitsReview: there is no decision yet.
-            GraphInterrupt: the same, inside an outer graph.
-            DataError: the decision cannot be read; the request goes on waiting.
-            LogError: it could not be logged and `on_log_error` is `raise`; the request goes on waiting.
-            RunError: another call, of this process or another, has decided about it already; or a class of
-                the app's output is not loaded here, and the request goes on waiting.
+            GraphInterrupt: there is no decision yet, inside an outer graph.
+            DataError: the decision is invalid; the request keeps waiting.
+            LogError: it could not be logged and `on_log_error` is `raise`; the request keeps waiting.
+            RunError: another call, of this process or another, has already decided about it; or a class of
+                the app's output is not loaded in this process, and the request keeps waiting.
         """
         output = self.shape.unpack(waiting["output"])
         required, decision = self.shape.form(output), waiting.get("decision")
@@ -344,7 +343,8 @@ class Desk:
         if decision is None:
             decision = await self._decision(waiting, required, input)
         elif self.node is not None:
-            # It stays, and is taken from the graph, whose node would else get it for its own next question.
+            # The decision stays stored. Consume it from the graph as well: otherwise the node's own next
+            # interrupt would receive it.
             with suppress(GraphInterrupt):
                 await self._asked(waiting, required)
         decided = RunError(
@@ -370,7 +370,7 @@ class Desk:
         return Settled(output, trajectory, trajectory.released)
 
     async def _close(self) -> None:
-        """Delete a request that is settled; inside an outer graph it stays for a node that runs again."""
+        """Delete a settled request; inside an outer graph mark it settled, as its node may run again."""
         if self.node is None:
             await self._delete(self.key)
             return
@@ -382,7 +382,7 @@ class Desk:
         )
 
     async def _clear(self) -> None:
-        """Delete what was settled in this thread at other steps of the outer graph: no node asks for it."""
+        """Delete the requests of this thread that were settled at other steps of the outer graph."""
         keeper, ours = self.checkpointer, {"cai_thread": self.thread}
 
         async def awaited() -> list[CheckpointTuple]:
@@ -394,7 +394,7 @@ class Desk:
                 settled = each.checkpoint["channel_values"].get("settled", self._step)
                 if settled != self._step:
                     await self._delete(each.config["configurable"]["thread_id"])
-        except Exception as error:  # the request waits all the same
+        except Exception as error:  # it does not keep the request from waiting
             why = describe(error)
             logger.warning("what was decided in thread %r stays in the checkpointer: %s", self.thread, why)
 
@@ -409,12 +409,12 @@ class Desk:
 
     @property
     def _step(self) -> str:
-        """Names the step at which the outermost graph is."""
+        """The current step of the outermost graph."""
         steps = ((self.node or {}).get("configurable") or {}).get(STEPS) or {}
         return str(steps.get(""))
 
     async def _decision(self, waiting: Waiting, required: Form | None, input: object) -> dict[str, Any]:
-        """Return what a person says now; raises as `settle`."""
+        """Return the person's decision from the input or the outer graph; raises as `settle`."""
         said: Mapping[str, Any]
         if self.node is not None:
             said = await self._asked(waiting, required)
@@ -427,7 +427,7 @@ class Desk:
         return {**said, "at": now().isoformat()}
 
     async def _asked(self, waiting: Waiting, required: Form | None) -> dict[str, Any]:
-        """Return what the outer graph was resumed with, or pause it."""
+        """Return the decision with which the outer graph was resumed, or interrupt it."""
         question, rules = waiting["question"], self.plan.constitution
 
         def ask() -> dict[str, Any]:
@@ -441,7 +441,7 @@ class Desk:
         return await self._in_the_node(ask)
 
     async def _unasked(self, question: Mapping[str, Any]) -> tuple[int, GraphInterrupt]:
-        """Return how many decisions the outer graph has that are not about this question, and its pause."""
+        """Return how many earlier resume values, about other questions, the node has, and the interrupt."""
 
         def ask() -> tuple[int, GraphInterrupt]:
             earlier = 0
@@ -455,7 +455,7 @@ class Desk:
         return await self._in_the_node(ask)
 
     async def _in_the_node(self, ask: Callable[[], T]) -> T:
-        """Ask something of the outer graph, as its node does."""
+        """Call `ask` as the outer graph's node would: under its configuration, in the caller's thread."""
 
         def asked() -> T:
             with within(self.node):
@@ -485,7 +485,7 @@ def _key(*place: Any) -> str:
 
 
 def _question(trajectory: Trajectory, proposed: str, reason: str) -> dict[str, Any]:
-    """Return what the person is shown, as JSON."""
+    """Return the question that the person is shown, as JSON."""
     assert trajectory.draft is not None
     answer = trajectory.draft.answer
     verdicts = trajectory.rounds[0].critique.verdicts if trajectory.rounds else ()
@@ -515,7 +515,7 @@ _KEYS = ("decision", "answer", "verdicts", "reviewer", "note")
 
 
 def _problem(said: Any, required: Form | None, constitution: Constitution) -> str | None:
-    """Return what is wrong with a decision, or None."""
+    """Return the fault of an invalid decision; None if it is valid."""
     if not isinstance(said, Mapping):
         return f"a decision is a dict, {_FORM}; found {type(said).__name__}"
     if said.get("decision") not in DECISIONS:
@@ -545,7 +545,7 @@ def _problem(said: Any, required: Form | None, constitution: Constitution) -> st
 
 
 def _settled(waiting: Waiting, decision: Mapping[str, Any], plan: Plan) -> tuple[Trajectory, Review]:
-    """Return the record of a request that a person decided about, and his Review."""
+    """Return the Trajectory of a request that a person decided about, and the Review."""
     trajectory = decode(waiting["trajectory"])
     assert isinstance(trajectory, Trajectory)
     assert trajectory.draft is not None
@@ -591,7 +591,7 @@ def _settled(waiting: Waiting, decision: Mapping[str, Any], plan: Plan) -> tuple
 
 
 def _verdict(about: str, label: str, constitution: Constitution) -> Verdict:
-    """Return what a person says of the draft under a principle, or else an aim."""
+    """Return a person's Verdict on the draft, under a principle or else an aim."""
     if about in constitution:
         return Verdict(label=Label(label), principle=about, read_by="human")
     return Verdict(label=Label(label), aim=about, read_by="human")

@@ -1,7 +1,7 @@
-"""Threads of a wrapped graph's memory: what a judged answer changes in them, and what must not stay there.
+"""The checkpointer threads of a wrapped graph: drafts in them are replaced by the released answers.
 
-memory   a thread, read and changed as its owner does it
-turns    one request at a time for each thread
-unheard  which words in a thread nobody was given
+memory   reads and updates a thread
+turns    lets one request at a time use a thread
+unheard  finds drafts in a thread that were never returned to a caller
 kept     what a wrapped graph keeps of a request
 """

@@ -1,9 +1,9 @@
-"""A thread of a graph's memory, read and changed as its owner does it.
+"""Reads and updates a thread in the checkpointer of a wrapped graph.
 
-    Memory     the thread that a caller's configuration names, in the checkpointer of a compiled graph
-    as_owner   in the caller's thread, or in this event loop
+    Memory     the thread that the caller's configuration names, in the checkpointer of a compiled graph
+    as_owner   uses the checkpointer in the caller's thread, or in this event loop
 
-What is changed is an update of the thread's state: checkpoints before it stay as they are.
+A change is an update of the thread's state: earlier checkpoints are not changed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ T = TypeVar("T")
 async def as_owner(
     caller: bridge.Caller | None, directly: Callable[[], T], awaited: Callable[[], Awaitable[T]]
 ) -> T:
-    """Use a checkpointer as its owner does: from the caller's thread, or in this event loop.
+    """Use a checkpointer as its owner would: from the caller's thread, or in this event loop.
 
     Args:
-        caller: the thread that waits for the answer, where it is a synchronous one.
-        directly: what to do in the caller's thread.
-        awaited: the same in an event loop.
+        caller: the thread that waits for the answer; None under an asynchronous call.
+        directly: called in the caller's thread, if there is one.
+        awaited: does the same in an event loop; called if there is no caller.
     """
 
     def alone() -> T:
@@ -61,25 +61,25 @@ class Memory:
     graph: Any
     """The compiled graph."""
     config: RunnableConfig
-    """Says which thread."""
+    """Names the thread."""
     caller: bridge.Caller | None
-    """The thread that waits for the answer, where it is a synchronous one."""
+    """The OS thread that waits for the answer; None under an asynchronous call."""
 
     async def state(self, at: RunnableConfig | None = None) -> Any:
-        """Return the thread's last state, or the one at a checkpoint."""
+        """Return the thread's last state, or the one at the checkpoint `at`."""
         place = {**self.config["configurable"], **at["configurable"]} if at else self.config["configurable"]
-        config = RunnableConfig(configurable=place)  # no state says which checkpointer an outer graph lends
+        config = RunnableConfig(configurable=place)  # a state's own config lacks an outer graph's checkpointer
         return await as_owner(
             self.caller, lambda: self.graph.get_state(config), lambda: self.graph.aget_state(config)
         )
 
     def state_here(self) -> Any:
-        """Return the last state, read in this thread."""
+        """Return the thread's last state, read in the current OS thread."""
         with apart():
             return self.graph.get_state(self.config)
 
     async def last_of_a_run(self) -> Any:
-        """Return the last state that a run wrote, not its owner or this; None where none is kept."""
+        """Return the last state written by a run of the graph, not by an update; None if there is none."""
         last: dict[str, Any] = {"filter": {"source": "loop"}, "limit": 1}
 
         def directly() -> list[Any]:
@@ -92,14 +92,14 @@ class Memory:
         return found[0] if found else None
 
     def stays(self, why: object) -> None:
-        """Log that the thread stays as it is."""
+        """Log a warning that the thread is not changed, and why."""
         name = self.config["configurable"]["thread_id"]
         logger.warning("thread %r stays as it is, though a run of it may have broken off: %s", name, why)
 
     # --- changes ---
 
     async def replace(self, swap: Swap) -> None:
-        """Put what leaves into the draft's place, wherever the state has it; warn where that cannot be."""
+        """Replace the draft by the released answer everywhere in the state; warn if that is not possible."""
         state = await self.state()
         if _PREVIOUS in self.graph.channels:
             update = await self._of_function(state, swap)
@@ -112,14 +112,15 @@ class Memory:
             return
         try:
             await self._put(update)
-            # Edges were asked again. Where the turn had ended it stays so; else another run is under way.
+            # The update evaluated the node's edges again. If the turn had ended, end it again; otherwise
+            # another run is in progress.
             if not state.next and (await self.state()).next:
                 await self._update(None, as_node=END)
         except InvalidUpdateError as error:
             warn(str(error))
 
     def _of_channels(self, state: Mapping[str, Any], swap: Swap) -> dict[str, Any] | None:
-        """Return the update of a graph of channels; None where none of them has the draft."""
+        """Return the update of a graph with channels; None if no channel contains the draft."""
         update: dict[str, Any] = {}
         for key, before in state.items():
             wanted = swap(before, key)
@@ -131,9 +132,9 @@ class Memory:
         return update or None
 
     async def _of_function(self, state: Any, swap: Swap) -> Any:
-        """Return the update of LangGraph's functional API: what a function returned, and what it saved.
+        """Return the update for LangGraph's functional API: the function's return value and its saved value.
 
-        None where that cannot be read.
+        None if these cannot be read.
         """
         saver = self.graph.checkpointer
         if not isinstance(saver, BaseCheckpointSaver):
@@ -146,16 +147,15 @@ class Memory:
         return entrypoint.final(value=swap(state.values), save=swap(saved))
 
     async def _put(self, update: Any) -> None:
-        """Update the state as the node that ran last; as another one, where several did or its edges fail.
+        """Update the state as the node that ran last; as another node, if several ran last or its edges fail.
 
-        The first of them is the graph's beginning. As a rule nothing is asked on its edge, and no join counts
-        it among those that it waits for.
+        The first other node is START: its edges are usually unconditional, and no join waits for it.
         """
         try:
             await self._update(update)
             return
         except Exception as error:
-            failed = error  # such as an agent's, whose last node LangGraph takes for the one before
+            failed = error  # e.g. for agents, whose last node LangGraph takes for the one before it
         for node in [START, *(node for node in self.graph.nodes if node != START)]:
             with suppress(Exception):
                 await self._update(update, as_node=node)
@@ -171,11 +171,11 @@ class Memory:
 
 
 _PREVIOUS = "__previous__"
-"""Channel in which LangGraph's functional API saves what a function is given in the next turn."""
+"""Channel in which LangGraph's functional API saves the value that a function receives in the next turn."""
 
 
 def warn(why: str) -> None:
-    """Warn that a memory keeps a draft."""
+    """Warn that a draft remains in the app's memory, and why."""
     warnings.warn(
         "the wrapped app remembers a draft that did not leave, and shows it to its model in the next turn: "
         f"the state cannot be changed ({why}). Judge inside the app instead, with ConstitutionalMiddleware "
@@ -189,7 +189,7 @@ _UNWRITABLE = object()
 
 
 def _write(channel: Any, before: Any, wanted: Any) -> Any:
-    """Return the update that makes a channel's value the wanted one, as its reducer has it."""
+    """Return an update with which the channel's reducer turns `before` into `wanted`; else _UNWRITABLE."""
     values = [wanted, Overwrite(wanted)]
     if isinstance(before, list):  # `add_messages` replaces by id
         values.insert(0, [new for old, new in zip(before, wanted, strict=True) if new is not old])
@@ -199,6 +199,6 @@ def _write(channel: Any, before: Any, wanted: Any) -> Any:
             tried.update([value])
             if tried.get() == wanted:
                 return value
-        except Exception:  # a reducer of the app's own, which may not take it
+        except Exception:  # one of the app's own reducers, which may reject it
             continue
     return _UNWRITABLE

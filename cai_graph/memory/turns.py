@@ -1,8 +1,8 @@
-"""One request at a time for each thread of a graph's memory.
+"""Locks each thread of a graph's memory, so that one request at a time uses it.
 
-A graph has written its draft into its thread before anybody judged it. So a second request of that thread
-waits until what leaves stands in the draft's place: it would be given the draft, and would be written over.
-It holds for what this process guards; the requests of another process are not known here.
+A graph writes its draft into its thread before the draft is judged. So a second request on that thread waits
+until the draft is replaced by the released answer: otherwise it would read the draft, and its own changes
+would be overwritten. The lock covers the requests of this process only.
 """
 
 from __future__ import annotations
@@ -23,41 +23,44 @@ __all__ = ["Turn"]
 
 _lock = threading.Lock()
 _queues: dict[Hashable, deque[Turn]] = {}
-"""By thread the turns that are taken or waited for; the first one has it. Idle threads have no entry."""
+"""By thread of a memory, the queue of turns; the first one is granted. Idle threads have no entry."""
 _around: ContextVar[tuple[Turn, ...]] = ContextVar("cai_graph_turns", default=())
-"""The turns inside which this is: an app that asks itself on its own thread is inside its own."""
+"""The turns of the enclosing requests: an app that calls itself on its own thread is inside its own turn."""
 _NOWHERE = nullcontext()
 
 
 class Turn:
-    """The turn of one request. Callers may be of any OS thread and any event loop.
+    """The turn of one request: a reentrant, fair lock on a thread of a memory.
+
+    Callers may use any OS thread and any event loop.
 
     Args:
-        of: which thread of which memory; None where there is none, and nothing to wait for.
+        of: identifies the thread and its memory; None if there is none, and so nothing to wait for.
     """
 
     def __init__(self, of: Hashable | None = None) -> None:
         self._of = of
         self.is_inside = False
-        """Whether an app asks itself: a turn of the same thread stands around, or waits for one that does."""
+        """Whether an app calls itself: the turn is held by an enclosing request, or by one waiting for it."""
         self._around: tuple[Turn, ...] = ()
-        """The turns inside which this one is."""
+        """The turns of the enclosing requests."""
         self._needs: frozenset[int] = frozenset()
-        """The OS threads that this request needs in order to end."""
+        """The OS threads, by ident, that this request needs to finish."""
         self._loop: asyncio.AbstractEventLoop
         self._granted: Future[None]
 
     async def begin(self, caller: bridge.Caller | None) -> bool:
-        """Take the turn; return whether that took waiting.
+        """Acquire the turn; return whether that required waiting.
 
-        Inside a turn of the same thread it is taken. So it is where the one who has it waits for one that
-        stands around this, as where two apps ask each other.
+        It is granted at once inside a turn of the same memory thread, and also if the holder waits for a turn
+        that encloses this one, as when two apps call each other.
 
         Args:
-            caller: the OS thread that waits for the answer, where it is a synchronous one.
+            caller: the OS thread that waits for the answer; None under an asynchronous call.
 
         Raises:
-            RunError: it would wait for ever: who has the turn needs an OS thread that the caller blocks.
+            RunError: it would deadlock: another request in the queue needs an OS thread that the caller
+                blocks.
         """
         self._around = _around.get()
         self.is_inside = any(turn._of == self._of and turn.has_it() for turn in self._around)
@@ -88,7 +91,7 @@ class Turn:
         return True
 
     def end(self) -> None:
-        """Give the turn to who waits next, or leave the queue; nothing where it was not taken."""
+        """Release the turn to the next in the queue, or leave the queue; no effect if not acquired."""
         with _lock:
             queue = _queues.get(self._of)
             if queue is not None and self in queue:
@@ -96,7 +99,7 @@ class Turn:
                 _go_on(self._of)
 
     def inside(self) -> AbstractContextManager[None]:
-        """Return what has its body, which runs the app, be inside this turn."""
+        """Return a context manager that marks its body, which runs the app, as inside this turn."""
         return _NOWHERE if self._of is None else self._inside()
 
     @contextmanager
@@ -108,14 +111,14 @@ class Turn:
             _around.reset(token)
 
     def has_it(self) -> bool:
-        """Return whether this is who has the turn."""
+        """Return whether this turn is granted."""
         with _lock:
             queue = _queues.get(self._of)
             return bool(queue) and queue[0] is self  # type: ignore[index]
 
 
 def _needs_one(turn: Turn, of: tuple[Turn, ...]) -> bool:
-    """Return whether a turn cannot end before one of these does, as far as turns go. The lock is held."""
+    """Return whether a turn is, or directly or indirectly waits for, one of `of`. Needs the lock."""
     needed, seen = [turn], set[Turn]()
     while needed:
         turn = needed.pop()
@@ -130,15 +133,15 @@ def _needs_one(turn: Turn, of: tuple[Turn, ...]) -> bool:
 
 
 def _go_on(of: Hashable) -> None:
-    """Give the turn to the first in a thread's queue. The lock is held."""
+    """Grant the turn to the first in a thread's queue. The caller must hold the lock."""
     queue = _queues[of]
-    while queue and queue[0]._loop.is_closed():  # its event loop ended, and left it behind
+    while queue and queue[0]._loop.is_closed():  # its event loop was closed before it ended
         queue.popleft()
     if not queue:
         del _queues[of]
         return
     granted = queue[0]._granted
-    # One that was cancelled in this very moment gives it on when it leaves the queue.
+    # A turn that is being cancelled concurrently passes the turn on when it leaves the queue.
     if not (granted.done() or granted.running()) and granted.set_running_or_notify_cancel():
         granted.set_result(None)
 
@@ -146,7 +149,7 @@ def _go_on(of: Hashable) -> None:
 def _after_fork() -> None:
     global _lock
     _lock = threading.Lock()  # the parent may have held it
-    _queues.clear()  # and these are its requests
+    _queues.clear()  # these are requests of the parent
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,8 +1,9 @@
-"""Which words in a thread of a graph's memory nobody was given, since the run that said them came to nothing.
+"""Finds drafts in a thread of a graph's memory that were never returned to a caller, as their run failed.
 
-A run that breaks off behind its draft leaves it in the thread, and so does one that ends while its request is
-cancelled. What may have been given to somebody stays, and so does what the thread's owner wrote. This only
-reads; a refusal is put into the place of what is found.
+A run that fails after its draft was written leaves the draft in the thread, and so does a run that ends while
+its request is cancelled. The functions here find such drafts and return swaps that replace them by a refusal;
+they change nothing themselves. Anything that may have been returned to a caller, or that the thread's owner
+wrote, is left unchanged.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ __all__ = ["beside", "broken_off", "just_said"]
 async def broken_off(
     memory: Memory, state: Any, shape: Shape, refusal: str, options: Mapping[str, Any]
 ) -> list[Swap]:
-    """Return what puts a refusal into the place of what the last run said since anybody heard of it.
+    """Return swaps that put a refusal in the place of what the last run wrote and did not return to a caller.
 
-    There is nothing where that run did not break off, and nothing that has been written over since.
+    The list is empty if that run did not fail. Texts that were overwritten since are not included.
 
     Args:
         memory: the thread.
         state: its last state.
         shape: where in a state an answer is.
-        refusal: what to put there.
-        options: those of the call, with those that are bound to the graph.
+        refusal: the text of the refusal.
+        options: the options of the call, including those bound to the graph.
     """
-    if not state.next and _writer(state) not in ("update", "fork"):  # its owner may have closed it by hand
+    if not state.next and _writer(state) not in ("update", "fork"):  # its owner may have ended it so
         return []
     last = state if _writer(state) in ("loop", "input") else await memory.last_of_a_run()
     if last is None:
         return []
-    past = await memory.state(last.config)  # as it was written: a thread's last state is shown otherwise
+    past = await memory.state(last.config)  # as written: a thread's last state looks different
     if await _was_shown(memory, past, options):
         return []
     while past is not None and _writer(past) == "loop":
@@ -55,13 +56,13 @@ async def broken_off(
 
 
 async def just_said(memory: Memory, met: Sequence[Any], shape: Shape, refusal: str) -> list[Swap]:
-    """Return what puts a refusal into the place of what a run said that has just ended, where one did.
+    """Return swaps that put a refusal in the place of the answer of a run that has just ended, if one has.
 
     Args:
         memory: the thread.
-        met: its states before.
+        met: the states of the thread that were read before the run.
         shape: where in a state an answer is.
-        refusal: what to put there.
+        refusal: the text of the refusal.
     """
     state = await memory.state()
     if state.next or _writer(state) != "loop" or _checkpoint(state) in map(_checkpoint, met):
@@ -70,15 +71,15 @@ async def just_said(memory: Memory, met: Sequence[Any], shape: Shape, refusal: s
 
 
 def beside(swaps: Sequence[Swap], known: Sequence[Any]) -> list[Swap]:
-    """Return those of which no known state holds the draft, and which leave alone what these states have."""
+    """Return the swaps whose draft no known state contains; they do not change these states' messages."""
     new = [swap for swap in swaps if not any(_holds(state, swap) for state in known)]
     return [reduce(lambda swap, state: swap.sparing(state.values), known, swap) for swap in new]
 
 
 async def _was_shown(memory: Memory, state: Any, options: Mapping[str, Any]) -> bool:
-    """Return whether a run came to its caller with a state: it ended there, or was to go on later.
+    """Return whether a run returned to its caller at a state: it ended there, or paused there.
 
-    It was not where one branch waits for a person and another one failed.
+    It did not if one branch waits for a person and another one failed.
     """
     if not state.next or await _is_at_breakpoint(memory, state, options):
         return True
@@ -86,7 +87,7 @@ async def _was_shown(memory: Memory, state: Any, options: Mapping[str, Any]) -> 
 
 
 async def _is_at_breakpoint(memory: Memory, state: Any, options: Mapping[str, Any]) -> bool:
-    """Return whether a state may be one at which the graph stops by itself, under a call's options."""
+    """Return whether the graph may have stopped at a state by a breakpoint, given a call's options."""
     before = options.get("interrupt_before") or memory.graph.interrupt_before_nodes
     after = options.get("interrupt_after") or memory.graph.interrupt_after_nodes
     if _has_any(before, state.next):
@@ -95,20 +96,20 @@ async def _is_at_breakpoint(memory: Memory, state: Any, options: Mapping[str, An
         return False
     parent = await memory.state(state.parent_config) if state.parent_config else None
     if parent is None or not parent.metadata or parent.metadata["step"] + 1 != state.metadata["step"]:
-        return True  # which node ran last is not kept
+        return True  # it is not known which node ran last
     return _has_any(after, parent.next)
 
 
 def _unjudged(memory: Memory, state: Any, shape: Shape, refusal: str) -> list[Swap]:
-    """Return `Shape.unjudged` of what the graph returns of a state."""
-    if isinstance(memory.graph.stream_channels_asis, str):  # it has one value, and returns that
+    """Return `Shape.unjudged` for the part of a state that the graph returns."""
+    if isinstance(memory.graph.stream_channels_asis, str):  # its state is a single value, which it returns
         return shape.unjudged(state.values, None, refusal)
     shown = memory.graph.output_channels
     return shape.unjudged(state.values, [shown] if isinstance(shown, str) else shown, refusal)
 
 
 def _writer(state: Any) -> Any:
-    """Return what wrote a state: a run's `input` or `loop`, an `update`, a `fork`; None: it is not kept."""
+    """Return the source that wrote a state: `input` or `loop` (a run), `update`, `fork`; None if unknown."""
     return state.metadata and state.metadata.get("source")
 
 
@@ -117,7 +118,7 @@ def _checkpoint(state: Any) -> Any:
 
 
 def _holds(state: Any, swap: Swap) -> bool:
-    """Return whether a draft stands in a state, word for word."""
+    """Return whether a state contains a swap's draft verbatim."""
     values = state.values
     if not isinstance(values, Mapping):
         places = [values]
@@ -127,11 +128,11 @@ def _holds(state: Any, swap: Swap) -> bool:
 
 
 def _is_opened(state: Any, swap: Swap) -> bool:
-    """Return whether the turn of a draft in a state is told from those before by what the user says."""
+    """Return whether a user's message in the state marks where the draft's turn begins."""
     found = state.values[swap.key] if isinstance(state.values, Mapping) else state.values
     return isinstance(found, list) and any(isinstance(each, HumanMessage) for each in found)
 
 
 def _has_any(nodes: str | Sequence[str], names: Sequence[str]) -> bool:
-    """Return whether there is one of these nodes among the names; LangGraph has `*` for all of them."""
+    """Return whether any of the nodes is among the names; `*` is LangGraph's wildcard for all nodes."""
     return bool(names) and (nodes == "*" or not set(nodes).isdisjoint(names))
