@@ -1,11 +1,11 @@
-"""A graph's stream, held until its answer is judged, then told with what is released in the answer's place.
+"""Buffers a graph's stream until its answer is judged, then replays it with the released answer.
 
-What LangGraph streams are states, updates, tokens and more, in the modes that the caller asks for. All of it
-is taken down while the graph runs. In `messages` mode only tokens of messages that stay in the final state
-are told again: other models of the graph may have written drafts. Where another answer than the draft
-leaves, the draft's message and its copies are replaced wherever they stand, and the `custom` stream, which
-could hold anything, is left out. Of a run about whose answer a person is asked only the question is told; and
-where the decision comes, without a run, what leaves.
+LangGraph streams states, updates, tokens and more, in the modes that the caller requests. All chunks are
+recorded while the graph runs. In `messages` mode only tokens of messages that remain in the final state are
+replayed, as other models of the graph may have written drafts. If another answer than the draft is released,
+the draft's message and its copies are replaced everywhere, and the `custom` stream, which may contain
+anything, is omitted. If a person is asked about the answer, only the question is streamed; when the decision
+arrives, which takes no run of the graph, only the released answer is.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ __all__ = ["Held"]
 
 
 class _Part(NamedTuple):
+    """A recorded chunk of a graph's stream."""
+
     chunk: Any
-    """As LangGraph told it."""
+    """The chunk as LangGraph streamed it."""
     path: tuple[str, ...]
-    """Of the subgraph that it comes from."""
+    """Path of the subgraph that streamed it; empty for the graph itself."""
     mode: str
     data: Any
 
 
 class Held:
-    """What a graph streams.
+    """The recorded stream of a graph.
 
     Args:
         app: the compiled graph, or a binding of it.
-        options: what its caller passes to `stream`, such as `stream_mode` and `subgraphs`.
+        options: the caller's options for `stream`, such as `stream_mode` and `subgraphs`.
     """
 
     def __init__(self, app: Runnable[Any, Any], options: Mapping[str, Any]) -> None:
@@ -51,20 +53,20 @@ class Held:
         self._subgraphs = bool(options.get("subgraphs"))
         modes = [*self._asked, *({"values", "updates"} - set(self._asked))]
         self.options = {**options, "stream_mode": modes}
-        """What to pass to the graph's `stream`."""
+        """The options to pass to the graph's `stream`."""
         self._parts: list[_Part] = []
         self._state: Any = None
         self._interrupts: list[Any] = []
 
     @property
     def output(self) -> Any:
-        """What the graph's `invoke` would have returned."""
+        """The output that the graph's `invoke` would have returned."""
         if self._interrupts:
             return {**(self._state or {}), "__interrupt__": self._interrupts}
         return self._state
 
     def take(self, chunk: Any) -> None:
-        """Take down what the graph streams."""
+        """Record a chunk of the graph's stream."""
         if self._typed:
             part = _Part(chunk, tuple(chunk["ns"]), chunk["type"], chunk["data"])
         else:
@@ -79,22 +81,22 @@ class Held:
             self._interrupts += part.data.get("__interrupt__", ())
 
     def told(self, shape: Shape, output: Any, trajectory: Trajectory | None) -> Iterator[Any]:
-        """Yield what was taken down, as the caller asked for it.
+        """Yield the recorded chunks, in the modes and form that the caller requested.
 
         Args:
             shape: where the answer is in the output.
-            output: the output that leaves; without a record, it says that a person is waited for.
-            trajectory: the record.
+            output: the released output; without a trajectory, the output of a pause for a person.
+            trajectory: the record; None if the request waits for a person.
         """
         parts = [part for part in self._parts if part.mode in self._asked]
-        if trajectory is None and (self._interrupts or not waits(output)):  # the graph paused by itself
+        if trajectory is None and (self._interrupts or not waits(output)):  # the graph itself paused
             yield from (self._as_asked(part, part.data) for part in parts)
             return
         if trajectory is None:
             question = {"__interrupt__": tuple(output["__interrupt__"])}
             yield from self._made({"updates": question, "values": question})
             return
-        if not self._parts:  # it was settled without a run
+        if not self._parts:  # a person's decision was settled without a run
             yield from self._made(_decided(shape, output))
             return
         swap = shape.swap(self.output, output)
@@ -113,7 +115,7 @@ class Held:
                 if isinstance(message, AIMessage) and message.id not in stays:
                     if shown or part is not last:
                         continue
-                    data = (_chunk(released), about)  # the tokens of this answer have another id, or none
+                    data = (_chunk(released), about)  # this answer's tokens have another id, or none
                 elif message.id in replaced:
                     if message.id in told:
                         continue
@@ -129,10 +131,10 @@ class Held:
             yield self._as_asked(part, data)
 
     def _made(self, by_mode: Mapping[str, Any]) -> Iterator[Any]:
-        """Yield what no run of the graph told, in the modes that the caller asked for."""
+        """Yield chunks that no run of the graph streamed, in the modes that the caller requested."""
         for mode in filter(by_mode.__contains__, self._asked):
             data, chunk = by_mode[mode], {"type": mode, "ns": ()}
-            if self._typed and mode == "values":  # a typed pause stands beside the state
+            if self._typed and mode == "values":  # v2 chunks have interrupts beside the state
                 chunk["interrupts"], data = (data["__interrupt__"], {}) if waits(data) else ((), data)
             yield self._as_asked(_Part(chunk, (), mode, data), data)
 
@@ -145,9 +147,9 @@ class Held:
 
 
 def _decided(shape: Shape, output: Any) -> dict[str, Any]:
-    """Return what streams show of an output about which a person decided, by mode.
+    """Return the chunks for an output about which a person decided, by mode.
 
-    It reads as the work of a node named `review`.
+    They look like the output of a node named `review`.
     """
     answer, update = shape.answer_in(output), output
     if isinstance(output, Mapping):

@@ -1,4 +1,4 @@
-"""A chat model at the place where its caller called it."""
+"""Runs a chat model under its caller's LangGraph configuration, instead of that of the request's graph."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ __all__ = ["Placed"]
 
 
 class Placed(RunnableBinding[LanguageModelInput, AIMessage]):
-    """A model at the place where its caller called it.
+    """A model that runs under the configuration of the place where it was called.
 
-    A request's graph has surroundings of its own. In a node of another one, a model may look for that node's
-    runtime, store and stream writer.
+    Inside a request's graph, LangGraph's context is that of this graph. But a model that is called in a node
+    of the user's own graph may look up that node's runtime, store and stream writer.
     """
 
     place: dict[str, Any]
-    """The configuration that LangChain or LangGraph carries there."""
+    """The configuration that LangChain or LangGraph had in the context at that place."""
 
     @classmethod
     def at(cls, place: RunnableConfig, model: Runnable[LanguageModelInput, AIMessage]) -> Placed:
-        """Return the model at the place of this configuration."""
-        # A graph inside the model streams nothing of a draft to the graph around.
+        """Return a model that runs under this configuration."""
+        # Without STREAM, so that a graph inside the model does not stream the draft to the enclosing graph.
         known = {key: value for key, value in place.get("configurable", {}).items() if key != STREAM}
         return cls(bound=model, kwargs={}, config={}, place={**place, "configurable": known})
 
     def invoke(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AIMessage:
-        """Answer."""
+        """Return the model's reply."""
         with self._here(config):
             return self.bound.invoke(input, config, **kwargs)
 
     async def ainvoke(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AIMessage:
-        """Answer."""
+        """Return the model's reply."""
         with self._here(config):
             return await self.bound.ainvoke(input, config, **kwargs)
 
-    # Between two chunks the surroundings are the reader's.
+    # Between two chunks the reader's own context applies, so it is set for each chunk anew.
 
     def stream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[AIMessage]:
-        """Answer in chunks."""
+        """Yield the model's reply in chunks."""
         with closing(cast("Generator[AIMessage]", self.bound.stream(input, config, **kwargs))) as chunks:
             while True:
                 with self._here(config):
@@ -64,7 +64,7 @@ class Placed(RunnableBinding[LanguageModelInput, AIMessage]):
     async def astream(
         self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[AIMessage]:
-        """Answer in chunks."""
+        """Yield the model's reply in chunks."""
         made = cast("AsyncGenerator[AIMessage]", self.bound.astream(input, config, **kwargs))
         async with aclosing(made) as chunks:
             while True:
@@ -75,5 +75,5 @@ class Placed(RunnableBinding[LanguageModelInput, AIMessage]):
                 yield chunk
 
     def _here(self, config: RunnableConfig | None) -> within:
-        # What runs in the model is traced under the request, by callbacks that feed no stream.
+        # Runs inside the model are traced under the request, with callbacks that feed no stream.
         return within(cast("RunnableConfig", {**self.place, "callbacks": (config or {}).get("callbacks")}))

@@ -1,7 +1,7 @@
-"""Where an app's input and output hold the conversation, the answer and the context.
+"""Finds the conversation, the answer and the context in an app's input and output, and replaces the answer.
 
-What is judged is found in the app's output by its shape, and what leaves is put back into the same place,
-so that callers see the types that they always saw.
+The answer to judge is found in the app's output by its shape, and the released answer is put in the same
+place, so that callers receive the types that the app returns.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["Shape", "Swap", "added", "leaves", "refused"]
 _INPUT_KEYS = ("input", "question", "query", "prompt")
 _OUTPUT_KEYS = ("answer", "output", "text")
 _TYPED = "structured_response"
-"""Under which key LangChain's agents return their structured answer, beside the messages."""
+"""The key of the structured answer in the output of LangChain's agents, beside the messages."""
 _OR_TYPED = ", or wrap the model: constitutional(model).with_structured_output(…)"
-"""What else to do where a dict may be a structured answer, all of which would have to be judged."""
+"""A hint for error messages: a dict may be a structured answer, all of which would have to be judged."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class Shape:
     """Keys of the output, or else of the input, that the critic sees as context."""
 
     whole: ClassVar[bool] = False
-    """Whether an answer cannot be told part by part, and so leaves in one piece."""
+    """Whether an answer cannot be streamed in parts, and so is released in one piece."""
 
     def conversation(self, value: object) -> tuple[Message, ...]:
-        """Return the conversation that an input asks in."""
+        """Return the conversation in an input."""
         value = _by_key(value)
         if isinstance(value, Mapping):
             value = value[self._key(value, self.input_key, _INPUT_KEYS, "input")]
             if isinstance(value, Mapping) or (isinstance(value, tuple) and _is_message(value)):
-                value = [value]  # one message, which LangGraph takes for a list of it
+                value = [value]  # one message, which LangGraph treats as a list
         if isinstance(value, PromptValue):
             value = value.to_messages()
         if isinstance(value, str):
@@ -69,10 +69,10 @@ class Shape:
         )
 
     def asked(self, given: tuple[Message, ...], output: Any) -> tuple[Message, ...]:
-        """Return the conversation that an output answers; of an app that keeps one, all that came before.
+        """Return the conversation that an output answers; for an app with a memory, all earlier messages.
 
-        `given` is what the input says, and it holds where the output does not go on from it; it is empty
-        where the input is the resumption of an app that had paused.
+        `given` is the conversation in the input; it is returned if the output does not continue it. It is
+        empty if the input resumes an app that had paused.
         """
         found = output[self.output_in(output)] if isinstance(output, Mapping) else output
         if isinstance(found, list):
@@ -82,7 +82,7 @@ class Shape:
         return given or self.conversation(output)
 
     def answer(self, output: object) -> Message:
-        """Return the answer that stands in an output."""
+        """Return the answer in an output, as a Message."""
         found = self.answer_in(output)
         if isinstance(found, BaseMessage):
             message = from_langchain(found)
@@ -102,9 +102,9 @@ class Shape:
         return found
 
     def form(self, output: object) -> Form | None:
-        """Return what the answer must be, where it is a structured one that callers see parsed.
+        """Return the form that the answer must have, if it is a structured one that callers receive parsed.
 
-        None where it is one that was given as the call of a tool, which stays as it is.
+        None for other answers, and for one that was given as a tool call, which is not changed.
         """
         typed = self.typed_in(output)
         if typed is None or getattr(self.answer_in(output), "tool_calls", None):
@@ -112,25 +112,25 @@ class Shape:
         return Form.like(typed)
 
     def typed_in(self, output: Any) -> Any:
-        """Return the structured answer in an output: the answer itself, or what stands beside it; or None."""
+        """Return the structured answer in an output: the answer itself, or the object beside it; or None."""
         if isinstance(output, Mapping):
             beside = output.get(_TYPED)
             return self.typed_in(output[self.output_in(output)]) if beside is None else beside
         return output if isinstance(output, BaseModel) and not isinstance(output, BaseMessage) else None
 
     def pack(self, output: Any) -> Any:
-        """Return an output as a checkpointer can keep it."""
+        """Return an output in a form that a checkpointer can store."""
         return pack(output)
 
     def unpack(self, packed: Any) -> Any:
-        """Return the output that `pack` packed; raises RunError where a class of its is not loaded here."""
+        """Return the output that `pack` packed. Raises RunError if one of its classes is not loaded here."""
         return unpack(packed)
 
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
         """Return the output with the released answer in the answer's place.
 
         Raises:
-            Refused: the answer is a structured one, and what is released cannot be typed as it.
+            Refused: the answer is a structured one, and the released answer cannot have its type.
         """
         kept = trajectory.released_from == "draft"
         typed = None if kept else self.typed_in(output)
@@ -170,11 +170,11 @@ class Shape:
         return {k: swap(value, k) for k, value in left.items()}
 
     def swap(self, output: Any, left: Any) -> Swap:
-        """Return what puts the answer that left into the draft's place, wherever that stands.
+        """Return a Swap that replaces the draft by the released answer, wherever the draft is.
 
         Args:
             output: the app's output.
-            left: the same with what left in the answer's place.
+            left: the same output with the released answer in place.
         """
         key = self.output_in(output) if isinstance(output, Mapping) else None
         answer = self.answer_in(output)
@@ -182,12 +182,12 @@ class Shape:
         return Swap(answer, self.answer_in(left), key, _earlier(output, answer), *typed)
 
     def refusing(self, output: Any, refusal: str, state: Any = None) -> Swap:
-        """Return what puts a refusal into the answer's place, where nothing of the answer left.
+        """Return a Swap that replaces an answer by a refusal, for an answer of which nothing was released.
 
         Args:
-            output: has the answer.
-            refusal: what to put there.
-            state: what else there is beside the output; None: nothing.
+            output: the output with the answer.
+            refusal: the text of the refusal.
+            state: the whole state that the output is part of; None: the output is all.
         """
         key = self.output_in(output) if isinstance(output, Mapping) else None
         answer = self.answer_in(output)
@@ -197,15 +197,15 @@ class Shape:
         )
 
     def unjudged(self, state: Any, keys: Collection[str] | None, refusal: str) -> list[Swap]:
-        """Return what puts a refusal into the place of whatever may be an answer in the last turn of a state.
+        """Return Swaps that replace by a refusal whatever may be an answer in the last turn of a state.
 
-        These are the answer, where there is one, and all words of the model behind the user's last message:
-        of a run that broke off nobody knows which were to be the answer.
+        These are the answer, if there is one, and all texts of the model after the user's last message: if a
+        run failed, it is unknown which of them would have been the answer.
 
         Args:
-            state: the values of an app's channels, or its one value.
-            keys: of those the ones that the app returns; None: it returns what the state is.
-            refusal: what to put there.
+            state: the values of an app's channels, or its single value.
+            keys: the channels that the app returns; None: it returns the whole state.
+            refusal: the text of the refusal.
         """
         swaps: list[Swap] = []
         returned = state if keys is None else {key: state[key] for key in state if key in keys}
@@ -213,7 +213,7 @@ class Shape:
         try:
             swaps.append(self.refusing(returned, refusal, state))
             answer = swaps[0].draft
-        except DataError:  # it has not come to an answer
+        except DataError:  # the run did not reach an answer
             pass
         for name, value in state.items() if isinstance(state, Mapping) else ():
             if isinstance(value, list):
@@ -276,28 +276,28 @@ class Shape:
 
 @dataclass(frozen=True)
 class Swap:
-    """Puts an answer that left into its draft's place wherever that is: in an output, a stream, a state.
+    """Replaces a draft by the released answer wherever it is: in an output, a stream, a state.
 
-    A message is known by its id. A text is the draft under the answer's key, and elsewhere where it reads the
-    same to the letter and is no mere label, as "yes" is. So is the text of a model's or a tool's message in
-    this turn; in an earlier one it left as that turn's answer, and stays.
+    A message is identified by its id. A text is the draft under the answer's key if it is equal; elsewhere it
+    must also not be a mere label, such as "yes". The same applies to the text of a model's or a tool's
+    message in this turn; in an earlier turn it was that turn's released answer, and is not changed.
     """
 
     draft: str | BaseMessage
     released: str | BaseMessage
     key: str | None
-    """Key of the answer in the app's output; None where that has no keys."""
+    """Key of the answer in the app's output; None if the output has no keys."""
     earlier: frozenset[str | int] = frozenset()
-    """The messages of earlier turns, as `_named` names them."""
+    """The messages of earlier turns, identified as by `_named`."""
     typed: Any = None
-    """The draft as a structured answer, whose copies are known by being equal; None where it is none."""
+    """The draft as a structured answer, whose copies are found by equality; None if it is not structured."""
     typed_left: Any = None
-    """What stands in its place."""
+    """The structured answer that replaces it."""
 
     def sparing(self, state: Any) -> Swap:
-        """Return the same, which leaves alone the messages that another state has, too, by their ids.
+        """Return a Swap that does not change messages whose ids are in another state, too.
 
-        The draft is none of them: under its id that state may have what left in its place.
+        The draft's id is excepted, since that state may already have the released answer under it.
         """
         values = state.values() if isinstance(state, Mapping) else [state]
         messages = [each for value in values if isinstance(value, list) for each in value]
@@ -309,12 +309,12 @@ class Swap:
         )
 
     def __call__(self, value: Any, key: str | None = None) -> Any:
-        """Return what stands under `key` with the draft replaced; the very value where no draft is in it."""
+        """Return the value at `key` with the draft replaced; the same object if it does not contain it."""
         return self._in(value, key, {})
 
     def _in(self, value: Any, key: str | None, around: dict[int, Any]) -> Any:
-        """Return the same; `around` has what is being made of the values around this one, which may hold
-        themselves."""
+        """Do so recursively; `around` maps the ids of the enclosing values, which may contain themselves, to
+        their results."""
         if id(value) in around:
             return around[id(value)]
         if self.typed and type(value) is type(self.typed) and value == self.typed:
@@ -371,27 +371,27 @@ class Swap:
 
 
 _LABEL = 24
-"""Most bytes of a label: a word, or the few characters of one where words are written without spaces."""
+"""Maximum bytes of a label: one word, or a few characters in scripts without spaces between words."""
 
 
 def _is_label(text: str) -> bool:
-    """Return whether a text may well mean something else than the answer that reads the same."""
+    """Return whether a text is so short that an equal text elsewhere may be unrelated to the answer."""
     return len(text.split()) < 2 and len(text.encode("utf-8", "surrogatepass")) <= _LABEL
 
 
 def _turn(messages: Sequence[Any], end: int | None = None) -> int:
-    """Return where among messages, up to `end`, the turn begins that the user's last one opens."""
+    """Return the index of the user's last message before `end`, with which a turn begins; 0 if none."""
     asked = [index for index, each in enumerate(messages[:end]) if isinstance(each, HumanMessage)]
     return asked[-1] if asked else 0
 
 
 def _named(message: BaseMessage) -> str | int:
-    """Return what tells a message from others: its id, or else that it is itself."""
+    """Return what identifies a message: its id, or else the object's identity."""
     return message.id or id(message)
 
 
 def _earlier(output: Any, answer: str | BaseMessage) -> frozenset[str | int]:
-    """Return the messages in an output that stand before the turn of its answer."""
+    """Return the messages in an output before the turn of its answer, identified as by `_named`."""
     found: set[str | int] = set()
     for value in output.values() if isinstance(output, Mapping) else [output]:
         if isinstance(value, list):
@@ -401,21 +401,21 @@ def _earlier(output: Any, answer: str | BaseMessage) -> frozenset[str | int]:
 
 
 def leaves(value: Any) -> Iterator[str | BaseMessage]:
-    """Yield the texts and messages in what an app returned, in no order; it may hold itself."""
+    """Yield the texts and messages in an app's output, in no particular order; it may contain itself."""
     waiting, seen = [value], dict[int, Any]()
     while waiting:
         value = waiting.pop()
         if isinstance(value, str | BaseMessage):
             yield value
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
-            seen[id(value)] = value  # kept, so that no other value gets its id
+            seen[id(value)] = value  # referenced, so that its id is not reused
             waiting.extend(value.values() if isinstance(value, Mapping) else value)
 
 
 def added(total: Any, part: Any) -> Any:
-    """Return what the chunks of a stream add up to with one more.
+    """Return the sum of a stream's chunks so far and one more.
 
-    What does not add up replaces what came before, as LangChain has it.
+    A chunk that cannot be added replaces the sum, as in LangChain.
     """
     try:
         return total + part
@@ -424,7 +424,7 @@ def added(total: Any, part: Any) -> Any:
 
 
 def _by_key(value: object) -> object:
-    """Return a state that is a pydantic model or a dataclass as the dict that it stands for."""
+    """Convert a state that is a pydantic model or a dataclass to a dict of its fields."""
     if isinstance(value, BaseModel) and not isinstance(value, BaseMessage | PromptValue):
         return {name: getattr(value, name) for name in type(value).model_fields}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -433,12 +433,12 @@ def _by_key(value: object) -> object:
 
 
 def _is_message(value: tuple[Any, ...]) -> bool:
-    """Return whether a tuple is a message as LangChain takes one: its role and its text."""
+    """Return whether a tuple is a message in LangChain's form (role, text)."""
     return len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _itemised(call: Call) -> dict[str, Any]:
-    """Return what a call cost, as an item of an account."""
+    """Return the role, model and token counts of a call as a dict."""
     return {
         "role": call.role,
         "model": call.model,

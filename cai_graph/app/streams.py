@@ -1,12 +1,12 @@
-"""Streams: what of an app's answer leaves when, while the app still writes it.
+"""Streams an app's answer while the app is still writing it; the mode decides what is released when.
 
-    buffer   the answer, once the graph has decided
-    blocks   groups of sentences, each once it is judged (`request.Blocks`); what follows goes on after them
-    audit    the app's own chunks as they come; the verdict afterwards
+    buffer   the whole answer, once the graph has decided
+    blocks   groups of sentences, each once it is judged (`request.Blocks`)
+    audit    the app's own chunks at once; the verdict afterwards
 
-The app writes in a task of its own, a bounded number of chunks ahead of its reader, since what iterates an
-app's stream must be one task from its beginning to its end. What it has written while a block was judged is
-the next block. Closing a stream ends that task and the graph's.
+The app's stream is read in a task of its own, since one task must iterate it from beginning to end; the task
+is at most a fixed number of chunks ahead of the reader. The text written while a block was judged forms the
+next block. Closing a stream ends this task and the graph's.
 """
 
 from __future__ import annotations
@@ -43,27 +43,28 @@ __all__ = [
 T = TypeVar("T")
 
 FIRST_BLOCK = 80
-"""Least characters of the first block: about a sentence, so that a reader waits as little as can be."""
+"""Minimum characters of the first block: about a sentence, so that the reader waits as little as possible."""
 LARGEST_BLOCK = 1280
-"""Least characters of the largest block. Each is twice the one before: long answers cost few calls."""
+"""Largest minimum of a block's characters. It doubles with each block, so that long answers cost few
+calls."""
 AHEAD = 1024
-"""How many chunks the app may be ahead of what is judged."""
+"""How many chunks the app may be ahead of the judged text."""
 
 
 class Piece(NamedTuple):
-    """A part of an output that leaves."""
+    """A released part of an output."""
 
     output: Any
-    """The chunk: of the same kind as the app's own, so that the chunks of a stream add up to its output. None
-    where the last piece has nothing to add."""
+    """The chunk, of the same type as the app's chunks, so that the chunks of a stream add up to its output.
+    None if the last piece adds nothing."""
     text: str
-    """What it holds of the answer's text."""
+    """The part of the answer's text in it."""
     trajectory: Trajectory | None = None
-    """The record, with the last piece."""
+    """The Trajectory; set on the last piece."""
     whole: Any = None
-    """The app's output with what leaves in the answer's place, with the last piece."""
+    """The app's output with the released answer in place; set on the last piece."""
     id: str | None = None
-    """Of the answer, where it is a message."""
+    """Id of the answer, if it is a message."""
 
 
 Send = Callable[[T], Awaitable[None]]
@@ -72,9 +73,9 @@ Send = Callable[[T], Awaitable[None]]
 async def relay(
     work: Callable[[Send[T]], Coroutine[Any, Any, None]], room: int = 1
 ) -> AsyncGenerator[T, None]:
-    """Yield what `work` sends while it runs in a task of its own, at most `room` items ahead of the reader.
+    """Yield the items that `work` sends, while it runs in a task of its own, at most `room` items ahead.
 
-    Raises what `work` raises. Closing cancels it, and waits until it has cleaned up.
+    Raises what `work` raises. Closing cancels the task and waits for its cleanup.
     """
     async with aclosing(batches(work, room)) as made:
         async for batch in made:
@@ -83,18 +84,18 @@ async def relay(
 
 
 class Batch(NamedTuple, Generic[T]):
-    """What a relayed task has sent since."""
+    """The items that a relayed task has sent since the last batch."""
 
     items: list[T]
-    """In order; at least one."""
+    """The items, in order; at least one."""
     last: bool
-    """Whether nothing comes any more."""
+    """Whether the task has ended without an error, so that no batch follows."""
 
 
 async def batches(
     work: Callable[[Send[T]], Coroutine[Any, Any, None]], room: int
 ) -> AsyncGenerator[Batch[T], None]:
-    """Yield as `relay` does, but each time all that there is."""
+    """Run `work` as `relay` does, but yield all available items at once."""
     sent: asyncio.Queue[Any] = asyncio.Queue()
     free = asyncio.Semaphore(room)
 
@@ -126,15 +127,16 @@ _END = object()
 
 # --- where a block ends -------------------------------------------------------------------------------
 
-# A run of marks is looked at from its beginning only, and never twice: a user can ask for thousands of them.
+# Possessive, so that a run of marks is scanned only once, from its start: a user can request thousands.
 _SENTENCE_END = re.compile(r"(?<![\d.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s)|[。！？]++[”’」』）]*+|(?=\n)")
 
 
 def block_end(text: str, start: int, least: int) -> int | None:
-    """Return where the block of `text` that begins at `start` ends; None while more text is needed to say.
+    """Return the end of the block of `text` that begins at `start`; None if more text is needed to decide.
 
-    It ends with the last whole sentence or line, after at least `least` characters; where none ends within
-    as many again, between two words; where four times as many have no gap, anywhere.
+    A block has at least `least` characters and ends with the last complete sentence or line. If there is none
+    within twice as many characters, it ends between two words; if there is no space within four times as
+    many, it ends after these.
 
     >>> block_end("One. Two. Three. Fo", 0, 6)
     16
@@ -155,7 +157,7 @@ def block_end(text: str, start: int, least: int) -> int | None:
 
 
 class Writing:
-    """An app's answer while it is written, and how much of it has left. A request's `Blocks`."""
+    """An app's answer while the app writes it, and how much of it was sent; a request's `Blocks`."""
 
     def __init__(
         self,
@@ -169,24 +171,24 @@ class Writing:
         self._shape = shape
         self._send = send
         self._at_once = at_once
-        """Whether chunks leave as they come."""
+        """Whether each chunk is sent as soon as it arrives (mode `audit`)."""
         self._chunks: AsyncGenerator[Batch[Any], None] | None = None
         self.output: Any = None
         """The sum of the app's chunks so far."""
         self.text = ""
-        """The text of the answer in it."""
+        """The answer's text so far."""
         self._finished = False
         self._ends: list[int] = []
-        """Where in the text the blocks so far end."""
+        """Offsets in the text at which the blocks so far end."""
         self._sent = 0
-        """How many characters of the text have left."""
+        """How many characters of the text were sent."""
         self._sent_beside: dict[str, Any] = {}
-        """What has left of the output's other keys."""
+        """The values of the output's other keys that were sent, by key."""
         self.cut: Callable[[Message], bool] = lambda answer: False
-        """Whether the model's reply that became an answer stopped before its end."""
+        """Returns whether the model's reply that became an answer was truncated."""
 
     async def next(self, calls: Calls, config: RunnableConfig) -> Draft:
-        """Return the draft up to the end of its next block; unfinished where the app still writes."""
+        """Return the draft up to the end of its next block; `unfinished` if the app is still writing."""
         start = self._ends[-1] if self._ends else 0
         least = min(FIRST_BLOCK << len(self._ends), LARGEST_BLOCK)
         while self._finished or (end := self._block_end(start, least)) is None:
@@ -196,8 +198,8 @@ class Writing:
         return Draft(answer=Message(role="assistant", content=self.text[:end]), unfinished=True)
 
     def _block_end(self, start: int, least: int) -> int | None:
-        """Return where a block ends; None also where the answer is a structured one, or the words, as spoken
-        ones, stand outside the content."""
+        """Return where a block ends; None also for answers that cannot be split: structured ones, and those
+        whose text is not in the content, such as spoken ones."""
         if self.text and self._shape.form(self.output) is not None:
             return None
         found = self._shape.answer_in(self.output) if self.text else self.text
@@ -205,13 +207,13 @@ class Writing:
         return None if apart else block_end(self.text, start, least)
 
     async def whole(self, calls: Calls, config: RunnableConfig) -> Draft:
-        """Return the draft once the app has written all of it."""
+        """Wait until the app has finished, and return the whole draft."""
         while await self._read(calls, config):
             pass
         return self._draft()
 
     def so_far(self) -> Draft | None:
-        """Return what the app has written; None where that is nothing yet."""
+        """Return the draft that the app has written so far; None if there is no text yet."""
         if self._finished:
             return self._draft()
         if not self.text:
@@ -223,7 +225,7 @@ class Writing:
         return Draft(answer=answer, truncated=self.cut(answer))
 
     async def _read(self, calls: Calls, config: RunnableConfig) -> bool:
-        """Take what the app has written since; return whether that was anything."""
+        """Read the app's next batch of chunks; return False if there is none."""
         if self._finished:
             return False
         if self._chunks is None:
@@ -234,7 +236,7 @@ class Writing:
             await self._add(chunk)
         if batch is None or batch.last:
             self._finished = True
-            self._shape.answer(self.output)  # raises where there is none
+            self._shape.answer(self.output)  # raises if there is no answer
         return batch is not None
 
     async def _add(self, chunk: Any) -> None:
@@ -242,7 +244,7 @@ class Writing:
         before, self.text = self.text, self._written()
         goes_on = self.text[: self._sent] == before[: self._sent]
         if self._at_once:
-            new = self.text[self._sent :] if goes_on else self.text  # else another message is the answer now
+            new = self.text[self._sent :] if goes_on else self.text  # another message may be the answer now
             self._sent = len(self.text)
             await self._send(Piece(chunk, new, id=self._id() if self.text else None))
         elif not goes_on:
@@ -253,25 +255,25 @@ class Writing:
     def _written(self) -> str:
         try:
             return shown_of(self._shape.answer(self.output))
-        except DataError:  # the part with the answer has not come yet
+        except DataError:  # the answer's part has not arrived yet
             return self.text
 
     async def close(self) -> None:
-        """Stop the app where it still writes."""
+        """Stop the app if it is still writing."""
         if self._chunks is not None:
             await self._chunks.aclose()
 
-    # --- what leaves ---
+    # --- sending ---
 
     async def release(self, draft: Draft) -> None:
-        """Send the text of a draft as far as it has not left yet."""
+        """Send the part of a draft's text that was not sent yet."""
         text = shown_of(draft.answer)[self._sent :]
         chunk = self._part(self.output, text)
         self._sent += len(text)
         await self._send(Piece(chunk, text, id=self._id()))
 
     async def rest(self, output: Any, trajectory: Trajectory) -> None:
-        """Send of the output that leaves what has not left yet; where nothing has, it leaves as it is."""
+        """Send the part of the released output that was not sent yet; all of it unchanged, if none was."""
         if not self._at_once and not self._sent:
             await self._send(whole(_as_message(output), self._shape, trajectory))
             return
@@ -283,7 +285,7 @@ class Writing:
         return self._shape.answer(self.output).id
 
     def _part(self, output: Any, text: str, *, last: bool = False) -> Any:
-        """Return a chunk with this much of the answer's text; the last one has all that is not text."""
+        """Return a chunk with `text` of the answer; the last one also has everything that is not text."""
         if isinstance(output, str):
             return None if last and not text and self._sent else text
         if isinstance(output, BaseMessage):
@@ -302,7 +304,7 @@ class Writing:
         return name not in self._sent_beside or value is not self._sent_beside[name]
 
     def _beside(self, name: str, value: Any) -> Any:
-        """Return of a value beside the answer what has not left yet."""
+        """Return the part of another key's value that was not sent yet, and mark it as sent."""
         before = self._sent_beside.get(name)
         self._sent_beside[name] = value
         if isinstance(before, str | list) and isinstance(value, type(before)):
@@ -310,12 +312,12 @@ class Writing:
         return value
 
     def _repeats(self, value: Any) -> bool:
-        """Return whether a value beside the answer says what it says, and so waits until all is judged."""
+        """Return whether another key's value repeats the answer, and so must wait until all is judged."""
         begun = self.text[: self._ends[0]].strip()
         return any(begun in said or said in self.text for said in _texts_in(value) if said)
 
     def _verdict(self, output: Any) -> Any:
-        """Return the chunk that says what became of an answer that has left; None where it cannot be said."""
+        """Return the chunk with the verdict on an answer that was already sent; None if it has no place."""
         if isinstance(output, AIMessage):
             return AIMessageChunk(
                 content="", id=output.id, response_metadata={"cai": output.response_metadata["cai"]}
@@ -332,10 +334,10 @@ def _texts_in(value: Any) -> Iterator[str]:
 
 
 def _part_of_message(message: BaseMessage, start: int, text: str, *, last: bool) -> BaseMessage:
-    """Return a chunk of `message` with `text`, which begins at `start` of its own; the last has all else."""
+    """Return a chunk of `message` with `text`, found at `start` of its text; the last has all its rest."""
     content: str | list[Any] = text
     if last and not start:
-        content = message.content  # nothing of it has left
+        content = message.content  # nothing of it was sent
     elif isinstance(message.content, list):
         content = [*_parts_between(message.content, start, start + len(text), last=last)]
     if not isinstance(message, AIMessage):
@@ -347,10 +349,11 @@ def _part_of_message(message: BaseMessage, start: int, text: str, *, last: bool)
 
 
 def _parts_between(content: list[Any], start: int, end: int, *, last: bool) -> Iterator[Any]:
-    """Yield of content in parts the text from `start` to `end`, cut by its parts; at `last` all else, too.
+    """Yield the text of a multi-part content from `start` to `end`, part by part; if `last`, the rest, too.
 
-    LangChain puts chunks of a part together by its index. So each text leaves under its part's own, what
-    that part has beside it leaves last, and what else waits until then has its place kept by its index.
+    LangChain merges chunks of a part by its index. So each text is sent under its part's index, the part's
+    other fields are sent last, and a part that has no text is represented by a placeholder with its index
+    until then.
     """
     at = 0
     for part in content:
@@ -370,11 +373,11 @@ def _parts_between(content: list[Any], start: int, end: int, *, last: bool) -> I
 
 
 _OF_TEXT = {"type", "index", "id", "text", "refusal", "value"}
-"""What a part has of a text that leaves, and of the place where it stands."""
+"""Keys of a part that are sent with its text."""
 
 
 def _saying(part: Any, text: str) -> Any:
-    """Return a part with another text; see `said_in`."""
+    """Return a part with its text replaced; see `said_in`."""
     if isinstance(part, str):
         return text
     wrapped = part["type"] == "non_standard"
@@ -382,18 +385,18 @@ def _saying(part: Any, text: str) -> Any:
 
 
 def _place_of(part: dict[str, Any]) -> dict[str, Any]:
-    """Return what keeps the place of a part without a word of it."""
+    """Return a placeholder for a part: its type and index without its content."""
     place = {"type": part.get("type"), "index": part["index"]}
     return {**place, "value": {"type": kind_of(part)}} if place["type"] == "non_standard" else place
 
 
 def whole_chunk(message: BaseMessage) -> BaseMessage:
-    """Return a message as the one chunk of a stream that shows it whole."""
+    """Return a message as a single chunk that contains all of it."""
     return _part_of_message(message, 0, shown_of(message), last=True)
 
 
 def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: bool = False) -> Piece:
-    """Return an output that leaves in one piece; with `told` it has left, and only the record is new."""
+    """Return an output as a single piece; with `told` it was already sent, and only the record is added."""
     chunk = None if told else output
     if isinstance(chunk, Mapping):
         chunk = AddableDict({key: _as_chunk(value) for key, value in chunk.items()})
@@ -404,9 +407,9 @@ def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: boo
 
 
 def _as_message(output: Any, around: Mapping[int, Any] = {}) -> Any:
-    """Return a sum of chunks as the app returns it whole.
+    """Convert a sum of chunks to the output that the app's `invoke` returns.
 
-    `around` has what is made of the mappings around this one, which may hold themselves.
+    `around` maps the ids of the enclosing mappings to their results, since a mapping may contain itself.
     """
     if isinstance(output, Mapping):
         if id(output) in around:
