@@ -1,18 +1,18 @@
-"""Datasets: from a log to rows that trainers load, with an account of every trajectory.
+"""Datasets: builds rows that trainers load from a log, and accounts for every trajectory.
 
-reading      of each logged Trajectory what rows are made of, at the speed of the parser
-evidence     what was said of it: Comparisons, Reviews, Feedback; reviews reads what people decided
-answers      what it shows of its answers: which were accepted, who vouches for them, how surely
-compared     from the Comparisons of a Trajectory to a pair with a soft label, or why there is none
-conversion   a pure function for each kind: a Trajectory → rows, or why none; critic_rows is one of them
-candidates   a stretch of the log → candidate rows in spools; lengths and privacy may refuse one
-split        which side a prompt is on; heldout: the evaluation sets that no row may come from
-near         clusters of near-duplicate prompts, by MinHash
-selection    which candidates stay: one of each content, within the caps, on their prompt's side
-spool        candidates on disk, so that memory stays flat
-dataset      ties them together: a folder that is whole or not there; cluster does so on Ray
-recipe       what a dataset depends on besides the log
-card         its card and its report
+reading      parses the fields of each logged Trajectory that rows need, and skips the others
+evidence     finds the Comparisons, Reviews and Feedback about it; reviews evaluates people's decisions
+answers      derives which answers were accepted, by whom, and with what probability
+compared     turns the Comparisons of a Trajectory into pairs with soft labels, or reasons for dropping them
+conversion   one pure function for each kind: Trajectory → rows or a reason; critic_rows is one of them
+candidates   converts a stretch of the log to candidate rows in spools; lengths and privacy may reject one
+split        assigns prompts to train or test; heldout excludes the prompts of evaluation sets
+near         finds clusters of near-duplicate prompts, by MinHash
+selection    selects candidates: one per content, within the caps, in their prompt's split
+spool        stores candidates on disk, so that memory use is constant
+dataset      runs all of these and writes the folder atomically; cluster does so on Ray
+recipe       the settings of a dataset: all that it depends on besides the log
+card         writes the dataset's card and report
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a trajectory shows of its answers: which were accepted, who vouches for them, and how surely.
+"""Evaluates the answers of a trajectory: which were accepted, by whom, and with what probability.
 
-Human review outranks every other evidence. What contradicts itself is never averaged away: it is a `Drop`,
-which the ledger counts as a tie or a disagreement.
+Human review takes precedence over all other evidence. Contradictory evidence is never averaged: it raises
+`Drop`, which the ledger counts as a tie or a disagreement.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ __all__ = [
 VIOLATES, COMPLIES, UNREADABLE = Label.VIOLATES.value, Label.COMPLIES.value, Label.UNREADABLE.value
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 _CERTAIN = 0.999
-"""A probability beyond this, or below one minus it, counts as this: no reading is surer."""
+"""Probabilities are clamped to between one minus this and this."""
 _GRAVEST = 5
 """The highest severity of a Verdict."""
 
 
 class Drop(Exception):  # noqa: N818 - says that there is no row, which is no error
-    """There is no row, for one reason."""
+    """Raised where a trajectory gives no row; has the reason."""
 
     def __init__(self, reason: Reason) -> None:
         self.reason = reason
@@ -64,7 +64,7 @@ class Drop(Exception):  # noqa: N818 - says that there is no row, which is no er
 
 
 def prompt_of(logged: Logged) -> tuple[Turn, ...]:
-    """Return the conversation that asked. Drops one without a user, or with a role unknown to templates."""
+    """Return the conversation. Drops one without a user message, or with a role unknown to templates."""
     asked = False
     for message in logged.messages:
         role = message.role
@@ -93,7 +93,7 @@ def answer_of(answer: Turn | Message) -> Turn:
 def is_same(a: Turn, b: Turn) -> bool:
     """Return whether two answers differ by whitespace at most."""
     if a.content != b.content:
-        # The first two words tell most answers apart, at a fraction of the cost.
+        # Comparing the first two words distinguishes most answers at a fraction of the cost.
         first, second = a.content[:64].split(None, 2), b.content[:64].split(None, 2)
         if len(first) == len(second) == 3 and first[:2] != second[:2]:
             return False
@@ -120,7 +120,7 @@ def accepted_of(logged: Logged) -> list[LoggedRevision]:
 
 
 def seen_beside_the_draft(logged: Logged) -> Turn | None:
-    """Return the revision that a reviewer saw: the accepted one, or the one that a person let leave."""
+    """Return the revision that a reviewer saw: the accepted one, or the one that a person released."""
     accepted = accepted_of(logged)
     if accepted:
         return accepted[-1].answer
@@ -128,7 +128,7 @@ def seen_beside_the_draft(logged: Logged) -> Turn | None:
 
 
 def author_of(logged: Logged) -> str:
-    """Return who made what was imported: the name of a preference set, or a person."""
+    """Return the author of an imported trajectory: the name of a preference set, or `human`."""
     return (logged.rounds[0].critique.critic if logged.rounds else None) or "human"
 
 
@@ -136,9 +136,9 @@ def author_of(logged: Logged) -> str:
 
 
 def review_of(evidence: Evidence) -> Review | None:
-    """Return the decision that the reviewers came to, if any.
+    """Return the decision of the reviewers, if any.
 
-    Drops what a reviewer rejected or flagged, and what two reviewers decided differently.
+    Drops a trajectory that a reviewer rejected or flagged, or on which two reviewers disagree.
     """
     if not evidence.reviews:
         return None
@@ -153,9 +153,9 @@ def review_of(evidence: Evidence) -> Review | None:
 
 
 def liking_of(evidence: Evidence) -> int:
-    """Return whether end users like the answer that they saw (1) or dislike it (-1); 0: they do not say.
+    """Return whether end users like the answer that they saw (1) or dislike it (-1); 0 without feedback.
 
-    Of each user the last score counts. Drops what one user likes and another dislikes.
+    The last score of each user counts. Drops an answer that one user likes and another dislikes.
     """
     if evidence is NO_EVIDENCE or not evidence.feedback:
         return 0
@@ -167,12 +167,12 @@ def liking_of(evidence: Evidence) -> int:
 
 
 def saw(logged: Logged, answer: Turn) -> bool:
-    """Return whether an answer is the one that the end user saw; where nothing was released, any may be."""
+    """Return whether an answer is the one that the end user saw; if none was released, any may be."""
     return logged.released is None or is_same(logged.released, answer)
 
 
 def heed_users(logged: Logged, evidence: Evidence, answer: Turn) -> None:
-    """Drop an answer to imitate that end users saw and dislike, or that stands for another that they like."""
+    """Drop a training answer that end users saw and dislike, or that differs from one that they like."""
     if liking := liking_of(evidence):
         seen = saw(logged, answer)
         if seen and liking < 0:
@@ -185,7 +185,7 @@ def heed_users(logged: Logged, evidence: Evidence, answer: Turn) -> None:
 
 
 def abouts(verdicts: Iterable[LoggedVerdict]) -> tuple[str, ...]:
-    """Return what verdicts speak of: ids of principles, or aims. One on the whole answer names nothing."""
+    """Return the principle ids or aims of verdicts. A verdict on the whole answer has none."""
     return tuple(verdict.about for verdict in verdicts if verdict.about is not None)
 
 
@@ -194,8 +194,8 @@ def violated(critique: LoggedCritique, *, passed: bool = False) -> list[LoggedVe
 
     Args:
         critique: the judgement of the answer.
-        passed: whether the run let the answer pass. A violation with a severity was below its principle's
-            `min_severity` then, and does not count; the constitution itself may be gone.
+        passed: whether the run accepted the answer. Then a violation with a severity was below its
+            principle's `min_severity`, and does not count; the constitution itself may no longer exist.
     """
     return [
         verdict
@@ -205,7 +205,7 @@ def violated(critique: LoggedCritique, *, passed: bool = False) -> list[LoggedVe
 
 
 def draft_passed(logged: Logged) -> bool:
-    """Return whether the run found nothing against the draft; `sampled` gates nothing."""
+    """Return whether the run accepted the draft; False in mode `sampled`, which rejects no answer."""
     return logged.outcome == "KEPT" and logged.mode != "sampled"
 
 
@@ -215,9 +215,9 @@ def failed_by_draft(logged: Logged) -> tuple[str, ...]:
 
 
 def vouching(critique: LoggedCritique | None, *, passed: bool = True) -> LoggedCritique:
-    """Return a critique that finds nothing against its answer. Drops what is unjudged or unreadable.
+    """Return the critique if it accepts its answer. Drops an unjudged, unreadable or violating answer.
 
-    `passed` says whether the run let the answer pass; see `violated`.
+    `passed` is whether the run accepted the answer; see `violated`.
     """
     if critique is None or not critique.verdicts:
         raise Drop(Reason.UNJUDGED)
@@ -233,23 +233,24 @@ class Mended(NamedTuple):
     """How a revision is better than an answer that violates the constitution."""
 
     principles: tuple[str, ...]
-    """What the answer violates and the revision does not, or less than counts."""
+    """Principles or aims that the answer violates, and the revision does not, or less severely."""
     p_better: float
     """P(the revision is the better one), above 0.5."""
     critic: str
-    """Who judged the revision; empty where nobody is named."""
+    """Name of the critic that judged the revision; empty if unknown."""
 
 
 def mended_by(before: LoggedCritique, after: LoggedCritique | None) -> Mended:
-    """Return a critic's evidence that a revision is better. Drops a revision that it does not vouch for.
+    """Return a critic's evidence that a revision is better. Drops a revision that the critic did not accept.
 
     Args:
         before: the judgement of the answer.
         after: the judgement of the revision.
 
-    Where the critic gives probabilities of a violation, d of the answer and r of the revision, the odds that
-    of two answers of which one violates it is the first are d(1 − r) : r(1 − d). Over several principles the
-    mean of these probabilities stands. Without probabilities the label is certain.
+    If the critic gives probabilities of a violation, d for the answer and r for the revision, then given that
+    exactly one of the two violates the principle, the odds that it is the answer are d(1 − r) : r(1 − d).
+    Over several principles the mean of these probabilities is used. Without probabilities the label is
+    certain.
     """
     vouched = vouching(after)
     mended: list[LoggedVerdict] = []

@@ -1,6 +1,6 @@
-"""What a dataset is like: its card in the hub's format, and one static page with plots.
+"""Describes a dataset: writes its card in the Hugging Face Hub's format, and a static page with plots.
 
-summarise    one pass over the rows, and over the Comparisons of the logs where they are
+summarise    counts in one pass over the rows, and over the Comparisons of the logs that still exist
 card         README.md with the hub's metadata: licence, languages, digests, ledger
 page         report.html: the same figures as plots; every text in it is escaped
 """
@@ -31,9 +31,9 @@ from trainers.rows import Kind, PreferenceRow, Row, Turn, UnpairedRow
 __all__ = ["Report", "Summary", "report", "summarise"]
 
 LANGUAGE_ROWS = 2000
-"""Of how many rows the language is told; the rows stand in no order, so the first are a fair sample."""
+"""How many rows the language is detected of; rows are in random order, so the first are a fair sample."""
 LANGUAGE_CHARS = 20
-"""Shorter prompts do not say their language."""
+"""Minimum length of a prompt whose language is detected."""
 
 _WHAT = "`cai dataset report`"
 _COLOUR = "#7aa6c2"
@@ -45,56 +45,57 @@ class Side:
     """The answers of one side of a dataset: all of them, the chosen, the rejected."""
 
     words: array[int] = field(default_factory=lambda: array("I"))
-    """Length of each, in words."""
+    """Length of each answer, in words."""
     refusals: int = 0
-    """How many open like a refusal, in English."""
+    """How many begin like a refusal, in English."""
 
     def add(self, turns: Sequence[Turn]) -> None:
         """Count one answer."""
         text = turns[-1].content
         self.words.append(len(text.split()))
-        # One without text calls a tool, and is none: datasets hold no empty answers.
+        # An answer without text is a tool call, not a refusal: datasets contain no empty answers.
         self.refusals += REFUSAL.match(text) is not None
 
     @property
     def refused(self) -> Share:
-        """The share that opens like a refusal."""
+        """The share of answers that begin like a refusal."""
         return Share(self.refusals, len(self.words))
 
     @property
     def median(self) -> int:
-        """Median length, in words; 0 of none."""
+        """Median length in words; 0 without answers."""
         return sorted(self.words)[len(self.words) // 2] if self.words else 0
 
 
 @dataclass
 class Summary:
-    """What was counted over a dataset's rows."""
+    """Counts over a dataset's rows."""
 
     manifest: dict[str, Any]
-    """How the dataset was made; see `trainers.dataset.dataset`."""
+    """The dataset's manifest; see `trainers.dataset.dataset`."""
     loading: dict[str, Any]
-    """What tells `datasets` how to read the files, for the card."""
+    """Card metadata from which the library `datasets` knows how to read the files."""
     splits: Counter[str] = field(default_factory=Counter)
     """Rows by split."""
     sources: Counter[str] = field(default_factory=Counter)
-    """Rows by the evidence that they rest on."""
+    """Rows by the source of their evidence."""
     principles: Counter[str] = field(default_factory=Counter)
-    """Rows by principle or aim; `(all)` where a row speaks of all."""
+    """Rows by principle or aim; `(all)` for rows about no particular one."""
     judges: Counter[str] = field(default_factory=Counter)
-    """Rows by who judged."""
+    """Rows by judge."""
     languages: Counter[str] = field(default_factory=Counter)
-    """Prompts of the sample by language (ISO 639-1); `und` where the prompt is too short to say."""
+    """Prompts of the sample by language (ISO 639-1); `und` if the prompt is too short to detect it."""
     sides: dict[str, Side] = field(default_factory=dict)
-    """`chosen` and `rejected` of pairs, `desirable` and `undesirable` of single ones, else `answers`."""
+    """`chosen` and `rejected` for pairs, `desirable` and `undesirable` for labelled answers, else
+    `answers`."""
     p_chosen: array[float] = field(default_factory=lambda: array("d"))
-    """Of each pair."""
+    """`p_chosen` of each pair."""
     longer_chosen: int = 0
     """Pairs whose chosen answer has more words than the rejected one."""
     positions: dict[str, Positions] = field(default_factory=dict)
-    """What the comparisons of each judge in the logs came to."""
+    """Statistics of each judge's comparisons in the logs, by judge."""
     missing_logs: list[str] = field(default_factory=list)
-    """Logs that are not where they were when the dataset was built."""
+    """Logs that are no longer where they were when the dataset was built."""
 
     @property
     def kind(self) -> Kind:
@@ -124,27 +125,27 @@ class Summary:
 
 
 class Report(NamedTuple):
-    """The two files that were written, and what they lack."""
+    """The two files that were written, and the logs that could not be read."""
 
     card: Path
     """The card."""
     page: Path
     """The page."""
     missing_logs: tuple[str, ...]
-    """Logs that are not where they were, so that there are no figures of their judges."""
+    """Logs that are no longer where they were; the figures do not include their judges."""
 
 
 def report(folder: Path, *, licence: str, title: str | None = None) -> Report:
-    """Write a dataset's card and page into its folder; each file appears whole or not at all.
+    """Write a dataset's card and page into its folder; each file is written atomically.
 
     Args:
-        folder: the dataset, in one of the formats that hold the rows as they are.
-        licence: of the texts, as the hub names it, such as `cc-by-4.0`; nobody but you knows it.
+        folder: the dataset, in the format `jsonl` or `parquet`.
+        licence: the licence of the texts, by the hub's name, such as `cc-by-4.0`; only you can know it.
         title: the card's heading; the folder's name by default.
 
     Raises:
-        ConfigError: the dataset is in a foreign format.
-        DataError: the folder holds no dataset, or a row cannot be read.
+        ConfigError: the dataset is in another format.
+        DataError: the folder contains no dataset, or a row cannot be read.
         MissingExtra: matplotlib or py3langid is not installed.
     """
     summary = summarise(folder)
@@ -156,7 +157,7 @@ def report(folder: Path, *, licence: str, title: str | None = None) -> Report:
 
 
 def summarise(folder: Path) -> Summary:
-    """Return what there is to count in a dataset; see `report` for what is raised."""
+    """Count a dataset's rows and its logs' comparisons. Raises as `report`."""
     manifest = read_manifest(folder)
     kind: Kind = manifest["recipe"]["kind"]
     format: Format = manifest["format"]
@@ -218,7 +219,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         if found.agreement.of:
             facts.append((f"{judge}: prefers the revision to the draft", str(found.agreement)))
     if summary.missing_logs:
-        # Without their folders, which say more of the machine than a card should.
+        # Without their folders, as a card should not reveal the layout of the machine.
         names = ", ".join(log.rpartition("/")[2] for log in summary.missing_logs)
         facts.append(("logs not found, so no figures of judges", names))
     return facts
@@ -246,7 +247,7 @@ def _accounts(summary: Summary) -> list[tuple[str, int]]:
 
 
 def card(summary: Summary, licence: str, title: str) -> str:
-    """Return the card: YAML metadata as the hub reads it, then the figures in Markdown.
+    """Return the card: YAML metadata for the hub, then the figures in Markdown.
 
     Format: https://huggingface.co/docs/hub/datasets-cards
     """
@@ -293,7 +294,7 @@ and evidence; `cai dataset explain ROW_ID` walks back to them.
 
 
 def _of_nobody(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe without who was removed: manifests of earlier releases name them."""
+    """Return a recipe without the names of removed users and tenants, which older manifests contain."""
     return {
         name: len(value) if name.startswith("without_") and isinstance(value, list) else value
         for name, value in recipe.items()
@@ -304,7 +305,7 @@ def _of_nobody(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page(summary: Summary, title: str) -> str:
-    """Return the page: one file, no script, nothing fetched."""
+    """Return the page: one HTML file without scripts or external resources."""
     accounts = [(label, f"{count:,}") for label, count in _accounts(summary)]
     figures = "".join(figure(svg, caption) for svg, caption in _figures(summary))
     return document(
@@ -315,7 +316,7 @@ def page(summary: Summary, title: str) -> str:
 
 
 def _figures(summary: Summary) -> Iterable[tuple[str, str]]:
-    """Yield the plots that the rows have something for, as SVG, with what they show."""
+    """Yield the plots for which the rows have data, as SVG, with their captions."""
     if summary.sides:
         yield (
             _lengths(summary.sides),

@@ -1,11 +1,12 @@
-"""A dataset built on a Ray cluster, out of the same functions as on one machine, to the same bytes.
+"""Builds a dataset on a Ray cluster, with the same functions as on one machine, and to the same bytes.
 
     stretches ─ map ─> candidates, prompts and accounts, as Arrow tables in Ray's object store
     prompts   ─ map ─> fingerprints ─> clusters, in the driver
     candidates ─ group by spool, map ─> selected rows ─ sort by spool ─> the driver writes them
 
-The logs are read by the workers, so every machine of the cluster reaches them under the same name. The driver
-holds the clusters, the caps' counts and what people and judges said; the rest is as large as the disks are.
+The workers read the logs, so every machine of the cluster must be able to read them under the same name. The
+driver keeps in memory the clusters, the counts for the caps, and the evidence of people and judges; all other
+data is limited only by the disks.
 """
 
 from __future__ import annotations
@@ -36,19 +37,19 @@ if TYPE_CHECKING:
 __all__ = ["Cluster"]
 
 _TABLE_BYTES = 8 << 20
-"""A worker hands on so much at a time."""
+"""About the size of the tables that a worker returns."""
 _STRETCH_BYTES = 64 << 20
-"""About so much of the log is one task."""
+"""About the size of the part of the log that is one task."""
 _SPOOL_BYTES = 256 << 20
-"""About so much of the log goes into one spool; at most 2¹² spools."""
+"""About the size of the part of the log that goes into one spool; there are at most 2¹² spools."""
 _CANDIDATE, _PROMPT, _PART = 0, 1, 2
 
 Row = tuple[int, int, bytes, bytes]
-"""What it is, its spool, its head (the key of a prompt), its body (its text)."""
+"""The type of row, its spool, its head (for a prompt: the key) and its body (for a prompt: the text)."""
 
 
 class Cluster:
-    """Ray, in which one build takes place."""
+    """One build on Ray."""
 
     def __init__(self, recipe: Recipe, logs: Sequence[str]) -> None:
         """Connect to the cluster of RAY_ADDRESS, or start one on this machine.
@@ -80,11 +81,11 @@ class Cluster:
     def build(
         self, decisions: Decisions, write: Callable[[Ledger, Iterable[Selected]], Ledger]
     ) -> tuple[Part, Ledger]:
-        """Make all rows, and hand them to `write` in the order of the dataset.
+        """Make all rows, and pass them to `write` in the order of the dataset.
 
         Args:
-            decisions: recipe and format.
-            write: takes the ledger so far and what was selected, and returns the whole ledger.
+            decisions: recipe and format; clusters and limits are added here.
+            write: takes the ledger so far and the selected rows, and returns the complete ledger.
         """
         import ray
 
@@ -122,7 +123,7 @@ class Cluster:
         return dataset.map_batches(function, fn_kwargs=arguments, batch_size=1, batch_format="pyarrow")
 
     def _evidence(self) -> tuple[bytes, int]:
-        """Return the evidence of all logs, as an EvidenceFile's bytes, and of how many Trajectories it is."""
+        """Return the evidence of all logs as the bytes of an EvidenceFile, and its number of Trajectories."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "evidence.db"
             with EvidenceFile(path) as file:
@@ -134,7 +135,7 @@ class Cluster:
 
 @cache
 def _known(shared: ray.ObjectRef[bytes]) -> EvidenceFile:
-    """Return the evidence, which each process writes to its disk once and removes when it ends."""
+    """Return the evidence; each process writes it to its disk once, and removes it on exit."""
     import ray
 
     handle, name = tempfile.mkstemp(prefix="cai-evidence-", suffix=".db")
@@ -164,7 +165,7 @@ def _appended(batch: pyarrow.Table) -> Iterator[pyarrow.Table]:
 def _converted(
     batch: pyarrow.Table, *, recipe: Recipe, shared: ray.ObjectRef[bytes] | None, bits: int
 ) -> Iterator[pyarrow.Table]:
-    """A stretch → its candidates, all its prompts, and the account of the rest."""
+    """Convert a stretch to its candidates, all its prompts, and the Part with the ledger of the rest."""
     number, stretch = _stretch_of(batch)
     prompts: dict[bytes, bytes] = {}
 
@@ -223,7 +224,7 @@ def _matrix(prints: bytes) -> Any:
 
 
 def _staying(group: pyarrow.Table, *, decisions: Decisions) -> pyarrow.Table:
-    """The heads of one spool → those that stay so far."""
+    """Return those heads of one spool that the limits so far do not drop."""
     import pyarrow
 
     spooling: list[Spooling] = [(candidate_of(head), head) for head in group["head"].to_pylist()]
@@ -234,7 +235,7 @@ def _staying(group: pyarrow.Table, *, decisions: Decisions) -> pyarrow.Table:
 
 
 def _selected(group: pyarrow.Table, *, decisions: Decisions) -> pyarrow.Table:
-    """The candidates of one spool → the rows that stay, and the account of those that go."""
+    """Select from the candidates of one spool; see `select`."""
     import pyarrow
 
     heads, bodies = group["head"].to_pylist(), group["body"].to_pylist()

@@ -1,8 +1,8 @@
-"""From the Comparisons of one Trajectory to pairs with a soft label, or why there is none.
+"""Turns the Comparisons of one Trajectory into pairs with soft labels, or into reasons for dropping them.
 
-P is averaged over both orders, then over a judge's principles, then over judges. What a judge chose by its
-place, what is unreadable, what is a tie and what two judges see differently gives no pair. Of several sampled
-answers that were compared all against all, the best stands against the worst.
+P is averaged over both orders, then over a judge's principles, then over judges. A comparison gives no pair
+if the judge chose by position, if it is unreadable or a tie, or if two judges disagree. If several sampled
+answers were each compared with all others, the best and the worst form a pair.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ _TIE = 1e-9
 
 
 class Judged(NamedTuple):
-    """Two answers of which one is better."""
+    """Two compared answers, and which one is better."""
 
     chosen: Message
-    """The better one."""
+    """The better answer."""
     rejected: Message
-    """The other."""
+    """The other answer."""
     p_chosen: float
     """P(chosen is better), above 0.5 and at most 1."""
     source: Literal["comparison", "best-of-n"]
-    """Whether these two alone were compared, or are best and worst of several."""
+    """`comparison` if only these two were compared; `best-of-n` if they are the best and worst of several."""
     judges: tuple[str, ...]
-    """Who compared, sorted."""
+    """Names of the judges, sorted."""
     principles: tuple[str, ...]
-    """Ids of the principles that were asked about, sorted."""
+    """Ids of the principles of the comparisons, sorted."""
 
 
 _Answer = tuple[str, str]
-"""What an answer says: its words and its tool calls."""
+"""An answer's words and tool calls, for comparing answers."""
 _Groups = dict[frozenset[_Answer], list[Comparison]]
 
 
 def judged_pairs(comparisons: Iterable[Comparison]) -> list[Judged | Reason]:
-    """Return, for each pair of answers that was compared, which is better, or why that is not known."""
-    # By id, so that the order of the log does not show in any sum.
+    """Return, for each pair of answers that was compared, the better one, or why it cannot be decided."""
+    # Sorted by id, so that no floating-point sum depends on the order of the log.
     comparisons = sorted(comparisons, key=lambda comparison: comparison.id)
     pairs: _Groups = {}
     tournaments: dict[str, _Groups] = {}
@@ -63,7 +63,7 @@ def _said(answer: Message) -> _Answer:
 
 
 def same_answer(a: Message, b: Message) -> bool:
-    """Return whether two answers say the same: the same words, whatever the white space, and calls."""
+    """Return whether two answers are equal in words, apart from white space, and in tool calls."""
     return _said(a) == _said(b)
 
 
@@ -99,9 +99,9 @@ def _label(group: list[Comparison]) -> Judged | Reason:
 
 
 def _best_of(groups: _Groups) -> Judged | Reason:
-    """Return the best of several answers over the worst, by the mean of P over all their pairs.
+    """Return the pair of the best and the worst of several answers, by the mean of P over all their pairs.
 
-    Their own comparison gives the label; where it says otherwise, the comparisons contradict each other.
+    The direct comparison of the two gives the label; if it prefers the worst, the result is a disagreement.
     """
     labels = {answers: _label(group) for answers, group in groups.items()}
     scores: dict[_Answer, list[float]] = {}

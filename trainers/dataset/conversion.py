@@ -1,7 +1,7 @@
-"""One pure function for each kind of data: a Trajectory and what was said of it → rows, or why none.
+"""Converts a Trajectory and its evidence to rows: one pure function for each kind of data.
 
-`rows_of` calls them by kind. They hold no state, see one trajectory at a time, and decide by its content
-alone, so that a stream, a pool of processes and a cluster make the same rows.
+`rows_of` calls the function for a kind. The functions have no state, see one trajectory at a time, and depend
+only on its content, so that a single process, a pool of processes and a cluster make the same rows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = ["CONVERSIONS", "ROWLESS", "Terms", "Wording", "rows_of"]
 
 
 class Wording(NamedTuple):
-    """What a principle asks of a critic and of a reviser."""
+    """The requests of a principle to a critic and to a reviser."""
 
     critique_request: str
     revision_request: str
@@ -68,23 +68,24 @@ class Wording(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What the conversions are given besides the trajectory."""
+    """The inputs of the conversions besides the trajectory and its evidence."""
 
     wordings: Mapping[str, Mapping[str, Wording]] = field(default_factory=dict)
-    """Principles' wordings by id, by the digest of their constitution; read by `critique-sft`."""
+    """Wordings by constitution digest and then by principle id; used by `critique-sft`."""
 
 
 ROWLESS: Mapping[Kind, Outcome] = {"preference": Outcome.KEPT, "ranked": Outcome.KEPT}
-"""The outcome that gives no rows of a kind, for want of a pair, unless somebody spoke about it."""
+"""By kind, the outcome that gives no rows, as it has no pair of answers, unless there is evidence about
+it."""
 
 _ONE_ANSWER = Dropped(Reason.NO_PAIR)
-"""Most of a log, which is why it is not raised."""
+"""The result for most of a log; returned, not raised, for speed."""
 
 
 def rows_of(kind: Kind, logged: Logged | Head, evidence: Evidence, terms: Terms) -> Sequence[Row] | Dropped:
-    """Return the rows of one kind that a Trajectory gives, at least one, or the reason why there are none.
+    """Return the rows of one kind that a Trajectory gives, at least one, or the reason why it gives none.
 
-    Of a Trajectory whose outcome is ROWLESS, and about which nobody spoke, the Head is enough.
+    For a Trajectory without evidence whose outcome is in ROWLESS, the Head is enough.
     """
     if logged.metadata and logged.metadata.get("redaction") == "failed":
         return Dropped(Reason.WITHHELD)
@@ -101,10 +102,10 @@ def rows_of(kind: Kind, logged: Logged | Head, evidence: Evidence, terms: Terms)
 
 
 def sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[SFTRow]:
-    """The answer to imitate: a reviewer's own, the accepted revision, or the draft that was kept.
+    """Return the answer to imitate: a reviewer's own, the accepted revision, or the draft that was kept.
 
-    Of the paper's data generation (mode `sampled`) every revision is one, as in Bai et al. 2022, section 3.1;
-    they are unjudged by design.
+    In the paper's data generation (mode `sampled`) every revision gives a row, as in Bai et al. 2022, section
+    3.1; these are unjudged by design.
     """
     prompt = prompt_of(logged)
     review = review_of(evidence)
@@ -157,11 +158,11 @@ _GENERAL = Wording(
     "Point out every way in which your last answer could be less harmful, more honest or more helpful.",
     "Rewrite your last answer so that it mends what the critique points out.",
 )
-"""For a demonstration that names no principle."""
+"""The wording for a demonstration without a principle."""
 
 
 def _words(critique: LoggedCritique) -> str:
-    """Return what a critic wrote: its reasoning, or else the reasons of what it found violated."""
+    """Return the text of a critique: its reasoning, or else the reasons of its verdicts VIOLATES."""
     reasons = [
         verdict.reason for verdict in critique.verdicts if verdict.label == VIOLATES and verdict.reason
     ]
@@ -180,9 +181,9 @@ def _wordings(logged: Logged, terms: Terms, principles: Sequence[str]) -> list[W
 
 
 def critique_sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[CritiqueRow]:
-    """The skill of the paper's supervised phase, as two steps: critique an answer, then revise it.
+    """Return rows for the two steps of the paper's supervised phase: critique an answer, then revise it.
 
-    None of it is learnt where people would not have the revision.
+    Drops a trajectory whose revision people rejected.
     """
     prompt = prompt_of(logged)
     rows: list[CritiqueRow] = []
@@ -192,7 +193,7 @@ def critique_sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[Criti
         words = _words(round_.critique)
         if revision is None or not words:
             continue
-        # A verdict on an aim asks nothing; the critique in words that follows it names principles.
+        # A verdict on an aim has no request; the written critique that follows it names principles.
         principles = tuple(
             verdict.principle
             for verdict in round_.critique.verdicts
@@ -227,7 +228,10 @@ def critique_sft(logged: Logged, evidence: Evidence, terms: Terms) -> list[Criti
 
 
 def privileged(logged: Logged, evidence: Evidence, terms: Terms) -> list[PrivilegedRow]:
-    """The critique of a draft that people do not like, as context that a teacher has and the student not."""
+    """Return the critique of a draft as privileged context, which the teacher sees and the student does not.
+
+    Drops a trajectory whose draft people prefer or like.
+    """
     prompt = prompt_of(logged)
     draft = draft_of(logged)
     critique = logged.rounds[0].critique if logged.rounds else None
@@ -252,7 +256,7 @@ def privileged(logged: Logged, evidence: Evidence, terms: Terms) -> list[Privile
 
 
 def _heed_people(logged: Logged, evidence: Evidence, revision: Turn) -> None:
-    """Drop a trajectory whose revision is not borne out: by reviewers, or by end users where none spoke."""
+    """Drop a trajectory whose revision reviewers contradict, or end users if there is no review."""
     review = review_of(evidence)
     if review is None:
         heed_users(logged, evidence, revision)
@@ -263,7 +267,7 @@ def _heed_people(logged: Logged, evidence: Evidence, revision: Turn) -> None:
 
 
 def _bear_out(logged: Logged, review: Review) -> None:
-    """Drop a trajectory of which a reviewer does not say, as the critic does, that the draft is worse."""
+    """Drop a trajectory if its reviewers do not agree with the critic that the draft is worse."""
     if review.decision == "tie":
         raise Drop(Reason.TIE)
     approves_the_draft = (
@@ -279,7 +283,7 @@ def _bear_out(logged: Logged, review: Review) -> None:
 
 
 def preference(logged: Logged, evidence: Evidence, terms: Terms) -> list[PreferenceRow]:
-    """Pairs with evidence: a person's, an AI comparison's, or the critic's verdicts on draft and revision."""
+    """Return pairs by a review, else by AI comparisons, else by the critic's verdicts on the answers."""
     if evidence is not NO_EVIDENCE:
         if (review := review_of(evidence)) is not None:
             return [_reviewed(logged, review)]
@@ -329,7 +333,7 @@ def _reviewed(logged: Logged, review: Review) -> PreferenceRow:
 
 
 def _compared(logged: Logged, evidence: Evidence) -> list[PreferenceRow]:
-    """Pairs that were compared, unless end users said the opposite of the answer that they saw."""
+    """Return the pairs that were compared, except those that end users' feedback contradicts."""
     rows: list[PreferenceRow] = []
     reasons: list[Reason] = []
     liking = liking_of(evidence)
@@ -353,7 +357,7 @@ def _compared(logged: Logged, evidence: Evidence) -> list[PreferenceRow]:
 
 
 def _revised(logged: Logged, evidence: Evidence) -> list[PreferenceRow]:
-    """The accepted revision over the draft, and over the candidates that the critic found worse."""
+    """Return the accepted revision over the draft, and over the candidates that the critic found worse."""
     if logged.outcome == "KEPT":
         raise Drop(Reason.NO_PAIR)
     if logged.outcome == "UNJUDGED":
@@ -369,7 +373,7 @@ def _revised(logged: Logged, evidence: Evidence) -> list[PreferenceRow]:
     else:
         mended = mended_by(logged.rounds[0].critique, final.critique)
     if liking := liking_of(evidence):
-        # The user saw one of the two, and spoke for it or against it.
+        # The user saw one of the two, and liked or disliked it.
         if (logged.released_from == "draft") == (liking > 0):
             raise Drop(Reason.DISAGREEMENT)
         source = "feedback"
@@ -400,7 +404,7 @@ def _best_of_n(logged: Logged, final: LoggedRevision) -> list[PreferenceRow]:
                     )
                 )
             except Drop:
-                continue  # The pair with the draft stands all the same.
+                continue  # The pair with the draft is not affected.
     return rows
 
 
@@ -408,7 +412,7 @@ def _best_of_n(logged: Logged, final: LoggedRevision) -> list[PreferenceRow]:
 
 
 class _Labelled(NamedTuple):
-    """An answer that is desirable, or not."""
+    """An answer with its label: desirable (`good`) or not."""
 
     answer: Turn | Message
     good: bool
@@ -418,7 +422,7 @@ class _Labelled(NamedTuple):
 
 
 def unpaired(logged: Logged, evidence: Evidence, terms: Terms) -> list[UnpairedRow]:
-    """Answers with a label each: by a person, by end users, or by the critic."""
+    """Return labelled answers; the label is by a reviewer, else by end users, else by the critic."""
     prompt = prompt_of(logged)
     draft = draft_of(logged)
     reason = Reason.NOT_ACCEPTED
@@ -458,14 +462,14 @@ def _by_person(logged: Logged, review: Review) -> list[_Labelled]:
     if review.decision == "tie":
         raise Drop(Reason.TIE)
     if review.decision == "edit" and review.answer is not None:
-        # Where the person's own answer left, it is what the app proposed that was not good enough.
+        # If the person's own answer was released, the answer that the app had proposed is the worse one.
         mended = logged.released if logged.released_from != "human" else seen_beside_the_draft(logged)
         worse = mended or draft_of(logged)
         own = _Labelled(review.answer, True, "human", review.reviewer)
         return [own, _Labelled(worse, False, "human", review.reviewer)]
     revision = seen_beside_the_draft(logged)
     if review.decision == "approve" and revision is None and logged.released is not None:
-        # What left is approved, which need not be the draft.
+        # The released answer is approved, which need not be the draft.
         return [_Labelled(logged.released, True, "human", review.reviewer)]
     draft_is_good = review.decision in ("flip", "draft") or revision is None
     labelled = [_Labelled(draft_of(logged), draft_is_good, "human", review.reviewer, failed_by_draft(logged))]
@@ -475,15 +479,15 @@ def _by_person(logged: Logged, review: Review) -> list[_Labelled]:
 
 
 class _Found(NamedTuple):
-    """An answer, and what the run found of it."""
+    """An answer, and how the run judged it."""
 
     answer: Turn
     critique: LoggedCritique | None
     source: Source
     passed: bool
-    """Whether the run found nothing against it."""
+    """Whether the run accepted it, or rejected it only because another one was better."""
     evades: bool = False
-    """Whether it was rejected for that."""
+    """Whether it was rejected as evasive."""
 
 
 def _by_critic(logged: Logged) -> tuple[list[_Labelled], Reason]:
@@ -511,7 +515,7 @@ def _by_critic(logged: Logged) -> tuple[list[_Labelled], Reason]:
         elif any(verdict.label == UNREADABLE for verdict in critique.verdicts):
             reason = Reason.UNREADABLE_VERDICT
         elif source == "draft" and is_cut(logged):
-            reason = Reason.TRUNCATED  # nothing is wrong with it but its end, which would be learnt
+            reason = Reason.TRUNCATED  # only its end is wrong, but that would be learnt
         else:
             labelled.append(_Labelled(answer, True, source, critique.critic))
     return labelled, reason
@@ -521,7 +525,7 @@ def _by_critic(logged: Logged) -> tuple[list[_Labelled], Reason]:
 
 
 def prompts(logged: Logged, evidence: Evidence, terms: Terms) -> list[PromptRow]:
-    """The conversation that asks; it needs no answer."""
+    """Return the conversation; it needs no answer."""
     return [
         PromptRow(
             trajectory_id=logged.id,
@@ -535,7 +539,7 @@ def prompts(logged: Logged, evidence: Evidence, terms: Terms) -> list[PromptRow]
 
 
 def ranked(logged: Logged, evidence: Evidence, terms: Terms) -> list[RankedRow]:
-    """Draft, middle and final revision, where the critic vouches for the final one."""
+    """Return draft, middle and final revision as a ranking, if the critic accepted the final one."""
     if logged.outcome != "REVISED":
         raise Drop(Reason.NO_PAIR if logged.outcome == "KEPT" else Reason.NOT_ACCEPTED)
     prompt = prompt_of(logged)
@@ -573,4 +577,4 @@ CONVERSIONS: dict[Kind, Callable[[Logged, Evidence, Terms], Sequence[Row]]] = {
     "privileged": privileged,
     "ranked": ranked,
 }
-"""What makes rows out of a Trajectory, by kind; each raises Drop where it makes none."""
+"""The function that converts a Trajectory to rows, by kind; each raises Drop if there are none."""

@@ -1,4 +1,4 @@
-"""Verdicts as rows: what critics found of every answer, and what people said of the draft."""
+"""Converts verdicts to rows: those of critics on every answer, and those of people on the draft."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["critic_rows"]
 
 
 def critic_rows(logged: Logged, evidence: Evidence, terms: object) -> list[CriticRow]:
-    """Every readable verdict on every answer, and what people said of the draft in their place.
+    """Return a row for every readable verdict on every answer; on the draft, people's labels replace it.
 
-    A verdict on the whole answer trains no head, and gives no row.
-    Where reviewers label the draft otherwise than one another, it has no label; nor where they all prefer it
-    to its revision, and the critic found it violating.
+    A verdict on the whole answer gives no row, as it trains no head. The draft gets no label under a
+    principle on which its reviewers' labels differ, nor one VIOLATES of the critic if all reviewers prefer
+    the draft to its revision.
     """
     prompt = prompt_of(logged)
     draft = draft_of(logged)
@@ -78,7 +78,7 @@ def critic_rows(logged: Logged, evidence: Evidence, terms: object) -> list[Criti
 
 
 def _labels_of(reviews: Sequence[Review]) -> dict[str, tuple[bool | None, str]]:
-    """Return by aim or principle whether the draft violates, None where reviewers differ, and who says so."""
+    """Return by principle or aim whether the draft violates it (None: reviewers differ), and a reviewer."""
     found: dict[str, tuple[bool | None, str]] = {}
     for review in reviews:
         for verdict in review.verdicts:

@@ -1,12 +1,12 @@
-"""From a log to a dataset: every trajectory accounted for, every row traceable, the same bytes each time.
+"""Builds a dataset from logs: every trajectory is accounted for, and the output is reproducible byte by byte.
 
-    candidates   a stretch of the log → candidate rows, in spools by the first bits of their id
-    near         prompts that are nearly the same, to stand on one side
-    selection    portion by portion: of rows of the same content one stays, caps and mixes hold
-    export       rows in the order of their ids, which is no order of the log's: a shuffled set
+    candidates   converts a stretch of the log to candidate rows, in spools by the first bits of their id
+    near         finds near-duplicate prompts, so that they are in the same split
+    selection    selects rows portion by portion: one per content, within caps and mixes
+    export       writes rows in the order of their ids, which shuffles the order of the log
 
-Portions bound the memory, and every decision is by content and not by order. So any number of workers, either
-engine, and a log in any order give the same bytes.
+Portions limit the memory used, and every decision depends on content, not on order. So any number of workers,
+either engine, and a log in any order give the same bytes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ __all__ = ["MANIFEST", "Dataset", "Engine", "Origin", "Recipe", "build", "explai
 MANIFEST = "manifest.json"
 
 Engine = Literal["local", "ray"]
-"""Processes of this machine, or a Ray cluster."""
+"""Where a build runs: processes of this machine, or a Ray cluster."""
 
 
 class Dataset(NamedTuple):
@@ -65,9 +65,9 @@ class Dataset(NamedTuple):
     path: Path
     """Its folder."""
     ledger: Ledger
-    """What became of every trajectory."""
+    """The account of every trajectory."""
     unmet: tuple[tuple[str, str], ...] = ()
-    """Those of `Recipe.leaving` of whom there is no trajectory."""
+    """The entries of `Recipe.leaving` for whom there is no trajectory."""
 
 
 def build(
@@ -79,22 +79,22 @@ def build(
     workers: int = 1,
     engine: Engine = "local",
 ) -> Dataset:
-    """Write a dataset of all trajectories of the logs; the folder appears whole or not at all.
+    """Write a dataset of all trajectories of the logs; the folder is written atomically.
 
     Args:
         logs: logs by URL, or JSONL files as `cai log export` writes them.
-        output: the folder to make; it must not be there.
-        recipe: what to make.
-        format: whose loader is to read it.
+        output: the folder to create; it must not exist.
+        recipe: the settings of the dataset.
+        format: the format of the rows, by the loader that reads it.
         workers: processes of the engine `local`.
         engine: this machine, or a Ray cluster (`RAY_ADDRESS`, or else one that is started here). Neither the
-            engine nor the number of workers changes the outcome.
+            engine nor the number of workers changes the result.
 
     Raises:
-        ConfigError: the output is there already, the format has no place for the kind, or the recipe names
-            something that cannot work.
-        MissingExtra: something needs a package that is not installed.
-        DataError: there is no trajectory, or no row is left; the message shows the ledger.
+        ConfigError: the output already exists, the format does not support the kind, or the recipe contains
+            an invalid setting.
+        MissingExtra: a package that is needed is not installed.
+        DataError: there is no trajectory, or no row remains; the message shows the ledger.
         LogError: a log cannot be read.
     """
     if not logs:
@@ -123,7 +123,7 @@ def build(
 def _local(
     logs: Sequence[str], decisions: Decisions, sink: Sink, workers: int, folder: Path
 ) -> tuple[Part, Ledger]:
-    """Build with processes of this machine, over files in `folder` that are gone at the end."""
+    """Build with processes of this machine, using temporary files in `folder`."""
     recipe = decisions.recipe
     sources = [stretch for log in logs for stretch in stretches(log, workers)]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".spools.") as work, _mapping(workers) as mapped:
@@ -140,7 +140,7 @@ def _local(
 
 
 def _written(sink: Sink, ledger: Ledger, selected: Iterable[Selected]) -> Ledger:
-    """Write what was selected, portion after portion, and return the whole ledger."""
+    """Write the selected rows, portion by portion, and return the complete ledger."""
     lost: list[Lost] = []
     for one in selected:
         ledger.add(one.ledger)
@@ -153,9 +153,9 @@ def _written(sink: Sink, ledger: Ledger, selected: Iterable[Selected]) -> Ledger
 def _converted(
     recipe: Recipe, parts: Sequence[Stretch], work: Path, mapped: Mapped
 ) -> tuple[Part, list[Converted]]:
-    """Turn all stretches into candidates, in files in `work`."""
+    """Convert all stretches to candidates, in files in `work`."""
     if not any(stretch.seems_judged() for stretch in parts):
-        with contextlib.suppress(Judged):  # It does not show in every file that somebody judged.
+        with contextlib.suppress(Judged):  # Raised if a file has judgements that `seems_judged` missed.
             return _collected(mapped(partial(convert, recipe, work / "first", None), parts, count()))
     evidence = gather(mapped, work / "evidence.db", parts)
     step = partial(convert, recipe, work / "second", evidence.path)
@@ -175,11 +175,11 @@ def _collected(converted: Iterable[Converted]) -> tuple[Part, list[Converted]]:
 
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
-    """Give a folder that becomes `output` when the body ends, or goes away."""
+    """Yield a temporary folder, which is moved to `output` when the body ends, or deleted on error."""
     whole.absent(output)
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(whole.folder(output, mode=0o700))  # users' texts
+            folder = stack.enter_context(whole.folder(output, mode=0o700))  # it contains users' texts
         except OSError as error:
             raise ConfigError(f"{output}: cannot be made: {error.strerror}") from error
         yield folder
@@ -187,14 +187,14 @@ def _whole(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def _mapping(workers: int) -> Iterator[Mapped]:
-    """Give what applies a function to each item: `map`, or the same in processes."""
+    """Yield a function like `map`: `map` itself, or one that runs in processes."""
     if workers == 1:
         yield map
         return
     with ProcessPoolExecutor(workers) as pool:
 
         def mapped(function: Callable[..., Any], *items: Iterable[Any]) -> Iterator[Any]:
-            # A few ahead, not all of them: what waits to be taken is in memory.
+            # Submit only a few ahead, as finished results wait in memory.
             ahead: deque[Future[Any]] = deque()
             for arguments in zip(*items, strict=False):
                 ahead.append(pool.submit(function, *arguments))
@@ -217,10 +217,10 @@ def _check(ledger: Ledger, logs: Sequence[str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return how the dataset in a folder was made.
+    """Return the manifest of the dataset in a folder.
 
     Raises:
-        DataError: the folder holds no dataset.
+        DataError: the folder contains no dataset.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
@@ -251,23 +251,23 @@ def _manifest(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a row came from."""
+    """The origin of a row."""
 
     row: Provenance
-    """What the dataset says of the row; the Row itself where it holds rows as they are."""
+    """The row's provenance in the dataset; the Row itself if the format is `jsonl`."""
     kind: Kind
-    """Its kind."""
+    """The row's kind."""
     trajectory: Trajectory | None
-    """Its trajectory; None where no log holds it any more."""
+    """Its trajectory; None if no log contains it any more."""
     critics: tuple[str, ...]
-    """Who judged the trajectory's answers."""
+    """Names of the critics that judged the trajectory's answers."""
     judges: tuple[str, ...]
-    """Who compared or reviewed them."""
+    """Names of the judges and reviewers that compared or reviewed them."""
     constitution: str
-    """Name of the constitution; empty where the trajectory is gone."""
+    """Name of the constitution; empty if the trajectory is gone."""
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return what is said of the row, as label and text."""
+        """Return the origin as pairs of label and text."""
         row = self.row
         named = f"{self.constitution} {row.constitution}" if self.constitution else row.constitution
         return [
@@ -285,7 +285,7 @@ class Origin:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the same as JSON, the trajectory in full."""
+        """Return the origin as JSON, with the full trajectory."""
         return {
             "row": msgspec.to_builtins(self.row),
             "kind": self.kind,
@@ -297,15 +297,15 @@ class Origin:
 
 
 def explain(row_id: str, folder: Path, *, logs: Sequence[str] | None = None) -> Origin:
-    """Return where a row of a dataset came from.
+    """Return the origin of a row of a dataset.
 
     Args:
         row_id: id of the row.
         folder: the dataset.
-        logs: where its logs are now; None: where they were when it was built.
+        logs: the current locations of its logs; None: those at the time of the build.
 
     Raises:
-        DataError: the folder holds no dataset, or no such row.
+        DataError: the folder contains no dataset, or no such row.
         LogError: a log cannot be read.
     """
     manifest = read_manifest(folder)

@@ -1,7 +1,7 @@
-"""What was said of each Trajectory: Comparisons, Reviews and Feedback, at hand while its rows are made.
+"""Collects the Comparisons, Reviews and Feedback about each Trajectory, for lookup while its rows are made.
 
-They are appended long after the Trajectory, so they are gathered before any row is made, in a file, by the id
-they are about.
+They may be appended to the log long after the Trajectory. So they are collected in a temporary database, by
+Trajectory id, before any row is made.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ NO_EVIDENCE = Evidence()
 
 
 class EvidenceFile:
-    """Evidence of a whole build on disk; several processes may write and read it at once."""
+    """The evidence of a whole build on disk; several processes may write and read it concurrently."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._db = apsw.Connection(str(path))
         self._db.set_busy_timeout(_BUSY_MS)
-        # Scratch: it is thrown away with the build that fails.
+        # Temporary: if the build fails, the file is discarded, so it need not survive a crash.
         self._db.execute("PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS evidence (about TEXT, place INTEGER, payload BLOB, "
@@ -49,16 +49,16 @@ class EvidenceFile:
         )
 
     def add(self, rows: list[tuple[str, int, bytes]]) -> None:
-        """Add encoded records: the id it is about, the place in the log, the record."""
+        """Add rows of (Trajectory id, place in the log, encoded record)."""
         with self._db:
             self._db.executemany("INSERT INTO evidence VALUES (?, ?, ?)", rows)
 
     def trajectories(self) -> int:
-        """Return how many Trajectories something was said of."""
+        """Return the number of Trajectories with evidence."""
         return int(next(self._db.execute("SELECT count(DISTINCT about) FROM evidence"))[0])
 
     def of(self, trajectory_id: str) -> Evidence:
-        """Return what was said of a Trajectory; `NO_EVIDENCE` itself where nothing was."""
+        """Return the evidence about a Trajectory; the object `NO_EVIDENCE` if there is none."""
         sql = "SELECT payload FROM evidence WHERE about = ? ORDER BY place"
         records = [decode(payload) for (payload,) in self._db.execute(sql, (_key(trajectory_id),))]
         if not records:
@@ -77,20 +77,20 @@ class EvidenceFile:
 
 
 class Gathered(NamedTuple):
-    """What `gather` found."""
+    """The result of `gather`."""
 
     path: Path | None
-    """The file for `EvidenceFile`; None where nothing was said of any Trajectory."""
+    """The file for `EvidenceFile`; None if there is no evidence."""
     trajectories: int
-    """Trajectories that something was said of."""
+    """Number of Trajectories with evidence."""
 
 
 Mapped = Callable[..., Iterable[Any]]
-"""Applies a function to each item, like `map`, wherever."""
+"""A function like `map`, which may run in this process or in others."""
 
 
 def gather(mapped: Mapped, path: Path, stretches: Sequence[Stretch]) -> Gathered:
-    """Gather what was appended in the stretches into a file at `path`."""
+    """Collect the Comparisons, Reviews and Feedback of the stretches in a file at `path`."""
     if not any(list(mapped(partial(_gather, path), stretches, range(len(stretches))))):
         return Gathered(None, 0)
     with EvidenceFile(path) as file:
@@ -98,7 +98,7 @@ def gather(mapped: Mapped, path: Path, stretches: Sequence[Stretch]) -> Gathered
 
 
 def _gather(path: Path, stretch: Stretch, number: int) -> bool:
-    """Add what was appended in one stretch; return whether there was anything."""
+    """Add the evidence of one stretch; return whether there was any."""
     with contextlib.ExitStack() as stack:
         file = None
         rows: list[tuple[str, int, bytes]] = []
@@ -114,5 +114,5 @@ def _gather(path: Path, stretch: Stretch, number: int) -> bool:
 
 
 def _key(trajectory_id: str) -> str:
-    # A lone surrogate has no UTF-8 form.
+    # Escaped, since a lone surrogate has no UTF-8 form.
     return trajectory_id.encode("utf-8", "backslashreplace").decode()

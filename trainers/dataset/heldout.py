@@ -1,8 +1,8 @@
-"""Evaluation sets that no training row may come from.
+"""Keeps the prompts of evaluation sets out of training data.
 
-A prompt is held out where one of its user messages is the same text, normalised, as a prompt of the set, or
-shares 13 words in a row with one (the n-gram of Brown et al. 2020, appendix C). Punctuation does not count
-where it does not make another question.
+A prompt is held out if one of its user messages, normalised, equals a prompt of a set, or shares 13
+consecutive words with one (the n-gram length of Brown et al. 2020, appendix C). Punctuation is ignored unless
+it changes the question.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["HeldOut"]
 
 _WORDS = 13
 _OPERATORS = "#%&*/@\\"
-"""Punctuation to Unicode; but they tell C# from C."""
+"""Punctuation in Unicode, but not ignored here: they distinguish C# from C."""
 _BLANK = re.compile(r"(?<!\d) | (?!\d)")
 _MAY_GO = bytes(code for code in range(256) if code >= 128 or not chr(code).isalnum())
-"""Bytes of UTF-8 that may be punctuation or white space, or a part of it."""
+"""Bytes of UTF-8 that may be punctuation or white space, or part of such a character."""
 
 
 class HeldOut:
@@ -37,7 +37,7 @@ class HeldOut:
         """Read the sets.
 
         Raises:
-            DataError: a file cannot be read, or holds no prompt.
+            DataError: a file cannot be read, or contains no prompt.
             MissingExtra: a file is Parquet, and pyarrow is not installed.
         """
         self._keys: set[bytes] = set()
@@ -49,8 +49,8 @@ class HeldOut:
                 raise DataError(f"{path}: holds no prompt; its column is one of {', '.join(COLUMNS)}")
 
     def add(self, path: Path) -> tuple[int, int]:
-        """Read one more set, as `trainers.tables.prompt_rows` does; return how many rows it has, and how many
-        of them have no prompt that can be read.
+        """Read one more set with `trainers.tables.prompt_rows`; return how many rows it has, and how many of
+        these have no readable prompt.
 
         Raises:
             DataError: the file cannot be read.
@@ -68,7 +68,7 @@ class HeldOut:
         return rows, without
 
     def holds(self, prompt: Iterable[Turn]) -> bool:
-        """Return whether a user message of the conversation stands in one of the sets."""
+        """Return whether a user message of the conversation matches a prompt of one of the sets."""
         return any(turn.role == "user" and self._has(turn.content) for turn in prompt)
 
     def _has(self, text: str) -> bool:
@@ -82,38 +82,38 @@ class HeldOut:
 
 
 def _least(normal: str) -> int:
-    """Return how many characters are left of a normalised text, at least, when its words are made."""
+    """Return a lower bound of the number of characters in the words of a normalised text."""
     return len(normal.encode("utf-8", "surrogatepass").translate(None, _MAY_GO))
 
 
 def _words(normal: str) -> list[str]:
-    """Return the words of a normalised text, without punctuation unless there is nothing else."""
+    """Return the words of a normalised text without punctuation; with it if there is nothing else."""
     marks, minus = _punctuation()
-    # Signs of arithmetic are no punctuation to Unicode, so what is written for one is made one.
+    # Arithmetic signs are not punctuation in Unicode, so the ASCII spellings are replaced by such signs.
     text = minus.sub("\N{MINUS SIGN}", normal).replace("!=", "\N{NOT EQUAL TO}")
     return marks.sub("", text).split() or normal.split()
 
 
 @cache
 def _punctuation() -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Return what is left out of texts, and what of it is a minus.
+    """Return patterns for the punctuation to ignore, and for dashes that are minus signs.
 
-    Left out is punctuation, but not between digits, which it makes other numbers. A dash before a number is a
-    minus, but after a letter a hyphen.
+    Punctuation between digits is not ignored, as it changes the number. A dash before a number is a minus
+    sign, unless it follows a letter: then it is a hyphen.
     """
-    # Python looks fast for characters of two bytes alone; beyond them are marks of ancient scripts.
+    # Python searches fast only for characters below U+10000; above are marks of ancient scripts.
     signs = [sign for sign in map(chr, range(0x10000)) if unicodedata.category(sign)[0] == "P"]
     found = "".join(re.escape(sign) for sign in signs if sign != "_" and sign not in _OPERATORS)
     dashes = "".join(re.escape(sign) for sign in signs if unicodedata.category(sign) == "Pd")
     return (
-        # Runs of signs that have no digit on one side. What a pattern begins with is looked for fast.
+        # Runs of signs without a digit on at least one side. Python searches fast for a pattern's first set.
         re.compile(rf"[{found}](?<![{found}]{{2}})(?:(?<!\d.)[{found}]*+|[{found}]*+(?!\d))"),
         re.compile(rf"[{dashes}](?= ?\d)(?<![^\W\d_].)"),
     )
 
 
 def _key(words: Sequence[str]) -> bytes:
-    # Texts that differ by blanks alone are the same, but two numbers are not one.
+    # Blanks are removed, as texts that differ only in them are equal; but not between two numbers.
     text = _BLANK.sub("", " ".join(words))
     return xxh3_128_digest(text.encode("utf-8", "surrogatepass"))
 

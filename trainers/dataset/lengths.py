@@ -1,4 +1,4 @@
-"""Lengths of rows in tokens of the model that will be trained, as its chat template writes them."""
+"""Counts the tokens of rows with the tokenizer and chat template of the model that will be trained."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Lengths", "Refused"]
 
 
 class Refused(Exception):  # noqa: N818 - the row is at fault
-    """The chat template refuses the conversation, for instance two user turns in a row, or fails on it."""
+    """The chat template rejects the conversation, for instance two consecutive user turns, or fails on it."""
 
 
 class Lengths:
     """Counts tokens with one tokenizer."""
 
     def __init__(self, tokenizer: str) -> None:
-        """Load a tokenizer from a folder; nothing is fetched and no code of its own is run.
+        """Load a tokenizer from a folder; nothing is downloaded, and none of its own code is run.
 
         Raises:
-            ConfigError: there is no tokenizer in the folder, or it has no chat template that can be read.
+            ConfigError: the folder contains no tokenizer, or it has no readable chat template.
             MissingExtra: transformers is not installed.
         """
         try:
@@ -49,7 +49,7 @@ class Lengths:
         try:
             _written(loaded, [{"role": "user", "content": "Hello"}], asks=True)
         except Refused as error:
-            # This conversation may be refused and others not; but what cannot be read writes none.
+            # A template may reject this conversation and accept others, but not if it cannot be parsed.
             if isinstance(error.__cause__, (jinja2.TemplateSyntaxError, ValueError)):
                 raise ConfigError(
                     f"tokenizer {tokenizer!r}: its chat template cannot be used: {error}"
@@ -57,10 +57,10 @@ class Lengths:
         self._tokenizer = loaded
 
     def of(self, row: Row) -> int:
-        """Return the tokens of a row: of its prompt with the longest of its answers.
+        """Return the number of tokens of a row: of its prompt with its longest answer.
 
         Raises:
-            Refused: the chat template refuses the conversation.
+            Refused: the chat template rejects the conversation.
         """
         answers = [
             value
@@ -75,8 +75,8 @@ class Lengths:
 
 
 def _written(tokenizer: Any, turns: Sequence[dict[str, Any]], *, asks: bool) -> Any:
-    """Return a conversation as the chat template writes it; raise Refused where it does not."""
+    """Return a conversation as rendered by the chat template. Raises Refused if that fails."""
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
-    except Exception as error:  # the template is a program of others
+    except Exception as error:  # the template is third-party code, which may raise anything
         raise Refused(str(error)) from error

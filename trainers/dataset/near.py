@@ -1,9 +1,11 @@
-"""Clusters of near-duplicate prompts, by MinHash (Broder 1997) over character 5-grams, white space left out.
+"""Finds clusters of near-duplicate prompts by MinHash (Broder 1997) over character 5-grams.
 
-    fingerprints   128 hashes a prompt; two agree in as large a share as the prompts' 5-grams do (Jaccard)
-    clusters       prompts that agree enough, directly or through others
+    fingerprints   128 hashes for each prompt; the share of equal hashes of two prompts estimates their
+                   similarity, the Jaccard index of their 5-grams
+    clusters       prompts that are similar enough, directly or through others
 
-Prompts are looked at in an order of their keys, so the clusters do not depend on the order of the log.
+White space is ignored. Prompts are processed in an order of their keys, so the clusters do not depend on the
+order of the log.
 """
 
 from __future__ import annotations
@@ -34,16 +36,18 @@ __all__ = [
 ]
 
 Clusters = dict[bytes, bytes]
-"""Of each prompt that has near duplicates, the key that stands for its cluster."""
+"""Maps the key of each prompt that has near duplicates to the key that represents its cluster; the
+representing prompts themselves are not included."""
 
 HASHES = 128
-"""Hashes a fingerprint; the similarity is estimated to ±0.04 (one standard deviation, at 0.8)."""
+"""Hashes in a fingerprint; the similarity is estimated to ±0.04 (one standard deviation, at 0.8)."""
 BANDS, ROWS = 32, 4
-"""Prompts that agree in all rows of a band are compared; at similarity 0.8 all but one in 10⁷ pairs are."""
+"""Prompts whose hashes are equal in all rows of a band are compared; at similarity 0.8 all but one in 10⁷
+pairs are."""
 GRAM = 5
-"""Characters."""
+"""Characters in a gram."""
 READ = 20_000
-"""Characters of a prompt that are read."""
+"""Characters of a prompt that are considered."""
 SEED = 1
 _BATCH = 2000
 _HEAD = Struct("<16sI")
@@ -51,7 +55,7 @@ _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 def required() -> None:
-    """Raise MissingExtra where what is needed is not installed."""
+    """Raise MissingExtra if a package that is needed is not installed."""
     try:
         import numpy  # noqa: F401
         import rensa  # noqa: F401
@@ -62,14 +66,14 @@ def required() -> None:
 
 
 def algorithm() -> str:
-    """Return which hashes these are; others give other clusters."""
+    """Return the name and version of the hash algorithm, on which the clusters depend."""
     import rensa
 
     return f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}, {GRAM}-grams, white space left out"
 
 
 class PromptFile:
-    """The distinct prompts of one stretch on disk: key and normalised text."""
+    """Writes the distinct prompts of one stretch to disk: key and normalised text."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +81,7 @@ class PromptFile:
         self._seen: set[bytes] = set()
 
     def add(self, key: bytes, text: str) -> None:
-        """Add a prompt; one that is there already is not added again."""
+        """Add a prompt, unless it was added before."""
         if key not in self._seen:
             self._seen.add(key)
             data = read_text(text)
@@ -90,7 +94,7 @@ class PromptFile:
 
 
 def read_text(text: str) -> bytes:
-    """Return what is read of a prompt: what its key is made of, since prompts of one key are read once."""
+    """Return the text of a prompt to fingerprint: like its key, it ignores white space."""
     return "".join(text.split())[:READ].encode("utf-8", "replace")
 
 
@@ -119,8 +123,8 @@ def hashed(texts: Sequence[str]) -> Array:
     import numpy
     from rensa import RMinHash
 
-    # A text shorter than a gram is padded to one. A longer one is not: its last character would stand in
-    # many more grams than any other, and a question without its mark would be far from itself.
+    # A text shorter than a gram is padded to one. Longer texts are not padded: their last character would be
+    # in more grams than others, and a question would differ much from itself without its question mark.
     padded = [text.ljust(GRAM) for text in texts]
     codes = numpy.frombuffer("".join(padded).encode("utf-32-le", "replace"), numpy.uint32).astype(
         numpy.uint64
@@ -140,20 +144,20 @@ def hashed(texts: Sequence[str]) -> Array:
 
 
 def clusters(found: Iterable[tuple[bytes, Array]], similarity: float) -> Clusters:
-    """Return the clusters of prompts, those that stand for their cluster left out.
+    """Return the clusters of prompts; see `Clusters`.
 
     Args:
-        found: keys and fingerprints, as `fingerprints` gives them.
-        similarity: share of hashes in which two prompts must agree.
+        found: keys and fingerprints, as `fingerprints` returns them.
+        similarity: minimum share of equal hashes of two near duplicates.
     """
     import numpy
 
     parts = list(found)
     halves = numpy.frombuffer(b"".join(keys for keys, _ in parts), ">u8").reshape(-1, 2)
     prints = numpy.concatenate([prints for _, prints in parts]) if parts else numpy.empty((0, HASHES))
-    parts.clear()  # The fingerprints are most of what the build holds.
-    # By their last eight bytes, since the first of a cluster stands for it, and the first eight say the side:
-    # the least of many keys would be on the side of the low ones, `test`, nearly always.
+    parts.clear()  # To free memory: the fingerprints are most of what the build uses.
+    # Sort by the last eight bytes of the key. The first prompt in this order represents its cluster, and the
+    # first eight bytes decide the split: the smallest of many keys would nearly always be in `test`.
     order = numpy.lexsort((halves[:, 0], halves[:, 1]))
     halves = halves[order]
     first = numpy.ones(len(halves), bool)
@@ -171,7 +175,7 @@ def clusters(found: Iterable[tuple[bytes, Array]], similarity: float) -> Cluster
 
 
 def _candidates(band: Array) -> Iterator[tuple[Array, Array]]:
-    """Yield pairs of prompts that agree in a band: each with the first of them, and with the one before."""
+    """Yield pairs of prompts that are equal in a band: each with the first of these and with the previous."""
     import numpy
 
     mixed = numpy.zeros(len(band), numpy.uint64)
@@ -197,5 +201,5 @@ def _root(parent: list[int], index: int) -> int:
 
 def _join(parent: list[int], one: int, other: int) -> None:
     one, other = _root(parent, one), _root(parent, other)
-    # The least index, the first in the order of the keys, stands for all.
+    # The smallest index, the first in the order of the keys, represents the cluster.
     parent[max(one, other)] = min(one, other)

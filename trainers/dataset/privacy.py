@@ -1,7 +1,7 @@
-"""Personal data and secrets in text, by their form: what should not be learnt by heart.
+"""Detects personal data and secrets in text by their format, so that models do not memorise them.
 
-Forms with a check sum are checked, reserved addresses (example.com) pass. A form says nothing of a name or a
-street: redaction before the log (`redact_texts`) is where those belong.
+Formats with a checksum are verified, and reserved addresses (example.com) are ignored. Names and streets have
+no such format: they must be redacted before they are logged (`redact_texts`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _SECRETS = re.compile(
 )
 _SECRET_SIGNS = (
     *(b"sk-", b"k_live_", b"AKIA", b"ASIA", b"github_pat_", b"glpat-", b"hf_", b"xox", b"AIza", b".eyJ"),
-    *(b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"),  # "gh" alone stands in most English texts
+    *(b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"),  # "gh" alone occurs in most English texts
     b"PRIVATE KEY",
 )
 
-# Numbers, each by its own form, since other digits follow one ("12/25", "24/7") as often as a word does. None
-# begins or ends within a longer run of digits, a decimal number, a version or a serial number.
-_TOGETHER = re.compile(rb"\d(?:[ ().-]{0,2}\d){7}")  # stands in each of the first four; most texts have none
+# Numbers, each by its own format, as other digits follow a number ("12/25", "24/7") as often as a word does.
+# No match begins or ends within a longer run of digits, a decimal number, a version or a serial number.
+_TOGETHER = re.compile(rb"\d(?:[ ().-]{0,2}\d){7}")  # is in all of these but IBANs; most texts have no match
 _BEFORE, _AFTER = rb"(?<![\w.+-])", rb"(?![\w-]|\.\d)"
 _CARDS = [
     re.compile(_BEFORE + digits + _AFTER)
@@ -45,7 +45,7 @@ _INTERNATIONAL = re.compile(_BEFORE + rb"\+\d(?:[ ().-]{0,2}\d){7,14}" + _AFTER)
 _AMERICAN = re.compile(
     _BEFORE + rb"(?:1[ .-])?(?!\d{3} \d{3} )(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}" + _AFTER
 )
-# With blanks alone it looks like numbers in a row: those of a phone are three, and two begin with 2 or more.
+# With blanks only, it may be a list of numbers: a phone number has three, the first two from 200 up.
 _SPACED = re.compile(
     rb"(?<!\d )" + _BEFORE + rb"(?:1[ .-])?[2-9]\d\d [2-9]\d\d \d{4}(?! \d++(?![\w/:]))" + _AFTER
 )
@@ -55,14 +55,14 @@ _ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{4}|.)")
 
 
 def personal(text: bytes, start: int = 0) -> str | None:
-    """Return which form of personal data or secret stands in UTF-8 text or JSON, from `start` on; None: none.
+    """Return the kind of personal data or secret in UTF-8 text or JSON, from `start` on; None if none.
 
     >>> personal(b"write to jo@corp.de"), personal(b"write to jo@example.com"), personal(b"in 1989-2024")
     ('email address', None, None)
     """
     text = text[start:]
     if b"\\" in text:
-        # What a line begins with would seem to begin with the letter of JSON's \n.
+        # Otherwise the n of JSON's \n would seem to be the first letter of the next line.
         text = _ESCAPE.sub(b"\n", text)
     if b"@" in text and any(not _RESERVED.search(found[0]) for found in _EMAIL.finditer(text)):
         return "email address"
@@ -89,7 +89,7 @@ def _is_card(number: bytes) -> bool:
 
 
 def _is_iban(text: bytes) -> bool:
-    """Return whether the text, or it without words at its end, passes the check of ISO 7064, mod 97."""
+    """Return whether the text, or a part of it without its last words, passes ISO 7064's check, mod 97."""
     compact = text.replace(b" ", b"").decode()
     return (
         15 <= len(compact) <= 34

@@ -1,11 +1,11 @@
-"""Reading a log for training: of each Trajectory only what rows are made of, at the speed of the parser.
+"""Reads a log fast for training: parses only those fields of each Trajectory that rows need.
 
-    Logged       what rows need of a Trajectory; other fields are skipped, not parsed
-    Head         of that what says whether there can be rows at all
-    Mixed        the Head of one whose messages rows cannot hold
+    Logged       the fields of a Trajectory that rows need; other fields are skipped, not parsed
+    Head         the fields of Logged that are not texts, which suffice to tell whether rows are possible
+    Mixed        the Head of a Trajectory with messages that rows cannot represent, such as images
     Stretch      a part of a log or of a JSONL file, which one worker reads
 
-Messages come as the rows hold them (`Turn`), since nearly every message needs no change for that.
+Messages are parsed directly as `Turn`, the form that they have in rows, since nearly all need no conversion.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ __all__ = [
 _JSONL = (".jsonl", ".ndjson")
 _BUFFER = 1 << 18
 _RECORD = 4 << 10
-"""About the bytes of a record."""
+"""Approximate bytes of a record."""
 _TRAJECTORY = b'{"record":"trajectory",'
 _BEFORE_TEXTS = 512
-"""Bytes in which the outcome stands, unless a name is very long."""
+"""First bytes of a record in which its outcome is, unless a name is very long."""
 
 
 # --- what is read of a record -------------------------------------------------------------------------
 
 
 class _Part(msgspec.Struct, frozen=True, gc=False):
-    """Settings of the partial records. Fields are named and mean the same as in cai_graph.trajectory."""
+    """Base class of the partial records, whose fields have the names and meanings of cai_graph.trajectory."""
 
 
 class LoggedVerdict(_Part, frozen=True):
@@ -82,7 +82,7 @@ class LoggedVerdict(_Part, frozen=True):
 
     @property
     def about(self) -> str | None:
-        """The principle's id, or else the aim; None: it is about the answer as a whole."""
+        """The principle's id, or else the aim; None if the verdict is on the whole answer."""
         return self.principle or self.aim or None
 
 
@@ -125,7 +125,7 @@ class LoggedConstitution(_Part, frozen=True):
 
 
 class Head(_Part, frozen=True):
-    """What a Trajectory was, and what it came to, without its texts."""
+    """A Trajectory's id, mode, constitution, outcome and metadata, without its texts."""
 
     id: str
     mode: str
@@ -135,7 +135,7 @@ class Head(_Part, frozen=True):
 
 
 class Logged(Head, frozen=True):
-    """A Trajectory, as far as rows are made of it."""
+    """The parts of a Trajectory from which rows are made."""
 
     messages: tuple[Turn, ...] = ()
     draft: LoggedDraft | None = None
@@ -145,7 +145,7 @@ class Logged(Head, frozen=True):
 
 
 class Mixed(Head, frozen=True):
-    """What a Trajectory was of which a message holds something other than text."""
+    """The Head of a Trajectory in which a message has parts other than text."""
 
 
 _decoder = msgspec.json.Decoder(Logged)
@@ -154,26 +154,26 @@ _MARKS = {outcome: b',"outcome":"%b",' % outcome.value.encode() for outcome in O
 
 
 def read_logged(payload: bytes, head_enough: Outcome | None = None) -> Logged | Head | Dropped | None:
-    """Return what rows need of an encoded Trajectory; None for a record of another kind.
+    """Return the parts of an encoded Trajectory that rows need; None for a record of another kind.
 
-    Mixed where a message holds something other than text; Dropped as `unreadable_record` where the payload
-    is no record that this release reads.
+    Returns Mixed if a message has parts other than text, and Dropped as `unreadable_record` if the payload is
+    not a record that this release can read.
 
     Args:
-        payload: the record.
-        head_enough: the outcome of which the Head of a Trajectory is enough, at half the cost; one that is
-            hard to read comes whole all the same.
+        payload: the encoded record.
+        head_enough: the outcome for which the Head is enough, which costs half as much to parse. A Trajectory
+            that needs the slow parser is returned as Logged or Mixed even so.
     """
     if payload.startswith(_TRAJECTORY) and payload.endswith(CURRENT_END):
         try:
-            # What is found may also be an argument of a tool call, in a message that follows closely.
+            # The match may also be in a tool call's arguments, in a message near the beginning: check it.
             if head_enough is not None and payload.find(_MARKS[head_enough], 0, _BEFORE_TEXTS) > 0:
                 head = _heads.decode(payload)
                 if head.outcome == head_enough:
                     return head
             return _decoder.decode(payload)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            pass  # Lone surrogates, or a message that rows hold otherwise: tool calls, parts.
+            pass  # Lone surrogates, or a message that needs conversion: tool calls, parts.
     try:
         record = decode(payload)
     except DataError:
@@ -182,7 +182,7 @@ def read_logged(payload: bytes, head_enough: Outcome | None = None) -> Logged | 
 
 
 def logged_of(record: Trajectory) -> Logged | Mixed:
-    """Return what rows need of a Trajectory; Mixed where a message holds something other than text."""
+    """Return the parts of a Trajectory that rows need; Mixed if a message has parts other than text."""
     head: dict[str, Any] = {
         "id": record.id,
         "mode": record.mode,
@@ -238,21 +238,21 @@ def _critique(critique: Critique) -> LoggedCritique:
 
 
 class NotText(Exception):  # noqa: N818 - an image is no error
-    """A message holds something other than text."""
+    """Raised where a message has parts other than text."""
 
 
 _BESIDE_TEXT = frozenset(
     {"tool_use", "tool_call", "invalid_tool_call", "thinking", "reasoning", "redacted_thinking"}
 )
-"""Content parts beside the text: calls stand in `tool_calls` where they can be made, and reasoning is not the
-answer."""
+"""Types of content parts that are skipped: valid calls are also in `tool_calls`, and reasoning is not part of
+the answer."""
 
 
 def turn(message: Message) -> Turn:
-    """Return a message as rows hold it.
+    """Convert a message to the form that it has in rows.
 
     Raises:
-        NotText: it holds an image or another part that is not text.
+        NotText: the message has an image or another part that is not text.
     """
     content = message.content
     if not isinstance(content, str):
@@ -288,16 +288,16 @@ class Stretch(NamedTuple):
     source: str
     """A log by URL, or a JSONL file."""
     start: int
-    """First byte of the file; of a log, the position before the first record."""
+    """For a file, the first byte; for a log, the position before the first record."""
     stop: int
-    """Byte before which the last line begins; of a log, the position of the last record."""
+    """For a file, the byte before which the last line begins; for a log, the position of the last record."""
 
     def size(self) -> int:
-        """Return about how many bytes it has."""
+        """Return the approximate size in bytes."""
         return (self.stop - self.start) * (1 if is_file(self.source) else _RECORD)
 
     def payloads(self) -> Iterator[bytes]:
-        """Yield the encoded records one by one, broken lines of a file included.
+        """Yield the encoded records one by one, including broken lines of a file.
 
         Raises:
             DataError: the file cannot be read.
@@ -306,15 +306,16 @@ class Stretch(NamedTuple):
         return self._lines() if is_file(self.source) else self._records()
 
     def seems_judged(self) -> bool:
-        """Return whether Comparisons, Reviews or Feedback are known to be there. Of a file only the end is
-        looked at, where they mostly are.
+        """Return whether the stretch is known to have Comparisons, Reviews or Feedback.
+
+        In a file only the end is inspected, where most of them are; for a log, all of it.
         """
         if not is_file(self.source):
             with open_log(self.source, read_only=True) as log:
                 return log.has_appended()
         with _opened(self.source) as file:
             file.seek(max(self.start, self.stop - _BUFFER))
-            file.readline()  # Where it begins is inside a line.
+            file.readline()  # The position may be inside a line: skip its rest.
             return any(not line.startswith(_TRAJECTORY) for line in file)
 
     def _records(self) -> Iterator[bytes]:
@@ -329,7 +330,7 @@ class Stretch(NamedTuple):
 
     def _lines(self) -> Iterator[bytes]:
         with _opened(self.source) as file:
-            # A line belongs to the stretch in which it begins.
+            # A line belongs to the stretch that contains its first byte.
             if self.start:
                 file.seek(self.start - 1)
                 file.readline()
@@ -349,10 +350,10 @@ def is_file(source: str) -> bool:
 
 
 def located(source: str) -> str:
-    """Return a source by a name that says the same in every working directory; a password is left out.
+    """Return the name of a source, independent of the working directory and without a password.
 
     Raises:
-        ConfigError: it is neither a file nor a log.
+        ConfigError: the source is neither a JSONL file nor the URL of a log.
     """
     if is_file(source):
         return os.path.abspath(source)
@@ -361,7 +362,7 @@ def located(source: str) -> str:
 
 
 def stretches(source: str, count: int) -> list[Stretch]:
-    """Return a source in at most `count` parts of about the same size.
+    """Split a source into at most `count` stretches of about the same size.
 
     Raises:
         DataError: the file cannot be read.
@@ -388,7 +389,7 @@ def _opened(source: str) -> BinaryIO:
 
 
 def appended(stretch: Stretch) -> Iterator[tuple[str, bytes]]:
-    """Yield the encoded Comparisons, Reviews and Feedback of a stretch, each after the id it is about.
+    """Yield the encoded Comparisons, Reviews and Feedback of a stretch, as (Trajectory id, record).
 
     Raises:
         DataError: the file cannot be read.
@@ -398,14 +399,14 @@ def appended(stretch: Stretch) -> Iterator[tuple[str, bytes]]:
     for payload in payloads:
         if payload.startswith(_TRAJECTORY):
             continue
-        with contextlib.suppress(DataError):  # The reading of trajectories accounts for it.
+        with contextlib.suppress(DataError):  # Unreadable records are counted when trajectories are read.
             record = decode(payload)
             if not isinstance(record, Trajectory):
                 yield record.trajectory_id, payload
 
 
 def about(source: str, trajectory_id: str) -> list[Record]:
-    """Return a Trajectory and what was said of it; nothing where the source does not hold it.
+    """Return a Trajectory and the records about it; an empty list if the source does not contain it.
 
     Raises:
         DataError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""The recipe: what a dataset depends on besides the log. It stands in the manifest."""
+"""`Recipe`: the settings of a dataset, all that it depends on besides the log; stored in its manifest."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from trainers.rows import KINDS, Kind
 __all__ = ["PersonalData", "Recipe"]
 
 PersonalData = Literal["drop", "keep"]
-"""What becomes of rows that hold what looks like personal data or a secret."""
+"""How to treat rows with text that looks like personal data or a secret."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a dataset depends on besides the log; the same recipe and log give the same rows."""
+    """The settings of a dataset; the same recipe and log give the same rows."""
 
     kind: Kind
     """The kind of data."""
     test_share: float = 0.05
     """Share of the prompts that go to `test`, in [0, 1)."""
     near_duplicates: float | None = 0.8
-    """Prompts of at least this similarity (Jaccard of their character 5-grams, in (0, 1]) stay on one side;
-    None: near duplicates are not looked for."""
+    """Prompts of at least this similarity (Jaccard of their character 5-grams, in (0, 1]) are put in the same
+    split; None: near duplicates are not searched for."""
     per_cluster: int | None = None
-    """Most rows of one cluster of near-duplicate prompts; None: no cap."""
+    """Maximum rows of one cluster of near-duplicate prompts; None: no cap."""
     per_user: int | None = None
-    """Most rows of one user (`metadata["user"]`); None: no cap."""
+    """Maximum rows of one user (`metadata["user"]`); None: no cap."""
     per_tenant: int | None = None
-    """Most rows of one tenant (`metadata["tenant"]`); None: no cap."""
+    """Maximum rows of one tenant (`metadata["tenant"]`); None: no cap."""
     kept_per_revised: float | None = None
-    """Kept drafts for each other row, at most; None: all. Only for `sft`."""
+    """Maximum kept drafts for each other row; None: all. Only for `sft`."""
     held_out: tuple[str, ...] = ()
-    """Evaluation sets, by path: prompts that stand in them are left out."""
+    """Paths of evaluation sets, whose prompts are excluded."""
     personal_data: PersonalData = "drop"
-    """What becomes of rows that hold what looks like personal data or a secret."""
+    """How to treat rows with text that looks like personal data or a secret."""
     tokenizer: str | None = None
     """Folder of a Hugging Face tokenizer with a chat template; None: rows of any length."""
     max_tokens: int | None = None
-    """Longest row, in tokens of the tokenizer: prompt and longest answer."""
+    """Maximum length of a row in tokens: its prompt and its longest answer."""
     constitutions: tuple[str, ...] = ()
-    """Constitutions beside the built-in ones whose wording `critique-sft` may need: files."""
+    """Files of constitutions, beside the built-in ones, whose wording `critique-sft` may need."""
     without_users: tuple[str, ...] = ()
     """Users whose rows are removed, after every other decision."""
     without_tenants: tuple[str, ...] = ()
@@ -51,14 +51,16 @@ class Recipe:
 
     @property
     def leaving(self) -> frozenset[tuple[str, str]]:
-        """Whose rows are removed: `user` or `tenant`, and the id."""
+        """The users and tenants whose rows are removed, as (`user` or `tenant`, id)."""
         return frozenset(
             [("user", id) for id in self.without_users] + [("tenant", id) for id in self.without_tenants]
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the recipe as the manifest holds it: of those whose rows are removed only how many they are,
-        since a dataset is handed on, and they asked to be left out of it.
+        """Return the recipe as stored in the manifest.
+
+        It has only the number of the users and tenants whose rows are removed, not their ids: datasets are
+        passed on, and these asked to be left out.
         """
         without = {name: len(getattr(self, name)) for name in ("without_users", "without_tenants")}
         return asdict(self) | without

@@ -1,4 +1,4 @@
-"""What people said: of each reviewer the last decision that stands, of each end user the last score."""
+"""Evaluates people's records: each reviewer's last decision that was not undone, each user's last score."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SIDES: Mapping[str, Side] = {
     "edit": "edit",
     "tie": "tie",
 }
-"""Which answer a decision is for; one that rejects or flags is for none."""
+"""The answer that a decision prefers; `reject` and `flag` prefer none."""
 
 
 def standing(reviews: Iterable[Review]) -> list[Review]:
-    """Return the last decision of each reviewer, the latest at the end; `undo` takes one back."""
+    """Return the last decision of each reviewer, in order of time; `undo` revokes the previous one."""
     by_reviewer: dict[str, list[Review]] = {}
     for review in sorted(reviews, key=_when):
         decisions = by_reviewer.setdefault(review.reviewer, [])
@@ -35,17 +35,17 @@ def standing(reviews: Iterable[Review]) -> list[Review]:
 
 
 def scores(feedback: Iterable[Feedback]) -> list[float]:
-    """Return the last score of each end user, by its time; one without a name is a user of its own."""
+    """Return the last score, by time, of each end user; feedback without a user counts as a separate user."""
     last = {one.user if one.user is not None else (one.id,): one for one in sorted(feedback, key=_when)}
     return [one.score for one in last.values()]
 
 
 def _when(record: Review | Feedback) -> tuple[datetime, str]:
-    # Not the place in the log: a person may have spoken in two of them.
+    # By time, not by place in the log: a person's records may be in two logs.
     return record.at if record.at.tzinfo else record.at.replace(tzinfo=UTC), record.id
 
 
 def agreed_side(reviews: Iterable[Review]) -> Side | None:
-    """Return the side that all reviewers are on; None where there is none, or they are on several."""
+    """Return the side on which all reviewers agree; None if they disagree, or there is no decision."""
     sides = {SIDES.get(review.decision) for review in standing(reviews)}
     return sides.pop() if len(sides) == 1 else None

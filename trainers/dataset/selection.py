@@ -1,4 +1,4 @@
-"""Which candidates stay: one of each content, within the caps, on the side of their prompt."""
+"""Selects the rows of a dataset from the candidates: one per content, within the caps, in their split."""
 
 from __future__ import annotations
 
@@ -38,42 +38,43 @@ SPLITS: tuple[Split, ...] = ("train", "test")
 
 @dataclass
 class Decisions:
-    """What is decided over all candidates before any is written."""
+    """Decisions that depend on all candidates, made before any row is written."""
 
     recipe: Recipe
-    """What to make."""
+    """The settings of the dataset."""
     format: Format
-    """Whose loader is to read it."""
+    """The format of the rows, by the loader that reads it."""
     clusters: Clusters = field(default_factory=dict)
-    """Near duplicates among the prompts."""
+    """Clusters of near-duplicate prompts."""
     limits: list[Limit] = field(default_factory=list)
-    """Caps and mixes, settled, in the order in which they hold."""
+    """Settled caps and mixes, in the order in which they apply."""
 
 
 class Lost(NamedTuple):
-    """A row that was dropped, one of several of its trajectory."""
+    """A dropped row of a trajectory that made several rows."""
 
     trajectory: int
     """The trajectory's number."""
     siblings: int
-    """Candidates that it made."""
+    """Number of candidates that the trajectory made."""
     reason: Reason
-    """Why this one goes."""
+    """Why this row was dropped."""
 
 
 class Selected(NamedTuple):
-    """What selecting from some candidates came to."""
+    """The result of a selection from some candidates."""
 
     ledger: Ledger
-    """The rows' accounts, and those of trajectories that made one candidate only."""
+    """The account of the rows, and of trajectories that made only one candidate."""
     lost: list[Lost]
-    """Rows of trajectories that made several."""
+    """Dropped rows of trajectories that made several."""
     lines: dict[Split, bytes]
-    """The rows of each split that has any, as lines of JSON, one block: a process hands it on at once."""
+    """The rows of each non-empty split as lines of JSON, in one block, which is fast to pass between
+    processes."""
 
 
 def limits_of(recipe: Recipe, clusters: Clusters) -> Iterator[Limit]:
-    """Yield a recipe's limits in the order in which they hold, each over what the ones before let pass."""
+    """Yield a recipe's limits in order; each applies to the rows that the previous ones do not drop."""
     if recipe.per_user is not None:
         yield Limit(Reason.USER_CAP, attrgetter("user"), recipe.per_user)
     if recipe.per_tenant is not None:
@@ -89,7 +90,7 @@ def _cluster(clusters: Clusters, candidate: Candidate) -> bytes:
 
 
 def settle(decisions: Decisions, spooled: Sequence[Spooled]) -> None:
-    """Decide the limits over all candidates."""
+    """Add the recipe's limits to `decisions`, each settled over all candidates."""
     for limit in limits_of(decisions.recipe, decisions.clusters):
         for portion in portions(spooled):
             for candidate, _, reason in decided(load(portion, bodies=False), decisions.limits):
@@ -100,7 +101,7 @@ def settle(decisions: Decisions, spooled: Sequence[Spooled]) -> None:
 
 
 def select(decisions: Decisions, spooling: Iterable[Spooling]) -> Selected:
-    """Return the rows that stay of all candidates of some ids, and the account of those that go."""
+    """Select the rows to write from all candidates of a range of ids, and account for the others."""
     recipe, clusters = decisions.recipe, decisions.clusters
     ledger = Ledger()
     lost: list[Lost] = []
@@ -132,17 +133,17 @@ def select(decisions: Decisions, spooling: Iterable[Spooling]) -> Selected:
 
 
 def select_portion(decisions: Decisions, portion: Portion) -> Selected:
-    """Return what `select` makes of one portion."""
+    """Return the result of `select` for one portion."""
     return select(decisions, load(portion))
 
 
 def select_in_processes(
     decisions: Decisions, parts: Iterable[Portion], mapped: Mapped, work: Path
 ) -> Iterator[Selected]:
-    """Yield what `select` makes of each portion, in processes of this machine.
+    """Yield the result of `select` for each portion, computed in processes of this machine.
 
-    Each of them reads the decisions once. Rows come back in files in `work`: on the one pipe that all
-    processes share they would take longer than to select.
+    Each process reads the decisions once. Rows are returned in files in `work`, since on the one pipe that
+    all processes share they would take longer than the selection.
     """
     shared = work / "decisions"
     shared.write_bytes(pickle.dumps(decisions))
@@ -153,7 +154,7 @@ def select_in_processes(
 def _select_into(
     work: Path, shared: Path, portion: Portion, number: int
 ) -> tuple[Selected, dict[Split, Path]]:
-    """Return what selecting came to without the lines, and the file of those of each split."""
+    """Return the result of `select` without the lines, and for each split the file with its lines."""
     selected = select_portion(_decisions(shared), portion)
     paths: dict[Split, Path] = {split: work / f"{number}.{split}" for split in selected.lines}
     for split, path in paths.items():
@@ -174,7 +175,7 @@ def _decisions(path: Path) -> Decisions:
 
 
 def completed(ledger: Ledger, lost: Iterable[Lost]) -> Ledger:
-    """Return the ledger with the trajectories that made several rows: dropped where each row is."""
+    """Add trajectories that made several rows to the ledger; one is dropped if all its rows are."""
     families: dict[int, list[Lost]] = {}
     for row in lost:
         families.setdefault(row.trajectory, []).append(row)

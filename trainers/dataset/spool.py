@@ -1,9 +1,9 @@
-"""Candidate rows on disk, apart by the first bits of their id, and the decision which of them stay.
+"""Stores candidate rows on disk in spools, by the first bits of their id, and decides which to keep.
 
-Rows of the same content have the same id, so they meet in one spool and one of them stays: that of the best
-evidence, then of the least `order`. Rows that say the opposite of each other meet there as well: those of the
-best evidence stay, and none where that is on both sides. A spool is read again in portions of some megabytes,
-up to 8 GB of rows in all, and no decision depends on the order of reading.
+Rows with the same content have the same id, so they are in one spool, and one of them is kept: the one with
+the best evidence, then with the lowest `order`. Contradictory rows are in the same spool, too: those with the
+best evidence are kept, or none if both sides have it. A spool is read in portions of some megabytes, for up
+to 8 GB of rows in all, and no decision depends on the order of reading.
 """
 
 from __future__ import annotations
@@ -40,57 +40,57 @@ __all__ = [
 ]
 
 SPOOLS = 64
-"""How many parts; the spool of a row is the first six bits of its digest."""
+"""Number of spools; a row's spool is given by the first six bits of its digest."""
 _SHIFT = 2
 _BUFFER = 64 << 10
 _PORTION_BYTES = 8 << 20
 _MOST_PORTIONS = 16
-"""Of one spool: each one reads all its headers."""
+"""Maximum portions of one spool; limited, since each portion reads all headers of the spool."""
 
 KEPT_DRAFT, REMOVED = 1, 2
-"""Flags of a candidate: its answer is a kept draft; it is of a person or tenant to remove."""
+"""Flags of a candidate: its answer is a kept draft; it belongs to a user or tenant to remove."""
 NOBODY = b"\0" * 8
-"""Stands for no user and no tenant."""
+"""The value of `user` or `tenant` for a candidate without one."""
 
 _HEADER = Struct("<16sBQ16s8s8sQHBI")
 
 
 pack = _HEADER.pack
-"""Returns the header of a candidate: its fields, packed."""
+"""Packs the fields of a candidate, and returns its header."""
 
 
 class Candidate(NamedTuple):
-    """What is known of a row when it is decided whether it stays. Candidates sort in order of precedence."""
+    """The data of a row on which its selection depends. Candidates sort in order of precedence."""
 
     digest: bytes
     """The row's id."""
     rank: int
-    """Rank of its source; of rows of the same content the least stays."""
+    """Rank of its source; of rows with the same content, the one with the lowest rank is kept."""
     order: int
-    """Of those of the same rank the least stays; a hash of the trajectory's id."""
+    """A hash of the trajectory's id; of rows with the same rank, the one with the lowest is kept."""
     prompt: bytes
     """Key of its prompt."""
     user: bytes
-    """Stands for the user."""
+    """A hash of the user."""
     tenant: bytes
-    """Stands for the tenant."""
+    """A hash of the tenant."""
     trajectory: int
     """Number of its trajectory among those read; unique within a build."""
     siblings: int
-    """Rows that its trajectory made."""
+    """Number of rows that its trajectory made."""
     flags: int
-    """KEPT_DRAFT, REMOVED."""
+    """A combination of KEPT_DRAFT and REMOVED."""
     length: int
     """Bytes of its JSON."""
 
 
 def candidate_of(head: bytes) -> Candidate:
-    """Return what is known of a row, unpacked."""
+    """Return the candidate with a packed header."""
     return Candidate._make(_HEADER.unpack(head))
 
 
 class Block(NamedTuple):
-    """Candidates of one spool that were written at once: their headers, then their bodies."""
+    """Candidates of one spool that were written together: their headers, then their bodies."""
 
     at: int
     """First byte in the file."""
@@ -133,7 +133,7 @@ class Spools:
                 self._flush(number)
 
     def finish(self) -> Spooled:
-        """Write what is pending, and return where everything is."""
+        """Write pending candidates, and return where all are stored."""
         for number, size in enumerate(self._sizes):
             if size:
                 self._flush(number)
@@ -157,22 +157,22 @@ class Spools:
 
 
 class Portion(NamedTuple):
-    """Candidates that are decided on at once: of one spool, those in one of several equal ranges of ids."""
+    """Candidates that are decided together: those of one spool in one of several equal ranges of ids."""
 
     blocks: list[tuple[Path, list[Block]]]
-    """Where the spool is: in each file, its blocks."""
+    """The spool's blocks in each file."""
     part: int
-    """Which range, …"""
+    """Number of the range, from 0."""
     parts: int
-    """… of how many."""
+    """Number of ranges in the spool."""
 
     def holds(self, digest: bytes) -> bool:
-        """Return whether a candidate of the spool belongs here."""
+        """Return whether a candidate of the spool is in this portion."""
         return (int.from_bytes(digest[:4]) & _BEHIND_SPOOL) * self.parts >> 26 == self.part
 
 
 _BEHIND_SPOOL = (1 << 26) - 1
-"""Of the first 32 bits of a digest, those behind the number of its spool."""
+"""Mask for the bits after the spool's number in the first 32 bits of a digest."""
 
 
 def portions(spooled: Sequence[Spooled]) -> Iterator[Portion]:
@@ -186,7 +186,7 @@ def portions(spooled: Sequence[Spooled]) -> Iterator[Portion]:
 
 
 Spooling = tuple[Candidate, bytes]
-"""A candidate and its row, as `encode_row` gives it; empty where only the candidates were wanted."""
+"""A candidate and its row, as `encode_row` returns it; empty if only candidates were loaded."""
 
 
 def load(portion: Portion, *, bodies: bool = True) -> list[Spooling]:
@@ -210,13 +210,13 @@ def load(portion: Portion, *, bodies: bool = True) -> list[Spooling]:
     return found
 
 
-# --- which stay ---------------------------------------------------------------------------------------
+# --- selection ----------------------------------------------------------------------------------------
 
 
 class Limit:
-    """At most `cap` rows of a group: those of the least `order`.
+    """Keeps at most `cap` rows of each group: those with the lowest `order`.
 
-    It first sees every candidate that would stay without it; once settled, it says which go.
+    First call `see` for every candidate that would be kept without this limit, then `settle`, then `forbids`.
     """
 
     def __init__(self, reason: Reason, group: Callable[[Candidate], bytes], cap: int) -> None:
@@ -235,18 +235,18 @@ class Limit:
         if places is None:
             places = self._places[group] = array("Q")
         places.append(candidate.order)
-        if len(places) > 2 * self.cap + 64:  # What is beyond the cap now stays beyond it.
+        if len(places) > 2 * self.cap + 64:  # Candidates beyond the cap now will remain beyond it.
             self._places[group] = array("Q", sorted(places)[: self.cap + 1])
 
     def settle(self) -> None:
-        """Decide, all candidates seen."""
+        """Decide which candidates to drop, after all were seen."""
         for group, places in self._places.items():
             if len(places) > self.cap:
                 self._last[group] = sorted(places)[self.cap - 1] if self.cap else -1
         self._places.clear()
 
     def forbids(self, candidate: Candidate) -> bool:
-        """Return whether the candidate goes."""
+        """Return whether the limit drops the candidate."""
         last = self._last.get(self.group(candidate))
         return last is not None and candidate.order > last
 
@@ -256,7 +256,7 @@ def _is_kept(candidate: Candidate) -> bytes:
 
 
 class Mix(Limit):
-    """At most `ratio` kept drafts for each other row."""
+    """Keeps at most `ratio` kept drafts for each other row."""
 
     def __init__(self, ratio: float) -> None:
         super().__init__(Reason.MIX, _is_kept, sys.maxsize)
@@ -269,8 +269,8 @@ class Mix(Limit):
         super().see(candidate)
 
     def settle(self) -> None:
-        """Decide, all candidates seen."""
-        # 0.29 of 100 are 29: as it is written, and not as the float next to it.
+        """Decide which candidates to drop, after all were seen."""
+        # 0.29 of 100 must be 29: compute with the decimal number, not with the nearest float.
         self.cap = int(Fraction(str(self.ratio)) * self.others)
         super().settle()
 
@@ -278,7 +278,7 @@ class Mix(Limit):
 def decided(
     spooling: Iterable[Spooling], limits: Sequence[Limit]
 ) -> Iterator[tuple[Candidate, bytes, Reason | None]]:
-    """Yield the candidates of one portion in the order of their ids, each with why it goes, if it does."""
+    """Yield the candidates of one portion in order of their ids, each with the reason if it is dropped."""
     for _, rivals in groupby(sorted(spooling), _question):
         for candidate, body, reason in _weighed(list(rivals)):
             if reason is None:
@@ -293,12 +293,12 @@ def decided(
 
 
 def _question(spooling: Spooling) -> bytes:
-    """Return what rows have in common that say the same, or the opposite."""
+    """Return the part of the digest that is equal for rows that agree or contradict each other."""
     return spooling[0].digest[:8]
 
 
 def _weighed(rivals: list[Spooling]) -> list[tuple[Candidate, bytes, Reason | None]]:
-    """Return the rows of one question in the order of their ids, each with why it goes for another, if so."""
+    """Return the rows of one question in order of their ids, each with the reason if another row drops it."""
     if len(rivals) == 1:
         return [(*rivals[0], None)]
     best = min(candidate.rank for candidate, _ in rivals)
