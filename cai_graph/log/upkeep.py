@@ -177,7 +177,7 @@ def _verify(store: Store) -> Verification:
                 links[name] = (sequence, {chain})
             elif sequence == seen + 1:
                 links[name] = (sequence, {chain} | expected)
-        except Exception as error:  # A damaged row may hold anything, of any type.
+        except Exception as error:  # A damaged row may contain anything, of any type.
             what = f"cannot be read: {error!r}"
         if what:
             id = columns[0]

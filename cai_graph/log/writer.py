@@ -79,7 +79,7 @@ class Writer:
     ) -> Commit:
         """Queue a record, and return a future that resolves once it is committed.
 
-        Blocks while too much is pending. It cannot be cancelled: an appended record is always written.
+        Blocks while too much is pending. The future cannot be cancelled: the record is always written.
 
         Args:
             record: the record.

@@ -53,7 +53,7 @@ _GRAVEST = 5
 """The highest severity of a Verdict."""
 
 
-class Drop(Exception):  # noqa: N818 - says that there is no row, which is no error
+class Drop(Exception):  # noqa: N818 - signals that there is no row, which is not an error
     """Raised where a trajectory gives no row; has the reason."""
 
     def __init__(self, reason: Reason) -> None:

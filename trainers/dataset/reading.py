@@ -237,7 +237,7 @@ def _critique(critique: Critique) -> LoggedCritique:
     )
 
 
-class NotText(Exception):  # noqa: N818 - an image is no error
+class NotText(Exception):  # noqa: N818 - an image is not an error
     """Raised where a message has parts other than text."""
 
 
