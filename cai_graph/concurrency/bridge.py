@@ -92,8 +92,7 @@ class Caller:
         self._interrupted: Callable[[], object] = lambda: None
         """Fails the `call` whose function was interrupted last; does nothing if none was."""
         self.gone = False
-        """Whether the thread no longer waits: a stream was abandoned unclosed, or the wait was
-        interrupted."""
+        """Whether the thread no longer waits: a stream was abandoned unclosed, or a wait interrupted."""
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` in the caller's thread, and return what it returns or raise what it raises.

@@ -186,8 +186,7 @@ class Writer:
             if self._thread is not None:
                 return
             end = self._flush_at_exit()
-            # A daemon, so that a program that never closes the log still ends; `drain` at exit writes the
-            # rest.
+            # A daemon, so that a program that never closes the log still ends; `drain` writes the rest.
             thread = threading.Thread(target=self._run, args=[end], name=f"cai log {self._name}", daemon=True)
             self._thread = thread
             try:
