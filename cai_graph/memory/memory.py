@@ -68,7 +68,7 @@ class Memory:
     async def state(self, at: RunnableConfig | None = None) -> Any:
         """Return the thread's last state, or the one at the checkpoint `at`."""
         place = {**self.config["configurable"], **at["configurable"]} if at else self.config["configurable"]
-        config = RunnableConfig(configurable=place)  # a state's own lacks an outer graph's checkpointer
+        config = RunnableConfig(configurable=place)  # a state's own config lacks an outer checkpointer
         return await as_owner(
             self.caller, lambda: self.graph.get_state(config), lambda: self.graph.aget_state(config)
         )
