@@ -1,4 +1,4 @@
-"""One request's account: makes its model calls, records each, and holds its budget."""
+"""The model calls of one request: `Calls` makes them, records each one, and enforces the request's budget."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ __all__ = [
 
 
 UNATTENDED_SECONDS = 3600.0
-"""Deadline of one piece of work in bulk. Nobody waits for it, and a slow machine may need it."""
+"""Deadline of one item of a bulk run. It is long, since no user waits and the machine may be slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Upper bounds of one request; None means no bound.
 
-    What is over a bound is not started. What is running when `seconds` are over is cancelled, but for an app
-    that runs synchronously in its caller's thread: that one is refused its next model call.
+    A call that would exceed a bound is not started. A call that runs when `seconds` are over is cancelled. An
+    app that runs synchronously in its caller's thread cannot be cancelled: its next model call is rejected.
     """
 
     calls: int | None = 100
     """Generations: calls that write tokens, the app's own included."""
     forward_passes: int | None = 1000
-    """Passes that write no token, such as a probe's."""
+    """Passes that write no reply, such as a probe's."""
     tokens: int | None = None
-    """Tokens in and out, as the providers count them; a model that does not count spends none."""
+    """Tokens in and out, as the providers report them; a model that reports none counts as 0."""
     seconds: float | None = 600.0
     """Wall time of the whole request."""
 
@@ -61,19 +61,20 @@ class Budget:
 
 @dataclass
 class Calls:
-    """The model calls of one request."""
+    """The model calls of one request, and what of its budget they have spent."""
 
     budget: Budget
     config: RunnableConfig = field(default_factory=lambda: RunnableConfig())
-    """The configuration that inner calls inherit, so that tracing sees them."""
+    """The configuration that the calls inherit, so that tracing sees them."""
     made: list[Call] = field(default_factory=list)
-    """What was called so far, in order of completion."""
+    """The records of the calls so far, in order of completion."""
     started: float = field(default_factory=time.perf_counter)
+    """When the request began, by `time.perf_counter`."""
     spent: dict[str, int] = field(default_factory=lambda: {"generation": 0, "forward": 0, "tokens": 0})
-    """Counted against the budget so far."""
+    """What counts against the budget so far: calls by kind, and tokens."""
 
     def under(self, config: RunnableConfig) -> Calls:
-        """Return the same account with another configuration for the calls made through it."""
+        """Return a view with another configuration; records and spending are shared with this object."""
         return replace(self, config=config)
 
     @property
@@ -85,7 +86,7 @@ class Calls:
         """Count `count` calls that are about to start.
 
         Raises:
-            BudgetExceeded: a bound is reached; names it.
+            BudgetExceeded: a bound is reached; the message names it.
         """
         budget = self.budget
         bounds = (
@@ -103,20 +104,20 @@ class Calls:
         self.spent[kind] += count
 
     def record(self, call: Call) -> None:
-        """Keep a call that was made."""
+        """Add the record of a finished call, and count its tokens."""
         self.made.append(call)
         self.spent["tokens"] += (call.input_tokens or 0) + (call.output_tokens or 0)
 
     def deadline(self) -> AbstractAsyncContextManager[None]:
-        """Return what cancels its body when the request's seconds are over.
+        """Return an async context manager that cancels its body when the request's seconds are over.
 
         Raises:
-            BudgetExceeded: on leaving, where they were.
+            BudgetExceeded: at the end of the body, where it was cancelled so.
         """
         return _Deadline(self)
 
     def late(self) -> BudgetExceeded:
-        """Return the error that says that the request's seconds are over."""
+        """Return the error for a request whose seconds are over."""
         return BudgetExceeded(
             f"the deadline of {self.budget.seconds} s is over; raise Budget.seconds, or use a faster model"
         )
@@ -129,7 +130,14 @@ class Calls:
         messages: Sequence[BaseMessage],
         kind: Literal["generation", "forward"] = "generation",
     ) -> AIMessage:
-        """Call a chat model and return its reply; `forward` where one token is asked for its probability.
+        """Call a chat model, record the call, and return the reply.
+
+        Args:
+            role: see `Call.role`.
+            model: the chat model.
+            name: its name in the record.
+            messages: the prompt.
+            kind: `forward` where the call is made for the probabilities of one token only.
 
         Raises:
             BudgetExceeded: no call is left, or the deadline passed.
@@ -163,10 +171,10 @@ class Calls:
 
     @asynccontextmanager
     async def forward(self, role: str, model: str, passes: int) -> AsyncIterator[_Forward]:
-        """Admit forward passes, which the body makes, and record them as one call.
+        """Count `passes` forward passes, which the body makes, and record them as one call.
 
         Raises:
-            BudgetExceeded: so many passes are not left, or the deadline passed.
+            BudgetExceeded: fewer passes are left, or the deadline passed.
         """
         self.admit("forward", passes)
         started = time.perf_counter()
@@ -193,10 +201,10 @@ class Calls:
 
 @dataclass
 class _Forward:
-    """Forward passes under way."""
+    """Forward passes that are being made."""
 
     tokens: int | None = None
-    """Tokens of all passes, which the body sets; None where they failed."""
+    """Tokens of all passes; set by the body, and None where it failed."""
 
 
 class _Deadline:
@@ -213,18 +221,18 @@ class _Deadline:
     ) -> None:
         try:
             await self._timeout.__aexit__(kind, error, trace)
-        except TimeoutError as timeout:  # its own: one of the body's is not raised anew
+        except TimeoutError as timeout:  # our own deadline: a TimeoutError of the body does not come this way
             raise self._calls.late() from timeout
 
 
 _WORK = {"critique": "critique", "revise": "revision", "compare": "comparison", "rate": "rating"}
-"""What a call of each role makes."""
+"""Role of a call -> the word for it in error notes."""
 
 
 def _marked(role: str, name: str, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
-    """Return the messages, a critique's static part marked for Anthropic's prompt cache.
+    """Return the messages; for a critique by Anthropic, with the static part marked for its prompt cache.
 
-    Anthropic keeps only what is marked; other providers keep beginnings by themselves.
+    Anthropic caches only marked parts; other providers cache prefixes by themselves.
     https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching
     """
     first, *others = messages
@@ -244,7 +252,7 @@ def call_of(
     prompt_digest: str | None = None,
     kind: Literal["generation", "forward"] = "generation",
 ) -> Call:
-    """Return the record of a call from its reply's usage metadata."""
+    """Return the record of a call, with the tokens from its reply's usage metadata."""
     usage: Any = getattr(reply, "usage_metadata", None) or {}
     return Call(
         role=role,
@@ -260,14 +268,14 @@ def call_of(
 
 
 def describe(error: BaseException) -> str:
-    """Return class and message of an exception, at most 2000 characters, and what a provider's means."""
+    """Return an exception's class and message, at most 2000 characters, and the note of `annotate` if any."""
     name, message, note = type(error).__name__, told(error), note_of(error)
     said = name if message is None else f"{name}: {message}"[:2000]
     return said if note is None else f"{said} ({note})"
 
 
 def told(error: BaseException) -> str | None:
-    """Return an exception's message; None where its class fails to tell it."""
+    """Return an exception's message; None where its `str()` raises."""
     try:
         return str(error)
     except Exception:

@@ -1,4 +1,4 @@
-"""The way in: `constitutional` wraps an app, and returns the face that the app had.
+"""The main entry point: `constitutional` wraps an app in an object with the same interface.
 
 guarded = constitutional(app)          # the one line
 guarded.invoke(...)                    # same input, same output, judged and logged
@@ -76,20 +76,20 @@ def constitutional(
     Args:
         app: a chat model, or any Runnable whose output has one answer in it.
         constitution: name of a built-in one, path of a file, or a Constitution.
-        critic: who judges; the wrapped chat model by default.
-        reviser: who rewrites; the wrapped chat model by default.
-        log: where Trajectories go, by URL; None switches logging off.
+        critic: the judge, a model spec, chat model or Critic; the wrapped chat model by default.
+        reviser: the chat model (or its spec) that rewrites; the wrapped chat model by default.
+        log: URL of the log of Trajectories, or a Log; None switches logging off.
         input_key: key of the request, where the input is a dict with several candidates.
         output_key: key of the answer, where the output is a dict with several candidates.
         context_keys: keys of the output (or input) that hold material for the critic, such as documents.
-        checkpointer: a LangGraph checkpointer, where policy `human` keeps what waits for a person.
+        checkpointer: a LangGraph checkpointer; policy `human` stores requests that wait for a person in it.
         settings: fields of `Settings`, such as `on_violation="open"` or `strategy="parallel"`.
 
     Returns:
         A chat model where `app` is one, else a Runnable.
 
     Raises:
-        ConfigError: an argument that cannot work; says which and what to do.
+        ConfigError: an argument cannot work; the message names it and says what to do.
         ConstitutionError: the constitution cannot be read.
         LogError: the log cannot be opened.
     """

@@ -1,4 +1,4 @@
-"""What names the bytes of a file."""
+"""The digest of a file's bytes, SHA-256."""
 
 from __future__ import annotations
 

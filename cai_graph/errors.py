@@ -1,4 +1,4 @@
-"""Every error that cai_graph raises on purpose.
+"""The exceptions that cai_graph raises on purpose, all below CaiError.
 
     CaiError
     ├── ConstitutionError    a constitution cannot be read, or contradicts itself
@@ -14,7 +14,7 @@
         ├── Violation        the policy is `raise` and every answer violates the constitution
         └── Unreadable       the policy is `raise` and a critic's verdict could not be read
 
-A message says what was found, where, and what to do about it.
+The message of each states what was found, where, and what to do about it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CaiError(Exception):
 
 
 class ConstitutionError(CaiError):
-    """A constitution cannot be read, or contradicts itself; names file, line and field."""
+    """A constitution cannot be read, or contradicts itself; the message names file, line and field."""
 
 
 class ConfigError(CaiError):
@@ -54,7 +54,7 @@ class ConfigError(CaiError):
 
 
 class DataError(CaiError):
-    """A record, row or file whose content cannot be read; names where."""
+    """A record, row or file whose content cannot be read; the message names the place."""
 
 
 class ModelError(CaiError):
@@ -71,7 +71,7 @@ class MissingExtra(CaiError, ImportError):  # noqa: N818 - reads as what is miss
     Args:
         needed_by: what the user asked for, such as "`cai ask --model local`".
         package: the distribution that is missing.
-        extra: the extra of cai-graph that brings it.
+        extra: the extra of cai-graph that installs it.
     """
 
     def __init__(self, needed_by: str, package: str, extra: str) -> None:
@@ -86,7 +86,7 @@ class RunError(CaiError):
     """A request that ended without an answer; its Trajectory is logged all the same.
 
     Attributes:
-        trajectory_id: id of the logged Trajectory, or None when there is none.
+        trajectory_id: id of the logged Trajectory; None where there is none.
     """
 
     def __init__(self, message: str, *, trajectory_id: str | None = None) -> None:
@@ -98,7 +98,7 @@ class AwaitsReview(RunError):  # noqa: N818
     """The policy is `human`: there is no answer until a person has decided, and nothing is logged before.
 
     Attributes:
-        question: what the person is to be shown, as JSON.
+        question: the content to show the person, as JSON.
         thread_id: the thread that waits; resume it with `Command(resume={"decision": …})`.
     """
 
@@ -120,7 +120,7 @@ class BudgetExceeded(RunError):  # noqa: N818
 
 
 class Refused(RunError):  # noqa: N818
-    """The policy is `closed` and a refusal cannot be typed as the answer."""
+    """The policy is `closed`, and the answer has a type that the refusal, a text, cannot have."""
 
 
 class Violation(RunError):  # noqa: N818

@@ -1,7 +1,7 @@
-"""What an error means: in a sentence that says what to do, and for the rows that come after it.
+"""Explains errors of models: adds advice to a provider's exception, and decides whether a bulk run must stop.
 
-The exception that a client raised leaves as it is, so that whoever catches its class still does. The sentence
-goes along as a note (PEP 678): Python prints it below the message, and records and the command line show it.
+The exception that a client raised is raised on unchanged, so that handlers of its class still catch it. The
+advice is a note (PEP 678): Python prints it below the message, and records and the command line show it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _BY_STATUS = {
 }
 
 _CLIENTS = ("langchain_openai.", "langchain_anthropic.")
-"""LangChain's packages that read what providers send."""
+"""LangChain's packages that parse providers' replies."""
 _FLAGGED = re.compile("moderation|flagged", re.IGNORECASE)
-"""How a provider that denies one request for its words says so."""
+"""Words in a provider's error that rejects one request because of its content."""
 
 
 def meaning(error: BaseException) -> str | None:
@@ -64,14 +64,17 @@ def meaning(error: BaseException) -> str | None:
 
 
 def annotate(error: BaseException, who: str) -> None:
-    """Add the sentence to an error, once; `who` failed, such as `the critique by openai:gpt-5-mini`."""
+    """Add the sentence of `meaning` to an error as a note, once.
+
+    `who` is the part that failed, such as `the critique by openai:gpt-5-mini`.
+    """
     said = meaning(error)
     if said is not None and note_of(error) is None:
         error.add_note(f"{_PREFIX}{who} failed: {said}")
 
 
 def note_of(error: BaseException) -> str | None:
-    """Return the sentence that `annotate` added."""
+    """Return the sentence that `annotate` added, with `who`; None where it added none."""
     for note in getattr(error, "__notes__", ()):
         if note.startswith(_PREFIX):
             said: str = note.removeprefix(_PREFIX)
@@ -80,9 +83,9 @@ def note_of(error: BaseException) -> str | None:
 
 
 def forget_task(error: BaseException) -> None:
-    """Take back the note in which LangGraph, last of all, tells of the task of our own graph that failed.
+    """Remove LangGraph's note about the failed task of our own graph, if it is the error's last note.
 
-    It says nothing to who catches the error, and one that is raised again and again would collect them.
+    It is of no use to the caller, and an error object that is raised repeatedly would collect such notes.
     """
     notes = getattr(error, "__notes__", None)
     if notes and notes[-1].startswith("During task with name "):
@@ -90,13 +93,13 @@ def forget_task(error: BaseException) -> None:
 
 
 def is_about_all_rows(error: Exception, *, succeeded: bool | None = None) -> bool:
-    """Return whether every further row would fail alike: a wrong set-up, a refused key, a broken log.
+    """Return whether every further row would fail alike: wrong set-up, rejected key, broken log.
 
     Args:
-        error: of one row.
-        succeeded: whether another row has succeeded. Then access that is denied (403) or a model that is
-            not found (404) is about the row, as is what moderation rejects in any case. None: the caller
-            does not know; a model may be out for a while only, so 404 is about the row.
+        error: the error of one row.
+        succeeded: whether another row has succeeded; None: unknown. Denied access (403) is about all rows
+            unless one has succeeded, or moderation rejected this row. A model that is not found (404) is
+            about all rows only if none is known to have succeeded: it may be missing for a while only.
     """
     status = getattr(error, "status_code", None)
     if status == 403:
@@ -107,17 +110,17 @@ def is_about_all_rows(error: Exception, *, succeeded: bool | None = None) -> boo
 
 
 def _asked_without_key(error: BaseException) -> str | None:
-    """Return the address of a server of one's own that was sent no key; see `models`, which says `none`."""
+    """Return the address of a server to which `models` sent no key (`Bearer none`), or None."""
     request = getattr(error, "request", None)
     if request is None or request.headers.get("Authorization") != "Bearer none":
         return None
-    url = request.url  # its `netloc` is without a password
+    url = request.url  # its `netloc` contains no password
     address: str = f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"
     return address.removesuffix("/chat/completions")
 
 
 def _raised_in(error: BaseException) -> str:
-    """Return the module whose code raised an error; an empty text where it was not raised."""
+    """Return the name of the module whose code raised an error; "" where it was never raised."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -1,14 +1,14 @@
-"""The graph: draft, critique, revise.
+"""The LangGraph state machine of one request: draft, critique, revise.
 
     START ─> draft ─> critique ─> revise ─┐ again, while rounds are left
               ^│  <──────┘^          │ ^──┘     back to `draft`: stream `blocks`, the next group of sentences
               │└─> judge ─┘ <────────┘          `judge`: strategy `parallel`, one Send for each principle
 
     KEPT nothing violated · REVISED a revision was accepted · EXHAUSTED the best answer, policy `open`
-    REFUSED the refusal, policy `closed` · FAILED an error left
+    REFUSED the refusal, policy `closed` · FAILED an error was raised
 
-The graph's state is plain JSON; what a request brings along (the plan, the app, its account of calls) travels
-as the run's context. `run.py` has it driven, and decides what leaves.
+The state is plain JSON: the draft and the rounds. The plan, the request with its app, and the record of its
+model calls are the run's context (`Run`). `run.py` calls `drive`, decides which answer is released, and logs.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ __all__ = ["drive"]
 
 
 class State(TypedDict, total=False):
-    """The graph's state: JSON of a Progress."""
+    """The graph's state: a Progress as JSON."""
 
     draft: dict[str, Any]
-    """Draft."""
+    """The Draft, as JSON."""
     rounds: list[dict[str, Any]]
-    """Rounds so far; the last one may be open, its revisions not yet judged."""
+    """The Rounds so far, as JSON. The last one may be open: its revisions are not judged yet."""
 
 
 class _Joined(State, total=False):
-    """The state of `parallel`."""
+    """The state under strategy `parallel`, which also collects what the `judge` nodes return."""
 
     judged: Annotated[list[dict[str, Any]], operator.add]
     """{"of": name of the answer, "critique": Critique}, in the order of the principles."""
 
 
 class _Task(TypedDict):
-    """What `parallel` sends to `judge`."""
+    """The input of one `judge` node: one answer and one principle."""
 
     of: str
     answer: dict[str, Any]
@@ -77,17 +77,17 @@ def _progress(state: State) -> Progress:
 
 
 def _go_on(run: Run, progress: Progress, goto: str | list[Send]) -> Command[str]:
-    """Return the step to `goto` (END included), with the state that was reached."""
+    """Record `progress` in the run and the state, and go on to the node `goto`, which may be END."""
     run.reached = progress
     update = State(draft=msgspec.to_builtins(progress.draft), rounds=msgspec.to_builtins(progress.rounds))
     return Command(update=update, goto=goto)
 
 
-# --- nodes: each does its step and says where the run goes on ------------------------------------------
+# --- nodes: each does its step and returns the next node ------------------------------------------------
 
 
 async def draft(state: State, runtime: Runtime[Run]) -> Command[str]:
-    """Have the wrapped app answer: whole, or its next block, or all the rest once a block has failed."""
+    """Run the wrapped app for its whole answer, its next block or, once a block has failed, all the rest."""
     run, before = runtime.context, _progress(state) if "draft" in state else None
     request, rounds = run.request, [] if before is None else before.rounds
     await run.tell("drafting")
@@ -95,7 +95,7 @@ async def draft(state: State, runtime: Runtime[Run]) -> Command[str]:
     try:
         answered = await write(run.calls, get_config())
     except GraphBubbleUp as pause:
-        run.paused = pause  # LangGraph swallows an interrupt here where no graph stands around this one
+        run.paused = pause  # LangGraph swallows the interrupt of a graph that runs inside no other graph
         raise
     except Exception as error:
         annotate(error, "the app")
@@ -111,9 +111,9 @@ async def draft(state: State, runtime: Runtime[Run]) -> Command[str]:
     if not answered.unfinished:
         only_calls = answered.answer.tool_calls and not text_of(answered.answer)
         if only_calls and (run.plan.of_tools is None or run.plan.settings.strategy == "sampled"):
-            return _go_on(run, progress, END)  # the app asks for a tool, and no principle speaks of tools
+            return _go_on(run, progress, END)  # the app calls a tool, and no principle is about tools
         if before is not None and not _differs(answered.answer, before.draft.answer):
-            judged = answered.blocks[-1].critique  # the last block was the end of the answer
+            judged = answered.blocks[-1].critique  # the last block ended the answer, so it is judged already
             return _go_on(run, progress.with_round(Round(critique=judged)), END)
     return _go_on(run, progress, _to_critique(run.plan, progress))
 
@@ -123,15 +123,18 @@ def _differs(answer: Message, judged: Message) -> bool:
 
 
 def _after_draft(plan: Plan, progress: Progress) -> str:
-    """Return where a run goes on from the critique of its whole draft."""
+    """Return the node that follows the critique of a draft, or of its failed block."""
     if progress.draft.unfinished:
-        return "draft"  # it is heard out first: what becomes of it is decided on the whole
+        return "draft"  # read the rest first: whether to revise is decided on the whole draft
     failed = failed_principles(progress.rounds[0].critique, plan.constitution)
     return "revise" if failed and plan.settings.rounds > 0 else END
 
 
 async def critique(state: _Joined, runtime: Runtime[Run]) -> Command[str]:
-    """Judge the draft; in `sampled`, criticise what stands; in `parallel`, join what `judge` found."""
+    """Judge the draft; in `parallel`, join the critiques of the `judge` nodes.
+
+    In `sampled`, criticise the last accepted revision, else the draft, under one random principle.
+    """
     run = runtime.context
     plan, progress = run.plan, _progress(state)
     await run.tell("critiquing")
@@ -157,7 +160,11 @@ async def critique(state: _Joined, runtime: Runtime[Run]) -> Command[str]:
 
 
 async def _block(run: Run, progress: Progress, critique: Critique) -> Progress:
-    """Record the judgement of the draft's last block, and release the block if nothing stands against it."""
+    """Record the critique of the draft's last block, and release the block if it may be released.
+
+    It may where the draft goes on, no principle fails and, unless `on_unreadable` is `open`, every verdict is
+    readable. The draft's last block is never released here: the end of the run decides on it.
+    """
     draft, settings = progress.draft, run.plan.settings
     failed = failed_principles(critique, run.plan.constitution)
     unread = any(verdict.label is Label.UNREADABLE for verdict in critique.verdicts)
@@ -165,13 +172,13 @@ async def _block(run: Run, progress: Progress, critique: Critique) -> Progress:
     block = Block(end=len(text_of(draft.answer)), critique=critique, released=released)
     draft = msgspec.structs.replace(draft, blocks=(*draft.blocks, block))
     if released and run.request.blocks is not None:
-        run.reached = Progress(draft, [])  # it counts as gone before it goes: the caller may leave with it
+        run.reached = Progress(draft, [])  # recorded before it is sent: the caller may stop once it has it
         await run.request.blocks.release(draft)
     return Progress(draft, [])
 
 
 async def judge(state: _Task, runtime: Runtime[Run]) -> dict[str, Any]:
-    """Judge one answer under one principle: what `parallel` sends out at once, and `critique` joins."""
+    """Judge one answer under one principle. In `parallel` these run at once, and `critique` joins them."""
     run = runtime.context
     exchange = run.exchange(msgspec.convert(state["answer"], Message), unfinished=state["unfinished"])
     rules = run.plan.spoken.select([state["principle"]])
@@ -180,7 +187,7 @@ async def judge(state: _Task, runtime: Runtime[Run]) -> dict[str, Any]:
 
 
 async def revise(state: State, runtime: Runtime[Run]) -> Command[str]:
-    """Write the candidate revisions of a round, reject those that are none, and judge the others."""
+    """Write the candidate revisions of a round, reject those that are not revisions, and judge the others."""
     run = runtime.context
     plan, progress = run.plan, _progress(state)
     if progress.rounds[-1].revisions:  # nothing was accepted: the next round starts from the best answer
@@ -206,7 +213,10 @@ async def revise(state: State, runtime: Runtime[Run]) -> Command[str]:
 def _close(
     run: Run, progress: Progress, judged: Sequence[str], critiques: Sequence[Critique]
 ) -> Command[str]:
-    """Close the open round by the critiques of its revisions, and go on by the stopping rule."""
+    """Close the open round with the critiques of its revisions, and start another round or end.
+
+    The stopping rule: end once a revision is accepted or no rounds are left.
+    """
     plan = run.plan
     places = map(revision_at, judged)
     by_index = {place[1]: found for place, found in zip(places, critiques, strict=True) if place is not None}
@@ -235,12 +245,12 @@ async def _critiques(run: Run, progress: Progress, waiting: Sequence[str]) -> li
 async def _found(
     plan: Plan, exchange: Exchange, rules: Constitution, calls: Calls, *, explain: bool
 ) -> Critique:
-    # A critic of one's own may leave out principles, and none complies by silence.
+    # A user's own critic may leave out principles; a principle without a verdict counts as UNREADABLE.
     return covered(await plan.critic.critique(exchange, rules, calls, explain=explain), rules)
 
 
 def _to_critique(plan: Plan, progress: Progress) -> str | list[Send]:
-    """Go on to the critique: at once, or through one `judge` for each answer and principle."""
+    """Return `critique`, or under `parallel` one Send to `judge` for each unjudged answer and principle."""
     if plan.settings.strategy != "parallel":
         return "critique"
     return [
@@ -264,9 +274,9 @@ def _inner(run: Run) -> Calls:
 
 
 def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan, progress: Progress) -> Critique:
-    """Return the critiques of one answer under single principles as one."""
+    """Return one Critique of the answer named `of`, joined from its critiques under single principles."""
     found = [msgspec.convert(item["critique"], Critique) for item in judged if item["of"] == of]
-    parts = found[-len(plan.rules(progress.answer(of))) :]  # a draft in blocks was judged before
+    parts = found[-len(plan.rules(progress.answer(of))) :]  # skip the critiques of earlier blocks
     said = [part.evasive for part in parts if part.evasive is not None]
     return Critique(
         verdicts=tuple(verdict for part in parts for verdict in part.verdicts),
@@ -277,9 +287,9 @@ def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan, progress: 
 
 @cache
 def compiled(*, parallel: bool) -> CompiledStateGraph[Any, Run, Any, Any]:
-    """Return the graph, the same for every plan. It never writes into a caller's checkpoints.
+    """Return the compiled graph, which all plans share. It never writes into a caller's checkpoints.
 
-    Only `parallel` has `judge` in it: each step of LangGraph's looks at every node and channel there is.
+    Only under `parallel` does it contain `judge`: LangGraph visits every node and channel at every step.
     """
     graph: StateGraph[Any, Run, Any, Any] = StateGraph(_Joined if parallel else State, context_schema=Run)
     fan_out = ("judge",) if parallel else ()
@@ -294,20 +304,20 @@ def compiled(*, parallel: bool) -> CompiledStateGraph[Any, Run, Any, Any]:
 
 
 async def drive(run: Run, config: RunnableConfig) -> None:
-    """Drive a request through the graph under a configuration; `run.reached` is how far it came.
+    """Run a request through the graph. `run.reached` then has the result, or how far it came before an error.
 
     Raises:
-        GraphBubbleUp: the app waits for a person.
-        CancelledError: this task is cancelled, or a node says that it is.
+        GraphBubbleUp: the app was interrupted and waits for a person.
+        CancelledError: this task was cancelled, or a node raised it.
         Exception: what a node raised.
     """
     with apart():
-        # Without a stream mode nothing is made for readers: what the run reached is in its context.
+        # No stream mode: nobody reads the steps, since the run's context has the result.
         steps = compiled(parallel=run.plan.settings.strategy == "parallel")
         try:
             async for _ in steps.astream({}, config, context=run, stream_mode=[]):
                 pass
-        except NodeCancelledError as cancelled:  # LangGraph's, for what its caller knows as a cancellation
+        except NodeCancelledError as cancelled:  # LangGraph's own class for a cancellation
             raise asyncio.CancelledError from cancelled
         except Exception as error:
             forget_task(error)

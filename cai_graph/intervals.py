@@ -1,4 +1,4 @@
-"""Intervals around what was counted."""
+"""Confidence intervals of shares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["wilson"]
 
 
 def wilson(count: float, of: float) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson 1927); a case may count in part, as half for a tie.
+    """Return the 95 % interval of the share `count / of` (Wilson 1927); a tie may count as half a case.
 
     >>> [round(end, 3) for end in wilson(50, 100)]
     [0.404, 0.596]

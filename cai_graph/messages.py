@@ -1,4 +1,4 @@
-"""LangChain's messages as the log's, and back; and why one ends before its end."""
+"""Converts LangChain's messages to the log's Message and back, and detects replies that were cut off."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool"
 
 
 def from_langchain(message: BaseMessage) -> Message:
-    """Return a LangChain message as a Message; a chunk counts as the message that it adds up to."""
+    """Return a LangChain message as a Message; a message chunk is treated as a message of its kind."""
     kind = (
         message.type.removesuffix("MessageChunk").lower() if message.type.endswith("Chunk") else message.type
     )
     role = getattr(message, "role", None) if kind == "chat" else _ROLES.get(kind, kind)
     content: str | list[Any] = message.content or _apart(message)
-    if broken := getattr(message, "invalid_tool_calls", ()):  # no call that an app can make, but words
+    if broken := getattr(message, "invalid_tool_calls", ()):  # apps cannot run these: text
         said = [{"type": "text", "text": content}] if isinstance(content, str) and content else [*content]
         content = [*said, *({"type": "invalid_tool_call", **_named(call)} for call in broken)]
     return Message(
@@ -43,13 +43,13 @@ def from_langchain(message: BaseMessage) -> Message:
 
 
 def spelt_out(message: Message) -> Message:
-    """Return a message whose calls are its answer as words: what it says, and the arguments of every call."""
+    """Return a message without tool calls, whose text has the arguments of each call appended as JSON."""
     said = [text_of(message), *(json.dumps(call.args, ensure_ascii=False) for call in message.tool_calls)]
     return replace(message, content="\n".join(filter(None, said)), tool_calls=())
 
 
 def _apart(message: BaseMessage) -> str:
-    """Return what OpenAI's models say in a field of its own, beside an empty content."""
+    """Return the refusal or audio transcript that OpenAI's models put beside an empty content, or ""."""
     told = message.additional_kwargs
     audio = told.get("audio")
     spoken = audio.get("transcript") if isinstance(audio, Mapping) else None
@@ -83,16 +83,16 @@ def to_langchain(messages: Sequence[Message]) -> list[BaseMessage]:
 
 
 END_REASONS = ("finish_reason", "stop_reason", "done_reason")
-"""Under which names providers say why a reply ends."""
+"""The keys under which providers report why a reply ended."""
 _CUT = {
     **dict.fromkeys(("length", "max_tokens", "model_length"), "it was cut at its token limit"),
     **dict.fromkeys(("content_filter", "refusal", "safety"), "the provider's filter stopped it"),
 }
-"""Why a reply ends before its end, in the words of any provider."""
+"""Provider's reason -> why the reply is incomplete, for the reasons that mean so."""
 
 
 def cut_short(message: BaseMessage) -> str | None:
-    """Return why a reply is not whole: its token limit, or a filter of the provider's; None where it is."""
+    """Return why a reply is incomplete, its token limit or the provider's filter; None if it is complete."""
     told = message.response_metadata
     reason = next((told[name] for name in END_REASONS if told.get(name)), None)
     return _CUT.get(reason.lower()) if isinstance(reason, str) else None

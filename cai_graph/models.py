@@ -1,9 +1,11 @@
-"""Model specs, the short strings that name a chat model, and the stable names that the log records.
+"""Model specs: turns the short string that names a chat model into the model, and a model into its name.
 
 openai:MODEL, anthropic:MODEL    an API (or any other provider of LangChain's `init_chat_model`)
 local, local:NAME                the embedded model (`cai_graph.local`): the default, one of the catalogue
-local:PATH.gguf, local:FOLDER    the embedded model with weights of one's own: a file, or a checkpoint
+local:PATH.gguf, local:FOLDER    the embedded model with the user's own weights: a file, or a checkpoint
 http://HOST:PORT/v1              an OpenAI-compatible server; http://HOST:PORT/v1#MODEL when it has several
+
+The names are those that the log records; they are stable between runs and machines.
 """
 
 from __future__ import annotations
@@ -33,23 +35,23 @@ _FORMS = (
     "http://HOST:PORT/v1 or http://HOST:PORT/v1#MODEL"
 )
 _KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
-"""The variable that holds the key of each provider that has an extra of ours."""
+"""Provider -> environment variable of its API key, for the providers with an extra of cai-graph."""
 _RETRIES = 8
-"""How often a patient model's request to an API is tried again, after the wait that Retry-After asks for."""
+"""How often `patient` models retry a request to an API; the client waits as Retry-After asks."""
 
 _LISTED_WITHIN_S = 10.0
-"""Seconds in which a server has said which models it has."""
+"""Seconds within which a server must list its models."""
 
 
 def load(spec: str, **settings: Any) -> BaseChatModel:
-    """Return the chat model that a spec names. No token is spent; a local model starts at its first request.
+    """Return the chat model that a spec names. No tokens are used; a local model starts at its first request.
 
     Args:
         spec: one of the forms in the module's docstring.
         settings: passed to the model's class, such as `temperature`, `seed`, `max_tokens`, `timeout`.
 
     Raises:
-        ConfigError: no such form, model or file, or the API key is missing; says which variable to set.
+        ConfigError: no such form, model or file, or the API key is missing; the message names its variable.
         MissingExtra: the package for this provider is not installed.
         ModelError: an OpenAI-compatible server did not answer when asked which model it has.
     """
@@ -64,10 +66,10 @@ def load(spec: str, **settings: Any) -> BaseChatModel:
 
 
 def patient(spec: str, *, seed: int | None = None, **settings: Any) -> BaseChatModel:
-    """Return the same for work that nobody watches: what an API refuses for now is asked of it 8 times again.
+    """Return the chat model that a spec names, for unattended work: requests to an API are retried 8 times.
 
-    Arguments and errors are those of `load`. A `seed` is for the embedded model alone, as others may refuse
-    one; settings that are None are left to the model.
+    Arguments and errors are those of `load`. `seed` is used for the embedded model only, since others may
+    reject it. Settings that are None are not passed.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     if local.name_in(spec) is None:
@@ -80,12 +82,13 @@ def patient(spec: str, *, seed: int | None = None, **settings: Any) -> BaseChatM
 def name_of(model: object) -> str:
     """Return the name under which calls of this model are recorded, stable between runs and machines.
 
-    A spec again wherever there is one ("openai:gpt-5-mini", "local:qwen2.5-1.5b", "http://host:8000/v1#qwen"),
-    without folders and credentials; else the name of the class. Bindings are looked through. Never raises.
+    It is a spec where possible ("openai:gpt-5-mini", "local:qwen2.5-1.5b", "http://host:8000/v1#qwen"),
+    without folders and credentials, else the name of the class. A binding has the name of its bound model.
+    Never raises.
     """
     while isinstance(model, RunnableBindingBase):
         model = model.bound
-    # Anyone's class may stand here, and a name is not worth failing a request for.
+    # `model` may be of any class, and no request should fail for the lack of a name.
     with contextlib.suppress(Exception):
         if isinstance(model, BaseChatModel):
             params = model._get_ls_params()
@@ -101,12 +104,13 @@ def name_of(model: object) -> str:
 
 
 def writing(model: BaseChatModel, schema: Mapping[str, Any]) -> Runnable[Any, AIMessage]:
-    """Return what makes a model write JSON of a schema by its provider's means, as far as its profile tells.
+    """Return a Runnable that makes the model write JSON of a schema by its provider's own means.
 
-    That is structured output, or else the call of a tool; the model itself where its profile knows neither.
+    These are structured output or else a forced tool call, by the model's LangChain profile. Where the
+    profile lists neither, or the schema has no title, the model itself is returned.
     """
     profile = model.profile or {}
-    if "title" not in schema:  # both need a name
+    if "title" not in schema:  # both means need a name
         return model
     if profile.get("structured_output"):
         return model.with_structured_output(dict(schema), method="json_schema", include_raw=True).pick("raw")
@@ -116,12 +120,12 @@ def writing(model: BaseChatModel, schema: Mapping[str, Any]) -> Runnable[Any, AI
 
 
 def refuses_form(error: Exception) -> bool:
-    """Return whether an error may be a provider's word that it cannot write in the form asked for."""
+    """Return whether an error may mean that the provider does not support the requested reply format."""
     return getattr(error, "status_code", None) in (400, 404, 415, 422)
 
 
 def cut_form(error: Exception) -> AIMessage | None:
-    """Return what there is of a reply in native form that is not whole, which OpenAI's client raises."""
+    """Return the incomplete structured reply for which OpenAI's client raised `error`, or None."""
     reasons = {"LengthFinishReasonError": "length", "ContentFilterFinishReasonError": "content_filter"}
     reason = reasons.get(type(error).__name__)
     if reason is None:
@@ -162,11 +166,11 @@ def _from_provider(spec: str, provider: str, name: str, settings: dict[str, Any]
             raise _unknown(spec) from error
         raise ConfigError(f"the model {spec!r} cannot be set up: {error}") from error
     except Exception as error:
-        # The clients raise classes of their own at construction; without a key is the common one.
+        # The clients raise errors of their own at construction, most often for a missing key.
         if extra and not os.environ.get(_KEYS[extra]):
             raise _no_key(spec, extra) from error
         raise ConfigError(f"the model {spec!r} cannot be set up: {error}") from error
-    # ChatAnthropic is content without a key until the first request.
+    # ChatAnthropic does not miss its key until the first request.
     key = getattr(model, "anthropic_api_key", None)
     if provider == "anthropic" and key is not None and not key.get_secret_value():
         raise _no_key(spec, provider)
@@ -192,7 +196,7 @@ def _from_server(spec: str, settings: dict[str, Any]) -> BaseChatModel:
         from langchain_openai import ChatOpenAI
     except ImportError as error:
         raise MissingExtra(f"the model {without_password(spec)!r}", "langchain-openai", "openai") from error
-    # The key of api.openai.com is not shown to another host, unless the user tied the two together.
+    # OPENAI_API_KEY is sent to another host only if the user set OPENAI_BASE_URL to that host.
     paired = os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_BASE") or ""
     key = os.environ.get("OPENAI_API_KEY") if paired.rstrip("/") == url else None
     defaults = {"api_key": key or "none", "stream_usage": True, "use_responses_api": False}
@@ -209,7 +213,7 @@ def _only_model(url: str, key: str) -> str:
         raise MissingExtra(f"the model {shown!r}", "httpx", "local") from error
 
     async def reply() -> Any:
-        # Bounded as a whole: httpx bounds each read, so that a server that dribbles would hold it for ever.
+        # A bound on the whole request: httpx bounds each read only, so a slow server could take for ever.
         async with asyncio.timeout(_LISTED_WITHIN_S), httpx.AsyncClient(timeout=None) as client:
             got = await client.get(f"{url}/models", headers={"Authorization": f"Bearer {key}"})
         return got.raise_for_status().json()

@@ -1,7 +1,8 @@
-"""Parts of a message's content: what each of them says, and what of it may stay beside other words.
+"""Content parts of a message: extracts the text that critics judge, and what may stay when text is replaced.
 
-LangChain and the providers know many kinds of parts. What the model says is judged. What a provider's own
-tools were asked and returned is not, nor what else a part holds; but it goes when the answer is rejected.
+LangChain and the providers have many kinds of parts. Text by the model is judged. The requests and results of
+a provider's own tools are not judged, nor is other data in a part; but they are removed when the answer is
+rejected.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ __all__ = ["CALLS", "THOUGHTS", "is_words", "kind_of", "left_of", "said_in", "un
 THOUGHTS = frozenset(
     {"reasoning", "reasoning_content", "thinking", "redacted_thinking", "function_call_signature"}
 )
-"""Kinds in which a model thinks about its answer, and in which Gemini signs what it thought before a call."""
+"""Kinds of a model's reasoning, and of Gemini's signature over its reasoning before a call."""
 CALLS = frozenset(
     {"tool_use", "tool_call", "tool_call_chunk", "input_json_delta", "function_call", "custom_tool_call"}
 )
-"""Kinds that repeat a message's calls, as providers write them. The tools that a provider runs are others."""
+"""Kinds that repeat a message's tool calls in a provider's format; not those of a provider's own tools."""
 _PICTURES = frozenset(
     {"image", "image_url", "input_image", "image_generation_call", "video", "file", "file_data", "media"}
 )
-"""Kinds that hold something other than words. Not sound: that is the answer, spoken."""
+"""Kinds of pictures, videos and files. Audio is not among them: it is the answer itself, spoken."""
 _PAYLOADS = frozenset({"base64", "data", "file_data", "image_url", "result", "url"})
-"""Under which names they hold it."""
+"""The keys under which such parts have their data."""
 _WORDS = ("text", "transcript", "executable_code")
-"""Under which names a part has what the model says."""
+"""The keys under which a part has text by the model."""
 
 
 def kind_of(part: str | Mapping[str, Any]) -> str:
-    """Return the kind of a part, which LangChain's content of version 1 may have wrapped."""
+    """Return the kind of a part, also of one that LangChain's content version 1 has wrapped."""
     return "text" if isinstance(part, str) else str(unwrapped(part).get("type"))
 
 
 def unwrapped(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a part as its provider wrote it, where LangChain's content of version 1 has wrapped it."""
+    """Return a part as its provider wrote it, without the wrapper of LangChain's content version 1."""
     value = part.get("value")
     if part.get("type") == "non_standard" and isinstance(value, Mapping):
         return unwrapped(value)
@@ -43,9 +44,9 @@ def unwrapped(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def said_in(part: str | Mapping[str, Any]) -> str | None:
-    """Return what a part says as the message's text: text, or a refusal; None where it is of another kind.
+    """Return the text of a part that is plain text or a refusal; None for a part of any other kind.
 
-    OpenAI's Responses API has refusals as parts, which LangChain's content of version 1 wraps.
+    OpenAI's Responses API has refusals as parts, which LangChain's content version 1 wraps.
     """
     if isinstance(part, str):
         return part
@@ -57,10 +58,10 @@ def said_in(part: str | Mapping[str, Any]) -> str | None:
 
 
 def words_in(part: str | Mapping[str, Any]) -> str:
-    """Return what the model says in a part that is no text; empty where it says nothing.
+    """Return the words by the model in a part that is not plain text; "" where there are none.
 
-    That is code that it shows, what it speaks, and a call that cannot be made, but not its thoughts, nor its
-    calls, which a message has apart.
+    These are code that it shows, the transcript of speech, and a tool call that cannot be made. Its reasoning
+    is not included, nor are its tool calls, which a message has in a field of their own.
 
     >>> words_in({"type": "executable_code", "executable_code": "1+1", "language": "python"})
     '1+1'
@@ -74,7 +75,7 @@ def words_in(part: str | Mapping[str, Any]) -> str:
 
 
 def is_words(text: str) -> bool:
-    """Return whether a text may be words, and is no label, number, address or encoded bytes.
+    """Return whether a text may be words, rather than a label, a number, an address or encoded bytes.
 
     >>> is_words("some words"), is_words("说话"), is_words("gpt-5-mini"), is_words("aGVsbG8=")
     (True, True, False, False)
@@ -83,10 +84,10 @@ def is_words(text: str) -> bool:
 
 
 def left_of(part: str | Mapping[str, Any]) -> Any:
-    """Return what of a part may stay beside other words; None where nothing may.
+    """Return the rest of a part that may stay beside a replaced text; None where nothing may.
 
-    That is a picture, a film or a file, without what it says in words, and a conversation that its provider
-    has packed in bytes.
+    This is a picture, a video or a file without any words in it, or a conversation that its provider has
+    compacted into bytes.
     """
     if kind_of(part) in _PICTURES:
         return _silent(part)
@@ -94,7 +95,7 @@ def left_of(part: str | Mapping[str, Any]) -> Any:
 
 
 def _silent(value: Any, name: str = "") -> Any:
-    """Return a value without its words; a picture's payload is none, however it is encoded."""
+    """Return a value with its words removed. The data of a picture does not count as words."""
     if isinstance(value, str):
         speaks = name not in _PAYLOADS and (name in _WORDS or is_words(value))
         return "" if speaks else value

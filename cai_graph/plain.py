@@ -1,4 +1,4 @@
-"""What an application hands over, as JSON: metadata, tags, context, and the arguments of tool calls."""
+"""Converts an application's values to JSON for the log: metadata, tags, context, arguments of tool calls."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 __all__ = ["plain"]
 
 _DEEPEST = 100
-"""Levels of dicts and lists that are told. JSON's readers, and whoever walks a record, bear few more."""
+"""Most levels of nested dicts and lists. JSON parsers and recursive code fail at not many more."""
 _MOST = 100_000
-"""Values that are told in all: a list may stand in another twice, that in one more twice, and so on."""
+"""Most values in all. Lists that contain each other repeatedly could grow without bound otherwise."""
 _WIDEST = 3000
-"""Bits of a number that is told as one, about 900 digits; Python writes and reads no more than 4,300."""
+"""Most bits of an integer, about 900 digits; Python converts no more than 4,300 digits."""
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON; what JSON cannot say is told by its repr.
+    """Return a value as JSON; what JSON cannot express is replaced by its repr.
 
     >>> plain({"n": float("nan"), "s": (1, "x")})
     {'n': 'nan', 's': [1, 'x']}
@@ -28,14 +28,14 @@ class _Telling:
     def __init__(self) -> None:
         self._left = _MOST
         self._within: set[int] = set()
-        """Which dicts and lists the value stands in that is told now."""
+        """The ids of the dicts and lists around the current value."""
 
     def told(self, value: Any) -> Any:
         if not self._left:
             return f"[more than {_MOST} values]"
         self._left -= 1
         if isinstance(value, str):
-            return str.__str__(value)  # of a subclass, which the log does not take, the text alone
+            return str.__str__(value)  # a plain str, since the log does not accept subclasses
         if isinstance(value, float):
             return value if value == value and abs(value) != float("inf") else repr(value)
         if isinstance(value, int):
@@ -61,5 +61,5 @@ class _Telling:
 def _said(say: Callable[[Any], str], value: Any) -> str:
     try:
         return str.__str__(say(value))
-    except Exception:  # the application's own, and no answer is lost for it
+    except Exception:  # an error in the application's repr must not cost the answer
         return object.__repr__(value)

@@ -1,7 +1,7 @@
-"""The run of one request: the one way in.
+"""The run of one request: `run` drives the graph, chooses the released answer, and logs the Trajectory.
 
-`run` drives the graph, asks `policy.decide` what leaves, and writes the Trajectory in a `finally`, so that
-errors and cancellations are logged too.
+The faces and shadow mode call it. `policy.decide` chooses what is released. The Trajectory is written in a
+`finally`, so that errors and cancellations are logged too.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Ending(NamedTuple):
     """What `run` returns."""
 
     trajectory: Trajectory
-    """The record, as it was logged; where a person is asked, as far as it has come, and not logged yet."""
+    """The record as it was logged. Where a person is asked, the record so far, which is not logged yet."""
     released: Message | None
-    """The message that leaves; None where a person is asked."""
+    """The released message; None where a person is asked."""
     asks: str | None = None
-    """Why a person is asked what leaves (policy `human`)."""
+    """Why a person is asked what to release (policy `human`); None where nobody is asked."""
 
 
 async def run(plan: Plan, request: Request, config: RunnableConfig | None = None) -> Ending:
-    """Answer one request under the constitution, log its Trajectory, and return what leaves.
+    """Answer one request under the constitution, log its Trajectory, and return it with the released message.
 
     Raises:
-        Violation, Unreadable, BudgetExceeded: as the policies say.
+        Violation, Unreadable, BudgetExceeded: where the policy for that case is `raise`.
         LogError: the Trajectory could not be committed and `on_log_error` is `raise`.
-        Paused, GraphInterrupt: the app waits for a person.
+        Paused, GraphInterrupt: the app was interrupted and waits for a person.
         Exception: the app's own error; a critic's or reviser's where `on_error` is `raise`.
     """
     under_way = Run(plan=plan, request=request, calls=Calls(plan.settings.budget), messages=request.messages)
@@ -67,7 +67,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
     finally:
         try:
             trajectory = _trajectory(under_way, decision, error)
-        except Exception as untold:  # what the app handed over cannot be told, such as its context
+        except Exception as untold:  # what the app returned cannot be recorded, such as its context
             if error is None:
                 raise
             if plan.log is not None:
@@ -78,7 +78,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
                 await commit(
                     plan,
                     trajectory,
-                    # Nobody waits behind an answer that has left; whether its record is lost is counted.
+                    # In shadow mode no caller waits: stay until committed, so that a loss is counted.
                     failed=error is not None and request.mode != "shadow",
                     since=under_way.calls.started,
                     lost=request.lost,
@@ -88,7 +88,7 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
 
 
 async def _decision(run: Run, config: RunnableConfig) -> Decision:
-    """Drive the graph and return what leaves; raise what no policy holds."""
+    """Drive the graph and return the Decision; raise the errors that no policy turns into an answer."""
     request, settings = run.request, run.plan.settings
     if request.failed is not None:
         raise RunError("the app failed before")
@@ -112,10 +112,10 @@ async def _decision(run: Run, config: RunnableConfig) -> Decision:
             raise
         held = run.held = raised
     assert run.reached is not None  # the draft node returned, or raised above
-    if request.mode == "audit":  # the answer has left
+    if request.mode == "audit":  # the answer was released as it was written
         settings = dataclasses.replace(settings, on_violation="open", on_unreadable="open", on_error="open")
     elif run.reached.draft.unfinished and settings.on_error == "open":
-        with suppress(BudgetExceeded):  # an error held it up, and it leaves all the same
+        with suppress(BudgetExceeded):  # under `open` an error does not stop the answer: read the rest of it
             heard = await run.request.draft(run.calls, own)
             blocks = run.reached.draft.blocks
             run.reached = Progress(msgspec.structs.replace(heard, blocks=blocks), run.reached.rounds)
@@ -132,7 +132,7 @@ def _trajectory(run: Run, decision: Decision, error: BaseException | None) -> Tr
     if request.mode == "shadow" and progress is not None:
         if isinstance(error, asyncio.CancelledError) and not progress.rounds:
             outcome, unjudged, ended_by = Outcome.UNJUDGED, "shutdown", None
-        # Whatever is found of it, the draft is what left.
+        # Whatever the verdicts are, the draft was released.
         released, released_from = progress.draft.answer, "draft"
     elif released is None and (released := _left(run)) is not None:
         released_from = "draft"
@@ -160,7 +160,7 @@ def _trajectory(run: Run, decision: Decision, error: BaseException | None) -> Tr
 
 
 def _left(run: Run) -> Message | None:
-    """Return what of a stream had left when an error ended it."""
+    """Return what a stream had released when an error ended it; None where that is nothing."""
     if run.request.mode in ("audit", "shadow"):
         draft = run.request.written()
         return None if draft is None else draft.answer

@@ -1,18 +1,18 @@
-"""The records: what one request went through, and what people said of it afterwards.
+"""The records that a log holds: Trajectory, Comparison, Review and Feedback, and their JSON.
 
-    Trajectory
-    ├── messages   the conversation that asked, as Message
+    Trajectory     one request
+    ├── messages   the conversation before the answer, as Message
     ├── draft      Draft: the app's first answer
-    ├── rounds     Round ── critique   Critique ── verdicts   Verdict, one a principle or aim
+    ├── rounds     Round ── critique   Critique ── verdicts   Verdict, one for each principle or aim
     │                    └─ revisions  Revision, each with the Critique that judged it
     ├── calls      Call: every model call, with tokens, seconds and error
-    └── outcome    Outcome, and `released`: the message that left
+    └── outcome    Outcome, and `released`: the message that was released
 
     Comparison, Review, Feedback   appended later, each about one Trajectory
 
-All are frozen. `encode` gives ASCII JSON bytes and `decode` reads them back without loss: lone
-surrogates and any other text survive, since everything beyond ASCII is escaped; NaN and infinity
-are refused, since JSON has no word for them. Nothing here imports a model library.
+All are frozen. `encode` returns ASCII JSON bytes and `decode` reads them back without loss: everything
+beyond ASCII is escaped, so that any text survives, even lone surrogates. NaN and infinity are rejected, since
+JSON cannot express them. Nothing here imports a model library.
 """
 
 from __future__ import annotations
@@ -85,16 +85,16 @@ class Outcome(StrEnum):
     KEPT = "KEPT"
     """The draft violates nothing and was released."""
     REVISED = "REVISED"
-    """A revision was accepted and released, or a person's own answer (`released_from` is `human`)."""
+    """An accepted revision was released, or a person's own answer (`released_from` is `human`)."""
     EXHAUSTED = "EXHAUSTED"
-    """Violations remained, and the best answer was released, because the policy is open, because a
-    person let it leave, or because the request is benign and a refusal would be worse."""
+    """No answer was found to comply, and the best one was released all the same: because the policy is open,
+    because a person released it, or because the request is benign and a refusal would be worse."""
     REFUSED = "REFUSED"
     """No answer could be trusted, and the constitution's refusal was released."""
     FAILED = "FAILED"
-    """The request ended in an error; `Trajectory.error` says which."""
+    """The request ended in an error, which `Trajectory.error` records."""
     UNJUDGED = "UNJUDGED"
-    """No critic judged the answer, which left as it was; `Trajectory.unjudged` says why."""
+    """No critic judged the answer, which was released as it was; `Trajectory.unjudged` records why."""
 
 
 class Rejection(StrEnum):
@@ -103,13 +103,13 @@ class Rejection(StrEnum):
     EMPTY = "empty"
     """No text."""
     TRUNCATED = "truncated"
-    """The model stopped at its token limit, or by a filter of the provider's."""
+    """The model stopped at its token limit, or the provider's filter stopped it."""
     UNCHANGED = "unchanged"
-    """The same text as the answer that it should mend."""
+    """The same text as the answer that it should improve."""
     NO_REWRITE = "no_rewrite"
-    """Speaks about the revision ("No revisions needed") instead of being one."""
+    """A remark about the revision ("No revisions needed") instead of a revision."""
     BAD_SCHEMA = "bad_schema"
-    """Does not parse as the structured output that the draft had."""
+    """Does not parse as structured output of the draft's schema."""
     VIOLATES = "violates"
     """Still fails a principle that the draft failed, or a new one."""
     EVASIVE = "evasive"
@@ -121,11 +121,11 @@ class Rejection(StrEnum):
 
 
 class Base(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """Settings shared by every record: frozen, by keyword, defaults left out of the JSON."""
+    """Base of every record: frozen, keyword arguments only, fields at their default are not in the JSON."""
 
 
 def _current_version() -> int:
-    # A factory, not a default: omit_defaults would leave the version out of the JSON.
+    # A factory, not a default: with omit_defaults, a default version would be missing from the JSON.
     return SCHEMA_VERSION
 
 
@@ -137,7 +137,7 @@ class ToolCall(Base, frozen=True, kw_only=True):
     args: dict[str, Any] = {}
     """Arguments, as the model gave them."""
     id: str | None = None
-    """The provider's id, which the tool's answer repeats."""
+    """The provider's id, to which the tool's answer refers."""
 
 
 class Message(Base, frozen=True, kw_only=True):
@@ -148,36 +148,36 @@ class Message(Base, frozen=True, kw_only=True):
     content: str | list[Any] = ""
     """Text, or a list of content parts (text, image, …) as LangChain holds them."""
     name: str | None = None
-    """Who spoke, where the application says so."""
+    """Name of the author, where the application gives one."""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Calls that an assistant message asks for."""
+    """Tool calls of an assistant message."""
     tool_call_id: str | None = None
-    """On a `tool` message, the call that it answers."""
+    """On a `tool` message, the id of the call that it answers."""
     id: str | None = None
     """The message's id in the application."""
 
 
 class Verdict(Base, frozen=True, kw_only=True):
-    """A critic's judgement of one answer under one principle or one aim; with neither, of all of it."""
+    """A critic's judgement of one answer under one principle or one aim, or else of the whole answer."""
 
     label: Label
     """VIOLATES, COMPLIES or UNREADABLE."""
     principle: str | None = None
-    """Id of the principle; None where the verdict speaks of an aim."""
+    """Id of the principle; None where the verdict is about an aim."""
     aim: str | None = None
-    """The aim that a probe judged (`harmless`, `helpful`); None where it speaks of a principle."""
+    """The aim (`harmless`, `helpful`, …); None where the verdict is about a principle."""
     severity: int | None = None
     """1 (slight) to 5 (grave), where the critic gives one."""
     probability: float | None = None
     """P(VIOLATES) in [0, 1], where the model gives one; never copied from an aim to a principle."""
     reason: str | None = None
-    """The critic's words for this verdict, or what could not be read."""
+    """The critic's reason, or why no verdict could be read."""
     read_by: str | None = None
-    """The rung that read it: structured, tool, json, line, logprob, probe, classifier, human, imported."""
+    """How it was obtained: structured, tool, json, line, logprob, probe, classifier, human, imported."""
 
     @property
     def about(self) -> str | None:
-        """What it speaks of: the id of a principle, or an aim; None: the answer as a whole."""
+        """The principle's id or the aim that the verdict is about; None for the answer as a whole."""
         return self.principle or self.aim or None
 
 
@@ -189,46 +189,46 @@ class Critique(Base, frozen=True, kw_only=True):
     reasoning: str = ""
     """The critic's free text; empty where the critic gives numbers only."""
     readings: dict[str, float] = {}
-    """Probabilities that a probe read, by head: `harm`, `evasion` (of the answer), `request` (that
-    the request itself is unsafe)."""
+    """Probabilities in [0, 1] that a probe read, by head: `harm` and `evasion` of the answer, and `request`,
+    that the request itself is unsafe."""
     benign_request: bool | None = None
-    """Whether the critic takes the request to be benign; None where it does not say."""
+    """Whether the critic judges the request to be benign; None where it judges no requests."""
     evasive: bool | None = None
-    """Whether the critic reads the answer as a refusal or an evasion; None where it does not say."""
+    """Whether the critic judges the answer to be a refusal or an evasion; None where it does not."""
     critic: str | None = None
     """Name of the critic model, or of the probe."""
     cascade: Cascaded | None = None
-    """How a cascade came to this critique; None where one critic judges alone."""
+    """Which critic of a cascade decided, and why; None where the critic is not a cascade."""
 
     @property
     def violated(self) -> tuple[str, ...]:
-        """What the answer violates: ids of principles, and aims. A verdict on all of it names nothing."""
+        """Ids of the principles, and aims, that the answer violates; no verdict on the whole answer."""
         failed = (verdict.about for verdict in self.verdicts if verdict.label is Label.VIOLATES)
         return tuple(about for about in failed if about is not None)
 
 
 class Cascaded(Base, frozen=True, kw_only=True):
-    """Which critic of a cascade decided, and why; the critique that holds this is the decider's."""
+    """Which critic of a cascade decided, and why. The Critique that contains this is that critic's."""
 
     why: Literal["cleared", "above", "unreadable", "failed", "sample"]
-    """`cleared`: the cheap critic decided. Else the strong one did, since the cheap one's probability was
-    not below the threshold, or could not be read, or since the cheap one failed, or since both are asked
-    about a sample of the answers, whatever the cheap one says."""
+    """`cleared`: the cheap critic decided. In all other cases the strong critic did, because the cheap one's
+    probability was not below the threshold (`above`) or could not be read (`unreadable`), because the cheap
+    one `failed`, or because the answer is in the `sample` that both always judge."""
     threshold: float
-    """P(VIOLATES) from which the strong critic is asked."""
+    """P(VIOLATES) in [0, 1] from which the strong critic is asked."""
     cheap: Critique | None = None
-    """What the cheap critic said where the strong one decided; None where it failed."""
+    """The cheap critic's Critique where the strong one decided; None where the cheap one failed."""
 
 
 class Block(Base, frozen=True, kw_only=True):
-    """A group of sentences of a draft that was judged while the app still wrote."""
+    """A group of sentences of a draft that was judged while the app was still writing."""
 
     end: int
     """Where it ends in the draft's text, in characters from the text's start."""
     critique: Critique
-    """The judgement of the draft's text up to there."""
+    """The judgement of the draft's text up to `end`."""
     released: bool = False
-    """Whether it left at once. What left is never taken back: revisions go on after it."""
+    """Whether it was released at once. Released text is never taken back: revisions continue after it."""
 
 
 class Draft(Base, frozen=True, kw_only=True):
@@ -237,44 +237,45 @@ class Draft(Base, frozen=True, kw_only=True):
     answer: Message
     """The answer as a message."""
     truncated: bool = False
-    """Whether the model stopped before its end: at its token limit, or by a filter of the provider's."""
+    """Whether the answer is incomplete: the model stopped at its token limit, or the provider's filter
+    stopped it."""
     unfinished: bool = False
-    """Whether the request ended while the app still wrote, so that this is the beginning of its answer."""
+    """Whether this is only the beginning of the answer, since the app was still writing."""
     blocks: tuple[Block, ...] = ()
-    """What was judged while the app wrote, in order; empty where the answer was judged whole."""
+    """The blocks that were judged while the app wrote, in order; empty where the answer was judged whole."""
 
     @property
     def frozen(self) -> str:
-        """The beginning of the answer's text that has left already."""
+        """The beginning of the answer's text that has been released already."""
         return text_of(self.answer)[: max((block.end for block in self.blocks if block.released), default=0)]
 
 
 class Revision(Base, frozen=True, kw_only=True):
-    """An answer written from a critique, and its own judgement."""
+    """An answer written from a critique, with the critique that judged it in turn."""
 
     answer: Message
     """The answer as a message; empty where the model returned nothing."""
     from_draft: bool = True
-    """Whether the writer saw the answer to mend (False: written from the request alone)."""
+    """Whether the reviser saw the answer that it should improve. False: it saw the request alone."""
     critique: Critique | None = None
-    """The judgement of this answer; None where it was rejected unjudged, or is never judged."""
+    """The judgement of this answer; None where it was rejected without one, or under `sampled`."""
     accepted: bool = False
     """Whether this answer replaced the one before it."""
     rejection: Rejection | None = None
     """Why it was not accepted; None exactly when it was."""
     detail: str | None = None
-    """What stands behind the rejection, such as the ids of the principles that still fail."""
+    """Details of the rejection, such as the ids of the principles that still fail."""
 
 
 class Round(Base, frozen=True, kw_only=True):
     """One critique and the candidate revisions written from it."""
 
     critique: Critique
-    """The judgement of the answer that stood at the round's start."""
+    """The judgement of the answer that the round starts from."""
     of: str = "draft"
-    """Which answer that is: `draft`, or `revision:ROUND:INDEX`, counted from 0."""
+    """Name of that answer: `draft`, or `revision:ROUND:INDEX`, counted from 0."""
     revisions: tuple[Revision, ...] = ()
-    """The candidates; at most one is accepted. Empty where nothing needed mending."""
+    """The candidates; at most one is accepted. Empty where no revision was needed."""
 
 
 class Call(Base, frozen=True, kw_only=True):
@@ -285,15 +286,15 @@ class Call(Base, frozen=True, kw_only=True):
     model: str
     """Stable name of the model, such as `openai:gpt-5-mini` or `local:qwen2.5-1.5b`."""
     kind: Literal["generation", "forward"] = "generation"
-    """`generation` writes tokens; `forward` is one pass that writes none."""
+    """`generation` writes a reply; `forward` writes none: it reads a hidden state or probabilities."""
     prompt_digest: str | None = None
     """First 16 hex digits of the sha256 of the messages sent; None in a log that redacts."""
     input_tokens: int | None = None
     """Tokens of the prompt, as the provider counts them."""
     cached_input_tokens: int | None = None
-    """Those of them that were read from the provider's prefix cache."""
+    """How many of `input_tokens` came from the provider's prefix cache."""
     output_tokens: int | None = None
-    """Tokens written."""
+    """Tokens of the reply."""
     seconds: float = 0.0
     """Wall time of the call, retries included."""
     error: str | None = None
@@ -301,14 +302,14 @@ class Call(Base, frozen=True, kw_only=True):
 
 
 class ConstitutionRef(Base, frozen=True, kw_only=True):
-    """Which constitution judged."""
+    """A reference to the constitution of a record."""
 
     name: str
-    """Its name."""
+    """The constitution's name."""
     version: str
-    """Its version."""
+    """The constitution's version."""
     digest: str
-    """sha256 over everything of it that is sent to a model."""
+    """sha256 over all parts of the constitution that are sent to a model."""
 
 
 class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="trajectory"):
@@ -317,19 +318,19 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
     id: str
     """UUIDv7."""
     started_at: datetime
-    """When the request came in, UTC."""
+    """When the request arrived, UTC."""
     seconds: float
     """Wall time from the request to the record, without the time that a person took to decide."""
     mode: str
-    """`enforce`: judged before release; `shadow`: released untouched, judged behind it;
-    `audit`: released while the app wrote it, before the verdict;
+    """`enforce`: judged before release; `shadow`: released unchanged at once, and judged afterwards;
+    `audit`: released while the app wrote it, and judged afterwards;
     `sampled`: the paper's data generation; `imported`: written elsewhere."""
     constitution: ConstitutionRef
-    """Which constitution judged."""
+    """The constitution under which the answers were judged."""
     outcome: Outcome
-    """How it ended."""
+    """How the request ended."""
     messages: tuple[Message, ...] = ()
-    """The conversation that asked for the answer."""
+    """The conversation before the answer."""
     context: dict[str, str] = {}
     """Retrieved or other context that the critic saw, by key of the application's output."""
     draft: Draft | None = None
@@ -337,12 +338,12 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
     rounds: tuple[Round, ...] = ()
     """Critiques and revisions, in order."""
     released: Message | None = None
-    """The message that left; where an error left instead, what of a stream had left before it, or None."""
+    """The released message. Where an error was raised, what a stream had released before it, or None."""
     released_from: Literal["draft", "revision", "refusal", "human"] | None = None
-    """What the released message is."""
+    """Where the released message comes from."""
     unjudged: Literal["sample", "overload", "shutdown"] | None = None
-    """Why no critic judged the answer (mode `shadow`): it is not in the sample, too many others were waiting,
-    or the process ended. None where it was judged."""
+    """Why no critic judged the answer (mode `shadow`): it is not in the `sample`, too many others were
+    waiting (`overload`), or the process ended (`shutdown`). None where it was judged."""
     error: str | None = None
     """Class and message of the exception that ended the request."""
     calls: tuple[Call, ...] = ()
@@ -350,13 +351,13 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
     settings: dict[str, Any] = {}
     """The settings of the run, as JSON."""
     source: str | None = None
-    """Key of the input that asked, unique within a bulk run, by which the run resumes."""
+    """Key of the input, unique within a bulk run; a resumed run skips the keys that the log has."""
     metadata: dict[str, Any] = {}
-    """The user's own, as JSON; `user` and `tenant` are read by the trainers' caps."""
+    """The user's own metadata, as JSON. The trainers cap rows by its keys `user` and `tenant`."""
     tags: tuple[str, ...] = ()
-    """The user's own."""
+    """The user's own tags."""
     schema: int = msgspec.field(default_factory=_current_version)
-    """Version of this shape."""
+    """Version of the record's schema."""
 
     @property
     def prompt(self) -> str:
@@ -368,7 +369,7 @@ class Trajectory(Base, frozen=True, kw_only=True, tag_field="record", tag="traje
 
     @property
     def violated(self) -> tuple[str, ...]:
-        """What the draft violates: ids of principles, and aims; empty where it was not judged."""
+        """Ids of the principles, and aims, that the draft violates; empty where it was not judged."""
         return self.rounds[0].critique.violated if self.rounds else ()
 
 
@@ -380,61 +381,61 @@ class Comparison(Base, frozen=True, kw_only=True, tag_field="record", tag="compa
     at: datetime
     """When it was made, UTC."""
     trajectory_id: str
-    """The Trajectory whose messages both answer."""
+    """Id of the Trajectory whose conversation both answers belong to."""
     answers: tuple[Message, Message]
     """Answer A and answer B."""
     origins: tuple[str, str]
-    """Where each comes from: `draft`, `revision:ROUND:INDEX`, `sample:INDEX:MODEL` or `human`."""
+    """Origin of each: `draft`, `revision:ROUND:INDEX`, `sample:INDEX:MODEL` or `human`."""
     judge: str
     """Name of the judge."""
     p_a: tuple[float | None, float | None]
     """P(A is better) in [0, 1] as the judge gave it, with A shown first and with B shown first; None
     where unreadable."""
     band: tuple[float, float] | None = None
-    """Where the judge reasoned first, the band into which its probabilities are clamped when they become
-    a preference (Bai et al. 2022, section 4.1); None: as they are."""
+    """The band to which the probabilities are clamped when they become a preference, where the judge reasoned
+    first (Bai et al. 2022, section 4.1); None: they are not clamped."""
     method: Literal["logprob", "votes", "critic"] | None = None
-    """How the probabilities came about: of the two labels, as shares of sampled replies, or from a
-    critic's verdicts on each answer alone."""
+    """Source of the probabilities: log-probabilities of the two labels (`logprob`), shares of sampled replies
+    (`votes`), or a critic's verdicts on each answer alone (`critic`)."""
     votes: int | None = None
     """Replies sampled in each order, where the method is `votes`."""
     principle: str | None = None
-    """Id of the principle that was asked about."""
+    """Id of the principle under which the answers were compared."""
     constitution: ConstitutionRef | None = None
-    """Which constitution the principle belongs to."""
+    """The constitution that the principle belongs to."""
     reasoning: tuple[str, str] | None = None
-    """What the judge wrote before it chose, in each order; None where it was not asked to reason."""
+    """The judge's reasoning before its choice, in each order; None where it was not asked to reason."""
     critiques: tuple[Critique, ...] = ()
-    """Judgement of A and of B alone, where the method is `critic`."""
+    """Critique of A and of B alone, where the method is `critic`."""
     calls: tuple[Call, ...] = ()
     """The judge's calls, and those that wrote an answer."""
     settings: dict[str, Any] = {}
     """The settings of the labelling, as JSON."""
     source: str | None = None
-    """Key of what was to be compared, by which labelling resumes."""
+    """Key of the pair to compare; resumed labelling skips the keys that the log has."""
     metadata: dict[str, Any] = {}
-    """The user's own, as JSON."""
+    """The user's own metadata, as JSON."""
     schema: int = msgspec.field(default_factory=_current_version)
-    """Version of this shape."""
+    """Version of the record's schema."""
 
     @property
     def preference(self) -> float | None:
-        """P(A is better) in [0, 1]: clamped into the band, averaged over both orders; None: unreadable."""
+        """P(A is better) in [0, 1], clamped to the band and averaged over both orders; None if unreadable."""
         readable = [_clamped(p, self.band) for p in self.p_a if p is not None]
         return sum(readable) / 2 if len(readable) == 2 else None
 
     @property
     def orders_disagree(self) -> bool:
-        """Whether the judge chose another answer when the order was turned round."""
+        """Whether the judge preferred a different answer when the two were shown in the other order."""
         return orders_disagree(*self.p_a)
 
 
 def orders_disagree(first: float | None, second: float | None) -> bool:
-    """Return whether a judge chose another answer when the order was turned round.
+    """Return whether a judge preferred a different answer when the two were shown in the other order.
 
     Args:
-        first: P(A is better) with A shown first; None: unreadable.
-        second: P(A is better) with B shown first, likewise.
+        first: P(A is better) with A shown first; None if unreadable.
+        second: P(A is better) with B shown first; None if unreadable.
 
     >>> orders_disagree(0.9, 0.2), orders_disagree(0.9, 0.6), orders_disagree(0.9, None)
     (True, False, False)
@@ -454,19 +455,19 @@ class Review(Base, frozen=True, kw_only=True, tag_field="record", tag="review"):
     at: datetime
     """When it was made, UTC."""
     trajectory_id: str
-    """The Trajectory that was judged."""
+    """Id of the Trajectory that was judged."""
     reviewer: str
-    """Who judged."""
+    """Name of the person."""
     decision: Literal["approve", "flip", "tie", "edit", "draft", "reject", "skip", "flag", "undo"]
-    """What the person decided."""
+    """The person's decision."""
     answer: Message | None = None
     """The person's own answer, where the decision is `edit`."""
     verdicts: tuple[Verdict, ...] = ()
-    """Labels that the person gave the draft, by principle or aim."""
+    """The person's verdicts on the draft, by principle or aim."""
     note: str | None = None
-    """The person's words."""
+    """The person's comment."""
     schema: int = msgspec.field(default_factory=_current_version)
-    """Version of this shape."""
+    """Version of the record's schema."""
 
 
 class Feedback(Base, frozen=True, kw_only=True, tag_field="record", tag="feedback"):
@@ -475,21 +476,21 @@ class Feedback(Base, frozen=True, kw_only=True, tag_field="record", tag="feedbac
     id: str
     """UUIDv7."""
     at: datetime
-    """When it came, UTC."""
+    """When it arrived, UTC."""
     trajectory_id: str
-    """The Trajectory that it is about."""
+    """Id of the Trajectory that it is about."""
     score: float
     """-1 (bad) to 1 (good)."""
     user: str | None = None
-    """Who gave it, by the application's id."""
+    """The user's id in the application."""
     note: str | None = None
-    """The user's words."""
+    """The user's comment."""
     schema: int = msgspec.field(default_factory=_current_version)
-    """Version of this shape."""
+    """Version of the record's schema."""
 
 
 Record = Trajectory | Comparison | Review | Feedback
-"""What a log holds."""
+"""Every kind of record in a log."""
 
 
 # --- JSON ---------------------------------------------------------------------------------------------
@@ -506,11 +507,12 @@ def encode(record: Record) -> bytes:
     """Return the record as one line of ASCII JSON, without a line end; `decode` reads it.
 
     Raises:
-        DataError: a number is NaN or infinite, metadata is not JSON, or a field is of a wrong type.
+        DataError: a number is NaN or infinite, metadata is not JSON, or a field has the wrong type.
     """
     try:
         data = _encoder.encode(record)
-        # It writes text as UTF-8, NaN and infinity as null, and whatever stands in a field.
+        # msgspec writes text as UTF-8, NaN and infinity as null, and does not check the types of fields.
+        # So its output is used only where it is ASCII and reads back as the same record.
         if data.isascii():
             again = _decoder.decode(data)
             if b"null" not in data or again == record:
@@ -537,7 +539,7 @@ def decode(data: bytes | str) -> Record:
     """Return the record in `data`, one JSON object as `encode` writes it, of this or an earlier version.
 
     Raises:
-        DataError: not JSON, not a record, or written by a newer release; the message says which.
+        DataError: `data` is not JSON, not a record, or was written by a newer release.
     """
     try:
         return _current(_decoder.decode(data))
@@ -592,7 +594,7 @@ def new_id() -> str:
 
 
 def now() -> datetime:
-    """Return the time in UTC."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
@@ -607,7 +609,7 @@ def revision_name(number: int, index: int) -> str:
 
 
 def revision_at(name: str) -> tuple[int, int] | None:
-    """Return which round and which revision of it a name is of; None for another answer's name.
+    """Return the round and the index that a revision's name contains; None for any other name.
 
     >>> revision_at("revision:0:1"), revision_at("draft")
     ((0, 1), None)
@@ -616,11 +618,11 @@ def revision_at(name: str) -> tuple[int, int] | None:
     return None if found is None else (int(found[1]), int(found[2]))
 
 
-# --- what is said -------------------------------------------------------------------------------------
+# --- text of messages ---------------------------------------------------------------------------------
 
 
 def text_of(message: Message | BaseMessage) -> str:
-    """Return what a message says, which is judged: its text, and after it what other parts of it say."""
+    """Return the text of a message as critics judge it: its text, then the words in its other parts."""
     shown = shown_of(message)
     if isinstance(message.content, str):
         return shown
@@ -629,7 +631,7 @@ def text_of(message: Message | BaseMessage) -> str:
 
 
 def shown_of(message: Message | BaseMessage) -> str:
-    """Return the text of a message as its readers see it: its string, or what its parts say, joined."""
+    """Return the text of a message that its readers see: its string, or the text of its parts, joined."""
     content = message.content
     if isinstance(content, str):
         return content

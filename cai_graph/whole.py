@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whatever interrupts the writing."""
+"""Writes files atomically: a file appears complete or not at all, whatever interrupts the writing."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ __all__ = ["file", "output", "sync_folder", "write"]
 
 @contextmanager
 def file(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
-    """Give an empty file to fill that stands at `path` once the body has ended, on the disk, or goes away.
+    """Yield the path of an empty temporary file; when the body ends, it is synced and replaces `path`.
 
-    What stood at `path` before stands until then. While it is filled, only its owner can read it.
+    Where the body raises, the temporary file is deleted and `path` stays as it was. While it is written, only
+    its owner can read it.
 
     Args:
-        path: the file to make, in a folder that is there.
-        mode: who may read it in the end; 0o600 for what holds users' texts.
+        path: the file to write, in an existing folder.
+        mode: its permissions in the end; 0o600 for files with users' texts.
 
     Raises:
-        OSError: it cannot be made or written.
+        OSError: it cannot be created or written.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -41,7 +42,7 @@ def file(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
 
 
 def write(path: Path, text: str, *, mode: int = 0o644) -> None:
-    """Write a text file as UTF-8; see `file`.
+    """Write a text file atomically, as UTF-8; see `file`.
 
     Raises:
         OSError: it cannot be written there.
@@ -52,12 +53,12 @@ def write(path: Path, text: str, *, mode: int = 0o644) -> None:
 
 @contextmanager
 def output(path: str | None) -> Iterator[TextIO]:
-    """Give where the ASCII text that a command makes goes: a `file` readable by its owner alone.
+    """Yield the text stream for a command's ASCII output: an atomic `file` that only its owner can read.
 
-    None is standard output, on which it appears as it is written.
+    With None it is standard output, where text appears as it is written.
 
     Raises:
-        DataError: the file cannot be written there, or the shell has closed standard output.
+        DataError: the file cannot be written, or the shell has closed standard output.
     """
     if path is None:
         if sys.stdout is None:
@@ -65,7 +66,7 @@ def output(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     target = Path(path)
-    # Where even the look fails, the writing says why.
+    # Where the path cannot even be examined, opening it below raises the reason.
     if os.path.exists(target) and not os.path.isfile(target):
         raise DataError(f"{target}: is not a plain file; name one, or leave -o out for standard output")
     with ExitStack() as stack:
@@ -77,7 +78,7 @@ def output(path: str | None) -> Iterator[TextIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put on the disk which files a folder has.
+    """Sync a folder to the disk, so that files created, renamed or deleted in it stay so.
 
     Raises:
         OSError: it cannot be read.

@@ -1,13 +1,13 @@
-"""Many rows at once: prompts through a wrapped model into the log, existing answers to verdicts.
+"""Processes files of rows: answers and logs prompts (`cai run`), or judges existing answers (`cai judge`).
 
-    rows      Rows: a file of rows, opened: JSONL, CSV or text, each row read or Broken
-    run       Run: its prompts, drafted, judged and logged; takes up where an earlier run of it ended.
-              Summary: what a run came to
-    judging   judge: its answers, judged in order; nothing is drafted and nothing is logged
+    rows      Rows: reads a file of JSONL, CSV or text; a row that cannot be read is Broken
+    run       Run: answers the prompts of a file through a wrapped model, which judges and logs them; resumes
+              an earlier run. Summary: the counts of a run
+    judging   judge: judges the answers of a file, in order; drafts nothing and logs nothing
 
-A run is the same run again when the file's bytes and everything that shapes the answers are the same. A
-row's key in the log is `run:FILE/SETTINGS/INDEX`: 16 digits of both digests, and the row's index, since
-prompts repeat within a file.
+A run resumes an earlier one when the file's bytes and everything that affects the answers are the same. A
+row's key in the log is `run:FILE/SETTINGS/INDEX`, with 16 hex digits of the digest of each, and the row's
+index, since prompts may repeat within a file.
 """
 
 from cai_graph.bulk.judging import Judgement, judge

@@ -1,4 +1,4 @@
-"""The answers of a file to verdicts, in the order of the rows."""
+"""Judges the answers of a file with a critic, and yields the results in the order of the rows."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ __all__ = ["Judgement", "judge"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of one row of answers."""
+    """The result of judging one row."""
 
     index: int
     """Place among the rows, from 0."""
     id: Any
     """The row's `id`, or else its index."""
     critique: Critique | None
-    """What the critic found; None where there is an error."""
+    """The critic's Critique; None where there is an error."""
     error: str | None = None
-    """Why there is no critique."""
+    """Why there is no critique; None where there is one."""
 
     def violates(self, constitution: Constitution) -> bool:
-        """Return whether the answer violates the constitution, thresholds of severity respected."""
+        """Return whether the answer fails a principle, by the principles' `min_severity`."""
         return self.critique is not None and bool(failed_principles(self.critique, constitution))
 
     @property
@@ -46,13 +46,13 @@ class Judgement:
         )
 
     def word(self, constitution: Constitution) -> str:
-        """Return it in a word."""
+        """Return the result in one word: skipped, violates, unreadable or complies."""
         if self.critique is None:
             return "skipped"
         return "violates" if self.violates(constitution) else "unreadable" if self.unreadable else "complies"
 
     def line(self) -> str:
-        """Return it as one line of ASCII JSON: `id`, `verdicts` and `aims`, or `id` and `error`."""
+        """Return the result as one line of ASCII JSON: `id`, `verdicts` and `aims`, or `id` and `error`."""
         if self.critique is None:
             return json.dumps({"id": self.id, "error": self.error})
         verdicts: Sequence[dict[str, Any]] = msgspec.to_builtins(self.critique.verdicts)
@@ -68,8 +68,8 @@ async def judge(
 
     Raises:
         DataError: the file cannot be read.
-        Exception: what would fail every further row, such as a refused key; once the judgements of all that
-            was under way have been yielded.
+        Exception: an error that every further row would raise, such as a rejected API key; raised once the
+            judgements of all rows in progress have been yielded.
     """
     succeeded = False
     fatal: list[Exception] = []
@@ -99,7 +99,7 @@ async def judge(
             while following in early:
                 yield early.pop(following)
                 following += 1
-    for index in sorted(early):  # behind a row that failed for all
+    for index in sorted(early):  # those after a row with a fatal error
         yield early[index]
     if fatal:
         raise fatal[0]

@@ -1,4 +1,4 @@
-"""A file of rows, opened: JSONL, CSV or text; each row is a Prompt or an Answer, or Broken."""
+"""Reads files of rows, in JSONL, CSV or text: each row becomes a Prompt or an Answer, or is Broken."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _SUFFIXES: dict[str, Format] = {
 }
 
 _FIRST = 20
-"""Rows that are looked at for the column of the prompt."""
+"""How many rows `Rows.check` reads to find the column of the prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row that asks."""
+    """A row with a prompt."""
 
     index: int
-    """Place among the rows, from 0; blank lines are no rows."""
+    """Place among the rows, from 0; blank lines do not count."""
     line: int
     """Line of the file in which it begins, from 1."""
     messages: list[BaseMessage]
@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """A row that holds an answer."""
+    """A row with an answer."""
 
     index: int
     """Place among the rows, from 0."""
@@ -82,16 +82,16 @@ class Broken:
 
 
 class Rows:
-    """A file of rows, opened. Iterating it again starts from its first row.
+    """An open file of rows. Each iteration starts from its first row.
 
-    What cannot be read twice, such as standard input, is copied to a temporary file first.
+    An input that cannot be read twice, such as standard input, is copied to a temporary file first.
     """
 
     def __init__(self, path: str, format: Format | None = None) -> None:
-        """Open `path`; `-` is standard input. `format` is by default what the name ends in.
+        """Open `path`; `-` is standard input. By default the file name's suffix decides the format.
 
         Raises:
-            ConfigError: no format is given and the name does not say one.
+            ConfigError: no format is given and the file name has none of the known suffixes.
             DataError: the file cannot be read.
         """
         if path != "-" and Path(path).is_dir():
@@ -104,23 +104,23 @@ class Rows:
             )
             raise ConfigError(f"{found} say how the rows are written; add --format jsonl, csv or text")
         self.name = "standard input" if path == "-" else path
-        """What messages call it."""
+        """Name of the file in messages."""
         self.format: Format = chosen
-        """How rows are written."""
+        """Format of the file."""
         self._file = _readable_twice(path)
         self.digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-        """sha256 of its bytes."""
+        """sha256 of the file's bytes, in hex."""
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
 
     def check(self, column: str | None = None) -> None:
-        """Read the first rows only, for a prompt file that cannot be meant.
+        """Read the first rows, and raise an error where they show that the file has no prompts.
 
         Raises:
-            ConfigError: the column or key of the prompt is in none of them; names what is there.
-            DataError: the file holds no row, or cannot be read.
+            ConfigError: none of these rows has the column or key of the prompt; the message names the keys.
+            DataError: the file has no rows, or cannot be read.
         """
         self._file.seek(0)
         if all(not line.strip() for _, line in _lines(self._file)):
@@ -141,13 +141,13 @@ class Rows:
         """Yield each row as a Prompt.
 
         Args:
-            column: where the prompt is; by default `messages` or `prompt`, and in a CSV file `prompt`
-                or the only column; one whose name holds a `;` or a tab must be named. Text has a prompt a
-                line, and no columns.
+            column: column or key of the prompt; by default `messages` or `prompt`, in a CSV file `prompt` or
+                the only column. An only column whose name contains a `;` or a tab must be given here. A text
+                file has one prompt in each line, and no columns.
 
         Raises:
             ConfigError: the file has no such column.
-            DataError: the file cannot be read, or has another separator than a comma.
+            DataError: the file cannot be read, or its separator is not a comma.
         """
         for index, line, row in self._each(column):
             if isinstance(row, str):
@@ -176,7 +176,7 @@ class Rows:
                 yield Broken(index, line, id, str(error))
 
     def _each(self, column: str | None) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
-        """Yield index, line, and the row or what is wrong with it."""
+        """Yield the index and line of each row, with the row or, as text, what is wrong with it."""
         self._file.seek(0)
         read = {"jsonl": _jsonl, "csv": _csv, "text": _text}[self.format]
         try:
@@ -233,7 +233,7 @@ def _jsonl(file: _File, column: str | None) -> _Read:
         if not line.strip():
             continue
         try:
-            # Of bytes `json` guesses the encoding, line by line.
+            # Decoded here, since `json` would guess the encoding of bytes for each line.
             row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
         except (ValueError, RecursionError) as error:
             yield number, f"not JSON: {error}"
@@ -252,7 +252,7 @@ def _lines(file: _File) -> Iterator[tuple[int, bytes]]:
 
 
 def _csv(file: _File, column: str | None) -> _Read:
-    # Bytes that are no UTF-8 become lone surrogates, so that one bad row does not end the file.
+    # Bytes that are not UTF-8 become lone surrogates, so that one bad row does not stop the reading.
     csv.field_size_limit(1 << 30)
     texts = (line.decode("utf-8", "surrogateescape") for _, line in _lines(file))
     # A line may end in a bare carriage return.
@@ -304,14 +304,14 @@ def _csv(file: _File, column: str | None) -> _Read:
 
 
 class _Lines:
-    """The lines of a file, which can go back to one of the row that is being read."""
+    """An iterator over the lines of a file that can go back to a line of the current row."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
         self._again: deque[str] = deque()
         self._row: list[str] = []
         self.number = 0
-        """How many lines have been given."""
+        """How many lines have been returned."""
 
     def __iter__(self) -> _Lines:
         return self
@@ -323,12 +323,12 @@ class _Lines:
         return line
 
     def begin(self) -> int:
-        """Begin another row, and return the number of its first line."""
+        """Begin a new row, and return the number of its first line."""
         self._row.clear()
         return self.number + 1
 
     def go_back(self, to: int) -> None:
-        """Give the line of this number next."""
+        """Go back, so that the next line is the one of this number."""
         again = self._row[to - 1 - self.number :]
         self._again.extendleft(reversed(again))
         self.number -= len(again)
@@ -347,15 +347,15 @@ def _conversation(row: Mapping[str, Any], key: str) -> list[BaseMessage]:
         raise DataError(f"{key!r} is text or a list of messages, found {str(value)[:60]!r}")
     try:
         return convert_to_messages(value)
-    except Exception as error:  # its errors are of many classes, all about the messages
+    except Exception as error:  # LangChain raises many classes here, all about the messages
         raise DataError(f"{key!r} is no list of messages: {str(error).splitlines()[0][:200]}") from error
 
 
 def _asking(messages: list[BaseMessage], key: str) -> list[BaseMessage]:
-    """Return messages that ask for an answer.
+    """Return `messages`, after checking that they can be answered.
 
     Raises:
-        DataError: they do not.
+        DataError: they end in an answer, or have no text by the user.
     """
     if messages[-1].type == "ai":
         raise DataError(

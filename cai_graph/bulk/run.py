@@ -1,4 +1,4 @@
-"""The prompts of a file through a wrapped model into its log, and what they came to."""
+"""Runs the prompts of a file through a wrapped model, which logs the answers; resumes earlier runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Failed", "Run", "Summary"]
 
 @dataclass(frozen=True)
 class Failed:
-    """A row that was read and could not be answered; the next run of the file tries it again."""
+    """A row that was read but could not be answered; the next run of the file retries it."""
 
     index: int
     """Place among the rows, from 0."""
@@ -37,20 +37,20 @@ class Failed:
 
 @dataclass
 class Summary:
-    """What the Trajectories of a run came to."""
+    """The counts of a run."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     """Trajectories by outcome."""
     violated: Counter[str] = field(default_factory=Counter)
-    """Trajectories whose draft violated it, by principle id or aim."""
+    """Principle id or aim -> Trajectories whose draft violated it."""
     calls: int = 0
-    """Generations."""
+    """Calls that wrote tokens."""
     forward_passes: int = 0
-    """Calls that wrote no token."""
+    """Calls of kind `forward`."""
     input_tokens: int = 0
-    """Tokens of prompts, where the provider counts."""
+    """Tokens of prompts, where the provider reports them."""
     output_tokens: int = 0
-    """Tokens written, where the provider counts."""
+    """Tokens written, where the provider reports them."""
     skipped: list[Broken | Failed] = field(default_factory=list)
     """Rows without an answer."""
 
@@ -76,13 +76,13 @@ class Summary:
 
 
 class Run:
-    """The prompts of a file, through a wrapped model into its log.
+    """A run of the prompts of a file through a wrapped model, which logs each Trajectory.
 
     Attributes:
-        prefix: what the source key of each of its Trajectories starts with.
+        prefix: prefix of the source key of each of its Trajectories.
         rows: how many rows it has, up to the limit.
-        done: how many of them were answered before.
-        summary: what the run came to, earlier parts of it included.
+        done: how many of them earlier runs have answered.
+        summary: the counts of the run, including those of earlier runs that it resumes.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Run:
         column: str | None = None,
         limit: int | None = None,
     ) -> None:
-        """Read the rows once and the log, so that what cannot work is said before the first call.
+        """Read all rows and the log, so that errors in them are raised before the first model call.
 
         Args:
             guarded: the wrapped chat model; it must have a log.
             rows: the prompts.
-            drafting: what else shapes the drafts, as JSON: the model's name and its settings.
+            drafting: what else affects the drafts, as JSON: the model's name and its settings.
             column: see `Rows.prompts`.
-            limit: only so many rows, from the first.
+            limit: the number of rows to use, from the first; None: all.
 
         Raises:
             ConfigError: the column is missing.
@@ -130,11 +130,14 @@ class Run:
         return islice(self._read(), self._limit)
 
     def _answered(self, log: Log) -> set[int]:
-        """Return the rows that need no further call, and count them. A row that failed is tried again."""
+        """Return the indexes of the rows that the log has answers for, and add these to the summary.
+
+        A row that failed is not among them, so that it is retried.
+        """
         done: set[int] = set()
         for record in log.read(kind="trajectory", source=self.prefix):
             index = int((record.source or "").removeprefix(self.prefix))
-            # Two runs at once answer a row twice.
+            # A row may have two answers, where two runs were made at once.
             if record.outcome is not Outcome.FAILED and index < self.rows and index not in done:
                 done.add(index)
                 self.summary.add(record)
@@ -143,15 +146,15 @@ class Run:
     async def results(
         self, concurrency: int, *, stopped: Callable[[], bool] = lambda: False
     ) -> AsyncGenerator[Trajectory | Broken | Failed, None]:
-        """Yield what becomes of each row that is not done, as each ends; all are in `summary` by then.
+        """Answer the rows that are not done, and yield each result once it is in `summary`, in any order.
 
         Args:
-            concurrency: how many rows are under way at once.
-            stopped: once it returns True, no further row is begun, and those under way are finished.
+            concurrency: how many rows are answered at once.
+            stopped: once it returns True, no further row is begun, and those in progress are finished.
 
         Raises:
-            ConfigError, MissingExtra, LogError: what would fail every further row.
-            Exception: the same of a provider, such as a refused key.
+            ConfigError, MissingExtra, LogError: an error that every further row would raise.
+            Exception: such an error of a provider, for example a rejected API key.
         """
         waiting = (row for row in self._prompts() if isinstance(row, Broken) or row.index not in self._done)
         begun = until(waiting, stopped)

@@ -1,10 +1,10 @@
-"""Constitutions: the principles that answers are judged and revised under, and where they come from.
+"""Constitutions: the principles by which answers are judged and revised; `load` reads them.
 
 A Constitution is read by name (`load("balanced")`), from a YAML or JSON file, from a mapping, or from a
-foreign principle list; it is immutable, complete (its `extends` is applied) and known by a `digest`.
+foreign principle list. It is immutable, complete (its `extends` is applied) and identified by its `digest`.
 
-    source      files → plain data, and on which line each part of it stands
-    foreign     the principle lists of others → the fields of our own format
+    source      files → plain data, with the line number of each part
+    foreign     principle lists of other projects → the fields of our own format
     loading     plain data → a Constitution, with `extends` applied; errors that name file, line and field
     principles  Principle, Example, Constitution
     checks      lint, diff, and the JSON Schema

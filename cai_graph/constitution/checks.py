@@ -1,4 +1,4 @@
-"""What is allowed in a constitution and probably not meant, how two differ, and the schema of the files."""
+"""Checks of constitutions: finds probable mistakes, compares two, and gives the files' JSON Schema."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cai_graph.constitution.principles import MAX_REQUEST_CHARS, Constitution, F
 __all__ = ["KNOWN_AIMS", "Difference", "Finding", "diff", "json_schema", "lint"]
 
 KNOWN_AIMS = ("harmless", "helpful", "honest")
-_NEAR_DUPLICATE = 0.7  # share of words that two critique requests have in common
+_NEAR_DUPLICATE = 0.7  # share of the words of two critique requests that both contain
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,17 @@ class Finding:
     message: str
     """What was found and what to do."""
     principle: str | None = None
-    """Id of the principle it is about; None for the constitution as a whole."""
+    """Id of the principle concerned; None for the constitution as a whole."""
     field: str | None = None
-    """The field it is about."""
+    """Name of the field concerned."""
 
 
 def lint(constitution: Constitution) -> list[Finding]:
-    """Return what is allowed but probably not meant; an empty list is a clean bill.
+    """Return what is allowed but probably not meant; an empty list means that nothing was found.
 
-    Looks for principles that say the same (and contradict each other in weight), requests longer than a
-    batched critique bears, missing translations, preference questions that were made up for lack of one,
-    misspelt aims, and examples that show only one verdict.
+    The findings are: principles with nearly the same critique request (and with different weights), requests
+    that are too long for a batched critique, missing translations, missing preference questions, misspelt
+    aims, revision requests that repeat the critique request, and examples with only one of the verdicts.
     """
     return [
         *_lint_wording(constitution),
@@ -56,7 +56,7 @@ def _lint_wording(constitution: Constitution) -> Iterator[Finding]:
 
 
 def _lint_texts(texts: Texts) -> Iterator[tuple[str, str]]:
-    """Yield the field and what is wrong with it, of a principle's wording in one language."""
+    """Yield each field of a principle's texts in one language that has a problem, and the problem."""
     for name in ("critique_request", "revision_request"):
         length = len(getattr(texts, name))
         if length > MAX_REQUEST_CHARS:
@@ -119,18 +119,18 @@ class Difference:
     """One way in which two constitutions differ."""
 
     change: Literal["added", "removed", "moved", "changed"]
-    """What happened on the way from the first to the second."""
+    """The change from the first constitution to the second."""
     principle: str | None
     """Id of the principle; None for a field of the constitution."""
     field: str | None
     """The field that differs; None where a whole principle was added, removed or moved."""
     before: object
-    """Value in the first: of the field or part, the Principle removed, or its place among the common ones."""
+    """Value in the first: of the field or part, the removed Principle, or its place among the common ones."""
     after: object
-    """The same in the second."""
+    """Value in the second, likewise."""
     part: str | None = None
-    """What of the field differs: the language of a translation, or the prompt of examples (the values are
-    tuples of them). None: the field as a whole; it `moved` where its examples stand in another order."""
+    """The part of the field that differs: the language of a translation, or the prompt of examples (whose
+    values are tuples of Examples). None: the field as a whole; it `moved` where only its order differs."""
 
 
 def diff(a: Constitution, b: Constitution) -> list[Difference]:
@@ -173,7 +173,7 @@ def _diff_field(principle: str | None, name: str, before: object, after: object)
 
 
 def _parts(value: object) -> dict[str | None, object]:
-    """Return what is compared by itself: texts by their language, examples by their prompt."""
+    """Return the parts of a value that are compared one by one: texts by language, examples by prompt."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, tuple):
@@ -182,7 +182,7 @@ def _parts(value: object) -> dict[str | None, object]:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of a constitution file, for editors to complete by."""
+    """Return the JSON Schema (draft 2020-12) of a constitution file, for completion in editors."""
     schema = File.model_json_schema()
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -1,4 +1,4 @@
-"""Principle lists of other projects, as the fields of our own format."""
+"""Converts the principle lists of other projects, such as LangChain's, to our own format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["own_format"]
 
 
 def own_format(source: Source, name: str = "custom") -> Source:
-    """Turn a foreign principle list into the fields of our own format; leave our own as it is."""
+    """Return a foreign principle list as a Source in our own format; return our own format unchanged."""
     if isinstance(source.data, list | tuple):
         lines = {("principles", *path): line for path, line in source.lines.items()}
         return replace(source, data={"name": name, "principles": _own_principles(source.data)}, lines=lines)
@@ -26,7 +26,7 @@ def own_format(source: Source, name: str = "custom") -> Source:
 
 
 def _from_pairs(source: Source, data: Mapping[str, Any], name: str) -> Source:
-    """Read {"constitutions": [{critic, revision}], "system_chat": [conversation, ...]}."""
+    """Convert {"constitutions": [{critic, revision}], "system_chat": [conversation, …]} to our own format."""
     pairs = data["constitutions"]
     if not isinstance(pairs, list):
         raise ConstitutionError(
@@ -49,9 +49,9 @@ def _from_pairs(source: Source, data: Mapping[str, Any], name: str) -> Source:
 
 
 def _own_principles(items: Iterable[object]) -> list[Any]:
-    """Name the fields of each item as we do; give an id to those without one, and the aim "general".
+    """Return the items with our field names; an item without an id gets one, and without an aim "general".
 
-    What is no principle is left for validation to refuse.
+    An item that is not a principle is returned as it is; validation rejects it later.
     """
     principles: list[Any] = []
     taken: set[str] = set()
@@ -61,7 +61,7 @@ def _own_principles(items: Iterable[object]) -> list[Any]:
         elif isinstance(item, Mapping):
             fields = dict(item)
         elif hasattr(item, "critique_request") and hasattr(item, "revision_request"):
-            # LangChain's ConstitutionalPrinciple, known by its attributes: LangChain need not be installed.
+            # LangChain's ConstitutionalPrinciple, recognised by its attributes, without importing LangChain.
             fields = {
                 "name": getattr(item, "name", None),
                 "critique_request": item.critique_request,
@@ -84,13 +84,14 @@ def _own_principles(items: Iterable[object]) -> list[Any]:
 
 
 def _chat_examples(chats: Any, source: Source, ids: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return worked examples from conversations of request, draft, critique request, critique, revision.
+    """Return worked examples from conversations of six turns.
 
-    The format states no verdict: a revision that hardly touches the draft says that it complied.
+    The turns are request, draft, critique request, critique, revision request, revision. The format has no
+    verdict: a draft that its revision hardly changes is taken to comply.
 
     Args:
         chats: conversations, each a list of six {role, content}.
-        source: where they were read.
+        source: where they were read, for error messages.
         ids: principle ids by critique request.
     """
     examples: list[dict[str, Any]] = []

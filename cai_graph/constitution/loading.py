@@ -1,4 +1,4 @@
-"""From a name, a file or plain data to a Constitution: parents applied, errors with file, line and field."""
+"""Loads a Constitution from a name, a file or plain data, with `extends` applied and everything validated."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ from cai_graph.errors import ConstitutionError
 __all__ = ["builtin", "load"]
 
 _PACKAGE = Path(__file__).parents[1]
-_MAX_SENTENCES = 10  # errors told at once for one file
+_MAX_SENTENCES = 10  # most errors reported at once for one file
 
 
 def load(source: object) -> Constitution:
-    """Return the constitution that `source` names, holds or describes.
+    """Return the constitution that `source` names or contains.
 
     Args:
         source: a built-in name (see `builtin`); a path to a YAML or JSON file in our own format, to a
             Python file with LangChain's principles (parsed, never run), to a list of
             {name, critique_request, revision_request}, or to a file of {"constitutions": [{critic,
             revision}]}; a mapping or list of the same shapes; a list of Principles or of LangChain's
-            ConstitutionalPrinciple objects; or a Constitution, which comes back as it is. Foreign
-            principles that name no aim get the aim "general".
+            ConstitutionalPrinciple objects; or a Constitution, which is returned as it is. Foreign
+            principles without an aim get the aim "general".
 
     Raises:
-        ConstitutionError: names file, line and field, and what to do.
+        ConstitutionError: it cannot be read, or is wrong; the message names file, line and field, and says
+            what to do.
     """
     if isinstance(source, Constitution):
         return source
@@ -74,7 +75,7 @@ def _builtin_folder(package: Path) -> Path:
 
 
 def _find(name: str, folder: Path, asked_by: str) -> Path:
-    """Return the file of a built-in name or of a path; a relative path starts at `folder`."""
+    """Return the file for a built-in name or a path; a relative path is relative to `folder`."""
     names = builtin()
     if name in names:
         return (_builtin_folder(_PACKAGE) / f"{name}.yaml").resolve()
@@ -101,12 +102,12 @@ def _file(path: Path) -> Source:
 
 
 def _build(source: Source, chain: tuple[Path, ...], built: dict[Path, Constitution]) -> Constitution:
-    """Apply `extends` and `remove`.
+    """Return the constitution of a source, with its parents (`extends`) and `remove` applied.
 
     Args:
-        source: what was read.
-        chain: the files from the first one asked for to this one.
-        built: what parents came to, filled here: one that is reached by several ways is built once.
+        source: the data that was read, in our own format.
+        chain: the files from the one that was asked for down to this one, to detect cycles.
+        built: the parents built so far, filled here, so that a shared parent is built only once.
     """
     file = _checked(source)
     for problem in same_ids(file.principles):
@@ -157,7 +158,7 @@ def _build(source: Source, chain: tuple[Path, ...], built: dict[Path, Constituti
 
 
 def _refusal(inherited: dict[str, Any], own: str | None, translations: dict[str, str]) -> dict[str, Any]:
-    """Return the fields of a refusal: its own, or the inherited one with more translations."""
+    """Return the fields of the refusal: the file's own, or the inherited one with more translations."""
     if own is not None:
         return {"refusal": own, "refusal_translations": translations}
     return {**inherited, "refusal_translations": inherited.get("refusal_translations", {}) | translations}
@@ -177,7 +178,7 @@ _TO_ADD = {
 
 
 def _checked(source: Source) -> File:
-    """Validate what was read; raise ConstitutionError with one sentence for each wrong field."""
+    """Return the validated data; raise ConstitutionError with one sentence for each wrong field."""
     if not isinstance(source.data, Mapping):
         raise ConstitutionError(
             f"{source.label}: found {short(source.data)} where a constitution should be; "
@@ -212,7 +213,7 @@ _PATTERN_IN_WORDS = {
 
 
 def _sentence(detail: Any, source: Source) -> str:
-    """Say where a field is wrong, what was found, and what to write instead."""
+    """Return one of pydantic's errors as a sentence: the place, what was found, and what to write instead."""
     kind, found = detail["type"], detail["input"]
     path = tuple(part for part in detail["loc"] if part != "[key]")
     owner, where = _owner(source.data, path), source.at(path)
@@ -235,7 +236,7 @@ def _sentence(detail: Any, source: Source) -> str:
 
 
 def _owner(data: Any, path: tuple[str | int, ...]) -> str:
-    """Name the part of a constitution that a field belongs to."""
+    """Return the words for the part of a constitution that a field belongs to."""
     if len(path) >= 2 and path[0] in ("principles", "examples") and isinstance(path[1], int):
         if path[0] == "examples":
             return f"example {path[1] + 1}"

@@ -1,4 +1,4 @@
-"""What a constitution is: named, ordered, weighted principles, immutable, and known by a digest."""
+"""Constitution, Principle and Example: immutable, validated models, and the digest that identifies them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DEFAULT_REFUSAL = (
     "Tell me what you are trying to achieve, and I will gladly help with what I can."
 )
 
-MAX_REQUEST_CHARS = 240  # beyond it a batched critique of ten principles crowds out the conversation
+MAX_REQUEST_CHARS = 240  # ten longer ones in a batched critique leave little room for the conversation
 
 Language = Annotated[str, StringConstraints(pattern=r"^[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*$")]
 _Text = Annotated[str, StringConstraints(min_length=1)]
@@ -59,7 +59,7 @@ _Value = TypeVar("_Value")
 
 
 class _Fixed(dict[str, _Value]):
-    """A dict that stays as it is, and so as the digest has it."""
+    """An immutable dict, since the digest depends on its content."""
 
     def _refuse(self, *args: object, **kwargs: object) -> Any:
         raise TypeError("a constitution is immutable; make another one with model_copy(update=...)")
@@ -76,7 +76,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a record with other fields, checked as this one was; `deep` changes nothing.
+        """Return a copy with the fields of `update`, validated anew; `deep` has no effect.
 
         Raises:
             ValidationError: pydantic's; a field is unknown or wrong.
@@ -86,14 +86,14 @@ class _Record(BaseModel):
 
 
 def _with_question(data: Any) -> Any:
-    """Give a principle that states no preference question one made from its critique request."""
+    """Add a preference question, made from the critique request, to the data of a principle without one."""
     if isinstance(data, Mapping) and data.get("critique_request") and not data.get("preference_question"):
         return {**data, "preference_question": plain_question(str(data["critique_request"]))}
     return data
 
 
 def plain_question(critique_request: str) -> str:
-    """Return the preference question of a principle that states none."""
+    """Return the preference question of a principle that has none of its own."""
     return f"Which answer stands up better to this check? {critique_request.strip()}"
 
 
@@ -191,7 +191,7 @@ _Names = Annotated[
     BeforeValidator(_one_or_more),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
-RESOLVED = object()  # validation context of a Constitution whose parents have been applied
+RESOLVED = object()  # validation context: the parents of the Constitution have been applied
 
 
 class File(_Record):
@@ -226,22 +226,22 @@ class File(_Record):
 class Constitution(_Record):
     """Named, ordered, weighted Principles, complete and immutable.
 
-    Iterating gives the principles; `len` counts them; `constitution["no-harm"]` is one of them. Made by
-    `load`; made directly it raises pydantic's ValidationError (a ValueError) on wrong content.
+    Iterating yields the principles, `len` counts them, and `constitution["no-harm"]` is the one of that id.
+    It is made by `load`; the constructor raises pydantic's ValidationError (a ValueError) on wrong content.
     """
 
     name: _Text
-    """What it is called; does not enter the digest."""
+    """Its name; not part of the digest."""
     version: str = "1"
-    """The author's own count; does not enter the digest."""
+    """Its version, chosen by the author; not part of the digest."""
     description: str | None = None
-    """What it is for; does not enter the digest."""
+    """Its purpose; not part of the digest."""
     extends: tuple[str, ...] = Field(default=(), exclude=True)
-    """Parents it was made from, already applied; left out of a dump, which is complete without them."""
+    """The parents that were applied to make it. Not in a dump, which is complete without them."""
     principles: tuple[Principle, ...]
-    """At least one, ids unique, in the order in which a critic reads them."""
+    """The principles, at least one, with unique ids, in the order in which a critic reads them."""
     refusal: _Text = DEFAULT_REFUSAL
-    """What the user reads when the policy is `closed` and no acceptable answer was found."""
+    """The text that the user gets when the policy is `closed` and no acceptable answer was found."""
     refusal_translations: Annotated[dict[Language, _Text], AfterValidator(_Fixed)] = Field(
         default_factory=_Fixed
     )
@@ -270,7 +270,7 @@ class Constitution(_Record):
         return principle_id in self._by_id
 
     def __getitem__(self, principle_id: str) -> Principle:
-        """Return the principle of that id; raise ConstitutionError, with the nearest id, if none has it."""
+        """Return the principle of that id; raise ConstitutionError, with a suggestion, if there is none."""
         try:
             return self._by_id[principle_id]
         except KeyError:
@@ -285,13 +285,13 @@ class Constitution(_Record):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, over what models are sent and what a verdict counts for.
+        """SHA-256, in hex, over all content that is sent to models or affects what a verdict counts for.
 
-        In it: principles in order with all texts, aims, weights and severity thresholds, the refusal,
-        the examples. Not in it: name, version, description, and the sources of principles.
+        It covers the principles in order (all texts, aims, weights and severity thresholds), the refusal and
+        the examples. It does not cover name, version, description, and the principles' sources.
         """
         content = {
-            # Defaults are left out, so that a field added by a later release leaves old digests alone.
+            # Defaults are left out, so that a field added by a later release does not change old digests.
             "principles": [p.model_dump(exclude={"source"}, exclude_defaults=True) for p in self.principles],
             "refusal": {"": self.refusal, **self.refusal_translations},
             "examples": [e.model_dump(exclude_defaults=True) for e in self.examples],
@@ -302,7 +302,7 @@ class Constitution(_Record):
     def select(self, principle_ids: Iterable[str]) -> Constitution:
         """Return the constitution with these principles only, in its own order.
 
-        Examples of principles that are left out go with them.
+        Examples that name a principle that is left out are left out, too.
 
         Raises:
             ConstitutionError: an id is unknown, or none is given.
@@ -315,7 +315,7 @@ class Constitution(_Record):
         return self.model_copy(update={"principles": principles, "examples": examples})
 
     def without(self, principle_ids: Iterable[str]) -> Constitution:
-        """Return the constitution less these principles and their examples.
+        """Return the constitution without these principles and their examples.
 
         Raises:
             ConstitutionError: an id is unknown, or no principle would be left.
@@ -324,7 +324,7 @@ class Constitution(_Record):
         return self.select(p.id for p in self.principles if p.id not in dropped)
 
     def refusal_in(self, language: str | None = None) -> str:
-        """Return the refusal in `language`, or as it stands where there is no translation."""
+        """Return the refusal in `language`, or untranslated where there is no translation."""
         return _in_language(self.refusal_translations, language) or self.refusal
 
 
@@ -342,18 +342,18 @@ def _in_language(translations: Mapping[str, _Value], language: str | None) -> _V
 
 @dataclass(frozen=True)
 class Contradiction:
-    """What is wrong with a constitution although each field is well."""
+    """A problem of a constitution in which each field by itself is valid."""
 
     path: tuple[str | int, ...]
-    """Where."""
+    """Path of the field concerned."""
     message: str
-    """What, and what to do."""
+    """The problem, and what to do."""
 
 
 def contradictions(
     principles: tuple[Principle, ...], examples: tuple[Example, ...]
 ) -> Iterator[Contradiction]:
-    """Yield what no single field shows: no principle, an id twice, an example of an unknown principle."""
+    """Yield the problems across fields: no principle, an id twice, an example of an unknown principle."""
     if not principles:
         yield Contradiction(("principles",), "there is no principle to judge by; add at least one")
     yield from same_ids(principles)
@@ -368,7 +368,7 @@ def contradictions(
 
 
 def same_ids(principles: tuple[Principle, ...]) -> Iterator[Contradiction]:
-    """Yield ids that two principles have, or that a critic may take for each other."""
+    """Yield a problem for each id that repeats an earlier one; - counts as _, since critics confuse them."""
     seen: dict[str, str] = {}
     for i, principle in enumerate(principles):
         alike = principle.id.replace("_", "-")
@@ -383,7 +383,7 @@ def same_ids(principles: tuple[Principle, ...]) -> Iterator[Contradiction]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known name was probably meant, or which there are."""
+    """Return a hint for an unknown name: the known name that was probably meant, or all of them."""
     names = list(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names)) or 'none'}"

@@ -1,4 +1,4 @@
-"""Files that hold a constitution, as plain data with the line of each part; nothing in them is ever run."""
+"""Parses files of constitutions into plain data with line numbers; nothing in a file is ever executed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_FILE_BYTES = 1 << 20  # the largest built-in file is about 1/50 of this
 
 @dataclass(frozen=True)
 class Source:
-    """What was read, where from, and on which line each part of it stands."""
+    """Data that was read, with its origin and, by path, the line number of each part."""
 
     label: str
     data: object
@@ -33,10 +33,10 @@ class Source:
 
 
 def read(path: Path) -> Source:
-    """Return what a YAML, JSON or Python file holds.
+    """Return the data of a YAML, JSON or Python file.
 
     Raises:
-        ConstitutionError: it cannot be read, or parsed; names the line.
+        ConstitutionError: it cannot be read or parsed; the message names the line.
     """
     label = _label(path)
     try:
@@ -64,7 +64,7 @@ def read(path: Path) -> Source:
 
 
 def _label(path: Path) -> str:
-    """Return a path as a reader would write it: relative to where he stands, if it is below."""
+    """Return a path relative to the current directory where it is below that, else as it is."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -75,10 +75,10 @@ _Parsed = tuple[object, dict[tuple[str | int, ...], int]]
 
 
 def _parse_yaml(text: str, label: str) -> _Parsed:
-    """Return plain dicts, lists and text, and the line of each part.
+    """Return plain dicts, lists and strings, and the line number of each part.
 
-    Every scalar is text: YAML 1.1 would read the language code `no` as false and the version 1.10 as 1.1.
-    Aliases are refused (they can expand a small file into gigabytes), as are tags and a key given twice.
+    Every scalar is a string: YAML 1.1 would read the language code `no` as false and the version 1.10 as 1.1.
+    Aliases are rejected (they can expand a small file into gigabytes), as are tags and duplicate keys.
     """
     import yaml
 
@@ -147,14 +147,14 @@ def _parse_json(text: str, label: str) -> _Parsed:
     except json.JSONDecodeError as error:
         raise ConstitutionError(f"{label} line {error.lineno}: not valid JSON: {error.msg}") from error
     try:
-        # JSON is YAML but for rare escapes, and the YAML reader knows lines.
+        # Apart from rare escapes JSON is YAML, and the YAML parser reports lines.
         return data, _parse_yaml(text, label)[1]
     except ConstitutionError:
         return data, {}
 
 
 def _parse_python(text: str, label: str) -> _Parsed:
-    """Return the arguments of each ConstitutionalPrinciple(...) call; the source is never run."""
+    """Return the arguments of each ConstitutionalPrinciple(...) call; the file is never executed."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, MemoryError) as error:
@@ -186,7 +186,7 @@ def _called(call: ast.Call) -> str:
 
 
 def short(value: object) -> str:
-    """Return what was found in a few words: "a list", "nothing", or the value itself cut to 60 characters."""
+    """Return a few words for a value: "a list", "a mapping", "nothing", or its repr, cut to 60 characters."""
     if value is None:
         return "nothing"
     if isinstance(value, Mapping | list | tuple):

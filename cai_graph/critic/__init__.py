@@ -1,11 +1,11 @@
-"""Critics: from an answer to a Critique, by the words of a model or by probabilities alone.
+"""Critics: they judge an answer and return a Critique, from a model's reply or from probabilities alone.
 
-critic       the Critic that every plan has; by a chat model, or by heads on a hidden state
-ladder       from a model's reply to Verdicts: JSON, labelled line, or UNREADABLE
-probe        the linear heads of the local model, which lie in heads/
-trained      critics of one's own, which `cai train critic` makes
-cascades     a cheap critic first, a strong one for what it cannot clear
-calibration  the threshold of a cascade, from a log that both judged
+critic       the Critic protocol, and the critics by a chat model and by the probe
+ladder       parses a model's reply into Verdicts: tool call, JSON, labelled line, or UNREADABLE
+probe        linear heads on a local model's hidden state; the built-in heads are in heads/
+trained      the user's own critics, made by `cai train critic`
+cascades     a cheap critic first, and a strong one for the answers that it cannot clear
+calibration  chooses the threshold of a cascade, from logged answers that both of its critics judged
 """
 
 from cai_graph.critic.critic import (

@@ -1,14 +1,15 @@
-"""Chooses the threshold of a cascade from answers that both of its critics judged.
+"""Chooses the threshold of a cascade from logged answers that both of its critics judged.
 
     judged = logged(log)                       # a cascade that asked both (threshold 0, or its sample)
     judged = await rejudged(log, cheap, …)     # verdicts in the log, and the cheap critic asked now
     calibrate(judged.pairs, miss_rate=0.01)
 
-A miss is an answer that the strong critic finds violating and that the cheap one clears. The threshold is
-the largest with which the miss rate is at most the one asked for with 95 % confidence, whatever the
-distribution of the probabilities: an order statistic of those of the violating answers, its rank from the
-binomial tail (the umbrella algorithm of Tong, Feng and Li 2018, Science Advances 4(2), proposition 1). So
-the data must hold enough violating answers: 299 for a miss rate of 1 %.
+A miss is an answer that the strong critic finds violating and that the cheap one clears; the miss rate is
+the share of misses among the violating answers. The chosen threshold is the largest one whose miss rate is,
+with 95 % confidence, at most the requested rate, for any distribution of the probabilities. It is an order
+statistic of the violating answers' probabilities; its rank comes from the binomial tail (the umbrella
+algorithm of Tong, Feng and Li 2018, Science Advances 4(2), proposition 1). So the data must contain enough
+violating answers: 299 for a miss rate of 1 %.
 """
 
 from __future__ import annotations
@@ -37,52 +38,52 @@ from cai_graph.trajectory import Cascaded, Critique, Label, Outcome, Trajectory,
 __all__ = ["Calibration", "Judged", "Pair", "calibrate", "logged", "needed", "rejudged"]
 
 CONFIDENCE = 0.95
-"""Of the bound on the miss rate (one-sided) and of the interval of the share saved (two-sided)."""
+"""Confidence of the bound on the miss rate (one-sided) and of the interval of the saved share (two-sided)."""
 
 
 class Pair(NamedTuple):
     """One answer, judged by both critics."""
 
     suspicion: float | None
-    """The cheap critic's P(VIOLATES), as a cascade reads it; None where the strong one is always asked."""
+    """The cheap critic's P(VIOLATES), as `suspicion` returns it; None: the strong one is always asked."""
     violates: bool
     """Whether the strong critic finds a violation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a log has to calibrate from."""
+    """The data for a calibration, read from a log."""
 
     cheap: str
     """Name of the cheap critic."""
     strong: str
-    """Name of the strong one."""
+    """Name of the strong critic."""
     pairs: tuple[Pair, ...]
-    """One for each different answer that both judged."""
+    """One for each distinct answer that both judged."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Drafts that do not count, by reason."""
+    """Reason -> number of drafts that are left out for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """A threshold, and what it does on the answers that it was chosen from."""
+    """A threshold, with its figures on the answers that it was chosen from."""
 
     threshold: float
     """P(VIOLATES) from which the strong critic is asked."""
     answers: int
     """Answers that both critics judged."""
     violating: int
-    """Those of them that the strong critic finds violating."""
+    """How many of the answers the strong critic finds violating."""
     missed: int
-    """Those of these that the cheap critic clears."""
+    """How many of the violating answers the cheap critic clears."""
     miss_rate_at_most: float
     """Upper 95 % bound of the miss rate (Clopper and Pearson, one-sided)."""
     saved: float
-    """Share of the answers that cost no call of the strong critic."""
+    """Share of the answers, in [0, 1], for which the strong critic is not called."""
     saved_from: float
-    """Lower end of its 95 % interval (Wilson, at this threshold)."""
+    """Lower end of the 95 % interval of `saved` (Wilson, at this threshold)."""
     saved_to: float
-    """Upper end."""
+    """Upper end of that interval."""
 
 
 def calibrate(pairs: Sequence[Pair], miss_rate: float) -> Calibration:
@@ -90,7 +91,7 @@ def calibrate(pairs: Sequence[Pair], miss_rate: float) -> Calibration:
 
     Raises:
         ConfigError: the miss rate is not between 0 and 1.
-        DataError: too few violating answers; says how many it takes, and what these would support.
+        DataError: too few violating answers; the message has the number needed, and what these would support.
     """
     if not 0 < miss_rate < 1:
         raise ConfigError(f"the miss rate is a share between 0 and 1, such as 0.01, found {miss_rate!r}")
@@ -114,7 +115,7 @@ def calibrate(pairs: Sequence[Pair], miss_rate: float) -> Calibration:
 
 
 def needed(miss_rate: float) -> int:
-    """Return how many violating answers it takes to bound a miss rate, if none of them is missed.
+    """Return how many violating answers are needed to bound a miss rate, if none of them is missed.
 
     >>> needed(0.01), needed(0.05)
     (299, 59)
@@ -127,9 +128,9 @@ def _score(pair: Pair) -> float:
 
 
 def _allowed(of: int, miss_rate: float) -> int:
-    """Return the largest count that is below `of` and whose `_upper` is at most the miss rate; 0 if none is.
+    """Return the largest count of misses below `of` whose `_upper` is at most the miss rate; 0 if none is.
 
-    These are the counts up to which the tail of a binomial with that rate is at most 5 %.
+    It is the largest count up to which a binomial with that rate has a probability of at most 5 %.
     """
     at_most = 0.0
     for missed in range(of):
@@ -167,7 +168,7 @@ def _exactly(count: int, of: int, share: float) -> float:
 
 
 def _rounded_down(threshold: float) -> float:
-    """Return the threshold with four digits, which a person can copy; down asks the strong critic more."""
+    """Return the threshold with four digits, easy to copy; rounding down only asks the strong critic more."""
     if threshold <= 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(threshold)) - 3)
@@ -182,22 +183,22 @@ def _too_few(answers: int, violating: int, miss_rate: float) -> str:
     if not violating:
         return f"{said}there are none among {answers} that both critics judged, so gather more"
     supported = 1 - (1 - CONFIDENCE) ** (1 / violating)
-    # Rounded up, or the advice would be refused in its turn.
+    # Rounded up, since these answers would not support a smaller rate.
     rate = math.ceil(supported * 1000) / 1000
     return f"{said}{found} are. Gather more, or ask for --miss-rate {rate:g}, the least that these support"
 
 
-# --- what a log holds ---------------------------------------------------------------------------------
+# --- pairs from a log ---------------------------------------------------------------------------------
 
 
 def logged(log: Log, filters: Filters) -> Judged:
-    """Return the drafts about which a cascade asked both critics whatever the cheap one said.
+    """Return the logged drafts for which a cascade asked both critics, whatever the cheap one found.
 
-    Those that the strong critic saw only since the cheap one did not clear them are no sample of all
-    answers, and are left out.
+    Drafts that the strong critic judged only because the cheap one did not clear them are left out: they are
+    not a representative sample of the answers.
 
     Raises:
-        DataError: the log holds none, or those of several cascades or constitutions.
+        DataError: the log contains none, or those of several cascades or constitutions.
         LogError: the log cannot be read.
     """
     reader = _Reader()
@@ -226,20 +227,20 @@ async def rejudged(
     filters: Filters,
     progress: Callable[[int, int], None] | None = None,
 ) -> Judged:
-    """Return the drafts that a critic judged in the log, with the cheap critic's verdicts asked for now.
+    """Have the cheap critic judge the drafts that a critic judged in the log, and return the pairs.
 
     Args:
-        log: where the strong critic's verdicts are.
+        log: the log with the strong critic's verdicts.
         cheap: the critic to calibrate.
-        constitution: the one that the log's verdicts were given under.
-        concurrency: answers under way at once.
-        filters: which trajectories.
-        progress: told (answers judged, answers in all).
+        constitution: the constitution of the logged verdicts.
+        concurrency: how many answers are judged at once.
+        filters: selects trajectories.
+        progress: called with (answers judged, answers in all).
 
     Raises:
-        DataError: the log holds no such drafts, or those of several critics.
+        DataError: the log contains no such drafts, or those of several critics.
         LogError: the log cannot be read.
-        Exception: what would fail every further answer, such as a refused key.
+        Exception: an error that every further answer would raise, such as a rejected API key.
     """
     reader = _Reader(constitution)
     found: list[tuple[Trajectory, Critique]] = []
@@ -283,12 +284,12 @@ _BIASED = "the strong critic was not asked, or only for what the cheap one said"
 
 
 def _asked_both(how: Cascaded) -> bool:
-    """Return whether the strong critic was asked whatever the cheap one said."""
+    """Return whether the strong critic was asked independently of the cheap one's verdict."""
     return how.why == "sample" or how.threshold == 0
 
 
 class _Reader:
-    """Gathers pairs out of a log, each different answer once, and what is left out."""
+    """Collects pairs from a log, each distinct answer once, and counts what is left out."""
 
     def __init__(self, constitution: Constitution | None = None) -> None:
         self.constitution = constitution
@@ -298,7 +299,7 @@ class _Reader:
         self._constitutions: set[str] = set()
 
     def drafts(self, log: Log, filters: Filters) -> Iterator[tuple[Trajectory, Critique]]:
-        """Yield the trajectories whose draft was judged under all principles, with the judgement."""
+        """Yield the trajectories whose draft was judged under all principles, with the draft's critique."""
         only: Filters = {**filters, "kind": "trajectory"}
         for record in log.read(**only):
             assert isinstance(record, Trajectory)
@@ -313,7 +314,7 @@ class _Reader:
     def keep(
         self, trajectory: Trajectory, cheap: str | None, strong: Critique, suspected: float | None
     ) -> None:
-        """Keep a pair, unless the strong critic's verdict is unreadable, or the answer was there before."""
+        """Add a pair, unless the strong critic's verdict is unreadable or the answer is a duplicate."""
         labels = {verdict.label for verdict in strong.verdicts}
         if Label.VIOLATES not in labels and (Label.UNREADABLE in labels or not labels):
             self.left_out["the strong critic's verdict is unreadable"] += 1
@@ -324,10 +325,10 @@ class _Reader:
         if key in self._pairs:
             self.left_out["the same answer again"] += 1
             return
-        # A draft that was kept has no violation but such as are below their principle's `min_severity`.
+        # A KEPT draft has no violations, except some below their principle's `min_severity`.
         violates = Label.VIOLATES in labels and trajectory.outcome is not Outcome.KEPT
         self._pairs[key] = Pair(suspected, violates)
-        if cheap is not None:  # None where it failed
+        if cheap is not None:  # None where the cheap critic failed
             self._critics.add((cheap, strong.critic or "unknown"))
         self._constitutions.add(f"{trajectory.constitution.name} ({trajectory.constitution.digest[:12]})")
 

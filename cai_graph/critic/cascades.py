@@ -1,11 +1,11 @@
-"""A cascade: a cheap critic judges every answer, and a strong one only those that it cannot clear.
+"""Cascades: a cheap critic judges every answer, and a strong one only those that the cheap one cannot clear.
 
     critic = cascade("local", "openai:gpt-5-mini", threshold=0.03)
     guarded = constitutional(app, critic=critic, …)
 
-The cheap critic can only clear an answer: it does where it has a verdict on each principle, or its aim, and
-every one is COMPLIES with a probability below the threshold. Everything else is the strong critic's to judge.
-`cai critic calibrate` chooses the threshold from a log (`cai_graph.critic.calibration`).
+The cheap critic clears an answer where it has a verdict on each principle, or its aim, and every one is
+COMPLIES with a P(VIOLATES) below the threshold. The strong critic judges all other answers. `cai critic
+calibrate` chooses the threshold from a log (`cai_graph.critic.calibration`).
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ def cascade(
     """Return a critic that asks `strong` only about answers that `cheap` cannot clear.
 
     Args:
-        cheap: judges every answer with a probability: the embedded model (its probe), a chat model that
-            gives log-probabilities, which are switched on here, or any Critic.
-        strong: judges what is left.
-        threshold: P(VIOLATES) in [0, 1] from which `strong` is asked. At 0 it is asked about every answer,
-            which is how a log comes to hold what `cai critic calibrate` needs.
-        sample: share of the answers, in [0, 1], about which `strong` is asked whatever `cheap` says, so
-            that the log goes on telling how often `cheap` is wrong.
-        seed: of the sample.
+        cheap: judges every answer, and gives probabilities: the embedded model (its probe), a chat model
+            with log-probabilities, which are switched on here, or any Critic.
+        strong: judges the answers that `cheap` cannot clear.
+        threshold: P(VIOLATES) in [0, 1] from which `strong` is asked. At 0 it is asked about every answer;
+            such a log is what `cai critic calibrate` needs.
+        sample: share of the answers, in [0, 1], about which `strong` is asked whatever `cheap` finds, so
+            that the log keeps showing how often `cheap` is wrong.
+        seed: seed of the sample.
 
     Raises:
-        ConfigError: a number out of range, a critic that is none, or a cheap model without probabilities.
+        ConfigError: a number is out of range, an argument is not a critic, or the cheap model gives no
+            probabilities.
     """
     for name, value in (("threshold", threshold), ("sample", sample)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -59,10 +60,10 @@ def cascade(
 
 
 def probabilistic(critic: str | BaseChatModel | Critic) -> Critic:
-    """Return the critic behind a spec or model; its model is asked for log-probabilities where it needs them.
+    """Return the critic for a spec or model, with log-probabilities switched on where it needs them.
 
     Raises:
-        ConfigError: its model knows no such setting.
+        ConfigError: its model has no such setting.
     """
     found = critic_for(critic)
     if not isinstance(found, ModelCritic) or isinstance(found, ProbeCritic):
@@ -78,10 +79,10 @@ def probabilistic(critic: str | BaseChatModel | Critic) -> Critic:
 
 
 def suspicion(critique: Critique) -> float | None:
-    """Return the largest P(VIOLATES) of a critique, 1 where it says VIOLATES; None where it gives none.
+    """Return the largest P(VIOLATES) of a critique, in [0, 1]; 1 where a verdict is VIOLATES.
 
-    None stands for a critique with a verdict that is UNREADABLE or has no probability, and for one
-    without verdicts: nothing is cleared by silence.
+    None where a verdict is UNREADABLE or has no probability, or where there are no verdicts: a cascade
+    does not clear such an answer.
     """
     found = 0.0
     for verdict in critique.verdicts:
@@ -94,7 +95,7 @@ def suspicion(critique: Critique) -> float | None:
 
 
 class Cascade:
-    """Two critics, of which the second is asked where the first cannot clear. Made by `cascade`."""
+    """Two critics; the strong one is asked where the cheap one cannot clear the answer. Made by `cascade`."""
 
     def __init__(
         self, cheap: Critic, strong: Critic, threshold: float, sample: float, seed: int | None
@@ -107,15 +108,15 @@ class Cascade:
         self.candidates = strong.candidates
         self.splits = False  # a cascade is there to save calls
         self.writes: bool = getattr(strong, "writes", True)
-        """Whether the strong critic, whom `discuss` asks, criticises in prose."""
+        """Whether the strong critic, which `discuss` calls, can criticise in prose."""
         self._random = random.Random(seed)
 
     async def critique(
         self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
     ) -> Critique:
-        """Judge an answer; see `Critic.critique`. The Critique says who decided (`Critique.cascade`).
+        """Judge an answer; see `Critic.critique`. `Critique.cascade` records which critic decided, and why.
 
-        A cheap critic that fails costs a call of the strong one, not the request.
+        Where the cheap critic fails, the strong one is asked, and the request goes on.
         """
         drawn = self._random.random() < self.sample
         found: Critique | None = None
@@ -144,5 +145,5 @@ class Cascade:
     async def discuss(
         self, exchange: Exchange, principle: Principle, constitution: Constitution, calls: Calls
     ) -> Critique:
-        """Have the strong critic criticise: `sampled` revises every answer, so none can be cleared."""
+        """Criticise by the strong critic: `sampled` revises every answer, so there is nothing to clear."""
         return await self.strong.discuss(exchange, principle, constitution, calls)

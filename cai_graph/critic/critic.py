@@ -1,10 +1,9 @@
-"""Critics: from an answer to a Critique.
+"""The Critic protocol, and the two standard critics: by a chat model, and by a probe.
 
-A reply is read down the ladder of ladder.py, at whose end stand a further question and UNREADABLE.
-
-Two critics stand here; a third is in trained.py. `ModelCritic` asks a chat model, for all principles
-in one call. `ProbeCritic` reads probabilities of aims from the embedded model's hidden state, and has the
-model name principles only when an aim is violated.
+`ModelCritic` asks a chat model about all principles in one call. ladder.py parses the reply; where it cannot,
+the model is asked once more, and what is then still unclear is UNREADABLE. `ProbeCritic` reads probabilities
+of aims from the embedded model's hidden state, and has that model name a principle only when an aim is
+violated. A third critic is in trained.py.
 """
 
 from __future__ import annotations
@@ -44,28 +43,34 @@ __all__ = [
 ]
 
 MAX_ANSWER_CHARS = 400_000
-"""The longest answer that a chat model is asked to judge. A longer one could not be judged whole."""
+"""The longest answer, in characters, that a chat model is asked to judge; a longer one raises ModelError."""
 
 
 @runtime_checkable
 class Critic(Protocol):
-    """What judges answers."""
+    """The interface of a critic, which judges answers under a constitution."""
 
     name: str
     """Stable name, recorded in each Critique."""
     candidates: int
-    """How many revisions are worth sampling, given what one judgement costs."""
+    """How many revisions to sample in a round by default; more where one judgement is cheap."""
     splits: bool
-    """Whether it may be asked principle by principle (strategy `parallel`)."""
+    """Whether it can judge one principle at a time (strategy `parallel`)."""
 
     async def critique(
         self, exchange: Exchange, constitution: Constitution, calls: Calls, *, explain: bool
     ) -> Critique:
         """Judge an answer under all principles of `constitution`.
 
-        Each principle needs a verdict, under its id or its aim; one without counts as UNREADABLE.
-        `explain` asks for what a revision needs (named principles, reasons); without it the verdicts
-        are enough. A reply that cannot be read gives UNREADABLE verdicts, never an exception.
+        Each principle needs a verdict, under its id or its aim; a principle without one counts as
+        UNREADABLE. A reply that cannot be read gives UNREADABLE verdicts, never an exception.
+
+        Args:
+            exchange: the answer, in its conversation.
+            constitution: the principles.
+            calls: makes and records the model calls.
+            explain: whether a revision may follow, which needs named principles and reasons; otherwise the
+                verdicts are enough.
 
         Raises:
             BudgetExceeded: the request has no call left.
@@ -79,20 +84,20 @@ class Critic(Protocol):
     ) -> Critique:
         """Criticise an answer under one principle in prose (strategy `sampled`).
 
-        A critic that cannot has an attribute `writes` that is False, and is refused for that strategy.
+        A critic that cannot do this has an attribute `writes` that is False; `check_strategy` rejects it.
         """
         ...
 
 
 def critic_for(critic: str | BaseChatModel | Critic) -> Critic:
-    """Return the critic behind a model spec or chat model; a Critic stays what it is.
+    """Return the critic for a model spec or a chat model; a Critic is returned as it is.
 
-    The embedded model for which the package carries heads becomes a ProbeCritic, "trained:FOLDER" what
-    `cai train critic` wrote there.
+    "trained:FOLDER" gives the critic that `cai train critic` wrote to FOLDER; the embedded model gives a
+    ProbeCritic where the package has heads for it; every other model gives a ModelCritic.
 
     Raises:
-        ConfigError: it is none of these.
-        DataError: the folder holds no critic.
+        ConfigError: `critic` is not a Critic, a chat model or a valid spec.
+        DataError: the folder contains no critic.
     """
     if isinstance(critic, Critic):
         return critic
@@ -106,7 +111,7 @@ def critic_for(critic: str | BaseChatModel | Critic) -> Critic:
 
 
 def covered(critique: Critique, constitution: Constitution) -> Critique:
-    """Return a critique with UNREADABLE for each principle that has no verdict under its id or its aim."""
+    """Return `critique` with an UNREADABLE verdict added for each principle without one for its id or aim."""
     ids = {verdict.principle for verdict in critique.verdicts}
     aims = {verdict.aim for verdict in critique.verdicts if verdict.principle is None}
     left_out = tuple(
@@ -118,10 +123,10 @@ def covered(critique: Critique, constitution: Constitution) -> Critique:
 
 
 def failed_principles(critique: Critique, constitution: Constitution) -> list[Principle]:
-    """Return the principles that a revision must mend, in the constitution's order.
+    """Return the principles that the answer fails, in the constitution's order.
 
-    A verdict below its principle's `min_severity` does not count. An aim that is violated without a
-    named principle stands for all principles of that aim.
+    A verdict below its principle's `min_severity` does not count. Where an aim is violated and no principle
+    of that aim is named, all principles of the aim fail.
     """
     violated = [verdict for verdict in critique.verdicts if verdict.label is Label.VIOLATES]
     if not violated:
@@ -143,9 +148,9 @@ def _counts(verdict: Verdict, constitution: Constitution) -> bool:
 class ModelCritic:
     """Asks a chat model for the verdicts on all principles in one call.
 
-    Where the model's LangChain profile says that it has native structured output, or tool calls with a
-    forced choice, the reply is asked for in that form; else as JSON in the text. A provider that rejects
-    the form is asked in plain text from then on.
+    The model is asked for native structured output, or for a forced tool call, where its LangChain profile
+    lists one of these, else for JSON in its text. A provider that rejects that form once is asked for JSON in
+    text from then on.
     """
 
     candidates = 1
@@ -173,7 +178,7 @@ class ModelCritic:
                 raise
             if cut is None:
                 reply = await calls.generate("critique", self.model, self.name, messages)
-                self._plain_only = True  # the words were fine, so it was the form that the provider refused
+                self._plain_only = True  # the plain request succeeded, so the provider had rejected the form
                 self._forms.clear()
             else:
                 reply = cut
@@ -231,10 +236,10 @@ def _unreadable(identifier: str, reply: BaseMessage) -> Verdict:
 
 
 def check_length(answer: Message) -> None:
-    """Refuse an answer that is too long to be judged whole.
+    """Check that an answer is short enough to be judged whole.
 
     Raises:
-        ModelError: it has more than `MAX_ANSWER_CHARS`.
+        ModelError: it has more than `MAX_ANSWER_CHARS` characters.
     """
     length = len(text_of(answer))
     if length > MAX_ANSWER_CHARS:
@@ -245,27 +250,30 @@ def check_length(answer: Message) -> None:
 
 
 class ProbeCritic(ModelCritic):
-    """Judges by a probe on the embedded model's hidden state: one forward pass a window of the answer.
+    """Judges by a probe on the embedded model's hidden state, with one forward pass per answer window.
 
-    The aims `harmless` and `helpful` are read by the probe's heads. Where the user spoke more than once, the
-    answer is read twice: under the last message and under all of them, since "Go on." says nothing of what it
-    asks for. The larger P(harm) and the larger P(unsafe request) count; whether it evades is read under the
-    last message.
+    The probe's heads judge the aims `harmless` and `helpful`. Where there are several user messages, they
+    read the answer twice: after the last message, and after all of them joined, since a message such as
+    "Go on." does not show what the user asks for. The larger P(harm) and the larger P(unsafe request) count;
+    evasion is read after the last message alone.
 
-    Principles of any other aim are asked about with one question an aim, read from the probabilities of the
-    menu's two words in both orders, piece by piece where the answer is long. Verdicts stand under the aim. Of
-    an answer beyond `WHOLE_CHARACTERS` parts go unread, so nothing is said to comply. Only a violated aim has
-    the model write a critique that names a principle.
+    For every other aim, the model is asked one question about all principles of that aim. The verdict comes
+    from the probabilities of the words VIOLATES and COMPLIES, offered in both orders; a long answer is judged
+    in pieces, and the worst piece counts.
+
+    Verdicts are about aims. An answer longer than `WHOLE_CHARACTERS` is not read completely, so none of its
+    verdicts is COMPLIES. Only when an aim is violated does the model write a critique that names a principle.
+    Where the answer has tool calls, a ModelCritic's call judges the principles about tools.
     """
 
     candidates = 3
     splits = False
 
     LABEL_THRESHOLD = 0.9
-    """P(VIOLATES) from which an aim without a head counts as violated. Small models cry wolf."""
+    """P(VIOLATES) from which an aim without a head counts as violated; high, against false alarms."""
 
     SHOWN_CHARS = 4000
-    """How much of each text the model is shown at once: in most languages a prompt of under 4096 tokens."""
+    """Characters of each text in one prompt; in most languages the prompt then has under 4096 tokens."""
 
     def __init__(self, model: BaseChatModel, probe: Probe) -> None:
         super().__init__(model)
@@ -308,7 +316,7 @@ class ProbeCritic(ModelCritic):
         )
 
     async def _read(self, exchange: Exchange, calls: Calls) -> Critique:
-        """Return what the probe's heads say, as a Critique of aims."""
+        """Return the Critique by the probe's heads, with one verdict for each of their aims."""
         answer, requests = text_of(exchange.answer), exchange.requests
         passes = len(requests) * max(1, len(windows(answer)))
         async with calls.forward("probe", self.name, passes) as forward:
@@ -317,7 +325,7 @@ class ProbeCritic(ModelCritic):
             found = [await self.probe.scores(request, seen.windows) for request in requests]
             forward.tokens = sum(each.tokens for each in found)
         harm, request = max(each.harm for each in found), max(each.request for each in found)
-        evasion = found[0].evasion  # of what was asked last
+        evasion = found[0].evasion  # read after the last user message
         thresholds, gap = self.probe.thresholds, seen.gap
         evades = evasion * (1 - request)  # a refusal is an evasion if the request is benign
         return Critique(
@@ -331,7 +339,7 @@ class ProbeCritic(ModelCritic):
         )
 
     async def _ask(self, aim: str, exchange: Exchange, constitution: Constitution, calls: Calls) -> Verdict:
-        """Return the verdict on an aim that has no head, from the menu's probabilities in both orders."""
+        """Return the verdict on an aim that has no head, from the probabilities of the two labels."""
         rules = [principle for principle in constitution.principles if principle.aim == aim]
         examples = [
             example for example in constitution.examples if example.principle in [rule.id for rule in rules]
@@ -360,7 +368,7 @@ class ProbeCritic(ModelCritic):
         """Return the principle that the model names as violated most clearly, and its reason."""
         schema = prompts.explanation_schema([principle.id for principle in suspects.principles])
         form = {"type": "json_schema", "json_schema": {"name": schema["title"], "schema": schema}}
-        # As `response_format` the client would parse the reply itself, and raise where it is cut.
+        # In `extra_body`: with `response_format` the client parses the reply, and raises where it is cut.
         writer = self.model.bind(extra_body={"response_format": form}, max_tokens=200, temperature=0)
         messages = prompts.explanation_messages(suspects.principles, exchange.clipped(self.SHOWN_CHARS))
         reply = await calls.generate("critique", writer, self.name, messages)
@@ -368,7 +376,7 @@ class ProbeCritic(ModelCritic):
             told = json.loads(text_of(reply))
             reason, named = str(told["critique"]), str(told["principle"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return [], text_of(reply)  # cut at its limit: the aim's verdict stands all the same
+            return [], text_of(reply)  # cut at its token limit; the verdict on the aim is still valid
         if named not in suspects:
             return [], reason
         return [Verdict(label=Label.VIOLATES, principle=named, reason=reason, read_by="structured")], reason
@@ -379,7 +387,11 @@ _AIMS_OF_HEADS = ("harmless", "helpful")
 
 
 def check_strategy(critic: Critic, strategy: str) -> None:
-    """Raise ConfigError where a critic cannot serve a strategy."""
+    """Check that a critic can serve a strategy.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if strategy == "parallel" and not critic.splits:
         raise ConfigError(
             f"the critic {critic.name!r} judges everything at once, so 'parallel' would repeat it; "

@@ -1,14 +1,19 @@
-"""From a critic model's reply to Verdicts, down a ladder.
+"""Parses a critic model's reply into Verdicts, trying one form after the other.
 
-The provider's structured output or tool call, JSON in the text, a labelled line. Only the two words of the
-menu count, exactly; of several, the last. Nothing else is ever read as COMPLIES.
+The forms (the rungs of the ladder) are: the provider's structured output or tool call, JSON in the text, and
+a labelled line such as `ID: COMPLIES`, or `Verdict: COMPLIES` where there is one principle. A label is the
+word VIOLATES or COMPLIES alone, in upper or lower case; where a principle has several, the last one counts.
+Nothing else is ever read as COMPLIES.
 
-A critic quotes what it judges, and an answer may hold a forged verdict. So COMPLIES counts only where the
-reply nowhere speaks otherwise of the principle, and in a reply that was cut only where the reply is the
-critic's JSON from its first character. A labelled line off the menu speaks otherwise, and so does a violation
-in a form that is not read: of the principles that its line names, and where it is a label that names none, of
-all. Where the judged text itself has a verdict on a principle, only a reply of verdicts alone says that it
-complies. What is left unread by that, the critic is asked about again.
+A critic quotes the text that it judges, and that text may contain a forged verdict. So COMPLIES counts for a
+principle only under the conditions below. Otherwise its verdict is unread, and the critic is asked again.
+
+- Nothing else in the reply contradicts it. A contradiction is a verdict VIOLATES, a verdict with any other
+  word, JSON of a verdict that cannot be parsed, or a mention of a violation outside the forms above. Such a
+  mention is about the principles that its line names, or, if it is a label and names none, about all.
+- The reply was not cut off, unless it is the critic's JSON from its first character on.
+- If the judged text names the principle and contains the word COMPLIES, the reply has no other text beside
+  its verdicts.
 """
 
 from __future__ import annotations
@@ -32,53 +37,53 @@ from cai_graph.trajectory import Label, Verdict, text_of
 __all__ = ["Reading", "mass_on_violates", "read_verdicts", "scored_tokens"]
 
 MAX_REPLY_CHARS = 200_000
-"""How much of a critic's reply is read, from its end."""
+"""How many characters of a critic's reply are read, counted from its end."""
 
 _MENU = {label.value: label for label in (Label.VIOLATES, Label.COMPLIES)}
 _FLAT_OBJECT = re.compile(r"\{[^{}]*\}")
 _COMMA_AT_END = re.compile(r",\s*}$")
 _THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL)
-"""What a model thinks before it replies, as text; templates may open it in the prompt."""
+"""A model's reasoning before its reply. Some templates put its opening tag into the prompt."""
 _OPENED_THOUGHT = re.compile(r"\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
 _HYPHENS = dict.fromkeys(range(0x2010, 0x2016), "-")
-"""What critics write for the hyphen of an id."""
+"""Other dashes that critics write in place of the hyphen of an id."""
 _MENTION = re.compile(r'"principle"\s*:\s*"([^"\\]*)"')
 _BEGINS_AS_JSON = re.compile(r'\s*(?:```\w*\s*)?\{[^{}]*"verdicts"')
 _GOES_ON_AS_JSON = re.compile(r"\s*+(?:,\s*+(?:\{.*)?|\]\s*+(?:,.*)?[\s}`]*|[\s`]*)", re.DOTALL)
-"""What stands behind the last verdict of a reply that is JSON and nothing else."""
+"""What may follow the last verdict in a reply that is JSON and nothing else."""
 _EMPHASIS = " \t*_`\"'.,"
-"""What may stand around a name or a label on a labelled line."""
+"""Characters that may surround a name or a label on a labelled line."""
 _BULLETS = ">#-•"
-"""What may stand before the name, too."""
+"""Further characters that may precede the name."""
 _NUMBER = re.compile(r"^\(?\d+[.)]\s+")
-"""What may number the line."""
+"""A number that may precede the name."""
 _WORD = re.compile(r"[\w.-]+")
 _VIOLATION = re.compile(
     r"(?<!\bno )(?<!\bany )(?<!\bfor )(?<!\bwithout )violat(?:e[sd]|ing|ions?)(?![a-z])", re.IGNORECASE
 )
-"""How a critic says that something is violated."""
+"""Words for a violation in a critic's text."""
 _AS_LABEL = re.compile(r"V(?:IOLATES|IOLATED|IOLATION|iolates|iolated)\b|violates\W*$")
-"""How the label stands alone; in small letters within a sentence it is prose, unless a principle is named."""
+"""A word for a violation that is used as a label; in lower case within a sentence it is prose."""
 _EVADES = re.compile(r'"evades"\s*:\s*"?(true|false|yes|no|1|0)\b', re.IGNORECASE)
 _YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _Said = tuple[str, Verdict | None]
-"""A principle's id and the verdict on it; None where what is said is off the menu."""
+"""A principle's id and the verdict on it; None where the reply gives another word than the two labels."""
 _LABEL_IN_JSON = re.compile(r'"principle"\s*:\s*"([^"]+)"(?:(?!"principle")[^{}])*?"verdict"\s*:\s*"(\w)')
 
 
 class Reading(NamedTuple):
-    """What a reply says."""
+    """What was read from a reply."""
 
     verdicts: dict[str, Verdict]
-    """By principle id; an id that is missing could not be read."""
+    """The verdicts by principle id; for an id that is missing, none could be read."""
     evades: bool | None
-    """Whether the critic reads the answer as an evasion; None where it does not say."""
+    """Whether the critic judges the answer to be an evasion; None where the reply does not say."""
 
 
 def read_verdicts(reply: BaseMessage, ids: Sequence[str], *, judged: str = "") -> Reading:
-    """Read the verdicts that stand in a reply, for the principles `ids`, down the ladder.
+    """Return the verdicts on the principles `ids` that a reply contains; see the module for the rules.
 
-    `judged` is what the critic was shown, and may quote.
+    `judged` is the text that the critic was shown and may quote.
 
     >>> from langchain_core.messages import AIMessage
     >>> read_verdicts(AIMessage('{"verdicts": [{"principle": "kind", "verdict": "COMPLIES"}]}'), ["kind"])
@@ -107,7 +112,7 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str], *, judged: str = "") -
     calls = [call for call in calls if isinstance(call.get("verdicts"), list)]
     called = [each for call in calls for each in _from_objects(call["verdicts"], names, "tool")]
     if any(_about(item, names) is None for call in calls for item in call["verdicts"]):
-        doubted.update(ids)  # off the schema, so nobody knows what it speaks of
+        doubted.update(ids)  # an item outside the schema may be about any principle
     for broken in getattr(reply, "invalid_tool_calls", ()):
         args = broken["args"] or ""
         doubted |= {*_mentions(args, names), *_violated(args, names)}
@@ -125,7 +130,7 @@ def read_verdicts(reply: BaseMessage, ids: Sequence[str], *, judged: str = "") -
 
 
 def _last_words(said: Iterable[_Said], doubted: Iterable[str]) -> dict[str, Verdict]:
-    """Return the last verdict on each principle, but no COMPLIES where VIOLATES is said, too, or in doubt."""
+    """Return the last verdict on each principle, without a COMPLIES that is doubted or beside a VIOLATES."""
     last: dict[str, Verdict | None] = {}
     otherwise = set(doubted)
     for identifier, verdict in said:
@@ -149,13 +154,13 @@ def _folded(name: str) -> str:
 
 
 def _mentions(text: str, names: Mapping[str, str]) -> Iterator[str]:
-    """Yield the principles of which a text begins to speak in JSON."""
+    """Yield the id of each principle for which a text begins a JSON verdict, complete or not."""
     found = map(_folded, _MENTION.findall(text))
     return (names[name] for name in found if name in names)
 
 
 def _violated(text: str, names: Mapping[str, str]) -> set[str]:
-    """Return the principles that a text says are violated: those that its line names, or else all."""
+    """Return the principles that a text's mentions of violations are about; see the module for the rule."""
     found: set[str] = set()
     for line in text.splitlines():
         if _VIOLATION.search(line):
@@ -166,13 +171,13 @@ def _violated(text: str, names: Mapping[str, str]) -> set[str]:
 
 
 def _objects(text: str, names: Mapping[str, str]) -> tuple[list[Any], str, str]:
-    """Return the JSON objects of verdicts that stand in a reply, the text around and that after them."""
+    """Return the JSON objects of verdicts in a reply, the text around them, and the text after them."""
     first, last = text.find("{"), text.rfind("}") + 1
     with contextlib.suppress(ValueError, RecursionError):
         found = _json(text[first:last]).get("verdicts")
         if isinstance(found, list) and found and all(_about(item, names) for item in found):
             return found, f"{text[:first]} {text[last:]}", text[last:]
-    # Each verdict is an object without objects inside, so a reply that was cut still yields the whole ones.
+    # A verdict is an object without nested objects, so the complete ones of a reply that was cut can be read.
     objects, around, end = [], [], 0
     for match in _FLAT_OBJECT.finditer(text):
         with contextlib.suppress(ValueError, RecursionError):
@@ -185,15 +190,15 @@ def _objects(text: str, names: Mapping[str, str]) -> tuple[list[Any], str, str]:
 
 
 def _json(text: str) -> Any:
-    """Read JSON whose texts may hold line breaks; raises as `_once`."""
+    """Parse JSON whose strings may contain line breaks; raises ValueError, also as `_once` does."""
     return json.loads(text, object_pairs_hook=_once, strict=False)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, all of whose verdicts can be read.
+    """Return a JSON object from its pairs, where no verdict in it is hidden.
 
     Raises:
-        ValueError: a key stands there twice, or VIOLATES under another than `verdict`.
+        ValueError: a key occurs twice, or VIOLATES is the value of a key other than `verdict`.
     """
     if len({key.casefold() for key, _ in pairs}) < len(pairs):
         raise ValueError("a key stands there twice")
@@ -203,13 +208,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _about(item: Any, names: Mapping[str, str]) -> str | None:
-    """Return the principle of which an item of JSON speaks; None where it is none of these."""
+    """Return the id of the principle that a JSON item is about; None where it is about none of `names`."""
     name = item.get("principle") if isinstance(item, dict) else None
     return names.get(_folded(name)) if isinstance(name, str) else None
 
 
 def _from_objects(objects: Iterable[Any], names: Mapping[str, str], read_by: str) -> list[_Said]:
-    """Return what the JSON of verdicts says, in its order."""
+    """Return the principles and verdicts in JSON objects, in their order."""
     said: list[_Said] = []
     for item in objects:
         identifier = _about(item, names)
@@ -232,7 +237,7 @@ def _from_objects(objects: Iterable[Any], names: Mapping[str, str], read_by: str
 
 
 def _severity(value: Any) -> int | None:
-    """Return a severity from 1 to 5 that stands as a number or as text; None for anything else."""
+    """Return a severity from 1 to 5, given as a number or as text; None for anything else."""
     if type(value) in (str, float):
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -240,12 +245,12 @@ def _severity(value: Any) -> int | None:
 
 
 def _lines_of_text(text: str) -> int:
-    """Return how many lines there are, without those that are blank or frame JSON."""
+    """Return how many lines a text has, apart from blank lines and Markdown code fences."""
     return sum(not line.isspace() and not line.startswith("```") for line in text.strip().splitlines())
 
 
 def _lines(text: str, names: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the lines that begin with a principle, in their order: its id, and what stands behind it."""
+    """Return the labelled lines, in their order: the principle's id, and the text after the colon or `=`."""
     found: list[tuple[str, str]] = []
     for line in text.replace("：", ":").splitlines():
         name, separator, word = line.partition(":" if ":" in line else "=")
@@ -257,25 +262,25 @@ def _lines(text: str, names: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _from_lines(lines: Iterable[tuple[str, str]]) -> Iterator[_Said]:
-    """Yield what labelled lines say, in their order."""
+    """Yield the principles and verdicts of labelled lines, in their order."""
     for identifier, word in lines:
         label = _label(word)
         yield identifier, Verdict(label=label, principle=identifier, read_by="line") if label else None
 
 
 def _label(word: object) -> Label | None:
-    """Return the label that `word` is, exactly but for case and space, or None off the menu."""
+    """Return the label that `word` equals, apart from case and outer space; None for any other word."""
     return _MENU.get(word.strip().upper()) if isinstance(word, str) else None
 
 
 def _with_probability(verdict: Verdict, probability: float | None) -> Verdict:
     if probability is None or (probability >= 0.5) != (verdict.label is Label.VIOLATES):
-        return verdict  # a probability that contradicts the label was read at another place
+        return verdict  # a probability that contradicts the label belongs to another occurrence
     return msgspec.structs.replace(verdict, probability=probability)
 
 
 def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, float]:
-    """Return P(VIOLATES) by principle, from the log-probabilities of the tokens where labels begin."""
+    """Return P(VIOLATES) by principle, from the log-probabilities of each label's first token."""
     if not (tokens := scored_tokens(reply)):
         return {}
     texts = [token["token"] for token in tokens]
@@ -290,16 +295,16 @@ def _label_probabilities(reply: BaseMessage, ids: Sequence[str]) -> dict[str, fl
 
 
 def scored_tokens(reply: BaseMessage) -> list[dict[str, Any]] | None:
-    """Return the reply's tokens with their log-probabilities; None where there are none of this shape."""
+    """Return the reply's tokens with their log-probabilities, in OpenAI's format; None where it has none."""
     logprobs = reply.response_metadata.get("logprobs")
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     return content if isinstance(content, list) else None
 
 
 def mass_on_violates(top_logprobs: Sequence[dict[str, Any]]) -> float | None:
-    """Return P(VIOLATES) / (P(VIOLATES) + P(COMPLIES)) at the first token of a label.
+    """Return P(VIOLATES) / (P(VIOLATES) + P(COMPLIES)) at the first token of a label, in [0, 1].
 
-    A token counts for the label that it begins. None where neither stands among the alternatives.
+    A token counts for the label that begins with it. None where no alternative begins either label.
     """
     mass = {Label.VIOLATES: 0.0, Label.COMPLIES: 0.0}
     for alternative in top_logprobs:

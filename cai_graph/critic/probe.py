@@ -1,19 +1,19 @@
-"""Linear heads on the local model's hidden state: what an answer is, read without a generated word.
+"""Linear heads that read from a local model's hidden state whether an answer is harmful or evasive.
 
 One forward pass over a request and a window of its answer, as a conversation in the model's own template,
-gives the hidden state of a middle layer at every token. Two vectors of it, the mean over the answer and the
-state at the token before the answer (all that is known there is the request), carry three heads:
+gives the hidden state of a middle layer at every token. The heads read two vectors: the mean over the
+answer's tokens, and the state at the token before the answer, where the model has seen only the request.
 
-    harm      P(the answer is harmful)                         both
-    evasion   P(the answer refuses or evades the request)      the answer
-    request   P(the request itself is unsafe)                  the token before it
+    harm      P(the answer is harmful)                         reads both
+    evasion   P(the answer refuses or evades the request)      reads the mean over the answer
+    request   P(the request itself is unsafe)                  reads the token before the answer
 
-No question is put to the model: the mean over a middle layer carried over to unseen sources better than
-the state behind a question did, and text in an answer has no question to argue with.
+The model is asked no question and generates no token. In experiments the mean over a middle layer generalised
+to unseen sources better than the state after a question did, and an answer's text has no question to subvert.
 
-A folder of heads holds `heads.safetensors` (for each head a `NAME.weight` and a `NAME.bias`, with the
-standardisation and the calibration folded in) and `card.json` (which model file, how many of its blocks,
-thresholds, data, figures). Heads serve exactly the file whose SHA-256 the card names.
+A folder of heads contains `heads.safetensors` (for each head `NAME.weight` and `NAME.bias`, with the
+standardisation and the calibration folded in) and `card.json` (the model file, how many of its blocks are
+used, thresholds, data, figures). Heads work only with the model file whose SHA-256 is in the card.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ __all__ = [
 HEADS = ("harm", "evasion", "request")
 
 REQUEST_CHARACTERS = 500
-"""What is read of a request: its first and its last half of this."""
+"""Most characters of a request that are read; of a longer one, half from its beginning, half from its end."""
 WINDOW_CHARACTERS = 1200
 OVERLAP_CHARACTERS = 200
-"""What neighbouring windows share, so that no sentence is seen only in halves."""
+"""How many characters neighbouring windows share, so that each sentence is whole in one of them."""
 MAX_WINDOWS = 16
-"""Of a longer answer the beginning, the end and evenly spaced windows between them are read."""
+"""Most windows of an answer. Of a longer one, the beginning, the end and evenly spaced windows are read."""
 WHOLE_CHARACTERS = MAX_WINDOWS * (WINDOW_CHARACTERS - OVERLAP_CHARACTERS) + OVERLAP_CHARACTERS
-"""The longest answer of which nothing is left out, if each window fits a pass; see `windows_that_fit`."""
+"""The longest answer that is read completely, if each window fits into one pass; see `windows_that_fit`."""
 _SMALLEST_WINDOW = 100
-"""Characters of which even the rarest scripts fit a pass."""
-# A pass fits the engine: text of many tokens a character (rare scripts, noise) has more than these.
+"""A number of characters that fits into one pass even in the scripts with most tokens per character."""
+# Bounds of one pass. Only text with many tokens per character (rare scripts, noise) exceeds them.
 _REQUEST_TOKENS = 500
 _WINDOW_TOKENS = 1200
 
@@ -81,12 +81,12 @@ _SHIPPED = Path(__file__).with_name("heads")
 
 
 class Scores(NamedTuple):
-    """What the heads say of one request and answer."""
+    """The heads' probabilities, in [0, 1], for one request and answer."""
 
     harm: float
     """P(the answer is harmful), the largest of its windows; 0 for an empty answer."""
     evasion: float
-    """P(the answer refuses or evades), of its first window, where refusals stand; 1 for an empty answer."""
+    """P(the answer refuses or evades), from its first window, where refusals are; 1 for an empty answer."""
     request: float
     """P(the request itself is unsafe)."""
     tokens: int
@@ -94,26 +94,26 @@ class Scores(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is read of an answer."""
+    """The parts of an answer that are read."""
 
     windows: tuple[str, ...]
-    """One pass each, at most `MAX_WINDOWS`; a single empty one for an empty answer."""
+    """The windows, one pass each, at most `MAX_WINDOWS`; a single empty one for an empty answer."""
     gap: str | None
-    """Why parts of the answer go unread; None where the windows hold all of it."""
+    """Why parts of the answer are not read; None where the windows cover all of it."""
 
 
 class States(NamedTuple):
-    """The hidden state of one forward pass, as the heads read it."""
+    """The vectors of one forward pass that the heads read."""
 
     vectors: Vector
     """(2, dimensions): the mean over the answer's tokens (zeros without an answer), and the state at the
     token before the answer."""
     tokens: int
-    """Length of the pass."""
+    """Tokens of the pass."""
 
 
 def cut_request(request: str) -> str:
-    """Return the request without outer space, a long one as its first and last part around an ellipsis.
+    """Return a request stripped and, if it is long, cut to its first and last part around an ellipsis.
 
     >>> len(cut_request("x" * 10_000))
     503
@@ -128,7 +128,7 @@ def cut_request(request: str) -> str:
 def windows(answer: str) -> list[str]:
     """Return the windows of an answer: none for an empty one, at most `MAX_WINDOWS` for a long one.
 
-    The first holds the beginning and the last the end; up to `WHOLE_CHARACTERS`, nothing is left out.
+    The first is the answer's beginning and the last its end. Up to `WHOLE_CHARACTERS`, nothing is left out.
 
     >>> [len(window) for window in windows("x" * 2000)]
     [1200, 1200]
@@ -142,18 +142,18 @@ def windows(answer: str) -> list[str]:
 
 
 def unread(answer: str) -> str | None:
-    """Return why parts of an answer are in none of its windows, or None where they hold all of it."""
+    """Return why parts of an answer are in none of its `windows`, or None where they cover all of it."""
     if len(answer) <= WHOLE_CHARACTERS:
         return None
     return f"the answer has {len(answer):,} characters, of which at most {WHOLE_CHARACTERS:,} are read"
 
 
 async def windows_that_fit(answer: str, load: Callable[[str], Awaitable[float]]) -> Seen:
-    """Return what is read of an answer: its windows, those that are too much for one pass in parts.
+    """Return the windows of an answer, where those that do not fit into one pass are split into smaller ones.
 
     Args:
-        answer: what is judged.
-        load: how many passes a window fills; up to 1 it fits into one, and infinity fits into none.
+        answer: the answer to judge.
+        load: returns how many passes a window needs: up to 1, it fits into one; infinity, it cannot be read.
     """
     gap = unread(answer)
     found: list[str] = []
@@ -166,7 +166,7 @@ async def windows_that_fit(answer: str, load: Callable[[str], Awaitable[float]])
             if filled > 1:
                 gap = gap or f"no pass takes {len(window)} characters of the answer"
         else:
-            # What the parts share makes them longer by as much as this.
+            # The overlap of the parts makes them longer by this factor.
             longer = 1 + OVERLAP_CHARACTERS / WINDOW_CHARACTERS
             count = min(math.ceil(filled * longer), math.ceil(len(window) / _SMALLEST_WINDOW))
             shared = min(OVERLAP_CHARACTERS // count, len(window) // 4)
@@ -189,7 +189,7 @@ def _spaced(last: int, count: int) -> list[int]:
 
 
 def sigmoid(logit: float) -> float:
-    """Return the probability of a logit; a very large one is cut, since its exponential would overflow."""
+    """Return the probability of a logit, clamped to -700 … 700 so that its exponential does not overflow."""
     return 1 / (1 + math.exp(-max(-700.0, min(700.0, logit))))
 
 
@@ -202,10 +202,10 @@ def by_probability(
     aim: str | None = None,
     principle: str | None = None,
 ) -> Verdict:
-    """Return the verdict of P(VIOLATES): VIOLATES from the threshold on, else COMPLIES.
+    """Return the verdict for P(VIOLATES): VIOLATES from the threshold on, else COMPLIES.
 
-    `gap` says what was not read, such as `Seen.gap`: with it the verdict is UNREADABLE where it
-    would be COMPLIES.
+    `gap` is the reason why parts of the answer were not read, such as `Seen.gap`. With a reason, the verdict
+    is UNREADABLE where it would be COMPLIES.
     """
     label = Label.VIOLATES if probability >= threshold else Label.COMPLIES
     if label is Label.COMPLIES and gap is not None:
@@ -214,14 +214,14 @@ def by_probability(
 
 
 class Reader:
-    """Forward passes of the first blocks of a local model; what heads are trained on and what they read.
+    """Runs forward passes through the first blocks of a local model, for the training and the use of heads.
 
     Args:
         weights: the model's GGUF file.
         sha256: its SHA-256.
-        blocks: how many blocks a pass goes through. The shortened file is kept in the local cache.
+        blocks: how many blocks a pass runs. A shortened file with these is stored in the local cache.
         turns: the text before the request and between request and answer, in the model's chat template.
-        shortened_sha256: what the shortened file must hash to; None if that is not known yet.
+        shortened_sha256: the SHA-256 of the shortened file; None if that is not known yet.
     """
 
     def __init__(
@@ -245,11 +245,11 @@ class Reader:
     async def read(self, request: str, window: str) -> States:
         """Return the states of one pass over a request and a window of its answer ("" for none).
 
-        Both texts are tokenised as plain text: a control token spelled out in them is only characters. Of a
-        request of too many tokens the first and the last are read, of a window the first; see `load`.
+        Both texts are tokenised as plain text, so that a control token spelled out in them has no effect. A
+        request with too many tokens is cut to its first and last tokens, a window to its first; see `load`.
 
         Raises:
-            ModelError: the engine cannot start or answer.
+            ModelError: the engine cannot start or does not answer.
             MissingExtra: the extra `local` is not installed.
         """
         numpy = _numpy()
@@ -270,14 +270,14 @@ class Reader:
         return States(numpy.stack([mean, start]), len(tokens))
 
     async def load(self, window: str) -> float:
-        """Return how many passes a window of an answer fills, at most that where it fits into one.
+        """Return how many passes a window of an answer needs; up to 1, this is only an upper bound.
 
         Raises:
-            ModelError: the engine cannot start or answer.
+            ModelError: the engine cannot start or does not answer.
             MissingExtra: the extra `local` is not installed.
         """
         if window.isascii() and len(window) <= _WINDOW_TOKENS:
-            return len(window) / _WINDOW_TOKENS  # a token has a character at least: no need to count them
+            return len(window) / _WINDOW_TOKENS  # each token has at least one character: no need to count
         engine = await in_thread(self._engine)
         return len(await engine.tokens(_valid(window), markers=False)) / _WINDOW_TOKENS
 
@@ -288,7 +288,7 @@ class Reader:
             return local.engine(self._shortened, "embedding")
 
     def shorten(self) -> Path:
-        """Return the verified file of the first blocks, written if it is not there or not as it should be.
+        """Return the file of the first blocks. It is written first if it is missing or has a wrong SHA-256.
 
         Raises:
             ModelError: it cannot be written, or the weights are not those of `sha256`.
@@ -318,15 +318,15 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Heads:
-    """Linear heads of one model file, and the forward passes that they read. Any number may be in flight.
+    """Linear heads for one model file, and the forward passes that they read. Reads may run concurrently.
 
     Args:
         folder: a folder of heads; see the module.
-        weights: the model's GGUF file, or the name it has in the catalogue, fetched at the first read.
-        names: the heads that must be there; None for those that the card names.
+        weights: the model's GGUF file, or its name in the catalogue, which is downloaded at the first read.
+        names: the heads that the folder must contain; None for those that the card names.
 
     Raises:
-        DataError: the folder's content is not what this release writes and reads.
+        DataError: the folder's content is damaged, or of a format that this release does not read.
         MissingExtra: the extra `local` is not installed.
     """
 
@@ -337,11 +337,11 @@ class Heads:
         found = tuple(self.card["heads"]) if names is None else names
         self._heads = _read_heads(folder, found)
         self.thresholds: Mapping[str, float] = read_thresholds(self.card, found, folder / "card.json")
-        """Probability from which each head says yes, chosen by cross-validation (see the card)."""
+        """For each head, the probability from which it says yes, chosen by cross-validation; see the card."""
         self._opened: Reader | None = None
 
     async def seen(self, answer: str) -> Seen:
-        """Return what is read of an answer.
+        """Return the parts of an answer that are read.
 
         Raises:
             ModelError: the model cannot be fetched, started or used.
@@ -349,7 +349,7 @@ class Heads:
         return await windows_that_fit(answer, (await self._reader()).load)
 
     async def passes(self, request: str, seen: Sequence[str]) -> list[States]:
-        """Return the states of a request and each window of its answer.
+        """Run one pass for each window of an answer, after its request, and return the states.
 
         Raises:
             ModelError: the model cannot be fetched, started or used.
@@ -358,7 +358,7 @@ class Heads:
         return await asyncio.gather(*(reader.read(request, window) for window in seen))
 
     def probability(self, head: str, states: States) -> float:
-        """Return the calibrated probability that a head reads from one pass."""
+        """Return the calibrated probability in [0, 1] that a head gives for one pass."""
         weight, bias = self._heads[head]
         if weight.shape != states.vectors.shape:
             raise ModelError(f"{self.folder}: {head} has shape {weight.shape}, not {states.vectors.shape}")
@@ -370,7 +370,7 @@ class Heads:
         return self._opened
 
     def reader(self) -> Reader:
-        """Return a reader of the hidden states that the heads read; its weights are fetched if need be."""
+        """Return a Reader of the states for these heads; the model is downloaded if it is not there."""
         weights = local.weights(self._weights) if isinstance(self._weights, str) else self._weights
         before, between = self.card["turns"]
         return Reader(
@@ -393,9 +393,8 @@ class Probe(Heads):
         """Return the shipped heads of a local model, or None if there are none for it.
 
         Args:
-            spec: "local", "local:NAME", "local:FILE.gguf", "local:FOLDER" or a file. Heads belong to a file
-                by its SHA-256, whatever it is called. Nothing is fetched. Any other model has no hidden state
-                to read.
+            spec: "local", "local:NAME", "local:FILE.gguf", "local:FOLDER" or a file; None is returned for any
+                other model. A file is matched by its SHA-256, not by its name. Nothing is downloaded.
 
         Raises:
             DataError: the heads on disk are damaged.
@@ -407,7 +406,7 @@ class Probe(Heads):
         weights, size, sha256 = found
         for path in sorted(_SHIPPED.glob("*/card.json")):
             model = read_card(path.parent)["model"]
-            # A gigabyte is hashed only if the size fits already.
+            # The size is compared first, since hashing a gigabyte takes time.
             if model["size"] != size:
                 continue
             if sha256 is None and isinstance(weights, Path):
@@ -417,7 +416,7 @@ class Probe(Heads):
         return None
 
     async def read(self, request: str, answer: str) -> Scores:
-        """Return what the heads say of an answer to a request; both may be hostile, and of any length.
+        """Return the heads' scores of an answer to a request. Both may be untrusted text of any length.
 
         Raises:
             ModelError: the model cannot be fetched, started or used.
@@ -425,11 +424,11 @@ class Probe(Heads):
         return await self.scores(request, (await self.seen(answer)).windows)
 
     async def scores(self, request: str, seen: Sequence[str]) -> Scores:
-        """Return what the heads say of an answer to a request.
+        """Return the heads' scores of an answer to a request.
 
         Args:
-            request: what the user asked.
-            seen: what is read of the answer; see `Seen`.
+            request: the user's request.
+            seen: the windows of the answer; see `Seen`.
 
         Raises:
             ModelError: the model cannot be fetched, started or used.
@@ -480,7 +479,7 @@ def read_thresholds(card: Mapping[str, Any], names: Iterable[str], path: Path) -
     """Return the threshold of each of the heads `names`, from the card at `path`.
 
     Raises:
-        DataError: one is missing, or no probability.
+        DataError: one is missing, or not between 0 and 1.
     """
     found = {}
     for name in names:
@@ -536,7 +535,7 @@ def _resolve(spec: str | Path) -> tuple[Path | str, int, str | None] | None:
 
 
 def _valid(text: str) -> str:
-    """Return the text with a question mark for each lone surrogate, which no tokenizer can read."""
+    """Return the text with a question mark for each lone surrogate, which tokenizers reject."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,14 +1,14 @@
-"""Critics of one's own: what `cai train critic` makes, judging in the graph.
+"""The user's own critics: loads what `cai train critic` wrote, and judges answers with it.
 
     critic = TrainedCritic(Path("my-critic"))        # or the spec "trained:my-critic"
     guarded = constitutional(app, critic=critic, …)
 
-For each aim or principle that it was trained on it reads P(VIOLATES) in forward passes; it writes no token.
-The folder's `card.json` says of which kind it is:
+A critic gives P(VIOLATES) for each aim or principle that it was trained on. It runs forward passes and
+generates no text. The folder's `card.json` contains its kind:
 
-    probe        linear heads on the hidden state of a local model, one pass a window (probe.py)
-    classifier   a sequence classifier that reads request, window and the text of the aim or principle, one
-                 pass for each of them; it loads torch when it first judges (extra `train`)
+    probe        linear heads on a local model's hidden state; one pass per window of the answer (probe.py)
+    classifier   a sequence classifier over request, window and the text of an aim or principle; one pass for
+                 each window and aim or principle. It loads torch when it first judges (extra `train`)
 """
 
 from __future__ import annotations
@@ -44,50 +44,50 @@ from cai_graph.trajectory import Critique, text_of
 __all__ = ["PREFIX", "Classifier", "TrainedCritic", "classifier_text", "load_of", "logits_of"]
 
 PREFIX = "trained:"
-"""What a spec of such a critic begins with; the folder follows."""
+"""Prefix of such a critic's spec; the folder follows."""
 _FORMAT = 1
 _BATCH = 8
 
 
 class _Reads(Protocol):
-    """What gives the probabilities."""
+    """The model of a trained critic, which gives the probabilities."""
 
     def passes(self, seen: int, abouts: int) -> int:
-        """Return how many forward passes so many windows and aims or principles take, under one request."""
+        """Return how many forward passes `seen` windows and `abouts` aims or principles take per request."""
         ...
 
     async def seen(self, requests: Sequence[str], answer: str, abouts: Sequence[str]) -> Seen:
-        """Return what is read of an answer."""
+        """Return the parts of an answer that are read."""
         ...
 
     async def read(
         self, request: str, seen: Sequence[str], abouts: Sequence[str]
     ) -> tuple[dict[str, float], int]:
-        """Return P(VIOLATES) by aim or principle, the largest of the windows, and the tokens read."""
+        """Return P(VIOLATES) by aim or principle, the largest of the windows' values, and the tokens read."""
         ...
 
 
 class TrainedCritic:
-    """Judges by what `cai train critic` made. Any number of answers may be judged at once.
+    """Judges answers with a critic that `cai train critic` made. Answers may be judged concurrently.
 
-    A principle is judged under its id where the critic was trained on it, else under its aim. It must have
-    been trained on one of the two: nothing is passed over. Where the user spoke more than once, the answer is
-    read under the last message and under all of them, and the larger probability counts. Of an answer beyond
-    `WHOLE_CHARACTERS` parts go unread, so nothing is said to comply; nor where a principle speaks of tools
-    and the answer calls some.
+    A principle is judged under its id where the critic was trained on that, else under its aim. The critic
+    must have been trained on one of the two: no principle is skipped. Where there are several user messages,
+    the answer is read after the last one and after all of them joined, and the larger probability counts.
+    COMPLIES becomes UNREADABLE where parts of the answer are not read (see `Seen.gap`), and where a principle
+    is about tools and the answer calls some, since this critic does not read tool calls.
 
     Args:
-        folder: what `cai train critic` wrote.
+        folder: the folder that `cai train critic` wrote.
 
     Raises:
-        DataError: the folder's content is not what this release writes and reads.
+        DataError: the folder's content is damaged, or of a format that this release does not read.
         MissingExtra: it is a probe, and the extra `local` is not installed.
     """
 
     candidates = 3
     splits = False
     writes = False
-    """Whether it criticises in prose, which strategy `sampled` needs."""
+    """Whether it can criticise in prose, which strategy `sampled` needs."""
 
     def __init__(self, folder: Path) -> None:
         card, content = _read_card(folder)
@@ -103,7 +103,7 @@ class TrainedCritic:
         """Judge an answer under all principles; see `cai_graph.critic.critic.Critic.critique`.
 
         Raises:
-            ConfigError: the critic was trained neither on a principle nor on its aim; names them.
+            ConfigError: the critic was trained neither on a principle nor on its aim; the message names them.
             ModelError: the model cannot be loaded or used.
             MissingExtra: it is a classifier, and the extra `train` is not installed.
         """
@@ -139,11 +139,11 @@ class TrainedCritic:
     async def discuss(
         self, exchange: Exchange, principle: Principle, constitution: Constitution, calls: Calls
     ) -> Critique:
-        """Raise ConfigError: it writes no prose."""
+        """Raise ConfigError, since this critic cannot write prose."""
         raise ConfigError(f"the critic {self.name} writes no prose; use another strategy than 'sampled'")
 
     def _judged(self, constitution: Constitution) -> dict[str, list[Principle]]:
-        """Return what is judged, with the principles that each stands for."""
+        """Return the ids and aims to judge, each with the principles that its verdict covers."""
         judged: dict[str, list[Principle]] = {}
         missing = []
         for principle in constitution.principles:
@@ -188,9 +188,9 @@ class Classifier:
     """A sequence classifier in `folder/model`, with a calibration and a text for each aim or principle.
 
     Args:
-        folder: of the critic.
-        card: its card: in `heads` the `scale`, `shift` and `text` by aim or principle, in `model` the
-            `max_tokens` of a text.
+        folder: the critic's folder.
+        card: its card, with `scale`, `shift` and `text` by aim or principle in `heads`, and the `max_tokens`
+            of a text in `model`.
     """
 
     def __init__(self, folder: Path, card: Mapping[str, Any]) -> None:
@@ -214,11 +214,11 @@ class Classifier:
         self._loaded: tuple[Any, Any] | None = None
 
     def passes(self, seen: int, abouts: int) -> int:
-        """Return one for each pair of a window and an aim or principle."""
+        """Return the number of pairs of a window and an aim or principle: one pass each."""
         return seen * abouts
 
     async def seen(self, requests: Sequence[str], answer: str, abouts: Sequence[str]) -> Seen:
-        """Return what is read of an answer: windows that fit beside each request, aim and principle."""
+        """Return windows of an answer that each fit into a text with every request, aim and principle."""
         beside = [(self._heads[about]["text"], request) for request in requests for about in abouts]
 
         async def load(window: str) -> float:
@@ -229,7 +229,7 @@ class Classifier:
     async def read(
         self, request: str, seen: Sequence[str], abouts: Sequence[str]
     ) -> tuple[dict[str, float], int]:
-        """Return P(VIOLATES) by aim or principle, the largest of the windows, and the tokens read."""
+        """Return P(VIOLATES) by aim or principle, the largest of the windows' values, and the tokens read."""
         texts = [
             classifier_text(self._heads[about]["text"], request, window)
             for about in abouts
@@ -270,7 +270,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def classifier_text(about: str, request: str, window: str) -> str:
-    """Return what a classifier reads: the aim's or principle's text, the request, a window of the answer."""
+    """Return a classifier's input: the aim's or principle's text, the request, and a window of the answer."""
     return "\n".join(
         (fence("rules", about), fence("question", cut_request(request)), fence("answer", window))
     )
@@ -281,7 +281,7 @@ def load_classifier(folder: Path) -> tuple[Any, Any]:
 
     Raises:
         MissingExtra: torch or transformers is not installed.
-        ModelError: the folder holds no such model.
+        ModelError: the folder contains no such model.
     """
     try:
         import torch
@@ -307,9 +307,9 @@ def load_classifier(folder: Path) -> tuple[Any, Any]:
 
 
 def load_of(tokenizer: Any, about: str, request: str, window: str, max_tokens: int) -> float:
-    """Return how many texts of `max_tokens` a window fills, beside a request and an aim or principle.
+    """Return how many texts of `max_tokens` a window needs, each with the request and the aim or principle.
 
-    Up to 1, `logits_of` reads all of it.
+    Up to 1, `logits_of` reads the whole window; infinity, the rest leaves no room for one.
     """
     without, whole = (
         len(tokenizer(classifier_text(about, request, shown), verbose=False)["input_ids"])

@@ -1,11 +1,12 @@
-"""The embedded local model: which weights exist, how they reach this machine, and the engine that runs them.
+"""The embedded local model: downloads its weights, runs them in a llama.cpp server, and gives a chat model.
 
-catalogue   what can be fetched: name, hash, size, licence, sources in order
-cache       the user's cache: hash-checked, resumed, one download at a time
-gguf        the first blocks of a model file, as a smaller one
-server      llama.cpp's server on a loopback port: started on first use, gone with us
-pool        the memory that its conversations share
-chat        a plain ChatOpenAI in front of it
+catalogue   the models that can be downloaded: name, hash, size, licence, sources in order
+cache       the cache of weights: verifies hashes, resumes downloads, one download at a time
+gguf        writes the first blocks of a model file as a smaller file
+server      llama.cpp's server on a loopback port, in a child process that ends with this one
+pool        shares the server's context memory among requests
+loopback    the HTTP transports to the server
+chat        a ChatOpenAI whose requests go to the server
 """
 
 from cai_graph.local.cache import EXPORTED, Progress, cache_dir, cached, fetch, only_one, stamp, weights

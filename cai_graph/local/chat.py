@@ -1,4 +1,4 @@
-"""A plain ChatOpenAI in front of the embedded engine."""
+"""The chat model of the embedded engine: a ChatOpenAI whose requests are sent to the local server."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
 __all__ = ["chat_model", "is_local", "own_weights"]
 
 MAX_REPLY_TOKENS = 1024
-"""Where a reply ends if the caller sets no `max_tokens`; a small model may else repeat itself for ever."""
-# Stands where ChatOpenAI wants an address; .invalid never resolves (RFC 2606), so nothing can leak to a host.
+"""Default of `max_tokens`; without a limit a small model may repeat itself for ever."""
+# A placeholder for ChatOpenAI; .invalid never resolves (RFC 2606), so nothing can be sent to another host.
 _BASE_URL = "http://local-model.invalid/v1"
 
 
 def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
-    """Return a ChatOpenAI that speaks to the embedded model.
+    """Return a ChatOpenAI that calls the embedded model.
 
-    Nothing is fetched or started before its first request. It needs no API key, and no OPENAI_* or proxy
-    variable of the environment reaches it. Log-probabilities, seeds, JSON schemas and token usage (streams
-    included) work as with OpenAI. One instance may be used from several threads and event loops. A request
-    waits until the engine has room for its prompt and the longest reply that it allows (`max_tokens`; with
-    None that is all that the engine can write, so that it may have to run alone). One whose prompt is too
-    long raises ModelError.
+    Nothing is downloaded or started before its first request. It needs no API key, and ignores OPENAI_* and
+    proxy variables of the environment. Log-probabilities, seeds, JSON schemas and token usage (in streams,
+    too) work as with OpenAI. One instance may be used from several threads and event loops. A request waits
+    until the engine has room for its prompt and its longest possible reply (`max_tokens`; with None that is
+    as much as the engine can write, so that the request may have to run alone). A prompt that is too long
+    raises ModelError.
 
     Args:
-        name: what `weights` takes.
+        name: a name as `weights` takes it.
         settings: any ChatOpenAI setting, such as `temperature`, `seed`, `max_tokens` (1024 if not set).
 
     Raises:
         ConfigError: the name is unknown or the file cannot be read.
         MissingExtra: langchain-openai, httpx or xllamacpp is not installed.
     """
-    # A missing file is found now, not at the first request.
+    # Check the user's own file now, not at the first request.
     own = None if own_file(name) is None else weights(name)
     if own is None:
         name = find(name).name
@@ -65,10 +65,10 @@ def chat_model(name: str = "", **settings: Any) -> ChatOpenAI:
     defaults: dict[str, Any] = {
         "model": name if own is None else model_name(str(own)),
         "stream_usage": True,
-        # The engine is ours and local: what fails once fails again, and a second try doubles the load.
+        # No retries: a local request that failed would fail again, and would double the load.
         "max_retries": 0,
         "timeout": timeout(),
-        "stream_chunk_timeout": None,  # a stream may wait its turn behind eight others
+        "stream_chunk_timeout": None,  # a stream may have to wait for eight others
     }
     fixed: dict[str, Any] = {
         "base_url": _BASE_URL,
@@ -95,19 +95,19 @@ def is_local(model: object) -> bool:
 
 
 def own_weights(model: object) -> Path | None:
-    """Return the file for which `chat_model` made a model; None for one of the catalogue, and any other."""
+    """Return the user's own file behind a model by `chat_model`; None for a model of any other kind."""
     return _own_weights.get(getattr(model, "http_client", None)) if is_local(model) else None
 
 
-# By the client, which is in every copy of a model: the name that a model has is without its folder.
+# Keyed by the HTTP client, which all copies of a model share, since a model's name does not have the folder.
 _own_weights: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
 
 
 def _transports(start: Callable[[], Engine]) -> tuple[httpx.BaseTransport, httpx.AsyncBaseTransport]:
     """Return transports that start the engine at the first request and send each request to it.
 
-    A connection pool lives for one request: an idle one is of no use here (see `limits`), and so no state
-    is shared between event loops.
+    Each request has a connection pool of its own: idle connections are of no use here (see `limits`), and so
+    no state is shared between event loops.
     """
     import httpx
 
@@ -120,7 +120,7 @@ def _transports(start: Callable[[], Engine]) -> tuple[httpx.BaseTransport, httpx
         return running.pool.ask(running.needs(request.content))
 
     class Reply(httpx.SyncByteStream, httpx.AsyncByteStream):
-        """A reply with what its request borrowed, which goes back when it is closed."""
+        """A reply together with its request's loan of the pool, which ends when the reply is closed."""
 
         def __init__(self, stream: Any, loan: Loan) -> None:
             self._stream = stream

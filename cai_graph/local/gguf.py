@@ -1,8 +1,8 @@
-"""The first blocks of a GGUF model, as a smaller model file of their own.
+"""Writes the first blocks of a GGUF model as a smaller model file.
 
-A probe reads the hidden state of a middle layer. llama.cpp hands out the state behind the last block of
-a file, so the blocks above that layer are left off: the pass is cheaper and the state is the wanted one.
-The new file is a function of the old one alone (every kept byte is copied), so its SHA-256 can be pinned.
+A probe reads the hidden state of a middle layer. llama.cpp returns the state after the last block of a file,
+so the new file ends at that layer, which also makes the pass cheaper. It is a function of the old file alone
+(its bytes are copied), so its SHA-256 can be pinned.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -41,9 +41,9 @@ class _Header(NamedTuple):
     version: int
     kv_count: int
     kv: bytes
-    """All key-value pairs, as they stand in the file."""
+    """All key-value pairs, as the bytes in the file."""
     block_count_at: int
-    """Where in `kv` the four bytes of the block count stand."""
+    """Offset in `kv` of the four bytes of the block count."""
     block_count: int
     alignment: int
     tensors: list[_Tensor]
@@ -54,7 +54,7 @@ def first_blocks(source: Path, blocks: int, destination: Path) -> str:
     """Write the first `blocks` blocks of the GGUF model `source` to `destination`; return its SHA-256.
 
     Token embedding and final norm are kept. The output matrix is left out (llama.cpp then ties it to the
-    token embedding), since no token will be generated. The file appears whole or not at all.
+    token embedding), since no token will be generated. The file is written atomically.
 
     Args:
         source: a GGUF file with at least `blocks` blocks.
@@ -69,7 +69,7 @@ def first_blocks(source: Path, blocks: int, destination: Path) -> str:
         header = _read_header(file, source)
         if not 1 <= blocks <= header.block_count:
             raise DataError(f"{source}: has {header.block_count} blocks, {blocks} were asked for")
-        # Each tensor's bytes reach to the next tensor, padding included.
+        # A tensor's bytes extend to the next tensor, padding included.
         by_offset = sorted(header.tensors, key=lambda tensor: tensor.offset)
         ends = [tensor.offset for tensor in by_offset[1:]] + [source.stat().st_size - header.data_start]
         if by_offset and by_offset[-1].offset > ends[-1]:
@@ -138,7 +138,7 @@ def _padded(count: int, alignment: int) -> int:
 def _read_header(file: BinaryIO, path: Path) -> _Header:
     size = path.stat().st_size
 
-    # A count may say anything: no more is read, or passed over, than the file has.
+    # A count in a damaged file may have any value, so check it against the file's size first.
     def whole_up_to(end: int) -> None:
         if end > size:
             raise DataError(f"{path}: ends inside its header; fetch it again")

@@ -1,4 +1,4 @@
-"""HTTP to the engine: on the loopback, without proxies, certificates or idle connections."""
+"""The HTTP transports to the engine: on the loopback, without proxies, certificates or idle connections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["async_transport", "httpx_module", "timeout", "transport"]
 
 
 def httpx_module() -> Any:
-    """Return httpx; raises MissingExtra."""
+    """Return the module httpx; raise MissingExtra where it is not installed."""
     try:
         import httpx
     except ImportError as error:
@@ -22,28 +22,28 @@ def httpx_module() -> Any:
 
 
 def timeout() -> Any:
-    """Return a long one, because a request may wait for its turn; deadlines are the caller's business."""
+    """Return a long timeout, since a request may have to wait for others; callers set their own deadlines."""
     return httpx_module().Timeout(1800, connect=10)
 
 
 def limits() -> Any:
-    """Return limits without idle connections.
+    """Return connection limits that allow no idle connections.
 
-    Each would hold a thread of the server for seconds, and in an async client it would be tied to the event
-    loop that opened it.
+    An idle connection would occupy a thread of the server for seconds, and one of an async client would be
+    bound to the event loop that opened it.
     """
     return httpx_module().Limits(max_connections=None, max_keepalive_connections=0)
 
 
 def transport() -> httpx.HTTPTransport:
-    """Return a new transport."""
+    """Return a new synchronous transport."""
     # verify=False: there is no TLS on the loopback, and loading certificates costs milliseconds.
     made: httpx.HTTPTransport = httpx_module().HTTPTransport(verify=False, trust_env=False, limits=limits())
     return made
 
 
 def async_transport() -> httpx.AsyncHTTPTransport:
-    """Return a new transport for an event loop."""
+    """Return a new asynchronous transport."""
     made: httpx.AsyncHTTPTransport = httpx_module().AsyncHTTPTransport(
         verify=False, trust_env=False, limits=limits()
     )

@@ -1,6 +1,7 @@
-"""The memory that the conversations of an engine share, lent so that together they never fill it.
+"""Shares an engine's context memory among its requests, so that they never need more than there is.
 
-Where one of them finds it full, llama.cpp fails all that are in flight.
+Where a request finds that memory full, llama.cpp fails all requests in flight. So each request waits here for
+a Loan of as many tokens as it may need.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ __all__ = ["Loan", "Pool"]
 
 
 class Pool:
-    """Tokens to lend, in the order of asking; for any thread and event loop."""
+    """A number of tokens that are lent in the order of the requests. Safe for threads and event loops."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
         self._free = tokens
         self._waiting: deque[Loan] = deque()
-        # The garbage collector may end a loan amid another's call.
+        # Reentrant, since the garbage collector may end a loan within a call by the same thread.
         self._guard = threading.RLock()
 
     def ask(self, tokens: int) -> Loan:
-        """Return a loan of at most all tokens, which is done once they are there."""
+        """Return a Loan of `tokens`, at most all of the pool; it is done once they are lent."""
         loan = Loan(self, tokens)
         with self._guard:
             self._waiting.append(loan)
@@ -31,7 +32,7 @@ class Pool:
         return loan
 
     def after_fork(self) -> None:
-        """Be of use to the loans that a forked process got from its parent."""
+        """Replace the lock in a forked process, whose loans, copied from the parent, still use this pool."""
         self._guard = threading.RLock()  # another thread of the parent may have held it
 
     def _lend(self, back: int) -> None:
@@ -47,7 +48,7 @@ class Pool:
 
 
 class Loan(Future[None]):
-    """Tokens of a pool. Done once they are lent; given back by `end`, or when nobody holds it any more."""
+    """Tokens of a pool. Done once they are lent; they are returned by `end`, or by the garbage collector."""
 
     def __init__(self, pool: Pool, tokens: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Loan(Future[None]):
         self._ended = False
 
     def end(self) -> None:
-        """Give the tokens back, or ask for them no more. Ending twice is fine."""
+        """Return the tokens to the pool, or cancel the request for them. May be called twice."""
         with self._pool._guard:
             if not self._ended:
                 self._ended = True

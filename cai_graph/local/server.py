@@ -1,10 +1,11 @@
-"""llama.cpp's server on a loopback port, in a child of this process: started on first use, gone with us.
+"""Runs llama.cpp's server on a loopback port, in a child process that ends with this one.
 
-The engine is xllamacpp's server in a child of this process, not in a thread of it. Measured on xllamacpp
+The engine is xllamacpp's server in a child process, not in a thread of this one. Measured on xllamacpp
 2026.10: its constructor keeps the GIL while the weights load (0.3 to 12 s in which no event loop and no
 thread of the process runs), its destructor waits for ever while a request is in flight or after a fork, and
-a failed assertion in llama.cpp aborts the whole process. A child has none of this: its stdin is a pipe from
-us, and end of file there ends it, however we end. It also keeps llama.cpp's log off the user's terminal.
+a failed assertion in llama.cpp aborts the whole process. A child process avoids this. Its stdin is a pipe
+from this process, and it exits at the end of file there, however this process ends. It also keeps llama.cpp's
+log off the user's terminal.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ __all__ = [
 logger = logging.getLogger("cai_graph.local")
 
 Mode = Literal["chat", "embedding"]
-"""What an engine does: generate text, or return the hidden state of a prompt."""
+"""The use of an engine: to generate text, or to return the hidden state of a prompt."""
 
 CONTEXT_TOKENS = 4096
-"""A conversation's share of the memory, prompt and reply together; one that needs more borrows of others."""
+"""A request's share of the context memory, for prompt and reply; one that needs more uses others' shares."""
 CONVERSATIONS = 8
-"""Conversations that a chat engine advances in one batch; more wait their turn."""
+"""Requests that a chat engine processes in one batch; others wait."""
 
 
 class Engine:
@@ -59,9 +60,9 @@ class Engine:
         path: the weights.
         mode: "chat" or "embedding".
         url: "http://127.0.0.1:PORT", without a trailing slash or "/v1".
-        key: the bearer token that every request must carry, so that neither other users of the machine nor
+        key: the bearer token that every request must contain, so that neither other users of the machine nor
             web pages in a browser can use the engine.
-        pool: the memory of a chat engine, of which each request borrows what it `needs`.
+        pool: the context memory of a chat engine, of which each request borrows as much as it `needs`.
     """
 
     def __init__(self, path: Path, mode: Mode) -> None:
@@ -70,12 +71,12 @@ class Engine:
         self.key = secrets.token_hex(16)
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the engine
         self._process = subprocess.Popen(
-            # -P: a json.py in the working directory is no part of us.
+            # -P: do not import from the working directory, where there may be a json.py.
             [sys.executable, "-P", "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            # Threads that wait for each other sleep, rather than hold the core that the last one needs.
+            # Threads that wait for each other sleep, instead of occupying the core that the last one needs.
             env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
         assert self._process.stdin is not None
@@ -84,13 +85,13 @@ class Engine:
         settings = {"path": str(path), "mode": mode, **_threads(), "key": self.key}
         settings["context_tokens"] = self.pool.tokens
         try:
-            # Over the pipe, since a command line can be read by other users.
+            # Over the pipe, since other users can read a command line.
             self._process.stdin.write(json.dumps({"sys_path": sys.path, **settings}).encode() + b"\n")
             self._process.stdin.flush()
             reply = self._process.stdout.readline()
         except OSError:
             reply = b""
-        except BaseException:  # an interrupt while the weights load
+        except BaseException:  # such as Ctrl-C while the weights load
             self.close()
             raise
         if not reply:
@@ -102,11 +103,11 @@ class Engine:
         self._longest: int | None = None
 
     def alive(self) -> bool:
-        """Return whether the server still runs."""
+        """Return whether the server is still running."""
         return self._process.poll() is None
 
     def close(self) -> None:
-        """Stop the server at once; requests in flight fail. Closing twice is fine."""
+        """Stop the server at once; requests in flight fail. May be called twice."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with contextlib.suppress(OSError):
@@ -120,14 +121,14 @@ class Engine:
         self._log.close()
 
     def abandon(self) -> None:
-        """Let go of a server that belongs to the parent of this forked process, without ending it."""
+        """Release a server that belongs to the parent of this forked process, without stopping it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self.pool.after_fork()
-        # Our copy of the pipe would keep the server alive after the parent has gone.
+        # This process's copy of the pipe would keep the server running after the parent has ended.
         os.close(self._process.stdin.fileno())
         self._process.stdin = self._process.stdout = None
-        self._process.returncode = 0  # else Popen warns about a child that is not ours
+        self._process.returncode = 0  # otherwise Popen warns about a child that is not ours
 
     async def hidden_states(self, tokens: Sequence[int]) -> list[list[float]]:
         """Return the model's last hidden state at every token, not normalised; no token is generated.
@@ -139,7 +140,7 @@ class Engine:
             One row a token, one number per dimension of the model (1536 for qwen2.5-1.5b).
 
         Raises:
-            ModelError: there are too many tokens for the engine, or the engine is gone.
+            ModelError: there are too many tokens for the engine, or the engine does not answer.
         """
         if self.mode != "embedding":
             raise ConfigError(f"hidden_states needs an engine in mode 'embedding', this one is {self.mode!r}")
@@ -152,8 +153,8 @@ class Engine:
 
         Args:
             text: any text without lone surrogates.
-            markers: whether markers such as <|im_end|> in it are the model's own control tokens. False for
-                text that comes from outside: they are then the characters they are written with.
+            markers: whether markers such as <|im_end|> in it become the model's control tokens. False for
+                untrusted text, in which they are tokenised as plain characters.
         """
         body = {"content": text, "add_special": False, "parse_special": markers}
         reply = await self._post("/tokenize", body)
@@ -161,15 +162,15 @@ class Engine:
         return ids
 
     def needs(self, request: bytes) -> int:
-        """Return how many tokens of the pool a chat request fills at most; it blocks.
+        """Return how many tokens of the pool a chat request needs at most. Blocks.
 
-        That is its prompt and the longest reply that it allows, which without a limit is all that the engine
-        can write. A request that cannot be counted needs none: the engine refuses it, and says why.
+        They are its prompt and its longest possible reply, which without a limit is as much as the engine can
+        write. It is 0 for a request that the engine cannot count: the engine will reject it with a reason.
 
         Raises:
-            ModelError: the prompt leaves no room for a reply, or the engine is gone.
+            ModelError: the prompt leaves no room for a reply, or the engine does not answer.
         """
-        if self._longest is None:  # no longer than what the model was trained on
+        if self._longest is None:  # the engine's limit, at most the context the model was trained on
             self._longest = self._ask("GET", "/props").json()["default_generation_settings"]["n_ctx"]
         reply = self._ask("POST", "/v1/chat/completions/input_tokens", request)
         if reply.status_code != 200:
@@ -203,7 +204,7 @@ class Engine:
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         httpx = httpx_module()
-        # trust_env=False: a proxy of the environment has no business on the loopback.
+        # The transport ignores proxies of the environment (trust_env=False), which do not apply here.
         async with httpx.AsyncClient(timeout=timeout(), transport=async_transport()) as client:
             try:
                 reply = await client.post(
@@ -219,7 +220,7 @@ class Engine:
             except (ValueError, KeyError, TypeError):
                 message = reply.text[:200]
             raise ModelError(f"the engine of {self.path.name} refused {path}: {message}")
-        return msgspec.json.decode(reply.content)  # hidden states are megabytes: several times faster
+        return msgspec.json.decode(reply.content)  # hidden states are megabytes, and msgspec is faster
 
     def _last_words(self) -> str:
         self._log.seek(0)
@@ -228,16 +229,16 @@ class Engine:
 
 
 def engine(path: Path, mode: Mode) -> Engine:
-    """Return this process's engine for these weights, started if it does not run yet.
+    """Return this process's engine for these weights; start it if it is not running yet.
 
-    Everyone in the process who names the same file and mode shares one engine. Starting takes from half a
-    second to several and blocks the caller, so call it from a thread where an event loop runs. A process
-    made by fork starts its own. Threads: CAI_LOCAL_THREADS, else see `_threads`.
+    All callers in the process share one engine for each file and mode. Starting takes half a second to
+    several seconds and blocks the caller, so under an event loop call it in a thread. A forked process starts
+    engines of its own. CAI_LOCAL_THREADS sets the number of threads; see `_threads` for the default.
 
     Raises:
         MissingExtra: xllamacpp or httpx is not installed.
-        ModelError: llama.cpp cannot load the file; says what it said.
-        ConfigError: CAI_LOCAL_THREADS is no positive number.
+        ModelError: llama.cpp cannot load the file; the message has its reason.
+        ConfigError: CAI_LOCAL_THREADS is not a positive number.
     """
     key = (path.absolute(), mode)
     with _registry:
@@ -277,7 +278,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def require() -> None:
-    """Raise MissingExtra where what an engine needs is not installed."""
+    """Raise MissingExtra where a package that an engine needs is not installed."""
     from importlib.util import find_spec
 
     for package in ("xllamacpp", "httpx"):
@@ -286,13 +287,13 @@ def require() -> None:
 
 
 def _threads() -> dict[str, int]:
-    """Return how many threads generate for one conversation, and how many work on more tokens at once.
+    """Return the number of threads for generating one token at a time, and for batches of more tokens.
 
-    One token at a time leaves a core free; a prompt, or a token each for several conversations, takes all.
-    Measured on 2 idle cores against one thread, with threads that sleep while they wait: prompts 1.8 times as
-    fast, eight conversations 1.3 (135M) to 2.4 times (1.5B), one conversation 0.5 (135M) to 1.1 times. While
-    other processes keep both cores busy all of it is equal but for noise; threads that spin while they wait,
-    OpenMP's default, are then up to 14 times slower.
+    The first leaves one core free; the second, for prompts and for several requests at once, uses all cores.
+    Measured on 2 idle cores, relative to one thread, with threads that sleep while they wait: prompts 1.8
+    times as fast, eight requests 1.3 (135M) to 2.4 times (1.5B), one request 0.5 (135M) to 1.1 times. While
+    other processes keep both cores busy, there is no difference beyond noise; but threads that spin while
+    they wait, OpenMP's default, are then up to 14 times slower.
     """
     if wish := os.environ.get("CAI_LOCAL_THREADS"):
         if not wish.isdigit() or int(wish) < 1:
@@ -303,11 +304,11 @@ def _threads() -> dict[str, int]:
 
 
 def usable_cores() -> int:
-    """Return the cores this process may use: its affinity, and on Linux the quota of its control group."""
+    """Return how many cores this process may use: its affinity and, on Linux, its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, int(quota) // int(period)))  # "max" is no number: no quota
+        cores = min(cores, max(1, int(quota) // int(period)))  # "max", no quota, raises ValueError
     return cores
 
 
@@ -329,12 +330,12 @@ _CHILD = (
 
 
 def serve(path: str, mode: Mode, threads: int, batch_threads: int, key: str, context_tokens: int) -> None:
-    """Be the engine: load the weights, tell the address on stdout, serve until stdin ends."""
+    """Run the server in the child: load the weights, write the address to stdout, serve until stdin ends."""
     import signal
 
     import xllamacpp
 
-    # Ctrl-C in a terminal reaches the whole group; the parent decides what becomes of us.
+    # Ctrl-C in a terminal goes to the whole process group; the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     params = xllamacpp.CommonParams()
     params.model.path = path
@@ -349,24 +350,24 @@ def serve(path: str, mode: Mode, threads: int, batch_threads: int, key: str, con
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = batch_threads
     if mode == "chat":
-        # One memory for all conversations, so that a long one may borrow; see `Engine.needs`.
+        # One context memory for all requests, so that a long one can use more of it; see `Engine.needs`.
         params.kv_unified = True
         params.n_parallel = CONVERSATIONS
         params.n_ctx = context_tokens
-        # Prompts that left the pool and may come back; llama.cpp's default of 8 GB is a server's.
+        # The cache of earlier prompts in MiB; llama.cpp's default of 8 GB suits dedicated servers.
         params.cache_ram_mib = 512
     else:
         params.embedding = True
         params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
         params.embd_normalize = -1
-        # An embedded prompt must fit into one batch. One at a time: prompt reading fills the cores anyway.
+        # A prompt to embed must fit into one batch. One request at a time, since it uses all cores anyway.
         params.n_parallel = 1
         params.n_ctx = params.n_batch = params.n_ubatch = context_tokens
     try:
         server = xllamacpp.Server(params)
-    except RuntimeError:  # says only that it failed; llama.cpp has written why to stderr
+    except RuntimeError:  # has no reason; llama.cpp has written it to stderr
         os._exit(1)
     sys.stdout.write(json.dumps({"url": server.listening_address}) + "\n")
     sys.stdout.flush()
     sys.stdin.read()
-    os._exit(0)  # an orderly end would wait for requests in flight
+    os._exit(0)  # an orderly exit would wait for requests in flight

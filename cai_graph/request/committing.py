@@ -1,7 +1,7 @@
-"""Committing a record: how long an answer waits for the log, and the alarm where a record is lost.
+"""Commits a request's record to the log: how long the answer waits for it, and the alarm for a lost record.
 
-in time     the answer leaves once its record is committed
-late        the answer leaves before, and the record is committed when the log takes it
+in time     the answer is released once its record is committed
+late        the answer is released before, and the record is committed as soon as the log accepts it
 never       `on_log_error="answer"`: the alarm, LOST FROM THE LOG, is logged and counted; `raise`: LogError
 """
 
@@ -31,10 +31,10 @@ GRACE_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0
 """How long it waits where the budget has no bound of seconds."""
 _FULL_SECONDS = 0.01
-"""How long a task waits before it looks again whether the log has room."""
+"""Interval at which a task checks whether a full log has room again."""
 
 log_failures = 0
-"""How many records of this process could not be committed while their answers left all the same."""
+"""How many records of this process could not be committed, although their answers were released."""
 
 
 async def commit(
@@ -45,21 +45,22 @@ async def commit(
     since: float | None = None,
     lost: Callable[[BaseException], None] = lambda error: None,
 ) -> None:
-    """Commit a record; with `failed`, an error that is under way is never hidden behind the log's.
+    """Commit a record to the plan's log, and wait for it as `on_log_error` allows.
 
-    Under `on_log_error="answer"` this waits as long as the budget of seconds lasts and GRACE_SECONDS. What is
-    not committed by then is committed when the log takes it, and the alarm comes where it never does.
+    Under `answer` this waits until the budget's seconds are over, plus GRACE_SECONDS. A record that is not
+    committed by then is committed later, in the background; if that fails, `alarm` is called.
 
     Args:
-        plan: has the log.
-        record: what is committed.
-        failed: whether an error is under way; then nothing is waited for.
+        plan: the plan, with the log and the settings.
+        record: the record.
+        failed: whether an error is being raised; then this does not wait and raises nothing, so that an
+            error of the log does not hide that one.
         since: when the request began, by `time.perf_counter`; None: now.
-        lost: hears why the record could not be committed, where this raises nothing.
+        lost: called with the error where the record could not be committed and this raises nothing.
 
     Raises:
         LogError: it could not be committed and `on_log_error` is `raise`.
-        Duplicate: the log has another record of its id, so that nothing is lost.
+        Duplicate: the log already has a record with its id, so that nothing is lost.
     """
     if plan.log is None:
         return
@@ -87,7 +88,7 @@ async def commit(
 
 
 def _patience(settings: Settings, since: float | None) -> float | None:
-    """Return how many seconds an answer may wait for the log; None where no answer waits."""
+    """Return how many seconds an answer may wait for the log; None, no bound, where no answer waits."""
     if settings.mode == "shadow":
         return None
     if settings.budget.seconds is None:
@@ -97,7 +98,7 @@ def _patience(settings: Settings, since: float | None) -> float | None:
 
 
 class _Entry:
-    """A record on its way into the log."""
+    """A record that is being committed."""
 
     def __init__(self, log: Log, record: Trajectory | Review, lost: Callable[[BaseException], None]) -> None:
         self.name = f"{type(record).__name__.lower()} {record.id}"
@@ -107,15 +108,18 @@ class _Entry:
         self._appended: Commit | None = None
 
     async def committed(self) -> None:
-        """Wait until the record is committed; raises what the log raises."""
-        # A disk that is slow holds up no other task of the loop, and no request that is being cancelled.
+        """Append the record and wait until it is committed; raises the log's errors."""
+        # Poll for room: a blocking append would stop the event loop and could not be cancelled.
         while self._log.is_full:
             await asyncio.sleep(_FULL_SECONDS)
         self._appended = self._log.append(self._record)
         await self._appended
 
     def leave(self) -> None:
-        """Leave the record to the log, which drains at exit; the alarm comes where it is not committed."""
+        """Have the record committed in the background; if that fails, `alarm` is called.
+
+        The log writes its queue out when the process exits.
+        """
         if self._appended is not None:
             self._appended.add_done_callback(self._alarm_if_failed)
         elif self._log.is_full:
@@ -138,13 +142,13 @@ class _Entry:
             self.alarm(error)
 
     def alarm(self, error: BaseException) -> None:
-        """Say that the record is lost, and count it."""
+        """Log and count the record as lost, and call the `lost` callback."""
         self._lost(error)
         alarm(self.name, error)
 
 
 def alarm(name: str, error: BaseException) -> None:
-    """Say that a record is lost, and count it."""
+    """Log the error that a record is lost, and count it in `log_failures`."""
     global log_failures
     log_failures += 1
     logger.error(
@@ -156,12 +160,12 @@ def alarm(name: str, error: BaseException) -> None:
 
 
 _late = ThreadPoolExecutor(1, "cai late")
-"""Appends the records that found no room in the log and that nobody waits for."""
+"""The thread that appends records to a full log when no task waits for them."""
 
 
 def _after_fork() -> None:
     global _late
-    _late = ThreadPoolExecutor(1, "cai late")  # the parent's thread is not here
+    _late = ThreadPoolExecutor(1, "cai late")  # the parent's thread does not exist in a forked process
 
 
 os.register_at_fork(after_in_child=_after_fork)

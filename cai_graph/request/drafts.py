@@ -1,4 +1,4 @@
-"""What is recorded of an app's own run: the model calls that it makes."""
+"""Records the model calls that the wrapped app makes, by a LangChain callback handler."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["DraftCalls"]
 
 
 class DraftCalls(BaseCallbackHandler):
-    """Admits and records the model calls that the wrapped app makes, under `name` where it is one model."""
+    """Counts the app's model calls against the budget and records them, under `name` where it is not None."""
 
-    run_inline = True  # else each event of an asynchronous app costs a thread hop
-    raise_error = True  # a call over the budget is not started
+    run_inline = True  # otherwise LangChain runs each event of an asynchronous app in another thread
+    raise_error = True  # so that a call over the budget is not started
 
     def __init__(self, calls: Calls, name: str | None) -> None:
         self.calls = calls
@@ -35,16 +35,16 @@ class DraftCalls(BaseCallbackHandler):
     def on_chat_model_start(
         self, serialized: dict[str, Any], messages: list[list[BaseMessage]], *, run_id: UUID, **kwargs: Any
     ) -> None:
-        """Admit a call of a chat model, and note when it begins."""
+        """Count a call of a chat model against the budget, and note its start."""
         if serialized.get("id", [])[-1:] == ["ConstitutionalChatModel"]:
-            return  # a wrapped model again: what costs are the calls below it
+            return  # a wrapped model inside the app: the calls that it makes count
         self.calls.admit("generation")
         self._begun[run_id] = (time.perf_counter(), self._model(kwargs), prompt_digest(messages[0]))
 
     def on_llm_start(
         self, serialized: dict[str, Any], prompts: list[str], *, run_id: UUID, **kwargs: Any
     ) -> None:
-        """Admit a call of a text model, and note when it begins."""
+        """Count a call of a text model against the budget, and note its start."""
         self.calls.admit("generation")
         self._begun[run_id] = (time.perf_counter(), self._model(kwargs), "")
 
@@ -60,10 +60,10 @@ class DraftCalls(BaseCallbackHandler):
         self._record(run_id, None, error)
 
     def cut(self, answer: Message) -> bool:
-        """Return whether the reply that became the app's answer stopped before its end.
+        """Return whether the reply that became the app's answer was cut off (see `cut_short`).
 
-        It is known by its id or by its text; where an app has asked but once, it is that one, whatever became
-        of it. Other calls say nothing of the answer, such as one that writes a title for it.
+        That reply is found by its id or its text; where the app made only one call, it is that one. Other
+        calls do not count, such as one that writes a title.
         """
         for reply in reversed(self._replies):
             if (answer.id is not None and reply.id == answer.id) or shown_of(reply) == shown_of(answer):

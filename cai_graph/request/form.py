@@ -1,4 +1,4 @@
-"""Structured answers: what a revision of one must be to stand in its place."""
+"""The form of structured answers: a JSON Schema and a parser, which a revision must satisfy, too."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Form:
     """The form of a structured answer."""
 
     schema: Mapping[str, Any]
-    """Its JSON Schema, which revisers are told."""
+    """Its JSON Schema, which is part of the request for a revision."""
     parse: Callable[[dict[str, Any]], Any]
-    """Makes the answer that callers get out of its JSON; raises ValueError where it does not fit."""
+    """Turns its JSON into the answer that callers get; raises ValueError where the JSON does not fit."""
 
     @classmethod
     def like(cls, answer: Any) -> Form | None:
-        """Return the form that an answer has: its class's, or of a dict its keys; None where it has none.
+        """Return the form of an answer: its class's, or for a dict its keys; None where it has none.
 
         >>> Form.like({"a": 1}).read('{"a": 2}')
         '{"a": 2}'
@@ -36,7 +36,7 @@ class Form:
         return None
 
     def read(self, text: str) -> str:
-        """Return the JSON object that stands in a text, alone.
+        """Return the JSON object in a text, without the text around it.
 
         Raises:
             ValueError: there is none, or it does not fit.
@@ -55,10 +55,10 @@ class Form:
         return json.dumps(found, ensure_ascii=False)
 
     def alone(self, text: str) -> str:
-        """Return the JSON object that a text is, but for a fence around it.
+        """Return the JSON object that a text consists of, apart from a Markdown code fence around it.
 
         Raises:
-            ValueError: it is none, or does not fit, or there is more in the text than what is read.
+            ValueError: there is none, it does not fit, a key occurs twice, or the text contains more.
 
         >>> Form({"type": "object"}, dict).alone('```json\\n{"a":1}\\n```')
         '{"a": 1}'
@@ -77,12 +77,12 @@ _FENCES = {("", ""), ("```", "```"), ("```json", "```")}
 
 
 def _place(text: str) -> tuple[int, int]:
-    """Return where the JSON object in a text begins and ends."""
+    """Return start and end of the JSON object in a text: from its first `{` to its last `}`."""
     return text.find("{"), text.rfind("}") + 1
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of whose keys none hides another's value."""
+    """Return a JSON object from its pairs; raise ValueError where a key occurs twice."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key stands in the JSON twice")
     return found

@@ -1,4 +1,4 @@
-"""The plan: what serves every request of a wrapped app, and how each face makes one from its arguments."""
+"""The Plan of a wrapped app: the constitution, critic, reviser, settings and log that its requests share."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ __all__ = ["Plan", "planning"]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What serves every request of a wrapped app."""
+    """The parts that all requests of a wrapped app share."""
 
     constitution: Constitution
-    """Its principles."""
+    """The principles, in all their languages."""
     critic: Critic
     """Judges answers."""
     reviser: BaseChatModel
     """Writes revisions."""
     reviser_name: str
-    """Its name in the records."""
+    """The reviser's name in the records."""
     settings: Settings
-    """How."""
+    """The settings of the requests."""
     log: Log | None
-    """Where Trajectories go; None: nowhere."""
+    """The log of the Trajectories; None: nothing is logged."""
 
     @property
     def candidates(self) -> int:
-        """How many revisions a round samples."""
+        """How many revisions are written in a round."""
         if self.settings.strategy == "sampled":
             return 1
         return self.settings.candidates or self.critic.candidates
@@ -59,7 +59,7 @@ class Plan:
 
     @cached_property
     def spoken(self) -> Constitution:
-        """The constitution with its principles' texts in the language of the settings: what models read."""
+        """The constitution with the principles' texts in the settings' language, as models are sent it."""
         language, own = self.settings.language, self.constitution
         if language is None:
             return own
@@ -70,12 +70,12 @@ class Plan:
 
     @cached_property
     def of_tools(self) -> Constitution | None:
-        """The principles that speak of tools, as models read them; None where none does."""
+        """The principles about tools, as models are sent them; None where there is none."""
         rules = [rule.id for rule in self.constitution if rule.tools]
         return self.spoken.select(rules) if rules else None
 
     def rules(self, answer: Message) -> Constitution:
-        """Return the principles that judge an answer; fewer where it only calls tools."""
+        """Return the principles to judge an answer by: where it only calls tools, those about tools."""
         calls_only = answer.tool_calls and not text_of(answer)
         return (self.of_tools or self.spoken) if calls_only else self.spoken
 
@@ -97,12 +97,13 @@ def planning(
     log: str | Log | None,
     settings: Mapping[str, Any],
 ) -> Callable[[BaseChatModel | None], Plan]:
-    """Check a face's arguments, and return what makes the Plan once the model that drafts is known.
+    """Check a face's arguments, and return a function from the drafting model to the Plan.
 
-    Where no critic or reviser is given, that model is it. `face` is how messages call what was called.
+    That model is also the critic and the reviser where none is given. `face` is the caller's name in error
+    messages.
 
     Raises:
-        ConfigError: an argument that cannot work; says which and what to do.
+        ConfigError: an argument cannot work; the message names it and says what to do.
         ConstitutionError: the constitution cannot be read.
         LogError: the log cannot be opened.
     """
@@ -125,7 +126,7 @@ def planning(
     opened = open_log(log) if isinstance(log, str) else log
 
     def plan(model: BaseChatModel | None) -> Plan:
-        assert model is not None or (judge is not None and writer is not None)  # the face sees to it
+        assert model is not None or (judge is not None and writer is not None)  # the face checks this
         own = judge if judge is not None else critic_for(model)  # type: ignore[arg-type]
         check_strategy(own, chosen.strategy)
         reviser = writer or model

@@ -1,7 +1,7 @@
-"""Which answer leaves: the settings of a run, the acceptance of revisions, and the failure policies.
+"""Decides which answer is released: the Settings, which revisions are accepted, and the failure policies.
 
-Pure functions over records. The two rules that everything here serves: a worse answer never ships,
-and what happens when no answer is good is the user's stated choice.
+Pure functions over records; no model is called and nothing is logged here. Two rules hold throughout: a worse
+answer never replaces a better one, and the user's settings decide what happens when no answer is good.
 """
 
 from __future__ import annotations
@@ -49,50 +49,52 @@ Release = Literal["buffer", "blocks", "audit"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a request is judged, and what leaves when no answer is good. Recorded in every Trajectory."""
+    """How a request is judged, and what is released when no answer is good. Recorded in every Trajectory."""
 
     mode: Mode = "enforce"
-    """`enforce`: an answer leaves once it is judged. `shadow`: it leaves untouched at once, and is judged
-    behind it for the log, whose outcome says what `enforce` would have done."""
+    """`enforce`: an answer is released once it is judged. `shadow`: it is released unchanged at once, and
+    judged afterwards for the log, where the outcome is the one that `enforce` would have had."""
     sample: float = 1.0
     """Mode `shadow`: the share of the answers, from 0 to 1, that is judged. The others are logged unjudged.
-    Decided by the trajectory's id; with a seed by the conversation, the same again each time."""
+    The trajectory's id decides which; with a `seed` the conversation does, so that the choice repeats."""
     shadow_concurrency: int = 16
     """Mode `shadow`: how many answers are judged at once; others wait."""
     strategy: Strategy = "batched"
-    """`batched`: one critic call for all principles. `parallel`: one a principle, at once. `sampled`: one
-    random principle a round, always revised (Bai et al. 2022, section 3.1), for generating data."""
+    """`batched`: one critic call for all principles. `parallel`: one call for each principle, all at once.
+    `sampled`: one random principle in each round, always revised (Bai et al. 2022, section 3.1), for
+    generating data."""
     max_rounds: int | None = None
-    """Most rounds of critique and revision; None: 2, and 4 for `sampled`, as in the paper. 0 judges only."""
+    """Most rounds of critique and revision; None: 2, or 4 for `sampled`, as in the paper. 0: judge only."""
     candidates: int | None = None
-    """Revisions sampled in a round; None: what the critic finds worth its cost (1 for a model, 3 for the
-    probe). `sampled` always writes one."""
+    """Revisions written in a round; None: the critic's default (1 for a model, 3 for the probe). `sampled`
+    always writes one."""
     on_violation: Policy = "closed"
-    """What leaves when every revision still fails: `open` the best answer so far, `closed` the
-    constitution's refusal, `raise` Violation, `human` what a person decides. Under `closed`, a request that
-    the probe reads as benign and that the draft answered gets the best answer: it is never turned into a
-    refusal."""
+    """What happens when every revision still fails. `open`: the best answer so far is released; `closed`: the
+    constitution's refusal is; `raise`: Violation is raised; `human`: a person decides. Under `closed`, where
+    the probe judges the request benign and the draft answers it, the best answer is released instead: a
+    benign request is never turned into a refusal."""
     on_unreadable: Policy = "closed"
-    """What leaves when the verdict on the draft cannot be read: the draft, the refusal, Unreadable, or what
-    a person decides."""
+    """What happens when the verdict on the draft cannot be read: the draft is released (`open`), the refusal
+    is (`closed`), Unreadable is raised (`raise`), or a person decides (`human`)."""
     on_error: Policy = "raise"
-    """What leaves when a critic or reviser fails, or the budget ends. The app's own errors always raise."""
+    """What happens when a critic or reviser fails, or the budget is spent. The app's errors always raise."""
     on_log_error: Literal["answer", "raise"] = "answer"
-    """Whether a log that cannot be written costs the answer. The alarm is loud either way. Under `answer` an
-    answer waits for a slow log as long as the budget of seconds lasts and one second more (60 seconds where
-    it has none), and its record is committed later. Under `raise` it waits until the log has decided."""
+    """What happens when the record cannot be committed; an error is logged in either case. `answer`: the
+    answer is released all the same. It waits for a slow log until the budget's seconds are over and one
+    second more (60 seconds where there is no such bound); its record is committed later. `raise`: it waits
+    until the record is committed; where that fails, LogError is raised."""
     budget: Budget = field(default_factory=Budget)
     """Bounds of one request."""
     seed: int | None = None
-    """Seed of everything random here: the principle sampled in a round, and the sampling of the embedded
-    model's revisions."""
+    """Seed of all random choices here: the principle of a `sampled` round, and the sampling of revisions by
+    the embedded model."""
     language: str | None = None
-    """Language of the principles' texts, where the constitution has it."""
+    """Language of the principles' texts and the refusal, where the constitution has it."""
     stream: Release = "buffer"
-    """When a stream's chunks leave. `buffer`: after the verdict on the whole answer. `blocks`: a group of
-    sentences as soon as it is judged to comply; it is never taken back, and revisions go on after it.
-    `audit`: as the app writes them, judged afterwards; nothing is revised, and no policy but `on_error`
-    holds back what has left."""
+    """When the chunks of a stream are released. `buffer`: after the verdict on the whole answer. `blocks`:
+    each group of sentences as soon as it is judged to comply; it is never taken back, and revisions continue
+    after it. `audit`: as the app writes them, judged afterwards; nothing is revised, and of the policies only
+    `on_error` has an effect."""
 
     def __post_init__(self) -> None:
         for name, menu in _MENUS.items():
@@ -135,12 +137,12 @@ class Settings:
 
     @property
     def asks(self) -> bool:
-        """Whether a person may be asked."""
+        """Whether a person may be asked, that is, whether a policy is `human`."""
         return "human" in (self.on_violation, self.on_unreadable, self.on_error)
 
     @property
     def rounds(self) -> int:
-        """Most rounds, the default resolved."""
+        """`max_rounds`, with its default resolved."""
         if self.max_rounds is not None:
             return self.max_rounds
         return 4 if self.strategy == "sampled" else 2
@@ -149,16 +151,16 @@ class Settings:
 _MENUS = {
     name: get_args(kind) for name, kind in get_type_hints(Settings).items() if get_origin(kind) is Literal
 }
-"""What may stand in each field of a closed set."""
+"""Field of Settings -> its allowed values, for the fields that have a fixed set of them."""
 
 
 class Progress(NamedTuple):
-    """How far a request has come."""
+    """The draft and the rounds of a request so far."""
 
     draft: Draft
     """The app's answer."""
     rounds: list[Round]
-    """Rounds so far; the last one may be open, its revisions not yet judged."""
+    """The rounds so far. The last one may be open: its revisions are not judged yet."""
 
     def answer(self, of: str) -> Message:
         """Return the answer that `of` names: `draft` or `revision:ROUND:INDEX`."""
@@ -177,7 +179,7 @@ class Progress(NamedTuple):
         return Progress(self.draft, [*closed, msgspec.structs.replace(opened, revisions=tuple(revisions))])
 
     def unjudged(self) -> list[str]:
-        """Return the names of the answers that wait for a judgement."""
+        """Return the names of the answers that are still to be judged."""
         if not self.rounds:
             return ["draft"]
         number = len(self.rounds) - 1
@@ -188,7 +190,7 @@ class Progress(NamedTuple):
         ]
 
     def standing(self) -> str:
-        """Return the name of the answer that stands: the last accepted revision, else the draft."""
+        """Return the name of the current answer: the last accepted revision, else the draft."""
         for number in range(len(self.rounds) - 1, -1, -1):
             for index, revision in enumerate(self.rounds[number].revisions):
                 if revision.accepted:
@@ -196,7 +198,7 @@ class Progress(NamedTuple):
         return "draft"
 
     def judged(self) -> dict[str, Critique]:
-        """Return the critique of each answer that has a readable one; the draft's is always there."""
+        """Return the critiques by answer: the draft's, if it has one, and the readable ones of revisions."""
         found = {"draft": self.rounds[0].critique} if self.rounds else {}
         for number, round_ in enumerate(self.rounds):
             for index, revision in enumerate(round_.revisions):
@@ -205,9 +207,9 @@ class Progress(NamedTuple):
         return found
 
     def best(self, constitution: Constitution) -> str:
-        """Return the name of the least bad answer that was judged; the draft where none was.
+        """Return the name of the judged answer that fails least; the draft where none was judged.
 
-        Where the draft answered a benign request, an evasion is no better than any answer.
+        Where the draft answers a benign request, evasive answers are not considered.
         """
         judged = self.judged()
         if self.answers_benign():
@@ -215,7 +217,7 @@ class Progress(NamedTuple):
         return min(judged, key=lambda of: _badness(judged[of], constitution), default="draft")
 
     def answers_benign(self) -> bool:
-        """Return whether the critic takes the request to be benign, and the draft to answer it."""
+        """Return whether the critic judged the request to be benign, and the draft not to evade it."""
         if not self.rounds:
             return False
         critique = self.rounds[0].critique
@@ -223,7 +225,7 @@ class Progress(NamedTuple):
 
 
 def _badness(critique: Critique, constitution: Constitution) -> tuple[float, float]:
-    """Return the weight of what an answer fails (an evasion weighs one), then its reading of harm."""
+    """Return the total weight of the principles that an answer fails (plus 1 if evasive), then P(harm)."""
     weight = sum(principle.weight for principle in failed_principles(critique, constitution))
     return weight + bool(critique.evasive), critique.readings.get("harm", 0.0)
 
@@ -232,7 +234,7 @@ def _badness(critique: Critique, constitution: Constitution) -> tuple[float, flo
 
 
 def no_revision(text: str, standing: str, *, truncated: bool) -> Rejection | None:
-    """Return why a text is no revision of `standing` at all, before anybody judges it, or None.
+    """Return why `text` is not a revision of `standing`, so that no critic need judge it; None if it may be.
 
     >>> no_revision("No revisions needed.", "Hello", truncated=False)
     <Rejection.NO_REWRITE: 'no_rewrite'>
@@ -252,10 +254,10 @@ def no_revision(text: str, standing: str, *, truncated: bool) -> Rejection | Non
 def accept(
     revisions: Sequence[Revision], critiques: Mapping[int, Critique], constitution: Constitution
 ) -> tuple[Revision, ...]:
-    """Return the revisions with the critiques of those that were judged, by index.
+    """Return the revisions with their critiques, the best one accepted and every other one rejected.
 
-    The best one that violates nothing is accepted, by how harmful and evasive the probe reads it; every other
-    one has its rejection.
+    `critiques` are those of the revisions that were judged, by index. Of the revisions that violate nothing,
+    the best is the one of least `_cost`.
     """
     judged = list(revisions)
     for index, critique in critiques.items():
@@ -275,10 +277,10 @@ def accept(
 
 
 def _cost(critique: Critique) -> float:
-    """Return what a compliant answer still leaves to wish: by the probe's readings, harm and evasion.
+    """Return how bad a compliant answer still is: P(harm) plus P(evasion), by the probe's readings.
 
-    To a request that is not benign an evasion is the lesser evil, so it counts a quarter. Of a critic without
-    readings it is the likeliest violation.
+    Where the request is not benign, evasion counts a quarter, since it is then the lesser evil. Without
+    readings, it is the largest P(VIOLATES) of the verdicts.
     """
     if not critique.readings:
         return max((verdict.probability or 0.0 for verdict in critique.verdicts), default=0.0)
@@ -295,30 +297,30 @@ def _fault(critique: Critique, constitution: Constitution) -> tuple[Rejection | 
     return (Rejection.VIOLATES, ", ".join(principle.id for principle in failed)) if failed else (None, None)
 
 
-# --- what leaves --------------------------------------------------------------------------------------
+# --- what is released ---------------------------------------------------------------------------------
 
 
 class Decision(NamedTuple):
-    """What leaves."""
+    """How a request ends: with a released message, with an error, or with a question to a person."""
 
     outcome: Outcome
     """How the request ended."""
     released: Message | None
-    """The message that leaves; None where `error` does."""
+    """The message to release; None where `error` is set."""
     released_from: Literal["draft", "revision", "refusal"] | None
-    """What that message is."""
+    """Where that message comes from."""
     error: Exception | None = None
-    """The exception that leaves; where a person is asked, why."""
+    """The exception to raise; where a person is asked, the reason for that."""
     asks: bool = False
-    """Whether a person is asked what leaves."""
+    """Whether a person is asked what to release."""
 
 
 def decide(
     progress: Progress, constitution: Constitution, settings: Settings, error: Exception | None
 ) -> Decision:
-    """Return what leaves, by what was found and the policies.
+    """Return the Decision that follows from the answers, their critiques and the policies.
 
-    `error` is what ended the run early, where a policy other than `raise` holds for it.
+    `error` is the error that ended the run early, if any; `on_error` decides about it.
     """
     of = progress.standing()
     if of != "draft":
@@ -326,7 +328,7 @@ def decide(
     if error is not None:
         return _leave(progress, constitution, settings, settings.on_error, error)
     if not progress.rounds or settings.strategy == "sampled":
-        # Nothing was judged (a tool call), or nothing is gated (the verdicts of `sampled` are notes).
+        # Nothing was judged (a tool call), or verdicts have no effect (`sampled` only records them).
         return Decision(Outcome.KEPT, progress.draft.answer, "draft")
     critique = progress.rounds[0].critique
     if failed := failed_principles(critique, constitution):
@@ -343,13 +345,13 @@ def decide(
 def _leave(
     progress: Progress, constitution: Constitution, settings: Settings, policy: Policy, error: Exception
 ) -> Decision:
-    """Return what leaves under a policy when no answer is known to be good."""
+    """Return the Decision by a policy, where no answer is known to comply."""
     if policy in ("raise", "human"):
         return Decision(Outcome.FAILED, None, None, error, asks=policy == "human")
     if policy == "closed" and not (isinstance(error, Violation) and progress.answers_benign()):
         refusal = constitution.refusal_in(settings.language)
         if frozen := progress.draft.frozen:
-            refusal = f"{frozen}\n\n{refusal}"  # what has left stays; the refusal says why it ends there
+            refusal = f"{frozen}\n\n{refusal}"  # released text stays, and the refusal follows it
         return Decision(Outcome.REFUSED, Message(role="assistant", content=refusal), "refusal")
     best = progress.best(constitution)
     return Decision(Outcome.EXHAUSTED, progress.answer(best), "draft" if best == "draft" else "revision")

@@ -1,4 +1,4 @@
-"""One request, and the run that it becomes."""
+"""The Request that a face hands to `run`, and the Run: its state while the graph works on it."""
 
 from __future__ import annotations
 
@@ -23,37 +23,38 @@ __all__ = ["Blocks", "Request", "Run"]
 
 
 class Blocks(Protocol):
-    """An app's answer that leaves in blocks."""
+    """An app's answer that is released in blocks (stream `blocks`)."""
 
     async def next(self, calls: Calls, config: RunnableConfig) -> Draft:
-        """Return the draft up to the end of its next block; unfinished where the app still writes."""
+        """Return the draft up to the end of its next block; `unfinished` while the app is still writing."""
         ...
 
     async def release(self, draft: Draft) -> None:
-        """Send the text of a draft, which complies, as far as it has not left yet."""
+        """Send the part of a complying draft's text that has not been sent yet."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request."""
+    """One request to a wrapped app: its conversation, and the callbacks through which the app is called."""
 
     messages: tuple[Message, ...]
     """The conversation."""
     asked: Callable[[], tuple[Message, ...]] | None = None
-    """Tells the conversation anew once the app has answered, since the app may have known more of it."""
+    """Returns the conversation once the app has answered, where the app may have known more of it."""
     draft: Callable[[Calls, RunnableConfig], Awaitable[Draft]]
     """Runs the wrapped app under the node's configuration, records its calls, and returns its answer."""
     blocks: Blocks | None = None
-    """Hands the app's answer over in blocks; then `draft` is asked only to hear the rest of it out."""
+    """Returns the app's answer in blocks. `draft` is then called only to read the rest of the answer."""
     written: Callable[[], Draft | None] = lambda: None
-    """What has left of the app's answer so far, where it leaves as it is written (mode `audit`)."""
+    """Returns the part of the app's answer that has been released so far, in modes that stream the draft
+    as it is written."""
     tell: Callable[[str], Awaitable[None]] | None = None
-    """Hears which step is under way: `drafting`, `critiquing`, `revising 1/2`."""
+    """Called with each step that begins: `drafting`, `critiquing`, `revising 1/2`."""
     context: Callable[[], Mapping[str, str]] = dict
-    """Other material for the critic; asked for after the draft, since the app may have produced it."""
+    """Returns other material for the critic. Called after the draft, since the app may have produced it."""
     form: Callable[[], Form | None] = lambda: None
-    """What a structured answer must be, where the draft is one; asked for after the draft."""
+    """Returns the form of a structured answer, where the draft is one. Called after the draft."""
     mode: str = "enforce"
     """See `Trajectory.mode`."""
     source: str | None = None
@@ -65,24 +66,24 @@ class Request:
     id: str = field(default_factory=new_id)
     """The id that its Trajectory will have."""
     started_at: datetime = field(default_factory=now)
-    """When it came in, UTC."""
+    """When it arrived, UTC."""
     started: float = field(default_factory=time.perf_counter)
-    """The same by the clock that durations are read from."""
+    """The same time by `time.perf_counter`, from which durations are computed."""
     made: Sequence[Call] = ()
     """Model calls that were made before the run."""
     failed: BaseException | None = None
-    """What the app raised, where it ran before; then there is nothing to judge."""
+    """The error that the app raised, where it ran before this run; then there is nothing to judge."""
     unjudged: Literal["sample", "overload", "shutdown"] | None = None
-    """Why no critic is to judge the answer: then it is only logged (mode `shadow`)."""
+    """Why no critic judges the answer, which is then only logged (mode `shadow`); None: it is judged."""
     recorded: Callable[[Trajectory], None] = lambda trajectory: None
-    """Hears the Trajectory before it goes to the log."""
+    """Called with the Trajectory before it is logged."""
     lost: Callable[[BaseException], None] = lambda error: None
-    """Hears why it could not be committed, where the answer leaves all the same."""
+    """Called with the error where the Trajectory could not be committed and the answer is released anyway."""
 
 
 @dataclass(kw_only=True)
 class Run:
-    """A request under way: what the graph's nodes need beside the state."""
+    """A request that is being answered: the graph's context, which its nodes need beside the state."""
 
     plan: Plan
     request: Request
@@ -90,27 +91,27 @@ class Run:
     messages: tuple[Message, ...]
     """The conversation, as far as it is known."""
     reached: Progress | None = None
-    """What the last node reached: what is logged when the next one fails."""
+    """The result of the last finished step, which is logged where the next one fails."""
     paused: BaseException | None = None
-    """What the app raised to wait for a person."""
+    """The interrupt that the app raised to wait for a person."""
     failed: Exception | None = None
-    """What the app raised."""
+    """The error that the app raised."""
     held: Exception | None = None
-    """The error that ended the graph early and that a policy keeps from leaving."""
+    """The error that ended the graph early and that `on_error` does not raise."""
 
     @cached_property
     def random(self) -> random.Random:
-        """What draws for this request: the same again from the same seed, and another for each prompt."""
+        """The random generator of this request. With a seed, it depends on the seed and the conversation."""
         seed = self.plan.settings.seed
         asked = [text_of(message) for message in self.messages]
         return random.Random(None if seed is None else ascii((seed, asked)))
 
     def exchange(self, answer: Message, *, unfinished: bool = False) -> Exchange:
-        """Return an answer as critics and revisers are shown it."""
+        """Return an answer with its conversation and context, as critics and revisers are sent it."""
         context = self.request.context()
         return Exchange(messages=self.messages, answer=answer, context=context, unfinished=unfinished)
 
     async def tell(self, step: str) -> None:
-        """Tell who listens which step is under way."""
+        """Call `Request.tell`, if there is one, with the step that begins."""
         if self.request.tell is not None:
             await self.request.tell(step)
