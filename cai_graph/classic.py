@@ -1,11 +1,11 @@
-"""ConstitutionalChain under its old name and signature, for people who move over.
+"""A drop-in replacement for langchain-classic's ConstitutionalChain, with the same name and signature.
 
     from cai_graph.classic import ConstitutionalChain  # was: from langchain_classic.chains import …
 
-The calls, keys and shapes are those of langchain-classic 1.0's class; the work is the graph's, so that
-every principle is judged in one call, a revision leaves only when it is better, and all of it is logged.
-What differs on purpose is listed in docs/moving-from-constitutional-chain.md. langchain-classic need not
-be installed; only its principles' names (`get_principles`) are looked up there.
+The calls, keys and return values are those of langchain-classic 1.0's class. The answers come from the graph:
+every principle is judged in one call, a revision is released only where it is better, and all of it is
+logged. docs/moving-from-constitutional-chain.md lists the intended differences. langchain-classic need not be
+installed; only `get_principles` reads from it.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _MOVED = {
     "tags": "give them with the call: invoke(inputs, {'tags': …})",
     "metadata": "give it with the call: invoke(inputs, {'metadata': …})",
 }
-"""Arguments of the old class that are not taken -> what to do instead."""
+"""Arguments of the old class that are not accepted -> what to do instead."""
 
 
 class ConstitutionalPrinciple(BaseModel):
-    """A principle as langchain-classic writes it. `cai_graph.Principle` can say more."""
+    """A principle with langchain-classic's fields. `cai_graph.Principle` has more."""
 
     critique_request: str
     """What the critic looks for in an answer."""
     revision_request: str
     """How an answer that fails is rewritten."""
     name: str = "Constitutional Principle"
-    """What it is called; its id in the log is made from this."""
+    """Its name, from which its id in the log is made."""
 
 
 class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
@@ -76,20 +76,21 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
     ) -> ConstitutionalChain:
         """Return `chain` under the principles, judged and revised by `llm`.
 
-        What the critic takes for the user's request is what the chain's own prompt says once it is filled
-        in, as in the old class; of a chain that does not begin with a prompt, its input.
+        As in the old class, the critic sees the chain's own filled-in prompt as the user's request; for a
+        chain that does not begin with a prompt, the chain's input.
 
         Args:
             llm: chat model, or a model spec such as "openai:gpt-5-mini".
             chain: any Runnable whose output has one answer in it, an LLMChain included.
-            constitutional_principles: a list of principles, of ours or of langchain-classic's, or
-                whatever else `load` reads: the name of a built-in constitution, a file, a Constitution.
-            return_intermediate_steps: whether `initial_output` and `critiques_and_revisions` come along.
+            constitutional_principles: a list of principles, ours or langchain-classic's, or anything else
+                that `load` reads: the name of a built-in constitution, a file, a Constitution.
+            return_intermediate_steps: whether `initial_output` and `critiques_and_revisions` are returned.
             options: arguments and settings of `constitutional`, such as `log=None`, `on_violation="open"`
                 or `input_key="question"` (the critic then sees that input instead of the whole prompt).
 
         Raises:
-            ConfigError: an argument that cannot work, or one of the old class that has moved; says where.
+            ConfigError: an argument cannot work, or is one of the old class that is not accepted; the message
+                says what to do instead.
             ConstitutionError: the principles cannot be read, or there is none.
             LogError: the log cannot be opened.
         """
@@ -109,7 +110,7 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
 
     @classmethod
     def get_principles(cls, names: Sequence[str] | None = None) -> list[ConstitutionalPrinciple]:
-        """Return langchain-classic's principles of these names, in their order; None: all of them.
+        """Return langchain-classic's principles with these names, in the same order; None: all of them.
 
         Raises:
             ConfigError: langchain-classic is not installed, or has no principle of that name.
@@ -132,7 +133,7 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
 
     @property
     def output_keys(self) -> list[str]:
-        """Keys that are added to the inputs."""
+        """The keys that are added to the inputs."""
         steps = ["critiques_and_revisions", "initial_output"] if self.return_intermediate_steps else []
         return ["output", *steps]
 
@@ -144,24 +145,24 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
         return_only_outputs: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Answer.
+        """Run the chain, and return its outputs with the released answer.
 
         Args:
-            input: the chain's inputs by key, or the value of the only one.
-            config: LangChain's.
-            return_only_outputs: whether to leave the inputs out of what is returned.
+            input: the chain's inputs by key, or the value of its only one.
+            config: LangChain's configuration.
+            return_only_outputs: whether to return the outputs without the inputs.
             kwargs: passed on to the chain.
 
         Returns:
-            The inputs, and with them `output` (str), the answer that leaves. With
-            `return_intermediate_steps` also `initial_output` (str), the chain's own answer, and
-            `critiques_and_revisions` (list of tuples of two str), for each principle in order: its critique,
-            which ends in "Critique needed." or "No critique needed." unless the verdict could not be read;
-            and the answer that replaced the chain's own on its account, or "" where none did.
+            The inputs, and `output` (str), the released answer. With `return_intermediate_steps` also
+            `initial_output` (str), the chain's own answer, and `critiques_and_revisions` (list of tuples of
+            two str), for each principle in order: its critique, which ends in "Critique needed." or "No
+            critique needed." unless the verdict could not be read; and the answer that replaced the chain's
+            own because of that principle, or "" where none did.
 
         Raises:
-            DataError: a key that the chain asks for is missing.
-            RunError: the policies say that an error leaves.
+            DataError: an input key that the chain needs is missing.
+            RunError: by the policies, an error is raised instead of an answer.
         """
         inputs = self._inputs(input)
         return self._outputs(inputs, self.guarded.invoke(inputs, config, **kwargs), return_only_outputs)
@@ -174,7 +175,7 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
         return_only_outputs: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Answer; see `invoke`."""
+        """Run the chain asynchronously; see `invoke`."""
         inputs = self._inputs(input)
         steps = await self.guarded.ainvoke(inputs, config, **kwargs)
         return self._outputs(inputs, steps, return_only_outputs)
@@ -182,22 +183,23 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
     def __call__(
         self, inputs: Any, return_only_outputs: bool = False, **config: Unpack[RunnableConfig]
     ) -> dict[str, Any]:
-        """Answer; `invoke` is the way to write it now."""
+        """Call `invoke`, which replaces this old form."""
         return self.invoke(inputs, config, return_only_outputs=return_only_outputs)
 
     async def acall(
         self, inputs: Any, return_only_outputs: bool = False, **config: Unpack[RunnableConfig]
     ) -> dict[str, Any]:
-        """Answer; `ainvoke` is the way to write it now."""
+        """Call `ainvoke`, which replaces this old form."""
         return await self.ainvoke(inputs, config, return_only_outputs=return_only_outputs)
 
     def run(self, *args: Any, **inputs: Any) -> str:
         """Return the answer's text alone, for one value or for the inputs by name.
 
-        `callbacks`, `tags` and `metadata` by name are LangChain's, and no inputs.
+        The keyword arguments `callbacks`, `tags` and `metadata` are part of LangChain's configuration, not
+        inputs.
 
         Raises:
-            ConfigError: both or neither are given, or `return_intermediate_steps` asks for more than text.
+            ConfigError: both or neither are given, or `return_intermediate_steps` is set.
         """
         return str(self.invoke(*self._only(args, inputs))["output"])
 
@@ -206,7 +208,7 @@ class ConstitutionalChain(Runnable[Any, dict[str, Any]]):
         return str((await self.ainvoke(*self._only(args, inputs)))["output"])
 
     def _inputs(self, given: Any) -> Any:
-        """Return what the chain is given; the value of its only key under that key."""
+        """Return the chain's inputs; a single value becomes the value of its only key."""
         lone = len(self.input_keys) == 1 and not isinstance(given, Mapping)
         return {self.input_keys[0]: given} if lone else given
 
@@ -237,10 +239,10 @@ class _Steps(Shape):
     prompt: BasePromptTemplate[Any] | None
     """The chain's own prompt; None: the request is in the input."""
     constitution: Constitution
-    """Whose principles are told of."""
+    """The constitution whose principles `critiques_and_revisions` lists."""
 
     def conversation(self, value: object) -> tuple[Message, ...]:
-        """Return the request: the prompt, filled in."""
+        """Return the request: the chain's prompt, filled in."""
         if self.prompt is None or not isinstance(value, Mapping):
             return super().conversation(value)
         if missing := [name for name in self.prompt.input_variables if name not in value]:
@@ -253,7 +255,7 @@ class _Steps(Shape):
 
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> dict[str, Any]:
         """Return the old class's outputs, intermediate steps included."""
-        assert trajectory.draft is not None  # an answer left
+        assert trajectory.draft is not None  # an answer was released
         initial = shown_of(trajectory.draft.answer)
         kept = trajectory.released_from == "draft"
         answer = initial if kept else shown_of(released).strip()
@@ -264,7 +266,7 @@ class _Steps(Shape):
         }
 
     def _pairs(self, trajectory: Trajectory, revision: str) -> list[tuple[str, str]]:
-        """Return critique and revision for each principle that the draft was judged by, in their order."""
+        """Return critique and revision for each principle by which the draft was judged, in their order."""
         pairs: list[tuple[str, str]] = []
         for judged in trajectory.rounds[:1]:  # an answer that was not judged, such as a tool call, has none
             critique = judged.critique
@@ -277,7 +279,7 @@ class _Steps(Shape):
                     said = reason or critique.reasoning
                     pairs.append((f"{said} Critique needed.".lstrip(), revision))
                 elif found and found[0].label is Label.UNREADABLE:
-                    # The critic's words are left out: they may hold the phrase that callers read as "fine".
+                    # Without the critic's words, which may contain the phrase "No critique needed."
                     pairs.append(("The verdict could not be read.", revision))
                 elif found:
                     pairs.append((f"{reason or ''} No critique needed.".lstrip(), ""))
@@ -285,13 +287,13 @@ class _Steps(Shape):
 
 
 def _prompt(chain: Runnable[Any, Any]) -> BasePromptTemplate[Any] | None:
-    """Return the prompt that an LLMChain holds, or that a sequence begins with."""
+    """Return the prompt of an LLMChain, or the one that a sequence begins with; None for other chains."""
     found = (getattr(chain, name, None) for name in ("prompt", "first"))
     return next((prompt for prompt in found if isinstance(prompt, BasePromptTemplate)), None)
 
 
 def _input_keys(chain: Runnable[Any, Any]) -> list[str]:
-    """Return the keys that a chain's input has, as far as the chain says; none where it takes no dict."""
+    """Return the keys of a chain's input, as far as the chain declares them; empty where it takes no dict."""
     named: list[str] | None = getattr(chain, "input_keys", None)
     if named is not None:
         return list(named)

@@ -1,4 +1,4 @@
-"""What this installation has, what it lacks, and how to get it: the data behind `cai doctor`."""
+"""Checks this installation for `cai doctor`: packages, SQLite, models, API keys, disks and cores."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = ["Check", "checks"]
 Status = Literal["ok", "warn", "missing"]
 
 SQLITE_FIXED = (3, 51, 3)
-"""First release without the bug by which two writers could corrupt a database in WAL mode."""
+"""First SQLite release without the bug through which two writers could corrupt a database in WAL mode."""
 SQLITE_AFFECTED = (3, 7, 0)
-"""First release with it: the one that brought WAL. https://sqlite.org/wal.html#walresetbug"""
+"""First release with that bug, which introduced WAL. https://sqlite.org/wal.html#walresetbug"""
 
 _LOW_DISK = 2_000_000_000
 _SLOW_FSYNC_S = 0.05
@@ -37,20 +37,20 @@ class Check:
     """One line of `cai doctor`."""
 
     name: str
-    """What was looked at."""
+    """What was checked."""
     status: Status
-    """"ok"; "warn": works, with the restriction said; "missing": the part cannot be used."""
+    """"ok"; "warn": works, with the restriction that `found` describes; "missing": cannot be used."""
     found: str
-    """What is there: a version, a path, a figure. Never a secret."""
+    """What was found: a version, a path, a number. Never a secret."""
     remedy: str = ""
-    """What to do about it; empty when there is nothing to do."""
+    """What to do about it; empty where there is nothing to do."""
 
 
 def checks() -> list[Check]:
-    """Return every check of this installation, in the order in which a person would read them.
+    """Run every check of this installation, and return the results in the order of `cai doctor`.
 
-    Reads versions, the cache and the environment, and writes one small temporary file to time the disk.
-    Imports no optional package, opens no connection, starts no model.
+    It reads versions, the cache and the environment, and writes one small temporary file to time the disk. It
+    opens no connection and starts no model.
     """
     return [
         _python(),
@@ -69,7 +69,7 @@ def _python() -> Check:
 
 
 def _packages() -> Iterator[Check]:
-    """The distributions of the base and of each extra, from our own metadata, so the list cannot go stale."""
+    """Check the packages of the base and of each extra, as listed in the metadata of cai-graph."""
     from packaging.requirements import Requirement
 
     try:
@@ -83,7 +83,7 @@ def _packages() -> Iterator[Check]:
         if extra == "dev":
             continue
         chosen = [r for r in required if r.marker is not None and r.marker.evaluate({"extra": extra})]
-        own = [r for r in chosen if r.name != "cai-graph"]  # an extra of an extra has its own line
+        own = [r for r in chosen if r.name != "cai-graph"]  # an extra within an extra has its own line
         yield _versions(f"extra [{extra}]", own, installed.command(extra))
 
 
@@ -193,7 +193,7 @@ def _cores() -> Check:
 
 
 def _fsync() -> Check:
-    """Time what an acknowledged append costs: one write that has reached the disk of this folder."""
+    """Time an fsync in this folder: what each acknowledged append to a log costs at least."""
     name = "fsync of this folder"
     times = []
     try:

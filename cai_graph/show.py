@@ -1,7 +1,7 @@
-"""How records look in a terminal. Renders, decides nothing.
+"""Renders records and tables for the terminal, with rich; used by the `cai` commands.
 
-Everything that a model, a user or a file wrote is hostile: it reaches the terminal only through `clean`,
-and only as text, never as markup.
+Text by models, users and files is untrusted: it is passed through `clean`, and shown as text, never as
+markup.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["brief", "clean", "count", "one_line", "progress", "summary", "table", "trajectory", "word_diff"]
 
 MAX_CHARS = 20_000
-"""How much of one text is shown; the rest is in the JSON."""
+"""How many characters of one text are shown; the rest is in the JSON."""
 
 MAX_DIFF_WORDS = 4_000
-"""Texts with more words are shown whole, since comparing them takes time with the product of both."""
+"""Texts with more words are shown without a diff, whose time grows with the product of their lengths."""
 
 MAX_DIFF_PAIRS = 150_000
-"""So are texts in which more pairs of words are the same: "a a a …" takes time with the cube of its length.
+"""So are texts with more pairs of equal words: for "a a a …" the time grows with the cube of the length.
 Two texts of 4,000 words of prose have about 130,000 such pairs."""
 
 _LABELS = {Label.VIOLATES: "bold red", Label.COMPLIES: "green", Label.UNREADABLE: "bold yellow"}
@@ -52,18 +52,18 @@ _UNJUDGED = {
     "overload": "too many others were waiting",
     "shutdown": "the process ended",
 }
-"""Why no critic judged an answer, by `Trajectory.unjudged`."""
+"""`Trajectory.unjudged` -> the reason in words."""
 
-# --- hostile text -------------------------------------------------------------------------------------
+# --- untrusted text -----------------------------------------------------------------------------------
 
-_JOINERS = {"\u200c", "\u200d"}  # Persian and emoji need them, and they move nothing
+_JOINERS = {"\u200c", "\u200d"}  # needed by Persian and emoji, and harmless
 _SUSPECT = re.compile(r"[^\n\t\x20-\x7e]")
 
 
 def clean(text: str) -> str:
-    """Return text that cannot act on a terminal: what would is spelt out as an escape.
+    """Return text that cannot control the terminal: dangerous characters are spelt out as escapes.
 
-    Spelt out are control characters (but for line end and tab), the marks that turn or hide text, line
+    These are control characters (except line end and tab), the marks that reverse or hide text, line
     separators and lone surrogates.
 
     >>> clean("a\\x1b[2Jb\\u202ec")
@@ -93,11 +93,11 @@ def _shown(text: str) -> str:
 # --- word diff ----------------------------------------------------------------------------------------
 
 _ISLAND_WORDS = 3
-"""Fewer words in common between two changes are no landmark to a reader; they join the change."""
+"""Two changes with fewer unchanged words between them are shown as one change, which is easier to read."""
 
 
 def word_diff(before: str, after: str) -> Text:
-    """Return how `after` differs from `before`, word by word: `[-gone-]` and `{+new+}`, coloured."""
+    """Return a coloured diff of two texts, word by word, with `[-removed-]` and `{+added+}`."""
     old, new = _words(before), _words(after)
     if max(len(old), len(new)) > MAX_DIFF_WORDS or _same_pairs(old, new) > MAX_DIFF_PAIRS:
         return Text(_shown(after), "green")
@@ -116,7 +116,7 @@ def _words(text: str) -> list[str]:
 
 
 def _same_pairs(old: Sequence[str], new: Sequence[str]) -> int:
-    """Return how many pairs of a word before and a word after are the same word."""
+    """Return the number of pairs of an old word and a new word that are equal."""
     before, after = (Counter(word.strip() for word in words) for words in (old, new))
     return sum(times * after[word] for word, times in before.items())
 
@@ -125,7 +125,7 @@ _Change = tuple[list[str], list[str], list[str]]
 
 
 def _changes(old: Sequence[str], new: Sequence[str]) -> list[_Change]:
-    """Return (gone, added, same) in order; only the first may be without a change."""
+    """Return (removed, added, unchanged words after them) in order; only the first may have no change."""
     plain_old, plain_new = [word.strip() for word in old], [word.strip() for word in new]
     found: list[_Change] = [([], [], [])]
     matcher = difflib.SequenceMatcher(None, plain_old, plain_new, autojunk=False)
@@ -146,7 +146,7 @@ def _changes(old: Sequence[str], new: Sequence[str]) -> list[_Change]:
 
 
 def trajectory(record: Trajectory) -> RenderableType:
-    """Return one Trajectory as a person reads it: draft, verdicts, critique, revisions, outcome."""
+    """Return one Trajectory in full: conversation, draft, verdicts, critique, revisions, outcome."""
     parts: list[RenderableType] = []
     for message in record.messages:
         parts += _block(message.role, _shown(text_of(message)))
@@ -172,7 +172,7 @@ def _block(title: str, body: RenderableType | str) -> list[RenderableType]:
 
 
 def _how(record: Trajectory) -> str:
-    """Return how a draft came about and left, beside its text."""
+    """Return notes for a draft's title: whether it is cut off or unfinished, and when it was released."""
     assert record.draft is not None
     draft, blocks = record.draft, record.draft.blocks
     said = [", cut at its token limit"] if draft.truncated else []
@@ -187,9 +187,9 @@ def _how(record: Trajectory) -> str:
 
 
 def _name(of: str) -> str:
-    """Return `draft`, or `revision:0:1` as people count: `revision 1.2`.
+    """Return the name of an answer with numbers from 1: `draft`, or `revision 1.2` for `revision:0:1`.
 
-    Another word is an earlier release's: its redaction took this for text.
+    Any other name is shown as `answer`: an earlier release redacted this field as if it were text.
     """
     if (place := revision_at(of)) is None:
         return "draft" if of == "draft" else "answer"
@@ -229,7 +229,7 @@ _WHY = {
     "failed": "the cheap critic failed",
     "sample": "both critics are asked about a sample",
 }
-"""How a cascade came to a verdict, by `Cascaded.why`."""
+"""`Cascaded.why` -> the reason in words."""
 
 
 def _revision(name: str, revision: Revision, draft: str) -> list[RenderableType]:
@@ -266,7 +266,7 @@ def _ending(record: Trajectory) -> Text:
 
 
 def brief(record: Trajectory, *, about: str = "") -> RenderableType:
-    """Return one Trajectory in a few lines: prompt, draft, what was violated, the diff, all shortened."""
+    """Return one Trajectory in a few lines: prompt, draft, violated principles, diff, all shortened."""
     head = Text().append(f"{record.outcome.value:<10}", _OUTCOMES[record.outcome])
     head.append(f"{about}  " if about else "", "dim")
     head.append(one_line(record.prompt, 110), "bold")
@@ -293,7 +293,7 @@ def _indented(title: str, body: Text) -> RenderableType:
 
 
 def summary(run: Summary) -> RenderableType:
-    """Return what a run came to."""
+    """Return the counts of a run as a table."""
     outcomes = ", ".join(f"{count} {name}" for name, count in run.outcomes.most_common()) or "none"
     most = ", ".join(f"{clean(name)} ({count})" for name, count in run.violated.most_common(5)) or "nothing"
     calls = count(run.calls, "generation")
@@ -310,12 +310,12 @@ def summary(run: Summary) -> RenderableType:
 
 
 def count(number: int, thing: str, things: str = "") -> str:
-    """Return a number with its noun, whose plural has an s unless it is given: "1 row", "2,000 rows"."""
+    """Return a number with its noun, such as "1 row" or "2,000 rows"; `things` is an irregular plural."""
     return f"{number:,} {thing if number == 1 else things or f'{thing}s'}"
 
 
 def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> RenderableType:
-    """Return rows as aligned columns, or else cell below cell; what is in them is cleaned."""
+    """Return rows as aligned columns or, in a narrow terminal, cell below cell. The cells are cleaned."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(headers))
     heads = [Text(name, "bold") for name in headers]
     cells = [[Text(clean(str(cell))) for cell in row] for row in rows]
@@ -327,13 +327,13 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str] = ()) -> Rend
 
 
 class _Fitting:
-    """A table where its columns have room; elsewhere the cells of each row, one below the other.
+    """A table that is shown as columns where these fit, otherwise as the cells of each row below each other.
 
     Args:
         columns: the table.
-        rows: what is in it, headers included.
-        whole: how many of its columns, from the first, do not fold.
-        least: the room that each of the others needs; letters below one another are no text.
+        rows: its cells, headers included.
+        whole: how many of its columns, from the first, are never wrapped.
+        least: the width that each other column needs, so that it does not wrap after every few letters.
     """
 
     def __init__(self, columns: Table, rows: Sequence[Sequence[Text]], *, whole: int, least: int) -> None:
@@ -352,7 +352,7 @@ class _Fitting:
 
 
 def progress(tell: Callable[[str], None]) -> BaseCallbackHandler:
-    """Return a callback handler that tells which step of a request is under way."""
+    """Return a callback handler that calls `tell` with each step of a request that begins."""
     from langchain_core.callbacks import BaseCallbackHandler
 
     from cai_graph.app.handlers import PROGRESS

@@ -1,4 +1,4 @@
-"""For tests, ours and our users': a chat model that says what its script says, and a search for leaks."""
+"""Helpers for tests of wrapped apps: a chat model with scripted replies, and a search for leaked drafts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Reply = str | AIMessage | Exception
 
 
 class ScriptedModel(BaseChatModel):
-    """A chat model whose replies are written beforehand; streamed, they come word by word.
+    """A chat model with scripted replies; a stream has one chunk for each word.
 
     >>> model = ScriptedModel(replies=["one", "two"])
     >>> model.invoke("hello").content, model.invoke("again").content
@@ -41,7 +41,7 @@ class ScriptedModel(BaseChatModel):
     """Replies in order, or a function from the messages to a reply; an exception is raised."""
 
     streaming: bool = False
-    """Whether `invoke` streams too, as that of a model made with `streaming=True` does."""
+    """Whether `invoke` streams, too, as with other chat models that are made with `streaming=True`."""
 
     _calls: list[list[BaseMessage]] = PrivateAttr(default_factory=list)
     _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
@@ -104,25 +104,25 @@ class ScriptedModel(BaseChatModel):
         return AIMessage(reply) if isinstance(reply, str) else reply
 
     async def _agenerate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> ChatResult:
-        return self._generate(messages, *args, **kwargs)  # nothing here waits, so no thread is needed
+        return self._generate(messages, *args, **kwargs)  # nothing here blocks, so no thread is needed
 
 
-# --- what streams show --------------------------------------------------------------------------------
+# --- output of an app by all ways of calling it -------------------------------------------------------
 
 
 class Seen(NamedTuple):
-    """What an app showed to one way of calling it."""
+    """The output of an app for one way of calling it."""
 
     way: str
     """Such as `astream`, or `node astream, messages`: in a node of an outer graph, streamed in that mode."""
     items: list[Any]
     """The result, chunks or events, in order."""
     error: Exception | None
-    """What was raised at its end."""
+    """The error that was raised at the end, if any."""
 
 
 async def leaks(app: Runnable[Any, Any], input: Any, canary: str) -> list[str]:
-    """Return the ways of calling `app` that show `canary`, a word of a draft that must not leave.
+    """Return the ways of calling `app` whose output contains `canary`, a word of a draft not to be released.
 
     >>> import asyncio
     >>> asyncio.run(leaks(ScriptedModel(replies=lambda _: "a bad word"), "hello", "bad"))[:3]
@@ -134,12 +134,12 @@ async def leaks(app: Runnable[Any, Any], input: Any, canary: str) -> list[str]:
 async def everywhere(
     app: Runnable[Any, Any], input: Any, config: RunnableConfig | None = None
 ) -> AsyncIterator[Seen]:
-    """Call `app` in every way that LangChain and LangGraph have, and yield what each of them shows.
+    """Call `app` in every way that LangChain and LangGraph have, and yield the output of each.
 
-    Synchronously and asynchronously, by itself and in a node of an outer graph, which is streamed in all
-    modes at once with its subgraphs. An app that is itself a graph is streamed in all modes, too. What
-    LangChain's callback handlers for tokens hear is seen as `invoke, tokens`; a model tells them any under
-    `invoke` only where it was made with `streaming=True`.
+    It is called synchronously and asynchronously, by itself and in a node of an outer graph, which is
+    streamed in all modes at once with its subgraphs. An app that is itself a graph is streamed in all modes,
+    too. The tokens that LangChain's callback handlers receive are yielded as `invoke, tokens` and so on;
+    under `invoke` a model sends them tokens only where it was made with `streaming=True`.
     """
     alone: dict[str, Callable[[], Any]] = {
         "invoke": lambda: app.invoke(input, config),
@@ -150,7 +150,7 @@ async def everywhere(
         "atransform": lambda: app.atransform(_only(input), config),
         "astream_events": lambda: app.astream_events(input, config, version="v2"),
     }
-    if hasattr(type(app), "stream_mode") or isinstance(app, BaseChatModel):  # others have no version 3 yet
+    if hasattr(type(app), "stream_mode") or isinstance(app, BaseChatModel):  # others have no version 3
         alone["astream_events v3"] = lambda: _third(app, input, config)
     for way, call in alone.items():
         yield Seen(way, *await _collected(call, asynchronous=way.startswith("a")))
@@ -174,7 +174,7 @@ async def everywhere(
 
 
 class _StdOut(StreamingStdOutCallbackHandler):
-    """Keeps what it would print."""
+    """Collects the tokens that LangChain's handler would print."""
 
     def __init__(self) -> None:
         self.tokens: list[Any] = []
@@ -184,7 +184,7 @@ class _StdOut(StreamingStdOutCallbackHandler):
 
 
 class _Queue(AsyncCallbackHandler):
-    """What LangChain's `AsyncIteratorCallbackHandler` hands to its reader, who leaves when a model ends."""
+    """Collects the tokens that a reader of LangChain's `AsyncIteratorCallbackHandler` gets."""
 
     def __init__(self) -> None:
         self.tokens: list[Any] = []
@@ -204,7 +204,7 @@ _MODES = ("values", "updates", "messages", "custom", "tasks", "debug")
 
 
 async def _modes(way: str, graph: Any, input: Any, config: RunnableConfig | None) -> AsyncIterator[Seen]:
-    """Stream a graph in all modes at once, and yield what each of them shows."""
+    """Stream a graph in all modes at once, and yield the output of each mode."""
     modes = [*_MODES, "checkpoints"] if graph.checkpointer else [*_MODES]
     asynchronous = way.partition(" ")[2].startswith("a")
     stream = graph.astream if asynchronous else graph.stream
@@ -217,7 +217,7 @@ async def _modes(way: str, graph: Any, input: Any, config: RunnableConfig | None
 
 
 def _around(app: Runnable[Any, Any], way: str) -> Any:
-    """Return an outer graph with `app` in its one node, called in this way, and a checkpointer."""
+    """Return an outer graph with a checkpointer and one node, which calls `app` in the given way."""
     from langgraph.checkpoint.memory import InMemorySaver
     from langgraph.graph import END, START, StateGraph
 
@@ -246,7 +246,7 @@ class _State(TypedDict, total=False):
 
 async def _third(app: Any, input: Any, config: RunnableConfig | None) -> AsyncIterator[Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # LangChain warns that this version is not settled
+        warnings.simplefilter("ignore")  # LangChain warns that version 3 may change
         async for event in await app.astream_events(input, config, version="v3"):
             yield event
 
@@ -256,20 +256,20 @@ async def _only(item: Any) -> AsyncIterator[Any]:
 
 
 async def _collected(call: Callable[[], Any], *, asynchronous: bool) -> tuple[list[Any], Exception | None]:
-    """Return what a call gives, item by item where it streams, and what it raises."""
+    """Return the result of a call, item by item where it streams, and the error that it raises."""
     items: list[Any] = []
 
     def consume() -> None:
         made = call()
         if isinstance(made, Iterator):
-            for item in made:  # what came before an error counts
+            for item in made:  # one by one, to keep the items before an error
                 items.append(item)
         else:
             items.append(made)
 
     try:
         if not asynchronous:
-            await asyncio.to_thread(consume)  # which has no event loop
+            await asyncio.to_thread(consume)  # a thread without an event loop
         elif isinstance(made := call(), AsyncIterator):
             async for item in made:
                 items.append(item)
