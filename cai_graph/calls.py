@@ -1,4 +1,4 @@
-"""The model calls of one request: `Calls` makes them, records each one, and enforces the request's budget."""
+"""The model calls of one request: `Calls` makes them, records each, and enforces the request's budget."""
 
 from __future__ import annotations
 

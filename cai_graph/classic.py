@@ -1,4 +1,4 @@
-"""A drop-in replacement for langchain-classic's ConstitutionalChain, with the same name and signature.
+"""ConstitutionalChain with the name and signature of langchain-classic's class, for existing code.
 
     from cai_graph.classic import ConstitutionalChain  # was: from langchain_classic.chains import …
 

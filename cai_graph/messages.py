@@ -26,7 +26,8 @@ def from_langchain(message: BaseMessage) -> Message:
     )
     role = getattr(message, "role", None) if kind == "chat" else _ROLES.get(kind, kind)
     content: str | list[Any] = message.content or _apart(message)
-    if broken := getattr(message, "invalid_tool_calls", ()):  # apps cannot run these: text
+    # An app cannot run an invalid call, so it is a part of the content, to be judged as text.
+    if broken := getattr(message, "invalid_tool_calls", ()):
         said = [{"type": "text", "text": content}] if isinstance(content, str) and content else [*content]
         content = [*said, *({"type": "invalid_tool_call", **_named(call)} for call in broken)]
     return Message(

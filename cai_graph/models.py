@@ -205,7 +205,12 @@ def _from_server(spec: str, settings: dict[str, Any]) -> BaseChatModel:
 
 
 def _only_model(url: str, key: str) -> str:
-    """Ask the server which model it serves."""
+    """Ask an OpenAI-compatible server for its models, and return the name of the only one.
+
+    Raises:
+        ConfigError: it serves none, or several.
+        ModelError: it does not answer in time, or not with a list of models.
+    """
     shown = without_password(url)
     try:
         import httpx

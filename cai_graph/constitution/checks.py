@@ -21,7 +21,7 @@ class Finding:
     """Something about a constitution that is allowed but probably not meant."""
 
     message: str
-    """What was found and what to do."""
+    """The problem, and what to do about it."""
     principle: str | None = None
     """Id of the principle concerned; None for the constitution as a whole."""
     field: str | None = None

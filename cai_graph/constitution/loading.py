@@ -1,4 +1,4 @@
-"""Loads a Constitution from a name, a file or plain data, with `extends` applied and everything validated."""
+"""Loads a Constitution from a name, a file or plain data, applies its `extends`, and validates it."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class _Fixed(dict[str, _Value]):
 
 
 class _Record(BaseModel):
-    """What all parts of a constitution share: immutable, no unknown field, no blank at either end."""
+    """Base of all parts of a constitution: immutable, without unknown fields, strings stripped."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 

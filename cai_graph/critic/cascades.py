@@ -1,4 +1,4 @@
-"""Cascades: a cheap critic judges every answer, and a strong one only those that the cheap one cannot clear.
+"""Cascades of two critics: a cheap one judges every answer, a strong one those that the first cannot clear.
 
     critic = cascade("local", "openai:gpt-5-mini", threshold=0.03)
     guarded = constitutional(app, critic=critic, …)
