@@ -160,10 +160,10 @@ async def critique(state: _Joined, runtime: Runtime[Run]) -> Command[str]:
 
 
 async def _block(run: Run, progress: Progress, critique: Critique) -> Progress:
-    """Record the critique of the draft's last block, and release the block if it may be released.
+    """Record the critique of the newest block of the draft, and release the block if it may be released.
 
-    It may where the draft goes on, no principle fails and, unless `on_unreadable` is `open`, every verdict is
-    readable. The draft's last block is never released here: the end of the run decides on it.
+    It may if no principle fails and, unless `on_unreadable` is `open`, every verdict is readable. The block
+    that ends the draft is not released here; the end of the run decides about it.
     """
     draft, settings = progress.draft, run.plan.settings
     failed = failed_principles(critique, run.plan.constitution)
