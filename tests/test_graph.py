@@ -241,9 +241,11 @@ async def test_sampled_keeps_the_standing_answer_where_a_revision_is_none() -> N
     [
         ("", None, Rejection.EMPTY),
         (AIMessage("bet", response_metadata={"finish_reason": "length"}), None, Rejection.TRUNCATED),
+        (AIMessage("<think>It", response_metadata={"finish_reason": "length"}), None, Rejection.TRUNCATED),
         ("the  draft", None, Rejection.UNCHANGED),
         ("<answer>\nthe draft\n</answer>", None, Rejection.UNCHANGED),
         ("Here is the revised answer:\n\nthe draft", None, Rejection.UNCHANGED),
+        ("<think>\nIt is curt.", None, Rejection.EMPTY),
         ("No revisions needed.", None, Rejection.NO_REWRITE),
         ("I cannot help.", [verdicts(evades=True)], Rejection.EVASIVE),
         ("still bad", [verdicts("no-harm")], Rejection.VIOLATES),
@@ -274,6 +276,12 @@ async def test_a_worse_revision_never_ships(
         "Here is the revised answer:\n\nbetter",
         "**Revised response:** better",
         "## Rewritten answer\n\n<answer>better</answer>",
+        "Sure! Here is the revised answer:\n\nbetter",
+        "<answer>better</answer> I removed the insult.",
+        "I removed the insult.\n<answer>\nbetter\n</answer>\nIs it kind now?",
+        "```\n<answer>better</answer>\n```",
+        "<answer>better",
+        "better</answer>",
     ],
 )
 async def test_a_thought_a_label_and_our_tags_around_a_revision_do_not_leave(revision: str) -> None:
@@ -288,6 +296,22 @@ async def test_a_thought_a_label_and_our_tags_around_a_revision_do_not_leave(rev
 @pytest.mark.parametrize("frame", ["<answer>{}</answer>", "<think>hm</think>{}", "Revised answer: {}"])
 async def test_what_the_app_itself_writes_around_an_answer_stays_around_its_revision(frame: str) -> None:
     draft, revision = frame.format("the draft"), frame.format("better")
+    model = ScriptedModel(replies=[draft, verdicts("no-harm"), revision, verdicts()])
+
+    output, _ = await ask(model)
+
+    assert output.content == revision
+
+
+@pytest.mark.parametrize(
+    ("draft", "revision"),
+    [
+        ("Put it in an <answer> tag, you fool.", "Write this line:\n<answer>42</answer>\nand no other."),
+        ("the draft", "Wrap it in <answer>…</answer> and end with </said>."),
+        ("the draft", "One:\n<answer>42</answer>\nTwo:\n<answer>43</answer>"),
+    ],
+)
+async def test_tags_that_an_answer_speaks_of_stay(draft: str, revision: str) -> None:
     model = ScriptedModel(replies=[draft, verdicts("no-harm"), revision, verdicts()])
 
     output, _ = await ask(model)

@@ -240,10 +240,10 @@ def no_revision(text: str, standing: str, *, truncated: bool) -> Rejection | Non
     <Rejection.NO_REWRITE: 'no_rewrite'>
     """
     plain = " ".join(text.split()).casefold()
-    if not plain:
-        return Rejection.EMPTY
     if truncated:
         return Rejection.TRUNCATED
+    if not plain:
+        return Rejection.EMPTY
     if plain == " ".join(standing.split()).casefold():
         return Rejection.UNCHANGED
     if is_remark(plain):

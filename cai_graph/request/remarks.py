@@ -7,11 +7,13 @@ import re
 __all__ = ["is_remark", "unwrapped"]
 
 _THOUGHT = re.compile(
-    r"(?:\s*<think(?:ing)?>.*|.*\n)</think(?:ing)?>\s*(?P<text>.*)", re.DOTALL | re.IGNORECASE
+    r"(?:(?:\s*<think(?:ing)?>.*|.*\n)</think(?:ing)?>|\s*<think(?:ing)?>.*)\s*(?P<text>.*)",
+    re.DOTALL | re.IGNORECASE,
 )
-"""What a model thought before it wrote; templates may open it in the prompt."""
+"""What a model thought before it wrote; templates may open it in the prompt. One that does not end is all."""
 _LABEL = re.compile(
-    r"[*_#\s]*(?:here(?:['’]s| is) )?(?:(?:the|my|an?) )?(?:revised|rewritten|improved|corrected|updated|new)"
+    r"[*_#\s]*(?:(?:sure|certainly|of course|absolutely|ok(?:ay)?)[,.!:]+\s+)?"
+    r"(?:here(?:['’]s| is) )?(?:(?:the|my|an?) )?(?:revised|rewritten|improved|corrected|updated|new)"
     r" (?:answer|response|reply)[*_]*(?::[*_]*|(?=\n))\s*(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
@@ -20,16 +22,35 @@ _TAGGED = re.compile(
     r"\s*<(?P<tag>answer|turn|said)(?: [^<>\n]*)?>\s*(?P<text>.*)</(?P=tag)>\s*$", re.DOTALL | re.IGNORECASE
 )
 """A revision between the tags that its writer was shown."""
+_OPEN, _CLOSE = r"<(?:answer|turn|said)(?: [^<>\n]*)?>", r"</(?:answer|turn|said)>"
+_WORDS = rf"(?:(?!{_OPEN}|{_CLOSE}).)*"
+_OPENED = re.compile(
+    rf"(?:{_WORDS}\n)?[ \t]*{_OPEN}\s*(?P<text>{_WORDS})(?:{_CLOSE}{_WORDS})?$", re.DOTALL | re.IGNORECASE
+)
+"""The same with a remark before or behind the tags, or without the second."""
+_CLOSED = re.compile(rf"(?P<text>{_WORDS}){_CLOSE}[ \t]*(?:\n{_WORDS})?$", re.DOTALL | re.IGNORECASE)
+"""The same without the first."""
+_ANY_TAG = re.compile(rf"{_WORDS}(?:{_OPEN}|{_CLOSE})", re.DOTALL | re.IGNORECASE)
+_WRAPPINGS = (
+    (_THOUGHT, _THOUGHT),
+    (_LABEL, _LABEL),
+    (_TAGGED, _TAGGED),
+    (_OPENED, _ANY_TAG),
+    (_CLOSED, _ANY_TAG),
+)
+"""In which order they are taken off, and by what in an answer each is the app's own."""
 
 
 def unwrapped(text: str, standing: str) -> str:
     """Return a revision without a thought, a label or tags around it, unless `standing` has such, too.
 
+    What its writer remarked beside the tags goes with them, where `standing` has no tag of ours at all.
+
     >>> unwrapped("Here is the revised answer:\\n\\n<answer>\\nHello\\n</answer>", "hello")
     'Hello'
     """
-    for wrapping in (_THOUGHT, _LABEL, _TAGGED):
-        if (found := wrapping.match(text)) and not wrapping.match(standing):
+    for wrapping, own in _WRAPPINGS:
+        if (found := wrapping.match(text)) and not own.match(standing):
             text = found["text"].rstrip()
     return text
 
