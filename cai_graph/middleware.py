@@ -12,20 +12,20 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 from uuid import uuid4
 
 import msgspec
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, ToolCall, ToolMessage
+from langchain_core.messages import AIMessage, ToolCall, ToolMessage
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.config import get_async_callback_manager_for_config
 from langgraph.config import get_config
 
-from cai_graph.app.handlers import Told, chosen, manager_for, shows_answers
+from cai_graph.app.handlers import Shown
 from cai_graph.app.shape import Shape
-from cai_graph.app.streams import whole_chunk
-from cai_graph.app.wrapped import layers
+from cai_graph.app.streams import whole
+from cai_graph.app.wrapped import is_pause, layers
 from cai_graph.concurrency import bridge
 from cai_graph.concurrency.context import within
 from cai_graph.constitution import Constitution
@@ -50,9 +50,6 @@ try:
     )
 except ImportError as error:
     raise MissingExtra("ConstitutionalMiddleware", "langchain", "agents") from error
-
-if TYPE_CHECKING:
-    from langchain_core.callbacks import BaseCallbackManager
 
 __all__ = ["ConstitutionalMiddleware"]
 
@@ -141,20 +138,21 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         config: RunnableConfig,
         caller: bridge.Caller | None = None,
     ) -> Any:
-        """Return what is released, and show it to the handlers that show an answer, as a model's."""
-        around = cast("BaseCallbackManager", config["callbacks"])
-        manager = chosen(manager_for(caller), around, shows_answers)
-        told = await Told.begin(manager, [*request.messages], caller, name=self.name)
+        """Return what is released, and show it to the handlers that show an answer, as the model's."""
+        shown = Shown(config, [*request.messages], self.name, caller)
         try:
-            response, _ = await guard.answer(request, config, {}, caller=caller)
+            response, trajectory = await guard.answer(
+                request, config, {}, caller=caller, hearing=[shown.drafting]
+            )
         except BaseException as error:
-            await told.error(error)
+            if not is_pause(error):
+                await shown.error(error)
             raise
         message = _turn(response)
         if message.id is None:  # the agent would give it one later, and a stream show it twice
             message.id = str(uuid4())
-        await told.piece(cast("AIMessageChunk", whole_chunk(message)))
-        await told.end(message)
+        await shown.piece(whole(message, Shape(), trajectory))
+        await shown.end()
         return response
 
     def _guard(self, request: ModelRequest[Any], call: _ModelCall) -> Guard:

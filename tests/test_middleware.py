@@ -211,6 +211,18 @@ async def test_events_show_what_is_released_as_a_models_answer() -> None:
     assert [event["data"]["chunk"].text for event in told if "chunk" in event["data"]] == ["", RELEASED]
 
 
+@pytest.mark.parametrize("known_by", [{"include_tags": ["final"]}, {"include_names": ["Streaming"]}])
+async def test_readers_of_events_find_the_model_that_answers(known_by: Any) -> None:
+    model = agents_model().model_copy(update={"tags": ["final"], "metadata": {"of": "final"}})
+
+    events = [event async for event in guarded(model).astream_events(ASKED, THREAD, version="v2", **known_by)]
+    shown = [about async for _, about in guarded(model).astream(ASKED, THREAD, stream_mode="messages")]
+
+    assert [e["data"]["chunk"].text for e in events if e["event"] == "on_chat_model_stream"] == ["", RELEASED]
+    told = [about for about in shown if about["langgraph_node"] == "model"]
+    assert [(about["of"], about["tags"]) for about in told] == [("final", ["final"])] * 2
+
+
 def test_a_message_that_was_streamed_comes_once_though_its_model_gave_it_no_id() -> None:
     class Nameless(AgentMiddleware[Any, Any, Any]):
         def wrap_model_call(self, request: Any, handler: Any) -> ModelResponse[Any]:
