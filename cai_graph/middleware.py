@@ -294,8 +294,9 @@ class _Turn(Shape):
         said = form.read(said)
         data = json.loads(said)
         structured = form.parse(data)
+        released = msgspec.structs.replace(released, content=said)
         # The draft stands in other places of the message, too: parsed, and as the provider writes calls.
-        update: dict[str, Any] = {"content": said, "additional_kwargs": {}}
+        update: dict[str, Any] = {"additional_kwargs": {}}
         if call is not None:
             update |= {"content": "", "tool_calls": [{**call, "args": data}]}
         left = super().put(message, released, trajectory).model_copy(update=update)

@@ -227,7 +227,7 @@ def test_nothing_of_a_refused_answer_leaves() -> None:
 
     output = guard(app_of(draft), max_rounds=0).invoke("hello")
 
-    assert (output.content, output.id) == (RULES.refusal, "m1")
+    assert (output.content, output.id) == ([{"type": "text", "text": RULES.refusal}], "m1")
     assert (output.tool_calls, output.invalid_tool_calls, output.additional_kwargs) == ([], [], {})
 
 

@@ -433,11 +433,12 @@ def reporting(strategy: str, revise: Any = MENDED) -> tuple[Streaming, Any]:
             lambda _: AIMessage("", id="r", tool_calls=[called]), revise=revise
         ), ToolStrategy(Report)
     text = f'{{"sky": "{CANARY}", "degrees": 4}}'
-    return agents_model(lambda _: AIMessage(text, id="r"), revise=revise), ProviderStrategy(Report)
+    said: Any = text if strategy == "provider" else [{"type": "text", "text": text}]
+    return agents_model(lambda _: AIMessage(said, id="r"), revise=revise), ProviderStrategy(Report)
 
 
 @both_ways
-@pytest.mark.parametrize("strategy", ["tool", "provider"])
+@pytest.mark.parametrize("strategy", ["tool", "provider", "provider, in parts"])
 async def test_a_structured_answer_is_revised_in_its_form_everywhere(way: str, strategy: str) -> None:
     model, wanted = reporting(strategy)
     saver = InMemorySaver()
@@ -452,6 +453,7 @@ async def test_a_structured_answer_is_revised_in_its_form_everywhere(way: str, s
         assert state["messages"][-1].text == "Returning structured response: sky='rain' degrees=4"
     else:
         assert answer.text == '{"sky": "rain", "degrees": 4}'
+        assert isinstance(answer.content, list) == (strategy == "provider, in parts")
     prompt = next(call for call in model.calls if role_of(call) == "revise")
     assert '"degrees"' in prompt[-1].text.partition("<requests>")[2]
 

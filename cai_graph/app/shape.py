@@ -351,7 +351,7 @@ class Swap:
         if not isinstance(message, AIMessage | ToolMessage) or shown_of(message) != text:
             return message
         update = {
-            "content": self._new_text,
+            "content": _saying(message.content, self._new_text),
             "additional_kwargs": _of_others(message.additional_kwargs),
             "response_metadata": _of_others(message.response_metadata),
             **_without(message),
@@ -459,7 +459,8 @@ def emptied(message: BaseMessage, text: str) -> dict[str, Any]:
 
     No picture is, and no call that the app would carry out.
     """
-    return {"content": text, "additional_kwargs": {}, **_without(message, "tool_calls")}
+    content = _saying(message.content, text)
+    return {"content": content, "additional_kwargs": {}, **_without(message, "tool_calls")}
 
 
 def _left(
@@ -566,7 +567,7 @@ def _in_place(content: str | list[Any], text: str, calls: Set[str | None]) -> st
     if isinstance(content, str):
         return text
     parts: list[Any] = []
-    new: dict[str, Any] | None = {"type": "text", "text": text}
+    new: dict[str, Any] | None = _as_part(text, content)
     for part in content:
         kind = "text" if said_in(part) is not None else kind_of(part)  # a refusal is said, too
         if kind == "text":
@@ -579,8 +580,22 @@ def _in_place(content: str | list[Any], text: str, calls: Set[str | None]) -> st
             parts += [part] if calls else []
         elif (left := left_of(part)) is not None:
             parts.append(left)
-    parts += [] if new is None else [new]
-    return parts if len(parts) > 1 else text
+    return parts if new is None else [*parts, new]
+
+
+def _saying(content: str | list[Any], text: str) -> str | list[Any]:
+    """Return content that says a text and nothing else: in parts where it was in parts."""
+    return text if isinstance(content, str) else [_as_part(text, content)]
+
+
+def _as_part(text: str, content: list[Any]) -> dict[str, Any]:
+    """Return a text as a part that takes the place of all that content in parts says.
+
+    Chunks of a stream are put together by their index: what goes on after what has left has the last one.
+    """
+    said = [part for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
+    place = {"index": said[-1]["index"]} if said and "index" in said[-1] else {}
+    return {"type": "text", "text": text, **place}
 
 
 def _as_text(value: Any) -> str:

@@ -96,7 +96,8 @@ def team(*others: Any, **options: Any) -> Any:
 
 def test_what_another_message_of_the_turn_says_alike_is_replaced_in_output_stream_and_memory() -> None:
     calls: Any = [{"name": "ask", "args": {}, "id": "c1"}]
-    others = (AIMessage("", tool_calls=calls, id="a"), ToolMessage("the draft", tool_call_id="c1", id="t"))
+    told_by_tool = ToolMessage([text("the draft")], tool_call_id="c1", id="t")
+    others = (AIMessage("", tool_calls=calls, id="a"), told_by_tool)
     app = team(*others, checkpointer=InMemorySaver())
     guarded = guard(app)
 
@@ -109,6 +110,7 @@ def test_what_another_message_of_the_turn_says_alike_is_replaced_in_output_strea
     for state in (output, streamed, app.get_state(THREAD).values):
         assert [message.text for message in state["messages"]] == told
         assert [call["id"] for call in state["messages"][2].tool_calls] == ["c1"]
+        assert state["messages"][3].content == [text("better")]
     assert [message.text for message, _ in tokens if message.text] == ["better"] * 3
     assert "the draft" not in repr(steps)
 
@@ -249,6 +251,9 @@ def text(said: str, **more: Any) -> dict[str, Any]:
         ([THOUGHT, "the draft", CALL], [THOUGHT, text("better"), CALL]),
         ([THOUGHT, {"type": "refusal", "refusal": "the draft"}, CALL], [THOUGHT, text("better"), CALL]),
         ([THOUGHT, text("fine"), CALL], [THOUGHT, text("fine"), CALL]),
+        ([THOUGHT, text("the "), text("draft")], [text("better")]),
+        ([text("the draft", index=1, id="msg_1", annotations=[{"url": "x"}])], [text("better", index=1)]),
+        (["the draft"], [text("better")]),
         ([text("f", citations=[{"cited_text": "x"}]), THOUGHT, text("ine")], None),
         ([CALL], None),
     ],
@@ -326,7 +331,7 @@ async def test_what_a_providers_tool_fetched_is_not_judged_but_goes_with_a_rejec
     assert (left.content, left.response_metadata["cai"]["outcome"]) == ([text("fine"), part], "KEPT")
     guarded = guard(draft, critic=model, reviser=model, stream=stream)
     assert await leaks(guarded, "hello", "SECRET") == []
-    assert guarded.invoke("hello").content == "better"
+    assert guarded.invoke("hello").content == [text("better")]
 
 
 def test_a_turn_that_calls_a_tool_and_one_of_its_providers_passes_without_a_critic_call() -> None:

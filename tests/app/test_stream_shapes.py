@@ -123,6 +123,11 @@ async def test_a_revision_goes_on_behind_the_parts_that_have_left_and_their_thou
 
     total = reduce(operator.add, chunks)
     assert total.text == ONE + " It ends well."
+    assert [(part["type"], part["index"]) for part in total.content] == [
+        ("thinking", 0),
+        ("text", 1),
+        ("text", 2),
+    ]
     assert not any(secret in str(chunks) for secret in ("SECRET", "sig", "p. 1", "unsafe"))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from langchain_anthropic import ChatAnthropic
 from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage
 from langchain_openai import ChatOpenAI
 from replies import IDS, RULES, by_role, verdicts
 from wire import Reply, Script, Server, role, serving, under
@@ -419,6 +419,33 @@ async def test_thoughts_of_a_kept_draft_stay_where_the_provider_put_them() -> No
 
     assert kept.content == bare.content
     assert [part["type"] for part in kept.content if isinstance(part, dict)] == ["thinking", "text"]
+
+
+@pytest.mark.parametrize("max_rounds", [1, 0], ids=["revised", "refused"])
+@pytest.mark.parametrize("output_version", ["v0", "v1"])
+async def test_an_answer_in_parts_stays_in_parts_and_is_taken_back_by_the_provider(
+    output_version: str, max_rounds: int
+) -> None:
+    asked: list[Any] = []
+    usual = instead("draft", Reply("answer to it", reasoning="hm"))
+
+    def script(body: dict[str, Any]) -> str | Reply:
+        asked.append(body)
+        return usual(body)
+
+    with serving(script) as server:
+        model = anthropic(server, output_version=output_version)
+        guarded = constitutional(model, constitution=RULES, log=None, max_rounds=max_rounds)
+        answer = await guarded.ainvoke("hello")
+        ways = [answer, *[chunk async for chunk in guarded.astream("hello")]]
+        asked.clear()
+        await guarded.ainvoke([HumanMessage("hello"), answer, HumanMessage("again")])
+
+    said = RULES.refusal if max_rounds == 0 else "a better answer"
+    assert [[part["type"] for part in way.content if isinstance(part, dict)] for way in ways] == [
+        ["text"]
+    ] * 2
+    assert asked[0]["messages"][1] == {"role": "assistant", "content": [{"type": "text", "text": said}]}
 
 
 async def test_a_critic_and_a_reviser_that_think_are_read_by_what_they_say() -> None:
