@@ -649,6 +649,27 @@ async def test_readers_of_events_find_the_model_that_answers(known_by: str, stre
     assert await read(guard(app, stream=stream)) == await read(app) == "fine and well"
 
 
+@pytest.mark.parametrize("stream", ["buffer", "blocks", "audit"])
+@pytest.mark.parametrize("kind", ["chain", "graph"])
+async def test_readers_of_events_are_shown_the_drafts_usage_once(kind: str, stream: str) -> None:
+    usage: Any = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
+    model = ScriptedModel(replies=lambda messages: AIMessage("fine and well", usage_metadata=usage))
+
+    async def node(state: MessagesState, config: RunnableConfig) -> dict[str, Any]:
+        return {"messages": [await model.ainvoke(state["messages"], config)]}
+
+    app = model | StrOutputParser() if kind == "chain" else graph_of("agent", node)
+    asked = "hello" if kind == "chain" else {"messages": [("user", "hello")]}
+
+    async def read(app: Any) -> list[Any]:
+        events = [event async for event in app.astream_events(asked, version="v2")]
+        chunks = [e["data"]["chunk"] for e in events if e["event"] == "on_chat_model_stream"]
+        (end,) = [e["data"]["output"] for e in events if e["event"] == "on_chat_model_end"]
+        return [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata] + [end.usage_metadata]
+
+    assert await read(guard(app, stream=stream)) == await read(app) == [usage, usage]
+
+
 async def test_readers_of_an_outer_graph_find_its_node() -> None:
     outer = graph_of("outer", guard(graph_of("agent", titled)))
     asked: Any = {"messages": [("user", "hello")]}

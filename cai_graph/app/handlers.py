@@ -26,6 +26,7 @@ from langchain_core.callbacks import (
     CallbackManagerForLLMRun,
 )
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, message_chunk_to_message
+from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tracers._streaming import _V2StreamingCallbackHandler
@@ -45,6 +46,7 @@ __all__ = [
     "Told",
     "chosen",
     "collected",
+    "hide_usage",
     "is_stream",
     "manager_for",
     "only",
@@ -340,6 +342,46 @@ def only(run: ModelRun, wanted: Callable[[BaseCallbackHandler], bool]) -> ModelR
     )
 
 
+def hide_usage(run: ModelRun | None) -> None:
+    """Have those of a run's handlers that are no streams hear of its end without the usage.
+
+    They count each call where it is made, and LangChain, which tells them, would have them count it twice.
+    """
+    if run is not None:
+        run.handlers = [each if is_stream(each) else _Uncounting(each) for each in run.handlers]
+
+
+class _Uncounting(BaseCallbackHandler):
+    """A handler to all who ask, but one that hears a model's end without the usage."""
+
+    def __init__(self, handler: BaseCallbackHandler) -> None:
+        self._handler = handler
+
+    def __getattribute__(self, name: str) -> Any:
+        handler = object.__getattribute__(self, "_handler")
+        heard = getattr(handler, name)
+        if name != "on_llm_end":
+            return heard
+
+        async def tell_async(response: LLMResult, **about: Any) -> Any:
+            return await heard(_without_usage(response), **about)
+
+        def tell(response: LLMResult, **about: Any) -> Any:
+            return heard(_without_usage(response), **about)
+
+        return tell_async if asyncio.iscoroutinefunction(heard) else tell
+
+
+def _without_usage(response: LLMResult) -> LLMResult:
+    """Return a chat model's result without the usage of its messages."""
+    hidden = {"usage_metadata": None}
+    generations = [
+        [each.model_copy(update={"message": each.message.model_copy(update=hidden)}) for each in said]
+        for said in cast("list[list[ChatGeneration]]", response.generations)
+    ]
+    return response.model_copy(update={"generations": generations})
+
+
 async def _tell(event: Callable[[], Any], caller: bridge.Caller | None) -> Any:
     """Have handlers hear an event, in the thread of a caller that still waits."""
     told = event() if caller is None or caller.gone else await caller.call(event)
@@ -378,10 +420,13 @@ class Shown:
         if not self._manager.handlers or not (piece.text or piece.trajectory):
             return
         drafted = None if piece.trajectory is None else piece.trajectory.draft
-        told = await self._begun(piece.text if drafted is None else shown_of(drafted.answer))
+        draft = piece.text if drafted is None else shown_of(drafted.answer)
+        told = await self._begun(draft)
         chunk = piece.output
         if not isinstance(chunk, AIMessageChunk):
             chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{told.run.run_id}")
+        if drafted is not None and not any(each and each.usage_metadata for each in (chunk, told.all)):
+            chunk = chunk.model_copy(update={"usage_metadata": self.drafting.usage_of(draft)})
         await told.piece(chunk)
 
     async def end(self) -> None:
@@ -426,6 +471,7 @@ class _Drafting(BaseCallbackHandler):
     def __init__(self) -> None:
         self._models: dict[UUID, _Model] = {}
         self._texts: dict[UUID, str] = {}
+        self._usages: dict[UUID, UsageMetadata | None] = {}
 
     def on_chat_model_start(self, serialized: Any, messages: Any, *, run_id: UUID, **about: Any) -> None:
         """Take down who is asked."""
@@ -436,11 +482,23 @@ class _Drafting(BaseCallbackHandler):
         self._models[run_id] = _Model.begun(serialized, about)
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **about: Any) -> None:
-        """Take down what it said."""
-        self._texts[run_id] = "".join(each.text for said in response.generations[:1] for each in said[:1])
+        """Take down what it said, and what that cost."""
+        for each in response.generations[0][:1] if response.generations else []:
+            self._texts[run_id] = each.text
+            self._usages[run_id] = getattr(getattr(each, "message", None), "usage_metadata", None)
 
     def model_of(self, draft: str | None) -> _Model | None:
-        """Return who wrote a draft: who said the same to the letter, or else who was asked last."""
-        asked: list[_Model | None] = [None, *self._models.values()]
-        wrote = [model for run_id, model in self._models.items() if self._texts.get(run_id) == draft]
+        """Return who wrote a draft."""
+        run_id = self._run_of(draft)
+        return None if run_id is None else self._models[run_id]
+
+    def usage_of(self, draft: str | None) -> UsageMetadata | None:
+        """Return what a draft cost, where its model counts."""
+        run_id = self._run_of(draft)
+        return None if run_id is None else self._usages.get(run_id)
+
+    def _run_of(self, draft: str | None) -> UUID | None:
+        """Return the run of who said the same as a draft to the letter, or else of who was asked last."""
+        asked: list[UUID | None] = [None, *self._models]
+        wrote = [run_id for run_id in self._models if self._texts.get(run_id) == draft]
         return wrote[-1] if wrote else asked[-1]

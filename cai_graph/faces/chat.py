@@ -29,7 +29,7 @@ from langchain_core.runnables.utils import ConfigurableField
 from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
-from cai_graph.app.handlers import ModelRun, Told, manager_for, only, shows_answers, under_a_model
+from cai_graph.app.handlers import ModelRun, Told, hide_usage, manager_for, only, shows_answers, under_a_model
 from cai_graph.app.placed import Placed
 from cai_graph.app.shape import Shape
 from cai_graph.app.streams import Piece
@@ -39,7 +39,7 @@ from cai_graph.errors import ConfigError
 from cai_graph.faces.guard import Guard
 from cai_graph.faces.runnable import Answered, ConstitutionalRunnable
 from cai_graph.faces.typed import Typed, form_asked, form_of, with_model
-from cai_graph.faces.usage import chunk_of, counted, result_of, summed, with_usage
+from cai_graph.faces.usage import chunk_of, counted, result_of, summed
 from cai_graph.request.plan import Plan
 from cai_graph.shadow.shadow import Shadow
 
@@ -118,13 +118,14 @@ class ConstitutionalChatModel(BaseChatModel):
     ) -> ChatResult:
         """Return the answer; the streams that stand around the run are shown it on its way."""
         guard, config = self._judging(options), self._below(run_manager, configurable)
+        hide_usage(run_manager)
         if run_manager is None or not any(map(shows_answers, run_manager.handlers)):
             message, trajectory = await guard.answer(messages, config, options, caller=caller)
             return result_of(message, trajectory)
         told = Told(only(run_manager, shows_answers), caller)  # LangChain tells of its start and end
         async with aclosing(guard.stream(messages, config, options, caller=caller, invoked=True)) as pieces:
             async for piece in pieces:
-                await told.piece(with_usage(chunk_of(piece)))
+                await told.piece(chunk_of(piece))
         return result_of(piece.whole, piece.trajectory)
 
     def _stream(
@@ -135,6 +136,7 @@ class ConstitutionalChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         options = options_of(stop, kwargs)
+        hide_usage(run_manager)
         return bridge.stream(lambda caller: self._generations(messages, options, run_manager, caller))
 
     async def _astream(
@@ -144,6 +146,7 @@ class ConstitutionalChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        hide_usage(run_manager)
         async with aclosing(self._generations(messages, options_of(stop, kwargs), run_manager)) as made:
             async for chunk in made:
                 yield chunk
@@ -274,7 +277,7 @@ class ConstitutionalChatModel(BaseChatModel):
         try:
             async with aclosing(self._generations(messages, under, told.run, caller, thread)) as made:
                 async for chunk in made:
-                    part = with_usage(cast("AIMessageChunk", chunk.message))
+                    part = cast("AIMessageChunk", chunk.message)
                     await told.piece(part)
                     yield part
         except BaseException as error:
@@ -526,7 +529,7 @@ class _Asking(ConstitutionalRunnable[Any, AIMessage]):
     async def _pieces(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Piece, None]:
         async with aclosing(super()._pieces(*args, **kwargs)) as pieces:
             async for piece in pieces:
-                yield piece._replace(output=with_usage(chunk_of(piece)))
+                yield piece._replace(output=chunk_of(piece))
 
 
 class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):

@@ -2,8 +2,8 @@
 
 An answer's `usage_metadata` is its draft's: by it others tell how much of the model's window a turn fills.
 The sum over all calls stands in `response_metadata["cai"]["usage"]`. Every inner call tells the callback
-handlers its own usage, and the request's run would tell them the draft's once more. So it is set aside while
-callbacks look at a message, and put into its place for the caller.
+handlers its own usage, and the request's run would tell them the draft's once more: they are told of the
+answer without it (`Told`, `hide_usage`).
 """
 
 from __future__ import annotations
@@ -14,34 +14,31 @@ from typing import Any, TypeVar, cast
 
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.ai import UsageMetadata, add_usage
-from langchain_core.outputs import ChatGeneration, ChatResult, Generation, LLMResult
+from langchain_core.outputs import ChatGeneration, ChatResult, LLMResult
 
 from cai_graph.app.streams import Piece
 from cai_graph.messages import END_REASONS
 from cai_graph.trajectory import Trajectory
 
-__all__ = ["chunk_of", "counted", "result_of", "summed", "with_usage"]
+__all__ = ["chunk_of", "counted", "result_of", "summed"]
 
 M = TypeVar("M", bound=AIMessage)
 
-_ASIDE = "draft_usage"
-"""Key in `response_metadata["cai"]` of the usage that callbacks are not to see."""
-
 
 def result_of(message: AIMessage, trajectory: Trajectory | None) -> ChatResult:
-    """Return the message as a chat model's result, its usage set aside from the callbacks."""
+    """Return the message as a chat model's result."""
     beside = (*END_REASONS, "logprobs")  # what providers say of a generation, beside its message
     info = {key: value for key, value in message.response_metadata.items() if key in beside}
-    kept = _set_aside(message, message, trajectory)
-    return ChatResult(generations=[ChatGeneration(message=kept, generation_info=info)])
+    told = summed(message, message, trajectory)
+    return ChatResult(generations=[ChatGeneration(message=told, generation_info=info)])
 
 
 def chunk_of(piece: Piece) -> AIMessageChunk:
-    """Return a piece as a chat model's chunk, its usage set aside from the callbacks; the last one has it."""
+    """Return a piece as a chat model's chunk; the last one has the usage."""
     message = cast("AIMessageChunk", piece.output)
     usage = None if piece.trajectory is None else piece.whole.usage_metadata
     message = message.model_copy(update={"usage_metadata": usage})
-    return message if piece.trajectory is None else _set_aside(message, piece.whole, piece.trajectory)
+    return message if piece.trajectory is None else summed(message, piece.whole, piece.trajectory)
 
 
 def summed(message: M, whole: AIMessage, trajectory: Trajectory | None) -> M:
@@ -50,30 +47,8 @@ def summed(message: M, whole: AIMessage, trajectory: Trajectory | None) -> M:
     return message.model_copy(update={"response_metadata": {**message.response_metadata, "cai": about}})
 
 
-def with_usage(message: M) -> M:
-    """Return what callers and streams see of a message or a chunk: its usage in its place."""
-    about = message.response_metadata.get("cai", {})
-    if _ASIDE not in about:
-        return message
-    kept = {name: value for name, value in about.items() if name != _ASIDE}
-    update = {
-        "usage_metadata": about[_ASIDE],
-        "response_metadata": {**message.response_metadata, "cai": kept},
-    }
-    return message.model_copy(update=update)
-
-
-def _set_aside(message: M, whole: AIMessage, trajectory: Trajectory | None) -> M:
-    """Return the same as `summed`, its usage where callbacks do not look."""
-    usage = {_ASIDE: message.usage_metadata, "usage": _sum(whole, trajectory)}
-    about = {**message.response_metadata.get("cai", {}), **usage}
-    update = {"usage_metadata": None, "response_metadata": {**message.response_metadata, "cai": about}}
-    return message.model_copy(update=update)
-
-
 def counted(result: LLMResult) -> LLMResult:
     """Return the result as its caller sees it, after the callbacks have; it says what all calls cost."""
-    result.generations = [[*map(_with_usage, each)] for each in result.generations]
     messages = [cast("ChatGeneration", each).message for each in itertools.chain(*result.generations)]
     costs = [message.response_metadata["cai"]["usage"] for message in messages]
     output = dict(result.llm_output or {})
@@ -85,11 +60,6 @@ def counted(result: LLMResult) -> LLMResult:
             output[name] = value
     result.llm_output = output
     return result
-
-
-def _with_usage(generation: Generation) -> ChatGeneration:
-    made = cast("ChatGeneration", generation)
-    return made.model_copy(update={"message": with_usage(cast("AIMessage", made.message))})
 
 
 def _in_openais_words(usage: UsageMetadata) -> dict[str, Any]:

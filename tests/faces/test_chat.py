@@ -454,6 +454,48 @@ async def test_streams_are_shown_the_usage_and_who_counts_counts_once() -> None:
     assert Printing.usages == [None]
 
 
+async def v2_end(app: Any, asked: Any, config: Any) -> Any:
+    events = [event async for event in app.astream_events(asked, config, version="v2")]
+    (end,) = [event["data"]["output"] for event in events if event["event"] == "on_chat_model_end"]
+    return end
+
+
+async def v3_end(app: Any, asked: Any, config: Any) -> Any:
+    output: Any = (await app.astream_events(asked, config, version="v3")).output
+    return await (output() if callable(output) else output)  # a graph has a method
+
+
+async def v3_end_in_a_thread(app: Any, asked: Any, config: Any) -> Any:
+    return await asyncio.to_thread(lambda: app.stream_events(asked, config, version="v3").output)
+
+
+@pytest.mark.filterwarnings("ignore:The v3 streaming protocol", "ignore:.*is in beta")
+@pytest.mark.parametrize("stream", ["buffer", "blocks"])
+@pytest.mark.parametrize("agent", [False, True], ids=["alone", "in an agent"])
+@pytest.mark.parametrize("read", [v2_end, v3_end, v3_end_in_a_thread])
+async def test_readers_of_events_are_shown_the_usage_and_who_counts_counts_once(
+    read: Any, agent: bool, stream: str
+) -> None:
+    ends: list[str] = []
+
+    class Hearing(BaseCallbackHandler):
+        def on_llm_end(self, response: Any, **kwargs: Any) -> None:
+            ends.append(str(response))
+
+    model, counter = guard(counted(), stream=stream), UsageMetadataCallbackHandler()
+    app, asked = (create_agent(model, []), {"messages": [("user", "hello")]}) if agent else (model, "hello")
+
+    end = await read(app, asked, {"callbacks": [counter, Hearing()]})
+
+    while len(ends) < 5:  # of four calls and of the model's own run, which may come later than its output
+        await asyncio.sleep(0.01)
+    message = end["messages"][-1] if isinstance(end, dict) else end
+    assert message.usage_metadata["total_tokens"] == 12
+    assert message.response_metadata["cai"]["usage"]["total_tokens"] == 48
+    assert counter.usage_metadata["m"]["total_tokens"] == 48
+    assert not any("draft_usage" in said for said in (str(end), *ends))
+
+
 def test_langchains_own_entry_has_what_a_chat_model_says_beside_its_answer() -> None:
     about = {"finish_reason": "stop", "model_name": "m", "system_fingerprint": "fp"}
     usage = {**USAGE, "input_token_details": {"cache_read": 4}, "output_token_details": {"reasoning": 1}}
