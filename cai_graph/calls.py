@@ -16,7 +16,7 @@ from langchain_core.runnables import Runnable, RunnableConfig
 
 from cai_graph.concurrency.context import apart
 from cai_graph.errors import BudgetExceeded, ConfigError
-from cai_graph.failures import annotate, note_of
+from cai_graph.failures import annotate, describe
 from cai_graph.trajectory import Call
 
 __all__ = [
@@ -24,9 +24,7 @@ __all__ = [
     "Budget",
     "Calls",
     "call_of",
-    "describe",
     "prompt_digest",
-    "told",
 ]
 
 
@@ -265,21 +263,6 @@ def call_of(
         seconds=seconds,
         error=None if error is None else describe(error),
     )
-
-
-def describe(error: BaseException) -> str:
-    """Return an exception's class and message, at most 2000 characters, and the note of `annotate` if any."""
-    name, message, note = type(error).__name__, told(error), note_of(error)
-    said = name if message is None else f"{name}: {message}"[:2000]
-    return said if note is None else f"{said} ({note})"
-
-
-def told(error: BaseException) -> str | None:
-    """Return an exception's message; None where its `str()` raises."""
-    try:
-        return str(error)
-    except Exception:
-        return None
 
 
 def prompt_digest(messages: Sequence[BaseMessage]) -> str:

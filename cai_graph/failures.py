@@ -10,7 +10,7 @@ import re
 
 from cai_graph.errors import ConfigError, LogError, MissingExtra
 
-__all__ = ["annotate", "forget_task", "is_about_all_rows", "meaning", "note_of"]
+__all__ = ["annotate", "describe", "forget_task", "is_about_all_rows", "meaning", "message_of", "note_of"]
 
 _PREFIX = "cai_graph: "
 
@@ -71,6 +71,21 @@ def annotate(error: BaseException, who: str) -> None:
     said = meaning(error)
     if said is not None and note_of(error) is None:
         error.add_note(f"{_PREFIX}{who} failed: {said}")
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception's class and message, at most 2000 characters, and the note of `annotate` if any."""
+    name, message, note = type(error).__name__, message_of(error), note_of(error)
+    said = name if message is None else f"{name}: {message}"[:2000]
+    return said if note is None else f"{said} ({note})"
+
+
+def message_of(error: BaseException) -> str | None:
+    """Return an exception's message; None where its `str()` raises."""
+    try:
+        return str(error)
+    except Exception:
+        return None
 
 
 def note_of(error: BaseException) -> str | None:

@@ -54,7 +54,7 @@ class State(TypedDict, total=False):
     """The Rounds so far, as JSON. The last one may be open: its revisions are not judged yet."""
 
 
-class _Joined(State, total=False):
+class _ParallelState(State, total=False):
     """The state under strategy `parallel`, which also collects what the `judge` nodes return."""
 
     judged: Annotated[list[dict[str, Any]], operator.add]
@@ -130,7 +130,7 @@ def _after_draft(plan: Plan, progress: Progress) -> str:
     return "revise" if failed and plan.settings.rounds > 0 else END
 
 
-async def critique(state: _Joined, runtime: Runtime[Run]) -> Command[str]:
+async def critique(state: _ParallelState, runtime: Runtime[Run]) -> Command[str]:
     """Judge the draft; in `parallel`, join the critiques of the `judge` nodes.
 
     In `sampled`, criticise the last accepted revision, else the draft, under one random principle.
@@ -146,7 +146,7 @@ async def critique(state: _Joined, runtime: Runtime[Run]) -> Command[str]:
         return _go_on(run, progress.with_round(Round(of=of, critique=found)), "revise")
     waiting = progress.unjudged()
     if plan.settings.strategy == "parallel":
-        critiques = [_joined(state["judged"], of, plan, progress) for of in waiting]
+        critiques = [_join(state["judged"], of, plan, progress) for of in waiting]
     else:
         critiques = await _critiques(run, progress, waiting)
     if progress.rounds:
@@ -273,7 +273,7 @@ def _inner(run: Run) -> Calls:
     return run.calls.under(RunnableConfig(callbacks=get_config().get("callbacks"), tags=[TAG_NOSTREAM]))
 
 
-def _joined(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan, progress: Progress) -> Critique:
+def _join(judged: Sequence[Mapping[str, Any]], of: str, plan: Plan, progress: Progress) -> Critique:
     """Return one Critique of the answer named `of`, joined from its critiques under single principles."""
     found = [msgspec.convert(item["critique"], Critique) for item in judged if item["of"] == of]
     parts = found[-len(plan.rules(progress.answer(of))) :]  # skip the critiques of earlier blocks
@@ -291,7 +291,9 @@ def compiled(*, parallel: bool) -> CompiledStateGraph[Any, Run, Any, Any]:
 
     Only under `parallel` does it contain `judge`: LangGraph visits every node and channel at every step.
     """
-    graph: StateGraph[Any, Run, Any, Any] = StateGraph(_Joined if parallel else State, context_schema=Run)
+    graph: StateGraph[Any, Run, Any, Any] = StateGraph(
+        _ParallelState if parallel else State, context_schema=Run
+    )
     fan_out = ("judge",) if parallel else ()
     graph.add_node("draft", draft, destinations=("critique", *fan_out, "revise", END))
     graph.add_node("critique", critique, destinations=("draft", "revise", END))

@@ -22,9 +22,9 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallb
 from langchain_core.runnables.config import get_async_callback_manager_for_config
 from langgraph.config import get_config
 
-from cai_graph.app.handlers import Shown
+from cai_graph.app.handlers import AnswerEvents
 from cai_graph.app.shape import Shape
-from cai_graph.app.streams import whole
+from cai_graph.app.streams import in_one_piece
 from cai_graph.app.wrapped import is_pause, layers
 from cai_graph.concurrency import bridge
 from cai_graph.concurrency.context import within
@@ -139,7 +139,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         caller: bridge.Caller | None = None,
     ) -> Any:
         """Return what is released, and show it to the handlers that show an answer, as the model's."""
-        shown = Shown(config, [*request.messages], self.name, caller)
+        shown = AnswerEvents(config, [*request.messages], self.name, caller)
         try:
             response, trajectory = await guard.answer(
                 request, config, {}, caller=caller, hearing=[shown.drafting]
@@ -151,7 +151,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         message = _turn(response)
         if message.id is None:  # the agent would give it one later, and a stream show it twice
             message.id = str(uuid4())
-        await shown.piece(whole(message, Shape(), trajectory))
+        await shown.piece(in_one_piece(message, Shape(), trajectory))
         await shown.end()
         return response
 

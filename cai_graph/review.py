@@ -39,13 +39,13 @@ from langgraph.types import Command, Interrupt, interrupt
 
 from cai_graph.app.shape import Shape
 from cai_graph.app.wrapped import CHECKPOINTER, STEPS, TASK
-from cai_graph.calls import describe
 from cai_graph.concurrency import bridge
 from cai_graph.concurrency.context import within
 from cai_graph.concurrency.together import to_the_end
 from cai_graph.constitution import Constitution
 from cai_graph.critic import failed_principles
 from cai_graph.errors import AwaitsReview, ConfigError, DataError, RunError
+from cai_graph.failures import describe
 from cai_graph.log.store import Duplicate
 from cai_graph.memory.memory import as_owner
 from cai_graph.request.committing import commit

@@ -17,8 +17,9 @@ from langchain_core.runnables import RunnableConfig
 
 from cai_graph import graph
 from cai_graph.app.wrapped import STEP_LIMIT
-from cai_graph.calls import Calls, describe, told
+from cai_graph.calls import Calls
 from cai_graph.errors import BudgetExceeded, RunError
+from cai_graph.failures import describe, message_of
 from cai_graph.plain import plain
 from cai_graph.request.committing import alarm, commit
 from cai_graph.request.plan import Plan
@@ -83,7 +84,8 @@ async def run(plan: Plan, request: Request, config: RunnableConfig | None = None
                     since=under_way.calls.started,
                     lost=request.lost,
                 )
-    asks = (told(decision.error) or describe(decision.error)) if decision.error and decision.asks else None
+    held_by = decision.error if decision.asks else None
+    asks = None if held_by is None else message_of(held_by) or describe(held_by)
     return Ending(trajectory, trajectory.released, asks)
 
 

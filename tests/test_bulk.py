@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from wire import Reply, Server, role, serving, under
 
-from cai_graph import bulk, constitutional, models, open_log, whole
+from cai_graph import atomic, bulk, constitutional, models, open_log
 from cai_graph.bulk import Broken, Failed, Prompt, Rows, Run
 from cai_graph.calls import UNATTENDED_SECONDS, Calls
 from cai_graph.cli.run import _own_weights
@@ -577,7 +577,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = file(tmp_path, "out.jsonl", "before")
 
     def write() -> None:
-        with whole.output(str(target)) as out:
+        with atomic.output(str(target)) as out:
             out.write("half")
             raise RuntimeError("cut")
 
@@ -585,10 +585,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         write()
     assert target.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
-    with whole.output(str(target)) as out:
+    with atomic.output(str(target)) as out:
         out.write("whole")
     assert target.read_text() == "whole"
-    with pytest.raises(DataError, match="not a plain file"), whole.output("/dev/null"):
+    with pytest.raises(DataError, match="not a plain file"), atomic.output("/dev/null"):
         pass
 
 

@@ -7,8 +7,9 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableLambda
 
-from cai_graph.calls import Budget, Calls, describe, prompt_digest
+from cai_graph.calls import Budget, Calls, prompt_digest
 from cai_graph.errors import BudgetExceeded, ConfigError
+from cai_graph.failures import describe
 from cai_graph.messages import cut_short
 from cai_graph.testing import ScriptedModel
 from cai_graph.trajectory import Call

@@ -27,7 +27,7 @@ import yaml
 
 from cai_graph.digests import sha256_of
 from cai_graph.errors import DataError, ModelError
-from trainers import whole
+from trainers import atomic
 from trainers.markdown import table
 
 __all__ = ["MANIFEST", "Checkpoint", "Manifest", "hardware", "merge", "save", "seal", "shaping", "versions"]
@@ -197,15 +197,15 @@ def seal(folder: Path, written: Path, manifest: Manifest) -> Checkpoint:
         ConfigError: the folder exists already.
         ModelError: it cannot be written, or there are no weights.
     """
-    whole.absent(folder)
+    atomic.absent(folder)
     if not _weights(written):
         raise ModelError(f"{written}: no weights were written there, so no checkpoint can be made of it")
     try:
         _describe(written, folder.name, manifest)
-        whole.readable(written, written / MANIFEST)
-        whole.sync(written)
+        atomic.readable(written, written / MANIFEST)
+        atomic.sync(written)
         os.replace(written, folder)
-        whole.sync_folder(folder.parent)
+        atomic.sync_folder(folder.parent)
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from error
     return Checkpoint(folder, manifest)
@@ -274,9 +274,9 @@ def _whole(folder: Path) -> Iterator[Path]:
     """Yield a work folder that is renamed to `folder` when the body ends, or removed if it fails."""
     from safetensors import SafetensorError
 
-    whole.absent(folder)
+    atomic.absent(folder)
     try:
-        with whole.folder(folder) as work:
+        with atomic.folder(folder) as work:
             yield work
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from cai_graph.errors import DataError
-from trainers import whole
+from trainers import atomic
 
 __all__ = ["Lines", "Row", "append", "keep", "read", "resume", "text"]
 
@@ -83,7 +83,7 @@ def keep(path: Path, wanted: Callable[[Row], bool], advice: str = _ADVICE) -> No
         OSError: the file cannot be written.
     """
     if path.exists():
-        whole.write(path, text(row for row in resume(path, advice) if wanted(row)))
+        atomic.write(path, text(row for row in resume(path, advice) if wanted(row)))
 
 
 class Lines:
@@ -153,7 +153,7 @@ class Lines:
             return
         rows = (self.rows[key] for key in sorted(self.rows, key=json.dumps))
         try:
-            whole.write(self.path, text(rows))
+            atomic.write(self.path, text(rows))
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written: {error.strerror}") from error
         self._lock.truncate(0)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cai_graph.errors import CaiError, ConfigError
-from trainers import whole
+from trainers import atomic
 from trainers.checkpoint import Checkpoint
 from trainers.config import above, at_least
 from trainers.identity import identity_of_reward
@@ -421,7 +421,7 @@ class _Watched:
             return
         from safetensors.torch import save_file
 
-        with whole.file(self._path(step)) as work:
+        with atomic.file(self._path(step)) as work:
             save_file(tensors, work)
         points = [int(path.name.rpartition("-")[2]) for path in self.begun.work.glob("checkpoint-*")]
         kept = {int(path.stem.rpartition("-")[2]) for path in self.begun.work.glob("best-*.safetensors")}

@@ -20,12 +20,12 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from cai_graph import local
-from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
+from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls
 from cai_graph.concurrency.together import side_by_side, until
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, DataError
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.log import Filters, Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.prompts import Exchange

@@ -26,13 +26,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from cai_graph import constitution, local
 from cai_graph.addresses import without_password
-from cai_graph.calls import Budget, Calls, describe
+from cai_graph.calls import Budget, Calls
 from cai_graph.concurrency import bridge
 from cai_graph.constitution import Constitution
 from cai_graph.critic import MAX_ANSWER_CHARS, Critic, ProbeCritic, critic_for
 from cai_graph.critic.trained import TrainedCritic
 from cai_graph.errors import CaiError, ConfigError, ModelError
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Message
 from trainers.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ Spec = str | list[str] | dict[str, str]
 WAITS = (1.0, 5.0, 25.0)
 """Seconds before each further attempt at a reward that failed."""
 
-UNREADABLE = 0.1
+MAX_UNREADABLE_SHARE = 0.1
 """Share of a batch that a judge may leave unreadable; one answer in any case."""
 
 
@@ -214,7 +214,8 @@ class JudgeReward:
     A `Judge` rates from -1 to 1; a critic gives 1 - 2 P(the answer violates something). An answer that stays
     unreadable, or that the provider rejects, as a content filter does, scores as the mean of the readable
     answers to its prompt in the batch, or of the whole batch where there is none. So it moves the policy
-    neither way, and it is counted; where more than `UNREADABLE` of a batch are such, the judge is out.
+    neither way, and it is counted; where more than `MAX_UNREADABLE_SHARE` of a batch are such, the judge has
+    failed.
 
     Source: Lee et al. 2023 (arXiv:2309.00267), section 2.2.2.
     """
@@ -349,7 +350,7 @@ def _filled(found: Numbers, prompts: Sequence[Messages]) -> Numbers:
     [-1.0, -1.0, 1.0, 1.0]
     """
     given = [(prompt, value) for prompt, value in zip(prompts, found, strict=True) if value is not None]
-    if not given or len(found) - len(given) > max(1, UNREADABLE * len(found)):
+    if not given or len(found) - len(given) > max(1, MAX_UNREADABLE_SHARE * len(found)):
         return found
 
     def typical(prompt: Messages) -> float:

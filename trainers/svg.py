@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_graph.errors import MissingExtra
-from trainers import whole
+from trainers import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +86,7 @@ def write(path: Path, figure: Figure) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    whole.write(path, _document(figure))
+    atomic.write(path, _document(figure))
 
 
 def _document(figure: Figure) -> str:

@@ -19,7 +19,7 @@ from cai_graph import local
 from cai_graph.addresses import without_password
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, DataError, MissingExtra, ModelError
-from trainers import whole
+from trainers import atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -252,7 +252,7 @@ def _dequantise(path: Path, folder: Path, sha256: str) -> None:
     except ImportError as error:
         raise MissingExtra("weights to train", "transformers", "train") from error
     try:
-        with whole.folder(folder) as work, quietly():
+        with atomic.folder(folder) as work, quietly():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 str(path.parent),
                 gguf_file=path.name,
@@ -409,7 +409,7 @@ def _whole_file(target: Path) -> Iterator[Path]:
     """Yield a work file that is renamed to `target` when the body ends, or removed if it fails."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with whole.file(target) as work:
+        with atomic.file(target) as work:
             yield work
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error

@@ -1,11 +1,12 @@
-"""The callback handlers around a request, and what each kind of them is told.
+"""Which events of a request each kind of LangChain callback handler receives.
 
-    steps     which one is under way, as a custom event
-    inside    of the runs below: tracers hear all of them, what shows an answer hears no word of a draft
-    leaving   of the answer that leaves: a chat model's run, from its start to its end
+    steps     the step that is running, as a custom event
+    inside    the runs of the app, critic and reviser: tracers receive all of their events; handlers that show
+              an answer to a reader receive no text of a draft
+    released  the released answer, as a chat model's run from its start to its end
 
-Under a synchronous call they are told of what leaves in its caller's thread, where a handler may have a
-connection or a thread-local of its own.
+Under a synchronous call the released answer's events are emitted in the caller's thread, since a handler may
+use a connection or a thread-local of that thread.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ from cai_graph.trajectory import shown_of
 
 __all__ = [
     "PROGRESS",
+    "AnswerEvents",
+    "AsksForStreams",
     "ModelRun",
-    "Shown",
-    "Streaming",
-    "Told",
-    "chosen",
+    "RunEvents",
     "collected",
+    "filtered_manager",
+    "filtered_run",
     "hide_usage",
     "is_stream",
     "manager_for",
-    "only",
     "progress",
     "shows_answers",
     "under_a_model",
@@ -63,36 +64,38 @@ T = TypeVar("T")
 
 
 def shows_answers(handler: BaseCallbackHandler) -> bool:
-    """Return whether a handler shows an answer as it hears it: to a stream, as those of LangChain and
-    LangGraph do, or token by token, as `StreamingStdOutCallbackHandler` does."""
+    """Return whether a handler shows a reader the answer while it is written: the handlers behind the streams
+    of LangChain and LangGraph do, and those that print tokens, such as `StreamingStdOutCallbackHandler`."""
     return is_stream(handler) or _shows_tokens(handler)
 
 
 def is_stream(handler: BaseCallbackHandler) -> bool:
-    """Return whether a handler is a stream's, as LangChain and LangGraph tell theirs from others."""
-    # The method is what the protocol _StreamingCallbackHandler asks for; isinstance takes long with one.
+    """Return whether a handler feeds a stream of LangChain's or LangGraph's, by the tests that these use."""
+    # The protocol _StreamingCallbackHandler requires this method; isinstance with a protocol is slow.
     return isinstance(handler, _V2StreamingCallbackHandler) or hasattr(handler, "tap_output_aiter")
 
 
 def _shows_tokens(handler: BaseCallbackHandler) -> bool:
-    heard = [getattr(handler, event) for event in _TOKENS if _hears(handler, event)]
+    heard = [getattr(handler, event) for event in _TOKENS if _handles(handler, event)]
     return any(getattr(hear, "__func__", hear) not in _RECORDS for hear in heard)
 
 
 _TOKENS = ("on_llm_new_token", "on_stream_event")
-"""Events that hand over an answer while it is written."""
+"""Events with parts of an answer while it is written."""
 _RECORDS = (BaseTracer.on_llm_new_token, AsyncBaseTracer.on_llm_new_token)
-"""Tracers record the tokens of the calls that they follow, and show them to nobody."""
+"""Tracers record tokens and show them to no reader."""
 
 
-def _hears(handler: BaseCallbackHandler, event: str) -> bool:
-    """Return whether a handler does anything at an event; LangChain's own override many by a docstring."""
+def _handles(handler: BaseCallbackHandler, event: str) -> bool:
+    """Return whether a handler implements an event; LangChain's handlers override many with empty methods."""
     code = getattr(getattr(handler, event), "__code__", None)
-    return code is None or bool(code.co_names or code.co_freevars)  # what names nothing does nothing
+    return code is None or bool(code.co_names or code.co_freevars)  # code that uses no name does nothing
 
 
-def chosen(kind: type[M], callbacks: BaseCallbackManager, wanted: Callable[[BaseCallbackHandler], bool]) -> M:
-    """Return a manager of this kind that tells the wanted ones of these callbacks of runs at their place."""
+def filtered_manager(
+    kind: type[M], callbacks: BaseCallbackManager, wanted: Callable[[BaseCallbackHandler], bool]
+) -> M:
+    """Return a manager of class `kind` under the same parent run, with the handlers that `wanted` accepts."""
     return kind(
         handlers=[handler for handler in callbacks.handlers if wanted(handler)],
         parent_run_id=callbacks.parent_run_id,
@@ -104,17 +107,19 @@ def chosen(kind: type[M], callbacks: BaseCallbackManager, wanted: Callable[[Base
 # --- steps --------------------------------------------------------------------------------------------
 
 PROGRESS = "cai_progress"
-"""Name of the custom event that says which step is under way, and its key in LangGraph's `custom` mode."""
+"""Name of the custom event for each step, and its key in LangGraph's `custom` stream mode."""
 
 
 def progress(
     callbacks: BaseCallbackManager, writer: Callable[[Any], None] | None
 ) -> Callable[[str], Awaitable[None]] | None:
-    """Return what tells callbacks and an outer graph's `custom` stream of a step; None where nobody hears.
+    """Return a function that reports a step to callbacks and to an outer graph's `custom` stream.
 
-    The event's data is `{"step": "revising 1/2"}`: never a word of a draft.
+    None where neither exists. The event's data is `{"step": "revising 1/2"}`, never any text of a draft.
     """
-    manager = chosen(AsyncCallbackManager, callbacks, lambda handler: _hears(handler, "on_custom_event"))
+    manager = filtered_manager(
+        AsyncCallbackManager, callbacks, lambda handler: _handles(handler, "on_custom_event")
+    )
     if not manager.handlers and writer is None:
         return None
 
@@ -130,19 +135,19 @@ def progress(
 
 
 def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
-    """Return the callbacks as runs inside may have them: no word of a draft reaches what shows an answer.
+    """Return the callbacks for the runs inside: handlers that show an answer receive no text of a draft.
 
-    Tracers see every inner call, and so does whatever shows nothing, such as what counts tokens or logs
-    prompts. https://github.com/langchain-ai/langchain/issues/35011
-    What shows an answer is told of the app's tools, retrievers and custom events; where it follows chains,
-    of everything but tokens.
+    Tracers, and handlers that show nothing, such as token counters and prompt loggers, receive every event of
+    the inner calls. https://github.com/langchain-ai/langchain/issues/35011
+    Handlers that show an answer receive the events of the app's tools and retrievers and custom events; if
+    they implement chain events, they receive everything except tokens.
     """
     inside: dict[int, BaseCallbackHandler] = {}
     for handler in (*callbacks.handlers, *callbacks.inheritable_handlers):
         if id(handler) not in inside:
             inside[id(handler)] = _inside(handler, callbacks.parent_run_id)
     if all(id(kept) == of for of, kept in inside.items()):
-        return callbacks  # nobody changes them below: LangChain makes copies of its own
+        return callbacks  # not modified by runs below: LangChain copies them
     made = callbacks.copy()
     for handlers in (made.handlers, made.inheritable_handlers):
         handlers[:] = [inside[id(handler)] for handler in handlers]
@@ -150,19 +155,20 @@ def unstreamed(callbacks: BaseCallbackManager) -> BaseCallbackManager:
 
 
 def _inside(handler: BaseCallbackHandler, run_id: UUID | None) -> BaseCallbackHandler:
-    """Return a handler as runs inside the run `run_id` may have it."""
+    """Return a handler for the runs inside the run `run_id`."""
     if not shows_answers(handler):
         return handler
-    if is_stream(handler) or not _hears(handler, "on_chain_start"):
-        return _Aside(handler, run_id)
-    return _Deaf(handler)
+    if is_stream(handler) or not _handles(handler, "on_chain_start"):
+        return _WithoutModels(handler, run_id)
+    return _WithoutTokens(handler)
 
 
-class Streaming(BaseCallbackHandler):
-    """Hears nothing, but has the models below it asked for a stream, as a reader's stream around them would.
+class AsksForStreams(BaseCallbackHandler):
+    """Ignores all events; its presence makes LangChain call the models below in streaming mode.
 
-    So a request that is streamed keeps its provider's connection alive while the whole answer is awaited. It
-    has what LangChain takes for a stream's handler, and does not inherit it, by which LangGraph tells one.
+    So the provider's connection of a streamed request stays alive while the whole answer is awaited. It has
+    the methods by which LangChain recognises a streaming handler, but not the base class by which LangGraph
+    does.
     """
 
     ignore_llm = ignore_chat_model = ignore_chain = ignore_retry = True
@@ -170,31 +176,32 @@ class Streaming(BaseCallbackHandler):
     run_inline = True
 
     def tap_output_aiter(self, run_id: UUID, output: T) -> T:
-        """Return what a run streams."""
+        """Return the stream of a run unchanged."""
         return output
 
     def tap_output_iter(self, run_id: UUID, output: T) -> T:
-        """Return what a run streams."""
+        """Return the stream of a run unchanged."""
         return output
 
 
 def under_a_model(handlers: list[BaseCallbackHandler], run_id: UUID) -> list[BaseCallbackHandler]:
-    """Return the handlers of a chat model's run `run_id` as those below it may have them.
+    """Return the handlers of a chat model's run `run_id` for the runs below it.
 
-    What hears neither a model end nor chains, such as what logs prompts, sees one model as it always did.
+    A handler that implements neither `on_llm_end` nor `on_chain_start`, such as a prompt logger, receives the
+    events of one model, as it would without a constitution.
     """
     return [
         handler
-        if _hears(handler, "on_llm_end") or _hears(handler, "on_chain_start")
-        else _Aside(handler, run_id)
+        if _handles(handler, "on_llm_end") or _handles(handler, "on_chain_start")
+        else _WithoutModels(handler, run_id)
         for handler in handlers
     ]
 
 
-class _Aside(BaseCallbackHandler):
-    """A handler that is told of the app's tools, retrievers and custom events, and of nothing else inside.
+class _WithoutModels(BaseCallbackHandler):
+    """Passes on only the events of the app's tools and retrievers, and custom events.
 
-    To it they happen right under the run `run_id`, since it knows of no run between.
+    They appear as children of the run `run_id`, since the handler receives no events of the runs between.
     """
 
     ignore_llm = ignore_chat_model = ignore_chain = ignore_retry = True
@@ -202,22 +209,22 @@ class _Aside(BaseCallbackHandler):
 
     def __init__(self, handler: BaseCallbackHandler, run_id: UUID | None) -> None:
         self.raise_error, self.run_inline = handler.raise_error, handler.run_inline
-        for event, (ignored, known_as) in _ASIDE.items():
-            if _hears(handler, event) and not getattr(handler, ignored):
+        for event, (ignored, known_as) in _SHOWN_INSIDE.items():
+            if _handles(handler, event) and not getattr(handler, ignored):
                 about = {} if run_id is None else {known_as: run_id}
-                setattr(self, event, _aside(getattr(handler, event), about))
+                setattr(self, event, _without_words_of_models(getattr(handler, event), about))
 
 
-_ASIDE = {
+_SHOWN_INSIDE = {
     **{f"on_tool_{when}": ("ignore_agent", "parent_run_id") for when in ("start", "end", "error")},
     **{f"on_retriever_{when}": ("ignore_retriever", "parent_run_id") for when in ("start", "end", "error")},
     "on_custom_event": ("ignore_custom_event", "run_id"),
 }
-"""Events without a word of an answer: what ignores them, and which argument names a run that is not shown."""
+"""By event that is passed on: the handler's flag to ignore it, and the argument that is set to `run_id`."""
 
 
-def _aside(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any]:
-    """Return `hear` with these arguments, whatever its caller says, and without what a model said."""
+def _without_words_of_models(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any]:
+    """Return `hear` with these arguments overridden, and models' messages removed from its other ones."""
 
     async def tell_async(*args: Any, **kwargs: Any) -> Any:
         return await hear(*map(without_words, args), **{**kwargs, **about})
@@ -228,30 +235,30 @@ def _aside(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any
     return tell_async if asyncio.iscoroutinefunction(hear) else tell
 
 
-class _Deaf(BaseCallbackHandler):
-    """A handler to all who ask, but one that hears no tokens."""
+class _WithoutTokens(BaseCallbackHandler):
+    """A proxy for a handler that drops its token events."""
 
     def __init__(self, handler: BaseCallbackHandler) -> None:
         self._handler = handler
         asynchronous = asyncio.iscoroutinefunction(handler.on_llm_new_token)
-        self._hear = _hear_nothing_async if asynchronous else _hear_nothing
+        self._hear = _ignore_async if asynchronous else _ignore
 
     def __getattribute__(self, name: str) -> Any:
         own = object.__getattribute__
         return own(self, "_hear") if name in _TOKENS else getattr(own(self, "_handler"), name)
 
 
-def _hear_nothing(*args: Any, **kwargs: Any) -> None: ...
+def _ignore(*args: Any, **kwargs: Any) -> None: ...
 
 
-async def _hear_nothing_async(*args: Any, **kwargs: Any) -> None: ...
+async def _ignore_async(*args: Any, **kwargs: Any) -> None: ...
 
 
 def collected(callbacks: BaseCallbackManager) -> BaseCallbackManager:
-    """Return the callbacks with what LangChain's `collect_runs` collects by.
+    """Return the callbacks with the handler of LangChain's `collect_runs`, where one is active.
 
-    It hears of each run that LangChain begins, but of none that LangGraph does: the runs below those would be
-    roots to it.
+    LangChain adds that handler to the runs that it starts itself, but LangGraph does not: without it here,
+    the runs below a graph's would be collected as roots.
     """
     if (collector := run_collector_var.get()) is None:
         return callbacks
@@ -260,34 +267,34 @@ def collected(callbacks: BaseCallbackManager) -> BaseCallbackManager:
     return made
 
 
-# --- leaving ------------------------------------------------------------------------------------------
+# --- released -----------------------------------------------------------------------------------------
 
 ModelRun: TypeAlias = CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun
-"""A chat model's run as LangChain has it."""
+"""LangChain's callback manager of a chat model's run."""
 
 
 def manager_for(caller: bridge.Caller | None) -> type[CallbackManager] | type[AsyncCallbackManager]:
-    """Return the class of managers whose handlers are told in the caller's thread, or else in this loop."""
+    """Return the class of callback managers: synchronous where a caller's thread waits, else asynchronous."""
     return AsyncCallbackManager if caller is None else CallbackManager
 
 
-class Told:
-    """A chat model's run, as its handlers are told of it.
+class RunEvents:
+    """Emits the events of a chat model's run: start, tokens, and end or error.
 
-    Streams are shown the answer's usage; other handlers are not, since they count each call where it is made.
+    Only handlers of streams receive the answer's usage: other handlers have counted it at the inner calls.
 
     Args:
-        run: synchronous where a caller waits, else asynchronous.
-        caller: the thread that waits.
+        run: the run to emit for; synchronous where a caller waits, else asynchronous.
+        caller: the thread that waits, in which handlers are called; None: this event loop.
     """
 
     def __init__(self, run: ModelRun, caller: bridge.Caller | None) -> None:
         self.run = run
         self._caller = caller
-        self._streams = only(run, is_stream)
-        self._others = only(run, lambda handler: not is_stream(handler))
+        self._streams = filtered_run(run, is_stream)
+        self._others = filtered_run(run, lambda handler: not is_stream(handler))
         self.all: AIMessageChunk | None = None
-        """What was shown so far."""
+        """The sum of the parts so far; None before the first."""
 
     @classmethod
     async def begin(
@@ -298,31 +305,31 @@ class Told:
         *,
         serialized: dict[str, Any] | None = None,
         **about: Any,
-    ) -> Told:
-        """Say that a model is asked, and return its run. `about` is what LangChain says of a run."""
+    ) -> RunEvents:
+        """Emit the start of a run, and return the run. `about` are arguments of `on_chat_model_start`."""
         start = partial(manager.on_chat_model_start, serialized or {}, [messages], **about)
         (run,) = await _tell(start, caller if manager.handlers else None)
         return cls(run, caller)
 
     async def piece(self, part: AIMessageChunk) -> None:
-        """Show a part of the answer."""
+        """Emit a part of the answer."""
         self.all = part if self.all is None else self.all + part
         for run, shown in self._each(part):
             chunk = ChatGenerationChunk(message=shown)
             await _tell(partial(run.on_llm_new_token, chunk.text, chunk=chunk), self._caller)
 
     async def end(self, whole: AIMessage | None = None) -> None:
-        """Say that nothing more comes; `whole` is the answer, if not the sum of its parts."""
+        """Emit the end of the run; `whole` is the answer, if it is not the sum of the parts."""
         for run, shown in self._each(whole or self.all):
             await _tell(partial(run.on_llm_end, _result(shown)), self._caller)
 
     async def error(self, error: BaseException) -> None:
-        """Say that nothing more comes, and why."""
+        """Emit the error that ended the run."""
         for run, shown in self._each(self.all):
             await _tell(partial(run.on_llm_error, error, response=_result(shown)), self._caller)
 
     def _each(self, message: Any) -> Iterator[tuple[Any, Any]]:
-        """Yield the run as each kind of handlers is told of it, and what they see of a message."""
+        """Yield, for each kind of handler, its run and the message that it receives."""
         if self._streams.handlers:
             yield self._streams, message
         if self._others.handlers:
@@ -330,8 +337,8 @@ class Told:
             yield self._others, None if message is None else message.model_copy(update=hidden)
 
 
-def only(run: ModelRun, wanted: Callable[[BaseCallbackHandler], bool]) -> ModelRun:
-    """Return the run as the wanted ones of its handlers are told of it."""
+def filtered_run(run: ModelRun, wanted: Callable[[BaseCallbackHandler], bool]) -> ModelRun:
+    """Return the run with only the handlers that `wanted` accepts."""
     return type(run)(
         run_id=run.run_id,
         handlers=[handler for handler in run.handlers if wanted(handler)],
@@ -343,16 +350,16 @@ def only(run: ModelRun, wanted: Callable[[BaseCallbackHandler], bool]) -> ModelR
 
 
 def hide_usage(run: ModelRun | None) -> None:
-    """Have those of a run's handlers that are no streams hear of its end without the usage.
+    """Remove the usage from the end event of a run for all of its handlers except those of streams.
 
-    They count each call where it is made, and LangChain, which tells them, would have them count it twice.
+    These handlers have counted the usage at the inner calls, and would count it a second time.
     """
     if run is not None:
-        run.handlers = [each if is_stream(each) else _Uncounting(each) for each in run.handlers]
+        run.handlers = [each if is_stream(each) else _WithoutUsage(each) for each in run.handlers]
 
 
-class _Uncounting(BaseCallbackHandler):
-    """A handler to all who ask, but one that hears a model's end without the usage."""
+class _WithoutUsage(BaseCallbackHandler):
+    """A proxy for a handler that removes the usage from `on_llm_end`."""
 
     def __init__(self, handler: BaseCallbackHandler) -> None:
         self._handler = handler
@@ -383,9 +390,9 @@ def _without_usage(response: LLMResult) -> LLMResult:
 
 
 async def _tell(event: Callable[[], Any], caller: bridge.Caller | None) -> Any:
-    """Have handlers hear an event, in the thread of a caller that still waits."""
-    told = event() if caller is None or caller.gone else await caller.call(event)
-    return await told if inspect.isawaitable(told) else told
+    """Call the handlers of an event, in the caller's thread if it still waits."""
+    made = event() if caller is None or caller.gone else await caller.call(event)
+    return await made if inspect.isawaitable(made) else made
 
 
 def _result(message: AIMessage | None) -> LLMResult:
@@ -396,62 +403,62 @@ def _result(message: AIMessage | None) -> LLMResult:
     return LLMResult(generations=[[ChatGeneration(message=message)]])
 
 
-class Shown:
-    """Shows what leaves to the handlers that show an answer, as the chat model's answer that it is.
+class AnswerEvents:
+    """Emits the released answer as a chat model's run, to the handlers that show an answer.
 
-    `astream_events` and the `messages` mode of a LangGraph graph live on a chat model's tokens, and of the
-    models inside no token may reach them; nor those that show tokens, such as one that prints them. Tracers
-    are told nothing: they saw the calls that were made. Its readers find it by the name, tags and metadata of
-    the model that drafted.
+    `astream_events` and the `messages` mode of a LangGraph graph show a chat model's tokens, and so do
+    handlers that print tokens; none of them may receive the tokens of the models inside. Tracers receive
+    nothing here: they have recorded the calls that were made. The run has the name, tags and metadata of the
+    model that wrote the draft, so that filters of readers still match.
     """
 
     def __init__(
         self, config: RunnableConfig, messages: list[BaseMessage], name: str, caller: bridge.Caller | None
     ) -> None:
         callbacks = cast("BaseCallbackManager", config["callbacks"])
-        self._manager = chosen(manager_for(caller), callbacks, shows_answers)
+        self._manager = filtered_manager(manager_for(caller), callbacks, shows_answers)
         self._messages, self._name, self._caller = messages, name, caller
-        self._told: Told | None = None
+        self._run: RunEvents | None = None
         self.drafting = _Drafting()
-        """Is to hear the app's own run."""
+        """A handler to add to the app's own run; it records which model drafts."""
 
     async def piece(self, piece: Piece) -> None:
-        """Show a piece."""
+        """Emit a piece of the answer."""
         if not self._manager.handlers or not (piece.text or piece.trajectory):
             return
         drafted = None if piece.trajectory is None else piece.trajectory.draft
         draft = piece.text if drafted is None else shown_of(drafted.answer)
-        told = await self._begun(draft)
+        run = await self._begun(draft)
         chunk = piece.output
         if not isinstance(chunk, AIMessageChunk):
-            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{told.run.run_id}")
-        if drafted is not None and not any(each and each.usage_metadata for each in (chunk, told.all)):
+            chunk = AIMessageChunk(content=piece.text, id=piece.id or f"lc_run--{run.run.run_id}")
+        if drafted is not None and not any(each and each.usage_metadata for each in (chunk, run.all)):
             chunk = chunk.model_copy(update={"usage_metadata": self.drafting.usage_of(draft)})
-        await told.piece(chunk)
+        await run.piece(chunk)
 
     async def end(self) -> None:
-        """Say that the answer is whole."""
-        if self._told is not None and self._told.all is not None:
-            await self._told.end(cast("AIMessage", message_chunk_to_message(self._told.all)))
+        """Emit the end of the answer, if any of it was emitted."""
+        if self._run is not None and self._run.all is not None:
+            await self._run.end(cast("AIMessage", message_chunk_to_message(self._run.all)))
 
     async def error(self, error: BaseException) -> None:
-        """Say that nothing more comes, also where nothing came: who reads tokens waits for an end."""
+        """Emit the error, also where no token was emitted: a reader of tokens waits for the end of a run."""
         if self._manager.handlers:
             await (await self._begun()).error(error)
 
-    async def _begun(self, draft: str | None = None) -> Told:
-        if self._told is None:
+    async def _begun(self, draft: str | None = None) -> RunEvents:
+        if self._run is None:
             model = self.drafting.model_of(draft) or _Model({}, self._name, [], {})
             self._manager.add_tags(model.tags, inherit=False)
-            # In a graph's node it is that node's answer, whatever nodes it came from inside.
+            # In a graph's node the answer belongs to that node, whichever inner node drafted it.
             self._manager.metadata = {**model.metadata, **self._manager.metadata}
             about: dict[str, Any] = {"serialized": model.serialized, "name": model.name}
-            self._told = await Told.begin(self._manager, self._messages, self._caller, **about)
-        return self._told
+            self._run = await RunEvents.begin(self._manager, self._messages, self._caller, **about)
+        return self._run
 
 
 class _Model(NamedTuple):
-    """What LangChain says of a model's run as it begins."""
+    """What LangChain passes to `on_chat_model_start` about a model."""
 
     serialized: dict[str, Any]
     name: str | None
@@ -464,7 +471,7 @@ class _Model(NamedTuple):
 
 
 class _Drafting(BaseCallbackHandler):
-    """Hears which models an app asks."""
+    """Records the model runs of an app: which model, its text, and its usage."""
 
     run_inline = True  # else each event of an asynchronous app costs a thread hop
 
@@ -474,31 +481,31 @@ class _Drafting(BaseCallbackHandler):
         self._usages: dict[UUID, UsageMetadata | None] = {}
 
     def on_chat_model_start(self, serialized: Any, messages: Any, *, run_id: UUID, **about: Any) -> None:
-        """Take down who is asked."""
+        """Record the model."""
         self._models[run_id] = _Model.begun(serialized, about)
 
     def on_llm_start(self, serialized: Any, prompts: Any, *, run_id: UUID, **about: Any) -> None:
-        """Take down who is asked."""
+        """Record the model."""
         self._models[run_id] = _Model.begun(serialized, about)
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **about: Any) -> None:
-        """Take down what it said, and what that cost."""
+        """Record the text and the usage."""
         for each in response.generations[0][:1] if response.generations else []:
             self._texts[run_id] = each.text
             self._usages[run_id] = getattr(getattr(each, "message", None), "usage_metadata", None)
 
     def model_of(self, draft: str | None) -> _Model | None:
-        """Return who wrote a draft."""
+        """Return the model that wrote a draft; None if no model ran."""
         run_id = self._run_of(draft)
         return None if run_id is None else self._models[run_id]
 
     def usage_of(self, draft: str | None) -> UsageMetadata | None:
-        """Return what a draft cost, where its model counts."""
+        """Return the usage of a draft; None if its provider reports none."""
         run_id = self._run_of(draft)
         return None if run_id is None else self._usages.get(run_id)
 
     def _run_of(self, draft: str | None) -> UUID | None:
-        """Return the run of who said the same as a draft to the letter, or else of who was asked last."""
+        """Return the last run whose text is exactly the draft, or else the run that started last."""
         asked: list[UUID | None] = [None, *self._models]
         wrote = [run_id for run_id in self._models if self._texts.get(run_id) == draft]
         return wrote[-1] if wrote else asked[-1]

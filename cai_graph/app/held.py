@@ -80,7 +80,7 @@ class Held:
         elif part.mode == "updates" and isinstance(part.data, Mapping):
             self._interrupts += part.data.get("__interrupt__", ())
 
-    def told(self, shape: Shape, output: Any, trajectory: Trajectory | None) -> Iterator[Any]:
+    def replay(self, shape: Shape, output: Any, trajectory: Trajectory | None) -> Iterator[Any]:
         """Yield the recorded chunks, in the modes and form that the caller requested.
 
         Args:

@@ -35,8 +35,8 @@ __all__ = [
     "Writing",
     "batches",
     "block_end",
+    "in_one_piece",
     "relay",
-    "whole",
     "whole_chunk",
 ]
 
@@ -275,7 +275,7 @@ class Writing:
     async def rest(self, output: Any, trajectory: Trajectory) -> None:
         """Send the part of the released output that was not sent yet; all of it unchanged, if none was."""
         if not self._at_once and not self._sent:
-            await self._send(whole(_as_message(output), self._shape, trajectory))
+            await self._send(in_one_piece(_as_message(output), self._shape, trajectory))
             return
         text = shown_of(self._shape.answer(output))[self._sent :]
         chunk = self._verdict(output) if self._at_once else self._part(output, text, last=True)
@@ -395,9 +395,11 @@ def whole_chunk(message: BaseMessage) -> BaseMessage:
     return _part_of_message(message, 0, shown_of(message), last=True)
 
 
-def whole(output: Any, shape: Shape, trajectory: Trajectory | None, *, told: bool = False) -> Piece:
-    """Return an output as a single piece; with `told` it was already sent, and only the record is added."""
-    chunk = None if told else output
+def in_one_piece(
+    output: Any, shape: Shape, trajectory: Trajectory | None, *, already_left: bool = False
+) -> Piece:
+    """Return an output as a single piece; with `already_left` only the record is added."""
+    chunk = None if already_left else output
     if isinstance(chunk, Mapping):
         chunk = AddableDict({key: _as_chunk(value) for key, value in chunk.items()})
     if trajectory is None:

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from cai_graph.bulk.rows import Answer, Broken, Rows
-from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
+from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls
 from cai_graph.concurrency.together import side_by_side, until
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, failed_principles
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.trajectory import Critique, Label
 
 __all__ = ["Judgement", "judge"]

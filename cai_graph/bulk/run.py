@@ -13,10 +13,9 @@ from itertools import islice
 from typing import Any
 
 from cai_graph.bulk.rows import Broken, Prompt, Rows
-from cai_graph.calls import describe
 from cai_graph.chain import ConstitutionalChatModel
 from cai_graph.concurrency.together import side_by_side, until
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.log import Log
 from cai_graph.trajectory import Outcome, Trajectory
 

@@ -49,7 +49,7 @@ def judge(
     Writes one line a row, in order: its id (or index), verdicts, and aims, of a probe: P(VIOLATES) by each
     aim, and what its heads read (harm, evasion, request). A row that cannot be judged has an error instead.
     """
-    from cai_graph import bulk, show, whole
+    from cai_graph import atomic, bulk, show
     from cai_graph import constitution as constitutions
 
     rules = constitutions.load(constitution)
@@ -79,7 +79,7 @@ def judge(
                             complain(f"skipped: {judgement.error}")
 
         broken_off: CaiError | None = None
-        with whole.output(output) as file:
+        with atomic.output(output) as file:
             try:
                 with foreign(critic):
                     asyncio.run(work(file))

@@ -29,7 +29,15 @@ from langchain_core.runnables.utils import ConfigurableField
 from langchain_core.tools import BaseTool
 from pydantic import PrivateAttr
 
-from cai_graph.app.handlers import ModelRun, Told, hide_usage, manager_for, only, shows_answers, under_a_model
+from cai_graph.app.handlers import (
+    ModelRun,
+    RunEvents,
+    filtered_run,
+    hide_usage,
+    manager_for,
+    shows_answers,
+    under_a_model,
+)
 from cai_graph.app.placed import Placed
 from cai_graph.app.shape import Shape
 from cai_graph.app.streams import Piece
@@ -122,10 +130,11 @@ class ConstitutionalChatModel(BaseChatModel):
         if run_manager is None or not any(map(shows_answers, run_manager.handlers)):
             message, trajectory = await guard.answer(messages, config, options, caller=caller)
             return result_of(message, trajectory)
-        told = Told(only(run_manager, shows_answers), caller)  # LangChain tells of its start and end
+        # LangChain emits the start and the end of this run itself.
+        events = RunEvents(filtered_run(run_manager, shows_answers), caller)
         async with aclosing(guard.stream(messages, config, options, caller=caller, invoked=True)) as pieces:
             async for piece in pieces:
-                await told.piece(chunk_of(piece))
+                await events.piece(chunk_of(piece))
         return result_of(piece.whole, piece.trajectory)
 
     def _stream(
@@ -262,7 +271,7 @@ class ConstitutionalChatModel(BaseChatModel):
             {**config.get("metadata", {}), **self._get_ls_params_with_defaults(stop=stop, **options)},
             self.metadata,
         )
-        told = await Told.begin(
+        events = await RunEvents.begin(
             callbacks,
             messages,
             caller,
@@ -275,15 +284,15 @@ class ConstitutionalChatModel(BaseChatModel):
         )
         under, thread = options_of(stop, options), config.get("configurable")
         try:
-            async with aclosing(self._generations(messages, under, told.run, caller, thread)) as made:
+            async with aclosing(self._generations(messages, under, events.run, caller, thread)) as made:
                 async for chunk in made:
                     part = cast("AIMessageChunk", chunk.message)
-                    await told.piece(part)
+                    await events.piece(part)
                     yield part
         except BaseException as error:
-            await told.error(error)
+            await events.error(error)
             raise
-        await told.end()
+        await events.end()
 
     def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
         """Answer each conversation; LangChain's own entry to a chat model."""

@@ -19,10 +19,10 @@ from langchain_core.language_models import BaseChatModel
 from langchain_core.runnables import Runnable, RunnableConfig
 
 from cai_graph import models
-from cai_graph.app.handlers import Streaming, collected, is_stream, progress, unstreamed
+from cai_graph.app.handlers import AsksForStreams, collected, is_stream, progress, unstreamed
 from cai_graph.app.held import Held
 from cai_graph.app.shape import Shape
-from cai_graph.app.streams import AHEAD, Batch, Piece, Send, Writing, batches, relay, whole
+from cai_graph.app.streams import AHEAD, Batch, Piece, Send, Writing, batches, in_one_piece, relay
 from cai_graph.app.wrapped import (
     STREAM,
     HandedOver,
@@ -322,17 +322,17 @@ class Guard:
         if mode == "buffer" or self.shape.whole or is_graph(self.app):
             held = Held(self.app, options) if is_graph(self.app) else None
             if held is None and not invoked:
-                hearing = [*hearing, Streaming()]
+                hearing = [*hearing, AsksForStreams()]
             try:
                 output, trajectory = await self.answer(
                     input, config, options, caller=caller, held=held, hearing=hearing
                 )
             except HandedOver as handed:
-                yield whole(handed.output, self.shape, handed.trajectory, told=True)
+                yield in_one_piece(handed.output, self.shape, handed.trajectory, already_left=True)
                 raise
-            for chunk in () if held is None else held.told(self.shape, output, trajectory):
+            for chunk in () if held is None else held.replay(self.shape, output, trajectory):
                 yield Piece(chunk, "")
-            yield whole(output, self.shape, trajectory, told=held is not None)
+            yield in_one_piece(output, self.shape, trajectory, already_left=held is not None)
             return
 
         async def work(send: Send[Piece]) -> None:
@@ -343,7 +343,7 @@ class Guard:
                     async for batch in written:
                         for chunk in batch.items:
                             if waits(chunk):
-                                await send(whole(chunk, self.shape, None))
+                                await send(in_one_piece(chunk, self.shape, None))
                                 raise Paused
                         yield batch
 
@@ -409,7 +409,7 @@ class Guard:
         callbacks.tags, callbacks.inheritable_tags = [*around.tags], [*around.inheritable_tags]
         callbacks.metadata = {**around.metadata}
         callbacks.inheritable_metadata = {**around.inheritable_metadata}
-        streaming = [Streaming()] if any(map(is_stream, around.handlers)) else []
+        streaming = [AsksForStreams()] if any(map(is_stream, around.handlers)) else []
         for each in (handler, *hearing, *streaming):
             callbacks.add_handler(each, inherit=True)  # what is bound to a graph calls it as its own run
         under: RunnableConfig = {**config, "callbacks": callbacks}

@@ -12,7 +12,7 @@ from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import patch_config
 from langchain_core.runnables.utils import ConfigurableField, ConfigurableFieldSpec
 
-from cai_graph.app.handlers import Shown, shows_answers
+from cai_graph.app.handlers import AnswerEvents, shows_answers
 from cai_graph.app.shape import added
 from cai_graph.app.streams import Piece
 from cai_graph.app.wrapped import (
@@ -228,7 +228,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
     ) -> AsyncGenerator[Piece, None]:
         """Yield what leaves, and show it to the streams that stand around."""
         asked = [] if resumes(input, self.app) else self.guard.shape.conversation(input)
-        shown = Shown(config, to_langchain(asked), self.get_name(), caller)
+        shown = AnswerEvents(config, to_langchain(asked), self.get_name(), caller)
         made = self.guard.stream(
             input, config, options, caller=caller, invoked=invoked, hearing=[shown.drafting]
         )

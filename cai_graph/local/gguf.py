@@ -16,7 +16,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from cai_graph import whole
+from cai_graph import atomic
 from cai_graph.errors import DataError
 
 __all__ = ["block_count", "first_blocks"]
@@ -89,7 +89,7 @@ def first_blocks(source: Path, blocks: int, destination: Path) -> str:
 
         destination.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-        with whole.file(destination, mode=0o600) as work, work.open("wb") as out:
+        with atomic.file(destination, mode=0o600) as work, work.open("wb") as out:
 
             def write(piece: bytes | bytearray) -> None:
                 digest.update(piece)

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import msgspec
 
-from cai_graph import whole
+from cai_graph import atomic
 from cai_graph.errors import ConfigError, DataError, LogError, MissingExtra
 from cai_graph.log import CURRENT_END, Filters, Log, Redactor, open_log, place_of
 from cai_graph.log.redaction import is_withheld
@@ -115,9 +115,9 @@ def export(
     write = _write_jsonl if chosen == "jsonl" else _parquet_writer()
     with open_log(url, read_only=True) as log:
         try:
-            with whole.file(target, mode=0o600) as work, work.open("wb") as file:
+            with atomic.file(target, mode=0o600) as work, work.open("wb") as file:
                 count = write(log, filters, file)
-            whole.sync_folder(target.parent)
+            atomic.sync_folder(target.parent)
         except OSError as error:
             raise LogError(f"{target}: cannot be written: {error.strerror or error}") from error
     return count

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cai_graph import whole
+from cai_graph import atomic
 from cai_graph.errors import CaiError, ConfigError, LogError
 from cai_graph.log import is_open, open_store, place_of
 from cai_graph.log.store import (
@@ -344,7 +344,7 @@ def _appearing(target: Path) -> Iterator[Path]:
             if (stale := wal_of(target)) is not None:
                 set_aside(target, stale)
             work.replace(target)
-            whole.sync_folder(target.parent)
+            atomic.sync_folder(target.parent)
     except OSError as error:
         raise LogError(f"{target}: cannot be made: {error.strerror}") from error
     except LogError as error:

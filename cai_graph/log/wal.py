@@ -21,7 +21,7 @@ from pathlib import Path
 
 import apsw
 
-from cai_graph import whole
+from cai_graph import atomic
 from cai_graph.errors import LogError
 from cai_graph.log.alarm import say
 
@@ -133,7 +133,7 @@ def keep_unread(path: Path, db: apsw.Connection, unread: str, *, read_only: bool
             if unread_of(path, db) is None:  # another process was first
                 return
             kept = _name(path, _DAMAGED)
-            with whole.file(kept, mode=0o600) as work:
+            with atomic.file(kept, mode=0o600) as work:
                 shutil.copyfile(f"{path}-wal", work)
             say(
                 logging.ERROR,

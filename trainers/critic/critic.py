@@ -26,7 +26,7 @@ from cai_graph.critic.probe import windows, windows_that_fit
 from cai_graph.critic.trained import TrainedCritic, classifier_text, load_of, logits_of
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError
-from trainers import markdown, whole
+from trainers import atomic, markdown
 from trainers.config import above, at_least, plain, require
 from trainers.critic import heads as fitting
 from trainers.critic.figures import (
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "train"]
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 _FIRST = {"probe": f"{FOLDS} folds by request", "classifier": "a fifth of the requests"}
 """The data that threshold and calibration are determined on, by kind."""
@@ -117,7 +117,7 @@ class _Fitted(NamedTuple):
     """Panels of the reliability plot: threshold and curves, by aim or principle."""
 
 
-def train(config: Config, progress: Progress | None = None) -> Path:
+def train(config: Config, progress: OnProgress | None = None) -> Path:
     """Train a critic, calibrate and measure it, and return its folder, which appears complete or not at all.
 
     An interrupted probe resumes, since states are cached; a classifier starts again.
@@ -132,13 +132,13 @@ def train(config: Config, progress: Progress | None = None) -> Path:
         ModelError: the model cannot be used, or its loss is not finite.
         MissingExtra: the extra `train` is not installed.
     """
-    whole.absent(config.output)
+    atomic.absent(config.output)
     if config.kind == "probe":
         check_local(config.model)
     needed = ("torch", "transformers", "peft") if config.kind == "classifier" else ()
     require("`cai train critic`", "numpy", "safetensors", "sklearn", "matplotlib", *needed)
     data = Labels(config.data, config.unseen)
-    with whole.folder(config.output) as folder:
+    with atomic.folder(config.output) as folder:
         fitted = (_probe if config.kind == "probe" else _classifier)(config, data, folder, progress)
         card = {
             "format": 1,
@@ -177,7 +177,7 @@ def _measured(
 # ---- a probe
 
 
-def _probe(config: Config, data: Labels, folder: Path, progress: Progress | None) -> _Fitted:
+def _probe(config: Config, data: Labels, folder: Path, progress: OnProgress | None) -> _Fitted:
     import numpy
 
     reader = reader_of(config.model, config.blocks, config.turns)
@@ -245,7 +245,7 @@ def _fit_kept(fitted: Callable[[Array], Head], rows: Array, kept: Array) -> Head
 # ---- a classifier
 
 
-def _classifier(config: Config, data: Labels, folder: Path, progress: Progress | None) -> _Fitted:
+def _classifier(config: Config, data: Labels, folder: Path, progress: OnProgress | None) -> _Fitted:
     """Train on four fifths of the requests; calibrate and measure on the last fifth."""
     import numpy
 

@@ -13,7 +13,7 @@ from cai_graph import local
 from cai_graph.critic.probe import Reader, cut_request
 from cai_graph.digests import sha256_of
 from cai_graph.errors import ConfigError
-from trainers import whole
+from trainers import atomic
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,5 +114,5 @@ class StateCache:
         import numpy
 
         states = await self.reader.read(request, window)
-        with whole.file(self.path(request, window)) as work, work.open("wb") as file:
+        with atomic.file(self.path(request, window)) as work, work.open("wb") as file:
             numpy.save(file, states.vectors)

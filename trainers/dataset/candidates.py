@@ -29,7 +29,7 @@ from trainers.dataset.spool import KEPT_DRAFT, NOBODY, REMOVED, Spooled, Spools,
 from trainers.ledger import REASONS, Ledger, Reason
 from trainers.rows import RANKS, Dropped, Row, content_of, encode_row
 
-__all__ = ["Candidates", "Converted", "Judged", "Part", "checked", "convert"]
+__all__ = ["Candidates", "Converted", "Part", "UnexpectedEvidence", "checked", "convert"]
 
 _DIGESTS = 1 << 128
 _STRETCH = 40
@@ -60,7 +60,7 @@ class Part:
         self.met |= other.met
 
 
-class Judged(Exception):  # noqa: N818 - no error: the evidence is gathered first
+class UnexpectedEvidence(Exception):  # noqa: N818 - no error: the evidence is gathered first
     """A record about a Trajectory was met where none were expected."""
 
 
@@ -107,7 +107,7 @@ class Candidates:
         """Yield the header and the body of each candidate.
 
         Raises:
-            Judged: there is evidence, and none was expected.
+            UnexpectedEvidence: there is evidence, and none was expected.
         """
         part, ledger, kind = self.part, self.part.ledger, self.recipe.kind
         prompts, is_checked = self.prompts, self._is_checked
@@ -119,7 +119,7 @@ class Candidates:
             logged = read_logged(payload, head_enough)
             if logged is None:
                 if self.evidence is None:
-                    raise Judged
+                    raise UnexpectedEvidence
                 continue
             number += 1
             if prompts is not None and isinstance(logged, Logged):

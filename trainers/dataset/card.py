@@ -19,7 +19,7 @@ import yaml
 
 from cai_graph.errors import CaiError, ConfigError, MissingExtra
 from cai_graph.trajectory import Comparison, decode
-from trainers import markdown, svg, whole
+from trainers import atomic, markdown, svg
 from trainers.dataset.dataset import read_manifest
 from trainers.dataset.reading import appended, stretches
 from trainers.export import CARD, Format, loading, read_rows
@@ -151,8 +151,8 @@ def report(folder: Path, *, licence: str, title: str | None = None) -> Report:
     summary = summarise(folder)
     name = title or folder.name
     made = Report(folder / CARD, folder / "report.html", tuple(summary.missing_logs))
-    whole.write(made.card, card(summary, licence, name))
-    whole.write(made.page, page(summary, name))
+    atomic.write(made.card, card(summary, licence, name))
+    atomic.write(made.page, page(summary, name))
     return made
 
 

@@ -30,9 +30,9 @@ import msgspec
 from cai_graph.addresses import without_password
 from cai_graph.errors import ConfigError, DataError
 from cai_graph.trajectory import SCHEMA_VERSION, Comparison, Record, Review, Trajectory
-from trainers import whole
+from trainers import atomic
 from trainers.dataset import near
-from trainers.dataset.candidates import Converted, Judged, Part, checked, convert
+from trainers.dataset.candidates import Converted, Part, UnexpectedEvidence, checked, convert
 from trainers.dataset.cluster import Cluster
 from trainers.dataset.evidence import Mapped, gather
 from trainers.dataset.reading import Stretch, about, located, stretches
@@ -155,7 +155,7 @@ def _converted(
 ) -> tuple[Part, list[Converted]]:
     """Convert all stretches to candidates, in files in `work`."""
     if not any(stretch.seems_judged() for stretch in parts):
-        with contextlib.suppress(Judged):  # Raised if a file has judgements that `seems_judged` missed.
+        with contextlib.suppress(UnexpectedEvidence):  # a file has judgements that `seems_judged` missed
             return _collected(mapped(partial(convert, recipe, work / "first", None), parts, count()))
     evidence = gather(mapped, work / "evidence.db", parts)
     step = partial(convert, recipe, work / "second", evidence.path)
@@ -176,10 +176,10 @@ def _collected(converted: Iterable[Converted]) -> tuple[Part, list[Converted]]:
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
     """Yield a temporary folder, which is moved to `output` when the body ends, or deleted on error."""
-    whole.absent(output)
+    atomic.absent(output)
     with contextlib.ExitStack() as stack:
         try:
-            folder = stack.enter_context(whole.folder(output, mode=0o700))  # it contains users' texts
+            folder = stack.enter_context(atomic.folder(output, mode=0o700))  # it contains users' texts
         except OSError as error:
             raise ConfigError(f"{output}: cannot be made: {error.strerror}") from error
         yield folder

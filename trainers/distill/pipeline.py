@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cai_graph.calls import describe
 from cai_graph.errors import CaiError, ConfigError, DataError
-from trainers import whole
+from cai_graph.failures import describe
+from trainers import atomic
 
 __all__ = [
     "CHECKPOINT",
@@ -221,7 +221,7 @@ class Pipeline:
                 "seconds": seconds,
                 "figures": figures,
             }
-            whole.write(path / DONE, json.dumps(note, indent=2, default=str) + "\n")
+            atomic.write(path / DONE, json.dumps(note, indent=2, default=str) + "\n")
         except CaiError as error:
             raise StepFailed(step.name, str(error)) from error
         except OSError as error:

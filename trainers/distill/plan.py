@@ -58,13 +58,13 @@ from trainers.rows import Kind
 
 __all__ = ["pipeline", "train"]
 
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Told what is counted, how many are done, and of how many."""
 
 T = TypeVar("T")
 
 
-def pipeline(config: Config, progress: Progress = lambda what, done, total: None) -> Pipeline:
+def pipeline(config: Config, progress: OnProgress = lambda what, done, total: None) -> Pipeline:
     """Return the steps of a config; whatever can be checked without work is checked here.
 
     Raises:
@@ -78,7 +78,7 @@ def pipeline(config: Config, progress: Progress = lambda what, done, total: None
 
 
 def train(
-    config: Config, tell: Tell, progress: Progress = lambda what, done, total: None
+    config: Config, tell: Tell, progress: OnProgress = lambda what, done, total: None
 ) -> tuple[Checkpoint, Path]:
     """Do what is not done yet; return the trained model, which is `config.output`, and the report.
 
@@ -99,7 +99,7 @@ def train(
 class _Plan:
     """The steps of one config, each with its work."""
 
-    def __init__(self, config: Config, progress: Progress) -> None:
+    def __init__(self, config: Config, progress: OnProgress) -> None:
         self.config, self.progress = config, progress
         self.rules = constitutions.load(config.constitution)
         self.base = identity(config.model)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from cai_graph.errors import DataError
-from trainers import whole
+from trainers import atomic
 from trainers.distill.pipeline import DONE
 
 __all__ = ["link", "publish"]
@@ -37,13 +37,13 @@ def publish(made: Path, output: Path) -> None:
     note = output / _PUBLISHED
     files = {path.name: path for path in sorted(made.iterdir()) if path.is_file() and _is_shown(path.name)}
     before = _published(note)
-    whole.write(note, json.dumps(sorted(before | files.keys())) + "\n")  # stays correct if interrupted below
+    atomic.write(note, json.dumps(sorted(before | files.keys())) + "\n")  # stays correct if interrupted below
     for name in before - files.keys():
         for path in (output / name, _work(output / name)):
             path.unlink(missing_ok=True)
     for name, path in files.items():
         link(path, output / name)
-    whole.write(note, json.dumps(sorted(files)) + "\n")
+    atomic.write(note, json.dumps(sorted(files)) + "\n")
 
 
 def _work(target: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_graph.trajectory import text_of
-from trainers import whole
+from trainers import atomic
 from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import plain
 from trainers.distill.config import Config
@@ -45,7 +45,7 @@ def report(output: Path, config: Config, steps: Pipeline, done: Mapping[str, Don
         _section("Config", table([(key, _said(value)) for key, value in plain(config).items()], text=True)),
     ]
     title = f"{output.name}: {config.model} under {config.constitution}"
-    whole.write(output / REPORT, document(title, "".join(sections)))
+    atomic.write(output / REPORT, document(title, "".join(sections)))
 
 
 def _section(heading: str, body: str) -> str:

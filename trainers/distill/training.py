@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from cai_graph.errors import ConfigError, ModelError
-from trainers import weights, whole
+from trainers import atomic, weights
 from trainers.checkpoint import Checkpoint
 from trainers.config import convert, plain
 from trainers.distill import checks
@@ -155,7 +155,7 @@ class Training:
             self._module.train(config)
             return
         text = yaml.safe_dump(plain(config, passwords=True), sort_keys=False)
-        whole.write(file, text, mode=0o600)
+        atomic.write(file, text, mode=0o600)
         command = [*self.config.launch, "-m", "cai_graph.cli", "train", self.stage, "--config", str(file)]
         try:
             status = subprocess.run(command, check=False).returncode

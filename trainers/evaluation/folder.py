@@ -24,14 +24,14 @@ from typing import Any
 
 import msgspec
 
-from cai_graph.calls import Budget, Calls, describe
+from cai_graph.calls import Budget, Calls
 from cai_graph.concurrency.together import side_by_side
 from cai_graph.constitution import Constitution
 from cai_graph.errors import ConfigError, DataError
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Message
-from trainers import lines, whole
+from trainers import atomic, lines
 from trainers.dataset.compared import same_answer
 from trainers.evaluation.generations import Asked, Subject
 from trainers.evaluation.grades import Grader
@@ -42,9 +42,9 @@ from trainers.feedback.judge import Judge
 from trainers.identity import told_apart
 from trainers.lines import Lines, Row
 
-__all__ = ["AIMS", "UNASKED", "Evaluation", "Progress", "has_failed", "write_whole"]
+__all__ = ["AIMS", "UNASKED", "Evaluation", "OnProgress", "has_failed", "write_whole"]
 
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """Told how many are done, of how many."""
 
 AIMS: dict[Suite, str] = {"harmlessness": "harmless", "helpfulness": "helpful"}
@@ -154,7 +154,7 @@ class Evaluation:
         *,
         samples: int = 1,
         notes: Iterable[str] = (),
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> int:
         """Write a subject's answers that are not there yet, and return how many prompts failed.
 
@@ -193,7 +193,7 @@ class Evaluation:
             raise DataError(f"{self.path}: has no answers of {subject}; run `cai evaluate run` again")
         return [row for row in rows if row["error"] is None and row["prompt"] in self.prompts]
 
-    async def best_of(self, grader: Grader, progress: Progress | None = None) -> list[str]:
+    async def best_of(self, grader: Grader, progress: OnProgress | None = None) -> list[str]:
         """Add, for each subject with several answers to a prompt, the one that takes the grader's choice.
 
         A prompt for none of whose answers the grader's word could be read is left out.
@@ -250,7 +250,7 @@ class Evaluation:
 
     # --- grades ---
 
-    async def grade(self, suite: Suite, grader: Grader, progress: Progress | None = None) -> int:
+    async def grade(self, suite: Suite, grader: Grader, progress: OnProgress | None = None) -> int:
         """Grade every subject's answers to a suite that this grader has not graded yet.
 
         What failed is kept with its error, is in no figure, and is asked for again by the next call.
@@ -292,7 +292,7 @@ class Evaluation:
         return found
 
     async def _grade(
-        self, file: Path, rows: Sequence[Row], grader: Grader, progress: Progress | None
+        self, file: Path, rows: Sequence[Row], grader: Grader, progress: OnProgress | None
     ) -> dict[tuple[Any, ...], Row]:
         with Lines(file, _ANSWER) as kept:
             # An answer that was written anew, since it had failed or another was chosen, is graded anew.
@@ -325,7 +325,7 @@ class Evaluation:
         *,
         seed: int = 0,
         concurrency: int = 4,
-        progress: Progress | None = None,
+        progress: OnProgress | None = None,
     ) -> int:
         """Have a judge compare the subjects' first answers to each prompt of a suite, all against all.
 
@@ -519,7 +519,7 @@ def write_whole(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write(path, text)
+        atomic.write(path, text)
     except OSError as error:
         raise DataError(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -23,10 +23,9 @@ from langchain_core.runnables import Runnable, RunnableLambda
 
 from cai_graph import local, models
 from cai_graph.app.shape import Shape
-from cai_graph.calls import describe
 from cai_graph.concurrency.together import side_by_side
 from cai_graph.errors import ConfigError, DataError
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.messages import cut_short, to_langchain
 from cai_graph.trajectory import shown_of, text_of
 from trainers.checkpoint import Checkpoint

@@ -14,12 +14,12 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from cai_graph.calls import Budget, Calls, describe
+from cai_graph.calls import Budget, Calls
 from cai_graph.concurrency.together import together
 from cai_graph.constitution import Constitution
 from cai_graph.critic import Critic, critic_for, failed_principles
 from cai_graph.errors import ConfigError
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Label, text_of
 from trainers.checkpoint import Checkpoint

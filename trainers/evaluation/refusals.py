@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 from langchain_core.language_models import BaseChatModel
 
 from cai_graph import local, models, prompts
-from cai_graph.calls import Budget, Calls, describe
+from cai_graph.calls import Budget, Calls
 from cai_graph.concurrency.together import together
 from cai_graph.critic.probe import Probe
 from cai_graph.errors import ConfigError, DataError
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.prompts import Exchange
 from cai_graph.trajectory import Message, text_of
 from trainers.evaluation.figures import Estimate, resampled, share

@@ -26,12 +26,12 @@ import msgspec
 from langchain_core.language_models import BaseChatModel
 
 from cai_graph import models
-from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls, describe
+from cai_graph.calls import UNATTENDED_SECONDS, Budget, Calls
 from cai_graph.concurrency.together import side_by_side, until
 from cai_graph.constitution import Constitution, Principle
 from cai_graph.critic import Critic, failed_principles
 from cai_graph.errors import ConfigError, ModelError
-from cai_graph.failures import is_about_all_rows
+from cai_graph.failures import describe, is_about_all_rows
 from cai_graph.log import Log
 from cai_graph.log.redaction import is_withheld
 from cai_graph.messages import cut_short, from_langchain, to_langchain

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_graph.errors import CaiError, ConfigError
-from trainers import whole
+from trainers import atomic
 from trainers.checkpoint import Checkpoint
 from trainers.config import above, at_least
 from trainers.identity import identity_of_reward
@@ -156,7 +156,7 @@ def train(config: Config, tell: Callable[[int, int], None] = lambda done, total:
         MissingExtra: a package is not installed.
     """
     check_machine(config, "ppo")
-    whole.absent(config.output)
+    atomic.absent(config.output)
     from trainers.ppo.loop import Run, processes
 
     with partial.held(config.output, is_main=processes().is_main_process):

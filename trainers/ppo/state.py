@@ -22,7 +22,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 
 from cai_graph.errors import ModelError
-from trainers import lines, whole
+from trainers import atomic, lines
 from trainers.ppo import Config
 from trainers.stages import MAY_CHANGE, partial
 
@@ -128,7 +128,7 @@ class States:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (work / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-                whole.sync(work)
+                atomic.sync(work)
                 os.replace(work, state)
                 self._drop_older()
         except partial.unwritable() as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError
-from trainers import whole
+from trainers import atomic
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ def states(
             if not numpy.isfinite(stacked).all():
                 bad = start + int(numpy.argmin(numpy.isfinite(stacked).all(axis=(1, 2, 3))))
                 raise DataError(f"pair {bad}: a hidden state is not finite; the weights are broken")
-            with whole.file(path) as work:
+            with atomic.file(path) as work:
                 save_file({"states": stacked}, work)
         found.append(load_file(path)["states"])
     return numpy.concatenate(found)

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cai_graph.errors import ConfigError, DataError
-from trainers import whole
+from trainers import atomic
 from trainers.checkpoint import Checkpoint
 from trainers.config import at_least
 from trainers.policy import score_ids
@@ -115,7 +115,7 @@ def train(config: Config) -> Checkpoint:
     """
     if config.members == 1:
         return _one(config, config.seed)
-    whole.absent(config.output)
+    atomic.absent(config.output)
     work = config.output.with_name(config.output.name + ".members")
     made = []
     for number in range(config.members):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cai_graph.errors import ConfigError, ModelError
-from trainers import whole
+from trainers import atomic
 from trainers.stages import partial
 
 if TYPE_CHECKING:
@@ -227,8 +227,8 @@ def _clear(work: Path) -> None:
 
 
 def _mark(point: Path, begun: float) -> None:
-    whole.sync(point)
-    whole.write(point / _POINT, json.dumps({"seconds": time.monotonic() - begun}))
+    atomic.sync(point)
+    atomic.write(point / _POINT, json.dumps({"seconds": time.monotonic() - begun}))
 
 
 def seconds(work: Path) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cai_graph.errors import ConfigError
-from trainers import whole
+from trainers import atomic
 from trainers.config import shown
 
 __all__ = ["changed", "folder", "held", "same_plan", "unwritable"]
@@ -97,7 +97,7 @@ def same_plan(work: Path, plan: Mapping[str, Any], may_change: Collection[str], 
             left = work / name
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     if not path.exists():
-        whole.write(path, json.dumps(now, indent=2) + "\n")
+        atomic.write(path, json.dumps(now, indent=2) + "\n")
 
 
 def changed(begun: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> list[str]:

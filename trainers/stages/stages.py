@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cai_graph.errors import ConfigError, ModelError
-from trainers import checkpoint, weights, whole
+from trainers import atomic, checkpoint, weights
 from trainers.checkpoint import Checkpoint, Manifest
 from trainers.config import above, at_least, plain, require
 from trainers.policy import four_bits
@@ -250,7 +250,7 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
             with its last good point.
     """
     check_machine(config, shape.stage)
-    whole.absent(config.output)
+    atomic.absent(config.output)
     source = open_data(config.data, shape.kinds)  # before the model, which may be fetched and converted
     base = Checkpoint.open(weights.resolve(config.model))
     with _quiet(), _folder(config, shape.stage, source) as work:
@@ -430,7 +430,7 @@ def _encode(config: StageConfig, shape: Shape, source: Source, encoder: Encoder,
             found["test_rows"] = encode(source.test, shape, encoder, spare, rows / "test.arrow").rows
         if "test_rows" not in found:
             (rows / "test.arrow").unlink(missing_ok=True)
-    whole.write(rows / "counts.json", json.dumps(found))
+    atomic.write(rows / "counts.json", json.dumps(found))
 
 
 def _encoded(path: Path) -> Dataset | None:

@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from cai_graph.atomic import output
 from cai_graph.errors import DataError
-from cai_graph.whole import output
-from trainers import whole
+from trainers import atomic
 
 
 def test_a_write_that_fails_leaves_the_older_file_and_nothing_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "notes.json"
-    whole.write(path, "old")
+    atomic.write(path, "old")
 
     def interrupted(handle: int) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        whole.write(path, "new")
+        atomic.write(path, "new")
 
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -35,7 +35,7 @@ def test_a_write_that_fails_leaves_the_older_file_and_nothing_beside(
 @pytest.mark.parametrize("mode", [0o644, 0o600])
 def test_a_file_is_its_owners_alone_until_it_is_whole(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "out.bin"
-    with whole.file(path, mode=mode) as work:
+    with atomic.file(path, mode=mode) as work:
         assert work.stat().st_mode & 0o777 == 0o600
         work.write_bytes(b"all")
         assert not path.exists()
@@ -48,7 +48,7 @@ def test_a_folder_stands_there_once_the_body_has_ended_or_not_at_all(tmp_path: P
     path = tmp_path / "made" / "out"
 
     def interrupted() -> None:
-        with whole.folder(path) as work:
+        with atomic.folder(path) as work:
             (work / "half").touch()
             raise KeyboardInterrupt
 
@@ -56,7 +56,7 @@ def test_a_folder_stands_there_once_the_body_has_ended_or_not_at_all(tmp_path: P
         interrupted()
     assert not list(path.parent.iterdir())
 
-    with whole.folder(path) as work:
+    with atomic.folder(path) as work:
         (work / "all").touch()
         assert not path.exists()
     assert [one.name for one in path.iterdir()] == ["all"]
@@ -72,8 +72,8 @@ def test_an_output_that_cannot_be_looked_at_is_an_error(tmp_path: Path) -> None:
 WRITES = """
 import sys, time
 from pathlib import Path
-from trainers import whole
-with whole.folder(Path(sys.argv[1])) as work:
+from trainers import atomic
+with atomic.folder(Path(sys.argv[1])) as work:
     (work / "half").write_text("half")
     print(work.name, flush=True)
     time.sleep(60)
@@ -95,7 +95,7 @@ def test_what_a_killed_process_left_goes_away_and_what_is_under_way_stays(tmp_pa
         killed.communicate()
         assert (tmp_path / names[0] / "half").exists()
 
-        with whole.folder(path), whole.folder(path):
+        with atomic.folder(path), atomic.folder(path):
             left = {one.name for one in tmp_path.iterdir()}
             assert names[0] not in left
             assert {names[1], ".out.backup"} < left

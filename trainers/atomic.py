@@ -1,4 +1,4 @@
-"""Writes folders atomically: complete or not at all, even if interrupted; also exports cai_graph.whole."""
+"""Writes folders atomically: complete or not at all, even if interrupted; also exports cai_graph.atomic."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from cai_graph.atomic import file, sync_folder, write
 from cai_graph.errors import ConfigError
-from cai_graph.whole import file, sync_folder, write
 
 __all__ = ["absent", "file", "folder", "readable", "sync", "sync_folder", "write"]
 
