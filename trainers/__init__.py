@@ -1,1 +1,1 @@
-"""Offline training from the logs that cai_graph writes: datasets, training stages and evaluation."""
+"""Training from the logs that cai_graph writes: datasets, training stages and evaluation."""

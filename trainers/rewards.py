@@ -1,16 +1,15 @@
-"""Rewards: what PPO, RLOO and GRPO make a policy better at.
+"""Rewards: score a policy's answers, for training with PPO, RLOO and GRPO, and for evaluation.
 
     Reward           conversations and answers -> one number each; the higher, the better
     ├─ FunctionReward    a Python function
-    ├─ ModelReward       a reward model, read through its own tokenizer
-    ├─ EnsembleReward    the mean of several, which says how far they disagree
-    └─ JudgeReward       an AI judge or critic under a constitution, asked about each answer (direct RLAIF)
+    ├─ ModelReward       a reward model, with its own tokenizer
+    ├─ EnsembleReward    the mean of several rewards; also measures their disagreement
+    └─ JudgeReward       an AI judge or critic that rates each answer under a constitution (direct RLAIF)
 
-A reward gives as many numbers as answers, all finite, or raises. What fails is asked again, with longer and
-longer waits, before `RewardError` says that it is out; a trainer then stops with its state kept. Only for the
-few answers of which a judge says nothing readable, or that its provider rejects, does training get a number
-that was not given, one that moves the policy neither way; who measures asks `ratings`, which leave such
-answers without one, and say which were rejected.
+Calling a reward returns one finite number per answer, or raises. A failed call of a function or a judge is
+retried with increasing waits before `RewardError` is raised; a trainer then stops and keeps its state. If a
+judge's rating of a few answers is unreadable, or its provider rejects them, they get a substitute number that
+moves the policy neither way. For measuring, use `ratings`, which returns no number for such answers.
 """
 
 from __future__ import annotations
@@ -60,22 +59,22 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 Spec = str | list[str] | dict[str, str]
-"""What a config says of a reward; see `parse`."""
+"""A reward in a config; see `parse`."""
 
 WAITS = (1.0, 5.0, 25.0)
 """Seconds before each further attempt at a reward that failed."""
 
 MAX_UNREADABLE_SHARE = 0.1
-"""Share of a batch that a judge may leave unreadable; one answer in any case."""
+"""Maximum share of a batch whose ratings may be unreadable; one answer is always allowed."""
 
 
 class RewardError(CaiError):
-    """A reward could not be had, after all attempts; says whose, and why."""
+    """A reward failed in all attempts, or cannot work; the message names the reward and the cause."""
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """What answers are worth."""
+    """The interface of rewards: a score for each answer."""
 
     name: str
     """Stable name, recorded in the Checkpoint."""
@@ -84,14 +83,14 @@ class Reward(Protocol):
         """Return one finite number for each answer to its conversation.
 
         Raises:
-            RewardError: it cannot be had.
+            RewardError: the reward failed in all attempts.
         """
         ...
 
 
 Rated = float | str | None
-"""What is said of an answer: a number; why it was rejected, by a judge's provider or as too long; None where
-a judge's word could not be read."""
+"""The result for an answer: a number; the error, as text, if a judge's provider rejected the answer or it is
+too long; None if a judge's rating could not be read."""
 
 Numbers = Sequence[float | None]
 Function = Callable[[Sequence[Messages], Sequence[str]], Numbers]
@@ -100,7 +99,7 @@ Function = Callable[[Sequence[Messages], Sequence[str]], Numbers]
 def _insist(
     name: str, ask: Callable[[], Numbers], wrong: Callable[[Numbers], str | None], waits: Sequence[float]
 ) -> list[float | None]:
-    """Return what `ask` gives; ask again where it fails, or `wrong` says what is wrong with what it gave."""
+    """Return the result of `ask`; retry if it raises, or if `wrong` returns what is wrong with the result."""
     for wait in (*waits, None):
         why: Exception | None = None
         try:
@@ -109,7 +108,7 @@ def _insist(
             if said is None:
                 return found
         except Exception as error:
-            if is_about_all_rows(error):  # such as a refused key: it helps nothing to ask again
+            if is_about_all_rows(error):  # such as a rejected key: a retry would fail, too
                 raise RewardError(f"the reward {name} cannot be had: {describe(error)}") from error
             said, why = describe(error), error
         if wait is None:
@@ -134,12 +133,12 @@ class FunctionReward:
     """
 
     def __init__(self, function: Function, name: str = "", *, waits: Sequence[float] = WAITS) -> None:
-        """Take a function; `waits` are the seconds before each further attempt when it fails."""
+        """Wrap a function; `waits` are the seconds before each further attempt after a failure."""
         self.name = name or getattr(function, "__qualname__", type(function).__name__)
         self._function, self._waits = function, waits
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
-        """Return what the function gives."""
+        """Return the function's numbers."""
         found = _insist(
             self.name,
             lambda: self._function(prompts, answers),
@@ -150,18 +149,18 @@ class FunctionReward:
 
 
 class ModelReward:
-    """A reward model, loaded when it is first asked, read through its own tokenizer."""
+    """A reward model, loaded at the first call, with its own tokenizer."""
 
     def __init__(
         self, model: str | Path | RewardModel, *, batch_size: int = 16, device: str | None = None
     ) -> None:
-        """Name a reward model's folder, or take a loaded one; `batch_size` answers are scored at once."""
+        """Create it from a reward model's folder or a loaded one; `batch_size` answers are scored at once."""
         self.name = "reward model" if isinstance(model, RewardModel) else f"model:{Path(model).name}"
         self._model, self._batch_size, self._device = model, batch_size, device
 
     @property
     def sources(self) -> frozenset[str]:
-        """The digest of its weights, whatever its folder is called."""
+        """The digest of its weights, which does not depend on the folder's name."""
         model = self._model
         return frozenset(
             {self.name if isinstance(model, RewardModel) else Checkpoint.open(Path(model)).digest}
@@ -172,16 +171,16 @@ class ModelReward:
         if not isinstance(self._model, RewardModel):
             self._model = load_reward(self._model, device=self._device)
         found = score(self._model, prompts, answers, batch_size=self._batch_size)
-        if (said := _what_is_wrong(found, len(answers))) is not None:  # it would give the same again
+        if (said := _what_is_wrong(found, len(answers))) is not None:  # a retry would give the same
             raise RewardError(f"the reward {self.name} is broken: {said}")
         return found
 
 
 class EnsembleReward:
-    """The mean of several rewards, which says how far they disagree."""
+    """The mean of several rewards; also measures their disagreement."""
 
     def __init__(self, members: Sequence[Reward]) -> None:
-        """Take the members, each on the same scale.
+        """Create an ensemble of members, which must all be on the same scale.
 
         Raises:
             ConfigError: there are fewer than two.
@@ -202,20 +201,20 @@ class EnsembleReward:
 
     def _scores(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[tuple[float, ...]]:
         asked = (list(prompts), list(answers))
-        if self._last is None or self._last[0] != asked:  # mean and disagreement are asked of one batch
+        if self._last is None or self._last[0] != asked:  # mean and disagreement need the same batch
             columns = [member(prompts, answers) for member in self.members]
             self._last = asked, list(zip(*columns, strict=True))
         return self._last[1]
 
 
 class JudgeReward:
-    """An AI judge's own rating of each answer under a constitution: direct RLAIF, without a reward model.
+    """An AI judge's rating of each answer under a constitution: direct RLAIF, without a reward model.
 
-    A `Judge` rates from -1 to 1; a critic gives 1 - 2 P(the answer violates something). An answer that stays
-    unreadable, or that the provider rejects, as a content filter does, scores as the mean of the readable
-    answers to its prompt in the batch, or of the whole batch where there is none. So it moves the policy
-    neither way, and it is counted; where more than `MAX_UNREADABLE_SHARE` of a batch are such, the judge has
-    failed.
+    A `Judge` rates from -1 to 1; a critic's rating is 1 - 2 P(the answer violates a principle). If a rating
+    stays unreadable, or the provider rejects the answer, for instance by a content filter, the answer gets
+    the mean of the readable ratings for its prompt in the batch, or of the whole batch if there are none. So
+    it moves the policy neither way. Such answers are counted; if they are more than `MAX_UNREADABLE_SHARE` of
+    a batch, the attempt has failed.
 
     Source: Lee et al. 2023 (arXiv:2309.00267), section 2.2.2.
     """
@@ -228,23 +227,26 @@ class JudgeReward:
         concurrency: int = 4,
         waits: Sequence[float] = WAITS,
     ) -> None:
-        """Take a judge and its constitution; `concurrency` answers are judged at once."""
+        """Create it from a judge and its constitution; `concurrency` answers are judged at once."""
         self.name = f"{'judge' if isinstance(judge, Judge) else 'critic'}:{judge.name}"
         self.rules = rules
         """The constitution."""
         self.unreadable = 0
-        """Answers so far that stayed unreadable."""
+        """Number of answers so far whose rating stayed unreadable."""
         self._judge, self._concurrency, self._waits = judge, concurrency, waits
 
     @property
     def sources(self) -> frozenset[str]:
-        """Who judges, and by what: the constitution, or heads, which know nothing of it but its aims."""
+        """The judge's name with the digest of its constitution, on which its ratings depend.
+
+        A probe or a trained critic depends only on the aims, so its name is combined with each aim.
+        """
         if isinstance(self._judge, ProbeCritic | TrainedCritic):
             return frozenset(f"{self.name} {principle.aim}" for principle in self.rules.principles)
         return frozenset({f"{self.name} {self.rules.digest}"})
 
     def __call__(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[float]:
-        """Return the judge's ratings, with a number in the place of the few that stayed unreadable."""
+        """Return the judge's ratings, with a substitute number for the few that stayed unreadable."""
         rated = self._ratings(
             prompts, answers, lambda found: _what_is_wrong(_filled(found, prompts), len(answers))
         )
@@ -253,11 +255,10 @@ class JudgeReward:
         return [value for value in _filled(found, prompts) if value is not None]
 
     def ratings(self, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Rated]:
-        """Return the judge's ratings; of those that stayed unreadable, however many they are, None, or why
-        they were rejected.
+        """Return the judge's ratings, as `Rated`, without substitutes, however many stayed unreadable.
 
         Raises:
-            RewardError: the judge is out.
+            RewardError: the judge failed in all attempts.
         """
         return self._ratings(prompts, answers, lambda found: None)
 
@@ -271,7 +272,7 @@ class JudgeReward:
         rejected: dict[int, str] = {}
 
         def ask() -> list[float | None]:
-            """Ask about what is not known yet, so that an outage loses nothing that was paid for."""
+            """Request only the ratings that are still missing, so that a retry repeats no paid request."""
             wanted = [n for n in range(len(answers)) if n not in known and n not in rejected]
             given, failed = bridge.run(lambda _: self._rate([(prompts[n], answers[n]) for n in wanted]))
             for number, rated in zip(wanted, given, strict=True):
@@ -296,8 +297,10 @@ class JudgeReward:
         return [rejected.get(number, value) for number, value in enumerate(found)]
 
     async def _rate(self, asked: Sequence[tuple[Messages, str]]) -> tuple[list[Rated], Exception | None]:
-        """Return what is said of each answer, None also of those not asked about, and the first error of
-        the judge."""
+        """Return the rating of each answer, and the first error of the judge; None if there was none.
+
+        After an error, answers whose request has not begun get None.
+        """
         import asyncio
 
         room = asyncio.Semaphore(self._concurrency)
@@ -305,7 +308,7 @@ class JudgeReward:
 
         async def one(prompt: Messages, answer: str) -> Rated:
             async with room:
-                if failures:  # the judge is out: what is not begun waits for the next attempt
+                if failures:  # the judge has failed: the remaining answers wait for the next attempt
                     return None
                 try:
                     return await self._rating(prompt, answer)
@@ -334,16 +337,16 @@ class JudgeReward:
 
 
 def _is_about(answer: str, error: Exception) -> bool:
-    """Return whether an error is a word on this answer alone, such as a content filter's."""
+    """Return whether an error concerns this answer alone, such as a content filter's."""
     rejected = getattr(error, "status_code", None) in (400, 413, 422)
     return rejected or (isinstance(error, ModelError) and len(answer) > MAX_ANSWER_CHARS)
 
 
 def _filled(found: Numbers, prompts: Sequence[Messages]) -> Numbers:
-    """Return ratings with the mean of those of the same prompt, or of all, in the place of each None.
+    """Return ratings in which each None is replaced by the mean of the prompt's ratings, or else of all.
 
-    RLOO's and GRPO's baseline is the mean of a prompt's answers, so that the mean of all would reward an
-    unreadable answer to a prompt whose other answers are bad. Where too many are None, they are left.
+    RLOO's and GRPO's baseline is the mean over a prompt's answers. So the mean of all would reward an
+    unreadable answer to a prompt whose other answers are bad. If too many are None, nothing is replaced.
 
     >>> bad, good = [{"role": "user", "content": "bad"}], [{"role": "user", "content": "good"}]
     >>> _filled([-1.0, None, 1.0, 1.0], [bad, bad, good, good])
@@ -363,7 +366,7 @@ def _filled(found: Numbers, prompts: Sequence[Messages]) -> Numbers:
 # --- from a config ------------------------------------------------------------------------------------
 
 _KINDS = ("judge", "critic")
-"""Who is asked about each answer."""
+"""Kinds of rewards that send a request for each answer."""
 
 
 def parse(
@@ -382,10 +385,10 @@ def parse(
     Args:
         spec: as above.
         rules: the constitution of a judge or critic whose spec names none, instead of `balanced`.
-        device: where reward models run.
+        device: the device of reward models.
 
     Raises:
-        ConfigError: it names nothing that there is; says what was found.
+        ConfigError: the spec is malformed, or names something that does not exist; the message quotes it.
     """
     if isinstance(spec, Mapping) and "constitution" in spec:
         rules = None
@@ -415,7 +418,7 @@ def parse(
 
 
 def spelled_out(spec: Spec | Mapping[str, str]) -> Spec:
-    """Return a spec with a judge or critic as a mapping that names its constitution; any other as it is.
+    """Return a judge's or critic's spec as a mapping that names its constitution; other specs unchanged.
 
     >>> spelled_out("judge:local")
     {'constitution': 'balanced', 'judge': 'local'}
@@ -429,7 +432,7 @@ def spelled_out(spec: Spec | Mapping[str, str]) -> Spec:
 
 
 def sources(reward: Reward) -> frozenset[str]:
-    """Return what gives a reward its numbers; two rewards with one in common are no independent judges."""
+    """Return the sources of a reward's numbers; rewards that share a source are not independent judges."""
     if isinstance(reward, EnsembleReward):
         return frozenset().union(*map(sources, reward.members))
     found: frozenset[str] = getattr(reward, "sources", frozenset({reward.name}))
@@ -437,19 +440,19 @@ def sources(reward: Reward) -> frozenset[str]:
 
 
 def constitutions(reward: Reward) -> frozenset[str]:
-    """Return the digests of the constitutions that a reward's judges go by."""
+    """Return the digests of the constitutions of a reward's judges."""
     if isinstance(reward, EnsembleReward):
         return frozenset().union(*map(constitutions, reward.members))
     return frozenset({reward.rules.digest}) if isinstance(reward, JudgeReward) else frozenset()
 
 
 def ratings(reward: Reward, prompts: Sequence[Messages], answers: Sequence[str]) -> list[Rated]:
-    """Return what a reward says of each answer; of one that a judge gave no number, why not, as in `Rated`.
+    """Return a reward's result for each answer, as `Rated`, without substitutes for missing numbers.
 
-    This is for measuring; a policy is trained on what the reward gives when it is called.
+    This is for measuring; training calls the reward itself.
 
     Raises:
-        RewardError: it cannot be had.
+        RewardError: the reward failed in all attempts.
     """
     if isinstance(reward, JudgeReward):
         return reward.ratings(prompts, answers)
@@ -482,7 +485,7 @@ def _function(spec: str) -> Function:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # importing runs the module, which can raise anything
         raise ConfigError(f"reward {spec!r}: cannot be imported: {describe(error)}") from error
     if not callable(found):
         raise ConfigError(f"reward {spec!r}: is a {type(found).__name__}, not a function")

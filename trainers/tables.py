@@ -1,15 +1,18 @@
-"""Files of rows, as others write them: JSON lines, a JSON array, Parquet; sets of prompts also CSV or text.
+"""Reads files of rows: JSON lines, a JSON array or Parquet; files of prompts also as CSV or text.
 
-rows           the rows of a file, each with its place
-each           the same, where a row that cannot be read costs no other
-parquet        the rows of a Parquet file alone
-without_nulls  a row as it was before Arrow filled it up
-prompts_in     the user messages of a set of prompts
-prompt_rows    its rows; `prompt_in` is the prompt of one, `user_messages` what the user says there, `text_in`
-               the text of a message
+rows           the rows of a file, each with its number
+each           the same, with an error in the place of each row that cannot be read
+parquet        the rows of a Parquet file
+without_nulls  a row without the nulls that Arrow added
+prompts_in     the user messages of a file of prompts
+prompt_rows    the rows of a file of prompts
+prompt_in      the prompt of such a row
+user_messages  the user messages in the prompt of such a row
+text_in        the text of a message
 
-A file's name says how it is written: `.jsonl` and `.ndjson`, `.json` (an array, an object that holds one, a
-row; or lines, which such files often are), `.parquet`. All but Parquet may be compressed (`.gz`).
+The format follows from the file's name: `.jsonl` and `.ndjson`, `.json` (an array, an object that contains
+one, a single row; or lines, as such files often have), `.parquet`. All except Parquet may be compressed
+(`.gz`).
 """
 
 from __future__ import annotations
@@ -50,16 +53,16 @@ _BATCH = 1000
 
 
 def rows(path: Path, *, bare: str | None = None) -> Iterator[tuple[int, Row]]:
-    """Yield each row with its number from 1: its line, or in an array or in Parquet its place.
+    """Yield each row with its number from 1: the line number, or the position in an array or in Parquet.
 
     Args:
         path: the file.
-        bare: the key of a value that is no object, which is then a row, too.
+        bare: if given, a value that is not an object is accepted, too, as a row with this key.
 
     Raises:
-        ConfigError: the file's name does not say how it is written.
+        ConfigError: the file's name does not end in a known format.
         DataError: the file, or a row, cannot be read; names file and row.
-        MissingExtra: it is Parquet, and pyarrow is not installed.
+        MissingExtra: the file is Parquet, and pyarrow is not installed.
     """
     for number, row in each(path, bare=bare):
         if isinstance(row, DataError):
@@ -69,9 +72,9 @@ def rows(path: Path, *, bare: str | None = None) -> Iterator[tuple[int, Row]]:
 
 
 def each(path: Path, *, bare: str | None = None) -> Iterator[tuple[int, Row | DataError]]:
-    """Yield as `rows` does, and in the place of a row that cannot be read the error that says why.
+    """Yield the same as `rows`, but for a row that cannot be read yield its error.
 
-    Raises as `rows` does for the file, not for a row.
+    Raises the errors of `rows` for the file, but not for a row.
     """
     form = _form(path)
     if form == ".parquet":
@@ -91,11 +94,11 @@ def each(path: Path, *, bare: str | None = None) -> Iterator[tuple[int, Row | Da
 
 
 def parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a Parquet file, of which no more than a batch is in memory.
+    """Yield the rows of a Parquet file, with no more than one batch in memory.
 
     Args:
         path: the file.
-        columns: which to read; all by default.
+        columns: the columns to read; all by default.
 
     Raises:
         DataError: the file cannot be read.
@@ -116,8 +119,8 @@ def parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
 def without_nulls(value: Any) -> Any:
     """Return a value without the fields that are null, and with the arguments of tool calls as objects.
 
-    Arrow fills in the fields that another row has, and knows arguments, which differ from call to call, as
-    text; chat templates stumble over both. Arguments that are no JSON stay as they are.
+    Arrow adds, as nulls, the fields that other rows have, and stores arguments, whose fields differ from call
+    to call, as text; chat templates fail on both. Arguments that are not JSON are returned unchanged.
     """
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
@@ -142,7 +145,7 @@ def _form(path: Path) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, unpacked, and say of which file it is what goes wrong as it is read."""
+    """Open a file, decompressed; an error while it is read in the body is raised with its path."""
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
             yield cast("BinaryIO", file)
@@ -151,7 +154,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _values(file: BinaryIO, form: str, *, bare: bool) -> Iterator[tuple[int, Any]]:
-    """Yield what a file of JSON holds, each value with its number; in a broken line's place its error."""
+    """Yield the values of a JSON file, each with its number; for a malformed line, its error."""
     lines = _lines(file)
     begun = list(islice(lines, 2))
     table = _table(file, begun, form, bare=bare)
@@ -163,7 +166,7 @@ def _values(file: BinaryIO, form: str, *, bare: bool) -> Iterator[tuple[int, Any
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | DataError]]:
-    """Yield the lines that are not blank, without the mark that some write in front."""
+    """Yield the lines that are not blank, without a leading byte order mark."""
     number = 0
     try:
         for number, line in enumerate(file, 1):
@@ -186,10 +189,10 @@ def _value(text: bytes | DataError) -> Any:
 def _table(
     file: BinaryIO, begun: Sequence[tuple[int, bytes | DataError]], form: str, *, bare: bool
 ) -> list[Any] | None:
-    """Return the rows of a file that is one JSON value; None: each line is one.
+    """Return the rows of a file that is one JSON value; None if each line is a value.
 
-    The first two lines tell, so that a file of lines is never held in memory. An array is one whatever the
-    file's name says.
+    The first two lines decide, so that a file of lines is never read into memory as a whole. An array is
+    recognised whatever the file's name is.
     """
     if not begun:
         return None
@@ -213,22 +216,22 @@ def _table(
 
 
 def _holds_rows(array: list[Any], *, bare: bool) -> bool:
-    """Return whether an array is of rows, and not one prompt: messages, or a user's turns."""
+    """Return whether an array contains rows, and is not a single prompt (messages, or a user's turns)."""
     return not bare or all(isinstance(item, dict) and "role" not in item for item in array)
 
 
 def _is_row(found: Row) -> bool:
-    """Return whether an object is a row and no table, although what it holds may be arrays."""
+    """Return whether an object is a single row, and not a table of columns or an object around an array."""
     if not found.keys().isdisjoint(("chosen", "rejected", "completion", "messages", "turns")):
         return True
     asked = prompt_in(found)
-    if isinstance(asked, list):  # messages, and not a column of prompts
+    if isinstance(asked, list):  # messages, not a column of prompts
         return all(isinstance(message, dict) and "role" in message for message in asked)
     return isinstance(asked, str)
 
 
 def _rows_in(found: Any, *, bare: bool) -> list[Any]:
-    """Return the array that a JSON file is, the only one in the object that it is, or the row that it is."""
+    """Return the rows of a parsed JSON file: an array, an object with exactly one array, or a single row."""
     if isinstance(found, list):
         return found
     if isinstance(found, dict):
@@ -258,20 +261,20 @@ COLUMNS = (
     "turns",
     "messages",
 )
-"""Where a row's prompt may stand, the first that is there, in small letters or with a capital."""
+"""Columns that may contain a row's prompt, the first match first; in lower case or capitalized."""
 
 _BESIDE = {"behavior": "ContextString", "instruction": "input"}
-"""Where the text stands that a prompt is about, by its column: HarmBench's and Alpaca's."""
+"""The column with the text that a prompt refers to, by the prompt's column, in HarmBench and Alpaca."""
 
 
 def prompts_in(path: Path) -> Iterator[str]:
-    """Yield the user messages in a set of prompts. Raises as `prompt_rows`."""
+    """Yield the user messages in a file of prompts. Raises the errors of `prompt_rows`."""
     for row in prompt_rows(path):
         yield from user_messages(row)
 
 
 def user_messages(row: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the user says in the prompt of a row."""
+    """Yield the texts of the user messages in the prompt of a row."""
     found = prompt_in(row)
     if isinstance(found, str):
         yield found
@@ -284,9 +287,9 @@ def user_messages(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def prompt_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a set of prompts: as `rows` reads them, CSV, or else text with a prompt a line.
+    """Yield the rows of a file of prompts: a format of `rows`, CSV, or otherwise text with a prompt per line.
 
-    A row that is a text, or a list of messages, is its prompt.
+    A text or a list of messages in the place of a row becomes a row with it as the `prompt`.
 
     Raises:
         DataError: the file, or a row, cannot be read.
@@ -297,7 +300,7 @@ def prompt_rows(path: Path) -> Iterator[Row]:
         for _, row in rows(path, bare="prompt"):
             yield row
         return
-    # Spreadsheets write a mark in front, which would be a part of the first prompt or column.
+    # Spreadsheets write a byte order mark, which would become a part of the first prompt or column name.
     with _opened(path) as file, io.TextIOWrapper(file, "utf-8-sig") as text:
         if form == ".csv":
             yield from csv.DictReader(text)
@@ -306,10 +309,10 @@ def prompt_rows(path: Path) -> Iterator[Row]:
 
 
 def prompt_in(row: Mapping[str, Any]) -> Any:
-    """Return what stands in the prompt's column of a row: a text, messages, or a user's turns; else None.
+    """Return the value of a row's prompt column: a text, messages, or a user's turns; None without one.
 
-    What a text is about stands below it, where the row has that in a column of its own. Of a pair of whole
-    conversations without a column for the prompt it is the better one.
+    If the row has the text that the prompt refers to in a separate column, it is appended to the prompt. A
+    pair of whole conversations without a prompt column gives the conversation in `chosen`.
     """
     names = (name for column in COLUMNS for name in (column, column.capitalize()))
     name = next((name for name in names if row.get(name)), None)
@@ -322,7 +325,7 @@ def prompt_in(row: Mapping[str, Any]) -> Any:
 
 
 def text_in(message: Mapping[str, Any]) -> str:
-    """Return the text of a message as providers write it: a text, or parts of which some are texts."""
+    """Return the text of a message in the providers' form: a text, or parts, some of which are texts."""
     content = message.get("content")
     if isinstance(content, str):
         return content

@@ -1,8 +1,8 @@
-"""`cai`: parses, wires, prints; no logic of its own.
+"""The command line `cai`: parses options, calls the library, and prints; it has no logic of its own.
 
-What is heavy is imported inside the command that needs it, so that `cai --help` answers at once. Results
-go to standard output, progress and complaints to standard error. Exit status: 0 fine, 1 an error or a
-failed check, 2 wrong usage, 3 finished but something was skipped, 130 interrupted.
+Heavy modules are imported inside the command that needs them, so that `cai --help` is fast. Results go to
+standard output, progress and errors to standard error. Exit status: 0 success, 1 an error or a failed check,
+2 wrong usage, 3 finished but something was skipped, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["main"]
 
 
 class _Root(TyperGroup):
-    """The commands, under which Ctrl-C is said; Typer itself ends with its status and no word."""
+    """The root of all commands; it reports Ctrl-C, on which Typer exits without a message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -71,7 +71,10 @@ app.add_typer(evaluate.commands, name="evaluate")
 
 
 class _Alarm(logging.Handler):
-    """Says what a log has to say while nobody calls it, which may be what it then raises."""
+    """Prints what a log reports from its background work.
+
+    The messages are remembered, since the log may later raise an error with the same message.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +87,7 @@ class _Alarm(logging.Handler):
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
-    # A letter that its encoding lacks is no error; where the locale is C, Python handles it by surrogates.
+    # A character that the encoding lacks must not be an error; under locale C, Python uses surrogateescape.
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")
     alarm, logger = _Alarm(), logging.getLogger("cai_graph.log")
@@ -93,7 +96,7 @@ def main() -> NoReturn:
         try:
             app()
         finally:
-            if sys.stdout is not None:  # it is where the shell closed it
+            if sys.stdout is not None:  # it is None if the shell closed it
                 sys.stdout.flush()
     except CaiError as error:
         if str(error) not in alarm.said:
@@ -116,9 +119,9 @@ def main() -> NoReturn:
                 raise
             complain(f"{error.filename}: {error.strerror}")
             sys.exit(FAILED)
-        # Python would try once more, at its end, to write what could not be written.
+        # At exit, Python would try again to write the rest of the buffer.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno != errno.EPIPE:  # who reads no further has seen enough
+        if error.errno != errno.EPIPE:  # a reader that stopped reading is not an error to report
             complain(f"what was to be written is not whole: {error.strerror}")
         sys.exit(FAILED)
     finally:

@@ -1,4 +1,4 @@
-"""`python -m cai_graph.cli`."""
+"""Runs `cai` as `python -m cai_graph.cli`."""
 
 from cai_graph.cli import main
 

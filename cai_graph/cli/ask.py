@@ -1,4 +1,4 @@
-"""`cai ask`: one question through the graph, shown as a person wants to read it."""
+"""`cai ask`: sends one question through the graph, and prints the trajectory in a readable form."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def guard(
     seed: int | None,
     **settings: Any,
 ) -> ConstitutionalChatModel:
-    """Return the chat model of a spec under a constitution. Nothing is fetched."""
+    """Return the chat model of a spec under a constitution. No weights are downloaded."""
     from cai_graph import chain
     from cai_graph import constitution as constitutions
     from cai_graph.log import open_log
@@ -126,7 +126,7 @@ def guard(
 
 @contextlib.contextmanager
 def closing(guarded: ConstitutionalChatModel) -> Iterator[None]:
-    """Close the log when the block ends, which writes what waits."""
+    """Close the log when the block ends, which writes its pending records."""
     try:
         yield
     finally:

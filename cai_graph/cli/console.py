@@ -1,4 +1,4 @@
-"""What the commands print with: consoles, progress, records; and the exit statuses."""
+"""Output of the commands: consoles, messages, progress, records, Ctrl-C; and the exit statuses."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ FAILED, SKIPPED, INTERRUPTED = 1, 3, 130
 """Exit statuses: an error or a failed check, some rows skipped, Ctrl-C."""
 
 UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EPIPE)
-"""What the system says where output cannot be written: the disk is full, or nobody reads on."""
+"""Error codes of output that cannot be written: the disk is full, or the pipe's reader has gone."""
 
 LINE_SECONDS = 30
-"""Between two lines of progress in a file or a pipe."""
+"""Seconds between two lines of progress in a file or a pipe."""
 
 DEFAULT_LOG = "sqlite:///cai.db"
 
 T = TypeVar("T")
 
 UNFOLDED = 10_000
-"""Width in columns where no terminal has one: a row or a path stays in one line for `grep` and `cut`."""
+"""Width in columns without a terminal: a row or a path stays on one line, for `grep` and `cut`."""
 
 
 class _Streamed(Console):
-    """A console that folds at a terminal's width, or at COLUMNS, and into a pipe or a file not at all."""
+    """A console that wraps lines at a terminal's width, or at COLUMNS, but not in a pipe or a file."""
 
     @property
     def size(self) -> ConsoleDimensions:
@@ -65,7 +65,7 @@ class _Streamed(Console):
             return
         with self.capture() as caught:
             super().print(*objects, **settings)
-        # Cells are filled up to the width of their column, and that is the longest line there is.
+        # Cells are padded to the width of their column, which may be as wide as the console.
         self.file.write("\n".join(line.rstrip(" ") for line in caught.get().split("\n")))
         self.file.flush()
 
@@ -75,14 +75,14 @@ err = _Streamed(highlight=False, markup=False, emoji=False, stderr=True)
 
 
 def group(help: str = "", **settings: Any) -> typer.Typer:
-    """Return a group of commands; a group without a name of its own stands at the top."""
+    """Return a group of commands; one that is added without a name has its commands at the top level."""
     return typer.Typer(
         help=help, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, **settings
     )
 
 
 def print_lines(lines: Iterable[bytes]) -> None:
-    """Print records, each a line of ASCII JSON with its line end.
+    """Print records, each of which is a line of ASCII JSON with its line end.
 
     Raises:
         ConfigError: the shell has closed standard output.
@@ -120,21 +120,21 @@ def _plain(value: object) -> str:
 
 
 def note(sentence: str) -> None:
-    """Tell the user something, on standard error."""
+    """Print a message for the user, on standard error."""
     from cai_graph import show
 
     err.print(Text(show.clean(sentence)), soft_wrap=True)
 
 
 def complain(sentence: str) -> None:
-    """Tell the user what is wrong, on standard error."""
+    """Print an error or a warning, in red, on standard error."""
     from cai_graph import show
 
     err.print(Text(show.clean(sentence), "red"), soft_wrap=True)
 
 
 def imported(sentence: str, broken: Iterable[BrokenLine]) -> None:
-    """Tell which lines of a file were skipped and what became of the others; exit with 3 where any was."""
+    """Report the skipped lines of an imported file, then `sentence`; exit with 3 if any line was skipped."""
     skipped = [f"line {line} skipped: {what}" for line, what in broken]
     for each in skipped:
         complain(each)
@@ -144,30 +144,30 @@ def imported(sentence: str, broken: Iterable[BrokenLine]) -> None:
 
 
 def is_attended() -> bool:
-    """Return whether somebody sits at a terminal, who can be asked."""
+    """Return whether a user at a terminal can be prompted."""
     return err.is_terminal and sys.stdin is not None and sys.stdin.isatty()
 
 
 def log_option(log: str) -> str:
-    """Return the option that names a log in a command to type next; nothing for the default one."""
+    """Return the `--log` option for a suggested command; "" for the default log."""
     return "" if log == DEFAULT_LOG else f" --log {shlex.quote(without_password(log))}"
 
 
 def again() -> str:
-    """Return the word and the command that was typed, to end a sentence that asks to type it once more."""
+    """Return "again: COMMAND" with the command that was typed, as the end of a message to repeat it."""
     words = [without_password(word) if "://" in word else word for word in sys.argv[1:]]
-    same = " with the same input" if "-" in words else ""  # standard input is over
+    same = " with the same input" if "-" in words else ""  # standard input has been consumed
     return f"again{same}: {shlex.join(['cai', *words])}"
 
 
 def interrupted() -> KeyboardInterrupt:
-    """Return what ends a command that Ctrl-C stopped, and says that the same one goes on where it stopped."""
+    """Return the exception for Ctrl-C; its message says that the same command resumes the work."""
     return KeyboardInterrupt(f"interrupted; to go on, type {again()}")
 
 
 @contextlib.contextmanager
 def resumable() -> Iterator[None]:
-    """Have Ctrl-C in the block say that the same command goes on where it stopped."""
+    """Raise `interrupted` on Ctrl-C in the block: the same command resumes the work."""
     try:
         yield
     except KeyboardInterrupt:
@@ -176,7 +176,7 @@ def resumable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
-    """Show progress: a bar in a terminal, a line a row elsewhere. Gives what is called after each row."""
+    """Show progress: a bar in a terminal, otherwise a line per row. Yields the callback for a row."""
     from rich import progress
 
     if not err.is_terminal:
@@ -203,10 +203,10 @@ def bar(total: int, what: str) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def measured(what: str, column: ProgressColumn | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a long piece of work is: gives what is told (done, in all); silent until it is.
+    """Show the progress of a long task. Yields the callback (done, total); its first call shows the progress.
 
-    A terminal shows a bar; elsewhere a line is written at the end, and every `LINE_SECONDS` before it.
-    The column shows both numbers; None: as a count.
+    A terminal shows a bar; otherwise a line is written every `LINE_SECONDS`, and at the end. `column` formats
+    the two numbers; None: as a count.
     """
     from rich import progress
 
@@ -241,13 +241,13 @@ def measured(what: str, column: ProgressColumn | None = None) -> Iterator[Callab
 
 
 class Stop:
-    """Ctrl-C: the first time it asks to end after what is under way, the second time it ends that too."""
+    """Ctrl-C handler: the first one lets the work in progress finish, the second one cancels it."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def listen(self) -> None:
-        """Hear Ctrl-C from now on, in the task that calls."""
+        """Install the handler; the second Ctrl-C cancels the calling task."""
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
@@ -270,14 +270,14 @@ def drive(
     line: Callable[[T], str],
     report: Callable[[T], None],
 ) -> bool:
-    """Take every result of a job that Ctrl-C stops, with progress; return whether it was stopped.
+    """Consume all results of a job, with progress, until Ctrl-C; return whether it was stopped.
 
     Args:
-        results: gives the job's results, from a function that says whether no further one shall be begun.
-        left: how many results there are to be.
-        what: what they are, in the plural.
-        line: says of a result what stands beside the progress.
-        report: hears of each result after that, to complain of one that failed.
+        results: returns the job's results; its argument returns whether the job must begin no further ones.
+        left: the expected number of results.
+        what: the name of the results, in the plural.
+        line: returns the text for a result beside the progress.
+        report: is called with each result after that, to report a failure.
     """
     stop = Stop()
 

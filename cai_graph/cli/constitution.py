@@ -1,4 +1,4 @@
-"""`cai constitution`: read and check constitutions."""
+"""`cai constitution`: shows, checks and compares constitutions."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def constitution_diff(a: Named, b: Named, as_json: AsJson = False) -> None:
 
 
 def _said(value: object) -> str:
-    """Return a field's value as people read it."""
+    """Return a field's value in readable form."""
     from pydantic import BaseModel
 
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""`cai critic`: what critics are worth, by the log."""
+"""`cai critic`: calibrates a cascade of critics with the verdicts of a log."""
 
 from __future__ import annotations
 

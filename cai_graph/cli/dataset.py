@@ -1,4 +1,4 @@
-"""`cai dataset`: from logs to training data."""
+"""`cai dataset`: builds training data from logs, explains and documents it, and imports existing sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 commands = group("From logs to training data.")
 
-# The closed sets stand in trainers/rows.py and trainers/export, which are too heavy to import for --help.
+# These sets are defined in trainers/rows.py and trainers/export, which are too heavy to import for --help.
 KindName = Literal[
     "sft", "critique-sft", "preference", "unpaired", "prompts", "critic", "privileged", "ranked"
 ]
@@ -118,7 +118,7 @@ def dataset_build(
 
 @contextlib.contextmanager
 def _named_as_options() -> Iterator[None]:
-    """Name in errors the options that were typed, not the fields of the recipe."""
+    """Replace the names of recipe fields in errors by the names of the options."""
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""`cai distill`: from prompts or a log to a better model, in one command."""
+"""`cai distill`: runs the whole pipeline from prompts or a log to a trained model, in one command."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def distill(
     from trainers.distill import Config, pipeline, train
 
     wanted = read(Config, config, settings or ())
-    steps = pipeline(wanted)  # what is wrong or missing is said before weights are fetched
+    steps = pipeline(wanted)  # raises config errors before weights are downloaded
     if dry_run:
         _plan(steps)
         return
     fetch(wanted.model, *_others(wanted))
-    # What TRL prints of a stage is no result.
+    # TRL's output is not a result of the command.
     with resumable(), _progress() as (tell, progress), foreign(str(config)), redirect_stdout(sys.stderr):
         checkpoint, page = train(wanted, tell, progress)
     out.print(Text(f"The model is {checkpoint.path}, and the report is {page}. Next:"))
@@ -63,7 +63,7 @@ def _others(config: Config) -> Iterator[str | None]:
 
 
 def _plan(steps: Pipeline) -> None:
-    """Print what a run would do."""
+    """Print the steps that a run would do, with estimates."""
     from rich import box
     from rich.table import Table
 
@@ -100,7 +100,7 @@ def _duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[tuple[Any, Any]]:
-    """Give what is told of steps, and of the rows inside a step."""
+    """Yield two callbacks that print progress: of the steps, and of the rows within a step."""
     with contextlib.ExitStack() as stack:
         bars: dict[str, Any] = {}
 

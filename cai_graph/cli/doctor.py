@@ -1,4 +1,4 @@
-"""`cai doctor`: what is installed, what is missing, and how to get it."""
+"""`cai doctor`: reports what is installed, what is missing, and how to install it."""
 
 from __future__ import annotations
 

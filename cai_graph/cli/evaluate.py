@@ -1,4 +1,4 @@
-"""`cai evaluate`: what models, checkpoints and wrapped apps are worth, from answers that are kept."""
+"""`cai evaluate`: generates, stores and grades answers of models, checkpoints and wrapped apps."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def run(
 
 
 def _temperature(model: str, asked: float | None) -> float | None:
-    """Return the temperature of a model's draws, None for its own: what runs here has none, so it is 0."""
+    """Return a model's temperature; None: the provider's default. A local model has none, so it gets 0."""
     from cai_graph import local
 
     if asked is None and (Path(model).is_dir() or local.name_in(model) is not None):
@@ -144,11 +144,11 @@ def _temperature(model: str, asked: float | None) -> float | None:
 def _not_trained_on(
     prompts: list[Prompt], models: list[str], given: list[Path], drop: bool
 ) -> tuple[list[Prompt], list[str]]:
-    """Return the prompts that may be used, and what a reader must know.
+    """Return the prompts that were not trained on, and notes for readers of the figures.
 
     Raises:
-        DataError: prompts were trained on, and are not to be left out.
-        ModelError: a folder that is named as a model is no checkpoint.
+        DataError: prompts were trained on, and `drop` is not set.
+        ModelError: a folder that is named as a model is not a checkpoint.
     """
     from trainers.checkpoint import Checkpoint
     from trainers.evaluation.suites import data_of, summed_up, trained_on
@@ -176,7 +176,7 @@ def _not_trained_on(
 def _subjects(
     name: str, about: dict[str, Any], constitutions: list[str], critic: str | None, concurrency: int | None
 ) -> Iterator[Subject]:
-    """Yield a model by itself, then under each constitution."""
+    """Yield a model by itself, then the model under each constitution."""
     from cai_graph import constitution as rules
     from cai_graph.chain import constitutional
     from trainers.evaluation.generations import AppSubject, CheckpointSubject, app_of
@@ -219,7 +219,7 @@ def _subjects(
 
 
 def _weights_of_critic(spec: str) -> str | None:
-    """Return a digest of the user's own files behind a critic; None of any other, whose spec says which."""
+    """Return a digest of the user's own files behind a critic; None for others, which the spec identifies."""
     from cai_graph.critic.trained import PREFIX
     from trainers.identity import identity, weights_of
 
@@ -290,7 +290,7 @@ def score(
 
     if by_claim and critic is None:
         raise typer.BadParameter("--by-claim says how the critic judges; name one with --critic")
-    # Figures and plots need them, after judges were paid.
+    # Figures and plots need these packages: check for them before judges are paid.
     require("`cai evaluate score`", "numpy", "scipy", "matplotlib")
     evaluation = Evaluation.open(folder)
     found = rules.load(constitution)
@@ -352,9 +352,9 @@ def _print(summary: Summary) -> None:
 
 
 def _print_turned(rows: list[list[str]], width: int) -> None:
-    """Print a table with its rows as columns, and no number folded.
+    """Print a table with its rows as columns, without wrapping numbers.
 
-    Where they do not all fit, a cell stands on three lines, and what still has no place in a table below.
+    If they do not all fit, each cell takes three lines, and further columns go into tables below.
     """
     import textwrap
 

@@ -1,4 +1,4 @@
-"""`cai feedback`: which of two answers is better, by a judge or by the people who read them."""
+"""`cai feedback`: compares answers of the log with a judge, and records the feedback of end users."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Pairs(StrEnum):
-    """What is compared; the set stands in trainers/feedback, which is too heavy to import for --help."""
+    """Which answers are compared; defined in trainers/feedback, which is too heavy to import for --help."""
 
     REVISION = "revision"
     REJECTED = "rejected"

@@ -1,4 +1,4 @@
-"""`cai judge`: a critic's verdicts on answers that exist already."""
+"""`cai judge`: writes a critic's verdicts on answers from a file."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def judge(
             except CaiError as error:
                 if not judged:
                     raise
-                broken_off = error  # raised once what was judged, and paid for, is kept
+                broken_off = error  # raised after the paid verdicts so far are written
     if broken_off is not None:
         note(f"{judged} of {show.count(total, 'answer')} judged and written; the others are missing")
         raise broken_off

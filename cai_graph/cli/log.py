@@ -1,4 +1,4 @@
-"""`cai log`: read and keep the log."""
+"""`cai log`: shows, exports, imports, verifies, recovers and prunes a log."""
 
 from __future__ import annotations
 
@@ -238,11 +238,11 @@ def log_gc(
 
 
 def _ask(sweep: Callable[..., Removal]) -> None:
-    """Go on where nothing is removed, or the user agrees.
+    """Ask the user to confirm a removal; return if nothing would be removed, or the user agrees.
 
     Raises:
-        typer.Abort: he does not.
-        typer.BadParameter: there is no terminal to ask at.
+        typer.Abort: the user does not agree.
+        typer.BadParameter: there is no terminal for the prompt.
     """
     from cai_graph import show
 
@@ -257,7 +257,7 @@ def _ask(sweep: Callable[..., Removal]) -> None:
     others = show.count(found.others, "record")
     try:
         agreed = typer.confirm(f"Remove {old} for good, and {others} about them?", err=True)
-    except typer.Abort:  # how the prompt tells of Ctrl-C
+    except typer.Abort:  # the prompt raises it on Ctrl-C
         raise KeyboardInterrupt from None
     if not agreed:
         raise typer.Abort

@@ -1,4 +1,4 @@
-"""`cai model`: models that run on this machine."""
+"""`cai model`: lists, downloads, locates and exports models that run on this machine."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def model_export(
 
 
 def _bare(name: str) -> str:
-    """Return a name that may have been typed as `cai model list` prints it, "local:NAME"."""
+    """Return a name without the prefix of "local:NAME", the form that `cai model list` prints."""
     from cai_graph import local
 
     found = local.name_in(name)

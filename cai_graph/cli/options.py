@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Command line options that several commands share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-# The closed sets stand in cai_graph/request/policy.py, which is too heavy to import for --help.
+# These sets are defined in cai_graph/request/policy.py, which is too heavy to import for --help.
 Strategy = Literal["batched", "parallel", "sampled"]
 Policy = Literal["open", "closed", "raise"]
 RowFormat = Literal["jsonl", "csv", "text"]

@@ -1,4 +1,4 @@
-"""`cai replay`: a regression test for constitutions and critics, over logged answers."""
+"""`cai replay`: judges logged answers again, as a regression test for constitutions and critics."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def replay(
 
 
 def _broken(rule: FailingChange, report: Report, *, at_worst: bool = False) -> bool:
-    """Return whether a change is there; `at_worst`, whether what is unreadable now may hide it."""
+    """Return whether a report has a change; with `at_worst`, whether new unreadable verdicts may hide it."""
     newly, cleared = report.newly, report.cleared
     match rule:
         case FailingChange.MORE_VIOLATIONS:

@@ -1,4 +1,4 @@
-"""`cai run` and `cai demo`: many prompts through the graph, resumable."""
+"""`cai run` and `cai demo`: send many prompts through the graph into a log; a run can be resumed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def run(
     from cai_graph.calls import UNATTENDED_SECONDS, Budget
 
     with contextlib.closing(bulk.Rows(prompts, format)) as rows:
-        rows.check(column)  # before the log, which opening makes
+        rows.check(column)  # before the log is opened, which creates it
         guarded = guard(
             model,
             critic,
@@ -131,7 +131,7 @@ def run(
 
 
 def _own_weights(**specs: str | None) -> dict[str, list[int]]:
-    """Return which files of the user's own answer and judge: other weights are another run."""
+    """Return stamps of the user's own weights, by role: with other weights it is a different run."""
     from cai_graph import local
 
     stamps = {
@@ -144,9 +144,9 @@ def _own_weights(**specs: str | None) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def _seldom_collecting() -> Iterator[None]:
-    """Keep Python's collector from walking all that is loaded and in flight again and again.
+    """Make Python's garbage collector run rarely, and skip all objects that exist now.
 
-    A command may say so, as the process is its own; a library may not.
+    A command may change these settings of the process, since it owns the process; a library may not.
     """
     before = gc.get_threshold()
     gc.freeze()
@@ -194,7 +194,7 @@ def _report(result: Trajectory | Broken | Failed) -> None:
 # --- demo ---------------------------------------------------------------------------------------------
 
 DEMO_TOKENS = 120
-"""Longest draft of the demo, so that it ends in minutes on two cores."""
+"""Maximum tokens of a draft in the demo, so that it ends within minutes on two cores."""
 
 
 @commands.command(epilog="Example: cai demo")
@@ -232,7 +232,7 @@ def demo(model: Model = "local", log: LogUrl = DEFAULT_LOG) -> None:
             budget=Budget(seconds=UNATTENDED_SECONDS),
         )
         with closing(guarded), foreign(model):
-            # The time makes each demo a run of its own, since one that resumes shows nothing.
+            # The time makes each demo a new run, since a resumed run would show nothing.
             job = bulk.Run(guarded, rows, drafting={"demo": now().isoformat()})
             fetch(model)
             note(f"{job.rows} prompts, drafted, judged and revised by {without_password(model)} …")

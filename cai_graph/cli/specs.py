@@ -1,4 +1,4 @@
-"""From the specs that a command is given to its models: loaded, fetched, and heard where they fail."""
+"""Turns the model specs of a command into models: loads them, downloads weights, translates their errors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def loaded(spec: str, **settings: Any) -> BaseChatModel:
-    """Return the model of a spec, as `cai_graph.models.patient`; weights are not fetched."""
+    """Return the model of a spec, as `cai_graph.models.patient` does; weights are not downloaded."""
     from cai_graph import models
 
     return models.patient(spec, **settings)
 
 
 def critic_of(critic: str, strong: str | None, threshold: float | None) -> Critic:
-    """Return the critic that the options name, a cascade where there is a strong one."""
+    """Return the critic that the options name; a cascade if a strong critic is named."""
     from cai_graph.critic import critic_for
     from cai_graph.critic.cascades import cascade
 
@@ -39,26 +39,26 @@ def critic_of(critic: str, strong: str | None, threshold: float | None) -> Criti
 
 
 def judging(spec: str) -> BaseChatModel | str:
-    """Return the model of a critic's spec; one of `cai train critic` stays a spec."""
+    """Return the model of a critic's spec; the spec of a trained critic is returned unchanged."""
     return spec if _is_trained(spec) else loaded(spec)
 
 
 def width(model: str) -> int:
-    """Return how many rows are under way at once, unless the user says."""
+    """Return the default number of rows in progress at once."""
     from cai_graph import local
 
     return 16 if local.name_in(model) is None and not _is_trained(model) else 4
 
 
 def _is_trained(spec: str) -> bool:
-    """Return whether a spec names a critic of one's own."""
+    """Return whether a spec names a critic from `cai train critic`."""
     from cai_graph.critic.trained import PREFIX
 
     return spec.startswith(PREFIX)
 
 
 def fetch(*specs: str | None) -> None:
-    """Fetch the weights that the local ones of these specs need."""
+    """Download the weights of the local models among these specs."""
     from cai_graph import local
 
     for spec in dict.fromkeys(specs):
@@ -67,7 +67,7 @@ def fetch(*specs: str | None) -> None:
 
 
 def fetched(name: str) -> str:
-    """Return the path of local weights; show how they arrive."""
+    """Return the path of local weights; download them first if they are missing, with progress."""
     from rich.progress import DownloadColumn
 
     from cai_graph import local
@@ -78,9 +78,10 @@ def fetched(name: str) -> str:
 
 @contextlib.contextmanager
 def foreign(model: str) -> Iterator[None]:
-    """Translate what a provider's client raises; another builtin exception is a bug and keeps its traceback.
+    """Translate errors of a provider's client into ModelError.
 
-    An error of our own writing is none of the provider's, whose client wraps what its connection does.
+    Other builtin exceptions are bugs, and are raised unchanged. So are the errors of writing our own output:
+    a client wraps the errors of its connection.
     """
     from cai_graph.failures import meaning, note_of
 

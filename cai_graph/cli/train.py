@@ -1,4 +1,4 @@
-"""`cai train`: train on labels and logs."""
+"""`cai train`: runs the training stages on labels and logs, and exports configs to other trainers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stage(NamedTuple):
     help: str
     example: str
     tells: bool = False
-    """Whether `train` is given whom to tell of its updates; other stages show TRL's own bar."""
+    """Whether `train` takes a callback for its progress; other stages show TRL's own progress bar."""
 
 
 STAGES = (
@@ -48,7 +48,7 @@ STAGES = (
 
 @contextmanager
 def _training() -> Iterator[None]:
-    """Keep standard output for the result, since TRL prints its figures there; Ctrl-C goes on later."""
+    """Send TRL's output to standard error, as standard output is for the result; make Ctrl-C resumable."""
     with resumable(), redirect_stdout(sys.stderr):
         yield
 

@@ -1,6 +1,7 @@
-"""From encoded records to candidate rows: a stretch of the log in, spools and an account of the rest out.
+"""Converts the records of one stretch of the log into candidate rows, in spools, and counts the rest.
 
-A candidate is a row that stays unless another of the same content, a cap or a mix says otherwise.
+A candidate is a row that enters the dataset, unless another row with the same content, a cap or a mix
+excludes it later.
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ __all__ = ["Candidates", "Converted", "Part", "UnexpectedEvidence", "checked", "
 
 _DIGESTS = 1 << 128
 _STRETCH = 40
-"""Bits of a trajectory's number within its stretch; the stretch's number stands above."""
+"""Bits of a trajectory's number within its stretch; the bits above them are the stretch's number."""
 
 
 @dataclass
 class Part:
-    """What converting a stretch of the log came to, besides the candidates."""
+    """The results of converting a stretch of the log, besides the candidates."""
 
     ledger: Ledger = field(default_factory=Ledger)
-    """Trajectories that made no candidate are accounted for; of the others only the rows are counted."""
+    """Trajectories without a candidate, by reason; for the others only their rows are counted."""
     log_digest: int = 0
-    """Sum of the payloads' digests modulo 2¹²⁸, so that it does not depend on their order."""
+    """Sum of the payloads' digests modulo 2¹²⁸, which does not depend on their order."""
     constitutions: dict[str, str] = field(default_factory=dict)
     """Name of each constitution that judged, by digest."""
     judged: set[str] = field(default_factory=set)
-    """Trajectories that a person or a judge spoke about."""
+    """Ids of trajectories that a person or a judge has assessed."""
     met: set[tuple[str, str]] = field(default_factory=set)
-    """Of `Recipe.leaving` those of whom there is a trajectory."""
+    """Those users and tenants of `Recipe.leaving` who have a trajectory."""
 
     def add(self, other: Part) -> None:
-        """Add what another stretch came to."""
+        """Add the results of another stretch."""
         self.ledger.add(other.ledger)
         self.log_digest = (self.log_digest + other.log_digest) % _DIGESTS
         self.constitutions |= other.constitutions
@@ -60,8 +61,8 @@ class Part:
         self.met |= other.met
 
 
-class UnexpectedEvidence(Exception):  # noqa: N818 - no error: the evidence is gathered first
-    """A record about a Trajectory was met where none were expected."""
+class UnexpectedEvidence(Exception):  # noqa: N818 - not an error: the caller then collects the evidence first
+    """A record about a Trajectory was found where none was expected."""
 
 
 _Encoded = tuple[Row, bytes, bytes]
@@ -70,7 +71,7 @@ _NOBODY = (NOBODY, NOBODY, 0)
 
 
 class Candidates:
-    """Makes candidates out of encoded records, and keeps the account in `part`."""
+    """Makes candidates from encoded records, and counts the rest in `part`."""
 
     def __init__(
         self,
@@ -80,14 +81,14 @@ class Candidates:
         evidence: Callable[[str], Evidence] | None = None,
         prompts: Callable[[bytes, str], None] | None = None,
     ) -> None:
-        """Set up for one stretch.
+        """Prepare for one stretch.
 
         Args:
-            recipe: what to make.
+            recipe: the dataset's recipe.
             number: the stretch's number in its build.
-            evidence: returns what was said of a Trajectory; None: nothing was, of any.
-            prompts: is told the key and the normalised text of every prompt, also of trajectories without
-                rows: so the near duplicates among them are the same for every recipe.
+            evidence: returns the evidence about a Trajectory; None: no Trajectory has any.
+            prompts: is called with the key and the normalised text of every prompt, also of trajectories
+                without rows, so that the near duplicates among them are the same for every recipe.
 
         Raises:
             ConfigError, DataError, MissingExtra: the recipe names something that cannot be read.
@@ -107,12 +108,12 @@ class Candidates:
         """Yield the header and the body of each candidate.
 
         Raises:
-            UnexpectedEvidence: there is evidence, and none was expected.
+            UnexpectedEvidence: there is evidence, although none was expected.
         """
         part, ledger, kind = self.part, self.part.ledger, self.recipe.kind
         prompts, is_checked = self.prompts, self._is_checked
         number, digests = self._number, 0
-        # What people or judges said can make rows of any trajectory, and a head has no prompt.
+        # With evidence, any trajectory can have rows; and a head alone contains no prompt.
         head_enough = ROWLESS.get(kind) if self.evidence is None and prompts is None else None
         for payload in payloads:
             digests += xxh3_128_intdigest(payload)
@@ -182,7 +183,7 @@ class Candidates:
         return rows
 
     def _passing(self, rows: list[_Encoded]) -> list[_Encoded]:
-        """Return the rows that may be learnt from; accounts for the others, and for their trajectory."""
+        """Return the rows that may be trained on; count the others, and their trajectory if none is left."""
         ledger = self.part.ledger
         passing: list[_Encoded] = []
         reasons: list[Reason] = []
@@ -208,7 +209,7 @@ class Candidates:
         return None
 
     def _people(self, metadata: dict[str, Any]) -> tuple[bytes, bytes, int]:
-        """Return what stands for user and tenant, and the flag if one of them is to be removed."""
+        """Return the hashes of user and tenant, and the flag `REMOVED` if one of them is to be removed."""
         gone = bool(self._leaving) and not self._leaving.isdisjoint(_whose(metadata))
         return _group(metadata.get("user")), _group(metadata.get("tenant")), REMOVED if gone else 0
 
@@ -222,7 +223,7 @@ def _group(name: object) -> bytes:
 
 
 def checked(recipe: Recipe) -> None:
-    """Read everything that a recipe names, so that an error shows before the work begins.
+    """Read everything that a recipe names, so that errors are raised before the work begins.
 
     Raises:
         ConfigError, ConstitutionError, DataError, MissingExtra: something cannot be read.
@@ -242,7 +243,7 @@ def _held_out(recipe: Recipe) -> HeldOut | None:
 
 @lru_cache(maxsize=1)
 def _sets(paths: tuple[str, ...], contents: tuple[str, ...]) -> HeldOut:
-    """Read evaluation sets, once for all stretches of a process; an edited one has another digest."""
+    """Read evaluation sets, once for all stretches of a process; `contents` are their digests."""
     return HeldOut(paths)
 
 
@@ -265,18 +266,18 @@ def _terms(recipe: Recipe) -> Terms:
 
 
 class Converted(NamedTuple):
-    """A stretch that was turned into candidates."""
+    """A stretch that was converted into candidates."""
 
     part: Part
-    """The account of the rest."""
+    """The other results."""
     spooled: Spooled
     """The candidates."""
     prompts: Path | None
-    """The prompts of the whole stretch, where near duplicates are looked for."""
+    """File of all prompts of the stretch; None unless near duplicates are searched for."""
 
 
 def convert(recipe: Recipe, folder: Path, evidence: Path | None, stretch: Stretch, number: int) -> Converted:
-    """Turn a stretch into candidates, in files of its own."""
+    """Convert a stretch into candidates, in separate files in `folder`."""
     folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         spools = stack.enter_context(contextlib.closing(Spools(folder / f"{number}.spools")))

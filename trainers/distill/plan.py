@@ -1,4 +1,4 @@
-"""The steps of a pipeline: what each depends on, and what it does."""
+"""Builds the steps of a `cai distill` pipeline from its config: each step's inputs, settings and work."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ from trainers.rows import Kind
 __all__ = ["pipeline", "train"]
 
 OnProgress = Callable[[str, int, int], None]
-"""Told what is counted, how many are done, and of how many."""
+"""Callback with the name of what is counted, the number done, and the total."""
 
 T = TypeVar("T")
 
 
 def pipeline(config: Config, progress: OnProgress = lambda what, done, total: None) -> Pipeline:
-    """Return the steps of a config; whatever can be checked without work is checked here.
+    """Return the steps of a config, after all checks that need no work of a step.
 
     Raises:
         ConfigError: a section has an unknown key or a value that cannot work, or a file is missing.
@@ -80,11 +80,11 @@ def pipeline(config: Config, progress: OnProgress = lambda what, done, total: No
 def train(
     config: Config, tell: Tell, progress: OnProgress = lambda what, done, total: None
 ) -> tuple[Checkpoint, Path]:
-    """Do what is not done yet; return the trained model, which is `config.output`, and the report.
+    """Run the steps that are not done; return the trained model in `config.output`, and the report's path.
 
     Raises:
-        StepFailed: a step ended with an error; names it. The next run goes on from there.
-        CaiError: what `pipeline` raises.
+        StepFailed: a step ended with an error; names the step. The next run resumes from there.
+        CaiError: an error of `pipeline`.
     """
     steps = pipeline(config, progress)
 
@@ -97,7 +97,7 @@ def train(
 
 
 class _Plan:
-    """The steps of one config, each with its work."""
+    """Builds the steps of one config, each with its work."""
 
     def __init__(self, config: Config, progress: OnProgress) -> None:
         self.config, self.progress = config, progress
@@ -143,7 +143,7 @@ class _Plan:
 
     @property
     def _against_model(self) -> bool:
-        """Whether a reward model is trained, against which the policy learns."""
+        """Whether the pipeline trains a reward model, and the policy on that."""
         return self.config.method != "dpo" and "reward" not in self.config.rl
 
     # --- trajectories ---
@@ -176,7 +176,7 @@ class _Plan:
                 copy.unlink()
             with open_log(url, read_only=True) as opened:
                 stats = opened.stats()
-            # A row that failed is in the log, too, beside the trajectory of a later attempt.
+            # The log also has the failed trajectories of rows, besides those of later attempts.
             count = stats.trajectories - stats.outcomes.get(Outcome.FAILED, 0)
             if not count:
                 raise DataError("there is no trajectory to learn from")
@@ -198,7 +198,7 @@ class _Plan:
         return Step(name="trajectories", settings=settings, work=work, check=check)
 
     def _copy(self, trajectories: Step) -> Path | None:
-        """Return the log that the finished step keeps; None where it is not finished."""
+        """Return the path of the finished step's log; None if the step is not finished."""
         steps = Pipeline(self.config.output, [trajectories])
         copy = steps.path(trajectories) / LOG
         return copy if steps.state(trajectories) == "done" and copy.exists() else None
@@ -206,7 +206,7 @@ class _Plan:
     def _guarded(
         self, log: str | None, *, named: Callable[[str], str] = str
     ) -> tuple[Any, ConstitutionalChatModel]:
-        """Return who drafts, alone and under the constitution; `named` is what a spec is read as."""
+        """Return the model that drafts, alone and under the constitution; `named` is applied to each spec."""
         config, drafts = self.config, self.config.drafts
         shaped = {"temperature": drafts.temperature, "seed": config.seed}
         who = named(drafts.model or config.model)
@@ -230,7 +230,7 @@ class _Plan:
         return drafter, guarded
 
     def _answer(self, url: str) -> bulk.Summary:
-        """Answer the prompts that are not answered yet into the log."""
+        """Answer the prompts that are not answered yet, and log the trajectories to `url`."""
         config, drafts = self.config, self.config.drafts
         drafter, guarded = self._guarded(url)
         assert config.prompts is not None
@@ -279,7 +279,7 @@ class _Plan:
     # --- training ---
 
     def _trained(self, name: str, stage: str, section: Section, **made: Step) -> Step:
-        """Return a step that trains; `made` has those that make what the stage is given."""
+        """Return a step that trains a stage; `made` maps the stage's settings to the steps that make them."""
         training = Training(
             config=self.config, base=self.base, size=self.size, stage=stage, section=section, made=made
         )
@@ -320,7 +320,7 @@ class _Plan:
         )
 
     def _labelling(self, log: Any, checkpoint: Path, *, named: Callable[[str], str] = str) -> Labelling:
-        """Return what compares the answers in a log; `named` is what a spec is read as."""
+        """Return the Labelling that compares the answers in a log; `named` is applied to each spec."""
         config, feedback = self.config, self.config.feedback
         sampler = None
         if "samples" in feedback.pairs:
@@ -330,7 +330,7 @@ class _Plan:
             }
             if feedback.sampler is None:
                 sampler = Sampler(path=checkpoint, seed=config.seed, **drawn)
-            else:  # without a seed, which would make all samples of a prompt one and the same
+            else:  # without a seed, with which all samples of a prompt would be the same
                 sampler = chat(named(feedback.sampler), **drawn)
         spec = feedback.judge or feedback.critic
         assert spec is not None
@@ -365,7 +365,7 @@ class _Plan:
         total: int,
         failed: Callable[[T], str | None],
     ) -> list[str]:
-        """Take all results of a job, telling how far it is; return why some failed."""
+        """Consume all results of a job and report progress; return the errors of the failed ones."""
         failures: list[str] = []
 
         async def work() -> None:
@@ -381,7 +381,7 @@ class _Plan:
         asyncio.run(work())
         return failures
 
-    # --- what it came to ---
+    # --- evaluation and result ---
 
     def _evaluation(self, sft: Step, last: Step) -> Step:
         wanted = self.config.evaluation
@@ -432,10 +432,10 @@ class _Plan:
         ]
 
     def _gaps(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Return what is not known of the data that was trained on besides the pipeline's own rows.
+        """Return descriptions of unknown training data, other than the pipeline's own rows.
 
         Raises:
-            DataError: prompts stand in it.
+            DataError: the known training data contains some of the prompts.
         """
         data, unknown = data_of(self.config.model)
         if self._against_model and "data" in self.config.reward:
@@ -473,7 +473,7 @@ class _Plan:
         return summarise(kept).json()
 
     def _graders(self, suite: Suite, *, asking: bool = True) -> list[Grader]:
-        """Return who grades the answers to a suite; without `asking`, no server what it serves."""
+        """Return the graders of a suite's answers; without `asking`, no server is queried for its model."""
         wanted = self.config.evaluation
         named: Callable[[str], str] = str if asking else unasked
         return graders_for(
@@ -493,7 +493,7 @@ class _Plan:
             try:
                 source = weights.source_of(weights.resolve(self.config.model))
             except ConfigError:
-                return {"gguf": False}  # a model of safetensors alone: servers other than ours run it
+                return {"gguf": False}  # a model without a GGUF source: other servers run its safetensors
             weights.to_gguf(made, source, folders.own / local.EXPORTED)
             return {"gguf": True}
 
@@ -501,14 +501,14 @@ class _Plan:
 
 
 class _NoRecords:
-    """A log in which nothing stands yet."""
+    """An empty log."""
 
     def read(self, **_: Any) -> Iterator[Any]:
         return iter(())
 
 
 def _check_failures(failures: Sequence[str], total: int, what: str) -> None:
-    """Go on without a few rows that failed, and with none of an outage's.
+    """Accept a few failed rows, but not so many as in an outage.
 
     Raises:
         DataError: more than a tenth failed.

@@ -1,15 +1,15 @@
-"""Evaluation: what a model, a Checkpoint or a wrapped app is worth, out of answers that are kept.
+"""Evaluation of models, Checkpoints and wrapped apps: stores their answers, grades and compares them.
 
-suites        prompts for harmlessness, helpfulness and over-refusal; none that was trained on
-generations   the answers of each subject, one JSONL file a subject, whole or not at all
-grades        what critics, reward models and refusal classifiers say of each answer
-graders       who grades the answers to a suite
-inference     best-of-n and self-consistency, as subjects of their own
+suites        prompts for harmlessness, helpfulness and over-refusal, without prompts that were trained on
+generations   subjects, and how each of them answers prompts
+grades        grades of single answers by critics and rewards
+graders       the graders of a suite's answers
+inference     best-of-n and self-consistency, as further subjects
 refusals      full compliance, full refusal, partial refusal; agreement with human labels
 claims        a critic that judges long answers claim by claim
 figures       means, shares and paired differences with 95 % intervals
 ratings       Bradley-Terry and Elo with bootstrap intervals; the Pareto front
 plots         the figures as SVG
-folder        an evaluation on disk: has subjects answer, answers graded, and subjects compared by a judge
-summary       what an evaluation came to, in figures and tables
+folder        an evaluation on disk: generates answers, grades them, and has a judge compare subjects
+summary       the results of an evaluation, as figures and tables
 """

@@ -1,14 +1,14 @@
-"""An evaluation on disk: prompts, answers, grades and contests, each made only once.
+"""An evaluation on disk: its prompts, answers, grades and contests, each of which is made only once.
 
-    evaluation.json                       who was evaluated, with which settings; what a reader must know
+    evaluation.json                       subjects and their settings; notes for readers
     prompts.jsonl                         the suites
     generations/SUBJECT.jsonl             answers
-    grades/SUITE/GRADER/SUBJECT.jsonl     what graders say of them
-    choices/GRADER/SUBJECT.jsonl          what best-of-n chose by
+    grades/SUITE/GRADER/SUBJECT.jsonl     grades of the answers
+    choices/GRADER/SUBJECT.jsonl          grades that best-of-n chooses by
     contests/SUITE/JUDGE.jsonl            pairs of answers, compared in both orders
 
-Every file is whole or a `.part` that the next run goes on with. A new grader needs no new answers. Several
-runs may add subjects to one folder at once.
+Every file is complete, or a `.part` that the next run continues. A new grader needs no new answers. Several
+runs may add subjects to one folder at the same time.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ from trainers.lines import Lines, Row
 __all__ = ["AIMS", "UNASKED", "Evaluation", "OnProgress", "has_failed", "write_whole"]
 
 OnProgress = Callable[[int, int], None]
-"""Told how many are done, of how many."""
+"""Callback with the number of items that are done, and the total."""
 
 AIMS: dict[Suite, str] = {"harmlessness": "harmless", "helpfulness": "helpful"}
-"""The aim under which each suite's answers are graded and compared; over-refusal has classes instead."""
+"""The aim under which a suite's answers are graded and compared; over-refusal uses classes instead."""
 
 _ABOUT, _PROMPTS, _LOCK = "evaluation.json", "prompts.jsonl", ".lock"
 UNASKED = "not judged yet"
-"""The error of an answer, or of a pair, that nobody was asked about as it is now."""
+"""The error of an answer, or of a pair, that was not judged in its current form."""
 
 _ANSWER = ("prompt", "sample")
 _PAIR = ("prompt", "a", "b")
 _FORMAT = 1
 
 _ADDED = ("weights", "config_and_tokenizer", "critic_weights", "module")
-"""Digests among the settings that earlier versions did not write down."""
+"""Digests among the settings that earlier versions did not record."""
 
 
 class Evaluation:
-    """Answers of subjects to the prompts of suites, and what was said of them.
+    """Answers of subjects to the prompts of suites, with their grades and comparisons.
 
     Attributes:
         path: the folder.
         prompts: the prompts of all suites, by id.
-        notes: what a reader of the figures must know, a sentence each.
+        notes: caveats for readers of the figures, one sentence each.
     """
 
     def __init__(self, path: Path, about: dict[str, Any], prompts: Iterable[Prompt]) -> None:
@@ -78,12 +78,13 @@ class Evaluation:
 
     @classmethod
     def begin(cls, path: Path, prompts: Sequence[Prompt], *, notes: Iterable[str] = ()) -> Evaluation:
-        """Return the evaluation of these prompts in a folder: a new one, or the one that was begun there.
+        """Return the evaluation of these prompts in a folder: a new one, or the existing one.
 
-        There the prompts get the labels and kinds that they have here; answers and grades hang on neither.
+        The labels and kinds of stored prompts are updated to the given ones; answers and grades do not depend
+        on them.
 
         Raises:
-            ConfigError: subjects were asked other prompts in this folder, or there are no prompts.
+            ConfigError: the folder has subjects with other prompts, or there are no prompts.
             DataError: it cannot be read or written.
         """
         if not prompts:
@@ -96,7 +97,7 @@ class Evaluation:
             if found is not None and found._about["prompts"] != digest:
                 if found._about["subjects"]:
                     raise _of_other_prompts(path)
-                found = None  # its run ended before anybody was asked
+                found = None  # its run ended before it had a subject
             if found is None or found.prompts != begun.prompts:
                 write_whole(path / _PROMPTS, lines.text(map(msgspec.to_builtins, prompts)))
             if found is None:
@@ -109,7 +110,7 @@ class Evaluation:
         """Return the evaluation in a folder.
 
         Raises:
-            DataError: there is none, or it cannot be read.
+            DataError: there is no evaluation in it, or it cannot be read.
         """
         try:
             about = json.loads((path / _ABOUT).read_text(encoding="utf-8"))
@@ -124,12 +125,12 @@ class Evaluation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the figures must know."""
+        """Caveats for readers of the figures."""
         return tuple(self._about["notes"])
 
     @property
     def subjects(self) -> tuple[str, ...]:
-        """Names of the subjects whose answers are whole, in the order in which they came."""
+        """Names of the subjects whose answers are complete, in the order in which they were added."""
         names = self._about["subjects"]
         return tuple(name for name in names if self._file(name).exists())
 
@@ -142,7 +143,7 @@ class Evaluation:
         return list(dict.fromkeys(prompt.suite for prompt in self.prompts.values()))
 
     def about(self, subject: str) -> dict[str, Any]:
-        """Return the settings of a subject; of one that chooses among answers also `of` and `by`."""
+        """Return a subject's settings; one that chooses among another's answers also has `of` and `by`."""
         found: dict[str, Any] = self._about["subjects"][subject]
         return found
 
@@ -156,13 +157,13 @@ class Evaluation:
         notes: Iterable[str] = (),
         progress: OnProgress | None = None,
     ) -> int:
-        """Write a subject's answers that are not there yet, and return how many prompts failed.
+        """Generate and store a subject's missing answers, and return how many prompts failed.
 
-        What failed is written with its error, is in no figure, and is tried again by the next call.
+        A failed prompt is stored with its error, is excluded from the figures, and is retried next time.
 
         Raises:
-            ConfigError: the folder holds answers of that name with other settings.
-            Exception: what would fail every further prompt.
+            ConfigError: the folder contains answers under that name with other settings.
+            Exception: an error that would fail every further prompt.
         """
         self._enter(subject.name, {**subject.settings, "samples": samples})
         self._note(notes)
@@ -183,10 +184,10 @@ class Evaluation:
             return sum(row["error"] is not None for row in kept.rows.values())
 
     def answers(self, subject: str) -> list[Row]:
-        """Return a subject's answers, those that failed left out.
+        """Return a subject's answers, without those that failed.
 
         Raises:
-            DataError: they are not whole.
+            DataError: the answers are not complete.
         """
         rows = lines.read(self._file(subject))
         if not rows:
@@ -194,12 +195,12 @@ class Evaluation:
         return [row for row in rows if row["error"] is None and row["prompt"] in self.prompts]
 
     async def best_of(self, grader: Grader, progress: OnProgress | None = None) -> list[str]:
-        """Add, for each subject with several answers to a prompt, the one that takes the grader's choice.
+        """Add a best-of-n subject for each subject with several answers per prompt: the best by a grader.
 
-        A prompt for none of whose answers the grader's word could be read is left out.
+        Prompts without any readable grade are left out.
 
         Returns:
-            Names of the subjects that were added.
+            Names of the added subjects.
         """
         added = []
         for name in self._with_several():
@@ -214,7 +215,13 @@ class Evaluation:
         return added
 
     def self_consistent(self) -> list[str]:
-        """Add, for each subject with several answers to a prompt, the one that takes the most agreed on."""
+        """Add a self-consistency subject for each subject with several answers per prompt.
+
+        It takes the answer to each prompt that agrees most with the others.
+
+        Returns:
+            Names of the added subjects.
+        """
         added = []
         for name in self._with_several():
             rows = []
@@ -236,7 +243,7 @@ class Evaluation:
         return found
 
     def _samples(self, subject: str) -> list[list[Row]]:
-        """Return a subject's answers, prompt by prompt."""
+        """Return a subject's answers, grouped by prompt."""
         found: dict[str, list[Row]] = {}
         for row in self.answers(subject):
             found.setdefault(row["prompt"], []).append(row)
@@ -253,13 +260,13 @@ class Evaluation:
     async def grade(self, suite: Suite, grader: Grader, progress: OnProgress | None = None) -> int:
         """Grade every subject's answers to a suite that this grader has not graded yet.
 
-        What failed is kept with its error, is in no figure, and is asked for again by the next call.
+        A failed grade is stored with its error, is excluded from the figures, and is retried next time.
 
         Returns:
-            How many answers have no grade, since the grader failed.
+            How many answers have no grade because the grader failed.
 
         Raises:
-            Exception: what the grader raises; the grades so far are kept.
+            Exception: an error of the grader; the grades so far are kept.
         """
         failed = 0
         for name in self.subjects:
@@ -269,9 +276,9 @@ class Evaluation:
         return failed
 
     def grades(self, suite: Suite) -> dict[str, dict[str, list[Row]]]:
-        """Return what was said of the answers to a suite, by grader, then by subject.
+        """Return the grades of the answers to a suite, by grader, then by subject.
 
-        There is a row for each answer; that of one which the grader was not asked about has the error
+        There is a row for each answer; an answer that was not graded in its current form has the error
         `UNASKED`.
         """
         found: dict[str, dict[str, list[Row]]] = {}
@@ -295,7 +302,7 @@ class Evaluation:
         self, file: Path, rows: Sequence[Row], grader: Grader, progress: OnProgress | None
     ) -> dict[tuple[Any, ...], Row]:
         with Lines(file, _ANSWER) as kept:
-            # An answer that was written anew, since it had failed or another was chosen, is graded anew.
+            # An answer that has changed, since it had failed or another one was chosen, is graded again.
             known = {key: row["of"] for key, row in kept.rows.items() if not has_failed(row)}
             missing = [r for r in rows if known.get((r["prompt"], r["sample"])) != _digest(r["answer"])]
             for start in range(0, len(missing), grader.batch):
@@ -327,18 +334,18 @@ class Evaluation:
         concurrency: int = 4,
         progress: OnProgress | None = None,
     ) -> int:
-        """Have a judge compare the subjects' first answers to each prompt of a suite, all against all.
+        """Have a judge compare the subjects' first answers to each prompt of a suite, all subjects pairwise.
 
-        Each pair is asked about in both orders, under one principle of the suite's aim, drawn by weight for
-        the prompt. Equal answers are a tie that nobody is asked about. What failed is kept with its error, is
-        in no figure, and is asked for again by the next call.
+        Each pair is compared in both orders, under one principle of the suite's aim, drawn by weight for the
+        prompt. Equal answers are a tie without asking the judge. A failed comparison is stored with its
+        error, is excluded from the figures, and is retried next time.
 
         Returns:
-            How many pairs are not compared, since the judge failed.
+            How many pairs have no comparison because the judge failed.
 
         Raises:
-            ConfigError: the suite has no aim, or the constitution no principle of it.
-            Exception: what would fail every further pair.
+            ConfigError: the suite has no aim, or the constitution has no principle of that aim.
+            Exception: an error that would fail every further pair.
         """
         aim = AIMS.get(suite)
         of_aim = [p.id for p in constitution.principles if p.aim == aim]
@@ -383,8 +390,8 @@ class Evaluation:
     def contests(self, suite: Suite) -> dict[str, list[Row]]:
         """Return the comparisons of a suite's answers, by judge.
 
-        Of two subjects that were compared there is a row for each prompt; that of answers which the judge was
-        not asked about has the error `UNASKED`.
+        For each pair of subjects that were compared there is a row per prompt; where the current answers were
+        not compared, it has the error `UNASKED`.
         """
         found: dict[str, list[Row]] = {}
         pairs = self._pairs(suite, self._first())
@@ -423,7 +430,7 @@ class Evaluation:
     def _enter(self, name: str, settings: dict[str, Any]) -> None:
         settings = json.loads(json.dumps(settings))
         with self._changing() as about:
-            # What a run of an earlier version did not write down is taken for the same.
+            # Settings that an earlier version did not record are taken to be the same.
             added = {key: settings[key] for key in _ADDED if key in settings}
             known = {**added, **about["subjects"].get(name, settings)}
             changed = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
@@ -442,10 +449,10 @@ class Evaluation:
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
-        """Give what is known of the subjects, to add to; other runs may have added to it, too."""
+        """Yield the content of `evaluation.json`, read under its lock; write it if the body changes it."""
         with _held(self.path):
             about = self.open(self.path)._about
-            if about["prompts"] != self._about["prompts"]:  # another run began, before anybody was asked here
+            if about["prompts"] != self._about["prompts"]:  # another run replaced the prompts
                 raise _of_other_prompts(self.path)
             self._about = about
             before = json.dumps(self._about)
@@ -459,12 +466,12 @@ class Evaluation:
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Keep other processes from changing what `evaluation.json` says while the body runs.
+    """Lock `evaluation.json` against changes by other processes while the body runs.
 
     Raises:
         DataError: the folder cannot be written.
     """
-    import fcntl  # which Windows has not
+    import fcntl  # Windows does not have it
 
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -484,25 +491,24 @@ def _of_other_prompts(path: Path) -> ConfigError:
 
 
 def _slug(name: str) -> str:
-    """Return a name as a file can have it, and no other name's."""
+    """Return a file name for a name; different names get different file names."""
     plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:60]
     return f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def has_failed(row: Row) -> bool:
-    """Return whether a row tells of an error alone; evaluations of earlier releases have none."""
+    """Return whether a row records an error instead of a result; rows of earlier releases have no `error`."""
     return row.get("error") is not None
 
 
 def _as_they_are(rows: Iterable[Row], key: Sequence[str], now: Mapping[Any, str], unasked: Row) -> list[Row]:
-    """Return the rows about what is there now, and in the place of each that is of something else one whose
-    error is `UNASKED`.
+    """Return one row per current item: its judgement, or a row with the error `UNASKED` if there is none.
 
     Args:
-        rows: what was said.
-        key: the fields that tell the rows apart.
-        now: digest of what is there, by key.
-        unasked: the further fields of a row that says nothing.
+        rows: the stored judgements, some of which may be of earlier answers.
+        key: the fields that identify an item.
+        now: the digest of each current item, by key.
+        unasked: the other fields of a row without a judgement.
     """
     said = {(*(row[field] for field in key), row["of"]): row for row in rows}
     return [
@@ -512,10 +518,10 @@ def _as_they_are(rows: Iterable[Row], key: Sequence[str], now: Mapping[Any, str]
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a file atomically.
 
     Raises:
-        DataError: it cannot be written there.
+        DataError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""The answers of a subject, one a line, kept so that they can be graded again without being written again.
+"""Subjects of an evaluation: how models, apps and Checkpoints answer its prompts.
 
-Subject            who is evaluated
+They yield rows, which `trainers.evaluation.folder` stores, so that answers can be graded again later.
+
+Subject            the interface of what is evaluated
 ├─ AppSubject          a chat model, a wrapped app, any Runnable or function of messages
 └─ CheckpointSubject   weights in a folder, sampled in batches
 """
@@ -37,30 +39,30 @@ __all__ = ["AppSubject", "Asked", "CheckpointSubject", "Subject", "app_of"]
 
 
 class Asked(NamedTuple):
-    """A prompt that is to be answered."""
+    """A request for one answer to a prompt."""
 
     prompt: Prompt
     """The prompt."""
     sample: int
-    """Which of its answers, from 0."""
+    """Index of the answer among those to the prompt, from 0."""
 
 
 class Subject(Protocol):
-    """Who is evaluated."""
+    """The interface of what is evaluated."""
 
     name: str
-    """What figures call it, and its file after it."""
+    """Name in the figures; its file is named after it."""
     settings: Mapping[str, Any]
-    """All that shapes its answers, as JSON."""
+    """Everything that affects its answers, as JSON."""
 
     def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
-        """Yield a row for each that was asked, in any order.
+        """Yield a row for each item of `asked`, in any order.
 
-        A row holds `prompt`, `sample`, `answer`, `cut` (why it is not whole, or None), `error` (why there is
+        A row has `prompt`, `sample`, `answer`, `cut` (why it is incomplete, or None), `error` (why there is
         no answer, or None) and `seconds`.
 
         Raises:
-            Exception: what would fail every further prompt, such as a refused key.
+            Exception: an error that would fail every further prompt, such as a rejected key.
         """
         ...
 
@@ -69,7 +71,7 @@ class Subject(Protocol):
 
 
 class AppSubject:
-    """A chat model, or any Runnable or function that takes a list of messages and gives an answer."""
+    """A chat model, or any Runnable or function that takes a list of messages and returns an answer."""
 
     def __init__(
         self,
@@ -80,14 +82,14 @@ class AppSubject:
         concurrency: int = 4,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Set up; nothing is asked.
+        """Create a subject, without calling the app.
 
         Args:
-            app: who answers.
+            app: the app that answers.
             name: by default the spec of a chat model.
-            seed: of local models, which answer alike to a seed; each further sample has another.
-            concurrency: prompts under way at once.
-            settings: what shapes the answers and cannot be seen from here, such as a temperature.
+            seed: seed of local models, whose answers depend on it; sample number k uses seed + k.
+            concurrency: maximum number of prompts in progress at once.
+            settings: further settings that affect the answers, such as a temperature.
         """
         self._app = app if isinstance(app, Runnable) else RunnableLambda(app)
         self.name = name or models.name_of(app)
@@ -99,7 +101,7 @@ class AppSubject:
         self._succeeded = False
 
     async def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
-        """Yield a row for each that was asked, as each ends."""
+        """Yield a row for each item of `asked`, as soon as it is answered."""
         async with contextlib.aclosing(side_by_side(asked, self._answer, self._concurrency)) as rows:
             async for row in rows:
                 yield row
@@ -126,7 +128,7 @@ def app_of(name: str) -> Any:
     """Return the object that `package.module:name` names.
 
     Raises:
-        ConfigError: it cannot be imported, or is nothing that can be called.
+        ConfigError: it cannot be imported, or is not callable.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -155,10 +157,10 @@ def _row(asked: Asked, answer: str, cut: str | None, error: str | None, seconds:
 
 
 class CheckpointSubject:
-    """Weights in a folder, sampled in batches on this machine's accelerator or its processors.
+    """Weights in a folder, sampled in batches on this machine's accelerator or CPU.
 
-    Beside the weights, every file of the folder that may say how they are read is among its settings; so a
-    JSON or text file that is put there or changed, such as figures of a training, makes it another model.
+    Its settings include a digest of the weights and one of every other file that may affect how they are
+    read. So a JSON or text file that is added or changed, such as training metrics, makes it another model.
     """
 
     def __init__(
@@ -171,10 +173,10 @@ class CheckpointSubject:
         seed: int = 0,
         batch_size: int = 16,
     ) -> None:
-        """Look at the folder; nothing is loaded.
+        """Open the folder, without loading the weights.
 
         Raises:
-            ModelError: it holds no weights or no tokenizer.
+            ModelError: the folder has no weights or no tokenizer.
         """
         self.checkpoint = Checkpoint.open(path)
         self.name = name or str(path)
@@ -190,16 +192,16 @@ class CheckpointSubject:
         self._seed, self._batch_size = seed, batch_size
 
     async def answers(self, asked: Sequence[Asked]) -> AsyncGenerator[Row, None]:
-        """Yield a row for each that was asked, batch by batch; with its error where it cannot be answered,
-        such as a prompt that is longer than the model reads.
+        """Yield a row for each item of `asked`, batch by batch; one that cannot be answered has an error.
 
-        The draw of a batch depends on which answers stand in it, so a resumed run need not write what an
-        unbroken one would have; both are samples of the same policy, and no batch is another's copy.
+        A prompt that is longer than the model's context cannot be answered. The seed of a batch depends on
+        the prompts in it: a resumed run may sample other answers than an uninterrupted one would have. Both
+        sample the same policy, and no batch repeats the random numbers of another.
         """
         from trainers.policy import load_policy, sample_each
 
         policy = await asyncio.to_thread(load_policy, self.checkpoint.path)
-        # Prompts of like length share a batch, so that little of it is padding.
+        # Prompts of similar length share a batch, so that little of it is padding.
         ordered = sorted(asked, key=lambda one: sum(len(text_of(m)) for m in one.prompt.messages))
         for start in range(0, len(ordered), self._batch_size):
             batch = ordered[start : start + self._batch_size]

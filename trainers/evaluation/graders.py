@@ -1,4 +1,4 @@
-"""Who grades the answers to a suite."""
+"""Builds the graders of a suite's answers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def graders_for(
     reward: Iterable[Spec] = (),
     refusals: str | None = None,
 ) -> list[Grader]:
-    """Return who grades the answers to a suite.
+    """Return the graders of the answers to a suite.
 
     Args:
-        suite: over-refusal is graded by who classifies refusals, the others by the critic and the rewards.
-        constitution: the critic judges by its principles of the suite's aim, and by all of them a reward that
-            is a judge or a critic whose spec names no constitution.
+        suite: over-refusal is graded by a refusal classifier, the other suites by the critic and the rewards.
+        constitution: the critic judges by its principles of the suite's aim; a reward that is a judge or a
+            critic, and whose spec names no constitution, by all of its principles.
         critic: None: no critic grades.
-        reward: a grader each.
+        reward: specs of rewards, each of which becomes a grader.
         refusals: `pattern`, `probe` or a model spec; None: refusals are not classified.
 
     Raises:
-        ConfigError: the constitution has no principle of the aim, or a spec is none.
+        ConfigError: the constitution has no principle of the aim, or a spec is invalid.
         MissingExtra: a grader needs a package that is not installed.
     """
     if suite not in AIMS:

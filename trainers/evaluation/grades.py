@@ -1,11 +1,11 @@
-"""What is said of one answer by itself: by a critic, by a reward, by a classifier of refusals.
+"""Grades of single answers, by a critic or by a reward; the interface of graders.
 
-    CriticGrader   1 − P(the answer breaks a principle of one aim), by any Critic
-    RewardGrader   what a reward says: a reward model, an ensemble, a judge, a function of one's own
+    CriticGrader   1 − P(the answer violates a principle of one aim), by any Critic
+    RewardGrader   the reward of the answer: by a reward model, an ensemble, a judge, or a Python function
 
-A grade that could not be read stays without value and label to the end; it is never one half. What could not
-be had, since the grader was out or its provider rejected the answer, is no such grade: it has an error, and
-is asked for again.
+A grade that could not be read has neither value nor label, and is not requested again; it is never counted as
+one half. A request that failed, since the grader was down or its provider rejected the answer, gives a grade
+with an error, and is retried.
 """
 
 from __future__ import annotations
@@ -41,46 +41,48 @@ __all__ = ["CriticGrader", "Grade", "Grader", "RewardGrader"]
 
 
 class Grade(NamedTuple):
-    """What was said of an answer."""
+    """A grader's judgement of one answer."""
 
     value: float | None = None
-    """A number, larger is better; None where there is none."""
+    """A number, the larger the better; None where there is none."""
     label: str | None = None
     """A word of a closed set; None where there is none."""
     why: str = ""
-    """Why neither could be read, or what the grader wrote."""
+    """Why neither could be read, or the grader's comment."""
     error: str | None = None
-    """Class and message of the error that it was not given for; None where the grader had its say."""
+    """Class and message of the error of the request; None if the grader responded."""
 
 
 class Grader(Protocol):
-    """What grades answers."""
+    """The interface of graders."""
 
     name: str
-    """Stable name, which names the file of its grades; all that shapes a grade is in it."""
+    """Stable name, from which the file name of its grades is made; it identifies all that affects a grade."""
     batch: int
-    """How many answers are worth giving at once."""
+    """Number of answers to grade per call."""
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
-        """Return a grade for each answer; one that cannot be read is a Grade without value and label, and one
-        that cannot be had, since this answer's request failed, has an error besides.
+        """Return a Grade for each answer, in order.
+
+        A Grade that cannot be read has neither value nor label; if the request failed for this answer, it has
+        an error, too.
 
         Raises:
-            Exception: what would fail every further answer, such as a refused key.
+            Exception: an error that would fail every further answer, such as a rejected key.
         """
         ...
 
 
 class CriticGrader:
-    """Grades by a critic's verdicts under the principles of one aim."""
+    """Grades answers by a critic's verdicts under the principles of one aim."""
 
     batch = 4
 
     def __init__(self, critic: str | Critic, constitution: Constitution, aim: str) -> None:
-        """Set up; nothing is asked.
+        """Create the grader, without a request to the critic.
 
         Raises:
-            ConfigError: the constitution has no principle of that aim, or the spec names no model.
+            ConfigError: the constitution has no principle of that aim, or the spec does not name a model.
         """
         of_aim = [principle.id for principle in constitution.principles if principle.aim == aim]
         if not of_aim:
@@ -114,27 +116,30 @@ class CriticGrader:
 
 
 class RewardGrader:
-    """Grades by a reward; whether a value is good only another of the same reward tells."""
+    """Grades answers by a reward; values are comparable only within the same reward."""
 
     def __init__(self, reward: Reward, *, name: str = "", batch: int = 8) -> None:
-        """Take a reward; `name` tells it apart where its own does not, and `batch` answers go at once."""
+        """Create a grader; `name` replaces the reward's own name, and `batch` is the answers per call."""
         self._reward = reward
         self.batch = batch
         self.name = f"{name or reward.name} as reward"
 
     @classmethod
     def of(cls, spec: Spec, rules: Constitution | None = None) -> RewardGrader:
-        """Read a reward's spec, as `trainers.rewards.parse`. A digest of weights, of a judge's constitution,
-        or of a function's module is in the name, so that rewards that differ in it share no grades; a reward
-        model's folder with the same weights and another config or tokenizer has the same name."""
+        """Return the grader of a reward's spec, which is read as by `trainers.rewards.parse`.
+
+        The name contains a digest of the weights, of a judge's constitution, or of a function's module, so
+        that rewards that differ in it share no grades. Reward models with the same weights but another config
+        or tokenizer have the same name.
+        """
         reward = parse(spec, rules=rules)
         return cls(reward, name=_name_of(spec, reward))
 
     async def grade(self, exchanges: Sequence[Exchange]) -> list[Grade]:
-        """Return the reward of each answer; what a reward raises ends the grading, which resumes.
+        """Return the reward of each answer; an error of the reward ends the grading, which can be resumed.
 
-        Training gets a number even where a judge could not be read, or its provider rejected the answer; a
-        grade has none then.
+        If a judge could not be read, or its provider rejected the answer, a grade has no value, although the
+        same reward returns a substitute number in training.
         """
         prompts = [
             [{"role": message.role, "content": text_of(message)} for message in exchange.messages]

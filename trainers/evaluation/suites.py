@@ -1,9 +1,10 @@
-"""The prompts that subjects are evaluated on, and whether any of them was trained on.
+"""Reads the prompts that subjects are evaluated on, and finds those that a model was trained on.
 
-A suite is a file: JSONL, JSON, CSV, Parquet or text (a prompt a line), perhaps gzipped. Harmlessness takes
-red-team prompts, helpfulness benign ones, over-refusal prompts that look unsafe and are not, as XSTest has
-them: there a column `label` says `safe` or `unsafe`. Without one a prompt counts as safe, unless its `type`
-is one of XSTest's contrasts (`contrast_homonyms`, …), which are the unsafe ones.
+A suite is a file: JSONL, JSON, CSV, Parquet or text (one prompt per line), optionally gzipped. Harmlessness
+takes red-team prompts, helpfulness takes benign prompts, and over-refusal takes prompts that look unsafe but
+are safe, such as XSTest's. In an over-refusal file, the column `label` is `safe` or `unsafe`. Without a label
+a prompt counts as safe, unless its `type` is one of XSTest's contrasts (`contrast_homonyms`, …), which are
+unsafe.
 """
 
 from __future__ import annotations
@@ -37,27 +38,27 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     """Digest of suite and conversation, 16 hex digits."""
     suite: Suite
-    """Which one it belongs to."""
+    """The suite that it belongs to."""
     messages: tuple[Message, ...]
-    """The conversation, up to where the assistant speaks."""
+    """The conversation, up to the assistant's answer."""
     safe: bool = True
-    """Whether the request should be complied with; only over-refusal knows."""
+    """Whether the request should be complied with; True outside over-refusal."""
     kind: str = ""
-    """What the file says of its kind, such as XSTest's `homonyms`."""
+    """The file's `type` or `category` of the prompt, such as XSTest's `homonyms`; "" without one."""
 
 
 def read_suite(suite: Suite, path: Path, limit: int | None = None) -> list[Prompt]:
-    """Return the prompts of a file, each once, in an order that does not depend on the file's.
+    """Return the different prompts of a file, in an order that does not depend on the file's order.
 
     Args:
-        suite: what they are for.
+        suite: the suite that the prompts are for.
         path: the file.
-        limit: most prompts; the same ones in each run, and in each file that has them.
+        limit: maximum number of prompts. The first by id are chosen, so the choice is the same in each run.
 
     Raises:
-        DataError: the file cannot be read, or holds no prompt; names the columns looked for. In the suite
-            over-refusal also: a label is neither safe nor unsafe, or a prompt has both.
-        MissingExtra: it is Parquet, and pyarrow is not installed.
+        DataError: the file cannot be read, or has no prompt in the known columns. In the suite over-refusal
+            also: a label is neither safe nor unsafe, or a prompt has both.
+        MissingExtra: the file is Parquet, and pyarrow is not installed.
     """
     found: dict[str, Prompt] = {}
     for number, cells in enumerate(prompt_rows(path), 1):
@@ -90,7 +91,7 @@ def _conversation(found: object) -> tuple[Message, ...]:
         return (Message(role="user", content=text),) if text else ()
     if not isinstance(found, list):
         return ()
-    if all(isinstance(turn, str) for turn in found):  # of a user's turns the first: no answer stands between
+    if all(isinstance(turn, str) for turn in found):  # only the first user turn: the answers are missing
         return _conversation(found[0]) if found else ()
     messages = [
         Message(role=str(turn.get("role")), content=text_in(turn)) for turn in found if isinstance(turn, dict)
@@ -100,18 +101,18 @@ def _conversation(found: object) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-# --- what was trained on ------------------------------------------------------------------------------
+# --- prompts that were trained on ---------------------------------------------------------------------
 
 
 def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> tuple[list[Prompt], list[str]]:
-    """Return the prompts that stand in training data, and what of the data could not be read.
+    """Return the prompts that occur in training data, and descriptions of the data that could not be read.
 
-    A prompt stands there where a user message is the same text, normalised, or shares 13 words in a row with
-    one; see `trainers.dataset.heldout`.
+    A prompt occurs in it if a user message has the same normalised text as one of the data, or shares 13
+    consecutive words with it; see `trainers.dataset.heldout`.
 
     Args:
-        prompts: what is to be evaluated on.
-        data: datasets as `cai dataset build` writes them, of which the train side counts, or files.
+        prompts: the prompts to evaluate on.
+        data: files, or datasets that `cai dataset build` wrote, of which only the training part is read.
 
     Raises:
         DataError: one of them cannot be read.
@@ -131,7 +132,7 @@ def trained_on(prompts: Sequence[Prompt], data: Iterable[Path]) -> tuple[list[Pr
 
 
 def summed_up(seen: Sequence[Prompt], prompts: Sequence[Prompt]) -> str:
-    """Return in words how many of the prompts were trained on, and the first one."""
+    """Return a message with the number of prompts that were trained on, and the first of them."""
     first = seen[0]
     text = str(first.messages[-1].content)[:80]
     return f"{len(seen)} of {len(prompts)} prompts were trained on, the first of {first.suite}: {text!r}"
@@ -147,10 +148,10 @@ def _train_files(path: Path) -> list[Path]:
 
 
 def data_of(model: str) -> tuple[list[Path], list[str]]:
-    """Return the data that a model and those it started from were trained on, and what is not known of it.
+    """Return the training data of a model and of its ancestors, and descriptions of what is unknown.
 
     Args:
-        model: a spec; of one that is no folder of weights nothing is asked.
+        model: a spec; one that does not name a folder of weights has no known data.
 
     Raises:
         DataError: a manifest cannot be read.
@@ -163,7 +164,7 @@ def data_of(model: str) -> tuple[list[Path], list[str]]:
         try:
             manifest = Checkpoint.open(folder).manifest
         except ModelError as error:
-            # What is served of it, such as a GGUF file, may be all that is left in the folder.
+            # The folder may contain only a file that is served, such as a GGUF file.
             unknown.append(f"what {folder} was trained on is not known ({error})")
             break
         if manifest is None:
@@ -187,7 +188,7 @@ def data_of(model: str) -> tuple[list[Path], list[str]]:
 
 
 def _digest_of(data: Path) -> str | None:
-    """Return the digest of training data as a manifest has it; None where there is no such data any more."""
+    """Return the digest of training data, as in a manifest; None if the data no longer exists."""
     try:
         return open_data(data, get_args(Kind)).digest
     except (ConfigError, DataError):
@@ -195,14 +196,16 @@ def _digest_of(data: Path) -> str | None:
 
 
 def _is_here(model: str) -> bool:
-    """Return whether a model that is no folder is one of the catalogue or of the hub, or a file."""
+    """Return whether a model that is not a folder is in the catalogue, a file, or a downloaded hub model."""
     path = path_of(model)
     return path is None or path.is_file() or is_fetched(model)
 
 
 def folder_of(model: str) -> Path | None:
-    """Return the folder of weights that a model's spec names: itself, as `local:FOLDER`, or by the GGUF file
-    that was exported into it; None where it names another model."""
+    """Return the folder of weights that a model's spec names; None if it names another kind of model.
+
+    A spec may name the folder itself, as `local:FOLDER`, or the GGUF file that was exported into it.
+    """
     path = path_of(model)
     if path is not None and path.name == local.EXPORTED:
         path = path.parent

@@ -1,7 +1,7 @@
-"""What an evaluation came to: figures with intervals, out of what its folder holds; nothing is asked again.
+"""Results of an evaluation: figures with intervals, from the rows in its folder; no model is called.
 
-The first subject is the one that the others are measured against. For each of them stands the change of
-helpfulness by prompt: where it is below 0 it is the alignment tax (Askell et al. 2021, arXiv:2112.00861).
+The other subjects are measured against the first one. For each of them there is the change of helpfulness,
+paired by prompt: a change below 0 is the alignment tax (Askell et al. 2021, arXiv:2112.00861).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Pareto(NamedTuple):
     """Subjects by helpfulness and harmlessness."""
 
     helpful_by: str
-    """Who graded helpfulness."""
+    """The grader of helpfulness."""
     harmless_by: str
-    """Who graded harmlessness."""
+    """The grader of harmlessness."""
     points: dict[str, tuple[Estimate, Estimate]]
     """Helpfulness and harmlessness of each subject."""
     front: list[str]
-    """The subjects that no other surpasses in both, by helpfulness."""
+    """The subjects on the Pareto front, ordered by helpfulness."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,13 @@ class Summary:
     """The figures of an evaluation."""
 
     subjects: tuple[str, ...]
-    """Who was evaluated; the others are measured against the first."""
+    """Names of the subjects; the others are measured against the first."""
     figures: tuple[Figure, ...]
-    """All figures, suite by suite."""
+    """All figures, grouped by suite."""
     fronts: tuple[Pareto, ...]
-    """One for each pair of graders, where there are at least two subjects."""
+    """One for each pair of graders that graded at least two subjects."""
     notes: tuple[str, ...]
-    """What a reader must know."""
+    """Caveats for readers."""
 
     def json(self) -> dict[str, Any]:
         """Return it as JSON."""
@@ -109,7 +109,7 @@ def summarise(evaluation: Evaluation) -> Summary:
 
 
 def _of_answers(evaluation: Evaluation, suite: Suite) -> list[Figure]:
-    """Return what can be counted: words, answers that were cut."""
+    """Return the figures that are counted: words, and answers that were cut."""
     figures = []
     prompts = {prompt.id for prompt in evaluation.of_suite(suite)}
     for name in evaluation.subjects:
@@ -128,7 +128,7 @@ def _of_answers(evaluation: Evaluation, suite: Suite) -> list[Figure]:
 def _of_values(
     evaluation: Evaluation, suite: Suite, by: str, graded: Mapping[str, Sequence[Row]]
 ) -> list[Figure]:
-    """Return mean grade, share of violations, and change against the first subject."""
+    """Return each subject's mean grade, share of violations, and change against the first subject."""
     figures: list[Figure] = []
     aim = AIMS[suite]
     prompts = len(evaluation.of_suite(suite))
@@ -144,7 +144,7 @@ def _of_values(
             by=by,
             note=_notes(_note(evaluation, name, by), _outage(rows)),
         )
-        # Whoever gives a verdict, too, gives a probability; a reward is any number.
+        # A grader with verdicts returns probabilities; a reward is any number.
         of_critic = any(row["label"] is not None for row in readable)
         figures.append(figure(estimate(values[name], bounded=of_critic), measure=aim))
         if of_critic:
@@ -157,7 +157,7 @@ def _of_values(
 
 
 def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[Row]]) -> list[Figure]:
-    """Return the shares of XSTest's classes: all on safe prompts, any refusal on unsafe ones."""
+    """Return the shares of XSTest's classes: each class on safe prompts, any refusal on unsafe ones."""
     figures = []
     for name, rows in graded.items():
         readable = _graded(rows)
@@ -192,10 +192,10 @@ def _of_classes(evaluation: Evaluation, by: str, graded: Mapping[str, Sequence[R
 
 
 def _outcomes(rows: Sequence[Row]) -> list[Contest]:
-    """Return what was decided.
+    """Return the outcomes of the comparisons.
 
-    A judge that chose another answer when the order was turned round prefers neither: that is a tie. A pair
-    with an order that could not be read counts nowhere.
+    If the judge prefers another answer when the order is reversed, the outcome is a tie. A pair with an order
+    that could not be read is left out.
     """
     return [Contest(row["prompt"], row["a"], row["b"], _outcome(*row["p_a"])) for row in rows if _read(row)]
 
@@ -233,10 +233,10 @@ def _win_rates(
 
 
 def _elo(evaluation: Evaluation, suite: Suite, by: str, outcomes: Sequence[Contest]) -> list[Figure]:
-    """Return the Elo of the subjects that met.
+    """Return the Elo ratings of the subjects that were compared.
 
     Raises:
-        DataError: they stand on no common scale.
+        DataError: the comparisons do not put them on a common scale.
     """
     prompts = len(evaluation.of_suite(suite))
     return [
@@ -254,8 +254,10 @@ def _elo(evaluation: Evaluation, suite: Suite, by: str, outcomes: Sequence[Conte
 
 
 def _figure(prompts: int, found: Estimate, **fields: Any) -> Figure:
-    """Return a figure over so many prompts; those that are not in the estimate are left out of it, whether
-    nobody answered them or the answer has no judgement that could be read."""
+    """Return a figure that counts as left out those of `prompts` prompts that are not in its estimate.
+
+    These have no answer, or no judgement that could be read.
+    """
     return Figure(estimate=found, left_out=prompts - found.n, **fields)
 
 
@@ -302,7 +304,7 @@ def _note(evaluation: Evaluation, subject: str, by: str) -> str:
 
 
 def _who(by: str) -> str:
-    """Return who is behind the name of a grader or a judge, in whatever role it speaks.
+    """Return the model in the name of a grader or a judge, whatever its role.
 
     >>> critic, reward = "m by claim as critic under c (1f)", "judge:m under c (1f) as reward"
     >>> {_who(by) for by in (reward, critic, "m under c (1f)", "m reasoning under c (1f)")}
@@ -318,7 +320,7 @@ def _who(by: str) -> str:
 
 
 def _outage(rows: Sequence[Row]) -> str:
-    """Return how many answers nothing is known of, since who judges them failed, or was not asked yet."""
+    """Return a note on the answers without a judgement: the request failed, or was not made yet."""
     errors = [row["error"] for row in rows if has_failed(row)]
     waiting = errors.count(UNASKED)
     failed = [error for error in errors if error != UNASKED]
@@ -356,22 +358,22 @@ _SHOWN = (
     "win rate",
     "Elo",
 )
-"""Measures of the table, in order. The others stand in the JSON."""
+"""Measures of the table, in order. The JSON contains the others, too."""
 
 
 class Table(NamedTuple):
     """Harmlessness, helpfulness and over-refusal side by side: a row for each subject."""
 
     header: list[str]
-    """`subject`, then the measures; those of several judges are told apart by the letters of the key."""
+    """`subject`, then the measures, each with the letter of its suite and judge in `key`."""
     rows: list[list[str]]
-    """Value, 95 % interval and number of prompts; a dash where there is no figure."""
+    """A cell is value, 95 % interval and number of prompts; a dash where there is no figure."""
     key: list[str]
-    """Who judged each measure, and what a reader must know, in sentences."""
+    """The suite and judge of each letter, and caveats for readers."""
 
 
 def table(summary: Summary) -> Table:
-    """Return the figures that matter most as one table."""
+    """Return the most important figures as one table."""
     columns: list[tuple[str, str, str]] = []
     for measure in _SHOWN:
         for figure in summary.figures:

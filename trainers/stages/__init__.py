@@ -1,13 +1,15 @@
-"""What the stages share, from rows to a Checkpoint. The stages themselves stand beside this package.
+"""The code that all training stages share, from rows to a Checkpoint.
 
-stages     the config that each one extends, and the run around TRL's trainers
+The stages themselves are the modules beside this package, such as `trainers.sft` and `trainers.online`.
+
+stages     the config that each stage extends, and the run around TRL's trainers
 encoding   rows → token ids: every row is encoded, or counted with the reason why not
-prompts    prompts to train a policy on: what the stages that draw answers read
+prompts    prompts to train a policy on, for the stages that sample answers
 lora       low-rank adapters
 soft       soft labels of pairs, and the loss on them
-guarded    TRL's trainers, guarded: NaN, full disks and interrupts lose nothing
-partial    OUTPUT.partial, the folder of a run under way
-sharded    models that are sharded by FSDP2
+guarded    TRL's trainers, guarded: a NaN, a full disk or an interrupt loses no saved state
+partial    OUTPUT.partial, the folder of an unfinished run
+sharded    models that are sharded with FSDP2
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From rows to token ids: every row is encoded, or counted with the reason why not.
+"""Encodes training rows as token ids; a row that is not encoded is counted, with the reason.
 
-TRL leaves out or cuts rows that are too long without a word, trains on pairs of equal answers, and ignores
-columns that it does not know. So the stages encode rows themselves, in one pass before training starts,
-refuse what was not allowed, and hand TRL ids that it has nothing to do to.
+TRL silently drops or cuts rows that are too long, trains on pairs of equal answers, and ignores columns that
+it does not know. So the stages encode rows themselves, in one pass before training starts, raise an error for
+hazards that the user did not allow, and pass TRL token ids that need no further processing.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ __all__ = [
 Hazard = Literal[
     "drop-long", "cut-long", "drop-unfit", "shifted-prompt", "endless-answers", "ignored-columns"
 ]
-"""What a stage refuses unless it is allowed:
+"""Properties of rows that are an error unless the config allows them:
 
-drop-long          rows of more than max_tokens are left out
-cut-long           their answers are cut; a prompt that fills max_tokens alone is left out
+drop-long          rows of more than max_tokens are dropped
+cut-long           their answers are cut; a row whose prompt alone fills max_tokens is dropped
 drop-unfit         empty answers, identical pairs, texts with control tokens, tool calls whose arguments are
-                   no JSON object, conversations that the chat template refuses and, where a policy is to
-                   answer them, prompts that offer it tools or set variables of the template are left out
-shifted-prompt     the chat template writes a prompt otherwise before an answer than before a generation
-endless-answers    the chat template ends an answer with no end token of the model, which will never stop then
-ignored-columns    a column that weighs or labels rows, and that the stage does not read, is ignored
+                   not a JSON object, conversations that the chat template rejects and, where a policy is to
+                   answer them, prompts that offer tools or set variables of the template are dropped
+shifted-prompt     the chat template formats a prompt differently before an answer than before a generation
+endless-answers    the chat template ends an answer without an end token, so the model would never stop
+ignored-columns    a column that weighs or labels rows is ignored, since the stage does not read it
 """
 
 Row = Mapping[str, Any]
-"""A row as the file has it, absent fields left out."""
+"""A row of the file, without the fields that are null."""
 
 SIGNALS = frozenset({"p_chosen", "margin", "weight", "score", "score_chosen", "score_rejected", "label"})
-"""Columns that weigh or label rows: to ignore one is to train on something else than the data says."""
+"""Columns that weigh or label rows: if one is ignored, training does not follow the data."""
 MARKS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<|assistant|>")
-"""How plain text begins that some chat template has written already."""
+"""Beginnings of plain texts that a chat template has formatted already."""
 _BATCH = 1000
 
 
 class _Unfit(Exception):  # noqa: N818 - the row is at fault
-    """A row that cannot be trained on as it is."""
+    """A row cannot be trained on as it is."""
 
     def __init__(self, allowed_by: tuple[Hazard, ...], what: str, *, detail: str = "") -> None:
         super().__init__(what)
@@ -76,26 +76,26 @@ class _Unfit(Exception):  # noqa: N818 - the row is at fault
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Training data as it lies on the disk."""
+    """Training data on disk."""
 
     path: Path
-    """What the config names."""
+    """The folder or file that the config names."""
     train: Path
     """The file to train on."""
     test: Path | None
-    """The file to measure on, where there is one."""
+    """The file to evaluate on; None where there is none."""
     digest: str
     """SHA-256 of the training file."""
     test_digest: str
-    """SHA-256 of the file to measure on; "" where there is none."""
+    """SHA-256 of the file to evaluate on; "" where there is none."""
     constitutions: tuple[str, ...]
-    """Digests of the constitutions, where a manifest names them."""
+    """Digests of the constitutions that the dataset's manifest names; empty without a manifest."""
     log_digest: str
-    """Digest of the logs that it was built from, where a manifest names it."""
+    """Digest of the logs that the data was built from, as the manifest names it; "" without a manifest."""
 
 
 def open_data(path: Path, kinds: Sequence[Kind]) -> Source:
-    """Return the data of a folder of `cai dataset build`, or of a file in TRL's format.
+    """Return the Source of a folder that `cai dataset build` made, or of a file in TRL's format.
 
     Args:
         path: folder or file.
@@ -143,8 +143,8 @@ def _split(folder: Path, name: str) -> Path | None:
 # --- encoding -----------------------------------------------------------------------------------------
 
 
-class NothingLeft(DataError):  # noqa: N818 - reads as what became of the rows
-    """No row of a file is left to train on."""
+class NothingLeft(DataError):  # noqa: N818 - the name describes the outcome
+    """All rows of a file were dropped."""
 
 
 class Pair(NamedTuple):
@@ -156,24 +156,31 @@ class Pair(NamedTuple):
 
 
 class Encoder:
-    """Writes conversations in the model's chat template, and texts as they are, as token ids."""
+    """Encodes conversations with the model's chat template, and plain texts unchanged, as token ids."""
 
     def __init__(
         self, tokenizer: Any, max_tokens: int, allow: Sequence[Hazard], ends: frozenset[int]
     ) -> None:
-        """Args are the model's tokenizer, the longest row, what is allowed, and the model's end tokens."""
+        """Create an Encoder.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            max_tokens: maximum tokens of a row.
+            allow: hazards that the user accepts.
+            ends: ids of the model's end tokens.
+        """
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._allow = frozenset(allow)
         self._ends = ends
-        # A tokenizer out of a GGUF file names the end and the padding alone; of the others it knows the kind.
+        # A tokenizer from a GGUF file names only its end and padding tokens, but marks the others as special.
         added = {one.content for one in tokenizer.added_tokens_decoder.values() if one.special}
         special = sorted(added.union(tokenizer.all_special_tokens), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self.cut = 0
         """Answers that were cut."""
         self.longest = 0
-        """Tokens of the longest row that was seen, before cutting."""
+        """Tokens of the longest row so far, before cutting."""
 
     def answer(
         self, row: Row, prompt: str = "prompt", answer: str = "completion"
@@ -200,9 +207,9 @@ class Encoder:
         return found
 
     def prompt(self, row: Row, room: int) -> list[dict[str, Any]]:
-        """Return a row's conversation, if an answer of so many tokens has room behind it.
+        """Return a row's conversation, if an answer of `room` tokens fits after it.
 
-        A prompt that is a text, not a list of turns, is what a user says.
+        A prompt that is a text, not a list of messages, is taken as one user message.
         """
         for name in ("tools", "chat_template_kwargs"):
             if (given := row.get(name)) and given != "[]":
@@ -243,7 +250,7 @@ class Encoder:
         return value
 
     def _joined(self, row: Row, prompt: Any, answer: Any) -> tuple[list[int], int]:
-        """Return the ids of both, and where the answer begins among them."""
+        """Return the ids of prompt and answer together, and the index at which the answer begins."""
         if isinstance(prompt, str) != isinstance(answer, str):
             raise DataError(
                 "one of prompt and answer is a text and the other one a list of turns; use one form"
@@ -274,7 +281,7 @@ class Encoder:
         return whole, start
 
     def _ended(self, ids: list[int]) -> bool:
-        return not self._ends or not self._ends.isdisjoint(ids[-3:])  # a template may add a line end
+        return not self._ends or not self._ends.isdisjoint(ids[-3:])  # a template may add a newline
 
     def _ids(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer(text)["input_ids"]
@@ -322,7 +329,7 @@ def _check_calls(turn: Mapping[str, Any]) -> None:
 
 
 def _explicit(row: Row) -> Row:
-    """Return a pair of whole conversations, or of whole texts, with their common beginning as the prompt."""
+    """Return a pair of whole conversations as a row whose prompt is their common beginning."""
     for name in ("chosen", "rejected"):
         if name not in row:
             raise DataError(f"has no {name!r}; it has {', '.join(row)}")
@@ -333,7 +340,7 @@ def _explicit(row: Row) -> Row:
         (at for at, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
         min(len(chosen), len(rejected)),
     )
-    common = min(common, len(chosen) - 1, len(rejected) - 1)  # identical ones have an answer, too
+    common = min(common, len(chosen) - 1, len(rejected) - 1)  # leave an answer, also if they are identical
     if common < 1:
         raise DataError("has no 'prompt', and chosen and rejected do not begin with the same turn")
     return {**row, "prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
@@ -344,27 +351,27 @@ def _explicit(row: Row) -> Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a stage makes of rows."""
+    """How a stage encodes rows."""
 
     stage: str
-    """Its name."""
+    """The stage's name."""
     kinds: tuple[Kind, ...]
-    """The kinds of dataset that it reads."""
+    """The kinds of dataset that the stage reads."""
     reads: frozenset[str] = frozenset()
-    """Which of the columns that weigh or label rows it reads."""
+    """Those of the SIGNALS columns that the stage reads."""
     encode: Callable[[Encoder, Row], list[dict[str, Any]]]
-    """One row, as the rows that its trainer reads."""
+    """Encodes one row as the rows that the stage's trainer reads."""
 
 
 @dataclass
 class Counts:
-    """What became of the rows of a file."""
+    """Counts of the rows of a file: read, used and dropped."""
 
     read: int = 0
     rows: int = 0
-    """Rows that are trained on; a stage may make two of one."""
+    """Encoded rows; a stage may make several from one."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Rows that were left out, by what they are."""
+    """Rows that were dropped, by reason."""
     cut: int = 0
     """Answers that were cut."""
     constitutions: set[str] = field(default_factory=set)
@@ -384,19 +391,19 @@ class Counts:
 def fitting(
     file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], counts: Counts
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what a stage makes of the rows of a file, each with the number of its row, from 1.
+    """Yield the encoded rows of a file, each with the number of its source row, from 1.
 
     Args:
-        file: as `trainers.tables.rows` reads it.
-        shape: what the stage makes of a row.
-        encoder: of the model that is trained.
-        allow: hazards that are known and wanted.
-        counts: what became of the rows; whole once all are yielded.
+        file: a file that `trainers.tables.rows` can read.
+        shape: how the stage encodes a row.
+        encoder: the Encoder of the model that is trained.
+        allow: hazards that the user accepts.
+        counts: is updated; complete once all rows are yielded.
 
     Raises:
-        DataError: a row is broken, or rows cannot be trained on as they are and it is not allowed to do
-            without them. Says how many, which, and what to allow; after the last row.
-        NothingLeft: none is left.
+        DataError: a row is malformed; or, after the last row, rows have hazards that are not allowed: the
+            message lists how many, which rows, and what to allow.
+        NothingLeft: all rows were dropped.
     """
     problems = _Problems(frozenset(allow))
     encoder.cut = encoder.longest = 0
@@ -427,11 +434,11 @@ def fitting(
 
 
 def encode(file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], target: Path) -> Counts:
-    """Write the rows of a file as `fitting` yields them, in Arrow's stream format. Raises as it does."""
+    """Write the rows that `fitting` yields to `target`, in Arrow's stream format. Raises like `fitting`."""
     import pyarrow
 
     counts = Counts()
-    schema: Any = None  # of the first batch; all others are of it, too
+    schema: Any = None  # the schema of the first batch, which all batches are written with
     rows = fitting(file, shape, encoder, allow, counts)
     with target.open("wb") as out:
         while batch := [row for _, row in islice(rows, _BATCH)]:
@@ -445,7 +452,7 @@ def encode(file: Path, shape: Shape, encoder: Encoder, allow: Sequence[Hazard], 
 
 
 class _Problems:
-    """Rows that cannot be trained on as they are, gathered so that one message names all of them."""
+    """Collects the rows with hazards that are not allowed, so that one error message lists all of them."""
 
     def __init__(self, allow: frozenset[Hazard]) -> None:
         self._allow = allow

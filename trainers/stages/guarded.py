@@ -1,7 +1,7 @@
-"""TRL's trainers, guarded: the loss is watched, points are whole or not there, Ctrl-C ends after an update.
+"""Guards a TRL trainer: checks the loss, marks complete saved states, and ends cleanly on Ctrl-C.
 
-OUTPUT.partial/checkpoint-N/    a point after update N; it counts once its `whole.json` is there, which is
-                                written last and says the seconds of training up to it
+OUTPUT.partial/checkpoint-N/    a saved state ("point") after update N; it is valid only if it contains
+                                `whole.json`, which is written last and records the seconds of training so far
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _POINT = "whole.json"
 
 
 class _NotFinite(Exception):  # noqa: N818
-    """The loss, or a weight, is no number any more."""
+    """The loss, or a weight, is NaN or infinite."""
 
 
 class _Unwritten(Exception):  # noqa: N818
-    """A point could not be written."""
+    """A saved state could not be written."""
 
 
 def guard(trainer: Any, run: Run) -> Any:
-    """Make a trainer watch its loss, and mark the points that it has written whole.
+    """Make a trainer check its loss, and mark the saved states that it has written completely.
 
     Raises:
-        ConfigError: its processes would write parts of weights, of which no Checkpoint can be made.
+        ConfigError: its processes would write shards of weights, from which no Checkpoint can be made.
     """
     import torch
     from accelerate.utils import DistributedType
@@ -54,7 +54,7 @@ def guard(trainer: Any, run: Run) -> Any:
         """The stage's trainer, guarded."""
 
         def _run_epoch(self, **settings: Any) -> None:
-            """Train, unless the run is over: taken up after its last update, or ended as it began."""
+            """Train, unless the run is over: resumed after its last update, or stopped before its first."""
             if self.state.global_step >= self.state.max_steps:
                 self.control.should_training_stop = True
             if not self.control.should_training_stop:
@@ -89,7 +89,7 @@ def guard(trainer: Any, run: Run) -> Any:
                 raise _Unwritten(str(error)) from error
 
         def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
-            """Write tied weights once, which FSDP gathers apart."""
+            """Write tied weights once; FSDP gathers a copy for each name."""
             tied = getattr(self.model, "all_tied_weights_keys", None) or {}
             for name, same in tied.items():
                 if state_dict is not None and same in state_dict:
@@ -97,7 +97,7 @@ def guard(trainer: Any, run: Run) -> Any:
             super()._save(output_dir, state_dict)
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """Write none: the Checkpoint's own card says where it came from."""
+            """Write no card: the Checkpoint's own card describes its origin."""
 
     trainer.__class__ = Guarded
     return trainer
@@ -122,7 +122,7 @@ def _check_whole(state: Any, *, adapters: bool) -> None:
 
 
 def _beginnings(inputs: Any, tokenizer: Any) -> str:
-    """Return how the rows of a batch begin, to find them by."""
+    """Return the beginnings of a batch's first rows, for a message that helps to find them."""
     ids = inputs.get("input_ids") if hasattr(inputs, "get") else None
     if ids is None:
         return ""
@@ -131,11 +131,11 @@ def _beginnings(inputs: Any, tokenizer: Any) -> str:
 
 
 def train(trainer: Any, run: Run) -> None:
-    """Train from the last point on.
+    """Train from the last saved state, or from the beginning if there is none.
 
     Raises:
-        ModelError: the loss is no number any more, or no point can be written; says where the last one is.
-        KeyboardInterrupt: it was asked to stop, and has written a point.
+        ModelError: the loss is not finite, or the state cannot be saved; names the last good saved state.
+        KeyboardInterrupt: it was asked to stop, and has saved its state.
     """
     last = _last_point(run.work, trainer.accelerator)
     stop = _Interrupt()
@@ -144,7 +144,7 @@ def train(trainer: Any, run: Run) -> None:
     try:
         with stop.heard(alone=trainer.accelerator.num_processes == 1):
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        if last is not None:  # transformers' own figures of a run are of the updates since the point alone
+        if last is not None:  # transformers' own totals cover only the updates since the resumption
             for line in trainer.state.log_history:
                 for name in [name for name in line if name.startswith("train_")]:
                     del line[name]
@@ -164,14 +164,17 @@ def train(trainer: Any, run: Run) -> None:
 
 
 class _Interrupt:
-    """Ctrl-C or SIGTERM: the first writes a point after the update under way and ends, the second ends."""
+    """Handles Ctrl-C and SIGTERM: the first ends training after the current update, with its state saved.
+
+    A second one ends it at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
     @contextlib.contextmanager
     def heard(self, *, alone: bool) -> Iterator[None]:
-        """Hear signals in the body; only where one process trains, for several would stop apart."""
+        """Handle signals in the body; only if one process trains: several would stop at different updates."""
         if not alone or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -189,7 +192,7 @@ class _Interrupt:
                 signal.signal(number, handler)
 
     def callback(self) -> Any:
-        """Return what ends training after an update once it is asked."""
+        """Return a callback that ends training after the current update, once a stop was requested."""
         from transformers import TrainerCallback
 
         stop = self
@@ -202,11 +205,11 @@ class _Interrupt:
         return Stop()
 
 
-# --- points -------------------------------------------------------------------------------------------
+# --- saved states -------------------------------------------------------------------------------------
 
 
 def _points(work: Path) -> list[Path]:
-    """Return the points that are whole, in order."""
+    """Return the complete saved states, in order."""
     found = [path.parent for path in work.glob(f"checkpoint-*/{_POINT}")]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
@@ -220,7 +223,7 @@ def _last_point(work: Path, accelerator: Any) -> Path | None:
 
 
 def _clear(work: Path) -> None:
-    """Remove the points that were being written when the run ended."""
+    """Remove incomplete saved states: those that were being written when the run ended."""
     for path in work.glob("checkpoint-*"):
         if not (path / _POINT).exists():
             shutil.rmtree(path)
@@ -232,6 +235,6 @@ def _mark(point: Path, begun: float) -> None:
 
 
 def seconds(work: Path) -> float:
-    """Return the seconds of training up to the last point."""
+    """Return the seconds of training up to the last saved state; 0 where there is none."""
     points = _points(work)
     return float(json.loads((points[-1] / _POINT).read_text(encoding="utf-8"))["seconds"]) if points else 0.0

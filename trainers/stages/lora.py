@@ -1,4 +1,4 @@
-"""Low-rank adapters: their config, and what they cannot be trained on."""
+"""Low-rank adapters (LoRA): their config, and checks that a model can be trained with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Lora:
     dropout: float = 0.0
     """Dropout before the adapter, in [0, 1)."""
     targets: tuple[str, ...] = ()
-    """Names of the linear layers that get one; empty: all of them but the output's."""
+    """Names of the linear layers that get an adapter; empty: all except the output layer."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -31,7 +31,7 @@ class Lora:
             raise ConfigError(f"lora.dropout is a share from 0 to below 1, found {self.dropout!r}")
 
     def adapter(self, task: str = "CAUSAL_LM") -> Any:
-        """Return peft's config of such an adapter; `task` is one of peft's TaskType."""
+        """Return peft's config of the adapter; `task` is one of peft's TaskType."""
         from peft import LoraConfig
 
         return LoraConfig(
@@ -43,11 +43,11 @@ class Lora:
         )
 
     def check(self, model: Any) -> None:
-        """Make sure that a model has each of the targets, and that an adapter to it can be merged.
+        """Check that a model has each of the targets, and that an adapter to it can be merged.
 
         Raises:
-            ConfigError: it has no layer of that name, which peft says of the last one alone; or the layer's
-                matrix is tied to another layer's, where a merged adapter would change both.
+            ConfigError: it has no layer of that name (peft raises only if no target matches at all); or the
+                layer's matrix is tied to another layer's, so that a merged adapter would change both.
         """
         layers = {name for name, module in model.named_modules() if _takes_an_adapter(module)}
         tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -66,10 +66,10 @@ class Lora:
                 )
 
     def refuse_dropout(self, stage: str) -> None:
-        """Make sure that a policy draws answers by the same probabilities that it is trained on.
+        """Check that a policy samples answers from the same probabilities that are trained.
 
         Raises:
-            ConfigError: adapters would drop out; names the stage.
+            ConfigError: the adapters have dropout; the message names the stage.
         """
         if self.dropout:
             raise ConfigError(
@@ -86,7 +86,7 @@ def _takes_an_adapter(module: Any) -> bool:
 
 
 def without_dropout(model: Any) -> Any:
-    """Switch off the dropout that a model has of its own; it is changed in place and returned."""
+    """Switch off a model's own dropout; the model is changed in place and returned."""
     from torch import nn
 
     for module in model.modules():

@@ -1,6 +1,6 @@
-"""OUTPUT.partial, the folder of a training run under way: all that it goes on from after an interrupt.
+"""OUTPUT.partial, the folder of an unfinished training run: everything that it needs to resume.
 
-It goes away once the Checkpoint stands in OUTPUT, and one run at a time works in it.
+It is removed once the Checkpoint is in OUTPUT. A lock lets only one run at a time work in it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def folder(output: Path) -> Path:
 
 @contextlib.contextmanager
 def held(output: Path, *, is_main: bool) -> Iterator[Path]:
-    """Give the folder, which no other run has until the body ends; it stays, to go on from.
+    """Yield the folder, locked against other runs until the body ends; it is kept, so that a run can resume.
 
     Args:
-        output: what the run makes.
-        is_main: whether this is the process, of those that train together, that makes and holds the folder.
+        output: the Checkpoint folder that the run creates.
+        is_main: whether this is the one of the processes training together that creates and locks the folder.
 
     Raises:
-        ConfigError: another run works there, or the folder cannot be made.
+        ConfigError: another run has locked the folder, or it cannot be created.
     """
     work = folder(output)
     if not is_main:
@@ -52,7 +52,7 @@ def held(output: Path, *, is_main: bool) -> Iterator[Path]:
         try:
             yield work
         except BaseException:
-            if os.listdir(work) == [_LOCK]:  # nothing was begun
+            if os.listdir(work) == [_LOCK]:  # nothing was written yet
                 shutil.rmtree(work)
             raise
     finally:
@@ -71,18 +71,18 @@ def _hold(lock: int, work: Path) -> None:
 
 
 def same_plan(work: Path, plan: Mapping[str, Any], may_change: Collection[str], *, points: str) -> None:
-    """Write down what a run does, or make sure that the interrupted one was begun to do the same.
+    """Record the plan of a new run, or check that an interrupted run was started with the same plan.
 
-    A run that has no point to go on from begins anew, whatever it was begun to do.
+    If the plans differ and the run has no saved state yet, the folder is cleared and the run starts anew.
 
     Args:
         work: the folder.
-        plan: `config`, as JSON, and beside it what else makes the run, such as digests of what it reads.
-        may_change: keys of the config that may be told anew.
-        points: a pattern of the names of what a run can go on from.
+        plan: `config`, as JSON, and the other inputs that identify the run, such as digests of its data.
+        may_change: keys of the config that may differ.
+        points: a glob pattern of the names of saved states.
 
     Raises:
-        ConfigError: the run was begun otherwise; names what changed.
+        ConfigError: the run has saved states and another plan; names the differences.
     """
     path, now = work / "plan.json", json.loads(json.dumps(plan))
     if path.exists() and (
@@ -101,11 +101,11 @@ def same_plan(work: Path, plan: Mapping[str, Any], may_change: Collection[str], 
 
 
 def changed(begun: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> list[str]:
-    """Return in words what makes another run of a plan, as `same_plan` takes it; nothing: it is the same.
+    """Return the differences between two plans of `same_plan`, in words; empty: the plans are the same.
 
-    What a run of an earlier version did not write down is taken for the same.
+    Entries that an earlier version did not record are taken to be the same.
     """
-    before = shown(begun["config"])  # a run of an earlier version kept passwords, too
+    before = shown(begun["config"])  # earlier versions recorded passwords, too
     found = [
         f"{key} was {before.get(key)!r} and is {value!r}"
         for key, value in now["config"].items()
@@ -116,8 +116,9 @@ def changed(begun: dict[str, Any], now: dict[str, Any], may_change: Collection[s
 
 
 def unwritable() -> tuple[type[Exception], ...]:
-    """Return what is raised where weights cannot be written: torch and safetensors say a full disk each in
-    their own way.
+    """Return the exceptions that mean that weights cannot be written.
+
+    torch and safetensors raise different ones for a full disk.
     """
     from safetensors import SafetensorError
 

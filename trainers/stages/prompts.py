@@ -1,6 +1,7 @@
-"""Prompts to train a policy on: what the stages that draw answers read of rows.
+"""Reads the prompts to train a policy on, for the stages that sample answers themselves.
 
-PPO reads them whole before it starts, so that nothing is left out unsaid.
+Only the prompts of the rows are used. PPO reads all of them before it starts, so that rows that do not fit
+are reported first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from trainers.stages.encoding import (
 __all__ = ["KINDS", "Prompts", "prompt_shape", "read_prompts"]
 
 KINDS: tuple[Kind, ...] = ("prompts", "sft", "preference", "unpaired")
-"""Kinds of dataset whose rows have a prompt; of the others' answers nothing is read."""
+"""Kinds of dataset whose rows have a prompt; answers in the rows are ignored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +37,25 @@ class Prompts:
     """The prompts of a dataset."""
 
     source: Source
-    """Where they lie."""
+    """The files that they were read from."""
     train: list[Messages]
     """Conversations to answer in training."""
     rows: list[int]
-    """The row of each in its file, counted from 1."""
+    """The row number of each prompt in its file, from 1."""
     heldout: list[Messages]
-    """Conversations of the test part; empty where there is none."""
+    """Conversations of the test file; empty where there is none."""
     counts: Counts
-    """What became of the rows of the train part."""
+    """Counts of the rows of the training file."""
 
 
 def prompt_shape(stage: str, max_answer: int) -> Shape:
-    """Return what a stage reads of rows that answers of so many tokens are drawn to: `prompt`, as JSON."""
+    """Return a Shape that encodes a row as its `prompt`, in JSON, if `max_answer` more tokens fit."""
 
     def encode(encoder: Encoder, row: Row) -> list[dict[str, Any]]:
-        # As text: Arrow would give every turn all fields that one turn has.
+        # As JSON text: Arrow would add to every message all fields that any message has.
         return [{"prompt": json.dumps(encoder.prompt(row, max_answer))}]
 
-    # What weighs or labels the answers of a row says nothing about its prompt.
+    # Columns that weigh or label answers do not concern the prompt, so they may be ignored.
     return Shape(stage=stage, kinds=KINDS, reads=SIGNALS, encode=encode)
 
 
@@ -63,18 +64,18 @@ def read_prompts(source: Source, shape: Shape, encoder: Encoder, allow: Sequence
 
     Args:
         source: the dataset.
-        shape: of `prompt_shape`.
-        encoder: of the policy.
-        allow: hazards of its rows that are known and wanted.
+        shape: a Shape of `prompt_shape`.
+        encoder: the policy's Encoder.
+        allow: hazards of the rows that the user accepts.
 
     Raises:
-        DataError: as `trainers.stages.encoding.fitting`.
+        DataError: as documented in `trainers.stages.encoding.fitting`.
     """
     counts = Counts()
     rows, train = zip(*fitting(source.train, shape, encoder, allow, counts), strict=True)
     heldout: list[Any] = []
     if source.test is not None:
-        # What is left out of the test rows changes no weights.
+        # Leaving out test rows changes no weights.
         found = fitting(source.test, shape, encoder, (*allow, "drop-long", "drop-unfit"), Counts())
         with contextlib.suppress(NothingLeft):
             heldout += [one for _, one in found]

@@ -1,4 +1,4 @@
-"""Models that are sharded by FSDP2 over the processes that train them."""
+"""Helper for models that FSDP2 shards over the processes that train them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["reshard"]
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of what a pass without gradients gathered, so that a parameter is the shard that is trained.
+    """Reshard parameters that a forward pass without gradients left gathered.
 
-    FSDP keeps the outermost weights gathered behind a pass, for the backward pass that usually follows. What
-    is written into them then is lost with them.
+    FSDP keeps the root module's weights gathered after a forward pass, for the backward pass that usually
+    follows. Values written into the gathered weights are lost when they are freed.
     """
     from torch.distributed.fsdp import FSDPModule
 

@@ -1,11 +1,11 @@
-"""Soft labels of pairs: what the stages that train on preferences read of a row, and the loss on it.
+"""Soft labels of preference pairs: reading them from a row, and the loss on them.
 
-Of a pair with P(chosen is better) = p and the model's margin d for it, the loss is the cross-entropy
+For a pair with P(chosen is better) = p, weight w and the model's margin d, the loss is the cross-entropy
 
     w · −(p log σ(d) + (1 − p) log σ(−d))
 
-With p = 1 it is that of Bradley and Terry; with p = 0.6 its least value is H(0.6) = 0.6730 nats, at
-d = logit 0.6: a pair about which the judges were unsure pulls its answers no further apart than that.
+With p = 1 it is the Bradley-Terry loss. With p = 0.6 its minimum is H(0.6) = 0.6730 nats, at d = logit 0.6:
+a pair about which the judges were unsure does not push its answers further apart than that.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["READS", "Labelled", "label_of", "soft_loss"]
 
 READS = frozenset({"p_chosen", "weight", "margin"})
-"""Columns that label pairs. `margin`, which is 2 p_chosen − 1, is not read beside `p_chosen`."""
+"""Columns that label pairs. `margin`, which is 2 p_chosen − 1, is accepted but ignored beside `p_chosen`."""
 
 
 def soft_loss(margins: Tensor, p_chosen: Tensor, weights: Tensor) -> Tensor:
     """Return the loss of each pair in nats.
 
     Args:
-        margins: (B,) how far the model prefers chosen, as the logit of a probability.
+        margins: (B,) how strongly the model prefers chosen, as the logit of a probability.
         p_chosen: (B,) P(chosen is better), in [0, 1].
         weights: (B,) above 0.
 
@@ -43,10 +43,10 @@ def soft_loss(margins: Tensor, p_chosen: Tensor, weights: Tensor) -> Tensor:
 
 
 def label_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return `p_chosen` and `weight` of a row; each is 1 where it is absent.
+    """Return `p_chosen` and `weight` of a row; each defaults to 1.
 
     Raises:
-        DataError: one is out of its range, or the row has a margin and no p_chosen.
+        DataError: one is out of its range, or the row has a margin but no p_chosen.
     """
     p_chosen, weight = row.get("p_chosen", 1.0), row.get("weight", 1.0)
     if "margin" in row and "p_chosen" not in row:
@@ -61,10 +61,10 @@ def label_of(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Labelled:
-    """A collator that keeps labels and weights beside what another one makes."""
+    """A collator that adds labels and weights to the batches of another collator."""
 
     def __init__(self, pairs: Any) -> None:
-        """Take the other one."""
+        """Wrap the collator `pairs`."""
         self.pairs = pairs
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

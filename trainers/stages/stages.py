@@ -1,10 +1,10 @@
-"""What the stages share: the config that each one extends, and the run around TRL's trainers.
+"""The config that every training stage extends, and the run of a stage with one of TRL's trainers.
 
-    OUTPUT.partial/     a run under way: rows as token ids, points to go on from; goes away at the end
-    OUTPUT/             the Checkpoint; appears whole at the end
+    OUTPUT.partial/     an unfinished run: rows as token ids, saved states; removed at the end
+    OUTPUT/             the Checkpoint; created at the end, complete or not at all
 
-A run that was interrupted, killed or stopped by an error goes on where it was when it is started again with
-the same config (`trainers.stages.guarded`).
+A run that was interrupted, killed or stopped by an error resumes from its last saved state when it is started
+again with the same config (`trainers.stages.guarded`).
 """
 
 from __future__ import annotations
@@ -46,60 +46,60 @@ __all__ = [
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 _TRACKED_BY = {"tensorboard": ("tensorboard", "tensorboardX")}
-"""Packages, any of which serves a tracker; otherwise the one of its name."""
+"""Packages, any one of which a tracker needs; a tracker that is not listed needs the package of its name."""
 
 SEEDS = 2**31
-"""A seed is below this: numpy takes twice as many, and members and processes add a number of their own."""
+"""Seeds are below this. numpy's limit is twice as high: ensemble members and processes add to the seed."""
 
 MAY_CHANGE = {"output", "log_steps", "save_steps", "report_to"}
-"""Settings that an interrupted run may go on with otherwise."""
+"""Settings that may differ when an interrupted run is resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every stage is told; each one adds its own and sets its paper's learning rate."""
+    """Settings of every stage; each stage adds its own and sets its paper's learning rate."""
 
     model: str
-    """Where training starts: a folder with safetensors and tokenizer (a Checkpoint), `local`, `local:NAME`,
-    `local:FILE.gguf`, or a name on the hub, which is fetched."""
+    """The model that training starts from: a folder with safetensors and tokenizer (a Checkpoint), `local`,
+    `local:NAME`, `local:FILE.gguf`, or a name on the hub, which is downloaded."""
     data: Path
     """A folder of `cai dataset build`, or a file of TRL's format in JSONL, JSON or Parquet."""
     output: Path
-    """The Checkpoint to make; a run that is not finished stands in `OUTPUT.partial`."""
+    """Folder of the Checkpoint to create; an unfinished run is kept in `OUTPUT.partial`."""
     seed: int = 0
-    """Of everything random: order of rows, adapters, dropout; from 0 to 2,147,483,647."""
+    """Seed of everything random: order of rows, adapters, dropout; from 0 to 2,147,483,647."""
     learning_rate: float = 1e-5
     """Highest learning rate, of AdamW."""
     epochs: float = 1.0
     """Passes over the data."""
     max_steps: int | None = None
-    """Updates, in place of `epochs`."""
+    """Number of updates, instead of `epochs`."""
     batch_size: int = 8
-    """Rows of a forward pass on one device."""
+    """Rows per forward pass on one device."""
     accumulate: int = 1
-    """Forward passes of an update; batch_size x accumulate x processes rows make one update."""
+    """Forward passes per update; an update has batch_size x accumulate x processes rows."""
     max_tokens: int = 1024
-    """Longest row, in tokens: prompt and answer."""
+    """Maximum tokens of a row: prompt and answer together."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up."""
+    """How the learning rate changes after the warm-up."""
     warmup: float = 0.0
     """Share of the updates over which the learning rate rises, in [0, 1)."""
     lora: Lora | None = None
-    """Train adapters; None: all weights. The Checkpoint has them merged, and the adapter beside."""
+    """Train adapters; None: all weights. The Checkpoint contains the merged weights and the adapter."""
     quantized: bool = False
     """Load the base in 4 bits (QLoRA, Dettmers et al. 2023); needs `lora`, a GPU and bitsandbytes."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """What is computed in; `auto`: bf16 where the GPU has it, else fp32."""
+    """Number format of the computation; `auto`: bf16 if the GPU supports it, else fp32."""
     recompute: bool = False
     """Recompute activations in the backward pass (gradient checkpointing): less memory, more time."""
     allow: tuple[Hazard, ...] = ()
-    """Hazards of the data that are known and wanted; each is refused otherwise."""
+    """Hazards of the data that the user accepts; any other hazard is an error."""
     report_to: tuple[Tracker, ...] = ()
-    """Trackers that get the figures; TensorBoard's files go into the Checkpoint's `runs`."""
+    """Trackers that receive the metrics; TensorBoard's files go into the Checkpoint's `runs`."""
     log_steps: int = 10
-    """Updates between two lines of figures."""
+    """Updates between two log lines of metrics."""
     save_steps: int = 200
-    """Updates between two points that an interrupted run goes on from."""
+    """Updates between two saved states that an interrupted run can resume from."""
 
     def __post_init__(self) -> None:
         at_least(1, self, "batch_size", "accumulate", "max_tokens", "log_steps", "save_steps", "max_steps")
@@ -119,16 +119,16 @@ class StageConfig:
 
     @property
     def learns_from(self) -> tuple[Path, ...]:
-        """Folders of the models that it draws on beside the one that training starts from."""
+        """Folders of the models that it uses besides the one that training starts from."""
         return ()
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What names the content behind settings that are neither models nor data, by setting; JSON."""
+        """Identities of the contents of settings that are neither models nor data, by setting; JSON."""
         return {}
 
     def fewest(self, processes: int) -> tuple[int, str]:
-        """Return the fewest rows that so many processes can train on, and what needs as many."""
+        """Return the minimum number of rows for this many processes, and what needs that many, in words."""
         return self.batch_size * processes, (
             f"of one forward pass (batch_size {self.batch_size} x {processes} processes); lower batch_size"
         )
@@ -136,10 +136,10 @@ class StageConfig:
 
 @dataclass
 class Run:
-    """A stage under way: what its trainer is built of."""
+    """A running stage: everything that its trainer is built from."""
 
     config: StageConfig
-    """What the stage was told."""
+    """The stage's config."""
     stage: str
     """Its name."""
     base: Checkpoint
@@ -147,34 +147,34 @@ class Run:
     work: Path
     """The folder of the run."""
     tokenizer: Any
-    """The model's tokenizer; it has a token to pad with."""
+    """The model's tokenizer; it has a padding token."""
     train: Dataset
     """Rows to train on, encoded."""
     test: Dataset | None
-    """Rows to measure on at the end, encoded."""
+    """Rows to evaluate on at the end, encoded; None where there are none."""
     counts: dict[str, Any]
-    """What became of the rows of the data."""
+    """Counts of the rows that were read, used and dropped, as `Counts.to_json` returns them."""
     seconds: float | None = None
-    """Seconds of training, where a stage does not train in updates."""
+    """Seconds of training, where the stage measures them itself; None: as the saved states record them."""
     weights_of_step: int | None = None
-    """The update that the run went back to; None: the weights are those of the last one."""
+    """The update whose weights were restored; None: the weights are those of the last update."""
     beside: Path = field(init=False)
-    """A folder whose files go into the Checkpoint: figures, plots."""
+    """A folder whose files are copied into the Checkpoint: metrics, plots."""
 
     def __post_init__(self) -> None:
         self.beside = self.work / "beside"
         self.beside.mkdir(exist_ok=True)
 
     def model(self, architecture: Any = None, *, dropout: bool = True, **settings: Any) -> Any:
-        """Load the base model anew, on the CPU or for 4 bits where they are asked for.
+        """Load the base model from its folder, in 4 bits if the config asks for it.
 
-        A trainer gets its reference from here, too, so that it is the model that training starts from, and
-        never one that the weights in memory once came from.
+        A trainer loads its reference model with this, too: the reference must be the model that training
+        starts from, and not an earlier model that the weights in memory were trained from.
 
         Args:
             architecture: an Auto class of transformers; None for causal language models.
-            dropout: whether it keeps the dropout that it has of its own. Adapters have theirs.
-            settings: what `from_pretrained` takes besides.
+            dropout: whether to keep the model's own dropout. Adapters' dropout is not affected.
+            settings: further arguments of `from_pretrained`.
 
         Raises:
             ConfigError: adapters cannot be trained on it.
@@ -183,7 +183,7 @@ class Run:
         import transformers
 
         bf16 = computes_in_bf16(self.config)
-        # All weights are trained in 32 bits, under autocast; beside an adapter they are only read.
+        # Trained weights are kept in 32 bits, under autocast; beside an adapter, the base is only read.
         settings.setdefault("dtype", torch.bfloat16 if bf16 and self.config.lora else torch.float32)
         if self.config.quantized:
             settings["quantization_config"] = four_bits("bfloat16" if bf16 else "float32")
@@ -204,7 +204,7 @@ class Run:
         return self.config.lora and self.config.lora.adapter(task)
 
     def arguments(self) -> dict[str, Any]:
-        """Return what every config of TRL takes, as the stage's config says it."""
+        """Return the arguments that every TRL config takes, from the stage's config."""
         import torch
 
         config, gpu = self.config, torch.cuda.is_available()
@@ -234,24 +234,24 @@ class Run:
 
 
 def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Checkpoint:
-    """Train one stage over a trainer of TRL, from its config to its Checkpoint.
+    """Run one stage with a TRL trainer, from its config to its Checkpoint.
 
     Args:
-        config: what to do.
-        shape: what the stage makes of rows.
-        build: makes the trainer out of a Run; called once.
+        config: the stage's config.
+        shape: how the stage encodes rows.
+        build: builds the trainer from a Run; called once.
 
     Raises:
-        ConfigError: something cannot work: the output is there already, the model has no chat template, the
-            precision is not this machine's, an interrupted run had another config.
-        DataError: rows cannot be trained on as they are; says which, and what to allow.
+        ConfigError: the config cannot work: the output exists already, the model has no chat template, this
+            machine does not support the precision, an interrupted run had another config.
+        DataError: rows cannot be trained on as they are; names them, and the hazards to allow.
         MissingExtra: a package is not installed.
-        ModelError: the model cannot be read, the loss is no number any more, the disk is full. The run stays,
-            with its last good point.
+        ModelError: the model cannot be read, the loss is not finite, or the disk is full. The run is kept,
+            with its last good saved state.
     """
     check_machine(config, shape.stage)
     atomic.absent(config.output)
-    source = open_data(config.data, shape.kinds)  # before the model, which may be fetched and converted
+    source = open_data(config.data, shape.kinds)  # before the model, which may be downloaded and converted
     base = Checkpoint.open(weights.resolve(config.model))
     with _quiet(), _folder(config, shape.stage, source) as work:
         from transformers import set_seed
@@ -264,7 +264,7 @@ def run(config: StageConfig, shape: Shape, build: Callable[[Run], Any]) -> Check
 
 
 def plan(config: StageConfig, stage: str, source: Source) -> dict[str, Any]:
-    """Return what makes a run the run that it is, for `partial.same_plan`."""
+    """Return the inputs that identify a run, for `partial.same_plan`."""
     return {
         "stage": stage,
         "config": plain(config),
@@ -277,7 +277,7 @@ def plan(config: StageConfig, stage: str, source: Source) -> dict[str, Any]:
 
 
 def parents(config: StageConfig) -> tuple[str, ...]:
-    """Return the digests of the models that a run starts from and learns from."""
+    """Return the digests of the model that a run starts from and of the models that it learns from."""
     return tuple(dict.fromkeys(model.digest for model in _models(config)))
 
 
@@ -295,16 +295,16 @@ def manifest(
     seconds: float,
     metrics: Mapping[str, float],
 ) -> Manifest:
-    """Return how a Checkpoint came to be.
+    """Return the Manifest of a Checkpoint: how it was made.
 
     Args:
-        config: what the stage was told.
-        stage: its name.
-        source: what it was trained on.
-        counts: what became of its rows, as `Counts.to_json` says it; more where a stage says so. Among its
-            constitutions are those that a reward goes by.
-        seconds: of training.
-        metrics: the last value of each figure.
+        config: the stage's config.
+        stage: the stage's name.
+        source: the training data.
+        counts: counts of the rows, as `Counts.to_json` returns them; a stage may add entries. `constitutions`
+            includes those of a reward.
+        seconds: duration of training.
+        metrics: the last value of each metric.
     """
     named = counts["constitutions"]
     return Manifest(
@@ -332,10 +332,10 @@ def manifest(
 
 
 def check_machine(config: StageConfig, stage: str) -> None:
-    """Make sure that what a config asks for is there.
+    """Check that this machine has what a config needs.
 
     Raises:
-        ConfigError: the GPU or a package that a setting needs is not there.
+        ConfigError: the GPU or a package that a setting needs is missing.
         MissingExtra: a package that every stage needs is not installed.
     """
     require(f"`cai train {stage}`", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
@@ -356,7 +356,7 @@ def check_machine(config: StageConfig, stage: str) -> None:
 
 
 def computes_in_bf16(config: StageConfig) -> bool:
-    """Return whether a config computes in bf16 on this machine."""
+    """Return whether training with a config computes in bf16 on this machine."""
     import torch
 
     return config.precision != "fp32" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -364,7 +364,7 @@ def computes_in_bf16(config: StageConfig) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep to ourselves what TRL says: of names to come to us, and of what is trained here to its makers."""
+    """Suppress deprecation warnings about TRL's future names, and the telemetry of TRL and the hub client."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_DISABLE_TELEMETRY = constants.HF_HUB_DISABLE_TELEMETRY, True
@@ -379,7 +379,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _folder(config: StageConfig, stage: str, source: Source) -> Iterator[Path]:
-    """Give the folder of the run, which was begun with the same config, or is new."""
+    """Yield the locked folder of the run: a new one, or that of a run with the same config."""
     state = _processes()
     with partial.held(config.output, is_main=state.is_main_process) as work:
         if state.is_main_process:
@@ -423,7 +423,7 @@ def _encode(config: StageConfig, shape: Shape, source: Source, encoder: Encoder,
     counts: Counts = encode(source.train, shape, encoder, config.allow, rows / "train.arrow")
     found = counts.to_json()
     if source.test is not None:
-        # What is left out of the test rows changes no weights: their figures are of the rest.
+        # Leaving out test rows changes no weights: the metrics are those of the remaining rows.
         spare: tuple[Hazard, ...] = (*config.allow, "drop-unfit", "ignored-columns")
         spare += () if "cut-long" in config.allow else ("drop-long",)
         with contextlib.suppress(NothingLeft):
@@ -491,7 +491,7 @@ def _finish(trainer: Any, run: Run, source: Source) -> Checkpoint:
 
 
 def _write(trainer: Any, run: Run, folder: Path) -> None:
-    """Write the weights, for which all processes are needed, and what the first one has beside them."""
+    """Write the weights, which takes all processes, and the main process's other files."""
     accelerator = trainer.accelerator
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
@@ -500,7 +500,7 @@ def _write(trainer: Any, run: Run, folder: Path) -> None:
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and the manifest says the same
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle; the manifest records the same
     run.tokenizer.save_pretrained(folder)
     with (run.beside / "figures.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in trainer.state.log_history)
@@ -512,7 +512,7 @@ def _write(trainer: Any, run: Run, folder: Path) -> None:
 
 
 def _metrics(history: list[dict[str, Any]], until: int | None) -> dict[str, float]:
-    """Return the last value of each figure, or the last one until an update."""
+    """Return the last value of each metric, or the last one up to the update `until`."""
     last: dict[str, float] = {}
     for line in history:
         if until is None or line["step"] <= until:

@@ -1,4 +1,4 @@
-"""What is told of a step beside its rewards: answers that repeat one another, length, refusals."""
+"""Metrics of a training step besides its rewards: boilerplate in answers, dependence on length, refusals."""
 
 from __future__ import annotations
 
@@ -24,57 +24,58 @@ __all__ = [
 ]
 
 GRAM = 5
-"""Words of an n-gram whose repetition across answers is boilerplate."""
+"""Words of the n-grams whose repetition across answers counts as boilerplate."""
 FOLLOWS_LENGTH = 0.5
-"""Correlation with length from which a reward is reported."""
+"""Correlation of reward and length above which a warning is reported."""
 _WORD = re.compile(r"[぀-ヿ㐀-鿿]|\w+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What was seen at one step. What was not looked at then, or has no value, is None."""
+    """The metrics of one step. A metric that was not measured at the step, or is undefined, is None."""
 
     step: int
-    """Updates of the policy so far; 0 is the policy that training begins with."""
+    """Updates of the policy so far; 0 is the policy before training."""
     kl: float | None
-    """KL to the reference, in nats an answer: of the answers that the last update was trained on, which the
-    policy drew before it. So it lags the held-out figures by an update."""
+    """KL to the reference, in nats per answer, over the answers that the last update was trained on. They
+    were sampled before that update, so this lags the held-out metrics by one update."""
     entropy: float | None
-    """Of the policy's next-token distribution, in nats a token."""
+    """Entropy of the policy's next-token distribution, in nats per token."""
     reward: float | None
-    """Mean of the rewards that the step was trained on."""
+    """Mean reward of the answers that the step was trained on."""
     disagreement: float | None = None
-    """Mean standard deviation between the members of a reward ensemble."""
+    """Mean standard deviation over the members of a reward ensemble."""
     length_correlation: float | None = None
     """Correlation of reward and length in characters, over the answers that the step was trained on."""
     boilerplate: float | None = None
-    """Share of answers with five words in a row that answers to many other prompts have, too, in [0, 1]; of
-    the held-out answers where there are some, of the step's otherwise."""
+    """Share of answers that share five consecutive words with answers to many other prompts, in [0, 1]; over
+    the held-out answers if the step was observed, else over the step's answers."""
     heldout: float | None = None
     """The held-out score: its mean over all held-out answers."""
     heldout_change: float | None = None
     """Mean paired difference to the best observation, cross-fitted (`trainers.watch.rules.fall`); None at the
     first."""
     heldout_noise: float | None = None
-    """2.33 standard errors of that difference: what may be chance."""
+    """2.33 standard errors of that difference: smaller differences may be chance."""
     agreement: float | None = None
-    """Correlation of reward and held-out score between answers to one prompt, in [-1, 1]."""
+    """Correlation of the differences of reward and of held-out score between answers to one prompt, in
+    [-1, 1]."""
     agreement_noise: float | None = None
-    """1.645 standard errors of it, where the two have nothing to do with one another."""
+    """1.645 standard errors of that correlation, if reward and score were unrelated."""
     refusal_rate: float | None = None
     """Share of the benign prompts that are refused or evaded, in [0, 1]."""
 
 
 def boilerplate(prompts: Sequence[Messages], answers: Sequence[str], *, share: float = 0.1) -> float | None:
-    """Return the share of answers that have `GRAM` words in a row which many prompts' answers have.
+    """Return the share of answers that contain an n-gram of `GRAM` words common to many prompts' answers.
 
     Args:
-        prompts: of each answer its prompt; answers to one prompt may well be alike, and count once.
-        answers: as many.
-        share: of the different prompts, from which an n-gram is boilerplate; at least 3 prompts.
+        prompts: the prompt of each answer; similar answers to one prompt are expected, and count once.
+        answers: as many answers.
+        share: share of the different prompts from which on an n-gram is boilerplate; at least 3 prompts.
 
     Returns:
-        In [0, 1]; None where there are fewer than 3 different prompts.
+        In [0, 1]; None if there are fewer than 3 different prompts.
     """
     keys = [digest_of(prompt) for prompt in prompts]
     grams = [_grams(answer) for answer in answers]
@@ -96,12 +97,12 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 
 
 def digest_of(prompt: Messages) -> str:
-    """Return a digest of a prompt's turns, by which equal ones are known."""
+    """Return a digest of a prompt's messages; equal prompts have equal digests."""
     return xxh3_128_hexdigest(json.dumps(prompt, sort_keys=True, default=str).encode())
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Return Pearson's correlation; None of fewer than 3 values, or where one side does not vary."""
+    """Return Pearson's correlation; None for fewer than 3 values, or if one side does not vary."""
     import numpy
 
     a, b = numpy.asarray(one, float), numpy.asarray(other, float)
@@ -111,7 +112,7 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
 
 
 def refuses_more(refused: Sequence[Sequence[bool]]) -> list[str]:
-    """Return a warning where benign prompts are refused more than at first, beyond chance."""
+    """Return a warning if significantly more benign prompts are refused than in the first observation."""
     import numpy
 
     if len(refused) < 2 or not refused[0]:
@@ -124,7 +125,7 @@ def refuses_more(refused: Sequence[Sequence[bool]]) -> list[str]:
 
 
 def follows_length(found: float | None, answers: int) -> list[str]:
-    """Return a warning where a correlation of reward and length is high, beyond chance."""
+    """Return a warning if the correlation of reward and length is significantly high."""
     if found is None or answers < FEWEST:
         return []
     # Fisher's z: the one-sided lower bound of the correlation.

@@ -1,4 +1,4 @@
-"""The readings of a run, as one SVG."""
+"""Plots the watch's readings of a run as one SVG."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _PANELS: list[tuple[str, tuple[str, ...]]] = [
     ("shares", ("refusal_rate", "boilerplate")),
     ("correlation of reward and length; disagreement", ("length_correlation", "disagreement")),
 ]
-"""Of each its title, and the fields of a Reading that it shows."""
+"""The panels: title, and the fields of a Reading that it shows."""
 
 
 def plot(readings: Sequence[Reading], path: Path) -> None:
-    """Write the readings of a run as one SVG.
+    """Plot the readings of a run into one SVG file.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        OSError: it cannot be written there.
+        OSError: the file cannot be written.
     """
     with svg.canvas("the plot of the watch", (11, 9), rows=3, columns=2, sharex=True) as (figure, panels):
         for axes, (title, names) in zip(panels, _PANELS, strict=True):
@@ -48,7 +48,7 @@ def plot(readings: Sequence[Reading], path: Path) -> None:
 
 
 def _mark(axes: Axes, name: str, readings: Sequence[Reading]) -> None:
-    """Draw the noise of held-out score and agreement, and the best step."""
+    """Draw the noise bands of held-out score and agreement, and a line at the best step."""
     import numpy
 
     seen = [one for one in readings if one.heldout is not None]

@@ -1,4 +1,4 @@
-"""The watch on one run: it observes the held-out prompts, keeps what it saw, and says what follows."""
+"""The watch on one training run: samples and scores held-out answers, records them, and decides on a stop."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ _ADVICE = "name a new output folder"
 _PLOT_EVERY_S = 30.0
 
 Score = Callable[[Sequence[Messages], Sequence[str]], list[float]]
-"""What scores answers, a finite number for each: a `Reward`."""
+"""A function that returns a finite score for each answer, such as a `Reward`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """When a run is observed, and how long the watch waits."""
+    """When a run is observed, with what judge and prompts, and when it is stopped."""
 
     judge: Spec
-    """Who gives the held-out score, as `trainers.rewards.parse` reads it; never what is trained on."""
+    """Judge of the held-out score, as `trainers.rewards.parse` reads it; not the reward of the training."""
     prompts: int = 64
-    """Held-out prompts, each once, from the beginning of the dataset's test rows; at least 16. Twice as many
-    show a fall that is smaller by √2."""
+    """Number of different held-out prompts, from the beginning of the dataset's test rows; at least 16. Twice
+    as many detect a fall that is smaller by √2."""
     benign: Path | None = None
-    """Harmless prompts, to count refusals of: JSONL, JSON, CSV, Parquet, or text with one a line. None: the
-    few that the package brings, in English."""
+    """Harmless prompts whose refusals are counted: JSONL, JSON, CSV, Parquet, or text with one per line.
+    None: the few English ones of the package."""
     evasion: str | None = None
-    """The local model whose probe reads evasion, such as `local`; None: by how answers open, in English."""
+    """Local model whose probe detects evasion, such as `local`; None: detect it by English opening words."""
     every: int = 10
     """Steps between two observations of the held-out prompts."""
     patience: int = 2
-    """Observations in a row that must speak for a stop; with 1 a run stops earlier, and often in vain."""
+    """Consecutive observations that must meet a stop rule; with 1 a run stops earlier, often falsely."""
     stop: bool = True
-    """Whether the run is stopped; otherwise the watch only writes what it sees."""
+    """Whether the watch may stop the run; otherwise it only records its readings."""
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("patience", 1), ("prompts", FEWEST)):
@@ -71,15 +71,15 @@ class WatchConfig:
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What names the content behind its settings, by setting; JSON."""
+        """Identities of the contents behind its settings, by setting; JSON."""
         named = {"benign": identity(self.benign), "evasion": identity(self.evasion)}
         return {"judge": identity_of_reward(self.judge), **named}
 
     def asks(self, heldout: Sequence[Messages]) -> list[Messages]:
-        """Return what an observation asks the policy, in one call of `sample`.
+        """Return the prompts of one observation, all for one call of `sample`.
 
         Args:
-            heldout: prompts that the policy is not trained on, of which the first different ones are used.
+            heldout: prompts that the policy is not trained on; the first different ones are used.
 
         Raises:
             DataError: the benign prompts cannot be read.
@@ -87,7 +87,7 @@ class WatchConfig:
         return _asked(self.held_out(heldout), benign_prompts(self.benign))
 
     def held_out(self, prompts: Sequence[Messages]) -> list[Messages]:
-        """Return the first `prompts` that differ: answers to one prompt are not evidence of two."""
+        """Return the first `prompts` different prompts: a repeated prompt would count its answers twice."""
         return list({digest_of(prompt): prompt for prompt in prompts}.values())[: self.prompts]
 
 
@@ -96,22 +96,23 @@ def _asked(heldout: Sequence[Messages], benign: Sequence[Messages]) -> list[Mess
 
 
 class Watch:
-    """Watches one run. Made anew after an interrupt, it goes on from its files.
+    """Watches one run. When a run is resumed, a new Watch reads the files of the earlier one.
 
     Args:
         config: when it observes and stops.
-        judge: the held-out score; the policy must not be trained on it.
-        reward: what the policy is trained on.
-        prompts: held-out prompts, the same through the whole run, of which the first different ones are used;
-            at least 16, better 64 or more.
+        judge: gives the held-out score; the policy must not be trained on it.
+        reward: the reward that the policy is trained on.
+        prompts: held-out prompts, the same during the whole run; the first different ones are used; at least
+            16, better 64 or more.
         benign_prompts: harmless prompts that no good model refuses; may be empty.
-        sample: draws one answer to each prompt from the policy as it is, at the temperature of training; it
-            draws anew for each of two equal prompts.
+        sample: samples one answer to each prompt from the current policy, at the temperature of training;
+            equal prompts get independent samples.
         output: the folder that its files are written into.
-        evades: whether each answer to a benign prompt refuses or evades it; by its opening words by default.
+        evades: returns whether each answer to a benign prompt refuses or evades it; by default judged by the
+            opening words.
 
     Raises:
-        ConfigError: there are too few held-out prompts, or the folder is of a run with others.
+        ConfigError: there are too few held-out prompts, or the folder's run had other held-out prompts.
         DataError: its files from before the interrupt are damaged.
     """
 
@@ -125,18 +126,18 @@ class Watch:
         sample: Callable[[Sequence[Messages]], list[str]],
         output: Path,
     ) -> Watch:
-        """Return the watch that a stage's config asks for; opens its judge, benign prompts and probe.
+        """Return the watch of a stage's config; opens its judge, benign prompts and probe.
 
         Args:
-            config: as the user wrote it.
-            reward: what the policy is trained on.
-            heldout: prompts that it is not trained on, as `prompts` of the class.
+            config: the user's settings.
+            reward: the reward that the policy is trained on.
+            heldout: prompts that the policy is not trained on, as `prompts` of the class.
             sample: as for the class.
             output: as for the class.
 
         Raises:
-            ConfigError: the judge is the reward or a part of it, there is no such judge, or there are too few
-                prompts.
+            ConfigError: the judge and the reward share a source, the judge does not exist, or there are too
+                few prompts.
             DataError: the benign prompts cannot be read.
         """
         judge = parse(config.judge)
@@ -187,7 +188,7 @@ class Watch:
         self._key = digest_of([{"prompts": self._prompts}])
         self._plotted = -math.inf
         self.readings: list[Reading] = []
-        """All so far, in the order of their steps."""
+        """All readings so far, in the order of their steps."""
         self._seen: list[Observation] = []
         self._refused: list[list[bool]] = []
         output.mkdir(parents=True, exist_ok=True)
@@ -195,7 +196,7 @@ class Watch:
 
     @property
     def asks(self) -> list[Messages]:
-        """What an observation asks the policy, in one call of `sample`; as `WatchConfig.asks`."""
+        """The prompts of one observation, all for one call of `sample`; the same as `WatchConfig.asks`."""
         return _asked(self._prompts, self._benign)
 
     @property
@@ -204,14 +205,14 @@ class Watch:
         return best(self._seen).step
 
     def due(self, step: int, last: bool) -> bool:
-        """Return whether the held-out prompts are observed at a step."""
+        """Return whether a step is observed on the held-out prompts."""
         return last or step % self.config.every == 0 or all(one.step >= step for one in self._seen)
 
     def decided(self, step: int, *, last: bool = False) -> Decision | None:
-        """Return what followed from a step that was observed before an interrupt; None: it has yet to be.
+        """Return the Decision on a step that was observed before an interrupt; None: not observed yet.
 
-        To be asked of the step that a run is taken up at: the judge may have been out then, and what was
-        decided may not have been done.
+        Call it for the step that a run resumes from: the judge may have failed at that step, or the run may
+        have ended before it acted on the Decision.
         """
         seen = [one for one in self._seen if one.step <= step]
         is_seen = bool(seen) and seen[-1].step == step
@@ -231,23 +232,24 @@ class Watch:
         disagreement: Sequence[float] | None = None,
         last: bool = False,
     ) -> Decision:
-        """Write what is seen at a step, and return what follows. To be called after every update.
+        """Record the reading of a step, and return the Decision. Call it after every update.
 
-        The first call is for step 0, before the first update: without it, nothing is there to fall back to.
+        The first call is for step 0, before the first update: otherwise a run that gets worse at once would
+        have no good weights to return to.
 
         Args:
-            step: updates so far. Readings of this step and of later ones, from before an interrupt, go.
-            kl: to the reference, in nats an answer.
-            entropy: in nats a token.
-            prompts: what the step was trained on: its prompts, …
-            answers: … the policy's answers, and …
-            rewards: … the rewards; all empty where the step made no new answers.
-            disagreement: the standard deviation of an ensemble for each answer.
-            last: whether the run ends here, so that it is observed in any case.
+            step: updates so far. Records of this and later steps, from before an interrupt, are deleted.
+            kl: KL to the reference, in nats per answer.
+            entropy: in nats per token.
+            prompts: the prompts that the step was trained on.
+            answers: the policy's answers to them.
+            rewards: the rewards of the answers; all three are empty where the step sampled no new answers.
+            disagreement: the standard deviation over an ensemble, for each answer.
+            last: whether the run ends here; the step is then observed in any case.
 
         Raises:
-            ModelError: judge or reward gave no finite score for each answer.
-            Exception: whatever judge, reward and policy raise; nothing of the step is written then.
+            ModelError: the policy did not answer each prompt, or a score or reward is missing or not finite.
+            Exception: any error of the judge, the reward or the policy; the step is not recorded then.
         """
         self._forget(step)
         observed = self.due(step, last)
@@ -351,7 +353,7 @@ class Watch:
             ) from error
 
     def _forget(self, step: int) -> None:
-        """Drop what was seen at this step and later: the run went back to a checkpoint before it."""
+        """Delete the records of this step and of later ones: the run resumed from an earlier saved state."""
         last = [*(one.step for one in self.readings[-1:]), *(one.step for one in self._seen[-1:])]
         if all(before < step for before in last):
             return
