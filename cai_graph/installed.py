@@ -1,4 +1,4 @@
-"""How cai-graph was installed, and so what to type to have more of it."""
+"""Finds the command that installs an extra of cai-graph in the way this installation was made."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ __all__ = ["command"]
 
 
 def command(extra: str = "") -> str:
-    """Return the command that installs cai-graph from where it came, with an extra.
+    """Return the shell command that installs cai-graph with an extra from its original source.
 
-    Installers write down where that was: https://packaging.python.org/en/latest/specifications/direct-url/.
+    Installers record that source in `direct_url.json`:
+    https://packaging.python.org/en/latest/specifications/direct-url/.
     """
     import json
     import shlex

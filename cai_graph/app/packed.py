@@ -1,7 +1,7 @@
-"""What an app returned, as a checkpointer keeps it.
+"""Converts an app's output to a form that a LangGraph checkpointer can store, and back.
 
-In its strict mode (LANGGRAPH_STRICT_MSGPACK) LangGraph gives back no object of a class that it does not know.
-So an object of pydantic's, or of a dataclass, lies there as the name of its class and its JSON.
+In its strict mode (LANGGRAPH_STRICT_MSGPACK) LangGraph does not restore objects of classes that it does not
+know. So a pydantic object or a dataclass instance is stored as the name of its class and its JSON.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from cai_graph.errors import RunError
 __all__ = ["pack", "unpack"]
 
 _CLASS = "__cai_class__"
-"""Under which key a packed object has the module and name of its class; None: it is a dict with that key."""
+"""Key with the module and name of a packed object's class; None: the value is a dict that has this key."""
 
 
 def pack(value: Any) -> Any:
-    """Return a value with its objects told as JSON, those that it tells in full."""
+    """Return a value whose objects are replaced by JSON, except those that JSON does not restore."""
     if isinstance(value, dict):
         packed = {key: pack(each) for key, each in value.items()}
         return {_CLASS: None, "value": packed} if _CLASS in value else packed
@@ -43,7 +43,7 @@ def unpack(packed: Any) -> Any:
     """Return the value that `pack` packed.
 
     Raises:
-        RunError: it has an object whose class is not loaded here.
+        RunError: the value contains an object whose class is not loaded in this process.
     """
     if isinstance(packed, list):
         return [unpack(each) for each in packed]
@@ -56,14 +56,18 @@ def unpack(packed: Any) -> Any:
 
 
 def _has_fields(kind: object) -> bool:
-    """Return whether a value is a class of pydantic's or a dataclass; those of messages are known."""
+    """Return whether a value is a pydantic or dataclass class, but not a message class: these are known."""
     if not isinstance(kind, type) or issubclass(kind, BaseMessage):
         return False
     return issubclass(kind, BaseModel) or is_dataclass(kind)
 
 
 def _loaded(module: str, name: str) -> Any:
-    """Return a class by its name. Nothing is imported, since whoever writes to the checkpointer names it."""
+    """Return a loaded class by its name. Imports nothing: whoever writes to the checkpointer sets the name.
+
+    Raises:
+        RunError: no pydantic or dataclass class of this name is loaded.
+    """
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, "__dict__", {}).get(part)

@@ -230,10 +230,13 @@ class Shape:
         return self._key(output, self.output_key, _OUTPUT_KEYS, "output")
 
     def answer_in(self, output: object) -> str | BaseMessage:
-        """Return the answer itself, as it stands in an output.
+        """Return the answer in an output: a text, or the message object itself.
 
-        Among messages it is the model's last one; where that says nothing, what a tool says that ended the
-        run behind it. A pydantic object's is its JSON.
+        Among messages it is the last AI message; if that has no text, and the last message is a tool's, it is
+        the tool's message. For a pydantic object it is its JSON.
+
+        Raises:
+            DataError: no answer can be found in the output.
         """
         inside = output[self.output_in(output)] if isinstance(output, Mapping) else output
         if isinstance(inside, Mapping):
@@ -245,7 +248,7 @@ class Shape:
         if isinstance(inside, list) and inside and all(isinstance(item, BaseMessage) for item in inside):
             messages: list[BaseMessage] = inside
             found, last = messages[_last_of_model(messages)], messages[-1]
-            # An agent tells of its structured answer in a tool's message, too, which is no answer itself.
+            # An agent also reports its structured answer in a tool's message, which is not an answer itself.
             typed = isinstance(output, Mapping) and output.get(_TYPED) is not None
             if isinstance(last, ToolMessage) and not typed and not shown_of(from_langchain(found)).strip():
                 return last
@@ -455,9 +458,9 @@ def _last_of_model(messages: Sequence[BaseMessage]) -> int:
 
 
 def emptied(message: BaseMessage, text: str) -> dict[str, Any]:
-    """Return the update by which a message says a text and nothing else of it is left.
+    """Return the update that replaces all content of a message by a text.
 
-    No picture is, and no call that the app would carry out.
+    Nothing else remains: no picture, and no tool call that the app would execute.
     """
     content = _saying(message.content, text)
     return {"content": content, "additional_kwargs": {}, **_without(message, "tool_calls")}
@@ -466,7 +469,7 @@ def emptied(message: BaseMessage, text: str) -> dict[str, Any]:
 def _left(
     message: BaseMessage, released: Message, trajectory: Trajectory, among: Sequence[Any] = ()
 ) -> BaseMessage:
-    """Return a draft's message with what is released; `among` are the messages around it."""
+    """Return the draft's message with the released answer in it; `among` are the messages around it."""
     kept = trajectory.released_from == "draft"
     about = {
         "trajectory_id": trajectory.id,
@@ -486,7 +489,11 @@ def _left(
 
 
 def refused(draft: str | BaseMessage, refusal: str, among: Any = None) -> str | BaseMessage:
-    """Return the refusal as it stands in a draft's place where nothing left; `among` is what is around it."""
+    """Return a refusal that takes the place of a draft, as a text or a message, as the draft is.
+
+    `among` is the value around the draft. If it is a list of messages with a result of one of the draft's
+    tool calls, the calls are kept.
+    """
     if isinstance(draft, str):
         return refusal
     update = _without_calls(draft, refusal, among if isinstance(among, list) else [])
@@ -494,10 +501,10 @@ def refused(draft: str | BaseMessage, refusal: str, among: Any = None) -> str | 
 
 
 def _without_calls(message: BaseMessage, text: str, among: Sequence[Any]) -> dict[str, Any]:
-    """Return the update by which a message says a text and calls nothing.
+    """Return the update that replaces a message's content by a text, and removes its tool calls.
 
-    Where the messages `among` which it stands have what came of its calls, these stay: providers take no
-    result without its call.
+    If the messages around it (`among`) contain a result of one of its calls, the calls are kept: providers
+    reject a tool result without its call.
     """
     known = {each.tool_call_id for each in among if isinstance(each, ToolMessage)}
     answered = any(call["id"] in known for call in getattr(message, "tool_calls", ()))
@@ -505,7 +512,7 @@ def _without_calls(message: BaseMessage, text: str, among: Sequence[Any]) -> dic
 
 
 def _mended(message: BaseMessage, text: str) -> dict[str, Any]:
-    """Return the update by which a message says a text, and keeps what tells nothing of the words before."""
+    """Return the update that replaces a message's text; calls and parts or metadata without text are kept."""
     calls = frozenset(call["id"] for call in getattr(message, "tool_calls", ()))
     return {
         "content": _in_place(message.content, text, calls),
@@ -515,14 +522,15 @@ def _mended(message: BaseMessage, text: str) -> dict[str, Any]:
 
 
 def _without(message: BaseMessage, *names: str) -> dict[str, Any]:
-    """Return the update without what a message has beside its content, and without these fields."""
-    lists = ("invalid_tool_calls", "tool_call_chunks", *names)  # a chunk makes its calls anew
+    """Return the update that empties a message's invalid calls, call chunks, artifact and fields `names`."""
+    # A message chunk derives its calls from its call chunks again.
+    lists = ("invalid_tool_calls", "tool_call_chunks", *names)
     left: dict[str, Any] = {name: [] for name in lists if hasattr(message, name)}
     return left | {"artifact": None} if hasattr(message, "artifact") else left
 
 
 _OF_THE_WORDS = {
-    "id",  # OpenAI goes on from the answer that it keeps under one
+    "id",  # OpenAI can continue from the answer that it stores under this id
     "logprobs",
     "parsed",
     "refusal",
@@ -531,18 +539,18 @@ _OF_THE_WORDS = {
     "reasoning_details",
     "audio",
 }
-"""Under which names providers tell of an answer's words, or repeat them: they leave with those words only."""
+"""Metadata keys with which providers describe or repeat an answer's text; kept only with that same text."""
 _OF_THE_MODEL = {"model", "model_name", "model_provider"}
-"""Under which names they tell of the model, be it in several words."""
+"""Metadata keys that name the model; their values are kept even if they consist of several words."""
 _LONGEST = 128
-"""Most characters of what providers tell in a label, such as the name of a model."""
+"""Maximum length in characters of a metadata value that is kept as a label, such as a model's name."""
 
 
 def _of_others(told: Mapping[str, Any], *, calls: bool = False) -> dict[str, Any]:
-    """Return what a provider tells of an answer, as far as it tells nothing of the words.
+    """Return a provider's metadata about an answer, without what may reveal the answer's text.
 
-    It is told in numbers and labels. Beside `calls` these may be of any length: signatures, which a provider
-    wants back.
+    Only numbers and short labels are kept. If the message keeps its tool calls (`calls`), so are labels of
+    any length: they may be signatures, which a provider requires in the next request.
     """
     left: dict[str, Any] = {}
     for name, value in told.items():
@@ -559,17 +567,18 @@ def _of_others(told: Mapping[str, Any], *, calls: bool = False) -> dict[str, Any
 
 
 def _in_place(content: str | list[Any], text: str, calls: Set[str | None]) -> str | list[Any]:
-    """Return message content with `text` where its text begins, and in their order the parts that stay.
+    """Return message content whose text is replaced by `text`, at the place where its text begins.
 
-    These are what has no words, such as pictures, and where there are calls, by id, these and the thoughts: a
-    provider that thinks before it calls a tool wants them back, and Anthropic only where they stood.
+    Parts without text, such as pictures, are kept in their order. If there are tool calls (`calls`, their
+    ids), these and the model's thoughts are kept, too: a provider whose model thinks before it calls a tool
+    requires the thoughts in the next request, and Anthropic requires them at their original place.
     """
     if isinstance(content, str):
         return text
     parts: list[Any] = []
     new: dict[str, Any] | None = _as_part(text, content)
     for part in content:
-        kind = "text" if said_in(part) is not None else kind_of(part)  # a refusal is said, too
+        kind = "text" if said_in(part) is not None else kind_of(part)  # a refusal part counts as text
         if kind == "text":
             parts += [] if new is None else [new]
             new = None
@@ -584,14 +593,15 @@ def _in_place(content: str | list[Any], text: str, calls: Set[str | None]) -> st
 
 
 def _saying(content: str | list[Any], text: str) -> str | list[Any]:
-    """Return content that says a text and nothing else: in parts where it was in parts."""
+    """Return content that is only a text; it is a list with one part if `content` is a list of parts."""
     return text if isinstance(content, str) else [_as_part(text, content)]
 
 
 def _as_part(text: str, content: list[Any]) -> dict[str, Any]:
-    """Return a text as a part that takes the place of all that content in parts says.
+    """Return a text as one part that replaces all text parts of `content`.
 
-    Chunks of a stream are put together by their index: what goes on after what has left has the last one.
+    LangChain joins the chunks of a stream by their index. The part has the index of the last text part, so
+    that what is streamed next continues it.
     """
     said = [part for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
     place = {"index": said[-1]["index"]} if said and "index" in said[-1] else {}

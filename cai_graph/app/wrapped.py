@@ -1,5 +1,12 @@
-"""What is known of a wrapped app: what is bound to it, and of a LangGraph graph how it is called, how it
-answers, how it pauses and how it hands over. Also how a graph that stands around is written to.
+"""Reads how a wrapped app is configured and called, and how it answers, pauses or hands over.
+
+    layers, graph_of …       the app inside its bindings (`.bind`, `.with_config`), and whether it is a graph
+    config_of, step_limit …  a call's configuration, merged from the call, the bindings and an outer graph
+    untyped, as_asked …      the output of a LangGraph graph in either version
+    Paused, waits, resumes   interrupts, at which a graph waits for a person
+    handed_over, handoff …   a graph that ends with a `Command` to its parent graph
+
+No function here runs the app or changes it.
 """
 
 from __future__ import annotations
@@ -55,23 +62,23 @@ __all__ = [
 ]
 
 STREAM = "__pregel_stream"
-"""Key of a configuration under which LangGraph hands an outer graph's stream to the graphs inside."""
+"""Configuration key with which LangGraph passes an outer graph's stream to the graphs inside."""
 CHECKPOINTER = "__pregel_checkpointer"
-"""Key under which it hands them the checkpointer that keeps it."""
+"""Configuration key with the outer graph's checkpointer."""
 RESUMING = "__pregel_resuming"
-"""Key under which it tells them that it was resumed, and so they go on, too."""
+"""Configuration key that is true if the outer graph was resumed, so that the graphs inside resume, too."""
 TASK = "__pregel_task_id"
-"""Key under which it tells a node of its task."""
+"""Configuration key with the id of the task that runs a node."""
 STEPS = "checkpoint_map"
-"""Key under which it tells a node from which checkpoints the graphs around it go on."""
+"""Configuration key with the checkpoints from which the graphs around a node continue."""
 _PLACE = {"thread_id", "checkpoint_ns", "checkpoint_id", "checkpoint_map"}
-"""Keys under which a call says where in a checkpointer a graph keeps its state."""
+"""Configuration keys that locate a graph's state in a checkpointer."""
 STEP_LIMIT = 10_000
-"""How many steps a wrapped graph may take, unless its caller says: what LangGraph itself allows."""
+"""Maximum number of steps of a wrapped graph if nobody sets a limit; about LangGraph's own default."""
 
 
 def layers(app: Runnable[Any, Any]) -> list[Any]:
-    """Return an app and what is inside its bindings, the outermost first."""
+    """Return an app and the runnables inside its bindings, the outermost first."""
     found: list[Any] = [app]
     while isinstance(found[-1], RunnableBindingBase):
         found.append(found[-1].bound)
@@ -79,7 +86,7 @@ def layers(app: Runnable[Any, Any]) -> list[Any]:
 
 
 def graph_of(app: Runnable[Any, Any]) -> Pregel[Any, Any, Any, Any] | None:
-    """Return the compiled LangGraph graph that an app is, whatever is bound to it; None where it is none."""
+    """Return the compiled LangGraph graph inside an app's bindings; None if the app is not a graph."""
     innermost = layers(app)[-1]
     return innermost if isinstance(innermost, Pregel) else None
 
@@ -90,14 +97,14 @@ def is_graph(app: Runnable[Any, Any]) -> bool:
 
 
 def names_given(app: Runnable[Any, Any]) -> list[str]:
-    """Return the names that an app was given, and those that are bound to it for its runs."""
+    """Return the names of an app and of the runnables in its bindings, and the run names bound to it."""
     given = [getattr(layer, "name", None) for layer in layers(app)]
     bound = [config.get("run_name") for config in _bound_configs(app) if isinstance(config, Mapping)]
     return [str(name) for name in (*given, *bound) if name]
 
 
 def memory_in(app: Runnable[Any, Any]) -> object:
-    """Return what remembers inside an app, as far as its parts can be seen; None where nothing does."""
+    """Return a part of an app that has a memory, as far as its parts are visible; None if none has."""
     waiting, seen = [app], set[int]()
     while waiting:
         part = waiting.pop()
@@ -113,7 +120,7 @@ def memory_in(app: Runnable[Any, Any]) -> object:
             inside = [*many] if isinstance(value, Mapping | list | tuple) else [value]
             waiting += [each for each in inside if isinstance(each, Runnable)]
         if isinstance(part, RunnableLambda):
-            waiting += part.deps  # what its function closes over
+            waiting += part.deps  # the runnables that its function refers to
     return None
 
 
@@ -121,23 +128,23 @@ def memory_in(app: Runnable[Any, Any]) -> object:
 
 
 def call_options(app: Runnable[Any, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a call of an app, those that are bound to it included."""
+    """Return the options of a call of an app, including those that are bound to it."""
     bound = [binding.kwargs for binding in layers(app)[:-1]]
     return {name: value for each in (*reversed(bound), options) for name, value in each.items()}
 
 
 def configurable_of(app: Runnable[Any, Any], config: RunnableConfig) -> dict[str, Any]:
-    """Return what a call of an app is configured with, such as its thread, what is bound to it included."""
+    """Return the `configurable` values of a call, such as its thread, including those bound to the app."""
     configs = (*reversed(_bound_configs(app)), config)
     return {name: value for each in configs for name, value in (each.get("configurable") or {}).items()}
 
 
 def config_of(app: Runnable[Any, Any], given: RunnableConfig | None) -> RunnableConfig:
-    """Return a call's configuration with what stands around it, as the app itself would have it.
+    """Return a call's configuration, merged with that of an outer graph as the app itself would merge it.
 
-    A graph that is called, or bound, to keep its state in a place of its own has nothing to do with where the
-    graph around keeps its own; another one has what its caller leaves open. The name, tags and metadata that
-    are bound to an app are the call's, too.
+    A graph inherits the outer graph's `configurable` values that the call does not set. It inherits none if
+    the call, or a binding, sets where its own state is stored, such as a thread. The run name, tags and
+    metadata that are bound to the app are included.
     """
 
     def told(config: RunnableConfig) -> RunnableConfig:
@@ -145,7 +152,7 @@ def config_of(app: Runnable[Any, Any], given: RunnableConfig | None) -> Runnable
         return cast("RunnableConfig", {name: value for name, value in config.items() if name in names})
 
     config = ensure_config(given)
-    with apart():  # else LangChain merges what stands around over each of them
+    with apart():  # else LangChain merges the outer configuration over each of them
         own = ensure_config(given)
         config |= told(merge_configs(*map(told, reversed(_bound_configs(app))), told(config)))
     if is_graph(app):
@@ -155,10 +162,11 @@ def config_of(app: Runnable[Any, Any], given: RunnableConfig | None) -> Runnable
 
 
 def step_limit(app: Runnable[Any, Any], given: RunnableConfig | None) -> int | None:
-    """Return how many steps a graph may take; None where an app is none.
+    """Return the maximum number of steps of a graph; None if the app is not a graph.
 
-    `given` is what its caller gave, as it was given: LangChain fills in a limit that looks like a caller's.
-    Next to say is what is bound to the graph, then what stands around it, as without a constitution.
+    The limit of the caller's configuration comes first, then one bound to the graph, then an outer graph's,
+    as without a constitution. `given` must be the caller's configuration as it was passed, since LangChain
+    fills in a default that looks like a caller's limit.
     """
     if not is_graph(app):
         return None
@@ -174,12 +182,12 @@ def _bound_configs(app: Runnable[Any, Any]) -> list[RunnableConfig]:
 
 
 def _around() -> RunnableConfig:
-    """Return the configuration that LangChain and LangGraph carry to this place; empty where they do not."""
+    """Return the configuration in LangChain's context variable, such as an outer graph's; empty if unset."""
     return var_child_runnable_config.get() or {}
 
 
 def outer_writer() -> Callable[[Any], None] | None:
-    """Return what writes to the `custom` stream of the graph in whose node this is called; None outside."""
+    """Return the writer of the `custom` stream of the graph whose node calls this; None outside a node."""
     try:
         return get_stream_writer()
     except (KeyError, RuntimeError):
@@ -190,19 +198,19 @@ def outer_writer() -> Callable[[Any], None] | None:
 
 
 def gives_chunks(app: Runnable[Any, Any], options: Mapping[str, Any]) -> bool:
-    """Return whether an `invoke` with these options returns what a graph streams: all modes but one do."""
+    """Return whether `invoke` with these options returns a list of chunks (any stream mode but `values`)."""
     return is_graph(app) and call_options(app, options).get("stream_mode", "values") != "values"
 
 
 def untyped(output: Any) -> Any:
-    """Return what a graph returns, version 2 of LangGraph's outputs as version 1."""
+    """Return a graph's output in version 1 of LangGraph's output format; version 2 is converted."""
     if not isinstance(output, GraphOutput):
         return output
     return {**output.value, "__interrupt__": [*output.interrupts]} if output.interrupts else output.value
 
 
 def as_asked(output: Any, app: Runnable[Any, Any], options: Mapping[str, Any]) -> Any:
-    """Return the output of a graph in the version that its caller asks for."""
+    """Return a graph's output in the version of LangGraph's output format that its caller asks for."""
     if (
         call_options(app, options).get("version") != "v2"
         or not is_graph(app)
@@ -219,35 +227,35 @@ def as_asked(output: Any, app: Runnable[Any, Any], options: Mapping[str, Any]) -
 
 
 class Paused(GraphBubbleUp):
-    """The wrapped app waits for a person: nothing is judged or logged until it is resumed."""
+    """Raised when the wrapped app waits for a person: nothing is judged or logged until it is resumed."""
 
 
 def waits(output: object) -> bool:
-    """Return whether an output, or a chunk of a stream, says that the app waits for a person."""
+    """Return whether an output, or a chunk of a stream, contains an interrupt: the app waits for a person."""
     return isinstance(output, Mapping) and "__interrupt__" in output
 
 
 def is_pause(error: BaseException | None) -> bool:
-    """Return whether an error says that nothing failed: an app waits for a person, or hands over."""
+    """Return whether an exception is not a failure: the app waits for a person, or hands over."""
     return isinstance(error, GraphBubbleUp)
 
 
 def resumes(input: object, app: Runnable[Any, Any]) -> bool:
-    """Return whether an input resumes what was paused; from a breakpoint a graph goes on with None."""
+    """Return whether an input resumes a paused app: a `Command`, or for a graph at a breakpoint also None."""
     return isinstance(input, Command) or (input is None and is_graph(app))
 
 
 # --- how it hands over --------------------------------------------------------------------------------
 
 _HANDOFF = "__handoff__"
-"""Under which key the update of a handoff says where the outer graph goes on."""
+"""Key in the update of a handoff with the target graph and the nodes at which it continues."""
 
 
 def handed_over(error: BaseException | None) -> dict[str, Any] | None:
-    """Return the update that a graph hands to the graph around it, in the place of an output.
+    """Return the update that a graph passes to its outer graph in place of an output, with its targets.
 
-    None where an error is no handoff, its update no dict with an AI message, or the last one of these has no
-    words: then nothing is to be judged.
+    None if the error is not a handoff, or its update is not a dict with an AI message, or the last AI message
+    has no text: then there is nothing to judge.
     """
     if not isinstance(error, ParentCommand):
         return None
@@ -266,7 +274,7 @@ def handed_over(error: BaseException | None) -> dict[str, Any] | None:
 
 
 class HandedOver(ParentCommand):
-    """Hands an update over with what leaves."""
+    """A handoff to the outer graph, raised like a `ParentCommand`, whose update has the released answer."""
 
     def __init__(self, command: Command[Any], output: Any, trajectory: Trajectory) -> None:
         super().__init__(command)
@@ -274,7 +282,7 @@ class HandedOver(ParentCommand):
 
 
 def handoff(output: Any, trajectory: Trajectory) -> HandedOver | None:
-    """Return what hands such an update over; None where an output is none."""
+    """Return the handoff to raise for an output made by `handed_over`; None for any other output."""
     if not isinstance(output, Mapping) or _HANDOFF not in output:
         return None
     update = {key: value for key, value in output.items() if key != _HANDOFF}
@@ -284,7 +292,7 @@ def handoff(output: Any, trajectory: Trajectory) -> HandedOver | None:
 
 
 def without_words(output: Any) -> Any:
-    """Return what a tool returned as readers may be told of it: a command without what a model said."""
+    """Return a tool's output for readers of events: commands without AI messages and `Send` arguments."""
     if isinstance(output, list):
         return [without_words(each) for each in output]
     if not isinstance(output, Command):
@@ -300,11 +308,11 @@ def without_words(output: Any) -> Any:
 
 
 def _ways(command: Command[Any]) -> list[Any]:
-    """Return where a command goes on, in one way or several."""
+    """Return the targets of a command as a list."""
     return [*command.goto] if isinstance(command.goto, list | tuple) else [command.goto]
 
 
 def _as_messages(value: Any) -> Any:
-    """Return a list with messages in it as a state will have it: those that are told as dicts, too."""
+    """Return a value; in a list with messages, those given in another form, such as dicts, are converted."""
     known = isinstance(value, list) and any(isinstance(each, BaseMessage) for each in value)
     return convert_to_messages(value) if known else value

@@ -1,11 +1,11 @@
-"""What a wrapped graph keeps of a request: its thread in a checkpointer.
+"""Replaces unreleased drafts in the checkpointer of a wrapped graph, so that its memory has none of them.
 
-A graph with a checkpointer has written its draft there before anybody judged it, and shows it to its model
-in the next turn. So what leaves in the draft's place is put into its place there, too; where nothing leaves,
-the refusal is. A run that broke off on its way may have left a draft there, too: the next request puts the
-refusal into its place.
+A graph with a checkpointer stores its draft in its thread before the draft is judged, and passes it to its
+model in the next turn. So the released answer replaces the draft there, too; if nothing was released, the
+refusal does. A run that failed or was cancelled may also leave a draft in the thread: the next request
+replaces it by the refusal.
 
-A memory that cannot be reached from here, such as that of a graph inside a chain, is warned of.
+A memory that cannot be changed from here, such as that of a graph inside a chain, causes a warning.
 """
 
 from __future__ import annotations
@@ -40,40 +40,40 @@ __all__ = ["Kept"]
 
 @dataclass(frozen=True)
 class Kept:
-    """What an app keeps of a request."""
+    """The memory of a wrapped app during one request; if it has none, most methods do nothing."""
 
     app: Runnable[Any, Any]
     """The wrapped app."""
     turn: Turn = field(default_factory=Turn)
-    """When the request may use the thread."""
+    """The request's turn to use the thread, since requests use one after another."""
     memory: Memory | None = None
-    """The thread; None where there is none that could be read."""
+    """The thread; None if the app has no checkpointer that can be read."""
     begun: RunnableConfig | None = None
-    """Says at which checkpoint of it the run begins, where it is not the last one."""
+    """Configuration with the checkpoint at which the run begins; None: the thread's last one."""
     pauses: _Pauses = field(default_factory=lambda: _Pauses())
-    """Where the run stopped."""
+    """Callback handler that records the checkpoints at which the run stopped."""
     met: list[Any] = field(default_factory=list)
-    """The states that the request met, where it read them: the last one, and that at which it begins."""
+    """The states read before the run: the thread's last one, and if given the one at which it begins."""
 
     @classmethod
     def of(cls, app: Runnable[Any, Any], config: RunnableConfig, caller: bridge.Caller | None = None) -> Kept:
-        """Return what an app keeps under its caller's configuration.
+        """Return the memory of an app under its caller's configuration.
 
         Args:
             app: the wrapped app.
-            config: says which thread.
-            caller: the thread that waits for the answer, where it is a synchronous one.
+            config: names the thread.
+            caller: the OS thread that waits for the answer; None under an asynchronous call.
         """
         compiled = graph_of(app)
         if compiled is None or not getattr(compiled, "checkpointer", None):
             return cls(app)
         given = configurable_of(app, config)
         keeper = given.get(CHECKPOINTER, compiled.checkpointer)
-        if keeper is None:  # a graph around says so, as it has none itself
+        if keeper is None:  # set by an outer graph that has no checkpointer itself
             return cls(app)
-        if (name := given.get("thread_id")) is None:  # the graph itself says that it needs one
+        if (name := given.get("thread_id")) is None:  # the graph itself raises an error without one
             return cls(app)
-        # The run may have begun at an earlier checkpoint; what it came to stands in the thread's last one.
+        # The run may begin at an earlier checkpoint; its result is in the thread's last one.
         thread = {key: value for key, value in given.items() if key not in (STREAM, "checkpoint_id")}
         at = given.get("checkpoint_id")
         turn = Turn((id(keeper), str(name), given.get("checkpoint_ns") or ""))
@@ -82,20 +82,20 @@ class Kept:
 
     @property
     def listener(self) -> BaseCallbackHandler | None:
-        """What is to hear the run, so that `stopped` can be told."""
+        """The callback handler to add to the run, which `stopped` needs; None if the app has no thread."""
         return None if self.memory is None else self.pauses
 
     async def stopped(self) -> bool:
-        """Return whether the run stopped at a breakpoint, from which it goes on when it is resumed.
+        """Return whether the run stopped at a breakpoint, from which it can be resumed.
 
-        False where that cannot be told, as another run has written into the thread meanwhile.
+        False if this is unknown since another run has written to the thread meanwhile.
         """
         if self.memory is None or not self.pauses.at:
             return False
         return self.pauses.is_one(await self.memory.state())
 
     def stopped_here(self) -> bool:
-        """Return the same, in this thread."""
+        """Return the same as `stopped`, but read the state synchronously, in the current OS thread."""
         if self.memory is None or not self.pauses.at:
             return False
         return self.pauses.is_one(self.memory.state_here())
@@ -104,8 +104,8 @@ class Kept:
         """Wait until no other request uses the thread; return whether one did.
 
         Raises:
-            BudgetExceeded: the request's seconds are over.
-            RunError: it would wait for ever.
+            BudgetExceeded: the request's time is over.
+            RunError: the request would wait forever.
         """
         if self.memory is None:
             return False
@@ -121,16 +121,17 @@ class Kept:
         *,
         resumed: bool,
     ) -> None:
-        """Put a refusal into the place of what nobody was given, since the run that said it broke off.
+        """Read the thread's state, and replace what the last run wrote but did not return by a refusal.
 
-        A thread that cannot be read or changed stays as it is, which is logged.
+        This applies to a last run that failed or was cancelled. If the thread cannot be read or changed, it
+        stays as it is and a warning is logged.
 
         Args:
-            calls: the request's; its seconds bound the work.
+            calls: the calls of the request, whose time limit applies.
             shape: where in the thread's state an answer is.
-            refusal: what to put there.
-            options: those of the call.
-            resumed: whether the request goes on with the last run, of which then nothing is replaced.
+            refusal: returns the text of the refusal.
+            options: the options of the call.
+            resumed: whether the request resumes the last run; then nothing is replaced.
         """
         memory = self.memory
         if memory is None:
@@ -153,16 +154,16 @@ class Kept:
     async def forget(
         self, shape: Shape, refusal: Callable[[], str], swap: Swap | None, *, resumed: bool
     ) -> None:
-        """Put a refusal into the place of what this request's run said, of which nobody heard.
+        """Replace what this request's run wrote by a refusal, since none of it was released.
 
-        Where it returned nothing, it was cancelled while its last checkpoint was being written; one that can
-        go on is left as it is. So is what stood in the thread before.
+        A run that returned nothing may have been cancelled while its last checkpoint was being written; if it
+        can still be resumed, its state is not changed. What was in the thread before is not changed either.
 
         Args:
             shape: where in the thread's state an answer is.
-            refusal: what to put there.
-            swap: does so where the run returned something.
-            resumed: whether the request went on with the last run.
+            refusal: returns the text of the refusal.
+            swap: replaces the draft if the run returned an output; None if it did not.
+            resumed: whether the request resumed the last run.
         """
         if self.memory is not None:
             await to_the_end(self._forget(self.memory, shape, refusal, swap, resumed))
@@ -178,19 +179,19 @@ class Kept:
                 said = await just_said(memory, self.met, shape, refusal())
                 swaps = [each for each in beside(said, self.met) if swap is None or each.draft != swap.draft]
             if swap is not None:
-                # The answer of a run that goes on may be one that was shown at a pause.
+                # The answer of a resumed run may have been in the state at which it paused.
                 goes_on = self._goes_on(memory, resumed)
                 swaps += beside([swap], [state for state in self.met if not (state.next and goes_on)])
             for each in swaps:
                 await memory.replace(each)
-        except Exception as error:  # that of the request is raised
+        except Exception as error:  # not raised: the request's own error is
             memory.stays(error)
 
     async def replace(self, swap: Callable[[], Swap]) -> None:
-        """Put what leaves into the draft's place, wherever the app keeps it; warn where that cannot be.
+        """Replace the draft by the released answer in the app's memory; warn if that is not possible.
 
-        A caller who is cancelled meanwhile is held until it is done. `swap` is asked where there is a state:
-        not every output has a place for an answer.
+        If the caller is cancelled meanwhile, the replacement is completed first. `swap` is only called if
+        there is a thread, since it raises for an output without a place for an answer.
         """
         if self.memory is not None:
             await to_the_end(self.memory.replace(swap()))
@@ -199,18 +200,18 @@ class Kept:
 
     def _cannot_reach(self) -> None:
         found = memory_in(self.app)
-        if found is not None and found is not graph_of(self.app):  # that one is reached, or not in use
+        if found is not None and found is not graph_of(self.app):  # its own is reached, or not in use
             warn(f"the memory of the {type(found).__name__} inside cannot be reached")
 
     def _goes_on(self, memory: Memory, resumed: bool) -> bool:
-        """Return whether this request goes on with the last run; so does one in a graph that is resumed."""
+        """Return whether this request resumes the last run, or runs in an outer graph that is resumed."""
         return resumed or bool(memory.config["configurable"].get(RESUMING))
 
 
 class _Pauses(GraphCallbackHandler):
-    """Hears at which checkpoints a graph stops, and the graphs that it calls."""
+    """Callback handler that records the checkpoints at which a graph, or a graph that it calls, stops."""
 
-    run_inline = True  # else it costs an asynchronous app a thread hop
+    run_inline = True  # otherwise an asynchronous app would pay for a thread switch
     ignore_llm = ignore_chat_model = ignore_chain = ignore_agent = True
     ignore_retriever = ignore_retry = ignore_custom_event = True
 
@@ -218,9 +219,9 @@ class _Pauses(GraphCallbackHandler):
         self.at: set[str] = set()
 
     def on_interrupt(self, event: GraphInterruptEvent) -> None:
-        """Take down where a graph stops."""
+        """Record the checkpoint at which a graph stops."""
         self.at.add(event.checkpoint_id)
 
     def is_one(self, state: Any) -> bool:
-        """Return whether a graph's state is one at which it stopped, and from which it goes on."""
+        """Return whether a graph stopped at this state and can be resumed from it."""
         return bool(state.next) and state.config["configurable"].get("checkpoint_id") in self.at

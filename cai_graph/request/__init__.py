@@ -1,13 +1,13 @@
-"""What one request goes by, from the settings of its app to the record of its answer.
+"""The parts of one request: settings, policies, its state, candidate revisions, and the commit of its record.
 
-    policy      the settings, which answer leaves, and what follows a failure
-    plan        what serves every request of a wrapped app: critic, reviser, constitution, log
-    request     one request, and the run that it becomes
-    form        what a revision of a structured answer must be
-    drafts      what is recorded of the app's own run
-    revision    one candidate revision, and why it is rejected before anybody judges it
-    remarks     what a writer puts around a revision, or in place of one
-    committing  how long an answer waits for the log, and the alarm where a record is lost
+    policy      the Settings, which answer is released, and what happens after a failure
+    plan        what all requests of a wrapped app share: critic, reviser, constitution, log
+    request     one Request, and the Run, its state while the graph works on it
+    form        the schema and parser that a revision of a structured answer must satisfy
+    drafts      records the model calls of the app's own run
+    revision    writes one candidate revision, and rejects it where no critic is needed to do so
+    remarks     removes remarks around a revision, and detects a remark in place of one
+    committing  how long an answer waits for the log, and the alarm for a lost record
 
-`cai_graph.graph` takes a request through these, and `cai_graph.run` is the one way in.
+`cai_graph.graph` calls these for a request; `cai_graph.run` is the only entry point.
 """

@@ -1,4 +1,8 @@
-"""What a writer puts around a revision, or in place of one: a thought, a label, our tags, a remark."""
+"""Removes thoughts, labels and tags around a revision, and detects a remark that replaces one.
+
+Models often write more than the revision that they are asked for, such as "Here is the revised answer:", or
+write "No revisions needed" in its place. Pure functions over texts.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +14,27 @@ _THOUGHT = re.compile(
     r"(?:(?:\s*<think(?:ing)?>.*|.*\n)</think(?:ing)?>|\s*<think(?:ing)?>.*)\s*(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
-"""What a model thought before it wrote; templates may open it in the prompt. One that does not end is all."""
+"""The model's reasoning before its text. A chat template may open the tag in the prompt, so that only the end
+tag is in the text; a thought without an end tag extends to the end, so no text remains."""
 _LABEL = re.compile(
     r"[*_#\s]*(?:(?:sure|certainly|of course|absolutely|ok(?:ay)?)[,.!:]+\s+)?"
     r"(?:here(?:['’]s| is) )?(?:(?:the|my|an?) )?(?:revised|rewritten|improved|corrected|updated|new)"
     r" (?:answer|response|reply)[*_]*(?::[*_]*|(?=\n))\s*(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
-"""The one line that announces a revision."""
+"""A line or label that announces a revision, such as "Revised answer:"."""
 _TAGGED = re.compile(
     r"\s*<(?P<tag>answer|turn|said)(?: [^<>\n]*)?>\s*(?P<text>.*)</(?P=tag)>\s*$", re.DOTALL | re.IGNORECASE
 )
-"""A revision between the tags that its writer was shown."""
+"""A revision between tags of ours, which the reviser saw in its prompt."""
 _OPEN, _CLOSE = r"<(?:answer|turn|said)(?: [^<>\n]*)?>", r"</(?:answer|turn|said)>"
 _WORDS = rf"(?:(?!{_OPEN}|{_CLOSE}).)*"
 _OPENED = re.compile(
     rf"(?:{_WORDS}\n)?[ \t]*{_OPEN}\s*(?P<text>{_WORDS})(?:{_CLOSE}{_WORDS})?$", re.DOTALL | re.IGNORECASE
 )
-"""The same with a remark before or behind the tags, or without the second."""
+"""A revision between such tags with a remark before or after them, or without the end tag."""
 _CLOSED = re.compile(rf"(?P<text>{_WORDS}){_CLOSE}[ \t]*(?:\n{_WORDS})?$", re.DOTALL | re.IGNORECASE)
-"""The same without the first."""
+"""A revision with the end tag only; a remark may follow it."""
 _ANY_TAG = re.compile(rf"{_WORDS}(?:{_OPEN}|{_CLOSE})", re.DOTALL | re.IGNORECASE)
 _WRAPPINGS = (
     (_THOUGHT, _THOUGHT),
@@ -38,13 +43,15 @@ _WRAPPINGS = (
     (_OPENED, _ANY_TAG),
     (_CLOSED, _ANY_TAG),
 )
-"""In which order they are taken off, and by what in an answer each is the app's own."""
+"""In order of removal: the pattern to remove, and the pattern that must not match the answer before, since
+then the wrapping is the app's own."""
 
 
 def unwrapped(text: str, standing: str) -> str:
-    """Return a revision without a thought, a label or tags around it, unless `standing` has such, too.
+    """Return a revision without a thought, a label or tags around it.
 
-    What its writer remarked beside the tags goes with them, where `standing` has no tag of ours at all.
+    What `standing`, the answer that is revised, has around it as well is not removed. Remarks before or after
+    the tags are removed with them if `standing` contains none of our tags.
 
     >>> unwrapped("Here is the revised answer:\\n\\n<answer>\\nHello\\n</answer>", "hello")
     'Hello'
@@ -89,15 +96,15 @@ _REMARK = re.compile(
         )
     )
 )
-"""How writers say that nothing need change, in the languages of the built-in refusals."""
+"""Remarks that nothing has to be changed, in the languages of the built-in refusals."""
 _BETWEEN = re.compile(r'[.,;:!()*_"“”„«»#>—–。，；：！]|\b(?:and|because|since|so|therefore|und)\b')
-"""What stands between such remarks."""
+"""Separators between such remarks: punctuation and conjunctions."""
 _LONGEST_REMARK = 300
-"""In characters; what is longer says more, and is judged."""
+"""Maximum length in characters; a longer text has other content, too, and so is judged."""
 
 
 def is_remark(text: str) -> bool:
-    """Return whether the whole of a text says that nothing need change.
+    """Return whether a text consists only of remarks that nothing has to be changed.
 
     >>> [is_remark(text) for text in ("No changes are needed.", "No changes are needed: the port is open.")]
     [True, False]

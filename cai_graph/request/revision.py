@@ -1,4 +1,7 @@
-"""One candidate revision: what it is asked for with, and why it is rejected before anybody judges it."""
+"""Writes one candidate revision with the reviser, and rejects an unusable one before a critic judges it.
+
+Rejected here are those that are empty, truncated, unchanged, mere remarks or of the wrong schema.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,18 @@ __all__ = ["candidate", "kept_calls"]
 
 
 async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> Revision:
-    """Write a candidate of the open round, by its number from 0. In `sampled` it is accepted at once."""
+    """Return a candidate revision of the current round; under strategy `sampled` it is accepted unjudged.
+
+    Args:
+        run: the run of the request.
+        calls: makes the call of the reviser, within the budget.
+        progress: the draft and the rounds so far; the last round is the current one.
+        index: the number of the candidate in its round, from 0.
+    """
     plan, form, frozen = run.plan, run.request.form(), progress.draft.frozen
     opened = progress.rounds[-1]
     principles, standing = _addressed(plan, opened), progress.answer(opened.of)
-    show_draft = index == 0  # the other writers answer afresh: small models copy what they see
+    show_draft = index == 0  # other candidates are written without the draft: small models copy it
     last = index > 0 and index == plan.candidates - 1
     messages = prompts.rewrite_messages(
         principles,
@@ -75,9 +85,10 @@ async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> R
 
 
 def kept_calls(standing: Message, failed: Sequence[Principle]) -> tuple[ToolCall, ...]:
-    """Return the calls that leave with other words for an answer that fails principles.
+    """Return the tool calls of a failed answer that its revision keeps.
 
-    Those beside its words do, unless they are what is wrong; calls alone give way to the words.
+    They are kept if the answer also has text and none of the principles in `failed` applies to tool calls. An
+    answer of tool calls alone is replaced by the text of the revision.
     """
     if not text_of(standing) or any(principle.tools for principle in failed):
         return ()
@@ -85,7 +96,7 @@ def kept_calls(standing: Message, failed: Sequence[Principle]) -> tuple[ToolCall
 
 
 def _addressed(plan: Plan, opened: Round) -> list[Principle]:
-    """Return the principles that a round's revisions are to mend, as models read them."""
+    """Return the principles that a round's revisions must satisfy, in the wording that models receive."""
     if plan.settings.strategy == "sampled":
         return [plan.spoken[opened.critique.verdicts[0].principle or ""]]
     return failed_principles(opened.critique, plan.spoken)
@@ -97,7 +108,7 @@ def _reasons(critique: Critique) -> str:
 
 
 def _continued(frozen: str, text: str) -> str:
-    """Return what has left with what a writer made to follow it, which often repeats its beginning."""
+    """Return the released blocks and the reviser's text after them, without its repetition of the blocks."""
     text = text.strip()
     repeated = r"\s+".join(re.escape(word) for word in frozen.split())
     if (found := re.match(repeated, text)) is not None:
@@ -108,7 +119,10 @@ def _continued(frozen: str, text: str) -> str:
 async def _written(
     plan: Plan, calls: Calls, number: int, messages: Sequence[BaseMessage], form: Form | None
 ) -> AIMessage:
-    """Have the reviser write; in a form by its provider's own means, or else in words."""
+    """Call the reviser; for a structured answer with the provider's structured output, if it supports that.
+
+    If the provider rejects the schema, the reviser is called again for plain text.
+    """
     plain = _sampling(plan, number)
     native = plain if form is None else models.writing(plan.reviser, form.schema)
     if form is None or native is plan.reviser:

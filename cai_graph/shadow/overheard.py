@@ -212,7 +212,7 @@ class Overheard:
         if self._stopped or is_pause(error) or waits(last):
             return
         if self._input is UNHEARD:
-            with suppress(Exception):  # chunks that cannot be added are not a request
+            with suppress(Exception):  # chunks that cannot be added cannot be read as a request
                 self._input = reduce(added, self._inputs)
             self._read()
         if isinstance(error, GeneratorExit):
