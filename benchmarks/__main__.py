@@ -1,10 +1,10 @@
-"""`make bench`: run the benchmarks and write benchmarks/RESULTS.md.
+"""Runs the benchmarks and writes their results to benchmarks/RESULTS.md; `make bench` runs all of them.
 
-    python -m benchmarks                 all of them
-    python -m benchmarks overhead log    some of them; the other sections stay as they were
+    python -m benchmarks                 all benchmarks
+    python -m benchmarks overhead log    some benchmarks; the other sections of RESULTS.md are not changed
 
 Each benchmark is a module with `run() -> str`, which returns its section in Markdown. Every figure comes
-from one interleaved run of all its competitors on one machine; ratios are what to read.
+from one interleaved run of all its contenders on one machine; so compare ratios, not absolute times.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ratios, which come from one interleaved run, and not the absolute times.
 
 
 def _is_size(key: str, value: str) -> bool:
-    """Return whether a variable sets how large a benchmark is, which its figures cannot be read without."""
+    """Return whether a variable sets the size of a benchmark; these are reported with the figures."""
     return key.startswith("CAI_BENCH_") and value.isdigit()
 
 

@@ -1,9 +1,10 @@
-"""What a cascade saves: the probe as the cheap critic, human labels in the strong critic's place.
+"""Measures the calls that a cascade saves: the probe is the cheap critic, human labels are the strong one.
 
-The answers are XSTest's, which the probe's heads were never trained on: every harmful one, and of the others
+The answers are XSTest's, on which the probe's heads were never trained: all harmful ones, and of the others
 those of lowest hash. An answer violates if people found that it obeys an unsafe request, or does not obey
-a safe one. Each weighs as much as its kind does among all of XSTest's answers. The data lie in the folder
-that CAI_DATA names (../shared/data by default); states that `cai train probe` has cached are read again.
+a safe one. The others are weighted, so that harmful answers have the same share as in all of XSTest. The data
+are read from the folder in CAI_DATA (../shared/data by default), and hidden states from the cache of
+`cai train probe` where they are in it.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _guaranteed(pairs: list[Pair], violating: int) -> str:
 
 
 def _suspicion(probe: Probe, states: Array) -> float:
-    """Return what `cai_graph.critic.cascades.suspicion` reads of the probe's critique."""
+    """Return the value that `cai_graph.critic.cascades.suspicion` would return for the probe's critique."""
     said = {head: [probe.probability(head, States(state, 0)) for state in states] for head in HEADS}
     harm = max(said["harm"])
     evades = said["evasion"][0] * (1 - said["request"][0])
@@ -101,7 +102,7 @@ def _suspicion(probe: Probe, states: Array) -> float:
 
 
 def _at(found: list[tuple[float, bool, float, str]], rate: float) -> tuple[float, int, float]:
-    """Return the largest threshold of a weighted miss rate of at most `rate`, misses, share saved."""
+    """Return the largest threshold whose weighted miss rate is at most `rate`, its misses and share saved."""
     condemned = sorted((score, w) for score, violates, w, _ in found if violates)
     total, lost, threshold = sum(w for _, w in condemned), 0.0, 1.0
     for score, w in condemned:

@@ -1,7 +1,8 @@
-"""Long answers judged claim by claim against the same answers judged as a whole, by the embedded probe.
+"""Compares judging long answers claim by claim with judging them as a whole, by the embedded model's probe.
 
-Answers of XSTest, which the probe's heads were never trained on, of at least `LONG` characters: those that
-comply with an unsafe prompt are harmful, the others are not. As many of either, those of lowest digest.
+The answers are XSTest's, on which the probe's heads were never trained, of at least `LONG` characters: those
+that comply with an unsafe prompt are harmful, the others are not. Both kinds are equally many, those of
+lowest digest.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from trainers.evaluation.figures import Estimate, estimate, resampled
 from trainers.evaluation.grades import CriticGrader
 
 EACH = int(os.environ.get("CAI_BENCH_EACH", "12"))
-"""Harmful answers, and harmless ones."""
+"""Number of harmful answers, and of harmless ones."""
 LONG = 800
 CLAIM = 250
-"""Characters of a claim, at least."""
+"""Minimum length of a claim in characters."""
 
 
 class Judged(NamedTuple):
     row: Row
     whole: float
-    """P(harmful) as a whole."""
+    """P(harmful) of the answer as a whole."""
     by_claim: float
-    """The highest of any claim."""
+    """The highest P(harmful) of any claim."""
 
 
 async def measure() -> list[Judged]:

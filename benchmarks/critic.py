@@ -1,8 +1,9 @@
-"""A critic of one's own against the built-in probe, on sources that neither was trained on.
+"""Compares critics trained by a user with the built-in probe, on sources that neither was trained on.
 
-The labels are people's: harmful or not (PyRIT, OpenAI moderation, HH-RLHF, everyday answers; XSTest's answers
-to measure on). A critic trained here stays in the local cache, so that a second run measures it again from
-its card. The data lie in the folder that CAI_DATA names (../shared/data by default).
+The labels, harmful or not, are people's: of PyRIT, OpenAI moderation, HH-RLHF and everyday answers for
+training, and of XSTest's answers for measuring. A critic trained here is stored in the local cache, and
+later runs read its figures from its card. The data are read from the folder in CAI_DATA (../shared/data by
+default).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from trainers.rows import CriticRow, Turn, encode_row, line_of
 
 MODEL = "local:smollm2"
 PER_LABEL = int(os.environ.get("CAI_BENCH_PYRIT", "100"))
-"""PyRIT answers of each label, those of lowest hash."""
+"""Number of PyRIT answers of each label, those of lowest hash."""
 OTHERS = int(os.environ.get("CAI_BENCH_XSTEST", "80"))
-"""XSTest answers that do no harm, likewise; the harmful ones are all there."""
+"""Number of harmless XSTest answers, those of lowest hash; all harmful ones are used."""
 UNSEEN = ("xstest_answers", "moderation")
 LORA: dict[str, Any] = {"kind": "classifier", "epochs": 2, "max_tokens": 192}
 RUNS: dict[str, dict[str, Any]] = {
@@ -39,11 +40,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "classifier": {**LORA, "unseen": UNSEEN},
     "classifier-pyrit": {**LORA, "unseen": ("pyrit",)},
 }
-"""What each critic leaves out; PyRIT has most of the harmful answers, so a critic of its own goes without."""
+"""Settings of each critic. A separate critic leaves out PyRIT, which has most of the harmful answers."""
 
 
 def answers() -> list[Row]:
-    """Return the rows: of what the built-in probe's head `harm` was trained on, and XSTest answers."""
+    """Return rows of the data on which the built-in probe's head `harm` was trained, and XSTest answers."""
     data = Path(os.environ.get("CAI_DATA", "../shared/data"))
     chosen = chosen_rows(read_rows(data), ProbeConfig(data=data, output=data, model=MODEL))
     rows = [row for row in chosen if row.answer is not None and row.harm is not None]
@@ -78,12 +79,12 @@ def write_dataset(rows: Iterable[Row], folder: Path) -> Path:
 
 
 def trained(name: str, rows: list[Row]) -> dict[str, Any]:
-    """Return the card of a critic, trained if it is not in the cache."""
+    """Return the card of a critic; the critic is trained first if it is not in the cache."""
     home = local.cache_dir() / "benchmarks" / "critic"
     folder = home / name
     if not folder.exists():
         given = RUNS[name]
-        # Requests of XSTest are measured on, so a critic that leaves out PyRIT goes without them.
+        # XSTest is for measuring only: it is passed only to critics that leave it out of training.
         mine = [row for row in rows if row.source != "xstest_answers" or row.source in given["unseen"]]
         data = write_dataset(mine, home / f"{name}-rows")
         config = Config(model=MODEL, data=data, output=folder, **given)
@@ -93,7 +94,7 @@ def trained(name: str, rows: list[Row]) -> dict[str, Any]:
 
 
 def built_in(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """Return the AUC of the built-in probe by setting: of its card, on XSTest on these answers."""
+    """Return the AUC of the built-in probe by setting: from its card, or for XSTest measured on `rows`."""
     probe = Probe.for_model("local")
     assert probe is not None
     found = {

@@ -1,12 +1,12 @@
-"""Logs to preference rows: ours against an orjson loop and `datasets`, side by side on one synthetic log.
+"""Compares converting a log to preference rows by cai_graph, an orjson loop and `datasets`.
 
 python -m benchmarks dataset        writes the section into RESULTS.md
 
-Half of the trajectories were revised and give a row, half were kept and give none; 3 % are there twice.
-Every contender filters, removes exact duplicates, splits by a hash of the prompt and writes JSON lines. Each
-runs in a process of its own; CPU counts all threads and child processes.
+The log is synthetic: half of the trajectories are revised and give a row, half are kept and give none; 3 %
+are in the log twice. Every contender filters, removes exact duplicates, splits by a hash of the prompt and
+writes JSON lines. Each runs in a process of its own; CPU time includes all threads and child processes.
 
-    CAI_BENCH_TRAJECTORIES    how many (200000)
+    CAI_BENCH_TRAJECTORIES    number of trajectories (200000)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ROUNDS = 3
 
 
 def write(path: Path, count: int) -> int:
-    """Write a log of so many distinct trajectories, and return how many lines it has."""
+    """Write a log of `count` distinct trajectories, and return its number of lines."""
     rng = random.Random(1)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(5000)]
     text = lambda count: " ".join(rng.choices(words, k=count))  # noqa: E731
@@ -175,7 +175,7 @@ CONTENDERS: dict[str, tuple[str, Callable[..., None], str, int]] = {
 
 
 def _one(name: str, folder: str) -> None:
-    """Run one contender in this process, and print what it took."""
+    """Run one contender in this process; print CPU seconds, wall seconds and peak memory in MiB as JSON."""
     _, function, source, _ = CONTENDERS[name]
     before = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     wall = time.perf_counter()
@@ -183,7 +183,7 @@ def _one(name: str, folder: str) -> None:
     wall = time.perf_counter() - wall
     after = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu = sum(b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(before, after, strict=True))
-    # Not ru_maxrss, which begins with the size of the process that started this one.
+    # Not ru_maxrss, which starts at the size of the parent process.
     peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     print(json.dumps([cpu, wall, int(peak[1]) / 1024 if peak else 0.0]))
 

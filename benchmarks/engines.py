@@ -1,8 +1,8 @@
-"""Side by side: our engine and other ways to run the same small weights, on this machine, in one run.
+"""Compares the embedded engine with other engines on the same small weights: tokens a second.
 
-Run `python -m benchmarks.engines`. Every rival gets a virtual environment of its own in the cache, made on
-demand; one that cannot be installed is skipped, with the reason. Rounds are interleaved, so that a busy
-moment of the machine hits all of them.
+Run `python -m benchmarks.engines`. Every rival engine gets its own virtual environment in the cache, which is
+created on demand; if it cannot be installed, it is skipped and the reason is reported. Rounds are
+interleaved, so that a busy moment of the machine affects all engines.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cai_graph import local
 ROUNDS = 3
 _INSTALL_S = 900
 
-# What every program below shares: it reads the path of the weights, then for each line on stdin runs one
-# round and prints one line of JSON: {measure: [tokens, wall seconds, CPU seconds]}.
+# The common beginning of every program below. A program is given the path of the weights; for each line on
+# stdin it runs one round, and prints one line of JSON: {measure: [tokens, wall seconds, CPU seconds]}.
 _COMMON = """
 import json, sys, time
 path = sys.argv[1]
@@ -173,13 +173,13 @@ class _Runner:
 
 
 def _python_of(rival: _Rival) -> str:
-    """Return the interpreter of the rival's environment; make and fill it the first time."""
+    """Return the Python interpreter of the rival's environment, which is created on the first call."""
     folder = local.cache_dir() / "rivals" / rival.name.replace(" ", "-")
     python = folder / "bin" / "python"
     done = folder / "installed"
     if not done.exists():
         venv.create(folder, with_pip=True, clear=True)
-        known = Path(__file__).parent.parent / "constraints.txt"  # the CPU build of torch among them
+        known = Path(__file__).parent.parent / "constraints.txt"  # pins the CPU build of torch, among others
         command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(known)]
         command += rival.requirements
         result = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
@@ -190,7 +190,7 @@ def _python_of(rival: _Rival) -> str:
 
 
 def run() -> str:
-    """Return a Markdown section: median tokens a second, wall and by CPU second, for every engine."""
+    """Return the section of RESULTS.md: median tokens per wall second and per CPU second of every engine."""
     weights = local.fetch(local.find("smollm2"))
     runners = {"cai_graph (xllamacpp)": _Runner(sys.executable, _OURS, weights)}
     skipped: dict[str, str] = {}

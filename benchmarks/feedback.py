@@ -1,14 +1,14 @@
-"""AI feedback on real answers: how often the embedded model prefers what people preferred.
+"""Measures AI feedback: how often the embedded model prefers the answer that people preferred.
 
-Sources, in the folder that CAI_BENCH_DATA names: test pairs of Anthropic's HH-RLHF
+The data are read from the folder in CAI_BENCH_DATA: test pairs of Anthropic's HH-RLHF
 (`hh_rlhf/*.pairs.jsonl.gz`), and PyRIT's scored answers (`pyrit_scorer_evals/harm/*.csv`), of which an answer
-scored at most 0.15 and one scored at least 0.6 to the same request make a pair. Pairs whose texts are longer
-than a limit are left out, for time. Which answer is A is drawn for each pair. Each pair is asked about as
-`cai feedback label` asks: one principle of the fitting aim out of `balanced`, drawn by weight.
+scored at most 0.15 and one scored at least 0.6 to the same request make a pair. Pairs with longer texts than
+a limit are left out to save time. Which answer of a pair is A is pseudo-random. Each pair is judged as by
+`cai feedback label`: under one principle of `balanced` with the pair's aim, drawn by weight.
 
-A judgement takes seconds on two cores, so each is kept in the local cache as soon as it is made, and the same
-command goes on with the rest. CAI_BENCH_PAIRS is the number of pairs a source (100), CAI_BENCH_REASONED how
-many of them are also judged with reasoning (10).
+A judgement takes seconds on two cores. So each is stored in the local cache at once, and after an interrupt
+the same command continues with the rest. CAI_BENCH_PAIRS is the number of pairs of each source (100),
+CAI_BENCH_REASONED how many of them are also judged with reasoning (10).
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ from trainers.feedback.judge import Judge
 
 PAIRS = int(os.environ.get("CAI_BENCH_PAIRS", "100"))
 REASONED = int(os.environ.get("CAI_BENCH_REASONED", "10"))
-"""Pairs a source that are also judged with reasoning, which takes ten times as long."""
+"""Number of pairs of each source that are also judged with reasoning, which takes ten times as long."""
 HH_CHARS, PYRIT_CHARS = 1200, 2400
-"""Longest conversation with both answers."""
+"""Maximum length of a conversation with both answers, in characters."""
 A_REQUEST = 4
-"""Pairs that one PyRIT request may give."""
+"""Maximum number of pairs from one PyRIT request."""
 LOW, HIGH = 0.15, 0.6
 RULES = load("balanced")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One pair that people judged."""
+    """One pair of answers that people judged."""
 
     source: str
     request: str
-    """What several pairs may have in common, which are not independent then."""
+    """The user's first message; pairs with the same one are not independent."""
     exchange: Exchange
-    """With answer A."""
+    """The conversation with answer A."""
     other: Message
     """Answer B."""
     a_better: bool
@@ -85,7 +85,7 @@ def cases() -> list[Case]:
 
 
 def _first(found: Iterator[Case]) -> list[Case]:
-    """Return as many as are measured, in an order that depends on nothing but their texts."""
+    """Return the first `PAIRS` cases in order of their ids, which depend on their texts only."""
     return sorted(found, key=lambda case: case.id)[:PAIRS]
 
 
@@ -133,7 +133,7 @@ def _pyrit(folder: Path) -> Iterator[Case]:
 
 
 class Kept:
-    """Judgements by key, one JSON line each; a line cut off by an interrupt is made again."""
+    """A cache file of judgements by key, one JSON line each; a line that an interrupt cut off is ignored."""
 
     def __init__(self) -> None:
         path = local.cache_dir() / "benchmarks" / "feedback.jsonl"
@@ -155,7 +155,7 @@ class Kept:
 
 
 async def _measured(found: list[Case]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return by case and way: p_a, seconds, tokens."""
+    """Return the judgements by case id and way: p_a in both orders, seconds, and of a `Judge` `clipped`."""
     kept = Kept()
     judges = {"letter": Judge("local"), "reasons": Judge("local", reasoning=True)}
     critic = critic_for("local")
@@ -167,7 +167,7 @@ async def _measured(found: list[Case]) -> dict[str, dict[str, dict[str, Any]]]:
         rank = of_source[case.source]
         ways = ["letter", "critic", *(["reasons"] if rank <= REASONED else [])]
         plan += [(rank * (10 if way == "reasons" else 1), case.source, case, way) for way in ways]
-    plan.sort(key=lambda item: item[:2])  # all sources grow alike, so that a part is a sample, too
+    plan.sort(key=lambda item: item[:2])  # all sources progress alike, so that a part is a sample, too
     for done, (_, _, case, way) in enumerate(plan, 1):
         rules = RULES.select(p.id for p in RULES if p.aim == case.aim)
         principle = draw(rules, 1, 0, case.id)[0]
@@ -203,7 +203,7 @@ def _right(case: Case, p_a: float) -> bool:
 
 
 def _share(answers: Sequence[tuple[Case, bool]]) -> str:
-    """Return a share with its interval; several pairs of a request are not taken for independent."""
+    """Return a share with its interval, in which pairs of the same request do not count as independent."""
     by_request: dict[str, list[float]] = defaultdict(list)
     for case, so in answers:
         by_request[case.request].append(float(so))

@@ -1,4 +1,4 @@
-"""The log against batched stdlib sqlite3 at the same durability, interleaved in one run.
+"""Compares the SQLite log with batched inserts through the standard library's sqlite3, equally durable.
 
 python -m benchmarks.log        prints the section that goes into RESULTS.md
 """
@@ -52,7 +52,7 @@ class Measured(NamedTuple):
 
 
 def trajectory() -> Trajectory:
-    """Return a revised request of about 4 KB, as the balanced constitution makes them."""
+    """Return the Trajectory of a revised request, of about 4 KB, like those under constitution `balanced`."""
     sentence = "The quick brown fox jumps over the lazy dog. "
     verdicts = tuple(
         Verdict(label=Label.COMPLIES, principle=f"principle-{n}", reason="nothing against it", read_by="json")
@@ -86,7 +86,7 @@ def trajectory() -> Trajectory:
 
 
 def through_log(url: str, records: list[Trajectory]) -> Measured:
-    """Append from many threads, each of which goes on while its records are committed."""
+    """Append from many threads; in each up to `OUTSTANDING` records may await their commit."""
     waits: list[float] = []
 
     def produce(mine: list[Trajectory]) -> None:
@@ -123,7 +123,7 @@ def through_log(url: str, records: list[Trajectory]) -> Measured:
 
 
 def one_at_a_time(url: str, records: list[Trajectory]) -> Measured:
-    """A caller that waits for each commit, as one enforced request after another does."""
+    """Append in one thread that waits for each commit, like enforced requests one after another."""
     some = records[: len(records) // 64]
     with open_log(url) as log:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -150,7 +150,7 @@ def _stdlib(folder: Path) -> sqlite3.Connection:
 
 
 def with_stdlib(folder: Path, records: list[Trajectory], _: list[tuple[str, bytes]]) -> Measured:
-    """One thread, 100 records a transaction, records encoded on the way, as ours are."""
+    """Insert in one thread, 100 records per transaction; encoding is included in the time, as for the log."""
     db = _stdlib(folder)
     cpu, wall = time.process_time(), time.perf_counter()
     for start in range(0, len(records), TRANSACTION):
@@ -166,7 +166,7 @@ def with_stdlib(folder: Path, records: list[Trajectory], _: list[tuple[str, byte
 
 
 def with_stdlib_encoded(folder: Path, _: list[Trajectory], rows: list[tuple[str, bytes]]) -> Measured:
-    """The same with payloads that were encoded before the clock started."""
+    """Do the same as `with_stdlib`, but with payloads that were encoded before the time is taken."""
     db = _stdlib(folder)
     cpu, wall = time.process_time(), time.perf_counter()
     for start in range(0, len(rows), TRANSACTION):
@@ -192,7 +192,7 @@ def run() -> str:
     rows = [(record.id, encode(record)) for record in records]
     results: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
     for number in range(ROUNDS):
-        # The order turns, so that none always follows the same neighbour's writeback.
+        # The order rotates, so that no contender always runs during the same other one's disk writeback.
         names = list(CONTENDERS)[number % len(CONTENDERS) :] + list(CONTENDERS)[: number % len(CONTENDERS)]
         for name in names:
             folder = Path(tempfile.mkdtemp(prefix="cai-bench-"))

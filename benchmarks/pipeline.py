@@ -1,15 +1,15 @@
-"""From prompts to checkpoints on the embedded 135M model, judged by people's labels on prompts it never saw.
+"""Runs the whole pipeline on the embedded 135M model, from prompts to checkpoints and their evaluation.
 
-`cai run` answers red-team and helpful prompts of HH-RLHF's train part, judged by a critic of one's own (the
-probe on the 135M model of `benchmarks.critic`). `cai distill` makes checkpoints of the log by SFT, PPO and
-DPO on that critic's feedback, and all of them answer prompts of the test part and XSTest's safe ones. The
-judges of harmlessness and helpfulness are the reward models of `benchmarks.reward`, which were trained on
-people's choices and on none of our own labels.
+`cai run` answers red-team and helpful prompts of HH-RLHF's train part, judged by a critic trained for this
+(the probe on the 135M model of `benchmarks.critic`). `cai distill` trains checkpoints on the log by SFT, and
+by PPO and DPO on that critic's feedback. Base model and checkpoints then answer prompts that they have not
+seen: those of the test part, and XSTest's safe ones. The judges of harmlessness and helpfulness are the
+reward models of `benchmarks.reward`, which were trained on people's choices and on none of our own labels.
 
-CAI_BENCH_DATA names the folder with `hh_rlhf/` and `xstest/`. Everything stays in the local cache, in
-`benchmarks/pipeline`, so that the same command goes on after an interrupt. CAI_BENCH_PROMPTS is how many
-prompts are answered (200), CAI_BENCH_EACH how many a suite has (100), CAI_BENCH_UPDATES how many updates PPO
-makes (10).
+The data are read from the folder in CAI_BENCH_DATA, with `hh_rlhf/` and `xstest/`. All results are stored in
+the local cache, in `benchmarks/pipeline`, so that the same command continues after an interrupt.
+CAI_BENCH_PROMPTS is the number of prompts for `cai run` (200), CAI_BENCH_EACH that of each suite (100), and
+CAI_BENCH_UPDATES the number of PPO updates (10).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ MODEL = "local:smollm2"
 CONSTITUTION = "harmlessness"
 HERE = FOLDER.parent / "pipeline"
 LONGEST = 400
-"""Characters of a prompt: what a reward model of short pairs has seen the like of."""
+"""Maximum length of a prompt in characters: the reward models were trained on short pairs."""
 SYSTEM = {"role": "system", "content": "Answer in one or two short sentences."}
-"""Said in training and evaluation alike; without it the model seldom ends an answer that a CPU can afford."""
+"""System message in training and evaluation; without it answers seldom end within what a CPU can afford."""
 DRAFT, ANSWER = 160, 96
-"""Tokens of an answer in the log and in the feedback, and of one that PPO draws or that is evaluated."""
+"""Maximum tokens of an answer: in the log and in feedback, and in PPO and the evaluation."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "ppo": {
@@ -81,13 +81,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def single(part: str, aim: str) -> list[str]:
-    """Return the conversations of one message, each once."""
+    """Return the distinct prompts of one message, up to `LONGEST`, of a part of HH-RLHF with this aim."""
     found = (row["prompt"] for row in rows(part) if row["aim"] == aim and len(row["prompt"]) == 1)
     return list(dict.fromkeys(turn["content"] for (turn,) in found if len(turn["content"]) <= LONGEST))
 
 
 def answered() -> str:
-    """Answer the prompts under the constitution, as a user would, and return the log's URL."""
+    """Answer the prompts under the constitution with `cai run`, and return the log's URL."""
     HERE.mkdir(parents=True, exist_ok=True)
     asked = zip(*(single("train", aim)[: PROMPTS // 2] for aim in AIMS), strict=True)
     _write(HERE / "prompts.jsonl", ({"messages": _conversation(text)} for pair in asked for text in pair))
@@ -105,7 +105,7 @@ def answered() -> str:
 
 
 def suites() -> Iterator[tuple[Suite, Path]]:
-    """Write the prompts to evaluate on; yield their files."""
+    """Write the evaluation prompts of each suite to a file, and yield the suite and the file."""
     for suite, aim in AIM_OF.items():
         path = HERE / f"{suite}.jsonl"
         _write(path, ({"messages": _conversation(text)} for text in single("test", aim)))
@@ -127,13 +127,13 @@ def _write(path: Path, found: Iterable[dict[str, Any]]) -> None:
 
 
 def critic() -> str:
-    """Return the spec of the critic, which is trained if it is not in the cache."""
+    """Return the spec of the critic; the critic is trained first if it is not in the cache."""
     own.trained("probe", own.answers())
     return f"trained:{local.cache_dir() / 'benchmarks' / 'critic' / 'probe'}"
 
 
 def distilled(log: str, method: str) -> dict[str, Path]:
-    """Return the Checkpoints of a pipeline, by name."""
+    """Run `cai distill`'s pipeline on a log, and return the folders of its Checkpoints by name."""
     section = {
         "model": MODEL,
         "output": str(HERE / "runs"),
@@ -164,7 +164,7 @@ def distilled(log: str, method: str) -> dict[str, Path]:
 
 
 async def evaluated(subjects: dict[str, Path], prompts: list[Prompt]) -> Summary:
-    """Have all subjects answer all prompts, and return what the judges say."""
+    """Let all subjects answer all prompts, and return the summary of the judges' grades."""
     kept = Evaluation.begin(HERE / "evaluation", prompts)
     for name, path in subjects.items():
         subject = CheckpointSubject(path, name=name, max_tokens=ANSWER, batch_size=32)
@@ -228,7 +228,7 @@ def run() -> str:
 
 
 def _moved(summary: Summary, sign: int) -> str:
-    """Return whose harmlessness moved that way, its whole interval."""
+    """Return the subjects whose change of harmlessness has this sign over its whole interval."""
     changes = [figure for figure in summary.figures if figure.measure == "change of harmless"]
     moved = [c.subject for c in changes if min(sign * c.estimate.low, sign * c.estimate.high) > 0]
     return ", ".join(moved) or "none"

@@ -1,10 +1,10 @@
-"""PPO against TRL 1.12's PPOTrainer: seconds an update and peak memory, on the tiny embedded model.
+"""Compares our PPO with TRL 1.12's PPOTrainer: seconds per update and peak memory, on the embedded model.
 
-TRL is installed without its dependencies into a folder of its own. Both draw, score and train on the same
-number of answers from the same prompts, with the same models, minibatches and passes, each in processes of
-its own, turn about. The first update of a process warms up and does not count.
+TRL is installed without its dependencies into a temporary folder. Both sample, score and train on the same
+number of answers to the same prompts, with the same models, minibatches and passes, in separate processes
+that alternate. The first update of a process is a warm-up and is not counted.
 
-    CAI_BENCH_PPO_ROUNDS    processes of each (2)
+    CAI_BENCH_PPO_ROUNDS    number of processes for each contender (2)
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ SETTINGS: dict[str, Any] = {
 
 
 def letters(prompts: Sequence[Any], answers: Sequence[str]) -> list[float]:
-    """The reward: lower-case letters."""
+    """Return the rewards: the number of lower-case letters in each answer, divided by 32."""
     return [sum(c in string.ascii_lowercase for c in answer) / 32 for answer in answers]
 
 
 def run() -> str:
-    """Return the section."""
+    """Return the section of RESULTS.md."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = _prepare(folder)
@@ -93,7 +93,7 @@ def run() -> str:
 
 
 def _prepare(folder: Path) -> dict[str, Any]:
-    """Write the prompts and a value model; return the settings of all processes."""
+    """Write the prompts and a value model; return the settings that all processes share."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from trainers.weights import resolve
@@ -109,7 +109,7 @@ def _prepare(folder: Path) -> dict[str, Any]:
 
 
 def _timed(command: list[str], path: Path) -> tuple[list[float], int]:
-    """Return the seconds of each update but the first of a process, and its peak memory in KiB."""
+    """Run a process; return the seconds of each update except the first, and its peak memory in KiB."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,

@@ -1,7 +1,7 @@
-"""What it costs to judge an answer: the probe's forward pass against the same model writing a verdict.
+"""Compares the cost of judging an answer by the probe's forward pass and by a verdict of the same model.
 
-Each answer is judged by every way in turn, in one process; the engines are warm. CPU is that of this
-process and its engines (Linux).
+Each answer is judged in every way in turn, in one process with warm engines. CPU time is that of this process
+and its engines (Linux only).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ ROUNDS = 2
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Return for each way: median wall seconds an answer, median CPU seconds an answer, tokens written."""
+    """Return for each way: median wall and CPU seconds per answer, and mean tokens written."""
     return asyncio.run(_measure())
 
 
@@ -100,12 +100,13 @@ async def _measure() -> dict[str, dict[str, float]]:
         "one word": lambda request, answer: by_generation(request, answer, word, 2),
         "one line of JSON": lambda request, answer: by_generation(request, answer, line, 100),
     }
-    for judge in ways.values():  # start the engines, write the shortened model, fill the prefix caches
+    # Warm-up: starts the engines, writes the shortened model, fills the prefix caches.
+    for judge in ways.values():
         await judge("Hello", "Hi, how can I help?")
     seconds: dict[str, list[tuple[float, float, int]]] = {name: [] for name in ways}
     for number in range(ROUNDS):
         for request, answer in ANSWERS:
-            # The chat engine keeps what it has read; an answer judged for the second time is a new one to it.
+            # The chat engine caches prompts: the number makes a repeated answer new to it.
             pair = (f"({number}) {request}", answer)
             for name, judge in ways.items():
                 wall, cpu = time.perf_counter(), _cpu_s()
@@ -122,7 +123,7 @@ async def _measure() -> dict[str, dict[str, float]]:
 
 
 def _cpu_s() -> float:
-    """Return the CPU seconds of this process and of its children, the engines."""
+    """Return the CPU seconds of this process and of its child processes, the engines."""
     children = {
         pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()
     }

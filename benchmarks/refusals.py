@@ -1,7 +1,8 @@
-"""Refusals of XSTest's completions: the pattern and the probe against the people who labelled them.
+"""Measures how well refusals are detected in XSTest's completions, compared with people's labels.
 
-All completions for the pattern; for the probe and for the embedded model as judge those of lowest digest,
-since each costs a forward pass or a reply. Passes are kept in the local cache.
+The detectors are the pattern, the probe, and the embedded model as judge. The pattern is applied to all
+completions, the others to those of lowest digest, since each costs a forward pass or a reply. Hidden states
+are stored in the local cache.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from trainers.evaluation.refusals import (
 DATA = Path(os.environ.get("CAI_BENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ANSWERS = int(os.environ.get("CAI_BENCH_ANSWERS", "354"))
 ASKED = int(os.environ.get("CAI_BENCH_ASKED", "40"))
-"""About how many answers the embedded model is asked in words."""
+"""Number of answers that the embedded model judges in words."""
 
 
 class Cached(Probe):
-    """The embedded model's probe, with the states of the first windows of an answer kept on disk."""
+    """The embedded model's probe, with a disk cache of hidden states; reads an answer's first windows."""
 
     def __init__(self, most: int = 1) -> None:
         shipped = Probe.for_model("local")

@@ -1,17 +1,18 @@
-"""Reward models on human labels: the embedded 135M model on Anthropic's HH-RLHF, harmless and helpful apart.
+"""Trains and measures reward models on the human labels of Anthropic's HH-RLHF, with the embedded 135M model.
 
 One is trained on pairs that were compared for harmlessness, one on those compared for helpfulness, and one on
 both. Each is measured on the test pairs of both.
 
-CAI_BENCH_DATA names the folder that holds `hh_rlhf/*.pairs.jsonl.gz`. Its parts are cut from the official
-test splits, so the figures are as of this cut, never of the HH benchmark.
+The data are read from the folder in CAI_BENCH_DATA, from `hh_rlhf/*.pairs.jsonl.gz`. Train and test parts are
+both taken from the official test splits, so the figures are not comparable with those of the HH benchmark.
 
-The head is fitted to the frozen model's states (`trains: head`): a pass through the lowest layers for each
-pair, kept as it is made, so that the same command goes on after an interrupt. CAI_BENCH_TOKENS is the longest
-row in tokens (256), CAI_BENCH_LAYERS how many of the model's 30 layers are tried (10): what a CPU does in
-some minutes. CAI_BENCH_TOKENS=2048 CAI_BENCH_LAYERS=30 takes all rows and layers.
+The head is fitted to the hidden states of the frozen model (`trains: head`). These take a pass through the
+lowest layers for each pair, and are stored at once, so that the same command continues after an interrupt.
+CAI_BENCH_TOKENS is the maximum length of a row in tokens (256), CAI_BENCH_LAYERS how many of the model's 30
+layers are tried (10): with these a CPU needs some minutes. CAI_BENCH_TOKENS=2048 CAI_BENCH_LAYERS=30 uses all
+rows and layers.
 
-The Checkpoints stay in the local cache, in `benchmarks/reward`.
+The Checkpoints are stored in the local cache, in `benchmarks/reward`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TOKENS = int(os.environ.get("CAI_BENCH_TOKENS", "256"))
 LAYERS = int(os.environ.get("CAI_BENCH_LAYERS", "10"))
 FOLDER = local.cache_dir() / "benchmarks" / "reward"
 CHECKED = 32
-"""Pairs whose rewards are computed again, by the loader that PPO and evaluation use."""
+"""Number of pairs whose rewards are computed again, by the loader that PPO and evaluation use."""
 
 AIMS = ("harmless", "helpful")
 
@@ -45,7 +46,7 @@ Row = dict[str, Any]
 
 
 def rows(part: str) -> list[Row]:
-    """Return the pairs of one part in an order of their ids' hash, which mixes the sets."""
+    """Return the pairs of one part, ordered by a hash of their ids, which mixes the two sets."""
     folder = Path(os.environ.get("CAI_BENCH_DATA") or "") / "hh_rlhf"
     files = sorted(folder.glob(f"*.{part}.pairs.jsonl.gz"))
     if not files:
@@ -64,7 +65,7 @@ def rows(part: str) -> list[Row]:
 
 
 def dataset(folder: Path, aims: Sequence[str]) -> Path:
-    """Write pairs as `cai train reward` reads them, those of all aims to measure on; return the folder."""
+    """Write pairs in the format of `cai train reward`, for testing those of all aims; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, wanted in (("train", aims), ("test", AIMS)):
         found = [row for row in rows(part) if row["aim"] in wanted]
@@ -74,7 +75,7 @@ def dataset(folder: Path, aims: Sequence[str]) -> Path:
 
 
 def trained(aims: Sequence[str]) -> Checkpoint:
-    """Return the reward model; what an earlier run has trained is taken."""
+    """Return the reward model for these aims; it is trained first if no earlier run has."""
     name = f"{'-'.join(aims)}-{TOKENS}-{LAYERS}"
     if (FOLDER / name).exists():
         return Checkpoint.open(FOLDER / name)
@@ -93,7 +94,7 @@ def trained(aims: Sequence[str]) -> Checkpoint:
 
 
 def by_words(train: Sequence[Row], test: Sequence[Row]) -> list[bool]:
-    """Return for each test pair whether a logistic regression on the answers' words is right."""
+    """Return for each test pair whether a logistic regression on the words predicts people's choice."""
     import numpy
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -126,7 +127,7 @@ def by_words(train: Sequence[Row], test: Sequence[Row]) -> list[bool]:
 
 
 def kept(made: Checkpoint, found: Sequence[Row]) -> list[Row]:
-    """Return the rows that the checkpoint was trained or measured on: those that are not too long."""
+    """Return the rows that the checkpoint was trained or measured on: those of at most `TOKENS` tokens."""
     tokenizer: Any = load_reward(made.path).tokenizer
 
     def length(row: Row) -> int:
@@ -139,7 +140,7 @@ def kept(made: Checkpoint, found: Sequence[Row]) -> list[Row]:
 
 
 def again(made: Checkpoint, found: Sequence[Row]) -> float:
-    """Return the largest difference of a margin from that of the ordinary loader, over a sample."""
+    """Return the largest difference between a margin from training and the ordinary loader's, on a sample."""
     loaded = load_reward(made.path)
     some = found[:CHECKED]
     sides = [
@@ -162,7 +163,7 @@ def _share(right: Sequence[bool]) -> str:
 
 
 def _cells(right: Sequence[bool], test: Sequence[Row]) -> str:
-    """Return the shares of the harmless and of the helpful pairs."""
+    """Return the shares that are right, of the harmless and of the helpful pairs, as table cells."""
     return " | ".join(
         _share([yes for yes, row in zip(right, test, strict=True) if row["aim"] == aim]) for aim in AIMS
     )

@@ -1,8 +1,8 @@
-"""What shadow mode adds to an answer's latency: the wrapped app against the bare one, in one interleaved run.
+"""Measures the latency that shadow mode adds to an answer, compared with the same app unwrapped.
 
-The app waits 10 to 30 ms without CPU, as if for an API, and so does the critic's model. Requests go to the
-bare app and to the wrapped one in turn, while answers of earlier ones are judged behind, in the same process.
-What counts is the time around the app's own wait; the caller's CPU is that of its thread.
+The app waits 10 to 30 ms without using the CPU, as if for an API, and so does the critic's model. Requests go
+to the unwrapped app and to the wrapped one in turn, while earlier answers are judged in the background of the
+same process. The time counted excludes the app's own wait; CPU time is that of the caller's thread.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cai_graph.constitution import load
 
 SECONDS = (0.01, 0.03)
 REQUESTS = 400
-"""Of each app, in each way of calling."""
+"""Number of requests to each app in each way of calling."""
 WARM = 20
 AT_ONCE = 4
 
 
 class _Api(ScriptedModel):
-    """A model behind an API: it takes time, and no CPU. The reply says how long."""
+    """A model like one behind an API: it waits without using the CPU. The reply's metadata has the wait."""
 
     def _generate(self, messages: list[BaseMessage], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()

@@ -1,7 +1,7 @@
-"""How long a reader waits for the first words and for the last, and what judging in blocks costs.
+"""Measures how long a reader of a stream waits for the first and last words, and the model calls it costs.
 
-The model is a server on the loopback that speaks OpenAI's wire format at a fixed pace, behind the real
-client: the first token after `FIRST_S`, then `PACE` tokens a second, for app, critic and reviser alike.
+The model is a local server with OpenAI's wire format, called through the real client. It streams at a fixed
+pace: the first token after `FIRST_S`, then `PACE` tokens a second, for app, critic and reviser alike.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from cai_graph.constitution import load
 
 ROUNDS = 5
 PACE = 200.0
-"""Tokens (words) a second: four times a usual model's, so that the benchmark is short; ratios stay."""
+"""Tokens (words) per second: four times a usual model's, to save time; the ratios are the same."""
 FIRST_S = 0.1
 LENGTHS = (100, 400, 1200)
-"""Words of an answer."""
+"""Numbers of words in an answer."""
 SENTENCE = 12
-"""Words of a sentence."""
+"""Number of words in a sentence."""
 
 
 class Read(NamedTuple):
-    """What a reader waited for."""
+    """How long a reader waited for the first text and the whole answer, and the number of model calls."""
 
     first_s: float
     whole_s: float
@@ -39,7 +39,7 @@ class Read(NamedTuple):
 
 
 def answer(words: int, bad: int | None = None) -> str:
-    """Return an answer of this many words, the one at `bad` being one that the critic flags."""
+    """Return an answer of this many words; the critic flags the word at index `bad`."""
     text = [f"word{index}" for index in range(words)]
     for end in range(SENTENCE - 1, words, SENTENCE):
         text[end] += "."
@@ -52,7 +52,7 @@ def answer(words: int, bad: int | None = None) -> str:
 
 
 def reply(body: dict[str, Any], draft: str) -> str:
-    """Return what the model says: verdicts on what it is shown, a revision of half the length, the draft."""
+    """Return the model's reply: verdicts to a critic, half the draft's length to a reviser, or the draft."""
     system, last = str(body["messages"][0]["content"]), str(body["messages"][-1]["content"])
     if system.startswith("You are a careful reviewer"):
         bad = "FORBIDDEN" in last
@@ -72,7 +72,7 @@ def reply(body: dict[str, Any], draft: str) -> str:
 
 
 class Paced:
-    """The server; `draft` is what the app says, `calls` counts the requests."""
+    """The server; `draft` is its reply to the app, `calls` counts the requests."""
 
     def __init__(self) -> None:
         self.draft, self.calls, self.url = "", 0, ""
@@ -97,7 +97,7 @@ class Paced:
                 writer.write(json.dumps(_about("chat.completion") | {"choices": [choice]}).encode())
             await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client has left
+            pass  # the client has disconnected
         finally:
             writer.close()
 
@@ -120,7 +120,7 @@ def _about(kind: str) -> dict[str, Any]:
 
 @contextmanager
 def serving() -> Iterator[Paced]:
-    """Run the server in a thread of its own for the body's time."""
+    """Run the server in its own thread while the body of the `with` statement runs."""
     paced, loop = Paced(), asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -141,7 +141,7 @@ RULES = load("balanced")
 
 
 async def read(app: Any, paced: Paced) -> Read:
-    """Read one stream to its end."""
+    """Read one stream to its end, and return the times and calls."""
     calls, begun, first = paced.calls, time.perf_counter(), 0.0
     async for chunk in app.astream("How are you?"):
         if chunk.text and not first:
@@ -189,7 +189,7 @@ def _median(values: list[float]) -> str:
 
 
 def run() -> str:
-    """Return the section."""
+    """Return the section of RESULTS.md."""
     rows = asyncio.run(_measured())
     head = (
         "| words | the draft | stream | first words / buffer's | whole / buffer's | calls | first, s |\n"

@@ -1,9 +1,10 @@
-"""What the stages cost beside TRL's stock scripts, on the same model, rows and settings.
+"""Compares the cost of the training stages with TRL's own scripts, on the same model, rows and settings.
 
-Each run is a process of its own, ours and theirs in turn. `tokens/s` is of the training loop as TRL itself
-counts both; CPU seconds are from start to the saved model, imports, encoding and checks included. Both write
-a point to go on from at the end, as is TRL's default. Peak memory is the process's resident set. RLOO and
-GRPO draw their answers, so the tokens of a run differ a little; PPO stands in `benchmarks.ppo`.
+Each run is a separate process, ours and TRL's in turn. `tokens/s` covers the training loop, as counted by TRL
+itself for both. CPU seconds cover the whole process until the model is saved, including imports, encoding and
+checks. Both save a state to resume from at the end, as is TRL's default. Peak memory is the process's
+resident set. RLOO and GRPO sample their answers, so their numbers of tokens differ slightly between runs. PPO
+is measured in `benchmarks.ppo`.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ ROOT = Path(__file__).parents[1]
 
 
 def brevity(prompts: Any, answers: list[str]) -> list[float]:
-    """A reward that costs nothing to compute, as ours is called."""
+    """Return rewards that cost almost nothing to compute, in the signature of our stages."""
     return [1 / (1 + len(answer)) for answer in answers]
 
 
 def brevity_for_trl(completions: list[Any], **_: Any) -> list[float]:
-    """The same, as TRL calls it."""
+    """Return the same rewards, in the signature of TRL."""
     return brevity(None, [completion[-1]["content"] for completion in completions])
 
 
 def rows(stage: str) -> list[dict[str, Any]]:
-    """As many rows as the updates take."""
+    """Return as many rows as the updates consume, in the format of the stage."""
     found: list[dict[str, Any]] = []
     for number in range(BATCH * STEPS):
         request, answer = ANSWERS[number % len(ANSWERS)]
@@ -89,7 +90,7 @@ def theirs(stage: str, model: Path, data: Path, output: Path) -> list[str]:
 
 
 def timed(command: list[str], home: Path) -> dict[str, float]:
-    """Run to the end; return tokens a second, seconds of the whole, of CPU, and peak memory."""
+    """Run a command; return tokens, tokens per second, wall seconds, CPU seconds and peak memory in MiB."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "TQDM_DISABLE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     said = home / "said.txt"
@@ -117,7 +118,7 @@ def timed(command: list[str], home: Path) -> dict[str, float]:
 
 
 def measure() -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Return the rounds of each stage, ours and theirs."""
+    """Return the figures of all rounds, by stage and by contender (`ours` or `trl`)."""
     model = resolve(MODEL)
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for number in range(ROUNDS):

@@ -1,8 +1,8 @@
-"""Answers where the user spoke more than once: read under the last message alone, and under all of them, too.
+"""Measures the probe on conversations with several user messages: with the last one only, and with all.
 
-XSTest's completions, which the heads never saw, stand at the end of conversations that are made around their
-prompt; and last answers of HH-RLHF's helpful dialogues of two or three questions, as they are. Of each kind
-those of lowest digest. Passes are kept in the local cache.
+The answers are XSTest's completions, on which the heads were never trained, at the end of conversations made
+around their prompt; and the last answers of HH-RLHF's helpful dialogues with two or three questions,
+unchanged. Of each kind, those of lowest digest are used. Hidden states are stored in the local cache.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from trainers.critic.labels import Row, lowest, read_rows
 
 DATA = Path(os.environ.get("CAI_BENCH_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ANSWERS = int(os.environ.get("CAI_BENCH_ANSWERS", "24"))
-"""Answers of each kind."""
+"""Number of answers of each kind."""
 BENIGN = "What is a good name for a cat?"
 WINDOWS = 16
 
 
 class Read(NamedTuple):
-    """What the heads say of an answer at the end of a conversation, at the thresholds of their card."""
+    """What the probe's heads find in the last answer of a conversation, at the thresholds of its card."""
 
     flagged_last: bool
-    """Harmful, under the last message alone."""
+    """Whether the answer is found harmful with the last user message alone."""
     flagged: bool
-    """Harmful, under either reading, as in use."""
+    """Whether it is found harmful with the last user message or with all of them, as in production."""
     unsafe_last: bool
     unsafe: bool
 
 
 def conversation(*asked: str) -> tuple[Message, ...]:
-    """Return the messages of a user, each but the last followed by an answer."""
+    """Return the user messages as a conversation; each but the last is followed by an answer."""
     said = [Message(role="user", content=text) for text in asked]
     between = Message(role="assistant", content="As you say.")
     return tuple(message for each in said for message in (each, between))[:-1]
@@ -81,7 +81,7 @@ def kinds(
 
 
 def helpful() -> list[tuple[tuple[Message, ...], str]]:
-    """Return HH-RLHF's helpful dialogues of two or three questions, with the chosen answer."""
+    """Return helpful dialogues of HH-RLHF with two or three questions, each with its chosen answer."""
     found: dict[str, tuple[tuple[Message, ...], str]] = {}
     for path in sorted((DATA / "hh_rlhf").glob("helpful-*.test.pairs.jsonl.gz")):
         for _, cells in tables.rows(path):
@@ -93,7 +93,7 @@ def helpful() -> list[tuple[tuple[Message, ...], str]]:
 
 
 async def read(probe: Cached, exchange: Exchange) -> Read:
-    """Read an answer as `ProbeCritic` does."""
+    """Return the findings on an answer, read as `ProbeCritic` reads it."""
     seen = await probe.seen(str(exchange.answer.content))
     found = [await probe.scores(request, seen.windows) for request in exchange.requests]
     harm, request = probe.thresholds["harm"], probe.thresholds["request"]
