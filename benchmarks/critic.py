@@ -40,7 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "classifier": {**LORA, "unseen": UNSEEN},
     "classifier-pyrit": {**LORA, "unseen": ("pyrit",)},
 }
-"""Settings of each critic. A separate critic leaves out PyRIT, which has most of the harmful answers."""
+"""Settings of each critic. Separate critics are trained without PyRIT, which has most harmful answers."""
 
 
 def answers() -> list[Row]:

@@ -49,7 +49,7 @@ PROMPTS = 4
 QUIET_S = 0.1
 REFUSAL = "I'm sorry, I can't respond to that."
 
-# --- what the model says -------------------------------------------------------------------------------
+# --- the model's replies -------------------------------------------------------------------------------
 
 BODY = (
     "There are several ways to go about this, and which one is best depends on what you have at hand and on "

@@ -45,7 +45,7 @@ class Kept:
     app: Runnable[Any, Any]
     """The wrapped app."""
     turn: Turn = field(default_factory=Turn)
-    """The request's turn to use the thread, since requests use one after another."""
+    """The request's turn to use the thread, which one request at a time may use."""
     memory: Memory | None = None
     """The thread; None if the app has no checkpointer that can be read."""
     begun: RunnableConfig | None = None
@@ -53,7 +53,7 @@ class Kept:
     pauses: _Pauses = field(default_factory=lambda: _Pauses())
     """Callback handler that records the checkpoints at which the run stopped."""
     met: list[Any] = field(default_factory=list)
-    """The states read before the run: the thread's last one, and if given the one at which it begins."""
+    """The thread's states before the run, as far as read: the last one, and that of `begun` if set."""
 
     @classmethod
     def of(cls, app: Runnable[Any, Any], config: RunnableConfig, caller: bridge.Caller | None = None) -> Kept:
@@ -121,7 +121,7 @@ class Kept:
         *,
         resumed: bool,
     ) -> None:
-        """Read the thread's state, and replace what the last run wrote but did not return by a refusal.
+        """Read the thread's state, and replace by a refusal what the last run wrote but did not return.
 
         This applies to a last run that failed or was cancelled. If the thread cannot be read or changed, it
         stays as it is and a warning is logged.
@@ -154,7 +154,7 @@ class Kept:
     async def forget(
         self, shape: Shape, refusal: Callable[[], str], swap: Swap | None, *, resumed: bool
     ) -> None:
-        """Replace what this request's run wrote by a refusal, since none of it was released.
+        """Replace by a refusal what this request's run wrote, since none of it was released.
 
         A run that returned nothing may have been cancelled while its last checkpoint was being written; if it
         can still be resumed, its state is not changed. What was in the thread before is not changed either.

@@ -5,7 +5,7 @@
     request     one Request, and the Run, its state while the graph works on it
     form        the schema and parser that a revision of a structured answer must satisfy
     drafts      records the model calls of the app's own run
-    revision    writes one candidate revision, and rejects it where no critic is needed to do so
+    revision    writes one candidate revision, and rejects it if that needs no critic
     remarks     removes remarks around a revision, and detects a remark in place of one
     committing  how long an answer waits for the log, and the alarm for a lost record
 

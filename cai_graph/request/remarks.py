@@ -50,8 +50,8 @@ then the wrapping is the app's own."""
 def unwrapped(text: str, standing: str) -> str:
     """Return a revision without a thought, a label or tags around it.
 
-    What `standing`, the answer that is revised, has around it as well is not removed. Remarks before or after
-    the tags are removed with them if `standing` contains none of our tags.
+    One that `standing`, the answer under revision, also has is the app's own and is not removed. Remarks
+    before or after the tags are removed with them if `standing` contains none of our tags.
 
     >>> unwrapped("Here is the revised answer:\\n\\n<answer>\\nHello\\n</answer>", "hello")
     'Hello'

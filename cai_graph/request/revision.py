@@ -39,7 +39,7 @@ __all__ = ["candidate", "kept_calls"]
 
 
 async def candidate(run: Run, calls: Calls, progress: Progress, index: int) -> Revision:
-    """Return a candidate revision of the current round; under strategy `sampled` it is accepted unjudged.
+    """Return a candidate revision of the current round; under `sampled` a usable one is accepted unjudged.
 
     Args:
         run: the run of the request.
