@@ -2,9 +2,9 @@
 
     create_agent(model, tools, middleware=[ConstitutionalMiddleware()])
 
-It wraps the model call itself, so what the model drafted never enters the agent's messages, checkpoints or
-streams: what was released stands under the draft's id. A turn that only calls tools passes, unless a
-principle says `tools: true`; words beside calls are judged like any answer, and the calls stay.
+It wraps the model call itself, so a draft never enters the agent's messages, checkpoints or streams; the
+released answer has the draft's id. A turn that only calls tools is not judged, unless a principle has
+`tools: true`. Text beside tool calls is judged like any answer, and the calls are kept.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ except ImportError as error:
 __all__ = ["ConstitutionalMiddleware"]
 
 _PLANS = 16
-"""For how many models of an agent a plan is kept."""
+"""Maximum number of models of an agent for which plans are cached."""
 
 
 class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
@@ -62,14 +62,14 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
 
     Args:
         constitution: name of a built-in one, path of a file, or a Constitution.
-        critic: who judges; the agent's own model by default.
-        reviser: who rewrites; the agent's own model by default.
-        log: where Trajectories go, by URL; None switches logging off.
+        critic: the judge, a model spec, chat model or Critic; the agent's own model by default.
+        reviser: the chat model (or its spec) that rewrites; the agent's own model by default.
+        log: URL of the log of Trajectories, or a Log; None switches logging off.
         settings: fields of `Settings`, such as `on_violation="open"`. Policy `human` pauses the agent, which
             then needs a checkpointer.
 
     Raises:
-        ConfigError: an argument that cannot work; says which and what to do.
+        ConfigError: an argument is invalid.
         ConstitutionError: the constitution cannot be read.
         LogError: the log cannot be opened.
     """
@@ -101,12 +101,12 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         self._plans: dict[int, tuple[BaseChatModel, Plan]] = {}
         chosen = Settings(**settings)
         self.shadow = Shadow(chosen) if chosen.mode == "shadow" else None
-        """In mode `shadow`, what judges behind the answers: counts them, and waits for them."""
+        """The background queue that judges the answers in mode `shadow`; None in other modes."""
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
-        """Have the model answer, and return what is released. The model is called in this thread."""
+        """Call the model in this thread, and return its response with the released answer."""
         call = _ModelCall(answer=handler)
         guard, config = self._guard(request, call), call.traced()
         response: ModelResponse[Any]
@@ -121,7 +121,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         request: ModelRequest[Any],
         handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]],
     ) -> ModelResponse[Any]:
-        """Have the model answer, and return what is released."""
+        """Call the model, and return its response with the released answer."""
         call = _ModelCall(aanswer=handler)
         guard, config = self._guard(request, call), call.traced()
         response: ModelResponse[Any]
@@ -138,7 +138,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         config: RunnableConfig,
         caller: bridge.Caller | None = None,
     ) -> Any:
-        """Return what is released, and show it to the handlers that show an answer, as the model's."""
+        """Return the response with the released answer, and emit that to handlers that show an answer."""
         shown = AnswerEvents(config, [*request.messages], self.name, caller)
         try:
             response, trajectory = await guard.answer(
@@ -149,7 +149,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
                 await shown.error(error)
             raise
         message = _turn(response)
-        if message.id is None:  # the agent would give it one later, and a stream show it twice
+        if message.id is None:  # the agent would assign one later, and a stream would show it twice
             message.id = str(uuid4())
         await shown.piece(in_one_piece(message, Shape(), trajectory))
         await shown.end()
@@ -159,10 +159,10 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
         return Guard(call, self._plan(request.model), _Turn(request=request), shadow=self.shadow)
 
     def _plan(self, model: BaseChatModel) -> Plan:
-        """Return the plan around the agent's model, which other middleware may change from call to call.
+        """Return the plan for the agent's model, which other middleware may replace from call to call.
 
         Raises:
-            ConfigError: the model cannot judge or revise, and who does is not given.
+            ConfigError: the model cannot judge and revise, and critic and reviser are not both given.
         """
         kept = self._plans.get(id(model))
         if kept is None or kept[0] is not model:
@@ -179,7 +179,7 @@ class ConstitutionalMiddleware(AgentMiddleware[Any, Any, Any]):
 
 
 def _chat_model_in(model: Runnable[Any, Any]) -> BaseChatModel | None:
-    """Return the chat model in an agent's model, without what is bound to it and what it falls back to."""
+    """Return the chat model inside the bindings and fallbacks of an agent's model; None if there is none."""
     inner = layers(model)[-1]
     if isinstance(inner, RunnableWithFallbacks):
         return _chat_model_in(inner.runnable)
@@ -187,7 +187,7 @@ def _chat_model_in(model: Runnable[Any, Any]) -> BaseChatModel | None:
 
 
 class _ModelCall(Runnable[ModelRequest[Any], ModelResponse[Any]]):
-    """The agent's model call, other middleware included, as an app whose draft is judged."""
+    """The agent's model call, including inner middleware, as the app that drafts."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class _ModelCall(Runnable[ModelRequest[Any], ModelResponse[Any]]):
         self._node = get_config()
 
     def traced(self) -> RunnableConfig:
-        """Return the configuration under which the call is judged: the node's, as far as it is the user's."""
+        """Return the node's configuration for the request, without LangChain's own tags and metadata."""
         metadata = self._node.get("metadata") or {}
         own = ("langgraph_", "checkpoint_ns", "ls_", "lc_")
         return RunnableConfig(
@@ -226,7 +226,7 @@ class _ModelCall(Runnable[ModelRequest[Any], ModelResponse[Any]]):
             return await self._aanswer(input)
 
     def _under(self, config: RunnableConfig | None) -> within:
-        """Restore the agent's node around the call, so that what runs there finds its runtime and store."""
+        """Restore the configuration of the agent's node for the call, so that it finds runtime and store."""
         given = config or RunnableConfig()
         here: RunnableConfig = {
             **self._node,
@@ -238,20 +238,20 @@ class _ModelCall(Runnable[ModelRequest[Any], ModelResponse[Any]]):
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn(Shape):
-    """Where a turn of the agent's model has its conversation and its answer."""
+    """Where the conversation and the answer are in a call of the agent's model."""
 
     request: ModelRequest[Any]
-    """What the model is asked."""
+    """The agent's request to the model."""
 
     def conversation(self, value: object) -> tuple[Message, ...]:
-        """Return the agent's messages, the system prompt first."""
+        """Return the agent's messages, with the system prompt first."""
         system = [self.request.system_message] if self.request.system_message else []
         return tuple(map(from_langchain, [*system, *self.request.messages]))
 
     def answer(self, output: Any) -> Message:
-        """Return the turn's message; a structured answer that was given as a call, as its JSON.
+        """Return the answer; a structured one that was given as a tool call is returned as JSON.
 
-        Further messages, which other middleware may have added, leave too and so are part of the answer.
+        Messages that other middleware added would be released, too, so their text and calls are part of it.
         """
         found, *more = (from_langchain(m) for m in output.result if isinstance(m, AIMessage))
         if more:
@@ -261,7 +261,7 @@ class _Turn(Shape):
         return found if _structured_call(output) is None else spelt_out(found)
 
     def form(self, output: Any) -> Form | None:
-        """Return what a structured answer must be."""
+        """Return the form that a structured answer must have; None if the answer is not structured."""
         if output.structured_response is None:
             return None
         wanted, call = self.request.response_format, _structured_call(output)
@@ -276,13 +276,13 @@ class _Turn(Shape):
         return Form(spec.json_schema, OutputToolBinding.from_schema_spec(spec).parse)
 
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
-        """Return the response with what is released in its place.
+        """Return the response with the released answer in the answer's place.
 
         Raises:
-            Refused: a refusal cannot be typed as the structured answer.
+            Refused: a refusal would be released, which does not have the form of the structured answer.
         """
         message, call, form = _turn(output), _structured_call(output), self.form(output)
-        if trajectory.released_from != "draft":  # it speaks for all that was said
+        if trajectory.released_from != "draft":  # it replaces all messages of the answer
             result = [m for m in output.result if m is message or not isinstance(m, AIMessage)]
             output = replace(output, result=result)
         if form is None or trajectory.released_from == "draft":
@@ -295,25 +295,25 @@ class _Turn(Shape):
         data = json.loads(said)
         structured = form.parse(data)
         released = msgspec.structs.replace(released, content=said)
-        # The draft stands in other places of the message, too: parsed, and as the provider writes calls.
+        # The message contains the draft elsewhere, too: parsed, and as a call in the provider's own format.
         update: dict[str, Any] = {"additional_kwargs": {}}
         if call is not None:
             update |= {"content": "", "tool_calls": [{**call, "args": data}]}
         left = super().put(message, released, trajectory).model_copy(update=update)
-        told = {"content": f"Returning structured response: {structured}"}  # LangChain's words for it
+        told = {"content": f"Returning structured response: {structured}"}  # LangChain's wording
         result = [m.model_copy(update=told) if isinstance(m, ToolMessage) else m for m in output.result]
         result[output.result.index(message)] = left
         return ModelResponse(result=result, structured_response=structured)
 
     def pack(self, output: Any) -> Any:
-        """Return the response's messages; its structured answer stands in them, too."""
+        """Return the response's messages, which contain its structured answer, too."""
         return {"result": output.result, "structured": output.structured_response is not None}
 
     def unpack(self, packed: Any) -> Any:
-        """Return the response."""
+        """Return the response that `pack` packed."""
         response: ModelResponse[Any] = ModelResponse(result=packed["result"], structured_response=None)
         if packed["structured"]:
-            response = replace(response, structured_response=packed)  # stands for it until its form is known
+            response = replace(response, structured_response=packed)  # a placeholder: `form` requires one
             form = self.form(response)
             assert form is not None
             call = _structured_call(response)
@@ -327,7 +327,7 @@ def _turn(response: ModelResponse[Any]) -> AIMessage:
 
 
 def _structured_call(response: ModelResponse[Any]) -> ToolCall | None:
-    """Return the call as which a structured answer was given; None where it was not."""
+    """Return the tool call with the structured answer; None if it was not given as a call."""
     if response.structured_response is None:
         return None
     answered = {m.tool_call_id for m in response.result if isinstance(m, ToolMessage)}

@@ -1,9 +1,9 @@
-"""The face for chat models: a BaseChatModel that answers as the wrapped one does.
+"""The face for chat models: a BaseChatModel with the wrapped model's interface, whose answers are judged.
 
-Its run is a chat model's run in every trace and stream; the calls that a request costs stand below it.
-Callbacks count each call where it is made, so this run reports no usage of its own to them: the message
-that leaves carries the draft's as `usage_metadata`, and the sum of all calls and each of them under
-`response_metadata["cai"]`.
+In traces and streams a request is a chat model's run; the model calls that it makes are child runs. Callback
+handlers count the usage of each child run, so the request's own run reports usage only to handlers of
+streams. The released message has the draft's usage as `usage_metadata`; `response_metadata["cai"]` has the
+sum of all calls, and each call.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ Tools = Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool]
 
 
 class ConstitutionalChatModel(BaseChatModel):
-    """A chat model that answers as the wrapped one does, under a constitution. Made by `constitutional`.
+    """A chat model with the wrapped model's interface, whose answers are judged. Created by `constitutional`.
 
-    What the wrapped model says of itself (settings, profile, counts of tokens) is said here too. Its cache
-    and its rate limiter stay where they are: at each call that it makes.
+    Settings, profile and token counts are those of the wrapped model. Its cache and its rate limiter apply to
+    each call that it makes, not to the judged answer.
     """
 
     _guard: Guard = PrivateAttr()
@@ -76,7 +76,7 @@ class ConstitutionalChatModel(BaseChatModel):
         model = cast("BaseChatModel", guard.app)
         super().__init__(
             name=model.name or f"Constitutional{model.get_name()}",
-            cache=False,  # an answer is judged and logged each time; the calls below have caches of their own
+            cache=False,  # each answer is judged and logged anew; the inner calls use their own caches
             tags=model.tags,
             metadata=model.metadata,
             profile=model.profile,
@@ -87,12 +87,12 @@ class ConstitutionalChatModel(BaseChatModel):
 
     @property
     def app(self) -> Runnable[LanguageModelInput, AIMessage]:
-        """What drafts: the wrapped model, or what it made of itself when tools were bound."""
+        """The Runnable that drafts: the wrapped model, or what it returned when tools were bound to it."""
         return self._guard.app
 
     @property
     def plan(self) -> Plan:
-        """What judges and revises its answers, and where they are logged."""
+        """How answers are judged, revised and logged."""
         return self._guard.plan
 
     # --- answering ---
@@ -124,7 +124,7 @@ class ConstitutionalChatModel(BaseChatModel):
         configurable: dict[str, Any],
         caller: bridge.Caller | None = None,
     ) -> ChatResult:
-        """Return the answer; the streams that stand around the run are shown it on its way."""
+        """Return the answer; handlers of the run that show an answer receive it while it is released."""
         guard, config = self._judging(options), self._below(run_manager, configurable)
         hide_usage(run_manager)
         if run_manager is None or not any(map(shows_answers, run_manager.handlers)):
@@ -181,7 +181,7 @@ class ConstitutionalChatModel(BaseChatModel):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> AIMessage:
-        """Answer; where a person decided what leaves (policy `human`), `input` is a `Command(resume=…)`."""
+        """Answer; to resume with a person's decision (policy `human`), `input` is a `Command(resume=…)`."""
         if self.plan.settings.asks:
             options = options_of(stop, kwargs)
             return _Asking(self._judging(options)).invoke(input, self._own(config), **options)
@@ -203,8 +203,8 @@ class ConstitutionalChatModel(BaseChatModel):
         with _configured_by(config):
             return await super().ainvoke(input, config, stop=stop, **kwargs)
 
-    # LangChain's own `stream`, and its `invoke` where it streams, tell `_stream` nothing of the run, under
-    # which the calls below are traced.
+    # LangChain's own `stream`, and an `invoke` that streams, call `_stream` without a run manager, but the
+    # inner calls are traced under its run. So `stream` is overridden, and `invoke` never streams.
 
     def _should_stream(self, **kwargs: Any) -> bool:
         return False
@@ -217,9 +217,9 @@ class ConstitutionalChatModel(BaseChatModel):
         stop: list[str] | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
-        """Answer in chunks, which leave as `Settings.stream` says; the model is called in this thread.
+        """Answer in chunks, released as `Settings.stream` specifies; the model is called in this thread.
 
-        Where a person decided what leaves, `input` is a `Command(resume=…)`, as for `invoke`.
+        To resume with a person's decision, `input` is a `Command(resume=…)`, as for `invoke`.
         """
         if self.plan.settings.asks:
             options = options_of(stop, kwargs)
@@ -247,7 +247,7 @@ class ConstitutionalChatModel(BaseChatModel):
                 yield chunk
 
     def _own(self, config: RunnableConfig | None) -> RunnableConfig:
-        """Return a configuration with what the model itself has of tags, metadata and callbacks."""
+        """Return a configuration with this model's own tags, metadata and callbacks merged into it."""
         own = RunnableConfig(tags=self.tags or [], metadata=self.metadata or {}, callbacks=self.callbacks)
         return merge_configs(own, config)
 
@@ -260,7 +260,7 @@ class ConstitutionalChatModel(BaseChatModel):
         caller: bridge.Caller | None = None,
     ) -> AsyncGenerator[AIMessageChunk, None]:
         config, messages = ensure_config(config), self._convert_input(input).to_messages()
-        # Of the form of a structured output only tracers are told; the wrapped model has it in other words.
+        # This description of a structured output is for tracers; the wrapped model has it in other options.
         form = _format_ls_structured_output(options.pop("ls_structured_output_format", None))
         callbacks = manager_for(caller).configure(
             config.get("callbacks"),
@@ -295,11 +295,11 @@ class ConstitutionalChatModel(BaseChatModel):
         await events.end()
 
     def generate(self, *args: Any, **kwargs: Any) -> LLMResult:
-        """Answer each conversation; LangChain's own entry to a chat model."""
+        """Answer each conversation, with the usage of all calls in `llm_output`; `invoke` calls this, too."""
         return counted(super().generate(*args, **kwargs))
 
     async def agenerate(self, *args: Any, **kwargs: Any) -> LLMResult:
-        """Answer each conversation; LangChain's own entry to a chat model."""
+        """Answer each conversation; see `generate`."""
         return counted(await super().agenerate(*args, **kwargs))
 
     async def answered(
@@ -317,14 +317,14 @@ class ConstitutionalChatModel(BaseChatModel):
 
     @property
     def shadow(self) -> Shadow | None:
-        """In mode `shadow`, what judges behind the answers: counts them, and waits for them."""
+        """The background queue that judges the answers in mode `shadow`; None in other modes."""
         return self._guard.shadow
 
     def _judging(self, options: Mapping[str, Any]) -> Guard:
-        """Return the guard for a call's arguments, its model at the place where the call is made.
+        """Return the guard for a call; its model runs under the configuration of the place of the call.
 
         Raises:
-            ConfigError: they ask for several candidates.
+            ConfigError: the arguments request several candidates.
         """
         guard = self._formed(options)
         asked = call_options(guard.app, options).get("n") or getattr(self._model, "n", None) or 1
@@ -338,7 +338,7 @@ class ConstitutionalChatModel(BaseChatModel):
         return guard
 
     def _formed(self, options: Mapping[str, Any]) -> Guard:
-        """Return the guard for a call's arguments: where they ask for JSON, it judges that."""
+        """Return the guard for a call; if the call requests JSON, the guard judges that JSON."""
         guard = self._guard
         if not guard.shape.whole and (form := form_asked(guard.app, options)) is not None:
             guard = dataclasses.replace(guard, shape=Typed(wanted=form))
@@ -347,11 +347,11 @@ class ConstitutionalChatModel(BaseChatModel):
     def _below(
         self, run_manager: ModelRun | None, configurable: dict[str, Any] | None = None
     ) -> RunnableConfig:
-        """Return the configuration of what runs below a run of this model."""
+        """Return the configuration for the child runs of a run of this model."""
         configurable = configurable or {}
         if run_manager is None:
             return RunnableConfig(callbacks=AsyncCallbackManager(handlers=[]), configurable=configurable)
-        # What LangChain noted of this model's parameters is not the critic's.
+        # LangChain's metadata about this model's parameters does not apply to the critic.
         noted = run_manager.inheritable_metadata
         metadata = {key: value for key, value in noted.items() if key not in _PARAMETERS}
         tags = run_manager.inheritable_tags
@@ -370,7 +370,7 @@ class ConstitutionalChatModel(BaseChatModel):
     # --- tools and configuration ---
 
     def bind_tools(self, tools: Tools, *, tool_choice: str | None = None, **kwargs: Any) -> _Configured:
-        """Return this model with tools to draft with. Critic and reviser have none."""
+        """Return this model with tools for drafting; critic and reviser get no tools."""
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
         return self._around(self._model.bind_tools(tools, **kwargs))
@@ -378,17 +378,19 @@ class ConstitutionalChatModel(BaseChatModel):
     def with_structured_output(
         self, schema: dict[str, Any] | type | None = None, *, include_raw: bool = False, **kwargs: Any
     ) -> Runnable[LanguageModelInput, Any]:
-        """Return the wrapped model's own structured output, its JSON judged and revised before it is parsed.
+        """Return the wrapped model's structured output, whose JSON is judged and revised before it is parsed.
 
-        A refusal cannot be typed: where policy `closed` would release one, Refused is raised.
+        A refusal does not have the schema's type: where policy `closed` would release one, calls raise
+        Refused.
 
         Args:
-            schema: a pydantic class, a TypedDict, a JSON Schema, or what else the wrapped model takes.
-            include_raw: whether the message and a parsing error come along, as in LangChain.
+            schema: a pydantic class, a TypedDict, a JSON Schema, or anything else that the wrapped model
+                accepts.
+            include_raw: whether to return also the message and any parsing error, as in LangChain.
             kwargs: passed on to the wrapped model, such as `method` and `strict`.
 
         Raises:
-            ConfigError: what the wrapped model returns has no model in it.
+            ConfigError: the Runnable that the wrapped model returns contains no chat model.
         """
         made = self._model.with_structured_output(schema, include_raw=include_raw, **kwargs)  # type: ignore[arg-type]
         shape = Typed(wanted=form_of(schema))
@@ -397,10 +399,10 @@ class ConstitutionalChatModel(BaseChatModel):
     def _around(
         self, drafting: Runnable[LanguageModelInput, AIMessage], shape: Shape | None = None
     ) -> _Configured:
-        """Return this model around what the wrapped one made of itself, with the arguments that it bound."""
+        """Return this model around `drafting`; what is bound to `drafting` is bound to the result instead."""
         options: Mapping[str, Any] = {}
         config = RunnableConfig()
-        while isinstance(drafting, RunnableBinding):  # what is more than a binding, such as retries, stays
+        while isinstance(drafting, RunnableBinding):  # other wrappers, such as retries, stay
             options, config = {**drafting.kwargs, **options}, {**drafting.config, **config}
             drafting = drafting.bound
         model = self.model_copy()
@@ -408,19 +410,19 @@ class ConstitutionalChatModel(BaseChatModel):
         return _Configured(bound=model, kwargs=options, config=config)
 
     def bind(self, **kwargs: Any) -> _Configured:  # type: ignore[override]  # LangChain's is private
-        """Return this model with arguments for each call; they reach the wrapped model."""
+        """Return this model with arguments for each call, which are passed to the wrapped model."""
         return _Configured(bound=self, kwargs=kwargs, config={})
 
     def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> _Configured:
-        """Return this model with a configuration for each call, which `bind_tools` keeps."""
+        """Return this model with a configuration for each call, which a later `bind_tools` preserves."""
         merged = cast("RunnableConfig", {**(config or {}), **kwargs})
         return _Configured(bound=self, kwargs={}, config=merged)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy; settings of the wrapped model, such as `temperature`, change in a copy of that.
+        """Return a copy; updates of the wrapped model's settings, such as `temperature`, go to a copy of it.
 
         Raises:
-            ConfigError: they cannot be changed, since the model has made something else of itself.
+            ConfigError: the wrapped model itself no longer drafts, so such a setting cannot be changed.
         """
         changes = dict(update or {})
         theirs = {name: changes.pop(name) for name in [*changes] if name not in type(self).model_fields}
@@ -436,16 +438,16 @@ class ConstitutionalChatModel(BaseChatModel):
         return copy
 
     def configurable_fields(self, **kwargs: Any) -> Any:
-        """Return a Runnable that answers as this model does, with fields of the wrapped one configurable."""
+        """Return a Runnable like this model in which fields of the wrapped model are configurable."""
         drafting = cast("Any", self._guard.app).configurable_fields(**kwargs)
         return ConstitutionalRunnable(dataclasses.replace(self._guard, app=drafting))
 
     def configurable_alternatives(self, which: ConfigurableField, **kwargs: Any) -> Any:
-        """Return a Runnable that answers as this model does, with what drafts configurable; all is judged."""
+        """Return a Runnable like this model with alternatives for drafting, all of which are judged."""
         drafting = cast("Any", self._guard.app).configurable_alternatives(which, **kwargs)
         return ConstitutionalRunnable(dataclasses.replace(self._guard, app=drafting))
 
-    # --- what the wrapped model says of itself ---
+    # --- attributes of the wrapped model ---
 
     if not TYPE_CHECKING:  # else every misspelt attribute would pass the type checker
 
@@ -457,12 +459,12 @@ class ConstitutionalChatModel(BaseChatModel):
                 if name.startswith("_"):
                     raise
                 value = getattr(self._model, name)
-                if callable(value):  # what answers must go through the constitution
+                if callable(value):  # a method could answer without a judgement
                     raise
                 return value
 
     def __repr_args__(self) -> Any:
-        """Return what `repr` shows: the wrapped model and the constitution's name."""
+        """Yield what `repr` shows: the wrapped model and the constitution's name."""
         yield "app", self._guard.app
         yield "constitution", self._guard.plan.constitution.name
 
@@ -472,7 +474,7 @@ class ConstitutionalChatModel(BaseChatModel):
 
     @property
     def _identifying_params(self) -> Mapping[str, Any]:
-        # Where a cache is shared with the wrapped model, their answers are not the same.
+        # For cache keys: in a shared cache, the wrapped model's answers must not count as this model's.
         return {
             **self._model._identifying_params,
             "constitution": self._guard.plan.constitution.digest,
@@ -510,7 +512,7 @@ class ConstitutionalChatModel(BaseChatModel):
 
 
 _configurable: ContextVar[dict[str, Any]] = ContextVar("_configurable", default={})  # noqa: B039 - never changed
-"""What the call under way is configured with, of which LangChain tells `_generate` nothing."""
+"""The `configurable` values of the current call, which LangChain does not pass to `_generate`."""
 
 
 @contextmanager
@@ -523,7 +525,7 @@ def _configured_by(config: RunnableConfig | None) -> Iterator[None]:
 
 
 class _Asking(ConstitutionalRunnable[Any, AIMessage]):
-    """Answers where a person may be asked: a chat model's own runs are not told which thread is to wait."""
+    """Answers under policy `human`, as a plain Runnable: LangChain passes no thread to a chat model's run."""
 
     async def _whole(
         self,
@@ -542,18 +544,18 @@ class _Asking(ConstitutionalRunnable[Any, AIMessage]):
 
 
 class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
-    """A wrapped model with a configuration or arguments, which binding tools keeps.
+    """A ConstitutionalChatModel with bound configuration or arguments, which `bind_tools` preserves.
 
-    LangChain's own binding drops both, and with them the tags that hide a call from streams.
+    With LangChain's own binding, `bind_tools` drops both, and so also tags that hide a call from streams.
     """
 
     def bind_tools(self, tools: Tools, **kwargs: Any) -> _Configured:
-        """Return the same with tools."""
+        """Return the same binding with tools."""
         model = cast("ConstitutionalChatModel", self.bound)
         return self.model_copy(update={"bound": model.bind_tools(tools, **kwargs)})
 
     def configurable_alternatives(self, which: ConfigurableField, **kwargs: Any) -> Any:
-        """Return a Runnable that answers as this does, with what drafts configurable; all is judged."""
+        """Return a Runnable like this one with alternatives for drafting, all of which are judged."""
         guard = cast("ConstitutionalChatModel", self.bound)._guard
         drafting = RunnableBinding(bound=guard.app, kwargs=self.kwargs, config=self.config)
         made = drafting.configurable_alternatives(which, **kwargs)
@@ -562,7 +564,7 @@ class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
     def with_structured_output(
         self, schema: dict[str, Any] | type | None = None, **kwargs: Any
     ) -> Runnable[LanguageModelInput, Any]:
-        """Return the same with structured output."""
+        """Return the structured output of the same binding."""
         model = cast("ConstitutionalChatModel", self.bound)
         made = model.with_structured_output(schema, **kwargs)
         return with_model(made, lambda bound: self.model_copy(update={"bound": bound}))
@@ -582,6 +584,6 @@ class _Configured(RunnableBinding[LanguageModelInput, AIMessage]):
 
 
 def options_of(stop: list[str] | None, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the wrapped model is called with."""
-    # None would override what is bound to the wrapped model.
+    """Return the arguments for a call of the wrapped model."""
+    # A `stop` of None would override one that is bound to the wrapped model.
     return kwargs if stop is None else {**kwargs, "stop": stop}

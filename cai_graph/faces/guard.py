@@ -1,7 +1,8 @@
-"""What every face stands on: one app under one plan, whose answers go through the graph.
+"""The core of every face: a Guard runs an app, sends its answer through the graph, and returns the output.
 
-A face says what a request looks like to its callers; `Guard.answer` does the rest. It runs the app as the
-draft, keeps drafts and critiques out of the caller's streams, and puts what leaves into the app's output.
+A face has the interface of the wrapped app; its Guard handles the requests. The Guard runs the app to get the
+draft, has `run` judge, revise and log it, keeps drafts and critiques out of the caller's streams, and puts
+the released answer into the app's output.
 """
 
 from __future__ import annotations
@@ -66,18 +67,18 @@ class Guard:
     """An app under a constitution."""
 
     app: Runnable[Any, Any]
-    """Drafts."""
+    """The wrapped app, which writes the drafts."""
     plan: Plan
-    """Judges, revises, logs."""
+    """How answers are judged, revised and logged."""
     shape: Shape
     """Where the request and the answer are in the app's input and output."""
     checkpointer: Checkpointer | None = None
-    """Keeps requests that wait for a person, where no graph with one of its own stands around them."""
+    """Stores requests that wait for a person. Inside an outer graph, that graph's checkpointer is used."""
     shadow: Shadow | None = None
-    """Judges behind the answers, in mode `shadow`."""
+    """The background queue that judges the answers in mode `shadow`; None in other modes."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
-        return replace(self, app=deepcopy(self.app, memo))  # what judges and logs serves the copy, too
+        return replace(self, app=deepcopy(self.app, memo))  # the copy shares the plan, the log and the queue
 
     @classmethod
     def of(
@@ -94,7 +95,7 @@ class Guard:
         checkpointer: Checkpointer | None = None,
         **settings: Any,
     ) -> Guard:
-        """Return the guard that the arguments of `constitutional` describe; raises what that raises."""
+        """Return a guard for the arguments of `constitutional`; raises the same errors."""
         if not isinstance(app, Runnable):
             raise ConfigError(f"constitutional() wraps a LangChain Runnable, found {type(app).__name__}")
         inner = app if isinstance(app, BaseChatModel) else None
@@ -131,27 +132,28 @@ class Guard:
         held: Held | None = None,
         hearing: Sequence[BaseCallbackHandler] = (),
     ) -> tuple[Any, Trajectory | None]:
-        """Return the app's output with what leaves in the answer's place, and the record.
+        """Return the app's output with the released answer in the answer's place, and the Trajectory.
 
         Args:
-            input: what the app is given.
-            config: the caller's, with the callbacks under which this request is traced.
+            input: the app's input.
+            config: the caller's configuration, with the callbacks under which this request is traced.
             options: passed on to the app.
-            caller: the thread that waits, where the app is to run in it.
+            caller: the waiting thread, in which the app runs; None: the app runs on this event loop.
             source: recorded in the Trajectory.
-            held: takes down what the app streams, where it is a graph that is to be streamed.
-            hearing: further handlers of the app's own run.
+            held: records the stream of an app that is a graph; None: the app is invoked.
+            hearing: more callback handlers for the app's own run.
 
         Returns:
-            The record is None where a person is waited for: there is no answer yet, and the output says
-            what for, as LangGraph's does.
+            The Trajectory is None if a person must act first: there is no answer yet, and the output is that
+            of a paused LangGraph graph.
 
         Raises:
-            AwaitsReview: a person is waited for, and the output can say nothing of it (policy `human`).
-            GraphInterrupt: a person is waited for, inside an outer graph.
-            HandedOver: the app hands over to an outer graph, with what leaves.
-            ParentCommand: it does so, and there is nothing to judge.
-            Exception: what else `run` raises, but for a pause of the app's.
+            AwaitsReview: a person must decide first (policy `human`), and the output has no place for the
+                question; or an earlier request of this thread waits for its decision.
+            GraphInterrupt: a person must act first, inside an outer graph.
+            HandedOver: the app hands over to an outer graph; the update has the released answer.
+            ParentCommand: the app hands over to an outer graph, and there is nothing to judge.
+            Exception: anything else that `run` raises, except Paused.
         """
         kept = Kept.of(self.app, config, caller)
         try:
@@ -215,7 +217,7 @@ class Guard:
         except Paused:
             return outputs[0], None
         except BaseException as error:
-            # Whoever closes this coroutine has it wait for nothing any more.
+            # A coroutine that is being closed cannot await anything any more.
             if begun and not (is_pause(error) or isinstance(error, GeneratorExit)):
                 await self._forget(outputs, kept, resumed)
             raise
@@ -224,7 +226,7 @@ class Guard:
         try:
             waiting = await desk.lay_down(ending, outputs[0])
         except (RunError, asyncio.CancelledError) as error:
-            # Who was cancelled leaves a request that waits, unless it could not be kept.
+            # After a cancellation the request keeps waiting for a person, unless it could not be stored.
             if isinstance(error, RunError) or await desk.lying() is None:
                 await self._forget(outputs, kept, resumed)
             raise
@@ -235,14 +237,14 @@ class Guard:
     async def _decided(
         self, desk: Desk, input: Any, kept: Kept, resumed: bool
     ) -> tuple[Any, Trajectory] | None:
-        """Return what leaves once a waiting answer is decided, or None where a draft is to be made."""
+        """Settle a request that waits for a person and return its output; None if a draft must be made."""
         if (waiting := await desk.lying()) is None:
             if resumed and not is_graph(self.app):
                 raise RunError(f"nothing waits for a decision in thread {desk.thread!r}")
             return None
         await kept.begin(Calls(self.plan.settings.budget))
         left = await self._leave(await desk.settle(waiting, input), kept)
-        # Else it was decided before, only the log had not taken it; and this is another request.
+        # Otherwise it had been decided before but not logged, and this call is another request.
         return left if resumed or desk.node is not None else None
 
     async def _output(
@@ -255,7 +257,7 @@ class Guard:
         caller: bridge.Caller | None,
         held: Held | None,
     ) -> Any:
-        """Run the app as it was called: in a stream that is held, in the caller's thread, or on this loop."""
+        """Run the app: streamed into `held` or else invoked, in the caller's thread or on this event loop."""
         if held is not None:
             streamed = _written(self.app, input, under, held.options, caller, kept.turn)
             async with calls.deadline(), aclosing(streamed) as written:
@@ -275,16 +277,17 @@ class Guard:
                 return await self.app.ainvoke(input, under, **options)
 
     async def _leave(self, settled: Settled, kept: Kept) -> tuple[Any, Trajectory]:
-        """Return the output that leaves; a graph that remembers is made to remember that one."""
+        """Return the output with the released answer, after putting that answer into a graph's memory."""
         output, trajectory, released = settled
-        assert released is not None  # without an answer the policies raise, or ask a person
+        assert released is not None  # otherwise the policy raised an error or a person is asked
         try:
             left = self.shape.put(output, released, trajectory)
-        except Refused:  # what it remembers needs no type
+        except Refused:  # the memory takes a refusal as text
             await kept.replace(lambda: self.shape.refusing(output, self._refusal()))
             raise
         command = handoff(left, trajectory)
-        # A run that hands over never ends: by the mark of its record what left is told from a draft.
+        # In the memory, a run that hands over looks like one that failed. So the released message is put
+        # there even if it is the draft: its `cai` metadata distinguishes it from an unjudged one.
         if trajectory.released_from != "draft" or (command is not None and kept.memory is not None):
             await kept.replace(lambda: self.shape.swap(output, left))
         if command is not None:
@@ -292,7 +295,7 @@ class Guard:
         return left, trajectory
 
     async def _forget(self, outputs: Sequence[Any], kept: Kept, resumed: bool) -> None:
-        """Make a graph remember a refusal where nothing of its answer left."""
+        """Put a refusal into a graph's memory in place of an answer of which nothing was released."""
         swap = None
         if outputs:
             try:
@@ -311,12 +314,14 @@ class Guard:
         invoked: bool = False,
         hearing: Sequence[BaseCallbackHandler] = (),
     ) -> AsyncGenerator[Piece, None]:
-        """Yield the app's output in pieces, as they may leave; arguments and errors are those of `answer`.
+        """Yield the app's output in pieces as they are released; arguments and errors as for `answer`.
 
-        The last piece has the record; there is none where the app waits for a person. A graph's chunks are
-        the states of its channels and more, not pieces of an answer: they leave once it is judged whole, as
-        does a structured answer. Where an answer leaves whole, the app is invoked, and its models stream
-        unless its caller `invoked` it.
+        The last piece has the Trajectory, unless the app waits for a person. A graph streams the states of
+        its channels and more, not pieces of an answer, so its chunks are released only when the whole answer
+        is judged. A structured answer is released in one piece, too.
+
+        When a chain's or a model's answer is released in one piece, the app is invoked, with its models in
+        streaming mode unless `invoked` is set, which means that the caller did not ask for a stream.
         """
         mode = self.plan.settings.stream
         if mode == "buffer" or self.shape.whole or is_graph(self.app):
@@ -372,14 +377,14 @@ class Guard:
                 yield piece
 
     def overheard(self, input: Any, config: RunnableConfig, *, source: str | None = None) -> Overheard:
-        """Return a run of the app whose output leaves as it is (mode `shadow`)."""
+        """Return a run of the app whose output is returned unchanged and then judged (mode `shadow`)."""
         assert self.shadow is not None
         return Overheard(
             self.app, self.plan, self.shape, self.shadow, self._model_name, input, config, source
         )
 
     async def _run(self, config: RunnableConfig, **request: Any) -> Ending:
-        """Send a request through the graph, under the callbacks that feed no stream."""
+        """Send a request through the graph, with callbacks that show no text of a draft to a reader."""
         callbacks = cast("BaseCallbackManager", config["callbacks"])
         made = Request(
             metadata=plain(config.get("metadata") or {}),
@@ -387,7 +392,7 @@ class Guard:
             tell=progress(callbacks, outer_writer()),
             **request,
         )
-        # Tags and metadata come along with the callbacks.
+        # The callbacks include the tags and metadata.
         return await run(self.plan, made, RunnableConfig(callbacks=collected(unstreamed(callbacks))))
 
     def _under(
@@ -397,13 +402,14 @@ class Guard:
         node: RunnableConfig,
         hearing: Sequence[BaseCallbackHandler],
     ) -> tuple[RunnableConfig, DraftCalls]:
-        """Return the configuration under which the app runs, and what records the calls that it makes.
+        """Return the configuration for the app's run, and the handler that records its model calls.
 
-        Further `hearing` hear the run. A stream around it has the app's models stream, too, as without a
-        constitution; it is shown nothing of that.
+        `hearing` are more handlers for that run. If a stream encloses it, the app's models are called in
+        streaming mode, as without a constitution, but that stream receives none of their tokens.
         """
         handler = DraftCalls(calls, self._model_name)
-        # The caller's configuration, traced under the node; the graph's own must not leak into the app.
+        # The caller's configuration, traced under the node of our graph. The node's own configuration must
+        # not leak into the app.
         callbacks = cast("AsyncCallbackManager", node["callbacks"]).copy()
         around = cast("BaseCallbackManager", config["callbacks"])
         callbacks.tags, callbacks.inheritable_tags = [*around.tags], [*around.inheritable_tags]
@@ -411,7 +417,7 @@ class Guard:
         callbacks.inheritable_metadata = {**around.inheritable_metadata}
         streaming = [AsksForStreams()] if any(map(is_stream, around.handlers)) else []
         for each in (handler, *hearing, *streaming):
-            callbacks.add_handler(each, inherit=True)  # what is bound to a graph calls it as its own run
+            callbacks.add_handler(each, inherit=True)  # a graph inside a retry is a child run
         under: RunnableConfig = {**config, "callbacks": callbacks}
         configurable = config.get("configurable") or {}
         under["configurable"] = {key: configurable[key] for key in configurable if key != STREAM}
@@ -422,7 +428,7 @@ class Guard:
 
     @cached_property
     def _model_name(self) -> str | None:
-        """Name of the app in the records, where it is one chat model."""
+        """The app's name in the records if it is a single chat model; None otherwise."""
         app = layers(self.app)[-1]
         return models.name_of(app) if isinstance(app, BaseChatModel) else None
 
@@ -435,9 +441,9 @@ async def _written(
     caller: bridge.Caller | None,
     turn: Turn,
 ) -> AsyncGenerator[Batch[Any], None]:
-    """Yield the app's chunks, each time all that there are.
+    """Yield the app's chunks, in batches of all that are available.
 
-    It writes in a task of its own, or else in its caller's thread.
+    The app runs in a task of its own, or in the caller's thread if one waits.
     """
 
     async def work(send: Send[Any]) -> None:

@@ -1,4 +1,4 @@
-"""The face for chains and graphs: a Runnable that answers as the wrapped one does."""
+"""The face for chains and graphs: a Runnable with the wrapped app's interface, whose answers are judged."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ Output = TypeVar("Output")
 
 
 class Answered(NamedTuple):
-    """An answer with its record."""
+    """An answer with its Trajectory."""
 
     output: Any
     """What `invoke` would have returned."""
     trajectory: Trajectory
-    """How it came about."""
+    """The record of the request."""
 
 
 class ConstitutionalRunnable(Runnable[Input, Output]):
-    """A Runnable that answers as the wrapped one does, under a constitution. Made by `constitutional`."""
+    """A Runnable with the wrapped app's interface, whose answers are judged. Created by `constitutional`."""
 
     def __init__(self, guard: Guard) -> None:
         self.guard = guard
-        # By an app's name its graph, its traces and the readers of its events find it.
+        # An outer graph, traces and readers of events identify an app by its name.
         own = (getattr(layer, "name", None) for layer in layers(guard.app))
         self.name = next(filter(None, own), f"Constitutional{guard.app.get_name()}")
 
@@ -70,11 +70,11 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
     @property
     def plan(self) -> Plan:
-        """What judges and revises its answers, and where they are logged."""
+        """How answers are judged, revised and logged."""
         return self.guard.plan
 
     def invoke(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Output:
-        """Answer; the wrapped app runs in this thread, critics and revisers behind it."""
+        """Answer; the wrapped app runs in this thread, critic and reviser on the bridge's event loop."""
         limit = step_limit(self.app, config)
 
         def answer(value: Input, run_manager: Any, config: RunnableConfig) -> Output:
@@ -98,13 +98,13 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         return await self._acall_with_config(answer, input, config_of(self.app, config))
 
     def stream(self, input: Input, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Output]:
-        """Answer in chunks, which leave as `Settings.stream` says; the wrapped app runs in this thread."""
+        """Answer in chunks, released as `Settings.stream` specifies; the wrapped app runs in this thread."""
         return self._streamed(iter([input]), config, kwargs, at_once=True)
 
     def transform(
         self, input: Iterator[Input], config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[Output]:
-        """Answer as `stream` does, to an input that comes in chunks."""
+        """Answer as `stream` does, for an input that arrives in chunks."""
         return self._streamed(input, config, kwargs)
 
     def _streamed(
@@ -115,7 +115,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         *,
         at_once: bool = False,
     ) -> Iterator[Output]:
-        """Answer in chunks to an input that comes in chunks, or else `at_once`."""
+        """Answer in chunks; the input arrives in chunks, or whole if `at_once`."""
         limit = step_limit(self.app, config)
 
         def chunks(inputs: Iterator[Input], run_manager: Any, config: RunnableConfig) -> Iterator[Output]:
@@ -136,7 +136,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
     async def astream(
         self, input: Input, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Output]:
-        """Answer in chunks, which leave as `Settings.stream` says."""
+        """Answer in chunks, released as `Settings.stream` specifies."""
 
         async def inputs() -> AsyncIterator[Input]:
             yield input
@@ -148,7 +148,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
     async def atransform(
         self, input: AsyncIterator[Input], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Output]:
-        """Answer as `astream` does, to an input that comes in chunks."""
+        """Answer as `astream` does, for an input that arrives in chunks."""
         async with aclosing(self._astreamed(input, config, kwargs)) as answered:
             async for chunk in answered:
                 yield chunk
@@ -161,7 +161,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         *,
         at_once: bool = False,
     ) -> AsyncGenerator[Output, None]:
-        """Answer in chunks to an input that comes in chunks, or else `at_once`."""
+        """Answer in chunks; the input arrives in chunks, or whole if `at_once`."""
         limit = step_limit(self.app, config)
 
         async def chunks(
@@ -192,7 +192,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         options: Mapping[str, Any],
         caller: bridge.Caller | None = None,
     ) -> Output:
-        """Return the output; the streams that stand around are shown it on its way, as a model's."""
+        """Return the output; handlers that show an answer receive the released one as a model's run."""
         if gives_chunks(self.app, options):
             async with aclosing(self._chunks(input, config, options, caller)) as chunks:
                 return cast("Output", [chunk async for chunk in chunks])
@@ -226,7 +226,7 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         *,
         invoked: bool = False,
     ) -> AsyncGenerator[Piece, None]:
-        """Yield what leaves, and show it to the streams that stand around."""
+        """Yield the released pieces, and emit them to handlers that show an answer."""
         asked = [] if resumes(input, self.app) else self.guard.shape.conversation(input)
         shown = AnswerEvents(config, to_langchain(asked), self.get_name(), caller)
         made = self.guard.stream(
@@ -273,23 +273,23 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
 
     @property
     def shadow(self) -> Shadow | None:
-        """In mode `shadow`, what judges behind the answers: counts them, and waits for them."""
+        """The background queue that judges the answers in mode `shadow`; None in other modes."""
         return self.guard.shadow
 
-    # What callers ask of a Runnable besides an answer is the wrapped app's to say.
+    # Everything else that a Runnable has, such as schemas, is the wrapped app's.
 
     if not TYPE_CHECKING:  # else every misspelt attribute would pass the type checker
 
         def __getattr__(self, name: str) -> Any:
-            """Return what the wrapped app has besides, such as a graph's `checkpointer` or `get_state`."""
+            """Return an attribute of the wrapped app, such as a graph's `checkpointer` or `get_state`."""
             if not name.startswith("_") and name != "guard":
                 value = getattr(layers(self.app)[-1], name)
                 if name in _OF_A_GRAPH or not (callable(value) or isinstance(value, Runnable)):
-                    return value  # what answers must go through the constitution
+                    return value  # other methods could answer without a judgement
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
         def __setattr__(self, name: str, value: Any) -> None:
-            """Set what the wrapped app has besides in that app."""
+            """Set an attribute; one that only the wrapped app has is set there."""
             own = name.startswith("_") or name in ("guard", "name") or hasattr(type(self), name)
             if own or not hasattr(app := layers(self.app)[-1], name):
                 super().__setattr__(name, value)
@@ -328,17 +328,17 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         return self.app.config_specs
 
     def configurable_fields(self, **kwargs: Any) -> ConstitutionalRunnable[Input, Output]:
-        """Return the same around the app with fields of it configurable at each call."""
+        """Return a ConstitutionalRunnable in which fields of the app are configurable at each call."""
         return self._around(cast("Any", self.app).configurable_fields(**kwargs))
 
     def configurable_alternatives(
         self, which: ConfigurableField, **kwargs: Any
     ) -> ConstitutionalRunnable[Input, Output]:
-        """Return the same around the app and its alternatives: they answer under the constitution, too."""
+        """Return a ConstitutionalRunnable with alternatives to the app, all of which are judged."""
         return self._around(cast("Any", self.app).configurable_alternatives(which, **kwargs))
 
     def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Runnable[Input, Output]:
-        """Return the same with a configuration bound to it."""
+        """Return this Runnable with a configuration bound to it."""
         if not is_graph(self.app):
             return super().with_config(config, **kwargs)
         bound = cast("RunnableConfig", {**(config or {}), **kwargs})
@@ -348,12 +348,12 @@ class ConstitutionalRunnable(Runnable[Input, Output]):
         return ConstitutionalRunnable(replace(self.guard, app=app))
 
     def get_graph(self, config: RunnableConfig | None = None, **kwargs: Any) -> Graph:
-        """Return the wrapped app's graph; `xray` shows those inside, where it is a LangGraph graph."""
+        """Return the wrapped app's graph; for a LangGraph graph, `xray` also shows the graphs inside."""
         return cast("Graph", cast("Any", self.app).get_graph(config, **kwargs))
 
 
 class _Configured(RunnableBinding[Input, Output]):
-    """A wrapped graph with a configuration bound to it, merged as LangGraph does it."""
+    """A wrapped graph with a bound configuration, which is merged into that of a call as LangGraph does."""
 
     def _merge_configs(self, *configs: RunnableConfig | None) -> RunnableConfig:
         with apart():
@@ -370,4 +370,4 @@ _OF_A_GRAPH = {
         for method in ("get_state", "get_state_history", "update_state", "bulk_update_state", "get_subgraphs")
     ),
 }
-"""Methods of a graph that answer nothing: they read and write what it keeps."""
+"""Methods of a graph that produce no answer: they describe the graph, or read and write its state."""

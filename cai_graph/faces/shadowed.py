@@ -1,4 +1,4 @@
-"""The face for chat models in mode `shadow`: the wrapped model's own runs, which are judged behind it."""
+"""The face for chat models in mode `shadow`: it returns the model's answers and judges them later."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["ShadowedChatModel"]
 
 
 class ShadowedChatModel(ConstitutionalChatModel):
-    """A chat model whose answers leave untouched. Made by `constitutional` in mode `shadow`."""
+    """A chat model whose answers are returned unchanged. Created by `constitutional` in mode `shadow`."""
 
     def invoke(
         self,
@@ -85,14 +85,14 @@ class ShadowedChatModel(ConstitutionalChatModel):
         source: str | None = None,
         **kwargs: Any,
     ) -> Answered:
-        """Answer, and return the Trajectory beside the message once it is there."""
+        """Answer, wait until the answer is judged, and return the message with its Trajectory."""
         runnable = ConstitutionalRunnable[LanguageModelInput, AIMessage](self._guard)
         return await runnable.answered(input, config, source=source, **kwargs)
 
     def generate(
         self, messages: list[list[BaseMessage]], stop: list[str] | None = None, *args: Any, **kwargs: Any
     ) -> LLMResult:
-        """Answer each conversation; what the wrapped model's own `generate` returns, all candidates of it."""
+        """Answer each conversation by the wrapped model's `generate`, and return all of its candidates."""
         results: list[LLMResult] = []
         for conversation, config, options in _requests(messages, stop, *args, **kwargs):
             guard = self._formed(options)
@@ -124,7 +124,7 @@ class ShadowedChatModel(ConstitutionalChatModel):
             run=[run for result in results for run in result.run or ()] or None,
         )
 
-    # What LangChain calls on the way of its streams of version 3.
+    # LangChain's event streams of version 3 call these methods.
 
     def _generate(
         self,
@@ -145,9 +145,9 @@ class ShadowedChatModel(ConstitutionalChatModel):
         return _as_chat_result(await self.agenerate([messages], stop, self._behind(run_manager), **kwargs))
 
     def _behind(self, run_manager: ModelRun | None) -> BaseCallbackManager:
-        """Return the callbacks of the wrapped model's own run, below the one that LangChain made here."""
+        """Return the callbacks for the wrapped model's run, a child of the run that LangChain started."""
         callbacks = cast("BaseCallbackManager", self._below(run_manager)["callbacks"])
-        return unstreamed(callbacks)  # streams are shown this model's run
+        return unstreamed(callbacks)  # streams receive the parent run instead
 
     def _stream(
         self,
@@ -175,10 +175,10 @@ class ShadowedChatModel(ConstitutionalChatModel):
 
 
 class _Candidates(RunnableBinding[LanguageModelInput, AIMessage]):
-    """A model asked by its own `generate`: the first of its candidates is the answer that is judged."""
+    """Calls a model by its `generate`; the first candidate is the answer that is judged."""
 
     results: list[LLMResult] = []  # noqa: RUF012 - a pydantic field
-    """What each call returned."""
+    """The result of each call."""
 
     def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
         """Answer."""
@@ -201,7 +201,7 @@ def _requests(
     run_id: UUID | None = None,
     **kwargs: Any,
 ) -> Iterator[tuple[list[BaseMessage], RunnableConfig, Mapping[str, Any]]]:
-    """Yield each conversation of a call of `generate`, its configuration and its options."""
+    """Yield each conversation of a call of `generate`, with its configuration and options."""
     about = {name: kwargs.pop(name) for name in ("tags", "metadata", "run_name") if name in kwargs}
     for conversation in messages:
         yield (
@@ -209,7 +209,7 @@ def _requests(
             cast("RunnableConfig", {"callbacks": callbacks, "run_id": run_id, **about}),
             options_of(stop, kwargs),
         )
-        run_id = None  # the first one's, as in LangChain
+        run_id = None  # it is only for the first run, as in LangChain
 
 
 def _as_chat_result(result: LLMResult) -> ChatResult:

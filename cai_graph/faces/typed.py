@@ -1,8 +1,8 @@
-"""Structured output of a wrapped chat model: the JSON is what is judged, and a revision is JSON again.
+"""Structured output of a wrapped chat model: its JSON is judged, and a revision is JSON of the same form.
 
-A chat model's `with_structured_output` is a chat model with arguments bound to it, and a parser behind it.
-The constitution stands between the two: the model drafts as its provider has it (native JSON, a call of a
-tool, JSON in words), what leaves stands where the draft's JSON stood, and the parser reads that.
+A chat model's `with_structured_output` returns the model with bound arguments, followed by a parser. The
+constitution is applied between the two: the model drafts in its provider's way (native JSON, a tool call,
+JSON in the text), the released JSON replaces the draft's in the message, and the parser reads that message.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ __all__ = ["Typed", "form_asked", "form_of", "with_model"]
 
 
 def form_of(schema: Any) -> Form:
-    """Return the form that a schema asks for: a pydantic class, a TypedDict, a JSON Schema, or None."""
+    """Return the form that a schema (a pydantic class, a TypedDict, a JSON Schema, or None) requires."""
     try:
         described = convert_to_json_schema(schema)
-    except (ValueError, TypeError):  # JSON mode takes any object
+    except (ValueError, TypeError):  # JSON mode: any object
         described = dict(schema) if isinstance(schema, dict) else {"type": "object"}
-    for name in ("model_validate", "parse_obj"):  # pydantic's, and of its version 1
+    for name in ("model_validate", "parse_obj"):  # of pydantic 2, of pydantic 1
         if isinstance(schema, type) and (parse := getattr(schema, name, None)) is not None:
             return Form(described, parse)
     return Form(described, dict)
 
 
 def form_asked(app: Runnable[Any, Any], options: Mapping[str, Any]) -> Form | None:
-    """Return the form that a call of a chat model asks for by `response_format`; None where by none.
+    """Return the form that `response_format` requires of a chat model's answer; None if it requires none.
 
-    It is an argument of the call, or bound to the model, or one of the model's own.
+    `response_format` is an argument of the call, is bound to the model, or is in the model's `model_kwargs`.
     """
     model = layers(app)[-1]
     if not isinstance(model, BaseChatModel):
@@ -64,10 +64,10 @@ def form_asked(app: Runnable[Any, Any], options: Mapping[str, Any]) -> Form | No
 def with_model(
     structured: Runnable[Any, Any], made: Callable[[Runnable[Any, AIMessage]], Runnable[Any, AIMessage]]
 ) -> Runnable[Any, Any]:
-    """Return what `with_structured_output` returned, with `made(model)` in the place of its model.
+    """Return what `with_structured_output` returned, with its chat model replaced by `made(model)`.
 
     Raises:
-        ConfigError: there is no model in it, so what it answers could not be judged.
+        ConfigError: it contains no chat model, so its answers could not be judged.
     """
     found = _with_model(structured, made)
     if found is None:
@@ -82,7 +82,7 @@ def with_model(
 def _with_model(
     runnable: Runnable[Any, Any], made: Callable[[Runnable[Any, AIMessage]], Runnable[Any, AIMessage]]
 ) -> Runnable[Any, Any] | None:
-    """Return the Runnable with its model replaced; None where it has none."""
+    """Return the Runnable with its chat models replaced; None if it contains none."""
     if isinstance(layers(runnable)[-1], BaseChatModel):
         return made(runnable)
     if isinstance(runnable, RunnableBindingBase):
@@ -103,19 +103,19 @@ def _with_model(
 
 @dataclass(frozen=True, kw_only=True)
 class Typed(Shape):
-    """Where a message has a structured answer: in the call of a tool of the form's name, else in its text."""
+    """Where a message has a structured answer: in a tool call with the form's name, or else in its text."""
 
     wanted: Form
-    """What the answer must be."""
+    """The form that the answer must have."""
     whole: ClassVar[bool] = True
 
     def form(self, output: object) -> Form | None:
-        """Return what the answer must be; None where the model calls another tool instead of answering."""
+        """Return the required form; None if the model calls another tool instead of answering."""
         calls_another = bool(_message(output).tool_calls) and self._call(output) is None
         return None if calls_another else self.wanted
 
     def answer(self, output: object) -> Message:
-        """Return the answer's JSON; where the message has more than that, or none, all that it says."""
+        """Return the answer's JSON as a Message; the whole message if it is not just the required JSON."""
         message = from_langchain(_message(output))
         if self._call(output) is not None:
             return spelt_out(message)
@@ -123,14 +123,14 @@ class Typed(Shape):
             return message
         try:
             return replace(message, content=self.wanted.alone(text_of(message)))
-        except ValueError:  # where it has none, the caller's parser says so, if this is what leaves
+        except ValueError:  # if this is released, the caller's parser reads it, and raises if it has no JSON
             return message
 
     def put(self, output: Any, released: Message, trajectory: Trajectory) -> Any:
-        """Return the message with the released JSON where the draft's stood.
+        """Return the message with the draft's JSON replaced by the released JSON.
 
         Raises:
-            Refused: a refusal cannot be typed as the answer.
+            Refused: a refusal would be released, which does not have the required form.
         """
         if trajectory.released_from == "refusal":
             raise Refused(
@@ -142,7 +142,7 @@ class Typed(Shape):
             return left
         data = json.loads(self.wanted.read(shown_of(released)))
         more = {**left.additional_kwargs}
-        if (parsed := output.additional_kwargs.get("parsed")) is not None:  # where OpenAI's parser looks
+        if (parsed := output.additional_kwargs.get("parsed")) is not None:  # OpenAI's parser reads it
             more["parsed"] = data if isinstance(parsed, dict) else self.wanted.parse(data)
         update: dict[str, Any] = {"additional_kwargs": more}
         if (call := self._call(output)) is not None:
@@ -152,7 +152,7 @@ class Typed(Shape):
         return left.model_copy(update=update)
 
     def _call(self, output: Any) -> Any:
-        """Return the call by which the answer was given; None where it stands in the text."""
+        """Return the tool call with the answer; None if the answer is in the text."""
         name = self.wanted.schema.get("title")
         return next((call for call in _message(output).tool_calls if call["name"] == name), None)
 

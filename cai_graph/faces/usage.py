@@ -1,9 +1,9 @@
-"""What the calls of a request cost in tokens: what its answer says of it, summed and told once.
+"""Puts the token usage of a request into its answer, so that no call is counted twice.
 
-An answer's `usage_metadata` is its draft's: by it others tell how much of the model's window a turn fills.
-The sum over all calls stands in `response_metadata["cai"]["usage"]`. Every inner call tells the callback
-handlers its own usage, and the request's run would tell them the draft's once more: they are told of the
-answer without it (`Told`, `hide_usage`).
+An answer's `usage_metadata` is that of its draft, since applications read from it how much of the model's
+context window a turn fills. The sum over all calls is in `response_metadata["cai"]["usage"]`. Callback
+handlers receive the usage of every inner call. From the request's run they would receive the draft's once
+more, so that run reports the answer without it, except to handlers of streams (`RunEvents`, `hide_usage`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ M = TypeVar("M", bound=AIMessage)
 
 
 def result_of(message: AIMessage, trajectory: Trajectory | None) -> ChatResult:
-    """Return the message as a chat model's result."""
-    beside = (*END_REASONS, "logprobs")  # what providers say of a generation, beside its message
+    """Return the message as a chat model's result, with the usage of all calls."""
+    beside = (*END_REASONS, "logprobs")  # what providers report beside a generation's message
     info = {key: value for key, value in message.response_metadata.items() if key in beside}
     told = summed(message, message, trajectory)
     return ChatResult(generations=[ChatGeneration(message=told, generation_info=info)])
 
 
 def chunk_of(piece: Piece) -> AIMessageChunk:
-    """Return a piece as a chat model's chunk; the last one has the usage."""
+    """Return a piece as a chat model's chunk; only the last one has the usage."""
     message = cast("AIMessageChunk", piece.output)
     usage = None if piece.trajectory is None else piece.whole.usage_metadata
     message = message.model_copy(update={"usage_metadata": usage})
@@ -42,13 +42,13 @@ def chunk_of(piece: Piece) -> AIMessageChunk:
 
 
 def summed(message: M, whole: AIMessage, trajectory: Trajectory | None) -> M:
-    """Return what leaves of the answer `whole`, a message or its last chunk, with the sum of all calls."""
+    """Return `message`, which is the answer `whole` or its last chunk, with the usage of all calls."""
     about = {**message.response_metadata.get("cai", {}), "usage": _sum(whole, trajectory)}
     return message.model_copy(update={"response_metadata": {**message.response_metadata, "cai": about}})
 
 
 def counted(result: LLMResult) -> LLMResult:
-    """Return the result as its caller sees it, after the callbacks have; it says what all calls cost."""
+    """Return the result for the caller, with the usage of all calls; callbacks have received it without."""
     messages = [cast("ChatGeneration", each).message for each in itertools.chain(*result.generations)]
     costs = [message.response_metadata["cai"]["usage"] for message in messages]
     output = dict(result.llm_output or {})
@@ -63,7 +63,7 @@ def counted(result: LLMResult) -> LLMResult:
 
 
 def _in_openais_words(usage: UsageMetadata) -> dict[str, Any]:
-    """Return the usage in the words that all know who read it in `llm_output`."""
+    """Return the usage under OpenAI's names, which readers of `llm_output` expect."""
     spent: dict[str, Any] = {
         "prompt_tokens": usage["input_tokens"],
         "completion_tokens": usage["output_tokens"],
@@ -77,9 +77,9 @@ def _in_openais_words(usage: UsageMetadata) -> dict[str, Any]:
 
 
 def _sum(message: AIMessage, trajectory: Trajectory | None) -> UsageMetadata | None:
-    """Return the sum over all calls of a request; None where no provider counts."""
-    assert trajectory is not None  # a chat model waits for nobody
-    total = message.usage_metadata  # the draft's, in the provider's detail
+    """Return the sum over all calls of a request; None if no provider reports usage."""
+    assert trajectory is not None  # None only if a graph or chain paused
+    total = message.usage_metadata  # the draft's, with the provider's details
     for call in trajectory.calls:
         if call.role == "draft" or call.input_tokens is None:
             continue
