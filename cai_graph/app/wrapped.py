@@ -147,14 +147,15 @@ def config_of(app: Runnable[Any, Any], given: RunnableConfig | None) -> Runnable
     metadata that are bound to the app are included.
     """
 
-    def told(config: RunnableConfig) -> RunnableConfig:
+    def named(config: RunnableConfig) -> RunnableConfig:
         names = ("run_name", "tags", "metadata")
         return cast("RunnableConfig", {name: value for name, value in config.items() if name in names})
 
     config = ensure_config(given)
     with apart():  # else LangChain merges the outer configuration over each of them
         own = ensure_config(given)
-        config |= told(merge_configs(*map(told, reversed(_bound_configs(app))), told(config)))
+        if bound := [about for each in reversed(_bound_configs(app)) if (about := named(each))]:
+            config |= named(merge_configs(*bound, named(config)))
     if is_graph(app):
         around = {} if _PLACE & configurable_of(app, own).keys() else _around().get("configurable") or {}
         config["configurable"] = {**around, **own["configurable"]}
