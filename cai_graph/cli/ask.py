@@ -38,7 +38,7 @@ commands = group()
 
 @commands.command(epilog='Example: cai ask "How do I sharpen a kitchen knife?" --model openai:gpt-5-mini')
 def ask(
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question to ask.")],
     model: Model = "local",
     critic: Critic = None,
     strong: Strong = None,

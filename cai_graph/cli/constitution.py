@@ -36,7 +36,7 @@ def constitution_list(as_json: AsJson = False) -> None:
 
 @commands.command("show", epilog="Example: cai constitution show balanced")
 def constitution_show(name: Named, as_json: AsJson = False) -> None:
-    """Show a constitution as it is after `extends`."""
+    """Show a constitution, with what it `extends` resolved."""
     from cai_graph import constitution, show
 
     rules = constitution.load(name)
@@ -52,7 +52,7 @@ def constitution_show(name: Named, as_json: AsJson = False) -> None:
 
 @commands.command("lint", epilog="Example: cai constitution lint helpful.yaml")
 def constitution_lint(name: Named, as_json: AsJson = False) -> None:
-    """Say what is allowed in a constitution but probably not meant; exit with 1 if there is anything."""
+    """Report what is valid in a constitution but probably not intended; exit with 1 if there is anything."""
     from dataclasses import asdict
 
     from cai_graph import constitution, show
@@ -104,7 +104,7 @@ def _said(value: object) -> str:
 
 @commands.command("schema", epilog="Example: cai constitution schema > constitution.schema.json")
 def constitution_schema() -> None:
-    """Print the JSON Schema by which an editor completes a constitution file."""
+    """Print the JSON Schema with which an editor validates and completes a constitution file."""
     from cai_graph import constitution
 
     print_json(constitution.json_schema())

@@ -26,7 +26,10 @@ commands = group("Critics, by what the log says of them.")
 def calibrate(
     log: LogUrl = DEFAULT_LOG,
     miss_rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Largest share of violating answers that may be cleared.")
+        float,
+        typer.Option(
+            min=0, max=1, help="Largest share of violating answers that the cheap critic may clear."
+        ),
     ] = 0.01,
     cheap: Annotated[
         str | None, option("--cheap", "Judges the log's answers now; else a cascade did before.", "SPEC")
@@ -38,11 +41,13 @@ def calibrate(
     tag: Tag = None,
     source: Source = None,
     since: Since = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many, the latest first.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of trajectories, the latest first.")
+    ] = None,
     concurrency: Concurrency = None,
     as_json: AsJson = False,
 ) -> None:
-    """Choose the threshold of a cascade: how sure a cheap critic must be to clear an answer alone.
+    """Choose the threshold of a cascade: how sure the cheap critic must be to clear an answer on its own.
 
     Takes answers that both critics judged, whatever the cheap one said: those of a cascade with threshold 0
     or with a sample, or, with --cheap, those that the strong critic judged in the log. Exits with 1 where

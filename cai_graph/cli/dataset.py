@@ -82,7 +82,7 @@ def dataset_build(
     engine: Annotated[Engine, option("--engine", "This machine, or a Ray cluster.")] = "local",
     as_json: AsJson = False,
 ) -> None:
-    """Turn logs into rows for training, with a ledger of what became of every trajectory."""
+    """Convert logs to rows for training, with a ledger that accounts for every trajectory."""
     from cai_graph import show
     from trainers import dataset
 
@@ -144,7 +144,7 @@ def dataset_explain(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Walk back from a row to its trajectory, constitution, critic and judge."""
+    """Trace a row back to its trajectory, constitution, critic and judge."""
     from cai_graph import show
     from trainers import dataset
 
@@ -163,7 +163,7 @@ def dataset_report(
     licence: Annotated[
         str, option("--licence", "Licence of the texts, in the hub's words; nobody but you knows it.")
     ] = "unknown",
-    title: Annotated[str | None, typer.Option(help="Heading of the card; else the folder's name.")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the card; default: the folder's name.")] = None,
 ) -> None:
     """Write a dataset's card (README.md, in the hub's format) and a page with plots (report.html)."""
     from trainers.dataset import card
@@ -178,7 +178,7 @@ def dataset_report(
 def dataset_import(
     file: Annotated[str, typer.Argument(metavar="FILE", help="JSONL, JSON or Parquet; may end in .gz.")],
     log: LogUrl = DEFAULT_LOG,
-    name: Annotated[str | None, typer.Option(help="What the set is called; else the file's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the set; default: the file's name.")] = None,
 ) -> None:
     """Add an existing preference set to a log, to build from it together with others.
 

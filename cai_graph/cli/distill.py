@@ -31,13 +31,16 @@ def distill(
         option("--set -s", "A key of the config, such as sft.max_steps=12; may be repeated.", "KEY=VALUE"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the steps, their tokens and about how long they take.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Only print the steps, with their tokens and an estimate of their time."
+        ),
     ] = False,
 ) -> None:
     """Train a model under a constitution: trajectories, sft, AI feedback, reward, RL, evaluation, report.
 
-    Type the same command again after an interrupt, and it goes on where it stopped. Steps on which nothing
-    has changed are skipped.
+    After an interrupt, run the same command again to resume. Steps whose inputs have not changed are
+    skipped.
     """
     from trainers.config import read
     from trainers.distill import Config, pipeline, train

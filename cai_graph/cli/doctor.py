@@ -10,7 +10,7 @@ commands = group()
 
 @commands.command(epilog="Example: cai doctor")
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed, what is missing, and how to get it."""
+    """Report what is installed, what is missing, and how to install it."""
     from dataclasses import asdict
 
     from cai_graph import show

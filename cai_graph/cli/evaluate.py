@@ -37,7 +37,7 @@ def run(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="Whom to evaluate: model specs, folders of checkpoints, or app:package.module:name. The "
+            help="What to evaluate: model specs, folders of checkpoints, or app:package.module:name. The "
             "others are measured against the first.",
         ),
     ],
@@ -47,7 +47,7 @@ def run(
         Path | None,
         option("--over-refusal", "Prompts that look unsafe; a column label says safe or unsafe.", "FILE"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most prompts of a suite.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts of each suite.")] = None,
     constitution: Annotated[
         list[str] | None,
         option("--constitution -c", "Evaluate each model under it, too; may be repeated.", "NAME|FILE"),
@@ -55,28 +55,32 @@ def run(
     critic: Annotated[
         str | None, option("--critic", "Who judges under the constitution; the model by default.", "SPEC")
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to a prompt.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Number of answers to each prompt.")] = 1,
     temperature: Annotated[
         float | None,
         typer.Option(min=0, help="Of the draw; by default 0 of models on this machine, of others their own."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    seed: Annotated[int, typer.Option(help="Of local models and checkpoints.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 256,
+    seed: Annotated[int, typer.Option(help="Sampling seed of local models and checkpoints.")] = 0,
     trained_on: Annotated[
         list[Path] | None,
         option("--trained-on", "Data that a model was trained on; a checkpoint's own is known.", "DIR|FILE"),
     ] = None,
     drop_trained: Annotated[
         bool,
-        typer.Option("--drop-trained", help="Leave prompts out that were trained on, instead of ending."),
+        typer.Option(
+            "--drop-trained",
+            help="Leave out prompts that a model was trained on, instead of stopping with an error.",
+        ),
     ] = False,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Prompts under way at once; 4 on the local model, else 16.")
+        int | None,
+        typer.Option(min=1, help="Prompts processed at the same time; 4 on the local model, else 16."),
     ] = None,
 ) -> None:
-    """Write the answers of models to the prompts of suites, and keep them.
+    """Have models answer the prompts of the suites, and store the answers.
 
-    Type the same command again after an interrupt, or with further models, and it goes on where it stopped.
+    After an interrupt, run the same command again to resume; run it with more models to add them.
     """
     from cai_graph import show
     from trainers.evaluation.folder import Evaluation
@@ -263,15 +267,20 @@ def score(
         option("--best-of", "Adds the best of several samples by a reward, as a subject.", "REWARD"),
     ] = None,
     self_consistency: Annotated[
-        bool, typer.Option("--self-consistency", help="Adds the sample most agreed on, as a subject.")
+        bool,
+        typer.Option(
+            "--self-consistency",
+            help="Also evaluate the answer on which a subject's samples agree most, as a subject of its own.",
+        ),
     ] = False,
     constitution: ConstitutionName = "balanced",
     concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Pairs under way at once; 4 on the local model, else 16.")
+        int | None,
+        typer.Option(min=1, help="Pairs processed at the same time; 4 on the local model, else 16."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Grade answers that are kept, and print harmlessness, helpfulness and over-refusal side by side.
+    """Grade the stored answers, and print harmlessness, helpfulness and over-refusal side by side.
 
     Nothing is written by the models again, and what a judge has said before is not asked again. Without
     options the figures of earlier judges are shown. They stand in figures.json and plots/, too.
@@ -395,10 +404,12 @@ def agreement(
     refusals: Annotated[
         str, option("--refusals", "Which classifier: probe, pattern, or a model.", "probe|pattern|SPEC")
     ] = "probe",
-    limit: Annotated[int | None, typer.Option(min=1, help="Most answers; a fixed sample.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of answers; a fixed sample of them.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure who classifies refusals against people who labelled them."""
+    """Measure how well refusal classifiers agree with human labels."""
     from trainers.config import require
     from trainers.evaluation import refusals as classes
 

@@ -55,7 +55,9 @@ def label(
         list[Pairs] | None,
         option("--pairs", "What is compared: revision by default, samples with --model; may be repeated."),
     ] = None,
-    principles: Annotated[int, typer.Option(min=1, help="Principles that each pair is asked about.")] = 1,
+    principles: Annotated[
+        int, typer.Option(min=1, help="Number of principles that each pair is compared under.")
+    ] = 1,
     reasoning: Annotated[
         bool, typer.Option("--reasoning", help="The judge reasons first; its probabilities are clamped.")
     ] = False,
@@ -64,17 +66,19 @@ def label(
     ] = (0.4, 0.6),
     votes: Annotated[
         int | None,
-        typer.Option(min=1, help="Sample so many replies an order instead of reading log-probabilities."),
+        typer.Option(
+            min=1, help="Sample this many replies for each order, instead of reading log-probabilities."
+        ),
     ] = None,
     model: Annotated[
         str | None, option("--model -m", "Draw new answers from this model, and compare those.", "SPEC")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Answers drawn for each prompt.")] = 2,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest drawn answer, in tokens.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="Of the drawn answers.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draw of principles.")] = 0,
+    samples: Annotated[int, typer.Option(min=2, help="Number of answers sampled for each prompt.")] = 2,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of a sampled answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature of the answers.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random choice of principles.")] = 0,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Only so many trajectories, from the first.")
+        int | None, typer.Option(min=1, help="Maximum number of trajectories, from the first.")
     ] = None,
     concurrency: Concurrency = None,
     as_json: AsJson = False,
@@ -84,7 +88,7 @@ def label(
     Beside the progress, P(A) is how likely A is the better of two answers: the draft, the candidate that was
     rejected, or the sample that was drawn first.
 
-    Type the same command again after an interrupt, and it goes on where it stopped.
+    After an interrupt, run the same command again to resume.
     """
     from cai_graph import constitution as constitutions
     from cai_graph import show
@@ -192,7 +196,7 @@ def _show(found: Positions) -> None:
 
 @commands.command("stats", epilog="Example: cai feedback stats --json")
 def stats(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
-    """Say of each judge in the log what its comparisons are worth."""
+    """Report how reliable each judge in the log is: position bias, ties, unreadable comparisons."""
     from cai_graph.log import open_log
     from trainers.feedback.positions import positions
 
@@ -211,13 +215,13 @@ def stats(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
 
 @commands.command("add", epilog="Example: cai feedback add 019a2f6e-7c1b-7d3a-9f2e-5b8c0d1e2f3a --score 1")
 def add(
-    trajectory: Annotated[str, typer.Argument(metavar="TRAJECTORY_ID", help="What it is about.")],
+    trajectory: Annotated[str, typer.Argument(metavar="TRAJECTORY_ID", help="Id of the trajectory.")],
     score: Annotated[float, typer.Option(min=-1, max=1, help="-1 (bad) to 1 (good).")],
-    user: Annotated[str | None, typer.Option(help="Who gave it, by the application's id.")] = None,
+    user: Annotated[str | None, typer.Option(help="The application's id of the user.")] = None,
     note_: Annotated[str | None, typer.Option("--note", help="The user's words.")] = None,
     log: LogUrl = DEFAULT_LOG,
 ) -> None:
-    """Append what an end user said of an answer."""
+    """Append an end user's feedback on an answer."""
     from cai_graph.errors import DataError
     from cai_graph.log import open_log
     from cai_graph.log.feedback import new_feedback
@@ -242,7 +246,7 @@ def import_(
     ],
     log: LogUrl = DEFAULT_LOG,
 ) -> None:
-    """Append what end users said, from a file. What is in the log already is not added again."""
+    """Append end users' feedback from a file. Feedback that the log already has is not added again."""
     from cai_graph.log.feedback import import_feedback
 
     done = import_feedback(log, file)

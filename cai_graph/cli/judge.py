@@ -33,7 +33,7 @@ def judge(
             metavar="FILE", help="JSONL with prompt and response, or messages; - is standard input."
         ),
     ],
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Where the verdicts go.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="File for the verdicts.")] = None,
     critic: Annotated[str, option("--critic", "Who judges: a model, or trained:FOLDER.", "SPEC")] = "local",
     strong: Strong = None,
     threshold: Threshold = None,
@@ -41,10 +41,10 @@ def judge(
     concurrency: Concurrency = None,
     fail_on: Annotated[
         list[FailingVerdict] | None,
-        typer.Option(help="Exit with 1 if such a verdict stands; may be repeated."),
+        typer.Option(help="Exit with 1 if there is such a verdict; may be repeated."),
     ] = None,
 ) -> None:
-    """Judge answers that exist already; nothing is drafted and nothing is logged.
+    """Judge existing answers; nothing is drafted and nothing is logged.
 
     Writes one line a row, in order: its id (or index), verdicts, and aims, of a probe: P(VIOLATES) by each
     aim, and what its heads read (harm, evasion, request). A row that cannot be judged has an error instead.

@@ -37,7 +37,7 @@ Until = Annotated[datetime | None, typer.Option(help="Only before this time, UTC
 @commands.command("list", epilog="Example: cai log list --outcome REVISED --limit 5")
 def log_list(
     log: LogUrl = DEFAULT_LOG,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, the latest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of trajectories, the latest first.")] = 20,
     outcome: OutcomeFilter = None,
     tag: Tag = None,
     source: Source = None,
@@ -94,7 +94,7 @@ def log_show(
 
 @commands.command("stats", epilog="Example: cai log stats --json")
 def log_stats(log: LogUrl = DEFAULT_LOG, as_json: AsJson = False) -> None:
-    """Count what the log holds."""
+    """Print counts of what the log holds."""
     from cai_graph.log import open_log
 
     with open_log(log, read_only=True) as opened:
@@ -115,9 +115,9 @@ def log_export(
     since: Since = None,
     until: Until = None,
 ) -> None:
-    """Write the log's records to a file, each whole.
+    """Write the log's records to a file, each in full.
 
-    Filters choose trajectories; the comparisons, reviews and feedback about these go along.
+    Filters select trajectories; the comparisons, reviews and feedback about them are included.
     """
     from cai_graph import show
     from cai_graph.log import open_log, transfer
@@ -153,7 +153,7 @@ def log_import(
     """Add records or human-written demonstrations to the log.
 
     A demonstration is an object with prompt and draft, and where they apply critique, revision, principle
-    and label. What is in the log already is not added again.
+    and label. Records that the log already has are not added again.
     """
     from cai_graph import show
     from cai_graph.log import transfer
@@ -201,22 +201,22 @@ def log_recover(
 
 @commands.command("gc", epilog="Example: cai log gc --days 90 --dry-run")
 def log_gc(
-    days: Annotated[float, typer.Option(min=0, help="Trajectories older than so many days are removed.")],
+    days: Annotated[float, typer.Option(min=0, help="Remove trajectories older than this many days.")],
     log: LogUrl = DEFAULT_LOG,
     why: Annotated[
-        str, typer.Option(help="Kept in the log beside the id of what was removed.")
+        str, typer.Option(help="Reason, stored in the log with the id of each removed trajectory.")
     ] = "retention",
     also_reviewed: Annotated[
-        bool, typer.Option("--also-reviewed", help="Remove reviewed ones as well.")
+        bool, typer.Option("--also-reviewed", help="Also remove reviewed trajectories.")
     ] = False,
     keep_tag: Annotated[str | None, typer.Option(help="Keep trajectories with this tag.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print how many would be removed.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove old trajectories, with everything appended about them.
 
-    It says how many, and asks. Without a terminal there is nobody to ask: say --yes, or --dry-run.
+    Prints how many, and asks for confirmation. Without a terminal, pass --yes or --dry-run.
     """
     from cai_graph.log import upkeep
 

@@ -25,7 +25,7 @@ LocalName = Annotated[
 
 @commands.command("list", epilog="Example: cai model list")
 def model_list(as_json: AsJson = False) -> None:
-    """List the local models that can be fetched, and those that are here."""
+    """List the local models that can be downloaded, and those that are already in the cache."""
     from cai_graph import local, show
 
     found = [(model, local.cached(model)) for model in local.CATALOGUE]
@@ -47,13 +47,13 @@ def model_list(as_json: AsJson = False) -> None:
 
 @commands.command("get", epilog="Example: cai model get smollm2")
 def model_get(name: LocalName = "") -> None:
-    """Fetch a local model, check its hash, and print its path."""
+    """Download a local model, check its hash, and print its path."""
     typer.echo(fetched(_bare(name)))
 
 
 @commands.command("path", epilog="Example: cai model path smollm2")
 def model_path(name: LocalName = "", as_json: AsJson = False) -> None:
-    """Print where a local model is; exit with 1 if it is not here."""
+    """Print the path of a local model; exit with 1 if it is not in the cache."""
     from cai_graph import local
 
     model = local.find(_bare(name))

@@ -37,7 +37,11 @@ Strong = Annotated[
 ]
 Threshold = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="P(VIOLATES) from which the strong critic is asked."),
+    typer.Option(
+        min=0,
+        max=1,
+        help="Cascade: the strong critic is asked if the cheap critic's P(VIOLATES) is at least this.",
+    ),
 ]
 Reviser = Annotated[str | None, option("--reviser", "Who rewrites; the model by default.", "SPEC")]
 ConstitutionName = Annotated[
@@ -45,29 +49,32 @@ ConstitutionName = Annotated[
 ]
 LogUrl = Annotated[str, option("--log", "Where the log is.", "URL")]
 OutcomeFilter = Annotated[
-    OutcomeName | None, typer.Option("--outcome", help="Only trajectories that ended so.")
+    OutcomeName | None, typer.Option("--outcome", help="Only trajectories with this outcome.")
 ]
 Tag = Annotated[str | None, typer.Option(help="Only trajectories with this tag.")]
-Source = Annotated[str | None, typer.Option(help="Only trajectories whose source key starts so.")]
-Since = Annotated[datetime | None, typer.Option(help="Only from this time on, UTC.")]
+Source = Annotated[str | None, typer.Option(help="Only trajectories whose source key starts with this.")]
+Since = Annotated[datetime | None, typer.Option(help="Only trajectories from this time on, UTC.")]
 StrategyName = Annotated[Strategy, option("--strategy", "How principles are judged.")]
 MaxRounds = Annotated[
-    int | None, typer.Option(min=0, help="Most rounds of critique and revision; 0 only judges.")
+    int | None, typer.Option(min=0, help="Maximum rounds of critique and revision; 0: only judge.")
 ]
-Candidates = Annotated[int | None, typer.Option(min=1, help="Revisions written in a round.")]
+Candidates = Annotated[int | None, typer.Option(min=1, help="Number of candidate revisions in a round.")]
 OnViolation = Annotated[Policy, option("--on-violation", "What leaves when every revision still fails.")]
 OnUnreadable = Annotated[Policy, option("--on-unreadable", "What leaves when the verdict is unreadable.")]
 OnError = Annotated[Policy, option("--on-error", "What leaves when a critic or reviser fails.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of what is random: principles, the local model.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of random choices: principles, and the local model's sampling.")
+]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Longest draft, in tokens; a revision may be twice as long.")
+    int | None, typer.Option(min=1, help="Maximum tokens of a draft; a revision may have twice as many.")
 ]
 Concurrency = Annotated[
-    int | None, typer.Option(min=1, help="Rows under way at once; 4 on the local model and 16 on others.")
+    int | None,
+    typer.Option(min=1, help="Rows processed at the same time; 4 on the local model and 16 on others."),
 ]
 ConfigFile = Annotated[Path | None, option("--config -c", "YAML with the stage's settings.", "FILE")]
 Sets = Annotated[
     list[str] | None,
     option("--set -s", "A setting, over that of the file; may be repeated.", "KEY=VALUE"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

@@ -51,24 +51,26 @@ def replay(
     output: Annotated[
         Path | None, option("--output -o", "File that keeps the judgements; by default one in the cache.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many trajectories, drawn by lot.")] = None,
-    seed: Annotated[int, typer.Option(help="Of that lot.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of trajectories, a random sample.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random sample.")] = 0,
     outcome: OutcomeFilter = None,
     tag: Tag = None,
     source: Source = None,
     since: Since = None,
-    examples: Annotated[int, typer.Option(min=0, help="How many to show of each change.")] = 3,
+    examples: Annotated[
+        int, typer.Option(min=0, help="Maximum number of examples to show for each kind of change.")
+    ] = 3,
     fail_on: Annotated[
         list[FailingChange] | None, typer.Option(help="Exit with 1 on such a change; may be repeated.")
     ] = None,
     concurrency: Concurrency = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge logged answers again under another constitution or by another critic, and show what changes.
+    """Judge logged answers again under another constitution or with another critic, and show what changes.
 
     Exits with 3 where answers that are unreadable now may hide what --fail-on names.
 
-    The log is only read. Type the same command again after an interrupt, and it goes on where it stopped.
+    The log is only read. After an interrupt, run the same command again to resume.
     """
     from cai_graph import constitution as constitutions
     from cai_graph import show

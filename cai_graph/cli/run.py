@@ -60,8 +60,8 @@ def run(
     prompts: Annotated[
         str, typer.Argument(metavar="PROMPTS", help="A JSONL, CSV or text file; - is standard input.")
     ],
-    column: Annotated[str | None, typer.Option(help="Column or key of the prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows, from the first.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column or key that holds the prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of rows, from the first.")] = None,
     format: Annotated[RowFormat | None, typer.Option(help="If the name does not say it.")] = None,
     concurrency: Concurrency = None,
     model: Model = "local",
@@ -80,10 +80,10 @@ def run(
     seed: Seed = None,
     max_tokens: MaxTokens = None,
 ) -> None:
-    """Answer every prompt of a file into the log.
+    """Answer every prompt of a file under a constitution, and log each trajectory.
 
-    Type the same command again after an interrupt, and it goes on where it stopped. Rows that failed are
-    tried again; rows that cannot be read are reported and skipped.
+    After an interrupt, run the same command again to resume. Rows that failed are tried again; rows that
+    cannot be read are reported and skipped.
     """
     from cai_graph import bulk, models
     from cai_graph.calls import UNATTENDED_SECONDS, Budget

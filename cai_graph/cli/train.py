@@ -74,8 +74,8 @@ def _register(stage: Stage) -> None:
         typer.echo(made.path)
 
     again = (
-        "Type the same command again after an interrupt, and it goes on where it stopped. "
-        "docs/training-settings.md says which settings there are."
+        "After an interrupt, run the same command again to resume. "
+        "docs/training-settings.md lists the settings."
     )
     example = f"Example: cai train {stage.name} --config {stage.name}.yaml {stage.example}"
     commands.command(stage.name, help=f"{stage.help}\n\n{again}", epilog=example)(command)
@@ -87,17 +87,17 @@ for stage in STAGES:
 
 @commands.command("export", epilog="Example: cai train export ppo verl prompts-for-verl --config ppo.yaml")
 def train_export(
-    stage: Annotated[Literal["ppo", "online"], typer.Argument(help="The stage that the config is of.")],
-    engine: Annotated[Literal["verl", "openrlhf"], typer.Argument(help="Who is to train.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Prompts in that engine's format.")],
+    stage: Annotated[Literal["ppo", "online"], typer.Argument(help="The stage that the config is for.")],
+    engine: Annotated[Literal["verl", "openrlhf"], typer.Argument(help="The engine that trains.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Dataset of prompts in that engine's format.")],
     config: ConfigFile = None,
     settings: Sets = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs per machine.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
 ) -> None:
-    """Print the command by which verl or OpenRLHF trains what a config of ppo or online says.
+    """Print the command with which verl or OpenRLHF runs a config of ppo or online.
 
-    What they do otherwise than the stage here is said on standard error.
+    Differences from the stage here are printed to standard error.
     """
     import shlex
     from importlib import import_module
@@ -125,9 +125,9 @@ def train_probe(
         str, option("--model -m", "The local model whose hidden state is read.", "SPEC")
     ] = "local",
 ) -> None:
-    """Train the linear heads by which a local model judges, and measure them.
+    """Train the linear heads with which a local model judges, and measure their accuracy.
 
-    Type the same command again after an interrupt, and it goes on where it stopped.
+    After an interrupt, run the same command again to resume.
     """
     from trainers.critic import probe
 
@@ -147,10 +147,10 @@ def train_critic(
     config: ConfigFile = None,
     settings: Sets = None,
 ) -> None:
-    """Train a critic of one's own from verdicts, calibrate and measure it.
+    """Train your own critic from verdicts, calibrate it and measure its accuracy.
 
     The data are a folder of `cai dataset build --kind critic`. The critic is then `--critic trained:FOLDER`.
-    docs/training-settings.md says which settings there are.
+    docs/training-settings.md lists the settings.
     """
     from trainers import critic
     from trainers.config import read
