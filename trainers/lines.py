@@ -9,6 +9,7 @@ Lines    a file that grows under a temporary name, and is renamed once it is com
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -119,8 +120,6 @@ class Lines:
                 self._part.unlink()
 
     def _hold(self) -> None:
-        import fcntl  # not available on Windows
-
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -7,6 +7,7 @@ separate file, so that an interrupted replay resumes; the file belongs to one co
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import heapq
 import json
@@ -274,8 +275,6 @@ class _Judgements:
             DataError: another one is writing it.
             OSError: it cannot be written.
         """
-        import fcntl  # not available on Windows
-
         # Readable by its owner only, since critics quote what users wrote.
         with open(self._path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             try:

@@ -212,7 +212,7 @@ class _WithoutModels(BaseCallbackHandler):
         for event, (ignored, known_as) in _SHOWN_INSIDE.items():
             if _handles(handler, event) and not getattr(handler, ignored):
                 about = {} if run_id is None else {known_as: run_id}
-                setattr(self, event, _without_words_of_models(getattr(handler, event), about))
+                setattr(self, event, _adapted(getattr(handler, event), without_words, about))
 
 
 _SHOWN_INSIDE = {
@@ -223,14 +223,16 @@ _SHOWN_INSIDE = {
 """By event that is passed on: the handler's flag to ignore it, and the argument that is set to `run_id`."""
 
 
-def _without_words_of_models(hear: Callable[..., Any], about: dict[str, Any]) -> Callable[..., Any]:
-    """Return `hear` with these arguments overridden, and models' messages removed from its other ones."""
+def _adapted(
+    hear: Callable[..., Any], change: Callable[[Any], Any], about: dict[str, Any]
+) -> Callable[..., Any]:
+    """Return `hear` with `change` applied to its positional arguments, and `about` overriding the others."""
 
     async def tell_async(*args: Any, **kwargs: Any) -> Any:
-        return await hear(*map(without_words, args), **{**kwargs, **about})
+        return await hear(*map(change, args), **{**kwargs, **about})
 
     def tell(*args: Any, **kwargs: Any) -> Any:
-        return hear(*map(without_words, args), **{**kwargs, **about})
+        return hear(*map(change, args), **{**kwargs, **about})
 
     return tell_async if asyncio.iscoroutinefunction(hear) else tell
 
@@ -365,18 +367,8 @@ class _WithoutUsage(BaseCallbackHandler):
         self._handler = handler
 
     def __getattribute__(self, name: str) -> Any:
-        handler = object.__getattribute__(self, "_handler")
-        heard = getattr(handler, name)
-        if name != "on_llm_end":
-            return heard
-
-        async def tell_async(response: LLMResult, **about: Any) -> Any:
-            return await heard(_without_usage(response), **about)
-
-        def tell(response: LLMResult, **about: Any) -> Any:
-            return heard(_without_usage(response), **about)
-
-        return tell_async if asyncio.iscoroutinefunction(heard) else tell
+        hear = getattr(object.__getattribute__(self, "_handler"), name)
+        return _adapted(hear, _without_usage, {}) if name == "on_llm_end" else hear
 
 
 def _without_usage(response: LLMResult) -> LLMResult:

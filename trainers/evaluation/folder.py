@@ -13,6 +13,7 @@ runs may add subjects to one folder at the same time.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import re
@@ -471,8 +472,6 @@ def _held(path: Path) -> Iterator[None]:
     Raises:
         DataError: the folder cannot be written.
     """
-    import fcntl  # Windows does not have it
-
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / _LOCK).open("ab")
